@@ -1,0 +1,1 @@
+"""Options: each defined once, read in one place."""

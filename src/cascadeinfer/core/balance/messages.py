@@ -1,0 +1,74 @@
+"""
+The bid-ask protocol's vocabulary: what agents say to one another.
+
+An agent that must give a request away (it outgrew the stage, or the instance is overloaded) sends an `Ask` to candidates;
+each answers with a `Bid` or a `Decline`; the asker sends the best bidder an `Award`, and the bidder confirms with `Accept`
+(place reserved) or `Decline`; a late or beaten bid is let go with `Withdraw`. Only then does the asker start the migration.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from cascadeinfer.core.types import RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Will you take this request? `ask_id` names the round; answers carry it."""
+
+    ask_id: str
+    request_id: RequestId
+    length_tokens: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bid:
+    """
+    Yes, at this price.
+
+    Attributes:
+        load: The bidder's load after taking the request (dimensionless, lower is better).
+        free_blocks: KV blocks it could still give.
+        migrations: Migrations it takes part in now.
+
+    """
+
+    ask_id: str
+    load: float
+    free_blocks: int
+    migrations: int
+
+
+@dataclass(frozen=True, slots=True)
+class Award:
+    """You have it: keep a place for the request."""
+
+    ask_id: str
+    request_id: RequestId
+    length_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """The place is kept: start the migration."""
+
+    ask_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decline:
+    """No. `reason` is a metric label."""
+
+    ask_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """The round is over for you: forget the bid or the kept place."""
+
+    ask_id: str
+
+
+BalanceMessage: TypeAlias = Ask | Bid | Award | Accept | Decline | Withdraw

@@ -1,0 +1,76 @@
+"""
+What a policy wants done: the closed union of its outputs.
+
+A shell carries effects out in the order given, each without waiting for the one before to finish. Every effect ends in an
+event: `Dispatch` in `RequestFinished` (or `InstanceLost`), `StartMigration` in exactly one `MigrationEnded`, `SendMessage` in
+at most one `MessageReceived`. `cause` is the `cause` of the event that led to it.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from cascadeinfer.core.balance.messages import BalanceMessage
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
+
+
+class MigrationReason(enum.StrEnum):
+    """Why a request should move; a metric label."""
+
+    OUTGREW_STAGE = "outgrew_stage"
+    REBALANCE = "rebalance"
+    DRAIN = "drain"
+    OPERATOR = "operator"
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Run this new or orphaned request on this instance."""
+
+    cause: str
+    request_id: RequestId
+    instance_id: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Refuse a request that waits for dispatch; its client may come again after `retry_after_s` seconds (HTTP 429)."""
+
+    cause: str
+    request_id: RequestId
+    reason: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StartMigration:
+    """Move a running request with its KV cache. The shell walks the table in `core/migration.py`; it may end in STAYED."""
+
+    cause: str
+    migration_id: MigrationId
+    request_id: RequestId
+    source_id: InstanceId
+    target_id: InstanceId
+    reason: MigrationReason
+
+
+@dataclass(frozen=True, slots=True)
+class SendMessage:
+    """Carry a bid-ask message from one instance's agent to another's. It may be lost or late; never delivered twice."""
+
+    cause: str
+    sender_id: InstanceId
+    recipient_id: InstanceId
+    message: BalanceMessage
+
+
+@dataclass(frozen=True, slots=True)
+class PublishLayout:
+    """The stage layout in force has changed: show it to operators and metrics."""
+
+    cause: str
+    layout: StageLayout
+
+
+Effect: TypeAlias = Dispatch | Reject | StartMigration | SendMessage | PublishLayout

@@ -1,0 +1,1 @@
+"""Planning: length histograms, stage layouts and the dynamic program that finds the best one (pure)."""

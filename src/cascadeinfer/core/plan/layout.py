@@ -1,0 +1,97 @@
+"""
+What a plan is: consecutive length ranges, each served by a group of instances.
+
+Invariants, checked on construction: the ranges tile `[0, infinity)` in order, every stage has at least one instance, and no
+instance is in two stages. A layout is a value; changing one makes another.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+from cascadeinfer.core.errors import PlanError
+from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, LengthRange
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """
+    One stage of the cascade.
+
+    Attributes:
+        range: Sequence lengths that belong here.
+        instance_ids: The instances that serve it, sorted.
+
+    """
+
+    range: LengthRange
+    instance_ids: tuple[InstanceId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageLayout:
+    """
+    Stages in order of length.
+
+    Raises:
+        PlanError: The ranges do not tile `[0, infinity)`, a stage is empty, or an instance is in two stages.
+
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        """Check the invariants of the module header."""
+        if not self.stages:
+            raise PlanError("a layout needs at least one stage")
+        if self.stages[0].range.lo_tokens != 0:
+            raise PlanError(f"the first stage must start at 0, not {self.stages[0].range.lo_tokens}")
+        for before, after in pairwise(self.stages):
+            if before.range.hi_tokens != after.range.lo_tokens:
+                kind = "gap" if before.range.hi_tokens < after.range.lo_tokens else "overlap"
+                raise PlanError(f"{kind} between stages {before.range} and {after.range}")
+        if self.stages[-1].range.hi_tokens < UNBOUNDED_TOKENS:
+            raise PlanError(f"the last stage must be unbounded, as in {self.stages[-1].range.lo_tokens}-")
+        seen: set[InstanceId] = set()
+        for stage in self.stages:
+            if not stage.instance_ids:
+                raise PlanError(f"stage {stage.range} has no instance")
+            for instance_id in stage.instance_ids:
+                if instance_id in seen:
+                    raise PlanError(f"instance {instance_id} is in two stages")
+                seen.add(instance_id)
+
+    @classmethod
+    def single(cls, instance_ids: tuple[InstanceId, ...]) -> "StageLayout":
+        """One stage with every instance: plain load balancing."""
+        return cls((Stage(LengthRange(0), tuple(sorted(instance_ids))),))
+
+    @classmethod
+    def from_boundaries(
+        cls, boundaries_tokens: tuple[int, ...], groups: tuple[tuple[InstanceId, ...], ...]
+    ) -> "StageLayout":
+        """Stages cut at `boundaries_tokens` (strictly increasing, one fewer than `groups`)."""
+        edges = (0, *boundaries_tokens, UNBOUNDED_TOKENS)
+        if len(edges) != len(groups) + 1:
+            raise PlanError(f"{len(boundaries_tokens)} boundaries make {len(edges) - 1} stages, not {len(groups)}")
+        try:
+            ranges = [LengthRange(lo, hi) for lo, hi in pairwise(edges)]
+        except ValueError as error:
+            raise PlanError(f"boundaries {boundaries_tokens} are not strictly increasing") from error
+        return cls(tuple(Stage(r, tuple(sorted(ids))) for r, ids in zip(ranges, groups, strict=True)))
+
+    @property
+    def boundaries_tokens(self) -> tuple[int, ...]:
+        """The inner boundaries, one fewer than stages."""
+        return tuple(stage.range.lo_tokens for stage in self.stages[1:])
+
+    def stage_index_of(self, length_tokens: int) -> int:
+        """Index of the stage that a sequence of this length belongs to."""
+        return bisect_right(self.boundaries_tokens, length_tokens)
+
+    def stage_index_of_instance(self, instance_id: InstanceId) -> int | None:
+        """Index of the stage that this instance serves, or None."""
+        for index, stage in enumerate(self.stages):
+            if instance_id in stage.instance_ids:
+                return index
+        return None

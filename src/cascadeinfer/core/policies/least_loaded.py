@@ -1,0 +1,20 @@
+"""
+Least loaded: each new request goes to the instance with the lowest load, by KV tokens and batch slots.
+
+Formula: `max(kv tokens / capacity, requests / max_num_seqs)`, see `core/dispatch.py`. Inputs read: reports, corrected by what was
+placed since. Edge case: when nothing has room, the least loaded queues the request.
+"""
+
+from cascadeinfer.core.dispatch import pick
+from cascadeinfer.core.policies.placing import PlacingPolicy
+from cascadeinfer.core.view import InstanceView, RequestView
+
+
+class LeastLoaded(PlacingPolicy):
+    """The instance with most room."""
+
+    def choose(self, request: RequestView, candidates: list[InstanceView]) -> InstanceView:
+        """The least loaded instance with room, or the least loaded."""
+        chosen = pick(candidates, request.tokens)
+        assert chosen is not None  # candidates is not empty
+        return chosen

@@ -1,0 +1,24 @@
+"""
+Round robin: each new request goes to the next instance in order of id.
+
+Inputs read: the set of instances. Edge cases: an instance that joins or leaves shifts the turn by at most one place.
+Source: what nginx and most HTTP load balancers do by default.
+"""
+
+from cascadeinfer.core.policies.placing import PlacingPolicy
+from cascadeinfer.core.view import InstanceView, RequestView
+
+
+class RoundRobin(PlacingPolicy):
+    """Turn by turn."""
+
+    def __init__(self) -> None:
+        """Start before the first instance."""
+        super().__init__()
+        self._last_id = ""
+
+    def choose(self, request: RequestView, candidates: list[InstanceView]) -> InstanceView:  # noqa: ARG002
+        """The instance after the last one chosen, by id, around the end."""
+        chosen = next((c for c in candidates if c.instance_id > self._last_id), candidates[0])
+        self._last_id = chosen.instance_id
+        return chosen

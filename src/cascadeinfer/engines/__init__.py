@@ -1,0 +1,1 @@
+"""Engines: what runs the model. One protocol, a simulated engine, and vLLM."""

@@ -1,0 +1,1 @@
+"""HTTP: vLLM's own OpenAI server on our engine client, plus the admin routes."""

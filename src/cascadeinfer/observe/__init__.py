@@ -1,0 +1,1 @@
+"""What happened, as data: request records, summaries, figures, event logs."""

@@ -1,0 +1,1 @@
+"""The live shell: events in, effects carried out on real engines."""

@@ -1,0 +1,1 @@
+"""Workloads: traces and their readers, arrival processes, length distributions."""
