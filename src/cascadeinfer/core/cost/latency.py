@@ -85,7 +85,7 @@ class StepModel:
 
     def step_s(self, batch: BatchFeatures) -> float:
         """Predicted duration of a step with this batch in seconds."""
-        return step_time_s(
+        predicted: float = step_time_s(
             self.coefficients(),
             batch.n_decode,
             batch.decode_kv_tokens,
@@ -93,3 +93,4 @@ class StepModel:
             batch.prefill_tokens,
             batch.prefill_attention_tokens,
         )
+        return predicted
