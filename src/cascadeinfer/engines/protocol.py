@@ -1,0 +1,160 @@
+"""
+What the runtime needs of an engine: one instance of the model that runs requests, and lets go of and takes over running ones.
+
+An engine knows nothing of stages or policies. The runtime gives each attempt to run a request its own `engine_request_id` (a request that
+moves is a new attempt at the target), so that late words of an old attempt cannot be mistaken for the new one's.
+
+All methods are called from one event loop. Commands are carried out in the order of the calls.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from cascadeinfer.core.events import InstanceReport, PinReason
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
+
+KvTicket: TypeAlias = dict[str, Any]
+"""Where a cut request's KV cache is pinned; opaque to the runtime."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """
+    A request as the runtime sees it.
+
+    Attributes:
+        pin_reason: Why it may not move, or None.
+        payload: The engine's own form of it; opaque to the runtime.
+    """
+
+    request_id: RequestId
+    prompt_token_ids: list[int]
+    max_output_tokens: int
+    payload: Any
+    pin_reason: PinReason | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """
+    How a request that has run elsewhere goes on.
+
+    Attributes:
+        output_token_ids: Its output so far.
+        ticket: Where its KV cache can be pulled from; None to compute it anew.
+        reservation_id: The reservation at the target that it takes over, if any.
+    """
+
+    output_token_ids: list[int]
+    ticket: KvTicket | None = None
+    reservation_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCounters:
+    """
+    What an instance has done since it started.
+
+    Attributes:
+        pulls: Requests whose KV cache was pulled from another instance.
+        pulled_tokens: Tokens in them.
+        reserved: Reservations held now.
+        pinned: Cut requests whose blocks are pinned now.
+    """
+
+    steps: int = 0
+    scheduled_tokens: int = 0
+    pulls: int = 0
+    pulled_tokens: int = 0
+    reserved: int = 0
+    pinned: int = 0
+
+
+class TokenDelta(Protocol):
+    """One request's news of one step; vLLM's EngineCoreOutput has this form."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: Any
+    kv_transfer_params: dict[str, Any] | None
+    events: Any
+
+
+class StepOutputs(Protocol):
+    """The news of one step; vLLM's EngineCoreOutputs has this form."""
+
+    outputs: list[Any]
+
+
+class EngineDied(Exception):  # noqa: N818 - a fact about the engine, raised by `next_outputs`
+    """The engine is gone; nothing more will come from it."""
+
+
+class Engine(Protocol):
+    """One instance."""
+
+    instance_id: InstanceId
+
+    async def start(self) -> InstanceCapacity:
+        """Start the instance and wait until it answers. Raises EngineError."""
+        ...
+
+    async def connect(self, peers: Sequence["Engine"]) -> None:
+        """Do the KV transfer handshake with each peer, both ways. Raises EngineError."""
+        ...
+
+    async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
+        """Run a request; its tokens come from `next_outputs`."""
+        ...
+
+    async def abort(self, engine_request_ids: list[str]) -> None:
+        """Stop requests. What was in flight may still come out."""
+        ...
+
+    async def cut(self, engine_request_id: str) -> str | None:
+        """
+        Ask that a running request end at its next token with its KV cache pinned.
+
+        Returns:
+            None when under way (an output with a ticket follows, unless the request ends by itself), else why not.
+        """
+        ...
+
+    async def undo_cut(self, engine_request_id: str) -> bool:
+        """Let a cut request go on; False when the cut has taken effect."""
+        ...
+
+    async def reserve(self, reservation_id: str, n_tokens: int) -> str | None:
+        """Hold room for a request of this many tokens; None, or why not."""
+        ...
+
+    async def release_reservation(self, reservation_id: str) -> None:
+        """Give reserved room back."""
+        ...
+
+    async def release_pin(self, engine_request_id: str) -> None:
+        """Free the pinned blocks of a cut request."""
+        ...
+
+    async def report(self) -> tuple[InstanceReport, EngineCounters]:
+        """The load now, with engine request ids."""
+        ...
+
+    async def next_outputs(self) -> StepOutputs:
+        """The next step's outputs. Raises EngineDied."""
+        ...
+
+    def ticket_of(self, delta: TokenDelta) -> KvTicket | None:
+        """The ticket when this final output is a cut, else None."""
+        ...
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the instance, None when it has none (any more)."""
+        ...
+
+    async def stop(self, timeout_s: float) -> None:
+        """Stop the instance; kill it after the timeout. Stopping twice is harmless."""
+        ...

@@ -1,0 +1,32 @@
+"""The connector class that vLLM instantiates: once beside the scheduler, once in each worker."""
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPullConnector
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from cascadeinfer.engines.vllm.connector import commands
+from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
+from cascadeinfer.engines.vllm.connector.worker_side import CascadeWorkerSide
+
+commands.attach()  # vLLM looks utility calls up on EngineCore; this module is imported in every EngineCore process
+
+
+class CascadeConnector(NixlPullConnector):
+    """NIXL's pull connector with cut, resume and load report."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        """Build our half for this role instead of NIXL's."""
+        super(NixlPullConnector, self).__init__(vllm_config, role, kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            self.connector_scheduler = CascadeSchedulerSide(vllm_config, self.engine_id, kv_cache_config)
+            self.connector_worker = None
+        else:
+            self.connector_scheduler = None
+            self.connector_worker = CascadeWorkerSide(vllm_config, self.engine_id, kv_cache_config)
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """Keep the block pool in reach: reservations and the load report need it."""
+        if isinstance(self.connector_scheduler, CascadeSchedulerSide):
+            self.connector_scheduler.bind(kv_cache_manager)

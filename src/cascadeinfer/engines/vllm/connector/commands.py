@@ -1,0 +1,128 @@
+"""
+Commands to an instance: methods attached to vLLM's `EngineCore`.
+
+vLLM's utility calls look a method up by name on the EngineCore and run it in the engine's thread between two steps, so the commands
+may touch the scheduler's state. Arguments and results are plain values (msgpack). An engine without requests does not step, but it does
+answer utility calls; a command that leaves work for a step (a release) therefore relies on the finished request that still
+waits in the scheduler, which keeps the engine stepping.
+"""
+
+from typing import Any
+
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import RequestStatus
+
+from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
+from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker, release_on_worker
+
+ROOM_REFUSED_BLOCKS = "no_blocks"
+ROOM_REFUSED_SLOTS = "no_slots"
+
+
+def _side(core: EngineCore) -> CascadeSchedulerSide:
+    connector = core.scheduler.get_kv_connector()
+    assert connector is not None
+    side = connector.connector_scheduler
+    assert isinstance(side, CascadeSchedulerSide)
+    return side
+
+
+def cascade_hello(core: EngineCore) -> dict[str, Any]:
+    """Who this instance is: its NIXL address and its capacity."""
+    side = _side(core)
+    config = core.vllm_config
+    return {
+        "engine_id": side.engine_id,
+        "host": side.side_channel_host,
+        "port": side.side_channel_port,
+        "tp_size": side.transfer_tp_size,
+        "block_size": side.block_size,
+        # one block is vLLM's null block, never free
+        "kv_blocks": config.cache_config.num_gpu_blocks - 1,
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+        "max_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "max_model_len": side.max_model_len,
+    }
+
+
+def cascade_handshake(core: EngineCore, engine_id: str, host: str, port: int, tp_size: int) -> bool:
+    """Start, or poll, the NIXL handshake with a peer; True once every rank has done it."""
+    if engine_id == _side(core).engine_id:
+        return True
+    done = core.model_executor.collective_rpc(handshake_on_worker, args=(engine_id, host, port, tp_size))
+    return all(done)
+
+
+def cascade_cut(core: EngineCore, request_id: str) -> str | None:
+    """Cut a running request; None, or why not (see `CascadeSchedulerSide.cut`)."""
+    return _side(core).cut(core.scheduler.requests.get(request_id))
+
+
+def cascade_undo_cut(core: EngineCore, request_id: str) -> bool:
+    """Undo a cut that has not taken effect; False when it has."""
+    return _side(core).undo_cut(core.scheduler.requests.get(request_id))
+
+
+def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int) -> str | None:
+    """Reserve blocks and a slot for a request on its way; None, or why not."""
+    side = _side(core)
+    scheduler = core.scheduler
+    n_running, n_waiting = scheduler.get_request_counts()
+    if n_running + n_waiting + side.n_reserved() >= scheduler.max_num_running_reqs:
+        return ROOM_REFUSED_SLOTS
+    return None if side.reserve(reservation_id, n_tokens) else ROOM_REFUSED_BLOCKS
+
+
+def cascade_release_reservation(core: EngineCore, reservation_id: str) -> bool:
+    """Give a reservation back."""
+    return _side(core).release_reservation(reservation_id)
+
+
+def cascade_release_pin(core: EngineCore, request_id: str) -> bool:
+    """Let go of the blocks of a cut request that nobody will pull; False when none are pinned."""
+    if request_id not in _side(core).pinned:
+        return False
+    return all(core.model_executor.collective_rpc(release_on_worker, args=(request_id,)))
+
+
+def cascade_load(core: EngineCore) -> dict[str, Any]:
+    """The instance's load now: lengths by request, blocks, counters."""
+    side = _side(core)
+    running: list[tuple[str, int]] = []
+    waiting: list[tuple[str, int]] = []
+    for request in core.scheduler.requests.values():
+        if request.is_finished():
+            continue
+        place = running if request.status == RequestStatus.RUNNING else waiting
+        place.append((request.request_id, request.num_tokens))
+    kv_blocks = core.vllm_config.cache_config.num_gpu_blocks - 1
+    return {
+        "running": running,
+        "waiting": waiting,
+        "kv_blocks": kv_blocks,
+        "kv_blocks_used": kv_blocks - side.free_blocks(),
+        "reserved": side.n_reserved(),
+        "pinned": list(side.pinned),
+        "steps": side.steps,
+        "scheduled_tokens": side.scheduled_tokens,
+        "pulls": side.pulls,
+        "pulled_tokens": side.pulled_tokens,
+    }
+
+
+COMMANDS = (
+    cascade_hello,
+    cascade_handshake,
+    cascade_cut,
+    cascade_undo_cut,
+    cascade_reserve,
+    cascade_release_reservation,
+    cascade_release_pin,
+    cascade_load,
+)
+
+
+def attach() -> None:
+    """Make the commands methods of `EngineCore`. Doing it twice is harmless."""
+    for command in COMMANDS:
+        setattr(EngineCore, command.__name__, command)

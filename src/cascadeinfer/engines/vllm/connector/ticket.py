@@ -1,0 +1,44 @@
+"""
+What travels in `kv_transfer_params`: the words that the connector adds to NIXL's own.
+
+A *cut* output carries NIXL's remote_* fields (where the pinned blocks are) plus `CUT`. A *resumed* request carries those fields back,
+plus `PROMPT_TOKENS`, which tells where the original prompt ends in the token ids. Plain keys and values only: the dict goes through
+msgpack into another process.
+"""
+
+from typing import Any, Final, TypeAlias
+
+TransferParams: TypeAlias = dict[str, Any]
+
+CUT: Final = "cascade_cut"
+"""True in the final output of a request that was cut (and did not end by itself)."""
+PROMPT_TOKENS: Final = "cascade_prompt_tokens"
+"""Length of the original prompt of a resumed request; the ids after it are its output so far."""
+RESERVATION: Final = "cascade_reservation"
+"""Id of the reservation that the resumed request takes over."""
+
+
+def resume_params(
+    ticket: TransferParams | None, *, prompt_tokens: int, reservation_id: str | None = None
+) -> TransferParams:
+    """
+    Parameters that make a request go on where it was cut.
+
+    Args:
+        ticket: The transfer parameters of the cut output, or None to compute the KV cache anew.
+        prompt_tokens: Length of the original prompt.
+        reservation_id: The reservation at the target that it takes over, if any.
+    """
+    params: TransferParams = {PROMPT_TOKENS: prompt_tokens}
+    if reservation_id is not None:
+        params[RESERVATION] = reservation_id
+    if ticket is not None and ticket.get("remote_num_tokens", 0) > 0:
+        params |= {key: value for key, value in ticket.items() if key != CUT}
+        params["do_remote_prefill"] = True
+        params["do_remote_decode"] = False
+    return params
+
+
+def is_resumed(params: TransferParams | None) -> bool:
+    """Whether these parameters belong to a request that has run elsewhere before."""
+    return params is not None and PROMPT_TOKENS in params

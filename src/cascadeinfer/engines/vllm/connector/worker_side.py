@@ -1,0 +1,69 @@
+"""
+The connector's half in a worker: handshakes before they are needed, and release of pinned blocks on command.
+
+`handshake` and `release` are called through the executor's collective RPC (see `commands.py`), between two steps, on every rank.
+"""
+
+from typing import Any
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+
+
+class CascadeWorkerSide(NixlPullConnectorWorker):
+    """NIXL's pull worker, with release on command."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See NixlPullConnectorWorker."""
+        super().__init__(*args, **kwargs)
+        self._released: set[str] = set()
+
+    def release(self, request_id: str) -> bool:
+        """
+        Let go of the blocks pinned for this request before its lease ends.
+
+        Returns:
+            False when no such request is pinned here (any more).
+        """
+        if request_id not in self._reqs_to_send:
+            return False
+        self.consumer_notification_counts_by_req.pop(request_id, None)
+        self.expected_consumer_notifications_by_req.pop(request_id, None)
+        self._reqs_to_process.discard(request_id)
+        del self._reqs_to_send[request_id]
+        self._released.add(request_id)
+        return True
+
+    def get_transfer_results(self) -> KVConnectorTransferResults:
+        """NIXL's results plus what was released on command: the scheduler frees those blocks as if they had been read."""
+        results = super().get_transfer_results()
+        results.finished_sending.update(self._released)
+        self._released.clear()
+        return results
+
+    def handshake(self, engine_id: str, host: str, port: int, tp_size: int) -> bool:
+        """Start the handshake with a peer in the background; True once it is done."""
+        return self._ensure_handshake(engine_id, host, port, tp_size) is None
+
+    def connected_peers(self) -> list[str]:
+        """Engine ids of the peers whose handshake is done."""
+        with self._handshake_lock:
+            return sorted(self._remote_agents)
+
+
+def _this_worker() -> CascadeWorkerSide:
+    connector = get_kv_transfer_group()
+    side = connector.connector_worker
+    assert isinstance(side, CascadeWorkerSide)
+    return side
+
+
+def handshake_on_worker(_worker: Any, engine_id: str, host: str, port: int, tp_size: int) -> bool:
+    """Collective-RPC form of `CascadeWorkerSide.handshake`."""
+    return _this_worker().handshake(engine_id, host, port, tp_size)
+
+
+def release_on_worker(_worker: Any, request_id: str) -> bool:
+    """Collective-RPC form of `CascadeWorkerSide.release`."""
+    return _this_worker().release(request_id)

@@ -1,0 +1,245 @@
+"""
+One vLLM instance: an EngineCore process behind vLLM's own `AsyncMPClient`.
+
+We own one client per instance instead of one data-parallel client for all: a dead EngineCore then ends its own client only, and each
+instance has its own `VllmConfig`. The constructor of the client starts the process and blocks until it is ready, so it runs in a thread;
+the environment that the process inherits is set for the moment of its start (`cluster/local.py`).
+"""
+
+import asyncio
+import copy
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor import Executor
+
+from cascadeinfer.cluster.local import ProcessStart
+from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.engines.protocol import (
+    Engine,
+    EngineCounters,
+    EngineDied,
+    EngineRequest,
+    KvTicket,
+    Resume,
+    TokenDelta,
+)
+from cascadeinfer.engines.vllm.connector.ticket import CUT, resume_params
+
+HANDSHAKE_POLL_S = 0.05
+HANDSHAKE_TIMEOUT_S = 30.0
+
+
+class InstanceClient(AsyncMPClient):
+    """vLLM's client, told when its processes have been started."""
+
+    def __init__(self, vllm_config: VllmConfig, process_start: ProcessStart, *, log_stats: bool) -> None:
+        """Start the EngineCore and block until it is ready."""
+        self._process_start = process_start
+        process_start.enter()
+        try:
+            super().__init__(vllm_config, Executor.get_class(vllm_config), log_stats)
+        finally:
+            process_start.leave()
+
+    def _start_mm_warmup(self) -> None:
+        """Called by MPClient when the engine processes have been started and before it waits for them."""
+        self._process_start.leave()
+        super()._start_mm_warmup()
+
+
+class VllmInstance:
+    """See `cascadeinfer.engines.protocol.Engine`."""
+
+    def __init__(
+        self,
+        instance_id: InstanceId,
+        index: int,
+        vllm_config: VllmConfig,
+        environment: dict[str, str],
+        *,
+        log_stats: bool = True,
+    ) -> None:
+        """
+        Args:
+            instance_id: Its name.
+            index: Its number; vLLM's metrics carry it as the label `engine`.
+            vllm_config: Its own configuration, with our connector in it.
+            environment: Variables its processes get.
+            log_stats: Whether its steps carry statistics for vLLM's metrics.
+        """
+        self.instance_id = instance_id
+        self.index = index
+        self.vllm_config = vllm_config
+        self._process_start = ProcessStart(environment)
+        self._log_stats = log_stats
+        self._client: InstanceClient | None = None
+        self.hello: dict[str, Any] = {}
+        self._steps_at_report = 0
+        self._reported_s = 0.0
+
+    @property
+    def client(self) -> InstanceClient:
+        """vLLM's client of this instance, for what the runtime does not know (LoRA, sleep, profiling)."""
+        if self._client is None:
+            raise EngineError("not started", instance_id=self.instance_id)
+        return self._client
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the EngineCore."""
+        manager = self._client.resources.engine_manager if self._client is not None else None
+        processes = getattr(manager, "processes", [])
+        return processes[0].pid if processes else None
+
+    async def start(self) -> InstanceCapacity:
+        """Start the process, wait until it is ready, learn its capacity."""
+        create = functools.partial(InstanceClient, self.vllm_config, self._process_start, log_stats=self._log_stats)
+        try:
+            self._client = await asyncio.to_thread(create)
+            self.hello = await self._client.call_utility_async("cascade_hello")
+        except Exception as error:
+            raise EngineError(f"did not start: {error}", instance_id=self.instance_id) from error
+        return InstanceCapacity(
+            kv_blocks=self.hello["kv_blocks"],
+            block_size_tokens=self.hello["block_size"],
+            max_num_seqs=self.hello["max_num_seqs"],
+            max_batched_tokens=self.hello["max_batched_tokens"],
+        )
+
+    async def connect(self, peers: Sequence[Engine]) -> None:
+        """Handshake with each peer, both ways, and wait until all are done."""
+        both_ways = []
+        for peer in peers:
+            assert isinstance(peer, VllmInstance)
+            both_ways += [self._handshake(peer.hello), peer._handshake(self.hello)]  # noqa: SLF001
+        await asyncio.gather(*both_ways)
+
+    async def _handshake(self, hello: dict[str, Any]) -> None:
+        deadline_s = time.monotonic() + HANDSHAKE_TIMEOUT_S
+        address = (hello["engine_id"], hello["host"], hello["port"], hello["tp_size"])
+        while not await self._call("cascade_handshake", *address):
+            if time.monotonic() > deadline_s:
+                raise EngineError(f"no KV handshake with {hello['engine_id']}", instance_id=self.instance_id)
+            await asyncio.sleep(HANDSHAKE_POLL_S)
+
+    async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
+        """Send the request; a resumed one with all its tokens and where its KV cache is."""
+        core_request: EngineCoreRequest = copy.copy(request.payload)
+        core_request.request_id = engine_request_id
+        if resume is not None:
+            core_request.prompt_token_ids = request.prompt_token_ids + resume.output_token_ids
+            if core_request.sampling_params is not None:
+                core_request.sampling_params = self._resumed_params(core_request, request, resume)
+        await self._dead_is_silent(self.client.add_request_async(core_request))
+
+    @staticmethod
+    def _resumed_params(core_request: EngineCoreRequest, request: EngineRequest, resume: Resume) -> Any:
+        params = core_request.sampling_params.clone()
+        extra_args = dict(params.extra_args or {})
+        extra_args["kv_transfer_params"] = resume_params(
+            resume.ticket,
+            prompt_tokens=len(request.prompt_token_ids),
+            reservation_id=resume.reservation_id,
+        )
+        params.extra_args = extra_args
+        return params
+
+    async def abort(self, engine_request_ids: list[str]) -> None:
+        """Stop requests."""
+        await self._dead_is_silent(self.client.abort_requests_async(engine_request_ids))
+
+    async def cut(self, engine_request_id: str) -> str | None:
+        """See Engine.cut."""
+        refused: str | None = await self._call("cascade_cut", engine_request_id)
+        return refused
+
+    async def undo_cut(self, engine_request_id: str) -> bool:
+        """See Engine.undo_cut."""
+        return bool(await self._call("cascade_undo_cut", engine_request_id))
+
+    async def reserve(self, reservation_id: str, n_tokens: int) -> str | None:
+        """See Engine.reserve."""
+        refused: str | None = await self._call("cascade_reserve", reservation_id, n_tokens)
+        return refused
+
+    async def release_reservation(self, reservation_id: str) -> None:
+        """See Engine.release_reservation."""
+        await self._call("cascade_release_reservation", reservation_id)
+
+    async def release_pin(self, engine_request_id: str) -> None:
+        """See Engine.release_pin."""
+        await self._call("cascade_release_pin", engine_request_id)
+
+    async def report(self) -> tuple[InstanceReport, EngineCounters]:
+        """See Engine.report; `step_s` is the mean over wall time since the last report, idle time included."""
+        load = await self._call("cascade_load")
+        now_s = time.monotonic()
+        new_steps = load["steps"] - self._steps_at_report
+        step_s = (now_s - self._reported_s) / new_steps if new_steps and self._reported_s else 0.0
+        self._steps_at_report, self._reported_s = load["steps"], now_s
+        report = InstanceReport(
+            running_ids=tuple(r[0] for r in load["running"]),
+            running_tokens=tuple(r[1] for r in load["running"]),
+            waiting_ids=tuple(r[0] for r in load["waiting"]),
+            waiting_tokens=tuple(r[1] for r in load["waiting"]),
+            kv_blocks_used=load["kv_blocks_used"],
+            step_s=step_s,
+        )
+        counters = EngineCounters(
+            steps=load["steps"],
+            scheduled_tokens=load["scheduled_tokens"],
+            pulls=load["pulls"],
+            pulled_tokens=load["pulled_tokens"],
+            reserved=load["reserved"],
+            pinned=len(load["pinned"]),
+        )
+        return report, counters
+
+    async def next_outputs(self) -> EngineCoreOutputs:
+        """See Engine.next_outputs; outputs carry this instance's number for vLLM's metrics."""
+        try:
+            outputs = await self.client.get_output_async()
+        except EngineDeadError as error:
+            self._fail_pending_calls()
+            raise EngineDied(self.instance_id) from error
+        outputs.engine_index = self.index
+        return outputs
+
+    def ticket_of(self, delta: TokenDelta) -> KvTicket | None:
+        """See Engine.ticket_of."""
+        params = delta.kv_transfer_params
+        return params if params is not None and params.get(CUT) else None
+
+    async def stop(self, timeout_s: float) -> None:
+        """Stop the process; vLLM's manager kills it after the timeout."""
+        client, self._client = self._client, None
+        if client is not None:
+            await asyncio.to_thread(client.shutdown, timeout_s)
+
+    def _fail_pending_calls(self) -> None:
+        """Wake whoever waits for an answer of a dead engine; vLLM leaves those futures unresolved."""
+        for future in self.client.utility_results.values():
+            if isinstance(future, asyncio.Future) and not future.done():
+                future.set_exception(EngineDeadError())
+
+    async def _call(self, command: str, *args: Any) -> Any:
+        try:
+            return await self.client.call_utility_async(command, *args)
+        except EngineDeadError as error:
+            raise EngineError("died", instance_id=self.instance_id) from error
+
+    async def _dead_is_silent(self, sending: Any) -> None:
+        """Send to an engine that may have died: its death is reported once, by `next_outputs`."""
+        try:
+            await sending
+        except EngineDeadError:
+            return
