@@ -45,7 +45,7 @@ class MigrationOutcome(enum.StrEnum):
     ENDED = "ended"
     """The request ended (finished, was aborted) before the move was complete."""
     LOST = "lost"
-    """An instance died on the way; the request must be dispatched anew (an `InstanceLost` tells which)."""
+    """The instance that had the request died on the way. The `InstanceLost` that follows names it among its orphans."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,9 +201,9 @@ class ClusterView:
         placed_here = list(instance.request_ids) if instance is not None else []
         for request_id in {**dict.fromkeys(placed_here), **dict.fromkeys(event.orphan_ids)}:
             request = self.requests.get(request_id)
-            if request is None or request.instance_id not in (event.instance_id, None):
+            if request is None:
                 continue
-            request.instance_id = None
+            self._take_away(request)  # an orphan may still count elsewhere: at the source of a migration that was lost
             request.tokens = max(request.tokens, tokens_of.get(request_id, 0))
 
     def _start_migration(self, effect: StartMigration) -> None:

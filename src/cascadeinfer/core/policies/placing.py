@@ -7,7 +7,7 @@ A subclass says only which instance takes a request (`choose`).
 from abc import ABC, abstractmethod
 
 from cascadeinfer.core.effects import Dispatch, Effect
-from cascadeinfer.core.events import Event, InstanceJoined, InstanceLost, MigrationEnded, RequestArrived
+from cascadeinfer.core.events import Event, InstanceJoined, InstanceLost, RequestArrived
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
 
 
@@ -25,7 +25,7 @@ class PlacingPolicy(ABC):
     def handle(self, event: Event, now_s: float) -> list[Effect]:  # noqa: ARG002 - these policies do not look at time
         """See `Policy.handle`."""
         self.view.apply(event)
-        if isinstance(event, RequestArrived | InstanceJoined | InstanceLost | MigrationEnded):
+        if isinstance(event, RequestArrived | InstanceJoined | InstanceLost):
             return self.place_waiting(event.cause)
         return []
 
