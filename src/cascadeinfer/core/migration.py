@@ -43,6 +43,8 @@ class Happening(enum.Enum):
     ROOM_REFUSED = "room_refused"
     CUT_DONE = "cut_done"
     """The source's final output came with a ticket."""
+    CUT_EMPTY = "cut_empty"
+    """The cut took effect, but there is no KV cache to pull (the request was preempted meanwhile)."""
     CUT_REFUSED = "cut_refused"
     CUT_UNDONE = "cut_undone"
     FIRST_TOKEN = "first_token"  # noqa: S105 - a token of text
@@ -92,6 +94,7 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     (State.ASKING, Happening.TARGET_LOST): (State.STAYED, ()),
     (State.ASKING, Happening.TIMED_OUT): (State.STAYED, (Action.RELEASE_ROOM,)),
     (State.CUTTING, Happening.CUT_DONE): (State.RESUMING, (Action.RESUME,)),
+    (State.CUTTING, Happening.CUT_EMPTY): (State.RECOMPUTING, (Action.RELEASE_ROOM, Action.RECOMPUTE)),
     (State.CUTTING, Happening.CUT_REFUSED): (State.STAYED, (Action.RELEASE_ROOM,)),
     (State.CUTTING, Happening.REQUEST_ENDED): (State.ENDED, (Action.RELEASE_ROOM,)),
     (State.CUTTING, Happening.CLIENT_LEFT): (
@@ -104,6 +107,7 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     (State.WITHDRAWING, Happening.CUT_UNDONE): (State.STAYED, ()),
     (State.WITHDRAWING, Happening.CUT_REFUSED): (State.STAYED, ()),
     (State.WITHDRAWING, Happening.CUT_DONE): (State.RETURNING, (Action.RELEASE_PIN, Action.TAKE_BACK)),
+    (State.WITHDRAWING, Happening.CUT_EMPTY): (State.RETURNING, (Action.TAKE_BACK,)),
     (State.WITHDRAWING, Happening.REQUEST_ENDED): (State.ENDED, ()),
     (State.WITHDRAWING, Happening.CLIENT_LEFT): (State.ENDED, (Action.ABORT_AT_SOURCE, Action.RELEASE_PIN)),
     (State.WITHDRAWING, Happening.SOURCE_LOST): (State.LOST, ()),
@@ -112,6 +116,7 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
         State.ENDED,
         (Action.ABORT_AT_TARGET, Action.RELEASE_PIN, Action.RELEASE_ROOM),
     ),
+    (State.RESUMING, Happening.REQUEST_ENDED): (State.ENDED, (Action.RELEASE_PIN, Action.RELEASE_ROOM)),
     (State.RESUMING, Happening.SOURCE_LOST): (State.RECOMPUTING, (Action.ABORT_AT_TARGET, Action.RECOMPUTE)),
     (State.RESUMING, Happening.TIMED_OUT): (
         State.RECOMPUTING,
@@ -119,9 +124,11 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     ),
     (State.RESUMING, Happening.TARGET_LOST): (State.LOST, (Action.RELEASE_PIN,)),
     (State.RECOMPUTING, Happening.FIRST_TOKEN): (State.RECOMPUTED, ()),
+    (State.RECOMPUTING, Happening.REQUEST_ENDED): (State.ENDED, ()),
     (State.RECOMPUTING, Happening.CLIENT_LEFT): (State.ENDED, (Action.ABORT_AT_TARGET,)),
     (State.RECOMPUTING, Happening.TARGET_LOST): (State.LOST, ()),
     (State.RETURNING, Happening.FIRST_TOKEN): (State.STAYED, ()),
+    (State.RETURNING, Happening.REQUEST_ENDED): (State.ENDED, ()),
     (State.RETURNING, Happening.CLIENT_LEFT): (State.ENDED, (Action.ABORT_AT_SOURCE,)),
     (State.RETURNING, Happening.SOURCE_LOST): (State.LOST, ()),
 }

@@ -62,6 +62,7 @@ class EngineCounters:
         pulled_tokens: Tokens in them.
         reserved: Reservations held now.
         pinned: Cut requests whose blocks are pinned now.
+        failed_pulls: Pulls that failed; the engine recomputed what they should have brought.
     """
 
     steps: int = 0
@@ -70,6 +71,7 @@ class EngineCounters:
     pulled_tokens: int = 0
     reserved: int = 0
     pinned: int = 0
+    failed_pulls: int = 0
 
 
 class TokenDelta(Protocol):
@@ -153,6 +155,10 @@ class Engine(Protocol):
     @property
     def pid(self) -> int | None:
         """Process id of the instance, None when it has none (any more)."""
+        ...
+
+    def kill(self) -> None:
+        """End the instance's process at once; `next_outputs` then raises EngineDied."""
         ...
 
     async def stop(self, timeout_s: float) -> None:

@@ -7,8 +7,11 @@ the environment that the process inherits is set for the moment of its start (`c
 """
 
 import asyncio
+import contextlib
 import copy
 import functools
+import os
+import signal
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -88,7 +91,7 @@ class VllmInstance:
 
     @property
     def client(self) -> InstanceClient:
-        """vLLM's client of this instance, for what the runtime does not know (LoRA, sleep, profiling)."""
+        """The client of this instance, for what the runtime does not know (LoRA, sleep, profiling)."""
         if self._client is None:
             raise EngineError("not started", instance_id=self.instance_id)
         return self._client
@@ -201,6 +204,7 @@ class VllmInstance:
             pulled_tokens=load["pulled_tokens"],
             reserved=load["reserved"],
             pinned=len(load["pinned"]),
+            failed_pulls=load["failed_pulls"],
         )
         return report, counters
 
@@ -218,6 +222,12 @@ class VllmInstance:
         """See Engine.ticket_of."""
         params = delta.kv_transfer_params
         return params if params is not None and params.get(CUT) else None
+
+    def kill(self) -> None:
+        """See Engine.kill."""
+        if (pid := self.pid) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     async def stop(self, timeout_s: float) -> None:
         """Stop the process; vLLM's manager kills it after the timeout."""

@@ -19,14 +19,14 @@ class CascadeConnector(NixlPullConnector):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         """Build our half for this role instead of NIXL's."""
         super(NixlPullConnector, self).__init__(vllm_config, role, kv_cache_config)
+        self.connector_scheduler: CascadeSchedulerSide | None = None
+        self.connector_worker: CascadeWorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = CascadeSchedulerSide(vllm_config, self.engine_id, kv_cache_config)
-            self.connector_worker = None
         else:
-            self.connector_scheduler = None
             self.connector_worker = CascadeWorkerSide(vllm_config, self.engine_id, kv_cache_config)
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         """Keep the block pool in reach: reservations and the load report need it."""
-        if isinstance(self.connector_scheduler, CascadeSchedulerSide):
+        if self.connector_scheduler is not None:
             self.connector_scheduler.bind(kv_cache_manager)

@@ -82,7 +82,8 @@ def cascade_release_pin(core: EngineCore, request_id: str) -> bool:
     """Let go of the blocks of a cut request that nobody will pull; False when none are pinned."""
     if request_id not in _side(core).pinned:
         return False
-    return all(core.model_executor.collective_rpc(release_on_worker, args=(request_id,)))
+    core.model_executor.collective_rpc(release_on_worker, args=(request_id,))
+    return True
 
 
 def cascade_load(core: EngineCore) -> dict[str, Any]:
@@ -107,6 +108,7 @@ def cascade_load(core: EngineCore) -> dict[str, Any]:
         "scheduled_tokens": side.scheduled_tokens,
         "pulls": side.pulls,
         "pulled_tokens": side.pulled_tokens,
+        "failed_pulls": side.failed_pulls,
     }
 
 

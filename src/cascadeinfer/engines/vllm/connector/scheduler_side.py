@@ -77,6 +77,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         self.scheduled_tokens = 0
         self.pulls = 0
         self.pulled_tokens = 0
+        self.failed_pulls = 0
 
     # --- commands (between steps) ------------------------------------------------------------------------------------
 
@@ -218,8 +219,9 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         return super().build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Forget pins whose blocks the worker has let go."""
+        """Forget pins whose blocks the worker has let go, and count pulls that failed."""
         super().update_connector_output(connector_output)
+        self.failed_pulls += len(connector_output.failed_recving or ())
         for request_id in connector_output.finished_sending or ():
             self.pinned.pop(request_id, None)
 
@@ -256,15 +258,13 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
                 continue
             new_request.prompt_token_ids = list(request.all_token_ids)
             brought = self._brought_tokens[new_request.req_id]
-            sampling = new_request.sampling_params
-            if sampling is not None and sampling.min_tokens:
-                sampling = sampling.clone()
-                sampling.min_tokens = max(0, sampling.min_tokens - brought)
-                new_request.sampling_params = sampling
+            if new_request.sampling_params is not None and new_request.sampling_params.min_tokens:
+                shifted = new_request.sampling_params.clone()
+                shifted.min_tokens = max(0, shifted.min_tokens - brought)
+                new_request.sampling_params = shifted
         cached = scheduler_output.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
-            if (brought := self._brought_tokens.get(request_id)) is not None:
-                cached.num_output_tokens[index] -= brought
+            cached.num_output_tokens[index] -= self._brought_tokens.get(request_id, 0)
 
     def _is_real_end(self, request: Request, max_tokens: int) -> bool:
         """Whether a finished request that was being cut would have ended here anyway."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
 
@@ -18,22 +19,26 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
         """See NixlPullConnectorWorker."""
         super().__init__(*args, **kwargs)
         self._released: set[str] = set()
+        #: To be released as soon as the scheduler's half has told us of the pin (with the next step).
+        self._release_on_arrival: set[str] = set()
 
-    def release(self, request_id: str) -> bool:
-        """
-        Let go of the blocks pinned for this request before its lease ends.
-
-        Returns:
-            False when no such request is pinned here (any more).
-        """
+    def release(self, request_id: str) -> None:
+        """Let go of the blocks pinned for this request before its lease ends; the caller knows that they are pinned."""
         if request_id not in self._reqs_to_send:
-            return False
+            self._release_on_arrival.add(request_id)
+            return
         self.consumer_notification_counts_by_req.pop(request_id, None)
         self.expected_consumer_notifications_by_req.pop(request_id, None)
         self._reqs_to_process.discard(request_id)
         del self._reqs_to_send[request_id]
         self._released.add(request_id)
-        return True
+
+    def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
+        """NIXL's step, then the releases that came before their pins."""
+        super().start_load_kv(metadata)
+        for request_id in self._release_on_arrival & self._reqs_to_send.keys():
+            self._release_on_arrival.discard(request_id)
+            self.release(request_id)
 
     def get_transfer_results(self) -> KVConnectorTransferResults:
         """NIXL's results plus what was released on command: the scheduler frees those blocks as if they had been read."""
@@ -64,6 +69,6 @@ def handshake_on_worker(_worker: Any, engine_id: str, host: str, port: int, tp_s
     return _this_worker().handshake(engine_id, host, port, tp_size)
 
 
-def release_on_worker(_worker: Any, request_id: str) -> bool:
+def release_on_worker(_worker: Any, request_id: str) -> None:
     """Collective-RPC form of `CascadeWorkerSide.release`."""
-    return _this_worker().release(request_id)
+    _this_worker().release(request_id)

@@ -1,0 +1,288 @@
+"""
+Carries migrations out on two engines, following the table in `core/migration.py`.
+
+`Migrator` feeds the table what happens (answers of engines, tokens, deaths, timers) and does what it says. Every command runs in a task of
+its own; its answer is one more happening, ignored when the migration is over by then. Exactly one `on_ended` follows each `start`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cascadeinfer.core.effects import MigrationReason, StartMigration
+from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.events import MigrationOutcome
+from cascadeinfer.core.migration import Action, Happening, Migration, State
+from cascadeinfer.core.types import InstanceId, MigrationId
+from cascadeinfer.engines.protocol import Engine, KvTicket, Resume
+from cascadeinfer.runtime.streams import Stream, StreamTable
+
+logger = logging.getLogger(__name__)
+
+ROOM_SLACK_TOKENS = 64
+"""Room asked for beyond the length now: the request grows while the migration is under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationTimes:
+    """
+    How long each step may take, in seconds.
+
+    Attributes:
+        ask_s: Until the target grants or refuses room.
+        cut_s: Until the cut takes effect; a request is cut at its next token, so this covers one step of the source.
+        resume_s: Until the target's first token. Must be below the lease on the source's blocks by a safe margin: what is
+            pulled after the lease has ended may be another request's KV cache.
+    """
+
+    ask_s: float = 2.0
+    cut_s: float = 5.0
+    resume_s: float = 7.0
+
+
+@dataclass(slots=True)
+class MigrationRecord:
+    """
+    A migration and what is known of it.
+
+    Attributes:
+        source_request_id: The attempt's id at the source, for abort and unpin.
+        ticket: The source's ticket, once cut.
+        cut_s: When the cut took effect, on the loop's clock.
+        detail: Why it ended as it did.
+    """
+
+    migration: Migration
+    stream: Stream
+    reason: MigrationReason
+    cause: str
+    source_request_id: str
+    started_s: float
+    ticket: KvTicket | None = None
+    cut_s: float | None = None
+    pause_s: float | None = None
+    detail: str = ""
+    timer: asyncio.TimerHandle | None = None
+
+
+class EngineDirectory(Protocol):
+    """Where the migrator finds live engines."""
+
+    def engine(self, instance_id: InstanceId) -> Engine | None:
+        """The engine with this id when it is up, else None."""
+        ...
+
+
+class Migrator:
+    """All migrations under way."""
+
+    def __init__(
+        self,
+        engines: EngineDirectory,
+        streams: StreamTable,
+        on_ended: Callable[[MigrationRecord, MigrationOutcome], None],
+        times: MigrationTimes,
+    ) -> None:
+        """
+        Args:
+            engines: Where to find the two engines.
+            streams: The live requests; the migrator moves their attempts.
+            on_ended: Called once per migration, when it is over.
+            times: Time limits per step.
+        """
+        self._engines = engines
+        self._streams = streams
+        self._on_ended = on_ended
+        self._times = times
+        self._records: dict[MigrationId, MigrationRecord] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        """Migrations under way."""
+        return len(self._records)
+
+    def start(self, effect: StartMigration, stream: Stream) -> None:
+        """Begin; the stream must run on the effect's source and not be in a migration."""
+        assert stream.migration is None
+        assert stream.instance_id == effect.source_id
+        assert stream.engine_request_id is not None
+        migration = Migration(
+            effect.migration_id, effect.request_id, effect.source_id, effect.target_id, stream.n_tokens
+        )
+        record = MigrationRecord(
+            migration,
+            stream,
+            effect.reason,
+            effect.cause,
+            stream.engine_request_id,
+            asyncio.get_running_loop().time(),
+        )
+        stream.migration = migration
+        self._records[effect.migration_id] = record
+        self._arm(record)
+        self._act(record, Action.ASK_ROOM)
+
+    def happen(self, migration_id: MigrationId, happening: Happening, detail: str = "") -> None:
+        """Something happened to a migration; ignored when it is over."""
+        record = self._records.get(migration_id)
+        if record is None:
+            return
+        migration = record.migration
+        before = migration.state
+        actions = migration.handle(happening)
+        if detail or happening not in {Happening.ROOM_GRANTED, Happening.CUT_DONE, Happening.FIRST_TOKEN}:
+            record.detail = f"{happening.value}:{detail}" if detail else happening.value
+        for action in actions:
+            self._act(record, action)
+        if migration.outcome is not None:
+            self._end(record, migration.outcome)
+        elif migration.state is not before:
+            self._arm(record)
+
+    def cut_took_effect(self, migration_id: MigrationId, ticket: KvTicket) -> None:
+        """The source's final output came: the request is nowhere until it is resumed."""
+        record = self._records.get(migration_id)
+        if record is None:
+            return
+        record.ticket = ticket
+        record.cut_s = asyncio.get_running_loop().time()
+        self._streams.displace(record.stream)
+        empty = not ticket.get("remote_num_tokens")
+        self.happen(migration_id, Happening.CUT_EMPTY if empty else Happening.CUT_DONE)
+
+    def token_came(self, stream: Stream, now_s: float) -> None:
+        """A token of a request in migration came."""
+        migration = stream.migration
+        assert migration is not None
+        record = self._records[migration.migration_id]
+        if migration.at_target and record.pause_s is None and stream.last_token_s is not None:
+            record.pause_s = now_s - stream.last_token_s
+        self.happen(migration.migration_id, Happening.FIRST_TOKEN)
+
+    def instance_lost(self, instance_id: InstanceId) -> None:
+        """An instance is gone: tell every migration it has a part in."""
+        for record in list(self._records.values()):
+            if record.migration.source_id == instance_id:
+                self.happen(record.migration.migration_id, Happening.SOURCE_LOST)
+            elif record.migration.target_id == instance_id:
+                self.happen(record.migration.migration_id, Happening.TARGET_LOST)
+
+    async def stop(self) -> None:
+        """Cancel what is under way; for shutdown, after the last request."""
+        for record in self._records.values():
+            if record.timer is not None:
+                record.timer.cancel()
+        self._records.clear()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _end(self, record: MigrationRecord, outcome: MigrationOutcome) -> None:
+        if record.timer is not None:
+            record.timer.cancel()
+        del self._records[record.migration.migration_id]
+        record.stream.migration = None
+        self._on_ended(record, outcome)
+
+    def _arm(self, record: MigrationRecord) -> None:
+        limits = {
+            State.ASKING: self._times.ask_s,
+            State.CUTTING: self._times.cut_s,
+            State.RESUMING: self._times.resume_s,
+        }
+        if record.timer is not None:
+            record.timer.cancel()
+            record.timer = None
+        limit_s = limits.get(record.migration.state)
+        if limit_s is not None:
+            migration_id = record.migration.migration_id
+            record.timer = asyncio.get_running_loop().call_later(
+                limit_s, self.happen, migration_id, Happening.TIMED_OUT
+            )
+
+    def _act(self, record: MigrationRecord, action: Action) -> None:
+        match action:
+            case Action.RESUME:
+                self._add(record, record.migration.target_id, record.ticket)
+            case Action.RECOMPUTE:
+                self._add(record, record.migration.target_id, None)
+            case Action.TAKE_BACK:
+                self._add(record, record.migration.source_id, None)
+            case Action.ABORT_AT_TARGET | Action.ABORT_AT_SOURCE:
+                self._abort(record, action)
+            case _:
+                self._spawn(self._command(record, action))
+
+    def _add(self, record: MigrationRecord, instance_id: InstanceId, ticket: KvTicket | None) -> None:
+        engine = self._engines.engine(instance_id)
+        engine_request_id = self._streams.place(record.stream, instance_id)
+        if engine is None:
+            return  # its loss is on the way as a happening
+        resume = Resume(
+            list(record.stream.output_token_ids),
+            ticket,
+            record.migration.migration_id if ticket is not None else None,
+        )
+        self._spawn(engine.add(engine_request_id, record.stream.request, resume))
+
+    def _abort(self, record: MigrationRecord, action: Action) -> None:
+        stream = record.stream
+        at_source = action is Action.ABORT_AT_SOURCE
+        engine_request_id = record.source_request_id if at_source else stream.engine_request_id
+        if at_source and stream.instance_id == record.migration.source_id:
+            engine_request_id = stream.engine_request_id  # after TAKE_BACK it has another id
+        instance_id = record.migration.source_id if at_source else record.migration.target_id
+        engine = self._engines.engine(instance_id)
+        self._streams.displace(stream)
+        if engine is not None and engine_request_id is not None:
+            self._spawn(engine.abort([engine_request_id]))
+
+    async def _command(self, record: MigrationRecord, action: Action) -> None:
+        """One command to one engine; a dead engine answers nothing, its loss is a happening of its own."""
+        migration = record.migration
+        to_target = action in {Action.ASK_ROOM, Action.RELEASE_ROOM}
+        engine = self._engines.engine(migration.target_id if to_target else migration.source_id)
+        if engine is None:
+            if action is Action.ASK_ROOM:
+                self.happen(migration.migration_id, Happening.ROOM_REFUSED, "target_down")
+            return
+        try:
+            await self._ask(engine, record, action)
+        except EngineError as error:
+            record.detail = f"{action.value}:{error}"
+
+    async def _ask(self, engine: Engine, record: MigrationRecord, action: Action) -> None:
+        migration_id = record.migration.migration_id
+        match action:
+            case Action.ASK_ROOM:
+                refused = await engine.reserve(migration_id, record.stream.n_tokens + ROOM_SLACK_TOKENS)
+                granted = refused is None
+                if granted and migration_id not in self._records:
+                    await engine.release_reservation(migration_id)  # it ended while we asked
+                self.happen(migration_id, Happening.ROOM_GRANTED if granted else Happening.ROOM_REFUSED, refused or "")
+            case Action.CUT:
+                refused = await engine.cut(record.source_request_id)
+                if refused is not None:
+                    self.happen(migration_id, Happening.CUT_REFUSED, refused)
+            case Action.UNDO_CUT:
+                if await engine.undo_cut(record.source_request_id):
+                    self.happen(migration_id, Happening.CUT_UNDONE)
+            case Action.RELEASE_ROOM:
+                await engine.release_reservation(migration_id)
+            case Action.RELEASE_PIN:
+                await engine.release_pin(record.source_request_id)
+            case _:
+                raise AssertionError(action)
+
+    def _spawn(self, command: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(command)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a migration command failed", exc_info=error)

@@ -1,0 +1,397 @@
+"""
+Shell no. 2: runs a policy on real engines.
+
+Everything happens on one event loop. Facts (a request arrives, a step's outputs come, an instance dies, a migration ends) become events;
+`_emit` hands each to the policy and carries out its effects at once; events that arise on the way wait their turn in a queue, so the
+policy sees one event at a time. The front end reads the merged outputs from `next_outputs`, in which a moved request looks as if it had
+never moved: finishes of cut requests are hidden, ids are the request's own.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, assert_never
+
+from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.errors import CascadeError, EngineError
+from cascadeinfer.core.events import (
+    Event,
+    InstanceJoined,
+    InstanceLost,
+    InstanceReport,
+    InstanceReported,
+    MessageReceived,
+    MigrationEnded,
+    MigrationOutcome,
+    RequestArrived,
+    RequestFinished,
+    TimerFired,
+)
+from cascadeinfer.core.migration import Happening
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.policy import Policy
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
+from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, Resume, StepOutputs
+from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
+from cascadeinfer.runtime.migrate import MigrationRecord, MigrationTimes, Migrator
+from cascadeinfer.runtime.streams import Stream, StreamTable
+from cascadeinfer.runtime.supervise import SupervisionTimes, Supervisor
+from cascadeinfer.runtime.view import InstanceState, snapshot
+
+logger = logging.getLogger(__name__)
+
+
+class RequestRejectedError(CascadeError):
+    """
+    The policy refused a request.
+
+    Attributes:
+        retry_after_s: When its client may come again.
+    """
+
+    def __init__(self, reason: str, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"overloaded ({reason}); try again in {retry_after_s:g} s")
+
+
+class Runtime:
+    """N engines, one policy, all live requests."""
+
+    def __init__(
+        self,
+        make_engines: Mapping[InstanceId, Callable[[int], Engine]],
+        policy: Policy,
+        make_metrics: Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics],
+        *,
+        supervision: SupervisionTimes | None = None,
+        migration: MigrationTimes | None = None,
+    ) -> None:
+        """
+        Args:
+            make_engines: Per instance, what makes its engine for the n-th start.
+            policy: The strategy; this object is its only driver.
+            make_metrics: Makes the metrics from what reads the gauges.
+            supervision: Limits and intervals for instances.
+            migration: Time limits for migrations.
+        """
+        self._policy = policy
+        self._streams = StreamTable()
+        self._instances = {instance_id: InstanceState(instance_id) for instance_id in make_engines}
+        self._supervisors = {
+            instance_id: Supervisor(instance_id, make, self, supervision or SupervisionTimes())
+            for instance_id, make in make_engines.items()
+        }
+        self._migrator = Migrator(self, self._streams, self._migration_ended, migration or MigrationTimes())
+        self.metrics = make_metrics(self._gauges)
+        self.layout: StageLayout | None = None
+        self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
+        self._events: deque[Event] = deque()
+        self._handling = False
+        self._rejected: dict[RequestId, Reject] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._joining = asyncio.Lock()
+        self._n_events = 0
+        self._migration_counts: dict[str, int] = {}
+
+    # --- for the front end -------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start all instances in parallel; returns when every one answers and is connected to every other."""
+        starts = await asyncio.gather(*(s.start() for s in self._supervisors.values()), return_exceptions=True)
+        failures = [failure for failure in starts if isinstance(failure, BaseException)]
+        if failures:
+            await self.stop(timeout_s=0.0)
+            raise failures[0]
+        for state in self._instances.values():
+            await state.came_up.wait()
+
+    async def submit(self, request: EngineRequest) -> None:
+        """
+        Take a request; its tokens come from `next_outputs`.
+
+        Raises:
+            RequestRejectedError: The policy refused it.
+        """
+        stream = self._streams.open(request)
+        if request.pin_reason is not None:
+            self.metrics.pinned_requests.labels(request.pin_reason.value).inc()
+        self._emit(
+            RequestArrived(
+                request.request_id,
+                request.request_id,
+                len(request.prompt_token_ids),
+                request.max_output_tokens,
+                pin_reason=request.pin_reason,
+                priority=request.priority,
+            )
+        )
+        if (reject := self._rejected.pop(request.request_id, None)) is not None:
+            self._finish(stream, "rejected")
+            raise RequestRejectedError(reject.reason, reject.retry_after_s)
+
+    def abort(self, request_ids: list[RequestId]) -> None:
+        """Forget these requests, wherever they are; ids that are not live are ignored."""
+        for request_id in request_ids:
+            stream = self._streams.get(request_id)
+            if stream is None:
+                continue
+            if stream.migration is not None:
+                self._migrator.happen(stream.migration.migration_id, Happening.CLIENT_LEFT)
+            elif stream.instance_id is not None and stream.engine_request_id is not None:
+                engine = self.engine(stream.instance_id)
+                if engine is not None:
+                    self._spawn(engine.abort([stream.engine_request_id]))
+            self._finish(stream, "aborted")
+
+    async def next_outputs(self) -> StepOutputs:
+        """Outputs of one step of one instance, with the requests' own ids."""
+        return await self._outputs.get()
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `/admin/instances` shows."""
+        return snapshot(
+            self._instances, self._supervisors, self.layout, self._streams, len(self._migrator), self._migration_counts
+        )
+
+    def live_engines(self) -> list[Engine]:
+        """Engines that are up, in order of instance id."""
+        return [state.engine for state in self._instances.values() if state.engine is not None]
+
+    @property
+    def n_live_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Stop everything. Requests that still live get no more tokens."""
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._migrator.stop()
+        await asyncio.gather(*(s.stop(timeout_s) for s in self._supervisors.values()))
+        for task in list(self._tasks):
+            task.cancel()
+        self.metrics.close()
+
+    # --- EngineDirectory ---------------------------------------------------------------------------------------------
+
+    def engine(self, instance_id: InstanceId) -> Engine | None:
+        """The engine when it is up."""
+        return self._instances[instance_id].engine
+
+    # --- Listener: what instances tell -------------------------------------------------------------------------------
+
+    async def instance_up(self, engine: Engine, capacity: InstanceCapacity) -> None:
+        """Connect it to all that are up, then let the policy use it."""
+        async with self._joining:
+            for peer in self.live_engines():
+                try:
+                    await engine.connect([peer])
+                except EngineError:
+                    if self.engine(peer.instance_id) is peer:
+                        raise  # the peer lives: the fault is on this side
+            state = self._instances[engine.instance_id]
+            state.engine = engine
+            state.capacity = capacity
+            state.came_up.set()
+        self._emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, capacity))
+
+    def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
+        """Deliver a step's tokens; drop the words of old attempts; hide the finishes of cuts."""
+        now_s = self._now_s()
+        delivered = []
+        for delta in outputs.outputs:
+            stream = self._streams.of_attempt(delta.request_id)
+            if stream is None:
+                continue
+            self._deliver(engine, stream, delta, now_s)
+            delivered.append(delta)
+        outputs.outputs = delivered
+        self._outputs.put_nowait(outputs)
+
+    def instance_reported(self, engine: Engine, report: InstanceReport, counters: EngineCounters) -> None:
+        """Translate attempt ids to request ids and tell the policy."""
+        state = self._instances[engine.instance_id]
+        state.report, state.counters = report, counters
+        running = self._known(report.running_ids, report.running_tokens)
+        waiting = self._known(report.waiting_ids, report.waiting_tokens)
+        self._emit(
+            InstanceReported(
+                f"report:{engine.instance_id}:{counters.steps}",
+                engine.instance_id,
+                InstanceReport(
+                    tuple(running), tuple(running.values()), tuple(waiting), tuple(waiting.values()),
+                    report.kv_blocks_used, report.step_s,
+                ),
+            )
+        )  # fmt: skip
+
+    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+        """Its requests are orphans; the policy places them anew and they go on from prompt and output so far."""
+        state = self._instances[instance_id]
+        state.engine = None
+        state.last_error = why
+        state.forget_load()
+        self._migrator.instance_lost(instance_id)
+        orphans = self._streams.on_instance(instance_id)
+        for stream in orphans:
+            self._streams.displace(stream)
+            exact = "yes" if stream.request.pin_reason is None else "no"
+            self.metrics.recovered.labels(exact).inc()
+        self._emit(
+            InstanceLost(
+                f"down:{instance_id}",
+                instance_id,
+                tuple(stream.request.request_id for stream in orphans),
+                tuple(stream.n_tokens for stream in orphans),
+            )
+        )
+
+    # --- the policy --------------------------------------------------------------------------------------------------
+
+    def _emit(self, event: Event) -> None:
+        self._events.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._events:
+                self._n_events += 1
+                now_s = self._now_s()
+                for effect in self._policy.handle(self._events.popleft(), now_s):
+                    self._carry_out(effect)
+        finally:
+            self._handling = False
+        self._arm_timer()
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Dispatch():
+                self._dispatch(effect)
+            case Reject():
+                self._rejected[effect.request_id] = effect
+            case StartMigration():
+                self._start_migration(effect)
+            case SendMessage():
+                message = MessageReceived(effect.cause, effect.sender_id, effect.recipient_id, effect.message)
+                asyncio.get_running_loop().call_soon(self._emit, message)
+            case PublishLayout():
+                self.layout = effect.layout
+            case _:
+                assert_never(effect)
+
+    def _dispatch(self, effect: Dispatch) -> None:
+        stream = self._streams.get(effect.request_id)
+        if stream is None:
+            return  # its client left while it waited
+        resume = Resume(list(stream.output_token_ids)) if stream.output_token_ids else None
+        engine_request_id = self._streams.place(stream, effect.instance_id)
+        engine = self.engine(effect.instance_id)
+        if engine is not None:  # else its loss is an event on the way, and the request an orphan
+            self._spawn(engine.add(engine_request_id, stream.request, resume))
+
+    def _start_migration(self, effect: StartMigration) -> None:
+        stream = self._streams.get(effect.request_id)
+        if stream is None or stream.migration is not None or stream.instance_id != effect.source_id:
+            # The request ended or was moved by a death since the policy's last look: the migration ends before it began.
+            outcome = MigrationOutcome.ENDED if stream is None else MigrationOutcome.STAYED
+            self._emit_migration_ended(effect, outcome, "stale")
+            return
+        self._migrator.start(effect, stream)
+
+    def _migration_ended(self, record: MigrationRecord, outcome: MigrationOutcome) -> None:
+        migration = record.migration
+        detail = record.detail if outcome is not MigrationOutcome.MOVED else ""
+        if record.pause_s is not None and outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
+            self.metrics.pause.labels(outcome.value).observe(record.pause_s)
+        effect = StartMigration(
+            record.cause,
+            migration.migration_id,
+            migration.request_id,
+            migration.source_id,
+            migration.target_id,
+            record.reason,
+        )
+        self._emit_migration_ended(effect, outcome, detail)
+
+    def _emit_migration_ended(self, effect: StartMigration, outcome: MigrationOutcome, detail: str) -> None:
+        self.metrics.migrations.labels(outcome.value, effect.reason.value, detail).inc()
+        self._migration_counts[outcome.value] = self._migration_counts.get(outcome.value, 0) + 1
+        self._emit(
+            MigrationEnded(
+                effect.cause,
+                effect.migration_id,
+                effect.request_id,
+                effect.source_id,
+                effect.target_id,
+                outcome,
+                detail,
+            )
+        )
+
+    def _arm_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        at_s = self._policy.next_timer_s()
+        if at_s is not None:
+            self._timer = asyncio.get_running_loop().call_at(at_s, self._emit, TimerFired("timer"))
+
+    # --- the steps behind them ----------------------------------------------------------------------------------------
+
+    def _deliver(self, engine: Engine, stream: Stream, delta: Any, now_s: float) -> None:
+        if stream.attempts > 1:
+            delta.request_id = stream.request.request_id
+            delta.events = None  # queued and scheduled again: of no meaning to the client's statistics
+        stream.output_token_ids.extend(delta.new_token_ids)
+        if stream.migration is not None and delta.new_token_ids:
+            self._migrator.token_came(stream, now_s)
+        if delta.new_token_ids:
+            stream.last_token_s = now_s
+        if delta.finish_reason is None:
+            return
+        ticket = engine.ticket_of(delta)
+        if ticket is not None:
+            delta.finish_reason = None
+            delta.kv_transfer_params = None
+            if stream.migration is not None:
+                self._migrator.cut_took_effect(stream.migration.migration_id, ticket)
+            return
+        if stream.migration is not None:
+            self._migrator.happen(stream.migration.migration_id, Happening.REQUEST_ENDED)
+        self._finish(stream, "finished")
+
+    def _finish(self, stream: Stream, outcome: str) -> None:
+        self._streams.close(stream)
+        self.metrics.requests.labels(outcome).inc()
+        request_id = stream.request.request_id
+        self._emit(RequestFinished(request_id, request_id, len(stream.output_token_ids)))
+
+    def _known(self, ids: tuple[str, ...], lengths: tuple[int, ...]) -> dict[RequestId, int]:
+        known = {}
+        for engine_request_id, tokens in zip(ids, lengths, strict=True):
+            stream = self._streams.of_attempt(engine_request_id)
+            if stream is not None:
+                known[stream.request.request_id] = tokens
+        return known
+
+    def _gauges(self) -> list[InstanceGauges]:
+        return [
+            state.gauges(self.layout, self._supervisors[instance_id].restarts)
+            for instance_id, state in self._instances.items()
+        ]
+
+    @staticmethod
+    def _now_s() -> float:
+        return asyncio.get_running_loop().time()
+
+    def _spawn(self, command: Any) -> None:
+        task = asyncio.get_running_loop().create_task(command)
+        self._tasks.add(task)
+        task.add_done_callback(self._command_done)
+
+    def _command_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a command to an instance failed", exc_info=error)

@@ -1,0 +1,101 @@
+"""
+The requests that live in the runtime, each on exactly one instance at a time, each token delivered exactly once.
+
+Every placement of a request on an engine is an *attempt* with its own engine-side id (`id`, then `id~1`, `id~2` ...). Only the current
+attempt is in the table, so words of an old one (a token in flight when it was aborted, a finish of a killed engine) find nobody. The
+output so far is kept here, because it is what a request needs to go on elsewhere.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from cascadeinfer.core.migration import Migration
+from cascadeinfer.core.types import InstanceId, RequestId
+from cascadeinfer.engines.protocol import EngineRequest
+
+
+@dataclass(slots=True)
+class Stream:
+    """
+    One live request.
+
+    Attributes:
+        output_token_ids: Everything delivered so far.
+        instance_id: Where its current attempt runs; None while it waits for a dispatch.
+        engine_request_id: The current attempt's id there; None likewise.
+        attempts: Attempts so far.
+        migration: The migration it takes part in, or None.
+        last_token_s: When its last token came, on the runtime's clock; None before the first.
+    """
+
+    request: EngineRequest
+    output_token_ids: list[int] = field(default_factory=list)
+    instance_id: InstanceId | None = None
+    engine_request_id: str | None = None
+    attempts: int = 0
+    migration: Migration | None = None
+    last_token_s: float | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Sequence length: prompt and output so far."""
+        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+
+class StreamTable:
+    """All live requests, by their own id and by their current attempt's."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._streams: dict[RequestId, Stream] = {}
+        self._by_attempt: dict[str, Stream] = {}
+
+    def __len__(self) -> int:
+        """Live requests."""
+        return len(self._streams)
+
+    def __iter__(self) -> Iterator[Stream]:
+        """Live requests in order of arrival; safe against changes on the way."""
+        return iter(list(self._streams.values()))
+
+    def get(self, request_id: RequestId) -> Stream | None:
+        """The live request with this id."""
+        return self._streams.get(request_id)
+
+    def of_attempt(self, engine_request_id: str) -> Stream | None:
+        """The request whose current attempt has this id; None for words of an old attempt."""
+        return self._by_attempt.get(engine_request_id)
+
+    def on_instance(self, instance_id: InstanceId) -> list[Stream]:
+        """Requests whose current attempt runs there."""
+        return [stream for stream in self._streams.values() if stream.instance_id == instance_id]
+
+    def open(self, request: EngineRequest) -> Stream:
+        """A new request arrives. Its id must not be live."""
+        assert request.request_id not in self._streams, f"request {request.request_id} is live already"
+        stream = Stream(request)
+        self._streams[request.request_id] = stream
+        return stream
+
+    def place(self, stream: Stream, instance_id: InstanceId) -> str:
+        """Begin a new attempt on this instance, ending the one before; returns its id."""
+        self.displace(stream)
+        request_id = stream.request.request_id
+        engine_request_id = request_id if stream.attempts == 0 else f"{request_id}~{stream.attempts}"
+        stream.attempts += 1
+        stream.instance_id = instance_id
+        stream.engine_request_id = engine_request_id
+        self._by_attempt[engine_request_id] = stream
+        return engine_request_id
+
+    def displace(self, stream: Stream) -> None:
+        """End the current attempt, if any: nothing it still says is heard."""
+        if stream.engine_request_id is not None:
+            del self._by_attempt[stream.engine_request_id]
+        stream.instance_id = None
+        stream.engine_request_id = None
+
+    def close(self, stream: Stream) -> None:
+        """The request is over."""
+        self.displace(stream)
+        del self._streams[stream.request.request_id]

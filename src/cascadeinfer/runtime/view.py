@@ -1,0 +1,109 @@
+"""What operators see of the runtime: the state of each instance, as gauges and as the JSON of `/admin/instances`."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.engines.protocol import Engine, EngineCounters
+from cascadeinfer.runtime.metrics import InstanceGauges
+from cascadeinfer.runtime.streams import StreamTable
+from cascadeinfer.runtime.supervise import Supervisor
+
+IDLE = InstanceReport((), (), (), (), 0)
+
+
+@dataclass(slots=True)
+class InstanceState:
+    """
+    One instance as the runtime knows it.
+
+    Attributes:
+        engine: Its engine while it is up, else None.
+        came_up: Set once it has been up for the first time.
+    """
+
+    instance_id: InstanceId
+    engine: Engine | None = None
+    capacity: InstanceCapacity | None = None
+    report: InstanceReport = IDLE
+    counters: EngineCounters = field(default_factory=EngineCounters)
+    came_up: asyncio.Event = field(default_factory=asyncio.Event)
+    last_error: str = ""
+
+    def forget_load(self) -> None:
+        """It went down: what it reported holds no more."""
+        self.report = IDLE
+        self.counters = EngineCounters()
+
+    def stage_index(self, layout: StageLayout | None) -> int | None:
+        """Its stage's number."""
+        return None if layout is None else layout.stage_index_of_instance(self.instance_id)
+
+    def kv_usage(self) -> float:
+        """Share of its KV blocks in use."""
+        return 0.0 if self.capacity is None else self.report.kv_blocks_used / self.capacity.kv_blocks
+
+    def gauges(self, layout: StageLayout | None, restarts: int) -> InstanceGauges:
+        """Its gauges for Prometheus."""
+        stage = self.stage_index(layout)
+        return InstanceGauges(
+            instance_id=self.instance_id,
+            stage="" if stage is None else str(stage),
+            up=self.engine is not None,
+            running=len(self.report.running_ids),
+            waiting=len(self.report.waiting_ids),
+            kv_usage=self.kv_usage(),
+            kv_pulls=self.counters.pulls,
+            failed_pulls=self.counters.failed_pulls,
+            pinned=self.counters.pinned,
+            restarts=restarts,
+        )
+
+
+def snapshot(
+    instances: Mapping[InstanceId, InstanceState],
+    supervisors: Mapping[InstanceId, Supervisor],
+    layout: StageLayout | None,
+    streams: StreamTable,
+    n_migrations: int,
+    migration_counts: Mapping[str, int],
+) -> dict[str, Any]:
+    """The JSON of `/admin/instances`; the fields are documented in `docs/operating.md`."""
+    on_instance: dict[InstanceId | None, int] = {}
+    for stream in streams:
+        on_instance[stream.instance_id] = on_instance.get(stream.instance_id, 0) + 1
+    return {
+        "stages": [
+            {"range": str(stage.range), "instances": list(stage.instance_ids)}
+            for stage in (layout.stages if layout is not None else ())
+        ],
+        "instances": [
+            {
+                "id": instance_id,
+                "stage": state.stage_index(layout),
+                "up": state.engine is not None,
+                "pid": state.engine.pid if state.engine is not None else None,
+                "restarts": supervisors[instance_id].restarts,
+                "last_error": state.last_error or None,
+                "requests": on_instance.get(instance_id, 0),
+                "running": len(state.report.running_ids),
+                "waiting": len(state.report.waiting_ids),
+                "lengths": sorted(state.report.running_tokens),
+                "kv_usage": round(state.kv_usage(), 4),
+                "kv_blocks": state.capacity.kv_blocks if state.capacity is not None else None,
+                "kv_blocks_used": state.report.kv_blocks_used,
+                "kv_pulls": state.counters.pulls,
+                "pulled_tokens": state.counters.pulled_tokens,
+                "failed_pulls": state.counters.failed_pulls,
+                "pinned": state.counters.pinned,
+                "reserved": state.counters.reserved,
+            }
+            for instance_id, state in instances.items()
+        ],
+        "requests": {"live": len(streams), "unplaced": on_instance.get(None, 0)},
+        "migrations": {"under_way": n_migrations, "ended": dict(sorted(migration_counts.items()))},
+    }
