@@ -1,0 +1,71 @@
+"""
+Opening trace files: the I/O that `cascadeinfer.workload` leaves to its callers.
+
+The suffix says how to open (`.gz` is gunzipped), the first line says what is inside (`workload/readers/sniff.py`).
+"""
+
+import gzip
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from cascadeinfer.core.errors import ConfigError, TraceError
+from cascadeinfer.workload.jsonl import to_jsonl
+from cascadeinfer.workload.readers import read_csv, read_hash_ids, read_trace
+from cascadeinfer.workload.trace import Trace
+
+Result = TypeVar("Result")
+
+SUFFIXES = (".csv", ".jsonl", ".csv.gz", ".jsonl.gz")
+
+
+def load_trace(path: str | Path, *, hashes_path: str | Path | None = None) -> Trace:
+    """
+    A trace from a file of any known format.
+
+    Args:
+        path: `.csv`, `.jsonl`, or either with `.gz`.
+        hashes_path: Prefix hashes by row_id for a trace in the common form (as `mooncake_synthetic_hash_ids.jsonl.gz`).
+
+    Raises:
+        ConfigError: There is no such file, it is not readable, or its suffix is not one of these.
+        TraceError: Its content is malformed.
+    """
+    trace_path = Path(path)
+    if hashes_path is None:
+        return _told_where(trace_path, lambda: read_trace(_lines(trace_path)))
+    ids_path = Path(hashes_path)
+    hashes = _told_where(ids_path, lambda: read_hash_ids(_lines(ids_path)))
+    return _told_where(trace_path, lambda: read_csv(_lines(trace_path), hashes=hashes))
+
+
+def save_trace(trace: Trace, path: str | Path) -> None:
+    """Write a trace as JSON lines; gzip-compressed (without a time stamp) when the name ends in `.gz`."""
+    text = "".join(f"{line}\n" for line in to_jsonl(trace)).encode()
+    target = Path(path)
+    target.write_bytes(gzip.compress(text, mtime=0) if target.suffix == ".gz" else text)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if not path.name.endswith(SUFFIXES):
+        raise ConfigError(f"{path} has no known suffix", option="--trace", fix=f"one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}", option="--trace")
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rt", encoding="utf-8") as text:
+                yield from text
+        else:
+            with path.open(encoding="utf-8") as text:
+                yield from text
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", option="--trace") from error
+
+
+def _told_where(path: Path, read: Callable[[], Result]) -> Result:
+    """Run a reader; a complaint about the content names the file."""
+    try:
+        return read()
+    except TraceError as error:
+        error.add_note(f"in {path}")
+        raise

@@ -1,0 +1,127 @@
+"""
+Traces as comma-separated values.
+
+- The common form of this project: `arrival_s,prompt_tokens,output_tokens[,extra...]`; `arrival_s` empty in every row when the
+  source has no times. An extra column `row_id` joins prefix hashes (`read_hash_ids`).
+- Azure 2023 and 2024 (github Azure/AzurePublicDataset): `TIMESTAMP,ContextTokens,GeneratedTokens`; timestamps are wall-clock,
+  with up to seven decimals, in 2024 with a time zone.
+- BurstGPT (github HPMLL/BurstGPT): `Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type`, later releases with
+  `Session ID` and `Elapsed time`; seconds. Failed requests have no response tokens.
+"""
+
+import contextlib
+import csv
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Final
+
+from cascadeinfer.core.errors import TraceError
+from cascadeinfer.workload.readers.fields import Rows, real, whole
+from cascadeinfer.workload.trace import Trace
+
+_TIMESTAMP: Final = re.compile(r"^(?P<whole>[^.]+?)(?:\.(?P<fraction>\d+))?(?P<zone>Z|[+-]\d\d:?\d\d)?$")
+
+
+def read_csv(
+    lines: Iterable[str], *, hashes: Mapping[int, list[int]] | None = None, prefix_block_tokens: int = 512
+) -> Trace:
+    """
+    The common form of this project.
+
+    Args:
+        lines: The file's lines, the header first.
+        hashes: Prefix hashes by `row_id`, as from `read_hash_ids`.
+        prefix_block_tokens: Tokens per hashed block.
+
+    Raises:
+        TraceError: A column is missing, a field is not a number, only some rows have a time, or a `row_id` has no hashes.
+    """
+    rows = Rows()
+    for line, row in _records(lines, ("arrival_s", "prompt_tokens", "output_tokens")):
+        time_s = real(row["arrival_s"], "arrival_s", line) if row["arrival_s"].strip() else None
+        prompt_tokens = whole(row["prompt_tokens"], "prompt_tokens", line)
+        output_tokens = whole(row["output_tokens"], "output_tokens", line)
+        kept = rows.add(time_s, prompt_tokens, output_tokens, line)
+        if hashes is not None and kept:
+            row_id = whole(row.get("row_id", ""), "row_id", line)
+            if row_id not in hashes:
+                raise TraceError(f"no prefix hashes for row_id {row_id}", line=line)
+            rows.hashes.append(hashes[row_id])
+    return rows.to_trace(prefix_block_tokens=prefix_block_tokens if hashes is not None else 0)
+
+
+def read_azure(lines: Iterable[str]) -> Trace:
+    """
+    Azure LLM inference traces of 2023 and 2024.
+
+    Raises:
+        TraceError: A column is missing, a timestamp is not a time, or a count is not a number.
+    """
+    rows = Rows()
+    for line, row in _records(lines, ("TIMESTAMP", "ContextTokens", "GeneratedTokens")):
+        rows.add(
+            _wall_clock_s(row["TIMESTAMP"], line),
+            whole(row["ContextTokens"], "ContextTokens", line),
+            whole(row["GeneratedTokens"], "GeneratedTokens", line),
+            line,
+        )
+    return rows.to_trace()
+
+
+def read_burstgpt(lines: Iterable[str], *, model: str | None = None, log_type: str | None = None) -> Trace:
+    """
+    BurstGPT traces.
+
+    Args:
+        lines: The file's lines, the header first.
+        model: Only rows of this model, e.g. `GPT-4`; others are not counted as dropped.
+        log_type: Only rows of this kind, e.g. `Conversation log`.
+
+    Raises:
+        TraceError: A column is missing or a field is not a number.
+    """
+    rows = Rows()
+    for line, row in _records(lines, ("Timestamp", "Model", "Request tokens", "Response tokens", "Log Type")):
+        if (model is not None and row["Model"] != model) or (log_type is not None and row["Log Type"] != log_type):
+            continue
+        rows.add(
+            real(row["Timestamp"], "Timestamp", line),
+            whole(row["Request tokens"], "Request tokens", line),
+            whole(row["Response tokens"], "Response tokens", line),
+            line,
+        )
+    return rows.to_trace()
+
+
+def _records(lines: Iterable[str], needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows by column name with their line numbers; blank lines are skipped."""
+    reader = csv.reader(lines)
+    header: list[str] | None = None
+    for row in reader:
+        if not row:
+            continue
+        if header is None:
+            header = [name.strip().lstrip("\ufeff") for name in row]
+            missing = [name for name in needed if name not in header]
+            if missing:
+                raise TraceError(f"missing column {missing[0]!r}; the header has {header}", line=reader.line_num)
+            continue
+        if len(row) != len(header):
+            raise TraceError(f"{len(row)} fields where the header has {len(header)}", line=reader.line_num)
+        yield reader.line_num, dict(zip(header, row, strict=True))
+    if header is None:
+        raise TraceError("the file is empty")
+
+
+def _wall_clock_s(text: str, line: int) -> float:
+    """Seconds since 1970 of a timestamp with any number of decimals; without a time zone it is taken as UTC."""
+    parts = _TIMESTAMP.match(text.strip())
+    moment = None
+    if parts is not None:
+        with contextlib.suppress(ValueError):  # e.g. month 13
+            moment = datetime.fromisoformat(parts["whole"] + (parts["zone"] or "+00:00"))
+    if parts is None or moment is None:
+        raise TraceError(f"TIMESTAMP is not a time: {text!r}", line=line)
+    since_epoch = moment.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)
+    return since_epoch.days * 86400 + since_epoch.seconds + float(f"0.{parts['fraction'] or 0}")
