@@ -26,11 +26,13 @@ class PinReason(enum.StrEnum):
     POOLING = "pooling"
     MULTIMODAL = "multimodal"
     LORA = "lora"
-    PARALLEL_SAMPLING = "parallel_sampling"
     STREAMING_INPUT = "streaming_input"
-    MIN_TOKENS = "min_tokens"
     BAD_WORDS = "bad_words"
-    OTHER = "other"
+    PROMPT_EMBEDS = "prompt_embeds"
+    REASONING_GRAMMAR = "reasoning_grammar"
+    CUSTOM_SAMPLING = "custom_sampling"
+    ENGINE = "engine"
+    """The engine's configuration rules live migration out for every request."""
 
 
 class MigrationOutcome(enum.StrEnum):

@@ -9,6 +9,7 @@ never moved: finishes of cut requests are hidden, ids are the request's own.
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, assert_never
@@ -83,8 +84,8 @@ class Runtime:
             for instance_id, make in make_engines.items()
         }
         self._migrator = Migrator(self, self._streams, self._migration_ended, migration or MigrationTimes())
-        self.metrics = make_metrics(self._gauges)
         self.layout: StageLayout | None = None
+        self.metrics = make_metrics(self._gauges)
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
         self._events: deque[Event] = deque()
         self._handling = False
@@ -336,7 +337,8 @@ class Runtime:
             self._timer = None
         at_s = self._policy.next_timer_s()
         if at_s is not None:
-            self._timer = asyncio.get_running_loop().call_at(at_s, self._emit, TimerFired("timer"))
+            delay_s = max(0.0, at_s - self._now_s())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._emit, TimerFired("timer"))
 
     # --- the steps behind them ----------------------------------------------------------------------------------------
 
@@ -384,7 +386,7 @@ class Runtime:
 
     @staticmethod
     def _now_s() -> float:
-        return asyncio.get_running_loop().time()
+        return time.monotonic()  # uvloop's own clock counts whole milliseconds
 
     def _spawn(self, command: Any) -> None:
         task = asyncio.get_running_loop().create_task(command)

@@ -9,11 +9,10 @@ the environment that the process inherits is set for the moment of its start (`c
 import asyncio
 import contextlib
 import copy
-import functools
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -44,9 +43,17 @@ HANDSHAKE_TIMEOUT_S = 30.0
 class InstanceClient(AsyncMPClient):
     """vLLM's client, told when its processes have been started."""
 
-    def __init__(self, vllm_config: VllmConfig, process_start: ProcessStart, *, log_stats: bool) -> None:
-        """Start the EngineCore and block until it is ready."""
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        process_start: ProcessStart,
+        on_started: Callable[["InstanceClient"], None],
+        *,
+        log_stats: bool,
+    ) -> None:
+        """Start the EngineCore and block until it is ready; `on_started` is called (in this thread) on the way."""
         self._process_start = process_start
+        self._on_started = on_started
         process_start.enter()
         try:
             super().__init__(vllm_config, Executor.get_class(vllm_config), log_stats)
@@ -56,6 +63,7 @@ class InstanceClient(AsyncMPClient):
     def _start_mm_warmup(self) -> None:
         """Called by MPClient when the engine processes have been started and before it waits for them."""
         self._process_start.leave()
+        self._on_started(self)
         super()._start_mm_warmup()
 
 
@@ -85,6 +93,9 @@ class VllmInstance:
         self._process_start = ProcessStart(environment)
         self._log_stats = log_stats
         self._client: InstanceClient | None = None
+        #: The client whose processes run but are not ready yet.
+        self._starting: InstanceClient | None = None
+        self._stopped = False
         self.hello: dict[str, Any] = {}
         self._steps_at_report = 0
         self._reported_s = 0.0
@@ -105,9 +116,8 @@ class VllmInstance:
 
     async def start(self) -> InstanceCapacity:
         """Start the process, wait until it is ready, learn its capacity."""
-        create = functools.partial(InstanceClient, self.vllm_config, self._process_start, log_stats=self._log_stats)
         try:
-            self._client = await asyncio.to_thread(create)
+            self._client = await asyncio.to_thread(self._create)
             self.hello = await self._client.call_utility_async("cascade_hello")
         except Exception as error:
             raise EngineError(f"did not start: {error}", instance_id=self.instance_id) from error
@@ -117,6 +127,18 @@ class VllmInstance:
             max_num_seqs=self.hello["max_num_seqs"],
             max_batched_tokens=self.hello["max_batched_tokens"],
         )
+
+    def _create(self) -> InstanceClient:
+        """In a thread: start the process and wait for it. Ends early by an error when `stop` is called meanwhile."""
+        try:
+            return InstanceClient(self.vllm_config, self._process_start, self._processes_run, log_stats=self._log_stats)
+        finally:
+            self._starting = None
+
+    def _processes_run(self, client: InstanceClient) -> None:
+        if self._stopped:
+            raise RuntimeError("stopped while starting")
+        self._starting = client
 
     async def connect(self, peers: Sequence[Engine]) -> None:
         """Handshake with each peer, both ways, and wait until all are done."""
@@ -230,10 +252,14 @@ class VllmInstance:
                 os.kill(pid, signal.SIGKILL)
 
     async def stop(self, timeout_s: float) -> None:
-        """Stop the process; vLLM's manager kills it after the timeout."""
-        client, self._client = self._client, None
+        """Stop the process; vLLM's manager kills it after the timeout. One that is still starting is killed."""
+        self._stopped = True
+        starting, client = self._starting, self._client
+        self._client = None
         if client is not None:
             await asyncio.to_thread(client.shutdown, timeout_s)
+        elif starting is not None and starting.resources.engine_manager is not None:
+            await asyncio.to_thread(starting.resources.engine_manager.shutdown, 0.0)
 
     def _fail_pending_calls(self) -> None:
         """Wake whoever waits for an answer of a dead engine; vLLM leaves those futures unresolved."""

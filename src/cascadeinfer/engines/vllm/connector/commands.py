@@ -42,6 +42,7 @@ def cascade_hello(core: EngineCore) -> dict[str, Any]:
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_batched_tokens": config.scheduler_config.max_num_batched_tokens,
         "max_model_len": side.max_model_len,
+        "movable": side.movable,
     }
 
 

@@ -26,7 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import Nix
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
@@ -61,6 +61,14 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self._is_v1_runner = not vllm_config.use_v2_model_runner
+        groups = kv_cache_config.kv_cache_groups
+        #: Whether running requests can move at all: one group of full-attention layers, no speculation, no pipeline.
+        self.movable = (
+            len(groups) == 1
+            and isinstance(groups[0].kv_cache_spec, FullAttentionSpec)
+            and vllm_config.speculative_config is None
+            and vllm_config.parallel_config.pipeline_parallel_size == 1
+        )
         self._kv_cache_manager: KVCacheManager | None = None
         #: Cut requests that have not finished yet, by id.
         self._cuts: dict[str, PendingCut] = {}

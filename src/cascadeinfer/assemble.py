@@ -1,0 +1,98 @@
+"""The composition root: the only module that knows every layer."""
+
+import contextlib
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+
+from prometheus_client import REGISTRY
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from cascadeinfer.config.schema import ServeOptions
+from cascadeinfer.core.policies import POLICIES
+from cascadeinfer.core.policy import Policy
+from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
+from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
+from cascadeinfer.frontend.server import bind, serve
+from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
+from cascadeinfer.runtime.migrate import MigrationTimes
+from cascadeinfer.runtime.shell import Runtime
+from cascadeinfer.runtime.supervise import SupervisionTimes
+
+LEASE_MARGIN_S = 3.0
+"""A pull must be over this long before the lease ends: clocks, a slow step, a late message."""
+STOP_TIMEOUT_S = 5.0
+
+
+def make_policy(options: ServeOptions) -> Policy:
+    """The policy that the options name."""
+    layout = options.layout()
+    name = options.policy_name()
+    return POLICIES[name](layout=layout) if name == "static_stages" else POLICIES[name]()
+
+
+def make_runtime(
+    engine_args: AsyncEngineArgs,
+    options: ServeOptions,
+    *,
+    log_stats: bool = True,
+    extra_environment: dict[str, str] | None = None,
+) -> Runtime:
+    """
+    A runtime over vLLM instances, not started yet.
+
+    Raises:
+        ConfigError: An option is wrong; nothing has been started.
+    """
+    policy = make_policy(options)
+    factories = make_factories(
+        engine_args,
+        options.instance_ids,
+        KvTransferSettings(lease_s=options.kv_lease_s),
+        log_stats=log_stats,
+        extra_environment=extra_environment,
+    )
+
+    def make_metrics(read: Callable[[], list[InstanceGauges]]) -> RuntimeMetrics:
+        return RuntimeMetrics(REGISTRY, read)
+
+    return Runtime(
+        factories,
+        policy,
+        make_metrics,
+        supervision=SupervisionTimes(report_s=options.report_interval_s, hang_s=options.hang_timeout_s),
+        migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
+    )
+
+
+@contextlib.asynccontextmanager
+async def running_llm(
+    runtime: Runtime, *, log_stats: bool = True, log_requests: bool = False
+) -> AsyncIterator[CascadeLLM]:
+    """Start a runtime and put vLLM's `AsyncLLM` on it; stop both at the end."""
+    await runtime.start()
+    try:
+        first = runtime.live_engines()[0]
+        assert isinstance(first, VllmInstance)
+        llm = make_llm(runtime, first.vllm_config, log_stats=log_stats, log_requests=log_requests)
+        try:
+            yield llm
+        finally:
+            llm.shutdown()
+    finally:
+        await runtime.stop(STOP_TIMEOUT_S)
+
+
+async def run_server(args: Namespace, options: ServeOptions) -> None:
+    """
+    `cascadeinfer serve`: bind the port, start the instances, serve until a signal, drain, stop.
+
+    Raises:
+        ConfigError: An option is wrong; nothing is left running.
+    """
+    with contextlib.closing(bind(args.host or "127.0.0.1", args.port)) as listener:
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        log_stats = not args.disable_log_stats
+        runtime = make_runtime(engine_args, options, log_stats=log_stats)
+        async with running_llm(runtime, log_stats=log_stats, log_requests=engine_args.enable_log_requests) as llm:
+            await serve(llm, runtime, listener, args, options.drain_timeout_s)

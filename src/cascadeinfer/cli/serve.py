@@ -1,0 +1,77 @@
+"""
+`cascadeinfer serve MODEL --instances N [--stages ...] [any vLLM engine or server flag]`.
+
+The parser is vLLM's own with our options added, so every vLLM flag works and `--help` shows both.
+"""
+
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from cascadeinfer.core.errors import ConfigError
+
+
+def serve(argv: list[str]) -> None:
+    """
+    Run the server until it is told to stop.
+
+    Args:
+        argv: The command line after `serve`.
+
+    Raises:
+        ConfigError: An option is wrong; nothing is left running.
+    """
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # fork is unsafe once threads run
+    args = parse(argv)
+
+    import uvloop
+
+    from cascadeinfer.assemble import run_server
+    from cascadeinfer.config.schema import options_of
+
+    uvloop.run(run_server(args, options_of(args)))
+
+
+def parse(argv: list[str]) -> Namespace:
+    """Parse vLLM's options and ours; fill in the model."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from cascadeinfer.config.schema import add_arguments
+
+    parser = FlexibleArgumentParser(
+        prog="cascadeinfer serve",
+        description="Serve one model on several vLLM instances, with length stages and live migration.",
+    )
+    make_arg_parser(parser)
+    add_arguments(parser)
+    args: Namespace = parser.parse_args(argv)
+    args.model = _model_of(args, argv)
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error).removeprefix("Error: ")) from error
+    configure_logging_from_args(args)
+    return args
+
+
+def _model_of(args: Namespace, argv: list[str]) -> str:
+    """The model named on the command line, or the embedded one."""
+    named = args.model_tag or (args.model if any(a == "--model" or a.startswith("--model=") for a in argv) else None)
+    if named is None:
+        from cascadeinfer.engines.models.embedded import prepare
+
+        sys.stderr.write("no model given: serving the embedded SmolLM2-135M-Instruct\n")
+        args.served_model_name = args.served_model_name or ["smollm2-135m-instruct"]
+        return str(prepare())
+    looks_like_path = named.startswith((".", "/", "~"))
+    if looks_like_path and not (Path(named).expanduser() / "config.json").is_file():
+        raise ConfigError(
+            f"{named} is not a model folder (it has no config.json)",
+            option="MODEL",
+            fix="name a Hugging Face folder or repository, or give none for the embedded model",
+        )
+    return str(Path(named).expanduser()) if looks_like_path else named

@@ -1,0 +1,156 @@
+"""
+The options of `cascadeinfer serve` beyond vLLM's own: each defined once, with bounds and a sentence of documentation.
+
+The command line, the help text and `docs/cli.md` are generated from `ServeOptions`; values are checked here, all at once, before
+anything starts. A TOML file given as `--stages file.toml` holds `[[stages]]` tables with `range` and `instances`.
+"""
+
+import argparse
+import tomllib
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from cascadeinfer.core.errors import ConfigError, PlanError
+from cascadeinfer.core.plan.layout import Stage, StageLayout
+from cascadeinfer.core.policies import POLICIES
+from cascadeinfer.core.types import InstanceId, LengthRange
+
+
+def _option(default: Any, text: str, *, low: float | None = None, high: float | None = None, **extra: Any) -> Any:
+    """A field with documentation and inclusive bounds."""
+    return field(default=default, metadata={"text": text, "low": low, "high": high, **extra})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions:
+    """Options of `serve`."""
+
+    instances: int = _option(2, "Instances of the model, each its own engine process.", low=1, high=1024)
+    stages: str | None = _option(
+        None,
+        "Length stages as RANGE:INSTANCES, e.g. `0-512:1,512-:1`, or a TOML file. Without it: one stage.",
+        metavar="STAGES",
+    )
+    policy: str | None = _option(
+        None,
+        "Scheduling policy. Default: static_stages when --stages is given, else least_loaded.",
+        choices=tuple(sorted(POLICIES)),
+    )
+    report_interval_s: float = _option(0.1, "Seconds between load reports of an instance.", low=0.01, high=5.0)
+    hang_timeout_s: float = _option(
+        60.0, "An instance silent for this long is killed and restarted; above its longest step.", low=1.0, high=3600.0
+    )
+    drain_timeout_s: float = _option(
+        600.0, "After SIGTERM, seconds that running requests may take to finish.", low=0.0, high=86400.0
+    )
+    kv_lease_s: int = _option(
+        10, "Seconds that a moving request's KV cache stays pinned at its source.", low=5, high=300
+    )
+
+    def __post_init__(self) -> None:
+        """Check every bound; raises ConfigError naming the option."""
+        for option in fields(self):
+            value, low, high = getattr(self, option.name), option.metadata["low"], option.metadata["high"]
+            if value is None or low is None:
+                continue
+            if not low <= value <= high:
+                raise ConfigError(f"{value} is not between {low} and {high}", option=flag_of(option.name))
+
+    @property
+    def instance_ids(self) -> tuple[InstanceId, ...]:
+        """Instance ids: their numbers, which vLLM's metrics carry as the label `engine`."""
+        return tuple(str(i) for i in range(self.instances))
+
+    def layout(self) -> StageLayout:
+        """
+        The stages over the instances; one stage without `--stages`.
+
+        Raises:
+            ConfigError: The stages overlap, leave a gap, or do not add up to `--instances`.
+        """
+        if self.stages is None:
+            return StageLayout.single(self.instance_ids)
+        parsed = _stages_of_toml(Path(self.stages)) if self.stages.endswith(".toml") else _stages_of_text(self.stages)
+        wanted = sum(n for _, n in parsed)
+        if wanted != self.instances:
+            raise ConfigError(
+                f"the stages have {wanted} instances in all, --instances says {self.instances}",
+                option="--stages",
+                fix=f"use --instances {wanted} or change the stages",
+            )
+        ids = iter(self.instance_ids)
+        stages = tuple(Stage(length_range, tuple(next(ids) for _ in range(n))) for length_range, n in parsed)
+        try:
+            return StageLayout(stages)
+        except PlanError as error:
+            raise ConfigError(
+                str(error), option="--stages", fix="ranges must follow on each other, as in 0-512:1,512-:1"
+            ) from error
+
+    def policy_name(self) -> str:
+        """The policy asked for, or the default."""
+        return self.policy or ("static_stages" if self.stages is not None else "least_loaded")
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options to a parser, as a group of their own."""
+    group = parser.add_argument_group("CascadeInfer")
+    for option in fields(ServeOptions):
+        keywords: dict[str, Any] = {"default": option.default, "help": option.metadata["text"], "dest": option.name}
+        if "choices" in option.metadata:
+            keywords["choices"] = option.metadata["choices"]
+        else:
+            assert option.default is not MISSING
+            keywords["type"] = type(option.default) if option.default is not None else str
+        group.add_argument(flag_of(option.name), **keywords)
+
+
+def options_of(namespace: argparse.Namespace) -> ServeOptions:
+    """The checked options of a parsed command line."""
+    return ServeOptions(**{option.name: getattr(namespace, option.name) for option in fields(ServeOptions)})
+
+
+def _stages_of_text(text: str) -> list[tuple[LengthRange, int]]:
+    return [_stage_of_text(part.strip()) for part in text.split(",")]
+
+
+def _stage_of_text(part: str) -> tuple[LengthRange, int]:
+    range_text, colon, count = part.rpartition(":")
+    if not colon or not count.isdigit() or int(count) < 1:
+        raise ConfigError(f"{part!r} is not RANGE:INSTANCES", option="--stages", fix="write e.g. 0-512:1")
+    return _range_of_text(range_text), int(count)
+
+
+def _range_of_text(text: str) -> LengthRange:
+    lo, dash, hi = text.partition("-")
+    if not dash or not lo.strip().isdigit() or (hi.strip() and not hi.strip().isdigit()):
+        raise ConfigError(f"{text!r} is not a range of lengths", option="--stages", fix="write e.g. 0-512 or 512-")
+    try:
+        return LengthRange(int(lo), int(hi)) if hi.strip() else LengthRange(int(lo))
+    except ValueError as error:
+        raise ConfigError(str(error), option="--stages") from error
+
+
+def _stages_of_toml(path: Path) -> list[tuple[LengthRange, int]]:
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", option="--stages") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}", option="--stages") from error
+    tables = content.get("stages")
+    if not isinstance(tables, list) or not tables:
+        raise ConfigError(f"{path} has no [[stages]] table", option="--stages")
+    parsed = []
+    for table in tables:
+        unknown = set(table) - {"range", "instances"}
+        if unknown or not isinstance(table.get("range"), str) or not isinstance(table.get("instances"), int):
+            raise ConfigError(f'{path}: each [[stages]] needs range = "0-512" and instances = 1', option="--stages")
+        parsed.append(_stage_of_text(f"{table['range']}:{table['instances']}"))
+    return parsed

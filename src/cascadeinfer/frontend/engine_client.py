@@ -1,0 +1,204 @@
+"""
+N instances behind vLLM's `AsyncLLM`: an `EngineCoreClient` that hands requests to the runtime.
+
+`AsyncLLM` (tokeniser, detokeniser, stop strings, logprobs, metrics) and the OpenAI server on top of it run unchanged; they see one engine
+core client whose outputs carry the instance's number as engine index. Calls that concern every instance (LoRA, sleep, cache resets,
+profiling) go to all that are up; their answers must agree.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor import Executor
+
+from cascadeinfer.engines.protocol import EngineRequest
+from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.frontend.pins import pin_reason_of
+from cascadeinfer.runtime.shell import RequestRejectedError, Runtime
+
+TO_ALL_INSTANCES = (
+    "add_lora_async",
+    "collective_rpc_async",
+    "is_scheduler_paused_async",
+    "is_sleeping_async",
+    "list_loras_async",
+    "pause_scheduler_async",
+    "pin_lora_async",
+    "profile_async",
+    "release_kv_cache_memory_async",
+    "remove_lora_async",
+    "reset_encoder_cache_async",
+    "reset_mm_cache_async",
+    "reset_prefix_cache_async",
+    "resume_scheduler_async",
+    "sleep_async",
+    "wake_up_async",
+    "get_weight_version_async",
+    "set_weight_version_async",
+)
+
+
+@dataclass(slots=True)
+class Liveness:
+    """
+    What `AsyncLLM.errored` reads.
+
+    Attributes:
+        engine_dead: True only after shutdown: a dead instance is restarted, and requests wait for it.
+    """
+
+    engine_dead: bool = False
+
+
+class OverloadedError(GracefulHTTPError):
+    """HTTP 429: the policy refused the request for now."""
+
+    def __init__(self, rejected: RequestRejectedError) -> None:
+        """Carry the policy's reason to the client."""
+        self.retry_after_s = rejected.retry_after_s
+        super().__init__(str(rejected), HTTPStatus.TOO_MANY_REQUESTS)
+
+
+class CascadeEngineClient(EngineCoreClient):
+    """See the module header. The runtime is started before and stopped after this object's life."""
+
+    def __init__(self, runtime: Runtime, vllm_config: VllmConfig) -> None:
+        """
+        Args:
+            runtime: A started runtime over vLLM instances.
+            vllm_config: The configuration that the instances share, as they report it after start.
+        """
+        self._runtime = runtime
+        self._vllm_config = vllm_config
+        self._movable = all(instance.hello["movable"] for instance in self._instances())
+        self.engine_ranks_managed = [instance.index for instance in self._instances()]
+        self.resources = Liveness()
+
+    def _instances(self) -> list[VllmInstance]:
+        instances = []
+        for engine in self._runtime.live_engines():
+            assert isinstance(engine, VllmInstance)
+            instances.append(engine)
+        return instances
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """The next outputs of any instance."""
+        outputs = await self._runtime.next_outputs()
+        assert isinstance(outputs, EngineCoreOutputs)
+        return outputs
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Hand a request to the runtime."""
+        if request.resumable:
+            raise GracefulHTTPError("streaming input is not supported", HTTPStatus.BAD_REQUEST)
+        sampling = request.sampling_params
+        try:
+            await self._runtime.submit(
+                EngineRequest(
+                    request.request_id,
+                    request.prompt_token_ids or [],
+                    (sampling.max_tokens or 1) if sampling is not None else 1,
+                    request,
+                    pin_reason_of(request, self._vllm_config, movable=self._movable),
+                    request.priority,
+                )
+            )
+        except RequestRejectedError as rejected:
+            raise OverloadedError(rejected) from rejected
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """Forget requests: their clients left, or a stop string ended them."""
+        self._runtime.abort(request_ids)
+
+    async def get_supported_tasks_async(self) -> Any:
+        """Tasks of the model; every instance serves the same one."""
+        return await self._instances()[0].client.get_supported_tasks_async()
+
+    async def call_utility_async(self, method: str, *args: Any) -> Any:
+        """A utility call to every instance."""
+        return await self.to_all("call_utility_async", method, *args)
+
+    async def to_all(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call every instance that is up; the first answer, after checking that the others are the same."""
+        instances = self._instances()
+        if not instances:
+            raise EngineDeadError
+        answers = await asyncio.gather(*(getattr(i.client, method)(*args, **kwargs) for i in instances))
+        if method != "collective_rpc_async" and any(answer != answers[0] for answer in answers):
+            raise RuntimeError(f"instances disagree on {method}: {answers}")
+        return answers[0]
+
+    def dp_engines_running(self) -> bool:
+        """Data-parallel waves: none here."""
+        return False
+
+    def shutdown(self, timeout: float | None = None) -> None:  # noqa: ARG002 - vLLM's signature
+        """Called by AsyncLLM; the runtime is stopped by whoever started it."""
+        self.resources.engine_dead = True
+
+
+def _to_all(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+    async def call(self: CascadeEngineClient, *args: Any, **kwargs: Any) -> Any:
+        return await self.to_all(name, *args, **kwargs)
+
+    call.__name__ = name
+    call.__doc__ = f"`{name}` of every instance that is up."
+    return call
+
+
+for _name in TO_ALL_INSTANCES:
+    setattr(CascadeEngineClient, _name, _to_all(_name))
+
+
+class CascadeLLM(AsyncLLM):
+    """`AsyncLLM` whose health is that of the runtime: well while any instance is up."""
+
+    runtime: Runtime
+
+    async def check_health(self) -> None:
+        """Raise while no instance is up."""
+        if self.errored or not self.runtime.live_engines():
+            raise EngineDeadError
+
+
+@contextlib.contextmanager
+def _as_engine_core_client(client: CascadeEngineClient) -> Iterator[None]:
+    """Have vLLM's factory return our client; `AsyncLLM.__init__` offers no parameter for it."""
+    original = EngineCoreClient.__dict__["make_async_mp_client"]
+    EngineCoreClient.make_async_mp_client = staticmethod(lambda **_: client)
+    try:
+        yield
+    finally:
+        EngineCoreClient.make_async_mp_client = original
+
+
+def make_llm(runtime: Runtime, vllm_config: VllmConfig, *, log_stats: bool, log_requests: bool) -> CascadeLLM:
+    """
+    `AsyncLLM` over a started runtime. Must be called in the runtime's event loop.
+
+    Args:
+        log_stats: Whether vLLM's metrics are kept.
+        log_requests: Whether vLLM logs each request.
+    """
+    client = CascadeEngineClient(runtime, vllm_config)
+    with _as_engine_core_client(client):
+        llm = CascadeLLM(
+            vllm_config,
+            Executor.get_class(vllm_config),
+            log_stats,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            log_requests=log_requests,
+        )
+    llm.runtime = runtime
+    return llm
