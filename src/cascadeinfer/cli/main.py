@@ -1,0 +1,138 @@
+"""
+The command line's entry: one table of commands, each loaded only when it is the one that runs.
+
+`COMMANDS` names for each command its module and its line of help. The module has one of
+
+    def register(app: typer.Typer, name: str, help_text: str) -> None
+    def FUNCTION(arguments: list[str]) -> None
+
+`register` adds the command to `app` under that name (`app.command(name, help=help_text)(function)`, or `app.add_typer` where
+it has subcommands). A row that names a function is for commands with a parser of their own, such as vLLM's with its hundreds
+of flags: the function gets all words after the command's name, `--help` included.
+
+Engines take seconds to import, so only the chosen command's module is imported, and for the list of commands none: there
+the others stand as their line of the table.
+
+What the operator did wrong ends in one line on standard error and exit code 2; an engine's failure in one line and exit
+code 1. A traceback is a bug of ours.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Final, NamedTuple
+
+import typer
+
+from cascadeinfer import __version__
+from cascadeinfer.core.errors import ConfigError, EngineError, PlanError, ProfileError, TraceError
+
+
+class Command(NamedTuple):
+    """One row of the command table."""
+
+    module: str
+    help_text: str
+    function: str | None = None
+
+
+COMMANDS: Final[dict[str, Command]] = {
+    "serve": Command("cascadeinfer.cli.serve", "Serve a model on several vLLM instances (OpenAI API).", "serve"),
+    "model": Command("cascadeinfer.cli.model", "Prepare models that need no hub."),
+}
+
+OPERATOR_ERRORS: Final = (ConfigError, PlanError, ProfileError, TraceError)
+EXIT_OPERATOR: Final = 2
+EXIT_FAILURE: Final = 1
+
+EXTRAS: Final = {
+    "vllm": "cpu",
+    "torch": "cpu",
+    "transformers": "cpu",
+    "tokenizers": "cpu",
+    "safetensors": "cpu",
+    "uvicorn": "cpu",
+    "openai": "cpu",
+    "nixl": "cpu",
+    "matplotlib": "figures",
+    "pyarrow": "figures",
+    "ray": "ray",
+}
+"""Packages that come with an extra: what to install when one is missing."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that the arguments name (the process's own by default); ends the process with its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _run(words)
+    except OPERATOR_ERRORS as error:
+        _complain(str(error))
+        sys.exit(EXIT_OPERATOR)
+    except EngineError as error:
+        _complain(str(error))
+        sys.exit(EXIT_FAILURE)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _complain(f"the package {package} is missing (pip install 'cascadeinfer[{EXTRAS[package]}]')")
+        sys.exit(EXIT_OPERATOR)
+
+
+def _run(words: list[str]) -> None:
+    """Run the chosen command by its own parser, or everything else by typer."""
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    command = COMMANDS.get(chosen or "")
+    if command is not None and command.function is not None and words[0] == chosen:
+        getattr(importlib.import_module(command.module), command.function)(words[1:])
+        return
+    build_app(chosen)(words, prog_name="cascadeinfer")
+
+
+def build_app(chosen: str | None) -> typer.Typer:
+    """The application: the chosen command in full, the others by name and help only."""
+    app = typer.Typer(
+        help="Length-aware serving of one LLM on many instances, with live migration of running requests.",
+        no_args_is_help=True,
+        add_completion=False,  # it would have to import every command
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name, command in COMMANDS.items():
+        if name == chosen and command.function is None:
+            importlib.import_module(command.module).register(app, name, command.help_text)
+        else:
+            app.command(name, help=command.help_text)(_not_chosen)
+    return app
+
+
+def _root(
+    *,
+    version: Annotated[
+        bool,
+        # A callback, since the function itself runs only once a command is named.
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=lambda v: _version(show=v)
+        ),
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+def _version(*, show: bool) -> None:
+    """Print the version and end."""
+    if show:
+        typer.echo(f"cascadeinfer {__version__}")
+        raise typer.Exit
+
+
+def _not_chosen() -> None:
+    """Stands for a command in the list; never runs, as it is not the one named."""
+    raise AssertionError("the command that was named is loaded in full")
+
+
+def _complain(message: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(f"cascadeinfer: error: {' '.join(message.split())}\n")
