@@ -1,0 +1,129 @@
+"""
+From vLLM's engine arguments to N instances: each one's configuration, environment and factory.
+
+Every start of an instance, restarts included, gets a fresh `VllmConfig` with a KV engine id of its own, so that its peers do the
+handshake anew instead of reading a dead process's memory.
+"""
+
+import dataclasses
+import os
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+
+from cascadeinfer.cluster.local import LOOPBACK, free_port, split_cores, split_devices
+from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.vllm.instance import VllmInstance
+
+CONNECTOR_MODULE = "cascadeinfer.engines.vllm.connector"
+CPU_UCX_TRANSPORTS = "tcp,shm,self,cma,sysv,posix"
+"""UCX finds no InfiniBand on CPU machines and warns about it at every start without this."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KvTransferSettings:
+    """
+    Settings of the KV transfer.
+
+    Attributes:
+        lease_s: How long a cut request's blocks stay pinned at the source unless they are pulled before.
+    """
+
+    lease_s: int = 10
+
+
+def check_engine_args(engine_args: AsyncEngineArgs) -> None:
+    """
+    Refuse vLLM options that contradict ours.
+
+    Raises:
+        ConfigError: With the option and the fix.
+    """
+    if engine_args.data_parallel_size > 1:
+        raise ConfigError(
+            "is vLLM's own way to run several engines",
+            option="--data-parallel-size",
+            fix="use --instances instead",
+        )
+    if engine_args.kv_transfer_config is not None:
+        raise ConfigError("is set by CascadeInfer for live migration", option="--kv-transfer-config", fix="remove it")
+
+
+def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, settings: KvTransferSettings) -> VllmConfig:
+    """A configuration for one start of one instance."""
+    transfer = KVTransferConfig(
+        kv_connector="CascadeConnector",
+        kv_connector_module_path=CONNECTOR_MODULE,
+        kv_role="kv_both",
+        kv_buffer_device="cpu" if current_platform.is_cpu() else "cuda",
+        kv_load_failure_policy="recompute",
+        engine_id=f"cascade-{instance_id}-{uuid.uuid4().hex[:12]}",
+        kv_connector_extra_config={"kv_lease_duration": settings.lease_s},
+    )
+    own_args = dataclasses.replace(engine_args, kv_transfer_config=transfer)
+    return own_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def instance_environments(engine_args: AsyncEngineArgs, n_instances: int) -> list[dict[str, str]]:
+    """Which cores or devices each instance gets; what the operator has set in the environment wins."""
+    if current_platform.is_cpu():
+        cores = split_cores(n_instances, sorted(os.sched_getaffinity(0)))
+        environments = [{"VLLM_CPU_OMP_THREADS_BIND": own, "UCX_TLS": CPU_UCX_TRANSPORTS} for own in cores]
+    else:
+        each = engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
+            str(i) for i in range(current_platform.device_count())
+        )
+        devices = split_devices(n_instances, each, visible.split(","))
+        return [{"CUDA_VISIBLE_DEVICES": own} for own in devices]
+    return [{k: v for k, v in e.items() if k not in os.environ} for e in environments]
+
+
+def make_factories(
+    engine_args: AsyncEngineArgs,
+    instance_ids: tuple[InstanceId, ...],
+    settings: KvTransferSettings,
+    *,
+    log_stats: bool,
+    extra_environment: dict[str, str] | None = None,
+) -> dict[InstanceId, Callable[[int], VllmInstance]]:
+    """
+    Per instance, what makes its engine for the n-th start.
+
+    Raises:
+        ConfigError: vLLM refuses the arguments (an unknown model folder, an impossible length), or ours contradict them.
+    """
+    check_engine_args(engine_args)
+    environments = instance_environments(engine_args, len(instance_ids))
+    try:
+        first_config = instance_config(engine_args, instance_ids[0], settings)
+    except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(f"vLLM refuses the engine arguments: {_first_lines(error)}") from error
+
+    def factory(index: int, instance_id: InstanceId) -> Callable[[int], VllmInstance]:
+        def make(start: int) -> VllmInstance:
+            fresh = start > 0 or index > 0
+            config = instance_config(engine_args, instance_id, settings) if fresh else first_config
+            environment: dict[str, Any] = {
+                **environments[index],
+                **(extra_environment or {}),
+                "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
+                "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+            }
+            return VllmInstance(instance_id, index, config, environment, log_stats=log_stats)
+
+        return make
+
+    return {instance_id: factory(index, instance_id) for index, instance_id in enumerate(instance_ids)}
+
+
+def _first_lines(error: BaseException, n_lines: int = 4) -> str:
+    """The part of vLLM's (often long) message that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:n_lines]) or type(error).__name__
