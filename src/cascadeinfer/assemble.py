@@ -7,13 +7,14 @@ from collections.abc import AsyncIterator, Callable
 from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
 
+from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
-from cascadeinfer.frontend.server import bind, serve
+from cascadeinfer.frontend.server import StopSignals, bind, serve
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.shell import Runtime
@@ -90,9 +91,9 @@ async def run_server(args: Namespace, options: ServeOptions) -> None:
     Raises:
         ConfigError: An option is wrong; nothing is left running.
     """
-    with contextlib.closing(bind(args.host or "127.0.0.1", args.port)) as listener:
+    with contextlib.closing(bind(args.host or LOOPBACK, args.port)) as listener, StopSignals() as signals:
         engine_args = AsyncEngineArgs.from_cli_args(args)
         log_stats = not args.disable_log_stats
         runtime = make_runtime(engine_args, options, log_stats=log_stats)
         async with running_llm(runtime, log_stats=log_stats, log_requests=engine_args.enable_log_requests) as llm:
-            await serve(llm, runtime, listener, args, options.drain_timeout_s)
+            await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s)

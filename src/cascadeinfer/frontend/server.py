@@ -6,13 +6,11 @@ signal, or the drain time-out, ends it at once.
 """
 
 import asyncio
-import contextlib
 import logging
 import signal
 import socket
 from argparse import Namespace
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import uvicorn
 from vllm import envs
@@ -49,8 +47,55 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+class StopSignals:
+    """
+    SIGINT and SIGTERM from the first moment on.
+
+    Before the server serves, a signal cancels the start. While it serves, the first one drains and the second stops at once.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is installed yet."""
+        self._server: uvicorn.Server | None = None
+        self._starting: asyncio.Task[Any] | None = None
+
+    def __enter__(self) -> Self:
+        """Take the signals over, in the event loop of the task that starts the server."""
+        self._starting = asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give them back."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+    def drain(self, server: uvicorn.Server) -> None:
+        """From now on a signal drains this server."""
+        self._server = server
+
+    def _on_signal(self) -> None:
+        if self._server is None:
+            logger.warning("stopped while starting")
+            assert self._starting is not None
+            self._starting.cancel()
+        elif self._server.should_exit:
+            logger.warning("second signal: stopping at once")
+            self._server.force_exit = True
+        else:
+            logger.warning("draining: no new requests, running ones finish")
+            self._server.should_exit = True
+
+
 async def serve(
-    llm: CascadeLLM, runtime: Runtime, listener: socket.socket, args: Namespace, drain_timeout_s: float
+    llm: CascadeLLM,
+    runtime: Runtime,
+    listener: socket.socket,
+    args: Namespace,
+    signals: StopSignals,
+    *,
+    drain_timeout_s: float,
 ) -> None:
     """Serve until a signal comes and the last request has finished (or the drain time-out has passed)."""
     supported_tasks = await llm.get_supported_tasks()
@@ -59,8 +104,8 @@ async def serve(
     attach_admin_routes(app, runtime, args)
     server = NoSignalServer(_uvicorn_config(app, args, drain_timeout_s))
     app.state.server = server
-    with _signals_to(server):
-        await server.serve(sockets=[listener])
+    signals.drain(server)
+    await server.serve(sockets=[listener])
 
 
 def _uvicorn_config(app: Any, args: Namespace, drain_timeout_s: float) -> uvicorn.Config:
@@ -84,24 +129,3 @@ def _uvicorn_config(app: Any, args: Namespace, drain_timeout_s: float) -> uvicor
     if args.h11_max_incomplete_event_size is not None:
         config.h11_max_incomplete_event_size = args.h11_max_incomplete_event_size
     return config
-
-
-@contextlib.contextmanager
-def _signals_to(server: uvicorn.Server) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-
-    def on_signal() -> None:
-        if server.should_exit:
-            logger.warning("second signal: stopping at once")
-            server.force_exit = True
-        else:
-            logger.info("draining: no new requests, running ones finish")
-            server.should_exit = True
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)

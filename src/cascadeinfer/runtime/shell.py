@@ -99,14 +99,24 @@ class Runtime:
     # --- for the front end -------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start all instances in parallel; returns when every one answers and is connected to every other."""
-        starts = await asyncio.gather(*(s.start() for s in self._supervisors.values()), return_exceptions=True)
-        failures = [failure for failure in starts if isinstance(failure, BaseException)]
-        if failures:
+        """
+        Start all instances in parallel; returns when every one answers and is connected to every other.
+
+        Raises:
+            EngineError: One did not start; all others have been stopped.
+        """
+        try:
+            starts = [asyncio.ensure_future(supervisor.start()) for supervisor in self._supervisors.values()]
+            try:
+                await asyncio.gather(*starts)
+            finally:
+                for start in starts:
+                    start.cancel()
+            for state in self._instances.values():
+                await state.came_up.wait()
+        except BaseException:  # a signal during the start included
             await self.stop(timeout_s=0.0)
-            raise failures[0]
-        for state in self._instances.values():
-            await state.came_up.wait()
+            raise
 
     async def submit(self, request: EngineRequest) -> None:
         """

@@ -141,6 +141,9 @@ class Supervisor:
             why = "its process died"
         except* EngineError as errors:
             why = "; ".join(str(error) for error in errors.exceptions)
+        except* Exception as errors:  # our own bug must not end the supervision of an instance
+            logger.exception("internal error; instance %s is restarted", self.instance_id, exc_info=errors)
+            why = f"internal error: {errors.exceptions[0]!r}"
         return why
 
     async def _pump(self, engine: Engine) -> None:

@@ -6,11 +6,13 @@ handshake anew instead of reading a dead process's memory.
 """
 
 import dataclasses
+import logging
 import os
 import uuid
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -21,6 +23,9 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.instance import VllmInstance
 
+logger = logging.getLogger(__name__)
+
+CPU_KV_BYTES_MAX = 1 << 30
 CONNECTOR_MODULE = "cascadeinfer.engines.vllm.connector"
 CPU_UCX_TRANSPORTS = "tcp,shm,self,cma,sysv,posix"
 """UCX finds no InfiniBand on CPU machines and warns about it at every start without this."""
@@ -53,6 +58,21 @@ def check_engine_args(engine_args: AsyncEngineArgs) -> None:
         )
     if engine_args.kv_transfer_config is not None:
         raise ConfigError("is set by CascadeInfer for live migration", option="--kv-transfer-config", fix="remove it")
+
+
+def with_cpu_kv_share(engine_args: AsyncEngineArgs, n_instances: int) -> AsyncEngineArgs:
+    """
+    On a CPU, give each instance its share of memory for KV blocks unless the operator said how much.
+
+    vLLM would let every instance claim most of the machine. The share is half of what is free now, divided by the instances, and at most
+    `CPU_KV_BYTES_MAX`: NIXL registers each block at start, which takes seconds per gigabyte of small blocks.
+    """
+    said = engine_args.kv_cache_memory_bytes is not None or bool(os.environ.get("VLLM_CPU_KVCACHE_SPACE"))
+    if said or not current_platform.is_cpu():
+        return engine_args
+    share = min(psutil.virtual_memory().available // (2 * n_instances), CPU_KV_BYTES_MAX)
+    logger.info("each instance gets %.1f GiB for KV blocks (--kv-cache-memory-bytes)", share / 2**30)
+    return dataclasses.replace(engine_args, kv_cache_memory_bytes=share)
 
 
 def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, settings: KvTransferSettings) -> VllmConfig:
@@ -100,6 +120,7 @@ def make_factories(
         ConfigError: vLLM refuses the arguments (an unknown model folder, an impossible length), or ours contradict them.
     """
     check_engine_args(engine_args)
+    engine_args = with_cpu_kv_share(engine_args, len(instance_ids))
     environments = instance_environments(engine_args, len(instance_ids))
     try:
         first_config = instance_config(engine_args, instance_ids[0], settings)
