@@ -7,6 +7,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from cascadeinfer.engines.vllm.connector import commands
+from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.worker_side import CascadeWorkerSide
 
@@ -22,6 +23,7 @@ class CascadeConnector(NixlPullConnector):
         self.connector_scheduler: CascadeSchedulerSide | None = None
         self.connector_worker: CascadeWorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
+            end_with_parent()
             self.connector_scheduler = CascadeSchedulerSide(vllm_config, self.engine_id, kv_cache_config)
         else:
             self.connector_worker = CascadeWorkerSide(vllm_config, self.engine_id, kv_cache_config)
