@@ -152,6 +152,10 @@ class Engine(Protocol):
         """The ticket when this final output is a cut, else None."""
         ...
 
+    def has_dropped(self, delta: TokenDelta) -> bool:
+        """Whether this final output means that the engine gave the request up (it is being shut down), unasked."""
+        ...
+
     @property
     def pid(self) -> int | None:
         """Process id of the instance, None when it has none (any more)."""

@@ -251,8 +251,8 @@ class Migrator:
             return
         try:
             await self._ask(engine, record, action)
-        except EngineError as error:
-            record.detail = f"{action.value}:{error}"
+        except EngineError:
+            record.detail = f"{action.value}:engine_died"
 
     async def _ask(self, engine: Engine, record: MigrationRecord, action: Action) -> None:
         migration_id = record.migration.migration_id

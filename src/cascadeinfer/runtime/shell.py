@@ -10,14 +10,12 @@ never moved: finishes of cut requests are hidden, ids are the request's own.
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, assert_never
 
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.errors import CascadeError, EngineError
 from cascadeinfer.core.events import (
-    Event,
     InstanceJoined,
     InstanceLost,
     InstanceReport,
@@ -27,13 +25,13 @@ from cascadeinfer.core.events import (
     MigrationOutcome,
     RequestArrived,
     RequestFinished,
-    TimerFired,
 )
 from cascadeinfer.core.migration import Happening
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, Resume, StepOutputs
+from cascadeinfer.runtime.driver import PolicyDriver
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationRecord, MigrationTimes, Migrator
 from cascadeinfer.runtime.streams import Stream, StreamTable
@@ -41,6 +39,10 @@ from cascadeinfer.runtime.supervise import SupervisionTimes, Supervisor
 from cascadeinfer.runtime.view import InstanceState, snapshot
 
 logger = logging.getLogger(__name__)
+
+
+DROPPED_GRACE_S = 10.0
+"""How long a request that its instance gave up waits for the instance's death."""
 
 
 class RequestRejectedError(CascadeError):
@@ -67,6 +69,7 @@ class Runtime:
         *,
         supervision: SupervisionTimes | None = None,
         migration: MigrationTimes | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
@@ -75,8 +78,10 @@ class Runtime:
             make_metrics: Makes the metrics from what reads the gauges.
             supervision: Limits and intervals for instances.
             migration: Time limits for migrations.
+            clock: The time in seconds (not the loop's own: uvloop's counts whole milliseconds).
         """
-        self._policy = policy
+        self._clock = clock
+        self._driver = PolicyDriver(policy, self._carry_out, clock)
         self._streams = StreamTable()
         self._instances = {instance_id: InstanceState(instance_id) for instance_id in make_engines}
         self._supervisors = {
@@ -87,13 +92,9 @@ class Runtime:
         self.layout: StageLayout | None = None
         self.metrics = make_metrics(self._gauges)
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
-        self._events: deque[Event] = deque()
-        self._handling = False
         self._rejected: dict[RequestId, Reject] = {}
-        self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._joining = asyncio.Lock()
-        self._n_events = 0
         self._migration_counts: dict[str, int] = {}
 
     # --- for the front end -------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class Runtime:
         stream = self._streams.open(request)
         if request.pin_reason is not None:
             self.metrics.pinned_requests.labels(request.pin_reason.value).inc()
-        self._emit(
+        self._driver.emit(
             RequestArrived(
                 request.request_id,
                 request.request_id,
@@ -177,8 +178,7 @@ class Runtime:
 
     async def stop(self, timeout_s: float) -> None:
         """Stop everything. Requests that still live get no more tokens."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._driver.stop()
         await self._migrator.stop()
         await asyncio.gather(*(s.stop(timeout_s) for s in self._supervisors.values()))
         for task in list(self._tasks):
@@ -206,20 +206,40 @@ class Runtime:
             state.engine = engine
             state.capacity = capacity
             state.came_up.set()
-        self._emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, capacity))
+        self._driver.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, capacity))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop the words of old attempts; hide the finishes of cuts."""
-        now_s = self._now_s()
+        now_s = self._clock()
         delivered = []
         for delta in outputs.outputs:
             stream = self._streams.of_attempt(delta.request_id)
             if stream is None:
                 continue
+            if delta.finish_reason is not None and engine.has_dropped(delta):
+                self._wait_for_death(stream, outputs, delta)
+                continue
             self._deliver(engine, stream, delta, now_s)
             delivered.append(delta)
         outputs.outputs = delivered
         self._outputs.put_nowait(outputs)
+
+    def _wait_for_death(self, stream: Stream, outputs: Any, delta: Any) -> None:
+        """
+        An instance gave a request up: it is about to end, and the request then goes on elsewhere like every orphan.
+
+        If it lives on after all, the client is told of the abort.
+        """
+        attempt = stream.engine_request_id
+
+        def tell_client() -> None:
+            if stream.engine_request_id != attempt:
+                return
+            delta.request_id = stream.request.request_id
+            self._outputs.put_nowait(type(outputs)(outputs=[delta]))
+            self._finish(stream, "dropped")
+
+        asyncio.get_running_loop().call_later(DROPPED_GRACE_S, tell_client)
 
     def instance_reported(self, engine: Engine, report: InstanceReport, counters: EngineCounters) -> None:
         """Translate attempt ids to request ids and tell the policy."""
@@ -227,7 +247,7 @@ class Runtime:
         state.report, state.counters = report, counters
         running = self._known(report.running_ids, report.running_tokens)
         waiting = self._known(report.waiting_ids, report.waiting_tokens)
-        self._emit(
+        self._driver.emit(
             InstanceReported(
                 f"report:{engine.instance_id}:{counters.steps}",
                 engine.instance_id,
@@ -250,7 +270,7 @@ class Runtime:
             self._streams.displace(stream)
             exact = "yes" if stream.request.pin_reason is None else "no"
             self.metrics.recovered.labels(exact).inc()
-        self._emit(
+        self._driver.emit(
             InstanceLost(
                 f"down:{instance_id}",
                 instance_id,
@@ -260,21 +280,6 @@ class Runtime:
         )
 
     # --- the policy --------------------------------------------------------------------------------------------------
-
-    def _emit(self, event: Event) -> None:
-        self._events.append(event)
-        if self._handling:
-            return
-        self._handling = True
-        try:
-            while self._events:
-                self._n_events += 1
-                now_s = self._now_s()
-                for effect in self._policy.handle(self._events.popleft(), now_s):
-                    self._carry_out(effect)
-        finally:
-            self._handling = False
-        self._arm_timer()
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
@@ -286,7 +291,7 @@ class Runtime:
                 self._start_migration(effect)
             case SendMessage():
                 message = MessageReceived(effect.cause, effect.sender_id, effect.recipient_id, effect.message)
-                asyncio.get_running_loop().call_soon(self._emit, message)
+                asyncio.get_running_loop().call_soon(self._driver.emit, message)
             case PublishLayout():
                 self.layout = effect.layout
             case _:
@@ -329,7 +334,7 @@ class Runtime:
     def _emit_migration_ended(self, effect: StartMigration, outcome: MigrationOutcome, detail: str) -> None:
         self.metrics.migrations.labels(outcome.value, effect.reason.value, detail).inc()
         self._migration_counts[outcome.value] = self._migration_counts.get(outcome.value, 0) + 1
-        self._emit(
+        self._driver.emit(
             MigrationEnded(
                 effect.cause,
                 effect.migration_id,
@@ -340,15 +345,6 @@ class Runtime:
                 detail,
             )
         )
-
-    def _arm_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        at_s = self._policy.next_timer_s()
-        if at_s is not None:
-            delay_s = max(0.0, at_s - self._now_s())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._emit, TimerFired("timer"))
 
     # --- the steps behind them ----------------------------------------------------------------------------------------
 
@@ -378,7 +374,7 @@ class Runtime:
         self._streams.close(stream)
         self.metrics.requests.labels(outcome).inc()
         request_id = stream.request.request_id
-        self._emit(RequestFinished(request_id, request_id, len(stream.output_token_ids)))
+        self._driver.emit(RequestFinished(request_id, request_id, len(stream.output_token_ids)))
 
     def _known(self, ids: tuple[str, ...], lengths: tuple[int, ...]) -> dict[RequestId, int]:
         known = {}
@@ -393,10 +389,6 @@ class Runtime:
             state.gauges(self.layout, self._supervisors[instance_id].restarts)
             for instance_id, state in self._instances.items()
         ]
-
-    @staticmethod
-    def _now_s() -> float:
-        return time.monotonic()  # uvloop's own clock counts whole milliseconds
 
     def _spawn(self, command: Any) -> None:
         task = asyncio.get_running_loop().create_task(command)

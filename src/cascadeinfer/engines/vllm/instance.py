@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
@@ -244,6 +244,10 @@ class VllmInstance:
         """See Engine.ticket_of."""
         params = delta.kv_transfer_params
         return params if params is not None and params.get(CUT) else None
+
+    def has_dropped(self, delta: TokenDelta) -> bool:
+        """See Engine.has_dropped: an EngineCore that gets SIGTERM aborts its requests before it ends."""
+        return bool(delta.finish_reason == FinishReason.ABORT)
 
     def kill(self) -> None:
         """See Engine.kill."""
