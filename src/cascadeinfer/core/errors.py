@@ -49,6 +49,10 @@ class PlanError(CascadeError):
     """No stage layout can be planned: an empty histogram, no instances, or a demand above capacity."""
 
 
+class PolicyError(CascadeError):
+    """A policy asked for something impossible, or forgot requests: a bug of the policy."""
+
+
 class EngineError(CascadeError):
     """
     An engine instance failed or refused.
@@ -61,6 +65,19 @@ class EngineError(CascadeError):
     def __init__(self, message: str, *, instance_id: str) -> None:
         self.instance_id = instance_id
         super().__init__(f"instance {instance_id}: {message}")
+
+
+class RequestRejectedError(CascadeError):
+    """
+    The policy refused a request for now.
+
+    Attributes:
+        retry_after_s: When its client may come again.
+    """
+
+    def __init__(self, reason: str, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"overloaded ({reason}); try again in {retry_after_s:g} s")
 
 
 class InvalidTransition(CascadeError):  # noqa: N818 - the established name (dask, h11) for this error

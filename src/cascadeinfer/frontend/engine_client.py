@@ -22,10 +22,11 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
+from cascadeinfer.core.errors import RequestRejectedError
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.frontend.pins import pin_reason_of
-from cascadeinfer.runtime.shell import RequestRejectedError, Runtime
+from cascadeinfer.runtime.shell import Runtime
 
 TO_ALL_INSTANCES = (
     "add_lora_async",

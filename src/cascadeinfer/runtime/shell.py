@@ -2,8 +2,7 @@
 Shell no. 2: runs a policy on real engines.
 
 Everything happens on one event loop. Facts (a request arrives, a step's outputs come, an instance dies, a migration ends) become events;
-`_emit` hands each to the policy and carries out its effects at once; events that arise on the way wait their turn in a queue, so the
-policy sees one event at a time. The front end reads the merged outputs from `next_outputs`, in which a moved request looks as if it had
+`PolicyDriver` hands each to the policy, which sees one at a time, and its effects are carried out at once. The front end reads the merged outputs from `next_outputs`, in which a moved request looks as if it had
 never moved: finishes of cut requests are hidden, ids are the request's own.
 """
 
@@ -14,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, assert_never
 
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
-from cascadeinfer.core.errors import CascadeError, EngineError
+from cascadeinfer.core.errors import EngineError, RequestRejectedError
 from cascadeinfer.core.events import (
     InstanceJoined,
     InstanceLost,
@@ -43,19 +42,6 @@ logger = logging.getLogger(__name__)
 
 DROPPED_GRACE_S = 10.0
 """How long a request that its instance gave up waits for the instance's death."""
-
-
-class RequestRejectedError(CascadeError):
-    """
-    The policy refused a request.
-
-    Attributes:
-        retry_after_s: When its client may come again.
-    """
-
-    def __init__(self, reason: str, retry_after_s: float) -> None:
-        self.retry_after_s = retry_after_s
-        super().__init__(f"overloaded ({reason}); try again in {retry_after_s:g} s")
 
 
 class Runtime:
