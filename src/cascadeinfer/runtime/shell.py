@@ -1,9 +1,10 @@
 """
 Shell no. 2: runs a policy on real engines.
 
-Everything happens on one event loop. Facts (a request arrives, a step's outputs come, an instance dies, a migration ends) become events;
-`PolicyDriver` hands each to the policy, which sees one at a time, and its effects are carried out at once. The front end reads the merged outputs from `next_outputs`, in which a moved request looks as if it had
-never moved: finishes of cut requests are hidden, ids are the request's own.
+Everything happens on one event loop. Facts (a request arrives, a step's outputs come, an instance dies, a migration ends) become
+events; `PolicyDriver` hands each to the policy, which sees one at a time, and its effects are carried out at once. The front end reads
+the merged outputs from `next_outputs`, in which a moved request looks as if it had never moved: finishes of cut requests are hidden,
+ids are the request's own.
 """
 
 import asyncio
@@ -38,7 +39,6 @@ from cascadeinfer.runtime.supervise import SupervisionTimes, Supervisor
 from cascadeinfer.runtime.view import InstanceState, snapshot
 
 logger = logging.getLogger(__name__)
-
 
 DROPPED_GRACE_S = 10.0
 """How long a request that its instance gave up waits for the instance's death."""
