@@ -1,13 +1,16 @@
-"""Routes beside vLLM's own: `/admin/instances`, `/health/live`, `/health/ready`."""
+"""Routes beside vLLM's own: `/admin/instances`, `/health/live`, `/health/ready`; and `Retry-After` on 429."""
 
+import math
 from argparse import Namespace
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from vllm import envs
+from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
+from cascadeinfer.frontend.engine_client import OverloadedError
 from cascadeinfer.runtime.shell import Runtime
 
 
@@ -41,3 +44,12 @@ def attach_admin_routes(app: FastAPI, runtime: Runtime, args: Namespace) -> None
         return {"status": "ready", "instances": up}
 
     app.include_router(router)
+    app.add_exception_handler(OverloadedError, _say_when_to_come_again)
+
+
+async def _say_when_to_come_again(request: Request, error: Exception) -> Response:
+    """vLLM's JSON for the error, with the header `Retry-After` in whole seconds."""
+    response = await exception_handler(request, error)
+    if isinstance(error, OverloadedError):
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return response
