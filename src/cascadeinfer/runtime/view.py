@@ -1,6 +1,7 @@
 """What operators see of the runtime: the state of each instance, as gauges and as the JSON of `/admin/instances`."""
 
 import asyncio
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.supervise import Supervisor
 
 IDLE = InstanceReport((), (), (), (), 0)
+MAX_LISTED_REQUESTS = 1000
+"""Live requests that the snapshot lists one by one, the oldest first: about 100 KB of JSON."""
 
 
 @dataclass(slots=True)
@@ -104,6 +107,19 @@ def snapshot(
             }
             for instance_id, state in instances.items()
         ],
-        "requests": {"live": len(streams), "unplaced": on_instance.get(None, 0)},
+        "requests": {
+            "live": len(streams),
+            "unplaced": on_instance.get(None, 0),
+            "oldest": [
+                {
+                    "id": stream.request.request_id,
+                    "instance": stream.instance_id,
+                    "tokens": stream.n_tokens,
+                    "attempts": stream.attempts,
+                    "pinned": stream.request.pin_reason,
+                }
+                for stream in itertools.islice(streams, MAX_LISTED_REQUESTS)
+            ],
+        },
         "migrations": {"under_way": n_migrations, "ended": dict(sorted(migration_counts.items()))},
     }
