@@ -1,15 +1,36 @@
 """
 Step time of an instance from the features of its batch.
 
-    attention_s = max(per_kv_token * kv_sum, straggler_per_kv_token * kv_max)
-    step_s = base + per_decode * n_decode + attention_s
-             + per_prefill_token * prefill_tokens + per_prefill_attention * prefill_attention
+    tokens      = n_decode + prefill_tokens
+    dense_s     = per_dense_token * max(0, tokens - dense_knee) + experts * (1 - expert_miss ** tokens)
+    balanced_s  = per_kv_token * kv_sum                     all KV bytes at the bandwidth of the whole device
+    straggler_s = straggler_per_kv_token * kv_max / splits  the longest piece at the bandwidth of one thread block
+    attention_s = max(balanced_s, straggler_s) + overlap * min(balanced_s, straggler_s) + split [if the backend splits]
+    step_s      = base + per_decode * n_decode + attention_s + dense_s
+                + per_prefill_token * prefill_tokens + per_prefill_attention * prefill_attention
 
-The second arm of the maximum is the price of mixed lengths: an attention backend that cannot spread one long request over the
-whole device needs at least `straggler_per_kv_token * kv_max` for it, however idle the rest is (zero: the backend does not care).
-`step_time_s` is the compiled form, called by the simulator for every step and by the planner for every bucket.
+*Dense layers.* Up to `dense_knee` tokens a matrix product costs the read of its weights, whatever the number of tokens (that read is
+in `base`); above it each token costs compute. A mixture of experts reads only the experts its tokens pick: with uniform routing an
+expert is missed by all of them with probability `expert_miss ** tokens`.
+
+*Mixed lengths.* An attention kernel cuts a request's KV into `splits` pieces by the rules of its backend (`splitkv.py`); no piece
+can be read faster than one thread block reads. The rules reduce to three numbers (`heterogeneity.py` derives them and measures
+the reduction against the thread-block simulation):
+
+    splits = 1                                              n_decode >= split_until_requests
+           = clamp(slots / n_decode, 1, split_cap)          one split count for the batch (trtllm-gen)
+           = the least count whose waves are nearly full    the same, as FlashAttention-2 rounds it (`split_efficiency` > 0)
+           = clamp(slots * kv_max / kv_sum, 1, split_cap)   one piece size for the batch (FlashAttention-3, FlashInfer)
+    slots  = split_slots - split_slots_per_request * n_decode
+
+`overlap = overlap_max * max(0, 1 - wave_requests / n_decode)`: a kernel that takes requests in batch order starts the longest at a
+random moment of its run, once the batch is more than one wave.
+
+With only the first six coefficients the model is linear but for the straggler. `step_time_s` is the compiled form, called by the
+simulator for every step and by the planner for every bucket; the order of `StepModel`'s fields is the order of its coefficients.
 """
 
+import math
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -38,6 +59,46 @@ class BatchFeatures:
     prefill_attention_tokens: float = 0.0
 
 
+MAX_WAVES = 16
+"""Waves tried for a split count; at 16 every count fills its last wave by 0.94 or more."""
+
+
+@njit(cache=True)
+def _splits(coefficients: NDArray[np.float64], n_decode: float, kv_tokens: float, kv_tokens_max: float) -> float:
+    """Pieces of the longest request, >= 1; not rounded where the rule's rounding hardly matters."""
+    slots = coefficients[11] - coefficients[12] * n_decode
+    if coefficients[13] > 0.0:
+        return float(max(1.0, min(slots * kv_tokens_max / kv_tokens, coefficients[15])))
+    splits = slots / n_decode
+    if coefficients[18] > 0.0:
+        for waves in range(1, MAX_WAVES + 1):
+            fewest = math.ceil(waves * coefficients[18] * slots / n_decode)
+            if fewest * n_decode <= waves * slots:
+                splits = float(fewest)
+                break
+    return float(max(1.0, min(splits, coefficients[15])))
+
+
+@njit(cache=True)
+def decode_attention_s(
+    coefficients: NDArray[np.float64], n_decode: float, kv_tokens: float, kv_tokens_max: float
+) -> float:
+    """The part of a step that reads the decoding requests' KV, in seconds, without launch floor and per-request work."""
+    balanced_s = coefficients[2] * kv_tokens
+    straggler_s = coefficients[5] * kv_tokens_max
+    split_s = 0.0
+    if 0.0 < n_decode < coefficients[14] and kv_tokens > 0.0:
+        splits = _splits(coefficients, n_decode, kv_tokens, kv_tokens_max)
+        if splits > 1.0:
+            straggler_s /= splits
+            split_s = coefficients[10]
+    overlap = 0.0
+    if n_decode > coefficients[17] and kv_tokens_max > 0.0:
+        unlike = 1.0 - kv_tokens / (n_decode * kv_tokens_max)
+        overlap = coefficients[16] * unlike * (1.0 - coefficients[17] / n_decode)
+    return float(max(balanced_s, straggler_s) + overlap * min(balanced_s, straggler_s) + split_s)
+
+
 @njit(cache=True)
 def step_time_s(
     coefficients: NDArray[np.float64],
@@ -48,11 +109,15 @@ def step_time_s(
     prefill_attention_tokens: float,
 ) -> float:
     """Step time in seconds; `coefficients` as from `StepModel.coefficients`."""
-    attention_s = max(coefficients[2] * kv_tokens, coefficients[5] * kv_tokens_max)
+    tokens = n_decode + prefill_tokens
+    dense_s = coefficients[7] * max(0.0, tokens - coefficients[6])
+    if coefficients[8] > 0.0:
+        dense_s += coefficients[8] * (1.0 - coefficients[9] ** tokens)
     return float(
         coefficients[0]
         + coefficients[1] * n_decode
-        + attention_s
+        + decode_attention_s(coefficients, n_decode, kv_tokens, kv_tokens_max)
+        + dense_s
         + coefficients[3] * prefill_tokens
         + coefficients[4] * prefill_attention_tokens
     )
@@ -61,15 +126,28 @@ def step_time_s(
 @dataclass(frozen=True, slots=True)
 class StepModel:
     """
-    Coefficients of the step time, all in seconds and >= 0.
+    Coefficients of the step time, all >= 0. Fields that end in `_s` are seconds. Always build it by keyword.
 
     Attributes:
         base_s: A step with nothing in it: weights, launch and CPU overhead.
-        per_decode_s: Each decoding request.
+        per_decode_s: Each decoding request, beside its KV.
         per_kv_token_s: Each token of KV cache read by a decoding request.
-        per_prefill_token_s: Each prompt token computed.
+        per_prefill_token_s: Each prompt token computed, beside the dense layers' compute above the knee.
         per_prefill_attention_s: Each (token, context token) pair of prefill attention.
-        straggler_per_kv_token_s: Each token of the longest decoding request, when it cannot be spread over the device.
+        straggler_per_kv_token_s: Each token of the longest decoding request when one thread block per head reads it.
+        dense_knee_tokens: Tokens in a step that ride along with the read of the weights.
+        per_dense_token_s: Each token, decode or prefill, beyond the knee.
+        experts_s: Read of all experts' weights (mixture of experts; else 0).
+        expert_miss: Probability that one token does not pick a given expert.
+        split_s: Combining the pieces, if the backend splits.
+        split_slots: Pieces that the backend spreads over the requests of a batch.
+        split_slots_per_request: Slots lost per request to rounding up.
+        split_by_share: 1: pieces of one size (a request's pieces by its share of the KV); 0: one split count for the batch.
+        split_until_requests: From this many requests on nothing is split. 0: never split.
+        split_cap: Most pieces of one request.
+        overlap_max: Share of the shorter of (balanced, straggler) that is not hidden under the longer in a large batch.
+        wave_requests: Requests that run at once; no overlap up to here.
+        split_efficiency: How full the last wave of a split count has to be; 0: counts are not rounded.
     """
 
     base_s: float
@@ -78,8 +156,26 @@ class StepModel:
     per_prefill_token_s: float
     per_prefill_attention_s: float
     straggler_per_kv_token_s: float = 0.0
+    dense_knee_tokens: float = 0.0
+    per_dense_token_s: float = 0.0
+    experts_s: float = 0.0
+    expert_miss: float = 0.0
+    split_s: float = 0.0
+    split_slots: float = 0.0
+    split_slots_per_request: float = 0.0
+    split_by_share: float = 0.0
+    split_until_requests: float = 0.0
+    split_cap: float = 1.0
+    overlap_max: float = 0.0
+    wave_requests: float = 0.0
+    split_efficiency: float = 0.0
 
-    def coefficients(self) -> NDArray[np.float64]:  # (6,)
+    @property
+    def compute_per_prefill_token_s(self) -> float:
+        """What a prompt token costs in a step that is already above the knee, attention aside."""
+        return self.per_prefill_token_s + self.per_dense_token_s
+
+    def coefficients(self) -> NDArray[np.float64]:  # (19,)
         """The fields in order, as `step_time_s` takes them."""
         return np.asarray(astuple(self), dtype=np.float64)
 

@@ -1,0 +1,43 @@
+"""
+Finding profiles: the shipped ones by name, others by path.
+
+The shipped files lie in `cascadeinfer/profiles/` as package data; `docs/profiles.md` describes them. A name that contains a path
+separator or ends in `.json` is a path; anything else is the name of a shipped profile.
+"""
+
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from cascadeinfer.core.cost.profile import CostProfile, decode_profile
+from cascadeinfer.core.errors import ProfileError
+
+SUFFIX = ".json"
+
+
+def _shipped() -> Traversable:
+    return files("cascadeinfer") / "profiles"
+
+
+def list_profiles() -> list[str]:
+    """Names of the shipped profiles, sorted."""
+    return sorted(entry.name.removesuffix(SUFFIX) for entry in _shipped().iterdir() if entry.name.endswith(SUFFIX))
+
+
+def load_profile(name_or_path: str | Path) -> CostProfile:
+    """
+    Load a shipped profile by name, or a profile file by path.
+
+    Raises:
+        ProfileError: No such profile (lists those that exist), an unreadable file, or a file that `decode_profile` refuses.
+    """
+    name = str(name_or_path)
+    if isinstance(name_or_path, Path) or name.endswith(SUFFIX) or "/" in name or "\\" in name:
+        try:
+            raw = Path(name_or_path).read_bytes()
+        except OSError as error:
+            raise ProfileError(f"{name}: cannot be read: {error.strerror}") from error
+        return decode_profile(raw, origin=name)
+    if name not in list_profiles():
+        raise ProfileError(f"no profile is called {name!r}; there are: {', '.join(list_profiles())}")
+    return decode_profile((_shipped() / f"{name}{SUFFIX}").read_bytes(), origin=name)

@@ -1,0 +1,144 @@
+"""
+The fast form of a split rule: attention coefficients of the step model from a kernel, and how far they are from the simulation.
+
+`kernel_s` (splitkv.py) costs up to a millisecond per batch, the step model some ten nanoseconds; the planner and the simulator need
+the latter. What survives of a rule is the size of the longest piece, because a kernel ends when the last of two things ends: all
+bytes at the bandwidth of the device, or the longest piece at the bandwidth of a thread block.
+
+    rule                    longest piece                                        unsplit from
+    FA2                     kv_max / s, s = fewest splits with nearly full waves  0.8 x 2 SMs / kv_heads requests
+    FA3                     1.1 x kv_sum x kv_heads / SMs, >= kv_max / bound      993 requests
+    FlashInfer              kv_sum / (grid / kv_heads - n / 2)                    grid / kv_heads requests
+    trtllm-gen              kv_max x n x kv_heads / slots                         half of slots / kv_heads requests
+
+FlashInfer's n / 2: each request's last piece is half full on average, which takes half a place in the grid. Kernels that serve
+requests in batch order (all but FA3) start the longest one, once the batch is more than one wave, on average half-way through what
+does not fit into the first wave: `overlap_max` = 1/2. What the form leaves out: rounding of lengths to blocks and FA3's wave
+quantisation at 1-2 waves (a batch of 17 equal requests x 8 KV heads on 132 SMs takes two waves; mixed lengths smooth this).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
+from cascadeinfer.core.cost.splitkv import (
+    BLOCK_TOKENS,
+    FA3_IMBALANCE,
+    FA3_MAX_REQUESTS,
+    FULL_SHARE,
+    MAX_SPLITS,
+    MIN_EFFICIENCY,
+    AttentionKernel,
+    SplitRule,
+    fa3_split_bound,
+    kernel_s,
+)
+
+LONG_CONTEXT_TOKENS = 131_072
+"""FA3's own bound grows with the longest length; the fast form takes the bound of a long one, for which it matters."""
+
+BEST_WAVE_EFFICIENCY = 0.98
+"""What FA2's best candidate typically reaches; its threshold is `MIN_EFFICIENCY` of that."""
+
+IN_ORDER_OVERLAP = 0.5
+"""Mean start of the longest request among those that follow the first wave, as a share of the run."""
+
+
+def reduce_kernel(kernel: AttentionKernel, *, kv_heads: int, layers: int) -> StepModel:
+    """
+    The attention part of a step model: base, per-request, per-token and straggler coefficients and the split rule's numbers.
+
+    Args:
+        kernel: Backend and device.
+        kv_heads: KV heads per device, >= 1.
+        layers: Attention layers of the model; each runs the kernel once.
+    """
+    two_per_sm = 2.0 * kernel.sms / kv_heads
+    resident = kernel.slots / kv_heads
+    split_slots, slots_per_request, by_share, until, cap = resident, 0.0, 0.0, 0.0, float(MAX_SPLITS)
+    efficiency, overlap = 0.0, IN_ORDER_OVERLAP
+    match kernel.rule:
+        case SplitRule.FA2:
+            split_slots, until, efficiency = two_per_sm, FULL_SHARE * two_per_sm, MIN_EFFICIENCY * BEST_WAVE_EFFICIENCY
+        case SplitRule.FA3:
+            split_slots, by_share, until = kernel.sms / (FA3_IMBALANCE * kv_heads), 1.0, FA3_MAX_REQUESTS + 1.0
+            bound = kernel.split_cap or fa3_split_bound(LONG_CONTEXT_TOKENS // BLOCK_TOKENS, kv_heads, kernel.sms)
+            cap, overlap = float(bound), 0.0
+        case SplitRule.FLASHINFER_CUDA_CORE:
+            slots_per_request, by_share, until, cap = 0.5, 1.0, resident, resident
+        case SplitRule.FLASHINFER_TENSOR_CORE:
+            split_slots, slots_per_request, by_share, until, cap = two_per_sm, 0.5, 1.0, two_per_sm + 1.0, two_per_sm
+        case SplitRule.TRTLLM:
+            until = resident / 2.0
+    return StepModel(
+        base_s=layers * (kernel.launch_s + kernel.wave_s),
+        per_decode_s=layers * kernel.wave_s * kv_heads / kernel.slots,
+        per_kv_token_s=layers * kv_heads * kernel.kv_head_bytes_per_token / kernel.bandwidth_bytes_s,
+        per_prefill_token_s=0.0,
+        per_prefill_attention_s=0.0,
+        straggler_per_kv_token_s=layers * kernel.kv_head_bytes_per_token / kernel.block_bandwidth_bytes_s,
+        split_s=layers * kernel.split_s,
+        split_slots=split_slots,
+        split_slots_per_request=slots_per_request,
+        split_by_share=by_share,
+        split_until_requests=until,
+        split_cap=max(cap, 1.0),
+        overlap_max=overlap,
+        wave_requests=resident,
+        split_efficiency=efficiency,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ReductionError:
+    """
+    Relative error of the fast form against the simulation of the same kernel.
+
+    Attributes:
+        median: Of the absolute relative error.
+        p90: Its 90th percentile.
+        bias: Median of the signed error; below zero: the fast form is too short.
+        median_without: Median absolute error of the same model without any heterogeneity term.
+    """
+
+    batches: int
+    median: float
+    p90: float
+    bias: float
+    median_without: float
+
+
+def decode_features(lengths: NDArray[np.int64]) -> BatchFeatures:
+    """Features of a decode-only batch with these KV lengths."""
+    return BatchFeatures(len(lengths), int(lengths.sum()), int(lengths.max()))
+
+
+def reduction_error(
+    kernel: AttentionKernel, batches: Sequence[NDArray[np.int64]], *, kv_heads: int, model: StepModel | None = None
+) -> ReductionError:
+    """
+    Compare the fast form with the simulation on decode-only batches.
+
+    Args:
+        kernel: Backend and device.
+        batches: KV lengths of each batch, in batch order.
+        kv_heads: KV heads per device.
+        model: The fast form of one layer; None: `reduce_kernel`'s.
+    """
+    fast = model or reduce_kernel(kernel, kv_heads=kv_heads, layers=1)
+    simulated_s = np.array([kernel_s(lengths, kv_heads, kernel) for lengths in batches])
+    features = [decode_features(lengths) for lengths in batches]
+    error = np.array([fast.step_s(f) for f in features]) / simulated_s - 1.0
+    balanced_s = np.array(
+        [fast.base_s + fast.per_decode_s * f.n_decode + fast.per_kv_token_s * f.decode_kv_tokens for f in features]
+    )
+    return ReductionError(
+        batches=len(batches),
+        median=float(np.median(np.abs(error))),
+        p90=float(np.quantile(np.abs(error), 0.9)),
+        bias=float(np.median(error)),
+        median_without=float(np.median(np.abs(balanced_s / simulated_s - 1.0))),
+    )

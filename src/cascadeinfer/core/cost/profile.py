@@ -1,0 +1,261 @@
+"""
+The profile file: everything about one model on one device that a plan or a simulation needs.
+
+JSON, one object, written by `benchmarks/profiles/build_profiles.py` (shipped ones) and by `cascadeinfer profile` (measured ones).
+Decoding is strict: unknown fields, unknown or missing coefficients, non-finite or negative numbers, another schema version, and
+a KV capacity that does not follow from the memory figures are refused with the path of the offending value. Bump
+`SCHEMA_VERSION` with every change of meaning; `CostProfile` is what the rest of the project sees.
+
+KV capacity as vLLM reckons it: what `gpu_memory_utilization` of the device leaves after weights and working memory, in whole
+blocks; tensor parallelism splits weights and KV heads over its devices.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+import msgspec
+
+from cascadeinfer.core.cost.fit import FIELDS
+from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.errors import ProfileError
+from cascadeinfer.core.types import InstanceCapacity
+
+SCHEMA_VERSION: Final = 1
+
+Positive = Annotated[float, msgspec.Meta(gt=0.0)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0.0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class Coefficient(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """
+    One coefficient of the step model.
+
+    Attributes:
+        std_error: Standard error of the fit in the same unit; None for structure (split rules) and derived values.
+    """
+
+    value: NotNegative
+    std_error: NotNegative | None = None
+
+
+class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """
+    What the KV capacity follows from; bytes are per device, the model's are of the whole model.
+
+    Attributes:
+        reserved_bytes: Working memory per device: context, communication buffers, activations, CUDA graphs.
+    """
+
+    device_bytes: Count
+    gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
+    reserved_bytes: Annotated[int, msgspec.Meta(ge=0)]
+    weights_bytes: Count
+    kv_bytes_per_token: Count
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The fields of `InstanceCapacity`."""
+
+    kv_blocks: Count
+    block_size_tokens: Count
+    max_num_seqs: Count
+    max_batched_tokens: Count
+
+
+class FitError(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Relative error of the model against samples: median and 90th percentile of the absolute, median of the signed error."""
+
+    part: Text
+    samples: Count
+    median: NotNegative
+    p90: NotNegative
+    bias: float
+    measured: bool
+    """False: the samples are derived or simulated, not measured on this device."""
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """
+    Where the numbers come from.
+
+    Attributes:
+        command: What made the file.
+        date: Day on which it was made, as passed in (ISO).
+        sources: Data files and documents.
+        notes: Each part that was not measured on this device, and each assumption.
+    """
+
+    command: Text
+    date: Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    sources: tuple[Text, ...]
+    notes: tuple[Text, ...]
+
+
+class ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The file as it is written."""
+
+    schema_version: int
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.\-]*$")]
+    model: Text
+    device: Text
+    backend: Text
+    tensor_parallel: Count
+    derived: bool
+    coefficients: dict[str, Coefficient]
+    memory: Memory
+    capacity: Limits
+    transfer_bytes_per_s: Positive
+    fit_errors: tuple[FitError, ...]
+    provenance: Provenance
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class CostProfile:
+    """
+    One model on one device (or `tensor_parallel` of them): cost of a step, capacity, transfer.
+
+    Attributes:
+        backend: Attention backend; its split rule is in the step model.
+        capacity: What one instance holds.
+        kv_bytes_per_token: Of the whole instance, all its devices together.
+        transfer_bytes_per_s: Effective rate at which KV moves to another instance.
+        derived: A main part was not measured on this device; `provenance.notes` says which.
+        coefficient_errors: Standard errors of the fitted coefficients, in their units.
+    """
+
+    name: str
+    model: str
+    device: str
+    backend: str
+    tensor_parallel: int
+    step_model: StepModel
+    capacity: InstanceCapacity
+    kv_bytes_per_token: int
+    transfer_bytes_per_s: float
+    derived: bool
+    coefficient_errors: dict[str, float]
+    fit_errors: tuple[FitError, ...]
+    memory: Memory
+    provenance: Provenance
+
+    def transfer_s(self, tokens: int) -> float:
+        """Seconds to move the KV of this many tokens to another instance, undisturbed."""
+        return tokens * self.kv_bytes_per_token / self.transfer_bytes_per_s
+
+
+def kv_capacity_blocks(memory: Memory, *, tensor_parallel: int, block_size_tokens: int) -> int:
+    """
+    KV blocks of an instance.
+
+    Raises:
+        ProfileError: The weights leave no room for a block.
+    """
+    usable = memory.device_bytes * memory.gpu_memory_utilization - memory.reserved_bytes
+    room = usable * tensor_parallel - memory.weights_bytes
+    blocks = math.floor(room / (memory.kv_bytes_per_token * block_size_tokens))
+    if blocks < 1:
+        need = memory.weights_bytes / 1e9
+        raise ProfileError(
+            f"weights of {need:.1f} GB leave no room for KV on {tensor_parallel} x {usable / 1e9:.1f} GB"
+        )
+    return blocks
+
+
+def decode_profile(raw: bytes, *, origin: str = "profile") -> CostProfile:
+    """
+    Read a profile file.
+
+    Args:
+        raw: The file's bytes.
+        origin: What to call it in errors, e.g. its path.
+
+    Raises:
+        ProfileError: Not JSON, another schema version, or anything the module header says is refused.
+    """
+    try:
+        version = msgspec.json.decode(raw, type=_Versioned).schema_version
+        if version != SCHEMA_VERSION:
+            raise ProfileError(f"{origin}: schema version {version}, this program reads {SCHEMA_VERSION}")
+        file = msgspec.json.decode(raw, type=ProfileFile)
+    except msgspec.MsgspecError as error:
+        raise ProfileError(f"{origin}: {error}") from None
+    except RecursionError:
+        raise ProfileError(f"{origin}: nested too deeply") from None
+    return _checked(file, origin)
+
+
+def _checked(file: ProfileFile, origin: str) -> CostProfile:
+    unknown, missing = sorted(set(file.coefficients) - set(FIELDS)), sorted(set(FIELDS) - set(file.coefficients))
+    if unknown or missing:
+        raise ProfileError(f"{origin}: coefficients: unknown {unknown}, missing {missing}")
+    numbers = {f"coefficients.{name}": c.value for name, c in file.coefficients.items()}
+    numbers |= {f"coefficients.{name}.std_error": c.std_error or 0.0 for name, c in file.coefficients.items()}
+    numbers |= {"transfer_bytes_per_s": file.transfer_bytes_per_s}
+    numbers |= {f"fit_errors.{e.part}": e.median + e.p90 + e.bias for e in file.fit_errors}
+    for path, number in numbers.items():
+        if not math.isfinite(number):
+            raise ProfileError(f"{origin}: {path} is not finite")
+    if file.coefficients["base_s"].value <= 0.0:
+        raise ProfileError(f"{origin}: coefficients.base_s is zero: no step is free")
+    limits, parallel = file.capacity, file.tensor_parallel
+    expected = kv_capacity_blocks(file.memory, tensor_parallel=parallel, block_size_tokens=limits.block_size_tokens)
+    if limits.kv_blocks != expected:
+        raise ProfileError(f"{origin}: capacity.kv_blocks is {limits.kv_blocks}, memory gives {expected}")
+    return CostProfile(
+        name=file.name,
+        model=file.model,
+        device=file.device,
+        backend=file.backend,
+        tensor_parallel=parallel,
+        step_model=StepModel(**{name: c.value for name, c in file.coefficients.items()}),
+        capacity=InstanceCapacity(
+            kv_blocks=limits.kv_blocks,
+            block_size_tokens=limits.block_size_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_batched_tokens=limits.max_batched_tokens,
+        ),
+        kv_bytes_per_token=file.memory.kv_bytes_per_token,
+        transfer_bytes_per_s=file.transfer_bytes_per_s,
+        derived=file.derived,
+        coefficient_errors={n: c.std_error for n, c in file.coefficients.items() if c.std_error is not None},
+        fit_errors=file.fit_errors,
+        memory=file.memory,
+        provenance=file.provenance,
+    )
+
+
+def encode_profile(profile: CostProfile) -> bytes:
+    """The profile as a file, indented, with a final newline; `decode_profile` gives it back."""
+    values = dict(zip(FIELDS, profile.step_model.coefficients().tolist(), strict=True))
+    capacity = profile.capacity
+    file = ProfileFile(
+        schema_version=SCHEMA_VERSION,
+        name=profile.name,
+        model=profile.model,
+        device=profile.device,
+        backend=profile.backend,
+        tensor_parallel=profile.tensor_parallel,
+        derived=profile.derived,
+        coefficients={
+            name: Coefficient(value=value, std_error=profile.coefficient_errors.get(name))
+            for name, value in values.items()
+        },
+        memory=profile.memory,
+        capacity=Limits(
+            kv_blocks=capacity.kv_blocks,
+            block_size_tokens=capacity.block_size_tokens,
+            max_num_seqs=capacity.max_num_seqs,
+            max_batched_tokens=capacity.max_batched_tokens,
+        ),
+        transfer_bytes_per_s=profile.transfer_bytes_per_s,
+        fit_errors=profile.fit_errors,
+        provenance=profile.provenance,
+    )
+    return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"

@@ -1,0 +1,139 @@
+"""The step model: its terms one by one, its split rules, and the shapes it must have for any coefficients."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascadeinfer.core.cost.latency import BatchFeatures, StepModel, step_time_s
+
+LINEAR = StepModel(
+    base_s=5e-3,
+    per_decode_s=1e-5,
+    per_kv_token_s=4e-8,
+    per_prefill_token_s=2e-5,
+    per_prefill_attention_s=1e-9,
+)
+STRAGGLER = replace(LINEAR, straggler_per_kv_token_s=6e-7)
+
+
+def test_linear_terms_add_up() -> None:
+    """Without the optional coefficients a step is the sum of its linear terms."""
+    batch = BatchFeatures(10, 5_000, 600, 100, 5_050.0)
+    expected = 5e-3 + 10 * 1e-5 + 5_000 * 4e-8 + 100 * 2e-5 + 5_050 * 1e-9
+    assert LINEAR.step_s(batch) == pytest.approx(expected, rel=1e-12)
+
+
+def test_longest_request_sets_the_pace_when_it_cannot_be_split() -> None:
+    """One long request among short ones costs its own read by one thread block, not the batch's share of bandwidth."""
+    like = STRAGGLER.step_s(BatchFeatures(32, 160_000, 5_000))
+    mixed = STRAGGLER.step_s(BatchFeatures(32, 160_000, 130_000))
+    assert like == pytest.approx(5e-3 + 32 * 1e-5 + 160_000 * 4e-8, rel=1e-12)
+    assert mixed == pytest.approx(5e-3 + 32 * 1e-5 + 130_000 * 6e-7, rel=1e-12)
+
+
+def test_one_split_count_shrinks_with_the_batch() -> None:
+    """With one count for the batch the longest piece is kv_max x n / slots, and whole from the limit on."""
+    model = replace(STRAGGLER, split_slots=24.0, split_until_requests=20.0, split_cap=128.0, split_s=1e-4)
+    by_n = [model.step_s(BatchFeatures(n, 100_000 + n, 100_000)) - n * 1e-5 - 5e-3 for n in (2, 6, 19, 20)]
+    assert by_n[0] == pytest.approx(1e-4 + 100_000 * 6e-7 / 12)
+    assert by_n[1] == pytest.approx(1e-4 + 100_000 * 6e-7 / 4)
+    assert by_n[2] == pytest.approx(1e-4 + 100_000 * 6e-7 * 19 / 24)
+    assert by_n[3] == pytest.approx(100_000 * 6e-7)
+
+
+def test_rounded_split_count_fills_its_last_wave() -> None:
+    """FA2's count: 16 requests in 27 slots take 3 pieces (two full waves), not 1.7."""
+    model = replace(STRAGGLER, split_slots=27.0, split_until_requests=21.6, split_cap=128.0, split_efficiency=0.833)
+    attention_s = model.step_s(BatchFeatures(16, 100_015, 100_000)) - 16 * 1e-5 - 5e-3
+    assert attention_s == pytest.approx(100_000 * 6e-7 / 3)
+
+
+def test_common_piece_size_splits_by_share_of_the_batch() -> None:
+    """With one piece size the longest piece is a share of the whole batch, until the cap on pieces binds."""
+    model = replace(STRAGGLER, split_slots=60.0, split_by_share=1.0, split_until_requests=993.0, split_cap=32.0)
+    even = model.step_s(BatchFeatures(100, 400_000, 4_000)) - 100 * 1e-5 - 5e-3
+    skewed = model.step_s(BatchFeatures(100, 400_000, 300_000)) - 100 * 1e-5 - 5e-3
+    assert even == pytest.approx(400_000 * 4e-8)
+    assert skewed == pytest.approx(max(400_000 * 4e-8, 300_000 * 6e-7 / 32))
+
+
+def test_equal_lengths_pay_no_overlap() -> None:
+    """The late start of the longest request costs nothing when there is no longest one."""
+    model = replace(STRAGGLER, overlap_max=0.5, wave_requests=16.0)
+    assert model.step_s(BatchFeatures(64, 64_000, 1_000)) == STRAGGLER.step_s(BatchFeatures(64, 64_000, 1_000))
+    late = model.step_s(BatchFeatures(64, 640_000, 40_000)) - STRAGGLER.step_s(BatchFeatures(64, 640_000, 40_000))
+    assert late == pytest.approx(0.5 * (1 - 640_000 / (64 * 40_000)) * (1 - 16 / 64) * 40_000 * 6e-7)
+
+
+def test_tokens_below_the_knee_ride_along() -> None:
+    """Dense compute starts at the knee, whoever brings the tokens."""
+    model = replace(LINEAR, dense_knee_tokens=256.0, per_dense_token_s=3e-5)
+    assert model.step_s(BatchFeatures(200, 0, 0, 56, 0.0)) == LINEAR.step_s(BatchFeatures(200, 0, 0, 56, 0.0))
+    above = model.step_s(BatchFeatures(200, 0, 0, 156, 0.0)) - LINEAR.step_s(BatchFeatures(200, 0, 0, 156, 0.0))
+    assert above == pytest.approx(100 * 3e-5)
+    assert model.compute_per_prefill_token_s == pytest.approx(5e-5)
+
+
+def test_experts_are_read_as_they_are_picked() -> None:
+    """One token of a top-8 of 128 reads a sixteenth of the experts, many tokens read them all."""
+    model = replace(LINEAR, experts_s=1e-2, expert_miss=1 - 8 / 128)
+    read = [model.step_s(BatchFeatures(n, 0, 0)) - LINEAR.step_s(BatchFeatures(n, 0, 0)) for n in (1, 32, 1_000)]
+    assert read == pytest.approx([1e-2 / 16, 1e-2 * (1 - (15 / 16) ** 32), 1e-2])
+
+
+def test_empty_step_costs_its_base() -> None:
+    """A step with nothing in it has no attention and no division by zero, whatever the split rule."""
+    for model in (LINEAR, replace(STRAGGLER, split_slots=8.0, split_by_share=1.0, split_until_requests=99.0)):
+        assert model.step_s(BatchFeatures(0, 0, 0)) == pytest.approx(5e-3)
+
+
+MODELS = st.builds(
+    StepModel,
+    base_s=st.floats(1e-4, 1e-1),
+    per_decode_s=st.floats(0, 1e-3),
+    per_kv_token_s=st.floats(1e-9, 1e-6),
+    per_prefill_token_s=st.floats(0, 1e-3),
+    per_prefill_attention_s=st.floats(0, 1e-7),
+    straggler_per_kv_token_s=st.floats(0, 1e-5),
+    dense_knee_tokens=st.floats(0, 1000),
+    per_dense_token_s=st.floats(0, 1e-3),
+    experts_s=st.floats(0, 1e-1),
+    expert_miss=st.floats(0, 1),
+    split_slots=st.floats(0, 300),
+    split_by_share=st.sampled_from([0.0, 1.0]),
+    split_until_requests=st.floats(0, 1000),
+    split_cap=st.floats(1, 128),
+    overlap_max=st.floats(0, 1),
+    wave_requests=st.floats(0, 300),
+    split_efficiency=st.sampled_from([0.0, 0.833]),
+)
+
+
+@given(MODELS, st.lists(st.integers(1, 131_072), min_size=1, max_size=64), st.integers(0, 4_096))
+def test_step_is_finite_and_never_below_its_floor(model: StepModel, lengths: list[int], prefill: int) -> None:
+    """For any coefficients and batch the step is finite, at least base plus balanced read, and longer with more prefill."""
+    batch = BatchFeatures(len(lengths), sum(lengths), max(lengths), prefill, prefill * (prefill + 1) / 2)
+    step = model.step_s(batch)
+    assert np.isfinite(step)
+    assert step >= (model.base_s + model.per_kv_token_s * sum(lengths)) * (1 - 1e-12)
+    more = replace(batch, prefill_tokens=prefill + 100, prefill_attention_tokens=(prefill + 100) ** 2)
+    assert model.step_s(more) >= step
+
+
+@given(MODELS, st.lists(st.integers(1, 131_072), min_size=2, max_size=64))
+def test_mixing_lengths_never_helps(model: StepModel, lengths: list[int]) -> None:
+    """At the same count and total, a longer longest request never makes the step shorter."""
+    mean = -(-sum(lengths) // len(lengths))
+    like = model.step_s(BatchFeatures(len(lengths), sum(lengths), mean))
+    mixed = model.step_s(BatchFeatures(len(lengths), sum(lengths), max([*lengths, mean])))
+    assert mixed >= like * (1 - 1e-9) - (model.split_s if model.split_by_share else 0.0)
+
+
+def test_coefficients_are_the_fields_in_order() -> None:
+    """The compiled form takes what `coefficients` gives."""
+    coefficients = STRAGGLER.coefficients()
+    assert coefficients.shape == (19,)
+    assert step_time_s(coefficients, 3.0, 900.0, 500.0, 0.0, 0.0) == STRAGGLER.step_s(BatchFeatures(3, 900, 500))
