@@ -12,7 +12,14 @@ has fewer than `min_remaining_tokens` to go; a pinned request stays. Source: arX
 
 from cascadeinfer.core.dispatch import has_room, least_loaded, pick
 from cascadeinfer.core.effects import Effect, MigrationReason, PublishLayout, StartMigration
-from cascadeinfer.core.events import Event, InstanceDraining, InstanceReported, MigrationEnded, MigrationOutcome
+from cascadeinfer.core.events import (
+    Event,
+    InstanceDraining,
+    InstanceReported,
+    MigrationEnded,
+    MigrationOutcome,
+    RequestFinished,
+)
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.types import InstanceId, RequestId
@@ -57,6 +64,8 @@ class StaticStages(PlacingPolicy):
         effects += super().handle(event, now_s)
         if isinstance(event, MigrationEnded) and event.outcome is MigrationOutcome.STAYED:
             self._not_before_s[event.request_id] = now_s + self._retry_s
+        if isinstance(event, RequestFinished):
+            self._not_before_s.pop(event.request_id, None)
         if isinstance(event, InstanceReported | InstanceDraining):
             effects += self._hand_over(event.instance_id, event.cause, now_s)
         return effects
