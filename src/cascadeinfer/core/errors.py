@@ -46,7 +46,17 @@ class ProfileError(CascadeError):
 
 
 class PlanError(CascadeError):
-    """No stage layout can be planned: an empty histogram, no instances, or a demand above capacity."""
+    """
+    No stage layout can be planned: an empty histogram, no instances, or a demand above capacity.
+
+    Attributes:
+        capacity_per_s: Requests per second that could be served, when the demand is above that; else None.
+
+    """
+
+    def __init__(self, message: str, *, capacity_per_s: float | None = None) -> None:
+        self.capacity_per_s = capacity_per_s
+        super().__init__(message)
 
 
 class PolicyError(CascadeError):

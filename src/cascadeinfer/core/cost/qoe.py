@@ -1,0 +1,346 @@
+"""
+Predicted service of one stage: a range of lengths, k instances, a request rate.
+
+The step time comes from the steady state (`steady_state.py`); what follows from it is here.
+
+Finite load, all calibrated against the simulator (docs/planning.md has the derivations and the error table):
+- waiting for prefill: M/G/1 (Pollaczek-Khinchine) of prefill work while decodes share each step; k instances lower it, by
+  evening out arrivals (Kingman) or, where waiting prompts are what load consists of, as one queue for k servers (Sakasegawa 1977);
+- prompts that fit into one step together finish together, so a prompt also waits for those behind it;
+- a request that has just started decoding is still among the prompts that came while it waited: `stall`;
+- with few requests per instance an arrival finds an idle one, so prefills hit decodes less often than their share;
+- KV cache and batch slots: Little's law gives what is in use, Sakasegawa's formula what arrivals wait when that is nearly all.
+
+Everything is compiled, pure, and O(1) in the number of requests (O(log buckets) with a straggler term).
+"""
+
+import math
+from typing import Final, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from cascadeinfer.core.cost.latency import step_time_s
+from cascadeinfer.core.cost.steady_state import (
+    StageLoad,
+    decode_step_s,
+    meets_decode,
+    prefill_per_token_s,
+    solve_step_s,
+)
+
+DEMAND_ROWS: Final = 9
+"""Rows of a stage table that hold the plain demand: `Column.STEPS` to `Column.LAST_STEPS` in order."""
+W_WAIT: Final = 9
+"""Weight of each start's waiting time; from here on the weights of an objective (`plan/objective.py`)."""
+W_PROMPT: Final = 10
+"""Weighted prompt tokens."""
+W_ATTENTION: Final = 11
+"""Weighted prefill attention."""
+W_CHUNKS: Final = 12
+"""Weighted steps that a prefill takes."""
+W_STEPS: Final = 13
+"""Weighted decode steps."""
+W_STARTS: Final = 14
+"""Weight of each start's delays while it decodes; less the next row at a boundary, the weight of the hand-overs there."""
+W_LASTS: Final = 15
+"""The same weight where requests do their last step."""
+W_ATTAIN_STEPS: Final = 16
+"""Decode steps as fractions of all steps of their request."""
+TABLE_ROWS: Final = 17
+"""Rows of a stage table."""
+
+_FEW: Final = 1e-12
+"""Starts per request below which there are none: what rounding leaves of a difference of prefix sums."""
+_TPOT_SPREAD: Final = 0.2
+"""Relative standard deviation of a request's mean step time about its stage's."""
+
+
+class ServiceLimits(NamedTuple):
+    """What an instance has, and what a hand-over costs; floats, because the compiled code takes them so."""
+
+    kv_tokens: float
+    max_num_seqs: float
+    max_batched_tokens: float
+    block_tokens: float
+    pause_s: float
+    pause_per_token_s: float
+    ttft_limit_s: float
+    tpot_limit_s: float
+
+
+class ObjectiveTerms(NamedTuple):
+    """Scalars of an objective: the weight of missed TTFT and TPOT, and the limits they refer to."""
+
+    miss_weight: float
+    ttft_slo_s: float
+    tpot_slo_s: float
+
+
+class StageService(NamedTuple):
+    """
+    What one stage does, per instance where that makes a difference.
+
+    Attributes:
+        cost: Its part of the objective; infinite when the stage cannot carry the load.
+        step_s: Step time a decoding token sees.
+        decode_step_s: The same without prefills.
+        batch: Requests decoding.
+        utilisation: Share of each second that is work, not the constant cost of steps.
+        prefill_utilisation: Share of each second in which a prompt is in prefill.
+        kv_use: KV tokens in use over capacity.
+        wait_s: From arrival to the start of a request's own prefill, mean.
+        ttft_s: Mean time to first token of requests that start here.
+        stall_s: Extra decode time of a request from prompts queued when it began to decode.
+    """
+
+    cost: float
+    step_s: float
+    decode_step_s: float
+    batch: float
+    utilisation: float
+    prefill_utilisation: float
+    kv_use: float
+    wait_s: float
+    ttft_s: float
+    stall_s: float
+
+
+@njit(cache=True)
+def _infeasible() -> StageService:
+    inf = np.inf
+    return StageService(inf, inf, inf, inf, inf, inf, inf, inf, inf, inf)
+
+
+@njit(cache=True)
+def _queue_factor(utilisation: float, servers: float) -> float:
+    """Waiting time over service time of an M/M/c queue: Sakasegawa's closed form."""
+    return utilisation ** (np.sqrt(2.0 * (servers + 1.0)) - 1.0) / (servers * (1.0 - utilisation))
+
+
+@njit(cache=True)
+def _share_below(table: NDArray[np.float64], edges: NDArray[np.float64], stage: StageLoad, prompt: float) -> float:
+    """Share of the stage's starts with a prompt shorter than this."""
+    if prompt <= edges[stage.i] or stage.starts <= 0.0:
+        return 0.0
+    if prompt >= edges[stage.j]:
+        return 1.0
+    at = np.searchsorted(edges, prompt) - 1
+    inside = (prompt - edges[at]) / (edges[at + 1] - edges[at])
+    below = table[2, at] + inside * (table[2, at + 1] - table[2, at]) - table[2, stage.i]
+    return below / stage.starts
+
+
+@njit(cache=True)
+def _misses(
+    table: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    stage: StageLoad,
+    terms: ObjectiveTerms,
+    wait_s: float,
+    wait_share: float,
+    fixed_s: float,
+    per_token_s: float,
+    per_pair_s: float,
+    tpot_s: float,
+) -> float:
+    """Requests that miss their TTFT, plus fractions of requests that miss their TPOT (union bound), per request."""
+    late = 0.0
+    # Half of the waits below the mean, half above, as an exponential has them; none at all for those who find no queue.
+    for share, wait in ((1.0 - wait_share, 0.0), (0.5 * wait_share, 0.31), (0.5 * wait_share, 1.69)):
+        left_s = terms.ttft_slo_s - fixed_s - wait * wait_s / max(wait_share, 1e-9)
+        longest = 0.0
+        if left_s > 0.0:
+            half = 0.5 * (per_token_s + 0.5 * per_pair_s)
+            longest = left_s / (half + np.sqrt(half * half + 0.5 * per_pair_s * left_s))
+        late += share * (1.0 - _share_below(table, edges, stage, longest))
+    slow = 0.5 * math.erfc(math.log(terms.tpot_slo_s / tpot_s) / (_TPOT_SPREAD * math.sqrt(2.0)))
+    attain = table[W_ATTAIN_STEPS, stage.j] - table[W_ATTAIN_STEPS, stage.i]
+    return late * stage.starts + slow * attain
+
+
+@njit(cache=True)
+def _memory_wait_s(stage: StageLoad, limits: ServiceLimits, kv_tokens: float, requests: float, visits: float) -> float:
+    """Mean wait for KV cache and a batch slot; infinite when there is not enough."""
+    if requests <= 0.0 or visits <= 0.0:
+        return 0.0
+    size = kv_tokens / requests
+    kv_use = kv_tokens / max(
+        limits.kv_tokens - 0.5 * size, 1.0
+    )  # what is free in the end is less than one more request
+    slot_use = requests / limits.max_num_seqs
+    if kv_use >= 1.0 or slot_use >= 1.0:
+        return np.inf
+    residence_s = requests / (stage.rate * visits)
+    by_memory = _queue_factor(kv_use, stage.n_instances * max(1.0, limits.kv_tokens / size))
+    by_slots = _queue_factor(slot_use, stage.n_instances * limits.max_num_seqs)
+    return residence_s * max(by_memory, by_slots)
+
+
+class _Prefill(NamedTuple):
+    """Prefill at one instance as a server that works whenever a prompt is there; decodes share its steps."""
+
+    load: float  # share of time in prefill
+    held_tokens: float  # KV tokens of prompts in prefill, each counted whole
+    wait_s: float  # until nothing but the own prefill remains
+    own_s: float
+    stall_s: float  # extra decode time from prompts that came meanwhile
+
+
+@njit(cache=True)
+def _prefill(
+    table: NDArray[np.float64],
+    stage: StageLoad,
+    limits: ServiceLimits,
+    others: float,
+    in_decode_tokens: float,
+    decode_s: float,
+    per_token_s: float,
+    per_pair_s: float,
+) -> _Prefill:
+    """The prefill queue; `load` of 1 or more means that it never empties, and the rest is meaningless."""
+    if stage.starts <= _FEW:
+        return _Prefill(0.0, 0.0, 0.0, 0.0, 0.0)
+    i, j, k = stage.i, stage.j, stage.n_instances
+    room = max(1.0, limits.max_batched_tokens - others)
+    served_s = per_token_s + decode_s / room  # a prompt token's share of full steps
+    first = served_s * stage.prompt + per_pair_s * stage.attention
+    load = stage.rate * first
+    if load >= 1.0:
+        return _Prefill(load, 0.0, 0.0, 0.0, 0.0)
+    squares, products, pair_squares = table[5, j] - table[5, i], table[6, j] - table[6, i], table[7, j] - table[7, i]
+    second = served_s * (served_s * squares + 2.0 * per_pair_s * products) + per_pair_s * per_pair_s * pair_squares
+    held = stage.rate * (served_s * squares + per_pair_s * products)
+    scv = max(0.0, second * stage.starts / (first * first) - 1.0)
+    # Least loaded by KV tokens: decodes hide who has prompts waiting, unless prompts are most of the load.
+    by_work = min(1.0, 2.0 * held / (held + in_decode_tokens))
+    even = (1.0 / k + scv) / (1.0 + scv)
+    pooled = load ** (np.sqrt(2.0 * (k + 1.0)) - 2.0) / k
+    queue_s = stage.rate * second / (2.0 * (1.0 - load)) * ((1.0 - by_work) * even + by_work * pooled)
+    present = others + load
+    queue_s += 0.5 * decode_s * (1.0 - np.exp(-present)) * meets_decode(present, k)
+    mean_prompt = stage.prompt / stage.starts
+    together = max(0.0, 1.0 - mean_prompt / limits.max_batched_tokens)
+    wait_s = queue_s * (1.0 + load * together)
+    own_s = decode_s * max(1.0, 0.5 + mean_prompt / room) + first / stage.starts - mean_prompt * decode_s / room
+    stall_s = load / (1.0 - load) * (wait_s + own_s) * (1.0 - by_work + by_work / k)
+    return _Prefill(load, held, wait_s, own_s, stall_s)
+
+
+@njit(cache=True)
+def _assess(
+    table: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    coefficients: NDArray[np.float64],
+    stage: StageLoad,
+    limits: ServiceLimits,
+    terms: ObjectiveTerms,
+    t: float,
+) -> StageService:
+    """What follows from the step time: waiting, memory, and the stage's part of the objective."""
+    i, j, rate = stage.i, stage.j, stage.rate
+    others = rate * stage.steps * t
+    in_decode = rate * stage.kv_steps * t
+    batch = max(1.0, others + 1.0 / stage.n_instances) if stage.steps > 0.0 else 0.0
+    room = max(1.0, limits.max_batched_tokens - others)
+    decode_s = decode_step_s(table, edges, coefficients, stage, batch)
+    per_pair_s = coefficients[4]
+    per_token_s = 0.0
+    if stage.prompt > 0.0:
+        per_token_s = prefill_per_token_s(coefficients, batch, min(room, stage.chunk))
+    prefill = _prefill(table, stage, limits, others, in_decode, decode_s, per_token_s, per_pair_s)
+    if prefill.load >= 1.0:
+        return _infeasible()
+    requests = others + prefill.load
+    kv_tokens = in_decode + 0.5 * prefill.held_tokens + 0.5 * limits.block_tokens * requests
+    visits = stage.starts + max(0.0, table[2, i] - table[8, i])
+    memory_wait_s = _memory_wait_s(stage, limits, kv_tokens, requests, visits)
+    wait_s = prefill.wait_s + memory_wait_s if stage.starts > _FEW else 0.0
+    ttft_s = wait_s + prefill.own_s
+    if not (np.isfinite(memory_wait_s) and ttft_s <= limits.ttft_limit_s):
+        return _infeasible()
+    # A request is held up in at most each of its steps, by a full one; the two bounds are blended as 1/x + 1/y.
+    stall = prefill.stall_s * (table[W_STARTS, j] - table[W_STARTS, i])
+    most = (decode_s + room * per_token_s) * (table[W_STEPS, j] - table[W_STEPS, i])
+    stall = stall * most / (stall + most) if stall > 0.0 else 0.0
+    cost = (
+        wait_s * (table[W_WAIT, j] - table[W_WAIT, i])
+        + decode_s * (table[W_CHUNKS, j] - table[W_CHUNKS, i])
+        + per_token_s * (table[W_PROMPT, j] - table[W_PROMPT, i])
+        + per_pair_s * (table[W_ATTENTION, j] - table[W_ATTENTION, i])
+        + t * (table[W_STEPS, j] - table[W_STEPS, i])
+        + stall
+        + max(0.0, table[W_STARTS, i] - table[W_LASTS, i]) * (limits.pause_s + limits.pause_per_token_s * edges[i])
+    )
+    if terms.miss_weight > 0.0:
+        steps_per_visit = stage.steps / visits if visits > _FEW else 1.0
+        tpot_s = t + prefill.stall_s / max(1.0, steps_per_visit)
+        served_s = per_token_s + decode_s / room
+        cost += terms.miss_weight * _misses(
+            table, edges, stage, terms, wait_s, prefill.load, decode_s, served_s, per_pair_s, tpot_s
+        )
+    empty_s = step_time_s(coefficients, 0.0, 0.0, 0.0, 0.0, 0.0)
+    busy = max(0.0, 1.0 - empty_s / t)
+    kv_use = kv_tokens / limits.kv_tokens
+    return StageService(cost, t, decode_s, others, busy, prefill.load, kv_use, wait_s, ttft_s, prefill.stall_s)
+
+
+@njit(cache=True)
+def stage_service(
+    table: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    i: int,
+    j: int,
+    n_instances: float,
+    rate_per_s: float,
+    coefficients: NDArray[np.float64],
+    limits: ServiceLimits,
+    terms: ObjectiveTerms,
+) -> StageService:
+    """
+    Predict one stage.
+
+    Args:
+        table: Prefix sums per edge, rows as named above.  # (TABLE_ROWS, n_edges)
+        edges: Lengths in tokens, as floats.  # (n_edges,)
+        i: First edge of the range.
+        j: Last edge of the range, > i.
+        n_instances: Instances that share the stage evenly.
+        rate_per_s: Requests per second of the whole workload.
+        coefficients: Of the step time.
+        limits: Of an instance, and the price of a hand-over.
+        terms: Of the objective.
+
+    Returns:
+        The prediction; every field infinite when the stage cannot carry the load within its limits.
+
+    Complexity: O(1), or O(log n_edges) when the step model has a straggler term.
+    """
+    rate = rate_per_s / n_instances
+    starts = table[2, j] - table[2, i]
+    prompt = table[3, j] - table[3, i]
+    attention = table[4, j] - table[4, i]
+    steps = table[0, j] - table[0, i]
+    chunk = 1.0
+    prefill_load = 0.0
+    if starts > _FEW:
+        chunk = min(limits.max_batched_tokens, prompt / starts)
+        per_token_s = prefill_per_token_s(coefficients, 1.0, chunk)
+        prefill_load = rate * (prompt * per_token_s + attention * coefficients[4])
+    stage = StageLoad(
+        i, j, n_instances, rate, steps, table[1, j] - table[1, i], starts, prompt, attention, chunk, prefill_load
+    )
+    # No step can be longer than what keeps tokens in flight within KV cache, batch slots and token budget.
+    t_max = limits.tpot_limit_s
+    if steps > 0.0:
+        t_max = min(t_max, limits.kv_tokens / (rate * stage.kv_steps), limits.max_num_seqs / (rate * steps))
+    if steps + prompt > 0.0:
+        t_max = min(t_max, limits.max_batched_tokens / (rate * (steps + prompt)))
+    if steps + prompt <= 0.0:
+        t = step_time_s(coefficients, 1.0, 0.0, 0.0, 0.0, 0.0)
+    else:
+        t = solve_step_s(table, edges, coefficients, stage, t_max)
+    if not np.isfinite(t):
+        return _infeasible()
+    return _assess(table, edges, coefficients, stage, limits, terms, t)

@@ -1,0 +1,160 @@
+"""
+Steady state of one instance of a stage: the step time that its tokens see.
+
+Each of the stage's k instances gets decode steps, KV reads and prefill work at constant rates. A token that waits t for its step shares
+it with what arrives in t, so t solves `t = step_time(own share + rates * t)`; for a linear step model that is the closed form
+`t = (base + own) / (1 - work / k)`. With Poisson arrivals and processor sharing it is exact, fluctuations of the batch included
+(generalised processor sharing, Cohen 1979: insensitive to the distribution of lengths). `own` is the token's own work, which shrinks
+as 1/k when the least loaded instance takes each arrival, because then the batch hardly fluctuates.
+
+Prefills come in chunks, not as a trickle: a step holds a chunk with probability (prefill tokens per step) / chunk, which matters where
+tokens below a knee are free. The straggler term needs the longest length of a batch: the average over quantiles of the maximum of
+`batch` draws from the stage's residence, by length.
+"""
+
+from typing import Final, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from cascadeinfer.core.cost.latency import step_time_s
+
+_QUANTILES: Final = (0.125, 0.375, 0.625, 0.875)
+_MAX_ITERATIONS: Final = 40
+_TOLERANCE: Final = 1e-5
+
+
+class StageLoad(NamedTuple):
+    """A range of buckets [i, j) as one of its k instances sees it; sums are per request of the whole workload."""
+
+    i: int
+    j: int
+    n_instances: float
+    rate: float  # requests per second and instance
+    steps: float
+    kv_steps: float
+    starts: float
+    prompt: float
+    attention: float
+    chunk: float  # prompt tokens in a step that has any, when prompts rarely meet
+    prefill_load: float  # share of time in prefill at constant decode cost
+
+
+@njit(cache=True)
+def _length_at(table: NDArray[np.float64], edges: NDArray[np.float64], i: int, j: int, share: float) -> float:
+    """Length below which this share of the decode steps in buckets [i, j) lies, interpolated."""
+    target = table[0, i] + share * (table[0, j] - table[0, i])
+    lo = i
+    hi = j
+    while hi - lo > 1:
+        mid = (lo + hi) // 2
+        if table[0, mid] <= target:
+            lo = mid
+        else:
+            hi = mid
+    width = table[0, hi] - table[0, lo]
+    inside = (target - table[0, lo]) / width if width > 0.0 else 1.0
+    return edges[lo] + inside * (edges[hi] - edges[lo])
+
+
+@njit(cache=True)
+def decode_step_s(
+    table: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    coefficients: NDArray[np.float64],
+    stage: StageLoad,
+    batch: float,
+) -> float:
+    """Step time of a batch of the stage's own mix without prefills, averaged over what its longest member may be."""
+    if stage.steps <= 0.0:
+        return step_time_s(coefficients, 0.0, 0.0, 0.0, 0.0, 0.0)
+    mean_length = stage.kv_steps / stage.steps
+    if coefficients[5] == 0.0:  # the backend does not care about the longest
+        return step_time_s(coefficients, batch, batch * mean_length, mean_length, 0.0, 0.0)
+    total = 0.0
+    for quantile in _QUANTILES:
+        longest = max(mean_length, _length_at(table, edges, stage.i, stage.j, quantile ** (1.0 / max(batch, 1.0))))
+        total += step_time_s(coefficients, batch, batch * mean_length, longest, 0.0, 0.0)
+    return total / len(_QUANTILES)
+
+
+@njit(cache=True)
+def prefill_per_token_s(coefficients: NDArray[np.float64], batch: float, chunk: float) -> float:
+    """Seconds that each token of a chunk adds to a step that decodes `batch` requests; attention not included."""
+    with_chunk = step_time_s(coefficients, batch, 0.0, 0.0, chunk, 0.0)
+    return (with_chunk - step_time_s(coefficients, batch, 0.0, 0.0, 0.0, 0.0)) / chunk
+
+
+@njit(cache=True)
+def meets_decode(present: float, n_instances: float) -> float:
+    """
+    Probability that an arrival at a busy instance had no idle one to go to, with `present` requests per instance.
+
+    An instance has nobody with probability exp(-present) when arrivals are spread blindly; the least loaded rule makes that
+    exp(-present (1 + present)). That all others are busy follows Sakasegawa's exponent.
+    """
+    exponent = np.sqrt(2.0 * (n_instances + 1.0)) - 2.0
+    if present * (1.0 + present) > 18.0 + np.log(1.0 + exponent):
+        return 1.0  # to 1 part in 10^7
+    return (1.0 - np.exp(-present * (1.0 + present))) ** exponent
+
+
+@njit(cache=True)
+def _step_seen_s(
+    table: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    coefficients: NDArray[np.float64],
+    stage: StageLoad,
+    t: float,
+) -> float:
+    """Step time a token sees when the batch has gathered for `t` seconds: the right-hand side of the fixed point."""
+    others = stage.rate * stage.steps * t
+    batch = max(1.0, others + 1.0 / stage.n_instances)
+    arriving = stage.rate * t * meets_decode(others + stage.prefill_load, stage.n_instances)
+    seen_s = decode_step_s(table, edges, coefficients, stage, batch)
+    tokens = arriving * stage.prompt
+    if tokens > 0.0:
+        seen_s += tokens * prefill_per_token_s(coefficients, batch, stage.chunk + tokens)
+        seen_s += arriving * stage.attention * coefficients[4]
+    return seen_s
+
+
+@njit(cache=True)
+def solve_step_s(
+    table: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    coefficients: NDArray[np.float64],
+    stage: StageLoad,
+    t_max: float,
+) -> float:
+    """Root of `step_seen(t) = t` in (0, t_max], by Illinois regula falsi; infinite when there is none."""
+    high = t_max
+    g_high = _step_seen_s(table, edges, coefficients, stage, t_max) - t_max
+    if g_high > 0.0:
+        return np.inf
+    # The right-hand side grows with t, so the root is not below its value at 0, nor (again) below its value there.
+    low = min(_step_seen_s(table, edges, coefficients, stage, 0.0), t_max)
+    g_low = _step_seen_s(table, edges, coefficients, stage, low) - low
+    if g_low <= _TOLERANCE * low:
+        return low
+    side = 0
+    t = low
+    for _ in range(_MAX_ITERATIONS):
+        t = low + g_low * (high - low) / (g_low - g_high)
+        g = _step_seen_s(table, edges, coefficients, stage, t) - t
+        if abs(g) <= _TOLERANCE * t:
+            break
+        if g > 0.0:
+            low = t
+            g_low = g
+            if side == 1:
+                g_high *= 0.5
+            side = 1
+        else:
+            high = t
+            g_high = g
+            if side == -1:
+                g_low *= 0.5
+            side = -1
+    return t

@@ -1,0 +1,142 @@
+"""
+The dynamic program: stages and instances at once, over log-spaced boundaries.
+
+    best[s][b][e] = min over a < b, k <= e of best[s - 1][a][e - k] + cost[a][b][k]
+
+is the least cost of covering the lengths below candidate boundary b with exactly s stages and e units of instances; `cost[a][b][k]` is
+`stage_service` of the range [a, b) with k units. It is exact over its candidates (tests compare it with exhaustive search), as the
+objective is a sum over stages. A stage count of its own dimension costs little and shows what each further stage brings.
+
+Up to `MAX_UNITS` instances a unit is one instance. Beyond, a unit is n / MAX_UNITS instances, a fraction allowed, since the closed
+form takes any k: that keeps 1,024 instances as cheap as 64. The result is then rounded to whole instances and improved
+(`plan/refinement.py`), so for more than `MAX_UNITS` instances the plan is near the optimum, not proven to be it; tests bound the
+loss against the exact program.
+
+Source: arXiv 2512.19179, which plans over exponential length buckets in two phases.
+"""
+
+from typing import Final
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from cascadeinfer.core.cost.qoe import ObjectiveTerms, ServiceLimits, stage_service
+
+MAX_UNITS: Final = 64
+"""Instances up to which the program places single ones."""
+
+
+@njit(cache=True)
+def stage_costs(
+    table: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    candidates: NDArray[np.int64],
+    n_units: int,
+    instances_per_unit: float,
+    rate_per_s: float,
+    coefficients: NDArray[np.float64],
+    limits: ServiceLimits,
+    terms: ObjectiveTerms,
+) -> NDArray[np.float64]:
+    """
+    Cost of every possible stage.
+
+    Args:
+        table: See `stage_service`.
+        edges: See `stage_service`.
+        candidates: Indices of the edges where a stage may begin or end, first and last included.  # (n_candidates,)
+        n_units: Units of instances to place.
+        instances_per_unit: Instances in a unit.
+        rate_per_s: Requests per second.
+        coefficients: Of the step time.
+        limits: Of an instance.
+        terms: Of the objective.
+
+    Returns:
+        cost[a, b, k] of the range between candidates a < b on k units; infinite elsewhere.  # (n_candidates, n_candidates, n_units + 1)
+
+    Complexity: O(n_candidates^2 n_units) predictions.
+    """
+    n = len(candidates)
+    costs = np.full((n, n, n_units + 1), np.inf)
+    for a in range(n - 1):
+        for b in range(a + 1, n):
+            for k in range(1, n_units + 1):
+                costs[a, b, k] = stage_service(
+                    table,
+                    edges,
+                    candidates[a],
+                    candidates[b],
+                    k * instances_per_unit,
+                    rate_per_s,
+                    coefficients,
+                    limits,
+                    terms,
+                ).cost
+    return costs
+
+
+@njit(cache=True)
+def best_partitions(
+    costs: NDArray[np.float64], max_stages: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """
+    The best partition for each number of stages.
+
+    Args:
+        costs: As from `stage_costs`.  # (n_candidates, n_candidates, n_units + 1)
+        max_stages: Most stages, >= 1.
+
+    Returns:
+        Cost per stage count (infinite where none is feasible); candidates that bound its stages; units per stage. Row s - 1 is for s
+        stages.  # (max_stages,), (max_stages, max_stages + 1), (max_stages, max_stages)
+
+    Complexity: O(max_stages n_candidates^2 n_units^2) additions.
+    """
+    n, _, units = costs.shape
+    n_units = units - 1
+    best = np.full((max_stages + 1, n, n_units + 1), np.inf)
+    from_candidate = np.zeros((max_stages + 1, n, n_units + 1), dtype=np.int64)
+    from_units = np.zeros((max_stages + 1, n, n_units + 1), dtype=np.int64)
+    best[0, 0, 0] = 0.0
+    for s in range(1, max_stages + 1):
+        for b in range(s, n):
+            for a in range(s - 1, b):
+                for used in range(s - 1, n_units):
+                    before = best[s - 1, a, used]
+                    if before == np.inf:
+                        continue
+                    for k in range(1, n_units - used + 1):
+                        value = before + costs[a, b, k]
+                        if value < best[s, b, used + k]:
+                            best[s, b, used + k] = value
+                            from_candidate[s, b, used + k] = a
+                            from_units[s, b, used + k] = k
+    return _trace_back(best, from_candidate, from_units)
+
+
+@njit(cache=True)
+def _trace_back(
+    best: NDArray[np.float64], from_candidate: NDArray[np.int64], from_units: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """Read the partitions out of the program's tables."""
+    max_stages = best.shape[0] - 1
+    last = best.shape[1] - 1
+    n_units = best.shape[2] - 1
+    value_of = np.full(max_stages, np.inf)
+    bounds = np.zeros((max_stages, max_stages + 1), dtype=np.int64)
+    placed = np.zeros((max_stages, max_stages), dtype=np.int64)
+    for s in range(1, max_stages + 1):
+        value_of[s - 1] = best[s, last, n_units]
+        if value_of[s - 1] == np.inf:
+            continue
+        b = last
+        left = n_units
+        for stage in range(s, 0, -1):
+            bounds[s - 1, stage] = b
+            k = from_units[stage, b, left]
+            placed[s - 1, stage - 1] = k
+            b = from_candidate[stage, b, left]
+            left -= k
+    return value_of, bounds, placed

@@ -1,0 +1,366 @@
+"""
+The public entry: `plan(...) -> Plan`, `predict(...)` for a given layout, `capacity_rate(...)`.
+
+Dynamic program over coarse boundaries (`dynamic_program.py`), local refinement on the histogram's own grid (`refinement.py`), then
+the choice: of the plans within `stage_tolerance` of the best the one with fewest stages, and one stage unless that plan gains the
+margin over it. Prediction errors are smaller between layouts than in absolute terms, yet they are there, and hand-overs and moving
+boundaries cost more than the model knows: hence the margin.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.cost.qoe import StageService
+from cascadeinfer.core.errors import PlanError
+from cascadeinfer.core.plan.dynamic_program import MAX_UNITS, best_partitions, stage_costs
+from cascadeinfer.core.plan.histogram import Column, LengthHistogram
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
+from cascadeinfer.core.plan.problem import (
+    DEFAULT_MARGIN,
+    DEFAULT_MAX_STAGES,
+    HandOverCost,
+    PlanProblem,
+    ServiceFloor,
+)
+from cascadeinfer.core.plan.refinement import improve
+from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceCapacity, InstanceId, LengthRange
+
+_CAPACITY_STEPS: Final = 14
+"""Bisections of the capacity: to 1 part in 10,000 of the first bracket."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagePrediction:
+    """
+    One stage of a plan.
+
+    Attributes:
+        range: Lengths it serves.
+        n_instances: Instances it gets.
+        service: What the model predicts for it.
+        share_of_requests: Requests that start here.
+        share_of_steps: Decode steps done here.
+        share_of_work: Of the seconds of work that all stages do, constant costs of steps not counted.
+        hand_overs_per_s: Requests handed over into it.
+    """
+
+    range: LengthRange
+    n_instances: int
+    service: StageService
+    share_of_requests: float
+    share_of_steps: float
+    share_of_work: float
+    hand_overs_per_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """
+    A layout with its prediction.
+
+    Attributes:
+        stages: In order of length.
+        cost: Predicted objective of this plan.
+        one_stage_cost: Predicted objective of plain load balancing; infinite when that cannot carry the load.
+        best: The best layout of more than one stage, whether chosen or not: its inner boundaries, instances and cost; None when
+            only one stage is feasible.
+        cost_by_stages: Cost of the best layout found with 1, 2, ... stages; infinite where none is feasible.
+        problem: What was asked.
+    """
+
+    stages: tuple[StagePrediction, ...]
+    cost: float
+    one_stage_cost: float
+    best: "Partition | None"
+    cost_by_stages: tuple[float, ...]
+    problem: PlanProblem
+
+    @property
+    def boundaries_tokens(self) -> tuple[int, ...]:
+        """Inner boundaries, one fewer than stages."""
+        return tuple(stage.range.lo_tokens for stage in self.stages[1:])
+
+    @property
+    def instances(self) -> tuple[int, ...]:
+        """Instances per stage."""
+        return tuple(stage.n_instances for stage in self.stages)
+
+    @property
+    def gain(self) -> float:
+        """What the best layout of several stages gains over one stage, as the objective counts it; 0 when there is none."""
+        return 0.0 if self.best is None else self.problem.objective.gain(self.one_stage_cost, self.best.cost)
+
+    def layout(self, instance_ids: tuple[InstanceId, ...]) -> StageLayout:
+        """
+        The plan on these instances, in order of id.
+
+        Raises:
+            PlanError: Their number is not the plan's.
+        """
+        if len(instance_ids) != sum(self.instances):
+            raise PlanError(f"the plan is for {sum(self.instances)} instances, not {len(instance_ids)}")
+        ids = sorted(instance_ids)
+        ends = np.cumsum(self.instances).tolist()
+        groups = tuple(tuple(ids[end - n : end]) for end, n in zip(ends, self.instances, strict=True))
+        return StageLayout.from_boundaries(self.boundaries_tokens, groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Inner boundaries, instances per stage and the predicted cost."""
+
+    boundaries_tokens: tuple[int, ...]
+    instances: tuple[int, ...]
+    cost: float
+
+
+def plan(
+    histogram: LengthHistogram,
+    step_model: StepModel,
+    capacity: InstanceCapacity,
+    rate_per_s: float,
+    n_instances: int,
+    *,
+    objective: Objective | None = None,
+    margin: float = DEFAULT_MARGIN,
+    hand_over: HandOverCost | None = None,
+    floor: ServiceFloor | None = None,
+    max_stages: int = DEFAULT_MAX_STAGES,
+) -> Plan:
+    """
+    Partition the length axis into stages with the best predicted QoE; one stage when nothing beats it by the margin.
+
+    Args:
+        histogram: Lengths of the requests.
+        step_model: Cost of a step.
+        capacity: Of each instance.
+        rate_per_s: Requests per second.
+        n_instances: Instances to place.
+        objective: What to minimise; mean normalised latency unless given.
+        margin: Gain that several stages must bring over one.
+        hand_over: Price of a hand-over.
+        floor: Mean TTFT and TPOT that every stage has to keep.
+        max_stages: Most stages.
+
+    Raises:
+        PlanError: Bad arguments, or a demand above capacity: then the message and `capacity_per_s` say what could be served.
+
+    Complexity: O(c^2 u) predictions and O(s c^2 u^2) additions for c candidates, u <= 64 units and s stages.
+    """
+    return solve(
+        PlanProblem(
+            histogram,
+            step_model,
+            capacity,
+            rate_per_s,
+            n_instances,
+            objective=objective or MeanNormalizedLatency(),
+            margin=margin,
+            hand_over=hand_over or HandOverCost(),
+            floor=floor or ServiceFloor(),
+            max_stages=max_stages,
+        )
+    )
+
+
+def solve(problem: PlanProblem) -> Plan:
+    """
+    The plan for a problem. See `plan`.
+
+    Raises:
+        PlanError: The demand is above the capacity of every layout.
+    """
+    last = len(problem.edges) - 1
+    one_stage = problem.service(0, last, problem.n_instances).cost
+    values, bounds, units = _coarse(problem)
+    best: Partition | None = None
+    if len(values) > 1 and np.isfinite(values[1:]).any():
+        # Refine the best stage count, and from there down while fewer stages may be as good.
+        order = [int(s) for s in np.argsort(values) if s > 0 and np.isfinite(values[s])]
+        refined = {s: _refine(problem, bounds[s, : s + 2], units[s, : s + 1]) for s in order[:2]}
+        for s, partition in refined.items():
+            values[s] = partition.cost
+        cheapest = min(partition.cost for partition in refined.values())
+        if np.isfinite(cheapest):
+            near = [s for s, p in refined.items() if p.cost <= cheapest * (1.0 + problem.stage_tolerance)]
+            best = refined[min(near)]
+    values[0] = one_stage
+    if not np.isfinite(one_stage) and best is None:
+        capacity = _capacity(problem)
+        raise PlanError(
+            f"{problem.rate_per_s:g} requests/s is above the capacity of {problem.n_instances} instances for this workload, "
+            f"about {capacity:.3g} requests/s",
+            capacity_per_s=capacity,
+        )
+    by_stages = tuple(float(value) for value in values)
+    take_best = best is not None and problem.objective.gain(one_stage, best.cost) >= max(problem.margin, 1e-12)
+    if best is None or not take_best:
+        return _describe(problem, (), (problem.n_instances,), one_stage, best, by_stages)
+    return _describe(problem, best.boundaries_tokens, best.instances, one_stage, best, by_stages)
+
+
+def predict(problem: PlanProblem, boundaries_tokens: tuple[int, ...], instances: tuple[int, ...]) -> Plan:
+    """
+    The prediction for a given layout, e.g. the one in force; boundaries count as the nearest bucket edge.
+
+    `cost` is infinite when the layout cannot carry the load: that is an answer, not an error.
+
+    Raises:
+        PlanError: The boundaries do not make as many stages as there are groups, are not increasing, or a stage is empty.
+    """
+    if len(instances) != len(boundaries_tokens) + 1 or min(instances) < 1:
+        raise PlanError(f"boundaries {boundaries_tokens} and instances {instances} are no layout")
+    edges = [problem.histogram.nearest_edge(boundary) for boundary in boundaries_tokens]
+    if any(b <= a for a, b in zip([0, *edges], [*edges, len(problem.edges) - 1], strict=True)):
+        raise PlanError(f"boundaries {boundaries_tokens} are not increasing, or closer than the histogram's buckets")
+    one_stage = problem.service(0, len(problem.edges) - 1, sum(instances)).cost
+    rounded = tuple(int(problem.histogram.edges_tokens[edge]) for edge in edges)
+    return _describe(problem, rounded, instances, one_stage, None, (one_stage,))
+
+
+def capacity_rate(
+    histogram: LengthHistogram,
+    step_model: StepModel,
+    capacity: InstanceCapacity,
+    n_instances: int,
+    *,
+    max_stages: int = 1,
+    floor: ServiceFloor | None = None,
+) -> float:
+    """
+    The highest rate in requests per second that some layout of up to `max_stages` stages carries in steady state.
+
+    That is where KV cache, batch slots or the token budget run out, or (`floor`) a limit is missed; latency grows without bound on the
+    way there, so nobody wants to run at it. 0 when not even the smallest rate can be served within the floor.
+
+    Raises:
+        PlanError: Bad arguments.
+    """
+    return _capacity(
+        PlanProblem(
+            histogram, step_model, capacity, 1.0, n_instances, max_stages=max_stages, floor=floor or ServiceFloor()
+        )
+    )
+
+
+def _capacity(problem: PlanProblem) -> float:
+    last = len(problem.edges) - 1
+
+    def one_stage_fits(rate_per_s: float) -> bool:
+        return bool(np.isfinite(problem.with_rate(rate_per_s).service(0, last, problem.n_instances).cost))
+
+    def some_layout_fits(rate_per_s: float) -> bool:
+        values, _, _ = _coarse(problem.with_rate(rate_per_s))
+        return bool(np.isfinite(values).any())
+
+    low, high = 1e-9, 1.0
+    if not one_stage_fits(low) and not some_layout_fits(low):
+        return 0.0
+    while one_stage_fits(high):
+        low, high = high, 2.0 * high
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if one_stage_fits(middle) else (low, middle)
+    if problem.max_stages == 1 or problem.n_instances == 1 or not some_layout_fits(low * 1.001):
+        return low
+    high = low
+    while some_layout_fits(high):
+        low, high = high, 1.25 * high
+    for _ in range(_CAPACITY_STEPS):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if some_layout_fits(middle) else (low, middle)
+    return low
+
+
+def _coarse(problem: PlanProblem) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """The dynamic program; bounds come back as edge indices."""
+    candidates = problem.candidates()
+    n_units = min(problem.n_instances, MAX_UNITS)
+    max_stages = max(1, min(problem.max_stages, n_units, len(candidates) - 1))
+    costs = stage_costs(
+        problem.table,
+        problem.edges,
+        candidates,
+        n_units,
+        problem.n_instances / n_units,
+        problem.rate_per_s,
+        problem.coefficients,
+        problem.limits,
+        problem.terms,
+    )
+    values, bounds, units = best_partitions(costs, max_stages)
+    return values, candidates[bounds], units
+
+
+def _refine(problem: PlanProblem, bounds: NDArray[np.int64], units: NDArray[np.int64]) -> Partition:
+    """Whole instances from units, then local improvement."""
+    per_unit = problem.n_instances / int(units.sum())
+    instances = _whole_instances(units.astype(np.float64) * per_unit, problem.n_instances)
+    bounds = bounds.copy()
+    window = -(-_buckets_per_octave(problem) // problem.boundaries_per_octave)
+    cost = improve(
+        problem.table,
+        problem.edges,
+        bounds,
+        instances,
+        window,
+        max(1, round(per_unit)),
+        problem.rate_per_s,
+        problem.coefficients,
+        problem.limits,
+        problem.terms,
+    )
+    edges = problem.histogram.edges_tokens
+    return Partition(tuple(int(edges[b]) for b in bounds[1:-1]), tuple(int(n) for n in instances), float(cost))
+
+
+def _buckets_per_octave(problem: PlanProblem) -> int:
+    edges = problem.edges
+    top = len(edges) - 2
+    return max(1, top - int(np.searchsorted(edges, edges[top] / 2.0)))
+
+
+def _whole_instances(shares: NDArray[np.float64], n_instances: int) -> NDArray[np.int64]:
+    """Round shares to whole numbers >= 1 with this sum, by largest remainders."""
+    whole = np.maximum(1, np.floor(shares + 1e-9)).astype(np.int64)
+    missing = n_instances - int(whole.sum())
+    order = np.argsort(-(shares - whole), kind="stable")
+    whole[order[:missing]] += 1
+    return whole
+
+
+def _describe(
+    problem: PlanProblem,
+    boundaries_tokens: tuple[int, ...],
+    instances: tuple[int, ...],
+    one_stage_cost: float,
+    best: Partition | None,
+    cost_by_stages: tuple[float, ...],
+) -> Plan:
+    prefix = problem.histogram.prefix
+    edges = [0, *(problem.histogram.edge_index(b) for b in boundaries_tokens), len(problem.edges) - 1]
+    services = [problem.service(a, b, k) for a, b, k in zip(edges[:-1], edges[1:], instances, strict=True)]
+    work = np.array([s.utilisation * k for s, k in zip(services, instances, strict=True)])
+    shares = work / work.sum() if np.all(np.isfinite(work)) and work.sum() > 0.0 else np.full(len(work), np.nan)
+    steps = max(float(prefix[Column.STEPS, -1]), 1e-300)
+    crossing = problem.histogram.hand_overs
+    los = (0, *boundaries_tokens)
+    his = (*boundaries_tokens, UNBOUNDED_TOKENS)
+    stages = tuple(
+        StagePrediction(
+            LengthRange(los[s], his[s]),
+            instances[s],
+            services[s],
+            float(prefix[Column.STARTS, edges[s + 1]] - prefix[Column.STARTS, edges[s]]),
+            float(prefix[Column.STEPS, edges[s + 1]] - prefix[Column.STEPS, edges[s]]) / steps,
+            float(shares[s]),
+            problem.rate_per_s * max(0.0, float(crossing[edges[s]])) if s else 0.0,
+        )
+        for s in range(len(instances))
+    )
+    return Plan(stages, sum(s.cost for s in services), one_stage_cost, best, cost_by_stages, problem)

@@ -1,0 +1,193 @@
+"""
+What is to be planned, as one value: workload, cost of a step, instances, rate, objective.
+
+`PlanProblem` validates once and carries the arrays that the compiled code reads, so that planning, predicting a given layout and
+searching for the capacity share them. `with_rate` is cheap: it keeps the arrays.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.cost.qoe import ObjectiveTerms, ServiceLimits, StageService, stage_service
+from cascadeinfer.core.errors import PlanError
+from cascadeinfer.core.plan.histogram import Column, LengthHistogram
+from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective, stage_table
+from cascadeinfer.core.types import InstanceCapacity
+
+DEFAULT_MARGIN: Final = 0.05
+"""What several stages must gain over one to be worth their hand-overs; about twice the median error of the prediction."""
+DEFAULT_MAX_STAGES: Final = 8
+_NEGLIGIBLE: Final = 1e-5
+"""Share of the workload's tokens below (above) the shortest (longest) boundary considered."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandOverCost:
+    """
+    Pause of a request that is handed over: `pause_s + pause_per_token_s x length`.
+
+    Raises:
+        PlanError: Negative or not finite.
+    """
+
+    pause_s: float = 0.02
+    pause_per_token_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for name in ("pause_s", "pause_per_token_s"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value >= 0.0):
+                raise PlanError(f"{name} must be finite and >= 0, not {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceFloor:
+    """
+    What every stage has to keep, on average: a stage that would not is no candidate. Unlimited by default.
+
+    Raises:
+        PlanError: A limit is not positive.
+    """
+
+    ttft_s: float = float("inf")
+    tpot_s: float = float("inf")
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if not (self.ttft_s > 0.0 and self.tpot_s > 0.0):
+            raise PlanError(f"limits must be positive, not TTFT {self.ttft_s} s and TPOT {self.tpot_s} s")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanProblem:
+    """
+    Attributes:
+        histogram: Lengths of the requests.
+        step_model: Cost of a step.
+        capacity: Of each instance; all are alike.
+        rate_per_s: Requests per second, of the whole workload.
+        n_instances: Instances to place.
+        objective: What to minimise.
+        margin: Gain (as the objective counts it) that several stages must bring over one.
+        stage_tolerance: A plan with fewer stages is taken when its cost is within this share of the best.
+        max_stages: Most stages.
+        boundaries_per_octave: Candidate boundaries per doubling of length, before refinement.
+        hand_over: Price of a hand-over.
+        floor: Limits on every stage.
+
+    Raises:
+        PlanError: A number is out of range, or the longest request does not fit into an instance's KV cache.
+    """
+
+    histogram: LengthHistogram
+    step_model: StepModel
+    capacity: InstanceCapacity
+    rate_per_s: float
+    n_instances: int
+    objective: Objective = field(default_factory=MeanNormalizedLatency)
+    margin: float = DEFAULT_MARGIN
+    stage_tolerance: float = 0.01
+    max_stages: int = DEFAULT_MAX_STAGES
+    boundaries_per_octave: int = 2
+    hand_over: HandOverCost = field(default_factory=HandOverCost)
+    floor: ServiceFloor = field(default_factory=ServiceFloor)
+    table: NDArray[np.float64] = field(init=False, repr=False)
+    edges: NDArray[np.float64] = field(init=False, repr=False)
+    coefficients: NDArray[np.float64] = field(init=False, repr=False)
+    limits: ServiceLimits = field(init=False, repr=False)
+    terms: ObjectiveTerms = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Validate, and prepare what the compiled code reads."""
+        self._check()
+        capacity = self.capacity
+        coefficients = self.step_model.coefficients()
+        if not np.all(np.isfinite(coefficients)):
+            raise PlanError(f"the step model has coefficients that are not finite: {self.step_model}")
+        for name, value in (
+            ("table", stage_table(self.histogram, self.objective, capacity.max_batched_tokens)),
+            ("edges", self.histogram.edges_tokens.astype(np.float64)),
+            ("coefficients", coefficients),
+            (
+                "limits",
+                ServiceLimits(
+                    float(capacity.kv_tokens),
+                    float(capacity.max_num_seqs),
+                    float(capacity.max_batched_tokens),
+                    float(capacity.block_size_tokens),
+                    float(self.hand_over.pause_s),
+                    float(self.hand_over.pause_per_token_s),
+                    float(self.floor.ttft_s),
+                    float(self.floor.tpot_s),
+                ),
+            ),
+            ("terms", ObjectiveTerms(*(float(term) for term in self.objective.terms()))),
+        ):
+            object.__setattr__(self, name, value)
+
+    def _check(self) -> None:
+        if not (np.isfinite(self.rate_per_s) and self.rate_per_s > 0.0):
+            raise PlanError(f"the rate must be a positive number of requests per second, not {self.rate_per_s}")
+        if self.n_instances < 1:
+            raise PlanError(f"a plan needs at least one instance, not {self.n_instances}")
+        if not 0.0 <= self.margin < 1.0:
+            raise PlanError(f"the margin lies in [0, 1), not {self.margin}")
+        if not 0.0 <= self.stage_tolerance < 1.0:
+            raise PlanError(f"the stage tolerance lies in [0, 1), not {self.stage_tolerance}")
+        if self.max_stages < 1 or self.boundaries_per_octave < 1:
+            raise PlanError("max_stages and boundaries_per_octave must be at least 1")
+        capacity = self.capacity
+        if min(capacity.kv_blocks, capacity.block_size_tokens, capacity.max_num_seqs, capacity.max_batched_tokens) < 1:
+            raise PlanError(f"an instance without capacity: {capacity}")
+        shortest_of_longest = self._longest_at_least()
+        if shortest_of_longest > capacity.kv_tokens:
+            raise PlanError(
+                f"requests of {shortest_of_longest} tokens or more do not fit into an instance's {capacity.kv_tokens} tokens of KV cache"
+            )
+
+    def _longest_at_least(self) -> int:
+        """Lower edge of the last bucket in which a request ends."""
+        occupied = np.flatnonzero(np.diff(self.histogram.prefix[Column.ENDS]) > 0.0)
+        return int(self.histogram.edges_tokens[occupied[-1]])
+
+    def with_rate(self, rate_per_s: float) -> "PlanProblem":
+        """The same problem at another rate."""
+        return replace(self, rate_per_s=rate_per_s)
+
+    def candidates(self) -> NDArray[np.int64]:
+        """Edges at which a stage may begin or end before refinement: log-spaced where the workload's tokens are."""
+        edges = self.histogram.edges_tokens
+        tokens = self.histogram.prefix[Column.STEPS] + self.histogram.prefix[Column.PROMPT]
+        inside = np.flatnonzero((tokens > _NEGLIGIBLE * tokens[-1]) & (tokens < (1.0 - _NEGLIGIBLE) * tokens[-1]))
+        last = len(edges) - 1
+        if len(inside) == 0:
+            return np.array([0, last], dtype=np.int64)
+        octaves = np.log2(edges[inside[[0, -1]]])
+        steps = np.arange(
+            np.ceil(octaves[0] * self.boundaries_per_octave), octaves[1] * self.boundaries_per_octave + 1e-9
+        )
+        wanted = 2.0 ** (steps / self.boundaries_per_octave)
+        above = np.clip(np.searchsorted(edges, wanted), 1, last)
+        nearest = np.where(wanted - edges[above - 1] <= edges[above] - wanted, above - 1, above)
+        inner = np.unique(np.clip(nearest, inside[0], inside[-1]))
+        return np.concatenate(([0], inner[(inner > 0) & (inner < last)], [last])).astype(np.int64)
+
+    def service(self, first_edge: int, last_edge: int, n_instances: float) -> StageService:
+        """Prediction of the stage between these edges (indices) on this many instances."""
+        predicted: StageService = stage_service(
+            self.table,
+            self.edges,
+            first_edge,
+            last_edge,
+            float(n_instances),
+            self.rate_per_s,
+            self.coefficients,
+            self.limits,
+            self.terms,
+        )
+        return predicted

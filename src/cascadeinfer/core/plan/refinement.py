@@ -1,0 +1,169 @@
+"""
+Local improvement of a partition, on the fine grid of the histogram and in whole instances.
+
+The dynamic program chooses among coarse boundaries; the cost is smooth enough between them that descent finds the rest. Two moves
+are tried until neither helps: for each pair of neighbouring stages, every boundary within a window together with every split of
+their instances (for large stages, splits near the present one); and between any two stages, a shift of instances by halving steps.
+A partition is only ever replaced by a cheaper one.
+"""
+
+from typing import Final
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from cascadeinfer.core.cost.qoe import ObjectiveTerms, ServiceLimits, stage_service
+
+_INFEASIBLE: Final = 1e30
+"""Stands for infinity, so that of two infeasible partitions the one with fewer infeasible stages is cheaper."""
+_MAX_ROUNDS: Final = 20
+_SPLIT_WINDOW: Final = 2
+"""Instances by which a split may change together with its boundary."""
+_SMALLEST_GAIN: Final = 1e-9
+
+
+@njit(cache=True)
+def _cost(
+    table: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    i: int,
+    j: int,
+    k: int,
+    rate_per_s: float,
+    coefficients: NDArray[np.float64],
+    limits: ServiceLimits,
+    terms: ObjectiveTerms,
+) -> float:
+    return min(_INFEASIBLE, stage_service(table, edges, i, j, float(k), rate_per_s, coefficients, limits, terms).cost)
+
+
+@njit(cache=True)
+def _improve_pair(
+    table: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    bounds: NDArray[np.int64],
+    instances: NDArray[np.int64],
+    costs: NDArray[np.float64],
+    s: int,
+    window: int,
+    rate_per_s: float,
+    coefficients: NDArray[np.float64],
+    limits: ServiceLimits,
+    terms: ObjectiveTerms,
+) -> bool:
+    """Move the boundary between stages s and s + 1 and a few instances across it, if that helps."""
+    lowest = max(bounds[s] + 1, bounds[s + 1] - window)
+    highest = min(bounds[s + 2] - 1, bounds[s + 1] + window)
+    both = instances[s] + instances[s + 1]
+    fewest = max(1, instances[s] - _SPLIT_WINDOW)
+    most = min(both - 1, instances[s] + _SPLIT_WINDOW)
+    best = costs[s] + costs[s + 1]
+    found = False
+    new_bound, new_split, new_cost = bounds[s + 1], instances[s], costs[s]
+    for bound in range(lowest, highest + 1):
+        for split in range(fewest, most + 1):
+            first = _cost(table, edges, bounds[s], bound, split, rate_per_s, coefficients, limits, terms)
+            if first >= best:
+                continue
+            second = _cost(table, edges, bound, bounds[s + 2], both - split, rate_per_s, coefficients, limits, terms)
+            if first + second < best * (1.0 - _SMALLEST_GAIN):
+                best = first + second
+                new_bound, new_split, new_cost = bound, split, first
+                found = True
+    if found:
+        bounds[s + 1] = new_bound
+        instances[s], instances[s + 1] = new_split, both - new_split
+        costs[s], costs[s + 1] = new_cost, best - new_cost
+    return found
+
+
+@njit(cache=True)
+def _shift_instances(
+    table: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    bounds: NDArray[np.int64],
+    instances: NDArray[np.int64],
+    costs: NDArray[np.float64],
+    largest_shift: int,
+    rate_per_s: float,
+    coefficients: NDArray[np.float64],
+    limits: ServiceLimits,
+    terms: ObjectiveTerms,
+) -> bool:
+    """Shift instances between any two stages while that helps, by halving steps."""
+    found = False
+    shift = largest_shift
+    n = len(instances)
+    while shift >= 1:
+        for giver in range(n):
+            for taker in range(n):
+                if giver == taker or instances[giver] <= shift:
+                    continue
+                less = _cost(
+                    table, edges, bounds[giver], bounds[giver + 1], instances[giver] - shift,
+                    rate_per_s, coefficients, limits, terms,
+                )  # fmt: skip
+                if less >= costs[giver] + costs[taker]:
+                    continue
+                more = _cost(
+                    table, edges, bounds[taker], bounds[taker + 1], instances[taker] + shift,
+                    rate_per_s, coefficients, limits, terms,
+                )  # fmt: skip
+                if less + more < (costs[giver] + costs[taker]) * (1.0 - _SMALLEST_GAIN):
+                    instances[giver] -= shift
+                    instances[taker] += shift
+                    costs[giver] = less
+                    costs[taker] = more
+                    found = True
+        shift //= 2
+    return found
+
+
+@njit(cache=True)
+def improve(
+    table: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    bounds: NDArray[np.int64],
+    instances: NDArray[np.int64],
+    window: int,
+    largest_shift: int,
+    rate_per_s: float,
+    coefficients: NDArray[np.float64],
+    limits: ServiceLimits,
+    terms: ObjectiveTerms,
+) -> float:
+    """
+    Improve a partition in place.
+
+    Args:
+        table: See `stage_service`.
+        edges: See `stage_service`.
+        bounds: Edge indices that bound the stages.  # (n_stages + 1,)
+        instances: Whole instances per stage, >= 1.  # (n_stages,)
+        window: Edges by which a boundary may move at once.
+        largest_shift: Instances that may move at once between two stages.
+        rate_per_s: Requests per second.
+        coefficients: Of the step time.
+        limits: Of an instance.
+        terms: Of the objective.
+
+    Returns:
+        The cost afterwards; infinite when a stage is infeasible.
+    """
+    n = len(instances)
+    costs = np.empty(n)
+    for s in range(n):
+        costs[s] = _cost(table, edges, bounds[s], bounds[s + 1], instances[s], rate_per_s, coefficients, limits, terms)
+    for _ in range(_MAX_ROUNDS):
+        moved = _shift_instances(
+            table, edges, bounds, instances, costs, largest_shift, rate_per_s, coefficients, limits, terms
+        )
+        for s in range(n - 1):
+            moved |= _improve_pair(
+                table, edges, bounds, instances, costs, s, window, rate_per_s, coefficients, limits, terms
+            )
+        if not moved:
+            break
+    total = costs.sum()
+    return total if total < _INFEASIBLE else np.inf
