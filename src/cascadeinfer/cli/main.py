@@ -38,6 +38,7 @@ class Command(NamedTuple):
 
 COMMANDS: Final[dict[str, Command]] = {
     "serve": Command("cascadeinfer.cli.serve", "Serve a model on several vLLM instances (OpenAI API).", "serve"),
+    "demo": Command("cascadeinfer.cli.demo", "Show it: two instances, real chat requests that move between them."),
     "model": Command("cascadeinfer.cli.model", "Prepare models that need no hub."),
 }
 

@@ -1,0 +1,259 @@
+"""
+`cascadeinfer demo`: the whole system at work, in two minutes, on this machine.
+
+It starts `cascadeinfer serve` with two instances and two length stages, sends chat requests of different lengths with the official
+`openai` client and shows them in the terminal as they grow and are handed over. Afterwards one request that moved is sent again,
+this time kept on one instance, and the two answers are compared. Then the server is stopped, also after Ctrl-C or an error.
+
+Exit code 0 only if every request succeeded, at least one was handed over with its KV cache, and the two answers are the same.
+A terminal gets a live view; a pipe or a log gets plain lines.
+"""
+
+import asyncio
+import contextlib
+import json
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+
+from cascadeinfer.cli.demo_requests import STAYS, ChatState, make_states, run_chat, take_placements
+from cascadeinfer.cli.demo_server import POLL_S, STAGE_BOUNDARY_TOKENS, DemoServer, ServerFailedError
+from cascadeinfer.cli.demo_view import Board, Summary, TextCheck, render_board, render_summary, summarise
+from cascadeinfer.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+STAGGER_S: Final = 1.0
+"""Between two requests: short ones still overlap, and the eye can follow."""
+PLAIN_PROGRESS_S: Final = 10.0
+EXIT_FAILED: Final = 1
+EXIT_INTERRUPTED: Final = 130
+
+
+def register(app: typer.Typer, name: str, help_text: str) -> None:
+    """Add the command."""
+    app.command(name, help=help_text)(demo)
+
+
+def demo(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or repository of a chat model. Default: the embedded SmolLM2-135M-Instruct."),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=2, max=32, help="How many chat requests to send.")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary to this file as JSON.")] = None,
+) -> None:
+    """Start two instances, send chat requests, show them move, compare, stop."""
+    console = Console()
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(
+            f"{json_file.parent} is not a folder", option="--json", fix="name a file in a folder that exists"
+        )
+    folder, name = _model_of(model, console)
+    server = DemoServer(folder, name)
+    try:
+        with _stopped_at_the_end(server, console):
+            summary = asyncio.run(_run(server, requests, console))
+    except ServerFailedError as error:
+        console.print(f"[bold red]{escape(str(error))}[/]; the end of its log, {server.log}:")
+        console.print(server.log_tail(), markup=False, highlight=False, style="dim")
+        raise typer.Exit(EXIT_FAILED) from None
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        console.print("interrupted; the server has been stopped")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    console.print(render_summary(summary))
+    if json_file is not None:
+        _write(json_file, summary)
+    if failures := summary.failures():
+        for failure in failures:
+            console.print(f"[bold red]{escape(failure)}[/]")
+        console.print(f"the server's log: {server.log}")
+        raise typer.Exit(EXIT_FAILED)
+    server.log.unlink()
+    console.print("every request succeeded, and the server has been stopped")
+
+
+@contextlib.contextmanager
+def _stopped_at_the_end(server: DemoServer, console: Console) -> Iterator[None]:
+    """Whatever happens, the server is stopped, and that it takes some seconds is said."""
+    try:
+        yield
+    finally:
+        with console.status("stopping the server") if console.is_terminal else contextlib.nullcontext():
+            server.stop()
+
+
+def _model_of(model: str | None, console: Console) -> tuple[str, str]:
+    """The model's folder or repository, and its name towards clients."""
+    if model is None:
+        from cascadeinfer.engines.models import embedded
+
+        with console.status("Preparing the embedded model (SmolLM2-135M-Instruct), once per machine"):
+            return str(embedded.prepare()), embedded.NAME
+    path = Path(model).expanduser()
+    if not path.is_dir() and (path.exists() or model.startswith((".", "/", "~"))):
+        raise ConfigError(
+            f"{model} is not a model folder",
+            option="--model",
+            fix="name a Hugging Face folder, or give none for the embedded model",
+        )
+    return (str(path), path.resolve().name) if path.is_dir() else (model, model)
+
+
+def _write(path: Path, summary: Summary) -> None:
+    try:
+        path.write_text(json.dumps(summary.to_json(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}", option="--json", fix="name another file") from error
+
+
+async def _run(server: DemoServer, n_requests: int, console: Console) -> Summary:
+    """Everything between start and stop; the server is stopped by whoever called."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    server.start()
+    with _starting(console) as tick:
+        start_s = await server.wait_ready(tick)
+    console.print(
+        f"two instances serve {server.model_name} at {server.base_url} (after {start_s:.0f} s)", highlight=False
+    )
+
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+    # No proxy from the environment between us and the loopback; a request that failed is to be seen, not tried again.
+    http_client = DefaultAsyncHttpxClient(trust_env=False)
+    async with AsyncOpenAI(base_url=server.base_url, api_key="none", max_retries=0, http_client=http_client) as client:
+        states = make_states(n_requests, f"demo-{uuid.uuid4().hex[:6]}")
+        board = Board(states, STAGE_BOUNDARY_TOKENS)
+        await _watch(server, board, console, lambda: _send_all(client, server.model_name, states))
+        check = await _check(client, server, states, console)
+    snapshot = await server.snapshot()
+    pause = pause_of(await server.text("/metrics"))
+    return summarise(states, snapshot, pause, model=server.model_name, start_s=start_s, check=check)
+
+
+@contextlib.contextmanager
+def _starting(console: Console) -> Iterator[Callable[[float], None]]:
+    """A spinner while the server starts, or a line now and then; yields what to call with the seconds waited."""
+    if console.is_terminal:
+        with console.status("starting two instances") as status:
+            yield lambda waited_s: status.update(f"starting two instances: {waited_s:.0f} s")
+        return
+    said_s = -PLAIN_PROGRESS_S
+
+    def tick(waited_s: float) -> None:
+        nonlocal said_s
+        if waited_s - said_s >= PLAIN_PROGRESS_S:
+            said_s = waited_s
+            console.print(f"starting two instances: {waited_s:.0f} s", highlight=False)
+
+    yield tick
+
+
+async def _send_all(client: "AsyncOpenAI", model: str, states: list[ChatState]) -> None:
+    """Send the requests one after the other, not waiting for answers in between."""
+    async with asyncio.TaskGroup() as group:
+        for state in states:
+            group.create_task(run_chat(client, model, state))
+            await asyncio.sleep(STAGGER_S)
+
+
+async def _watch(server: DemoServer, board: Board, console: Console, send: Callable[[], Any]) -> None:
+    """Send the requests and show them until all have ended."""
+    began_s = time.monotonic()
+    sending = asyncio.ensure_future(send())
+    said = 0
+    live = Live(console=console, auto_refresh=False, vertical_overflow="crop") if console.is_terminal else None
+    with live or contextlib.nullcontext():
+        try:
+            done = False
+            while not done:
+                done = sending.done()  # before the look, so that the last look comes after the last token
+                board.snapshot = await server.snapshot()
+                elapsed_s = time.monotonic() - began_s
+                board.news += [(elapsed_s, line) for line in take_placements(board.snapshot, list(board.states))]
+                board.news += [(elapsed_s, line) for line in _endings(board)]
+                if live is not None:
+                    live.update(render_board(board, elapsed_s), refresh=True)
+                else:
+                    for at_s, line in board.news[said:]:
+                        console.print(f"{at_s:6.1f} s  {line}", highlight=False, markup=False)
+                    said = len(board.news)
+                await asyncio.wait([sending], timeout=POLL_S)
+            await sending
+        finally:
+            sending.cancel()
+
+
+def _endings(board: Board) -> list[str]:
+    """A sentence for each request that has ended and of which that has not been said."""
+    said = {line for _, line in board.news}
+    sentences = [
+        f"request {state.number} ({state.task.title}) "
+        + (
+            f"failed: {state.error}"
+            if state.error
+            else f"ended after {state.output_tokens} tokens ({state.finish_reason})"
+        )
+        for state in board.states
+        if state.ended_s is not None
+    ]
+    return [sentence for sentence in sentences if sentence not in said]
+
+
+async def _check(
+    client: "AsyncOpenAI", server: DemoServer, states: list[ChatState], console: Console
+) -> TextCheck | None:
+    """Send the shortest answer that moved once more, kept on one instance, and compare; None when none moved."""
+    moved = [state for state in states if state.moves and not state.error]
+    if not moved:
+        return None
+    first = min(moved, key=lambda state: state.output_tokens)
+    again = ChatState(first.number, first.task, f"again-{first.request_id}")
+    sentence = f"sending request {first.number} again, kept on one instance, to compare the text"
+    with console.status(sentence) if console.is_terminal else contextlib.nullcontext():
+        if not console.is_terminal:
+            console.print(sentence, highlight=False)
+        sending = asyncio.ensure_future(run_chat(client, server.model_name, again, STAYS))
+        try:
+            while not sending.done():
+                take_placements(await server.snapshot(), [again])
+                await asyncio.wait([sending], timeout=POLL_S)
+        finally:
+            sending.cancel()
+    if again.error:
+        raise ServerFailedError(f"the repetition of request {first.number} failed: {again.error}")
+    return TextCheck(
+        number=first.number,
+        same_text=again.text == first.text,
+        stayed=again.attempts == 1 and bool(again.pinned),
+        moved_text=first.text,
+        stayed_text=again.text,
+    )
+
+
+def pause_of(metrics: str) -> tuple[float, int]:
+    """Sum in seconds and count of the pauses of moved requests, from the text of `/metrics`."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    sums = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(metrics)
+        if family.name == "cascadeinfer_migration_pause_seconds"
+        for sample in family.samples
+        if sample.labels.get("outcome") == "moved" and not sample.name.endswith("_bucket")
+    }
+    name = "cascadeinfer_migration_pause_seconds"
+    return sums.get(f"{name}_sum", 0.0), int(sums.get(f"{name}_count", 0))
