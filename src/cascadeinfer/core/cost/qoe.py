@@ -11,7 +11,7 @@ Finite load, all calibrated against the simulator (docs/planning.md has the deri
 - with few requests per instance an arrival finds an idle one, so prefills hit decodes less often than their share;
 - KV cache and batch slots: Little's law gives what is in use, Sakasegawa's formula what arrivals wait when that is nearly all.
 
-Everything is compiled, pure, and O(1) in the number of requests (O(log buckets) with a straggler term).
+Everything is compiled, pure, and O(1) in the number of requests.
 """
 
 import math
@@ -107,19 +107,19 @@ class StageService(NamedTuple):
     stall_s: float
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _infeasible() -> StageService:
     inf = np.inf
     return StageService(inf, inf, inf, inf, inf, inf, inf, inf, inf, inf)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _queue_factor(utilisation: float, servers: float) -> float:
     """Waiting time over service time of an M/M/c queue: Sakasegawa's closed form."""
     return utilisation ** (np.sqrt(2.0 * (servers + 1.0)) - 1.0) / (servers * (1.0 - utilisation))
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _share_below(table: NDArray[np.float64], edges: NDArray[np.float64], stage: StageLoad, prompt: float) -> float:
     """Share of the stage's starts with a prompt shorter than this."""
     if prompt <= edges[stage.i] or stage.starts <= 0.0:
@@ -132,7 +132,7 @@ def _share_below(table: NDArray[np.float64], edges: NDArray[np.float64], stage: 
     return below / stage.starts
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _misses(
     table: NDArray[np.float64],
     edges: NDArray[np.float64],
@@ -160,7 +160,7 @@ def _misses(
     return late * stage.starts + slow * attain
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _memory_wait_s(stage: StageLoad, limits: ServiceLimits, kv_tokens: float, requests: float, visits: float) -> float:
     """Mean wait for KV cache and a batch slot; infinite when there is not enough."""
     if requests <= 0.0 or visits <= 0.0:
@@ -188,7 +188,7 @@ class _Prefill(NamedTuple):
     stall_s: float  # extra decode time from prompts that came meanwhile
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _prefill(
     table: NDArray[np.float64],
     stage: StageLoad,
@@ -214,7 +214,7 @@ def _prefill(
     held = stage.rate * (served_s * squares + per_pair_s * products)
     scv = max(0.0, second * stage.starts / (first * first) - 1.0)
     # Least loaded by KV tokens: decodes hide who has prompts waiting, unless prompts are most of the load.
-    by_work = min(1.0, 2.0 * held / (held + in_decode_tokens))
+    by_work = min(1.0, 3.0 * held / (held + in_decode_tokens))
     even = (1.0 / k + scv) / (1.0 + scv)
     pooled = load ** (np.sqrt(2.0 * (k + 1.0)) - 2.0) / k
     queue_s = stage.rate * second / (2.0 * (1.0 - load)) * ((1.0 - by_work) * even + by_work * pooled)
@@ -224,15 +224,16 @@ def _prefill(
     together = max(0.0, 1.0 - mean_prompt / limits.max_batched_tokens)
     wait_s = queue_s * (1.0 + load * together)
     own_s = decode_s * max(1.0, 0.5 + mean_prompt / room) + first / stage.starts - mean_prompt * decode_s / room
-    stall_s = load / (1.0 - load) * (wait_s + own_s) * (1.0 - by_work + by_work / k)
+    stall_s = load * (wait_s + own_s) * (1.0 - by_work + by_work / k)
     return _Prefill(load, held, wait_s, own_s, stall_s)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _assess(
     table: NDArray[np.float64],
     edges: NDArray[np.float64],
     coefficients: NDArray[np.float64],
+    longest: NDArray[np.float64],
     stage: StageLoad,
     limits: ServiceLimits,
     terms: ObjectiveTerms,
@@ -244,7 +245,7 @@ def _assess(
     in_decode = rate * stage.kv_steps * t
     batch = max(1.0, others + 1.0 / stage.n_instances) if stage.steps > 0.0 else 0.0
     room = max(1.0, limits.max_batched_tokens - others)
-    decode_s = decode_step_s(table, edges, coefficients, stage, batch)
+    decode_s = decode_step_s(coefficients, longest, stage, batch)
     per_pair_s = coefficients[4]
     per_token_s = 0.0
     if stage.prompt > 0.0:
@@ -286,12 +287,13 @@ def _assess(
     return StageService(cost, t, decode_s, others, busy, prefill.load, kv_use, wait_s, ttft_s, prefill.stall_s)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def stage_service(
     table: NDArray[np.float64],
     edges: NDArray[np.float64],
     i: int,
     j: int,
+    longest: NDArray[np.float64],
     n_instances: float,
     rate_per_s: float,
     coefficients: NDArray[np.float64],
@@ -306,6 +308,7 @@ def stage_service(
         edges: Lengths in tokens, as floats.  # (n_edges,)
         i: First edge of the range.
         j: Last edge of the range, > i.
+        longest: As from `longest_in_batch` for this range; the same for any number of instances.
         n_instances: Instances that share the stage evenly.
         rate_per_s: Requests per second of the whole workload.
         coefficients: Of the step time.
@@ -315,7 +318,7 @@ def stage_service(
     Returns:
         The prediction; every field infinite when the stage cannot carry the load within its limits.
 
-    Complexity: O(1), or O(log n_edges) when the step model has a straggler term.
+    Complexity: O(1).
     """
     rate = rate_per_s / n_instances
     starts = table[2, j] - table[2, i]
@@ -340,7 +343,7 @@ def stage_service(
     if steps + prompt <= 0.0:
         t = step_time_s(coefficients, 1.0, 0.0, 0.0, 0.0, 0.0)
     else:
-        t = solve_step_s(table, edges, coefficients, stage, t_max)
+        t = solve_step_s(coefficients, longest, stage, t_max)
     if not np.isfinite(t):
         return _infeasible()
-    return _assess(table, edges, coefficients, stage, limits, terms, t)
+    return _assess(table, edges, coefficients, longest, stage, limits, terms, t)

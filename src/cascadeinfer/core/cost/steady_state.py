@@ -21,7 +21,10 @@ from numpy.typing import NDArray
 from cascadeinfer.core.cost.latency import step_time_s
 
 _QUANTILES: Final = (0.125, 0.375, 0.625, 0.875)
-_MAX_ITERATIONS: Final = 40
+"""Of the longest length in a batch; each stands for a quarter of the steps."""
+_DOUBLINGS: Final = 12
+"""Batches of 1, 2, 4 ... 4096 have their quantiles computed; between them they are interpolated."""
+_MAX_ITERATIONS: Final = 20
 _TOLERANCE: Final = 1e-5
 
 
@@ -41,7 +44,7 @@ class StageLoad(NamedTuple):
     prefill_load: float  # share of time in prefill at constant decode cost
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _length_at(table: NDArray[np.float64], edges: NDArray[np.float64], i: int, j: int, share: float) -> float:
     """Length below which this share of the decode steps in buckets [i, j) lies, interpolated."""
     target = table[0, i] + share * (table[0, j] - table[0, i])
@@ -58,35 +61,57 @@ def _length_at(table: NDArray[np.float64], edges: NDArray[np.float64], i: int, j
     return edges[lo] + inside * (edges[hi] - edges[lo])
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
+def longest_in_batch(
+    table: NDArray[np.float64], edges: NDArray[np.float64], i: int, j: int, coefficients: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """
+    Quantiles of the longest length in batches of 1, 2, 4 ... requests of the stage's mix.
+
+    Returns:
+        Row m for 2^m requests; no rows when the step model has no straggler term.  # (_DOUBLINGS + 1 or 0, len(_QUANTILES))
+    """
+    if coefficients[5] == 0.0 or table[0, j] <= table[0, i]:
+        return np.empty((0, len(_QUANTILES)))
+    longest = np.empty((_DOUBLINGS + 1, len(_QUANTILES)))
+    for q in range(len(_QUANTILES)):
+        share = _QUANTILES[q]
+        for m in range(_DOUBLINGS + 1):
+            longest[m, q] = _length_at(table, edges, i, j, share)
+            share = np.sqrt(share)  # quantile of the maximum of twice as many draws
+    return longest
+
+
+@njit(cache=True, error_model="numpy")
 def decode_step_s(
-    table: NDArray[np.float64],
-    edges: NDArray[np.float64],
-    coefficients: NDArray[np.float64],
-    stage: StageLoad,
-    batch: float,
+    coefficients: NDArray[np.float64], longest: NDArray[np.float64], stage: StageLoad, batch: float
 ) -> float:
     """Step time of a batch of the stage's own mix without prefills, averaged over what its longest member may be."""
     if stage.steps <= 0.0:
         return step_time_s(coefficients, 0.0, 0.0, 0.0, 0.0, 0.0)
     mean_length = stage.kv_steps / stage.steps
-    if coefficients[5] == 0.0:  # the backend does not care about the longest
-        return step_time_s(coefficients, batch, batch * mean_length, mean_length, 0.0, 0.0)
+    kv_tokens = batch * mean_length
+    if len(longest) == 0:
+        return step_time_s(coefficients, batch, kv_tokens, mean_length, 0.0, 0.0)
+    doublings = min(max(0.0, np.log2(batch)), _DOUBLINGS - 1e-9)
+    m = int(doublings)
+    inside = doublings - m
     total = 0.0
-    for quantile in _QUANTILES:
-        longest = max(mean_length, _length_at(table, edges, stage.i, stage.j, quantile ** (1.0 / max(batch, 1.0))))
-        total += step_time_s(coefficients, batch, batch * mean_length, longest, 0.0, 0.0)
+    for q in range(len(_QUANTILES)):
+        kv_max = max(mean_length, longest[m, q] + inside * (longest[m + 1, q] - longest[m, q]))
+        total += step_time_s(coefficients, batch, kv_tokens, min(kv_max, kv_tokens), 0.0, 0.0)
     return total / len(_QUANTILES)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def prefill_per_token_s(coefficients: NDArray[np.float64], batch: float, chunk: float) -> float:
     """Seconds that each token of a chunk adds to a step that decodes `batch` requests; attention not included."""
-    with_chunk = step_time_s(coefficients, batch, 0.0, 0.0, chunk, 0.0)
-    return (with_chunk - step_time_s(coefficients, batch, 0.0, 0.0, 0.0, 0.0)) / chunk
+    # The same short decodes in both, so that only the chunk makes a difference.
+    with_chunk = step_time_s(coefficients, batch, batch, 1.0, chunk, 0.0)
+    return (with_chunk - step_time_s(coefficients, batch, batch, 1.0, 0.0, 0.0)) / chunk
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def meets_decode(present: float, n_instances: float) -> float:
     """
     Probability that an arrival at a busy instance had no idle one to go to, with `present` requests per instance.
@@ -100,11 +125,10 @@ def meets_decode(present: float, n_instances: float) -> float:
     return (1.0 - np.exp(-present * (1.0 + present))) ** exponent
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _step_seen_s(
-    table: NDArray[np.float64],
-    edges: NDArray[np.float64],
     coefficients: NDArray[np.float64],
+    longest: NDArray[np.float64],
     stage: StageLoad,
     t: float,
 ) -> float:
@@ -112,7 +136,7 @@ def _step_seen_s(
     others = stage.rate * stage.steps * t
     batch = max(1.0, others + 1.0 / stage.n_instances)
     arriving = stage.rate * t * meets_decode(others + stage.prefill_load, stage.n_instances)
-    seen_s = decode_step_s(table, edges, coefficients, stage, batch)
+    seen_s = decode_step_s(coefficients, longest, stage, batch)
     tokens = arriving * stage.prompt
     if tokens > 0.0:
         seen_s += tokens * prefill_per_token_s(coefficients, batch, stage.chunk + tokens)
@@ -120,29 +144,28 @@ def _step_seen_s(
     return seen_s
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def solve_step_s(
-    table: NDArray[np.float64],
-    edges: NDArray[np.float64],
     coefficients: NDArray[np.float64],
+    longest: NDArray[np.float64],
     stage: StageLoad,
     t_max: float,
 ) -> float:
     """Root of `step_seen(t) = t` in (0, t_max], by Illinois regula falsi; infinite when there is none."""
     high = t_max
-    g_high = _step_seen_s(table, edges, coefficients, stage, t_max) - t_max
+    g_high = _step_seen_s(coefficients, longest, stage, t_max) - t_max
     if g_high > 0.0:
         return np.inf
     # The right-hand side grows with t, so the root is not below its value at 0, nor (again) below its value there.
-    low = min(_step_seen_s(table, edges, coefficients, stage, 0.0), t_max)
-    g_low = _step_seen_s(table, edges, coefficients, stage, low) - low
+    low = min(_step_seen_s(coefficients, longest, stage, 0.0), t_max)
+    g_low = _step_seen_s(coefficients, longest, stage, low) - low
     if g_low <= _TOLERANCE * low:
         return low
     side = 0
     t = low
     for _ in range(_MAX_ITERATIONS):
         t = low + g_low * (high - low) / (g_low - g_high)
-        g = _step_seen_s(table, edges, coefficients, stage, t) - t
+        g = _step_seen_s(coefficients, longest, stage, t) - t
         if abs(g) <= _TOLERANCE * t:
             break
         if g > 0.0:

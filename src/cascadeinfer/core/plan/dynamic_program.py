@@ -8,7 +8,7 @@ is the least cost of covering the lengths below candidate boundary b with exactl
 objective is a sum over stages. A stage count of its own dimension costs little and shows what each further stage brings.
 
 Up to `MAX_UNITS` instances a unit is one instance. Beyond, a unit is n / MAX_UNITS instances, a fraction allowed, since the closed
-form takes any k: that keeps 1,024 instances as cheap as 64. The result is then rounded to whole instances and improved
+form takes any k: that keeps 1,024 instances as cheap as 128. The result is then rounded to whole instances and improved
 (`plan/refinement.py`), so for more than `MAX_UNITS` instances the plan is near the optimum, not proven to be it; tests bound the
 loss against the exact program.
 
@@ -22,12 +22,13 @@ from numba import njit
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.qoe import ObjectiveTerms, ServiceLimits, stage_service
+from cascadeinfer.core.cost.steady_state import longest_in_batch
 
-MAX_UNITS: Final = 64
+MAX_UNITS: Final = 128
 """Instances up to which the program places single ones."""
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def stage_costs(
     table: NDArray[np.float64],
     edges: NDArray[np.float64],
@@ -62,12 +63,14 @@ def stage_costs(
     costs = np.full((n, n, n_units + 1), np.inf)
     for a in range(n - 1):
         for b in range(a + 1, n):
+            longest = longest_in_batch(table, edges, candidates[a], candidates[b], coefficients)
             for k in range(1, n_units + 1):
                 costs[a, b, k] = stage_service(
                     table,
                     edges,
                     candidates[a],
                     candidates[b],
+                    longest,
                     k * instances_per_unit,
                     rate_per_s,
                     coefficients,
@@ -77,7 +80,7 @@ def stage_costs(
     return costs
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def best_partitions(
     costs: NDArray[np.float64], max_stages: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
@@ -116,7 +119,7 @@ def best_partitions(
     return _trace_back(best, from_candidate, from_units)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _trace_back(
     best: NDArray[np.float64], from_candidate: NDArray[np.int64], from_units: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:

@@ -99,7 +99,7 @@ def log_edges(max_tokens: int, buckets_per_octave: int) -> NDArray[np.int64]:  #
     return edges
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _add_requests(
     edges: NDArray[np.int64],
     prompts: NDArray[np.int64],

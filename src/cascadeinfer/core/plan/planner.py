@@ -150,7 +150,7 @@ def plan(
     Raises:
         PlanError: Bad arguments, or a demand above capacity: then the message and `capacity_per_s` say what could be served.
 
-    Complexity: O(c^2 u) predictions and O(s c^2 u^2) additions for c candidates, u <= 64 units and s stages.
+    Complexity: O(c^2 u) predictions and O(s c^2 u^2) additions for c candidates, u <= 128 units and s stages.
     """
     return solve(
         PlanProblem(
@@ -179,16 +179,13 @@ def solve(problem: PlanProblem) -> Plan:
     one_stage = problem.service(0, last, problem.n_instances).cost
     values, bounds, units = _coarse(problem)
     best: Partition | None = None
-    if len(values) > 1 and np.isfinite(values[1:]).any():
-        # Refine the best stage count, and from there down while fewer stages may be as good.
-        order = [int(s) for s in np.argsort(values) if s > 0 and np.isfinite(values[s])]
-        refined = {s: _refine(problem, bounds[s, : s + 2], units[s, : s + 1]) for s in order[:2]}
-        for s, partition in refined.items():
-            values[s] = partition.cost
-        cheapest = min(partition.cost for partition in refined.values())
-        if np.isfinite(cheapest):
-            near = [s for s, p in refined.items() if p.cost <= cheapest * (1.0 + problem.stage_tolerance)]
-            best = refined[min(near)]
+    if np.isfinite(values[1:]).any():
+        near = np.flatnonzero(values[1:] <= (1.0 + problem.stage_tolerance) * values[1:].min()) + 1
+        fewest = int(near[0])
+        best = _refine(problem, bounds[fewest, : fewest + 2], units[fewest, : fewest + 1])
+        values[fewest] = best.cost
+        if not np.isfinite(best.cost):  # whole instances cannot carry what fractions could
+            best = None
     values[0] = one_stage
     if not np.isfinite(one_stage) and best is None:
         capacity = _capacity(problem)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.cost.qoe import ObjectiveTerms, ServiceLimits, StageService, stage_service
+from cascadeinfer.core.cost.steady_state import longest_in_batch
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.plan.histogram import Column, LengthHistogram
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective, stage_table
@@ -184,6 +185,7 @@ class PlanProblem:
             self.edges,
             first_edge,
             last_edge,
+            longest_in_batch(self.table, self.edges, first_edge, last_edge, self.coefficients),
             float(n_instances),
             self.rate_per_s,
             self.coefficients,

@@ -14,6 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.qoe import ObjectiveTerms, ServiceLimits, stage_service
+from cascadeinfer.core.cost.steady_state import longest_in_batch
 
 _INFEASIBLE: Final = 1e30
 """Stands for infinity, so that of two infeasible partitions the one with fewer infeasible stages is cheaper."""
@@ -23,22 +24,25 @@ _SPLIT_WINDOW: Final = 2
 _SMALLEST_GAIN: Final = 1e-9
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _cost(
     table: NDArray[np.float64],
     edges: NDArray[np.float64],
     i: int,
     j: int,
+    longest: NDArray[np.float64],
     k: int,
     rate_per_s: float,
     coefficients: NDArray[np.float64],
     limits: ServiceLimits,
     terms: ObjectiveTerms,
 ) -> float:
-    return min(_INFEASIBLE, stage_service(table, edges, i, j, float(k), rate_per_s, coefficients, limits, terms).cost)
+    return min(
+        _INFEASIBLE, stage_service(table, edges, i, j, longest, float(k), rate_per_s, coefficients, limits, terms).cost
+    )
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _improve_pair(
     table: NDArray[np.float64],
     edges: NDArray[np.float64],
@@ -62,11 +66,15 @@ def _improve_pair(
     found = False
     new_bound, new_split, new_cost = bounds[s + 1], instances[s], costs[s]
     for bound in range(lowest, highest + 1):
+        below = longest_in_batch(table, edges, bounds[s], bound, coefficients)
+        above = longest_in_batch(table, edges, bound, bounds[s + 2], coefficients)
         for split in range(fewest, most + 1):
-            first = _cost(table, edges, bounds[s], bound, split, rate_per_s, coefficients, limits, terms)
+            first = _cost(table, edges, bounds[s], bound, below, split, rate_per_s, coefficients, limits, terms)
             if first >= best:
                 continue
-            second = _cost(table, edges, bound, bounds[s + 2], both - split, rate_per_s, coefficients, limits, terms)
+            second = _cost(
+                table, edges, bound, bounds[s + 2], above, both - split, rate_per_s, coefficients, limits, terms
+            )
             if first + second < best * (1.0 - _SMALLEST_GAIN):
                 best = first + second
                 new_bound, new_split, new_cost = bound, split, first
@@ -78,7 +86,7 @@ def _improve_pair(
     return found
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _shift_instances(
     table: NDArray[np.float64],
     edges: NDArray[np.float64],
@@ -100,16 +108,17 @@ def _shift_instances(
             for taker in range(n):
                 if giver == taker or instances[giver] <= shift:
                     continue
-                less = _cost(
-                    table, edges, bounds[giver], bounds[giver + 1], instances[giver] - shift,
-                    rate_per_s, coefficients, limits, terms,
-                )  # fmt: skip
+                fewer = instances[giver] - shift
+                low, high = bounds[giver], bounds[giver + 1]
+                longest = longest_in_batch(table, edges, low, high, coefficients)
+                less = _cost(table, edges, low, high, longest, fewer, rate_per_s, coefficients, limits, terms)
                 if less >= costs[giver] + costs[taker]:
                     continue
+                low, high = bounds[taker], bounds[taker + 1]
+                longest = longest_in_batch(table, edges, low, high, coefficients)
                 more = _cost(
-                    table, edges, bounds[taker], bounds[taker + 1], instances[taker] + shift,
-                    rate_per_s, coefficients, limits, terms,
-                )  # fmt: skip
+                    table, edges, low, high, longest, instances[taker] + shift, rate_per_s, coefficients, limits, terms
+                )
                 if less + more < (costs[giver] + costs[taker]) * (1.0 - _SMALLEST_GAIN):
                     instances[giver] -= shift
                     instances[taker] += shift
@@ -120,7 +129,7 @@ def _shift_instances(
     return found
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def improve(
     table: NDArray[np.float64],
     edges: NDArray[np.float64],
@@ -154,7 +163,10 @@ def improve(
     n = len(instances)
     costs = np.empty(n)
     for s in range(n):
-        costs[s] = _cost(table, edges, bounds[s], bounds[s + 1], instances[s], rate_per_s, coefficients, limits, terms)
+        longest = longest_in_batch(table, edges, bounds[s], bounds[s + 1], coefficients)
+        costs[s] = _cost(
+            table, edges, bounds[s], bounds[s + 1], longest, instances[s], rate_per_s, coefficients, limits, terms
+        )
     for _ in range(_MAX_ROUNDS):
         moved = _shift_instances(
             table, edges, bounds, instances, costs, largest_shift, rate_per_s, coefficients, limits, terms
