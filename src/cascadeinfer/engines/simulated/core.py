@@ -1,0 +1,358 @@
+"""
+What a simulated instance does, without time or I/O of its own: requests, blocks, cuts, pins, reservations, pulls.
+
+It imitates one vLLM EngineCore with our connector (`engines/vllm/connector/scheduler_side.py` has the rules) as the runtime sees it. Every
+step takes the same time: see the package's header for what this is not.
+
+Theory of operation. Blocks are counted, not stored; a sequence's KV cache is its digest (`model.py`). A pull copies the digest; what is
+pulled after its lease has ended is garbage, because the real source may have given the blocks to another request by then. Each step
+gives every running request its tokens within the budget (long prompts in chunks), preempting the youngest when blocks run out, then
+admits waiting requests in order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.engines.protocol import EngineCounters, EngineRequest, KvTicket, Resume
+from cascadeinfer.engines.simulated.model import SimulatedDelta, SimulatedParams, SimulatedTimes, fold, next_token
+
+CUT: Final = "simulated_cut"
+RESERVATION_LIFE_S: Final = 60.0
+_GARBAGE: Final = 0xBAD
+
+
+@dataclass(slots=True)
+class Sequence:
+    """
+    One request here.
+
+    Attributes:
+        token_ids: Prompt and output so far.
+        computed: Leading tokens with KV cache, whose digest is `digest`.
+        last_output_tokens: Output tokens at which it ends; lowered by a cut.
+        ticket: Where to pull its KV cache; None when there is nothing (more) to pull.
+        pull_ends_s: When the pull under way ends.
+    """
+
+    engine_request_id: str
+    token_ids: list[int]
+    n_prompt: int
+    max_output_tokens: int
+    stop_token_ids: frozenset[int]
+    last_output_tokens: int
+    computed: int = 0
+    digest: int = 0
+    blocks: int = 0
+    cut: bool = False
+    ticket: KvTicket | None = None
+    pull_ends_s: float | None = None
+
+    @property
+    def n_output(self) -> int:
+        """Output tokens so far."""
+        return len(self.token_ids) - self.n_prompt
+
+
+@dataclass(slots=True)
+class Pin:
+    """A cut request's KV cache."""
+
+    digest: int
+    blocks: int
+    expires_s: float
+
+
+@dataclass(slots=True)
+class SimulatedCore:
+    """
+    One instance's state. Each method is atomic; `now_s` is any clock that all connected instances share.
+
+    Attributes:
+        core_id: Differs between incarnations of an instance.
+        alive: Whether its process lives: only then can its pins be read.
+        readable: Finds a connected peer by its `core_id`.
+        spoiled_cuts: So many of the next cuts find no KV cache (fault injection).
+        stale_reads: Reads by peers after the lease had ended.
+    """
+
+    core_id: str
+    capacity: InstanceCapacity
+    times: SimulatedTimes
+    max_model_len: int
+    readable: Callable[[str], "SimulatedCore | None"]
+    alive: bool = True
+    running: list[Sequence] = field(default_factory=list)
+    waiting: list[Sequence] = field(default_factory=list)
+    pins: dict[str, Pin] = field(default_factory=dict)
+    expired: set[str] = field(default_factory=set)
+    reservations: dict[str, tuple[int, float]] = field(default_factory=dict)
+    spoiled_cuts: int = 0
+    stale_reads: int = 0
+    steps: int = 0
+    scheduled_tokens: int = 0
+    pulls: int = 0
+    pulled_tokens: int = 0
+    failed_pulls: int = 0
+    preemptions: int = 0
+
+    # --- commands ----------------------------------------------------------------------------------------------------
+
+    def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None) -> None:
+        """A new or a resumed request queues."""
+        params = request.payload if isinstance(request.payload, SimulatedParams) else SimulatedParams()
+        output = resume.output_token_ids if resume is not None else []
+        sequence = Sequence(
+            engine_request_id,
+            request.prompt_token_ids + output,
+            len(request.prompt_token_ids),
+            request.max_output_tokens,
+            params.stop_token_ids,
+            request.max_output_tokens,
+        )
+        if resume is not None:
+            if resume.reservation_id is not None:
+                self.release_reservation(resume.reservation_id)
+            if resume.ticket is not None and resume.ticket["remote_num_tokens"] > 0:
+                sequence.ticket = resume.ticket
+        self.waiting.append(sequence)
+
+    def abort(self, engine_request_ids: list[str]) -> None:
+        """Forget these requests; ids that are not live are ignored. A cut that has taken effect stays pinned."""
+        gone = set(engine_request_ids)
+        self.running = [s for s in self.running if s.engine_request_id not in gone]
+        self.waiting = [s for s in self.waiting if s.engine_request_id not in gone]
+
+    def cut(self, engine_request_id: str) -> str | None:
+        """See `CascadeSchedulerSide.cut`."""
+        sequence = self._find(engine_request_id)
+        if sequence is None:
+            return "unknown"
+        if sequence.cut:
+            return "already_cut"
+        if sequence in self.waiting:
+            return "waiting"
+        if sequence.n_output == 0 or sequence.computed < len(sequence.token_ids) - 1:
+            return "prefilling"
+        last = sequence.n_output + 1
+        if last >= sequence.max_output_tokens or sequence.n_prompt + last >= self.max_model_len:
+            return "ending"
+        sequence.cut = True
+        sequence.last_output_tokens = last
+        return None
+
+    def undo_cut(self, engine_request_id: str) -> bool:
+        """See `CascadeSchedulerSide.undo_cut`."""
+        sequence = self._find(engine_request_id)
+        if sequence is None or not sequence.cut:
+            return False
+        sequence.cut = False
+        sequence.last_output_tokens = sequence.max_output_tokens
+        return True
+
+    def reserve(self, reservation_id: str, n_tokens: int, now_s: float) -> str | None:
+        """See `cascade_reserve`: a slot, and blocks for one more than the tokens fill."""
+        self.expire(now_s)
+        if len(self.running) + len(self.waiting) + len(self.reservations) >= self.capacity.max_num_seqs:
+            return "no_slots"
+        n_blocks = self.capacity.blocks_for(n_tokens) + 1
+        if reservation_id not in self.reservations:
+            if self.free_blocks() < n_blocks:
+                return "no_blocks"
+            self.reservations[reservation_id] = n_blocks, now_s + RESERVATION_LIFE_S
+        return None
+
+    def release_reservation(self, reservation_id: str) -> None:
+        """Give reserved blocks back, if there are any."""
+        self.reservations.pop(reservation_id, None)
+
+    def release_pin(self, engine_request_id: str) -> None:
+        """Free a cut request's blocks, if they are pinned."""
+        self.pins.pop(engine_request_id, None)
+
+    def report(self, now_s: float) -> tuple[InstanceReport, EngineCounters]:
+        """The load and the counters now."""
+        self.expire(now_s)
+        report = InstanceReport(
+            running_ids=tuple(s.engine_request_id for s in self.running),
+            running_tokens=tuple(len(s.token_ids) for s in self.running),
+            waiting_ids=tuple(s.engine_request_id for s in self.waiting),
+            waiting_tokens=tuple(len(s.token_ids) for s in self.waiting),
+            kv_blocks_used=self.capacity.kv_blocks - self.free_blocks(),
+            step_s=self.times.step_s if self.running else 0.0,
+        )
+        counters = EngineCounters(
+            steps=self.steps,
+            scheduled_tokens=self.scheduled_tokens,
+            pulls=self.pulls,
+            pulled_tokens=self.pulled_tokens,
+            reserved=len(self.reservations),
+            pinned=len(self.pins),
+            failed_pulls=self.failed_pulls,
+        )
+        return report, counters
+
+    def free_blocks(self) -> int:
+        """Blocks that nobody holds."""
+        held = sum(s.blocks for s in self.running) + sum(s.blocks for s in self.waiting)
+        held += sum(pin.blocks for pin in self.pins.values())
+        held += sum(blocks for blocks, _ in self.reservations.values())
+        free = self.capacity.kv_blocks - held
+        assert free >= 0, f"{self.core_id} holds {held} of {self.capacity.kv_blocks} blocks"
+        return free
+
+    def expire(self, now_s: float) -> None:
+        """End leases and reservations whose time is up."""
+        for request_id in [r for r, pin in self.pins.items() if pin.expires_s <= now_s]:
+            del self.pins[request_id]
+            self.expired.add(request_id)
+        for reservation_id in [r for r, (_, expires_s) in self.reservations.items() if expires_s <= now_s]:
+            del self.reservations[reservation_id]
+
+    # --- what peers do over the network ------------------------------------------------------------------------------
+
+    def read(self, engine_request_id: str, now_s: float) -> int | None:
+        """A peer pulls: the digest, after which the pin is released; None when the read fails."""
+        if not self.alive:
+            return None
+        self.expire(now_s)
+        pin = self.pins.pop(engine_request_id, None)
+        if pin is None and engine_request_id in self.expired:
+            self.stale_reads += 1
+            return _GARBAGE
+        return None if pin is None else pin.digest
+
+    def renew(self, engine_request_id: str, now_s: float) -> None:
+        """A peer that will pull is alive; NIXL extends by two thirds of the lease."""
+        self.expire(now_s)
+        if (pin := self.pins.get(engine_request_id)) is not None:
+            pin.expires_s = max(pin.expires_s, now_s + self.times.lease_s * 2 / 3)
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.running or self.waiting)
+
+    def step(self, now_s: float) -> list[SimulatedDelta]:
+        """One step that ends now: its tokens, in order of the running requests."""
+        self.expire(now_s)
+        self._renew_leases(now_s)
+        self.steps += 1
+        preemptions = self.preemptions
+        scheduled, budget = self._schedule_running()
+        if self.preemptions == preemptions:
+            scheduled += self._admit(budget, now_s)
+        deltas: list[SimulatedDelta] = []
+        for sequence, n_new in scheduled:
+            new_ids = sequence.token_ids[sequence.computed : sequence.computed + n_new]
+            sequence.digest = fold(sequence.digest, new_ids)
+            sequence.computed += n_new
+            self.scheduled_tokens += n_new
+            if sequence.computed == len(sequence.token_ids):
+                deltas.append(self._sample(sequence, now_s))
+        return deltas
+
+    def _renew_leases(self, now_s: float) -> None:
+        for sequence in self.waiting:
+            if sequence.ticket is not None:
+                peer = self.readable(sequence.ticket["remote_core_id"])
+                if peer is not None and peer.alive:
+                    peer.renew(sequence.ticket["remote_request_id"], now_s)
+
+    def _schedule_running(self) -> tuple[list[tuple[Sequence, int]], int]:
+        budget = self.capacity.max_batched_tokens
+        scheduled: list[tuple[Sequence, int]] = []
+        index = 0
+        while index < len(self.running) and budget > 0:
+            sequence = self.running[index]
+            n_new = min(len(sequence.token_ids) - sequence.computed, budget)
+            while not self._hold(sequence, sequence.computed + n_new):
+                victim = self.running.pop()
+                victim.blocks = victim.computed = victim.digest = 0
+                self.waiting.insert(0, victim)
+                self.preemptions += 1
+                if victim is sequence:
+                    return scheduled, budget
+            scheduled.append((sequence, n_new))
+            budget -= n_new
+            index += 1
+        return scheduled, budget
+
+    def _admit(self, budget: int, now_s: float) -> list[tuple[Sequence, int]]:
+        admitted: list[tuple[Sequence, int]] = []
+        for sequence in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.capacity.max_num_seqs:
+                break
+            if sequence.ticket is not None and not self._pulled(sequence, sequence.ticket, now_s):
+                if sequence.pull_ends_s is None:
+                    break  # no blocks for it: those behind it wait their turn
+                continue
+            n_new = min(len(sequence.token_ids) - sequence.computed, budget)
+            if not self._hold(sequence, sequence.computed + n_new):
+                break
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            admitted.append((sequence, n_new))
+            budget -= n_new
+        return admitted
+
+    def _pulled(self, sequence: Sequence, ticket: KvTicket, now_s: float) -> bool:
+        """Go on with a pull; True once it has ended, well or not."""
+        peer = self.readable(ticket["remote_core_id"])
+        if sequence.pull_ends_s is None:
+            if not self._hold(sequence, ticket["remote_num_tokens"]):
+                return False
+            sequence.pull_ends_s = now_s + self.times.pull_s
+            self.pulls += 1
+            self.pulled_tokens += ticket["remote_num_tokens"]
+        if now_s < sequence.pull_ends_s:
+            return False
+        digest = peer.read(ticket["remote_request_id"], now_s) if peer is not None else None
+        sequence.ticket = sequence.pull_ends_s = None
+        if digest is None:
+            self.failed_pulls += 1
+        else:
+            sequence.computed, sequence.digest = ticket["remote_num_tokens"], digest
+        return True
+
+    def _hold(self, sequence: Sequence, n_tokens: int) -> bool:
+        """Get the blocks that so many tokens need; False when there are too few."""
+        more = self.capacity.blocks_for(n_tokens) - sequence.blocks
+        if more > 0 and self.free_blocks() < more:
+            return False
+        sequence.blocks += max(0, more)
+        return True
+
+    def _sample(self, sequence: Sequence, now_s: float) -> SimulatedDelta:
+        token_id = next_token(sequence.digest)
+        sequence.token_ids.append(token_id)
+        delta = SimulatedDelta(sequence.engine_request_id, [token_id])
+        full = sequence.n_output >= sequence.max_output_tokens or len(sequence.token_ids) >= self.max_model_len
+        if token_id in sequence.stop_token_ids:
+            delta.finish_reason = "stop"
+        elif full or sequence.n_output >= sequence.last_output_tokens:
+            delta.finish_reason = "length"
+            if not full:
+                delta.kv_transfer_params = self._pin(sequence, now_s)
+        if delta.finish_reason is not None:
+            self.running.remove(sequence)
+        return delta
+
+    def _pin(self, sequence: Sequence, now_s: float) -> KvTicket:
+        ticket = {
+            CUT: True,
+            "remote_core_id": self.core_id,
+            "remote_request_id": sequence.engine_request_id,
+            "remote_num_tokens": sequence.computed,
+        }
+        if self.spoiled_cuts:
+            self.spoiled_cuts -= 1
+            return ticket | {"remote_num_tokens": 0}
+        self.pins[sequence.engine_request_id] = Pin(sequence.digest, sequence.blocks, now_s + self.times.lease_s)
+        return ticket
+
+    def _find(self, engine_request_id: str) -> Sequence | None:
+        return next((s for s in self.running + self.waiting if s.engine_request_id == engine_request_id), None)

@@ -1,0 +1,298 @@
+"""
+The contract of `engines/protocol.py` as tests: each function takes a `Bed` and asserts one rule that the runtime relies on.
+
+`SHARED` may use the same two engines one after the other and leaves nothing behind; `OWN` breaks its engines and gets fresh ones.
+"""
+
+import asyncio
+
+import pytest
+from engine_bed import Bed, eventually
+
+from cascadeinfer.core.errors import EngineError
+from cascadeinfer.engines.protocol import EngineDied, Resume
+
+N_PROMPT = 70
+N_OUTPUT = 40
+
+
+async def runs_to_the_end(bed: Bed) -> None:
+    """A request yields exactly its tokens, says once that it has ended, carries no ticket, and leaves nothing."""
+    first = await bed.alone(N_PROMPT, N_OUTPUT)
+    assert first == await bed.alone(N_PROMPT, N_OUTPUT)
+    await bed.settled()
+
+
+async def cut_takes_effect_at_the_next_token(bed: Bed) -> None:
+    """A cut ends the request within two tokens, by a final output with a ticket; its blocks are pinned."""
+    request = bed.maker.make_request("c1", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("c1", request)).until_tokens(3)
+    before = len(heard.token_ids)
+    ticket = await bed.cut("c1", heard)
+    n_tokens = N_PROMPT + len(heard.token_ids)
+    assert len(heard.token_ids) - before <= 2 + 2, "more than what was in flight"
+    assert ticket["remote_num_tokens"] == n_tokens - 1
+    assert not heard.dropped
+    report, counters = await bed.a.engine.report()
+    assert counters.pinned == 1
+    assert report.running_ids == ()
+    assert report.kv_blocks_used == bed.a.capacity.blocks_for(n_tokens - 1)
+    await bed.a.engine.release_pin("c1")
+    await bed.settled()
+
+
+async def resume_pulls(bed: Bed) -> None:
+    """A request resumed with its ticket goes on as if it had never moved, pulls exactly N - 1 tokens, and frees the source."""
+    expected = await bed.alone(N_PROMPT, N_OUTPUT)
+    request = bed.maker.make_request("p1", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("p1", request)).until_tokens(5)
+    before = (await bed.b.engine.report())[1]
+    assert await bed.b.engine.reserve("room", N_PROMPT + N_OUTPUT) is None
+    ticket = await bed.cut("p1", heard)
+    rest = await bed.b.add("p1~1", request, Resume(list(heard.token_ids), ticket, "room"))
+    await rest.until_end()
+    assert heard.token_ids + rest.token_ids == expected
+    assert rest.ticket is None
+    after = (await bed.b.engine.report())[1]
+    assert after.pulls - before.pulls == 1
+    assert after.pulled_tokens - before.pulled_tokens == N_PROMPT + len(heard.token_ids) - 1
+    assert after.failed_pulls == before.failed_pulls
+    await bed.settled()
+
+
+async def resume_recomputes(bed: Bed) -> None:
+    """A request resumed without a ticket goes on as if it had never moved."""
+    expected = await bed.alone(N_PROMPT, N_OUTPUT)
+    request = bed.maker.make_request("r1", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("r1", request)).until_tokens(5)
+    await bed.cut("r1", heard)
+    await bed.a.engine.release_pin("r1")
+    before = (await bed.b.engine.report())[1]
+    rest = await (await bed.b.add("r1~1", request, Resume(list(heard.token_ids)))).until_end()
+    assert heard.token_ids + rest.token_ids == expected
+    assert (await bed.b.engine.report())[1].pulls == before.pulls
+    await bed.settled()
+
+
+async def a_moved_request_moves_on(bed: Bed) -> None:
+    """A resumed request can be cut and resumed again, back to where it came from."""
+    expected = await bed.alone(N_PROMPT, N_OUTPUT)
+    request = bed.maker.make_request("m1", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("m1", request)).until_tokens(3)
+    output = list(heard.token_ids)
+    here, there = bed.a, bed.b
+    for move in range(1, 5):
+        attempt = "m1" if move == 1 else f"m1~{move - 1}"
+        assert await here.engine.cut(attempt) is None
+        await here.by_attempt[attempt].until_end()
+        before = [] if move == 1 else output
+        output = before + here.by_attempt[attempt].token_ids
+        here, there = there, here
+        moved = await here.add(f"m1~{move}", request, Resume(list(output), there.by_attempt[attempt].ticket))
+        await moved.until_tokens(3)
+    assert output + (await moved.until_end()).token_ids == expected
+    await bed.settled()
+
+
+async def cut_is_refused(bed: Bed) -> None:
+    """A cut of an unknown request, of one that is being cut, and of one about to end is refused with the reason."""
+    assert await bed.a.engine.cut("nobody") == "unknown"
+    request = bed.maker.make_request("f1", N_PROMPT, 2)
+    heard = await bed.a.add("f1", request)
+    refused = await bed.a.engine.cut("f1")
+    assert refused in {"waiting", "prefilling", "ending", "unknown"}
+    await heard.until_end()
+    assert heard.ticket is None
+    request = bed.maker.make_request("f2", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("f2", request)).until_tokens(2)
+    first, second = await asyncio.gather(bed.a.engine.cut("f2"), bed.a.engine.cut("f2"))
+    assert first is None
+    assert second in {"already_cut", "unknown"}
+    await heard.until_end()
+    assert heard.ticket is not None
+    assert await bed.a.engine.cut("f2") == "unknown"
+    await bed.a.engine.release_pin("f2")
+    await bed.settled()
+
+
+async def undo_either_lets_go_on_or_comes_too_late(bed: Bed) -> None:
+    """An undone cut leaves no trace; False means that the final output with the ticket comes or has come."""
+    expected = await bed.alone(N_PROMPT, N_OUTPUT)
+    request = bed.maker.make_request("u1", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("u1", request)).until_tokens(2)
+    refused, undone = await asyncio.gather(bed.a.engine.cut("u1"), bed.a.engine.undo_cut("u1"))
+    assert refused is None
+    await heard.until_end()
+    if undone:
+        assert heard.ticket is None
+        assert heard.token_ids == expected
+    else:
+        assert heard.ticket is not None
+        await bed.a.engine.release_pin("u1")
+    assert not await bed.a.engine.undo_cut("u1")
+    await bed.settled()
+
+
+async def a_real_end_beats_the_cut(bed: Bed) -> None:
+    """A request that ends by itself on the token of its cut has really ended: no ticket, nothing pinned."""
+    expected = await bed.alone(N_PROMPT, N_OUTPUT)
+    at = next(i for i in range(8, N_OUTPUT) if expected[i] not in expected[:i])
+    for start in range(at - 4, at):
+        attempt = f"e{start}"
+        request = bed.maker.make_request(attempt, N_PROMPT, N_OUTPUT, (expected[at],))
+        heard = await (await bed.a.add(attempt, request)).until_tokens(start)
+        await bed.a.engine.cut(attempt)
+        await heard.until_end()
+        assert heard.token_ids == expected[: len(heard.token_ids)]
+        if len(heard.token_ids) == at + 1:
+            assert heard.ticket is None
+        else:
+            await bed.a.engine.release_pin(attempt)
+        await bed.settled()
+
+
+async def reservations_hold_room(bed: Bed) -> None:
+    """A reservation holds blocks until it is released; asking twice holds them once; what does not fit is refused."""
+    engine, capacity = bed.a.engine, bed.a.capacity
+    assert await engine.reserve("one", N_PROMPT) is None
+    held = (await engine.report())[0].kv_blocks_used
+    assert held >= capacity.blocks_for(N_PROMPT)
+    assert await engine.reserve("one", N_PROMPT) is None
+    assert (await engine.report())[0].kv_blocks_used == held
+    assert (await engine.report())[1].reserved == 1
+    assert await engine.reserve("all", capacity.kv_tokens) == "no_blocks"
+    await engine.release_reservation("one")
+    await engine.release_reservation("one")
+    await bed.settled()
+
+
+async def reservations_hold_slots(bed: Bed) -> None:
+    """No more reservations than places in the batch."""
+    engine, n = bed.b.engine, bed.b.capacity.max_num_seqs
+    ids = [f"slot{i}" for i in range(n + 1)]
+    answers = [await engine.reserve(reservation_id, 1) for reservation_id in ids]
+    assert answers == [None] * n + ["no_slots"]
+    for reservation_id in ids:
+        await engine.release_reservation(reservation_id)
+    await bed.settled()
+
+
+async def abort_frees(bed: Bed) -> None:
+    """An aborted request sends nothing more once the instance has answered a later command, and leaves nothing."""
+    request = bed.maker.make_request("x1", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("x1", request)).until_tokens(2)
+    await bed.a.engine.abort(["x1", "nobody"])
+    await bed.settled()
+    n_tokens = len(heard.token_ids)
+    assert await bed.alone(N_PROMPT, N_OUTPUT)
+    assert len(heard.token_ids) == n_tokens
+    assert n_tokens < N_OUTPUT
+
+
+async def abort_after_the_cut_leaves_the_pin(bed: Bed) -> None:
+    """Aborting a request whose cut has taken effect does not free its blocks; releasing the pin does."""
+    request = bed.maker.make_request("x2", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("x2", request)).until_tokens(2)
+    await bed.cut("x2", heard)
+    await bed.a.engine.abort(["x2"])
+    await bed.a.engine.release_pin("x2")
+    await bed.a.engine.release_pin("x2")
+    await bed.settled()
+
+
+async def the_lease_ends(bed: Bed) -> None:
+    """Blocks that nobody pulls or releases are free after the lease."""
+    request = bed.maker.make_request("l1", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("l1", request)).until_tokens(2)
+    await bed.cut("l1", heard)
+    await asyncio.sleep(bed.maker.lease_s / 2)
+    assert (await bed.a.engine.report())[1].pinned == 1
+    await asyncio.sleep(bed.maker.lease_s)
+    await bed.settled()
+
+
+async def the_report_names_requests(bed: Bed) -> None:
+    """The report has each live request once, by its attempt, with its length; and the batch never exceeds its places."""
+    n = bed.a.capacity.max_num_seqs + 2
+    requests = [bed.maker.make_request(f"q{i}", 20 + i, 200) for i in range(n)]
+    for request in requests:
+        await bed.a.add(request.request_id, request)
+    await bed.a.by_attempt["q0"].until_tokens(2)
+    report, counters = await bed.a.engine.report()
+    lengths = dict(
+        zip(report.running_ids + report.waiting_ids, report.running_tokens + report.waiting_tokens, strict=True)
+    )
+    assert sorted(lengths) == sorted(r.request_id for r in requests)
+    assert len(report.running_ids) <= bed.a.capacity.max_num_seqs
+    for index in range(n):
+        heard = bed.a.by_attempt[f"q{index}"]
+        assert 20 + index <= lengths[f"q{index}"] <= 20 + index + len(heard.token_ids) + 2
+    assert counters.steps > 0
+    assert counters.scheduled_tokens > 0
+    assert report.kv_blocks_used > 0
+    await bed.a.engine.abort([r.request_id for r in requests])
+    await bed.settled()
+
+
+async def death_is_told_once_everywhere(bed: Bed) -> None:
+    """After a kill: `next_outputs` raises, who waits for an answer gets an error, sending is silent, stopping harmless."""
+    request = bed.maker.make_request("d1", N_PROMPT, 200)
+    await (await bed.a.add("d1", request)).until_tokens(2)
+    bed.a.engine.kill()
+    pending = asyncio.gather(bed.a.engine.reserve("r", 10), bed.a.engine.report(), return_exceptions=True)
+    await asyncio.wait_for(bed.a.died.wait(), 30.0)
+    assert [type(answer) for answer in await pending] == [EngineError, EngineError]
+    with pytest.raises(EngineDied):
+        await bed.a.engine.next_outputs()
+    with pytest.raises(EngineError):
+        await bed.a.engine.cut("d1")
+    await bed.a.engine.add("d2", bed.maker.make_request("d2", N_PROMPT, 5))
+    await bed.a.engine.abort(["d1"])
+    await bed.a.engine.stop(1.0)
+    await bed.a.engine.stop(1.0)
+    assert bed.a.engine.pid is None
+    assert await bed.b.holds_nothing()
+
+
+async def a_pull_from_the_dead_recomputes(bed: Bed) -> None:
+    """When the source has died with the ticket out, the target recomputes: same tokens, one failed pull."""
+    expected = await bed.alone(N_PROMPT, N_OUTPUT)
+    request = bed.maker.make_request("k1", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("k1", request)).until_tokens(5)
+    ticket = await bed.cut("k1", heard)
+    bed.a.engine.kill()
+    await asyncio.wait_for(bed.a.died.wait(), 30.0)
+    rest = await (await bed.b.add("k1~1", request, Resume(list(heard.token_ids), ticket))).until_end()
+    assert heard.token_ids + rest.token_ids == expected
+    assert (await bed.b.engine.report())[1].failed_pulls == 1
+    await eventually(bed.b.holds_nothing, "b holds nothing")
+
+
+async def stop_ends_pending_calls(bed: Bed) -> None:
+    """Who waits for an answer while the engine is stopped gets an error instead of waiting for ever."""
+    bed.a._pump.cancel()  # as in the runtime, where nobody listens any more when a hung instance is stopped
+    bed.a.engine.kill()
+    pending = asyncio.ensure_future(bed.a.engine.reserve("r", 10))
+    await asyncio.sleep(0)
+    await bed.a.engine.stop(1.0)
+    with pytest.raises(EngineError):
+        await asyncio.wait_for(pending, 30.0)
+
+
+SHARED = (
+    runs_to_the_end,
+    cut_takes_effect_at_the_next_token,
+    resume_pulls,
+    resume_recomputes,
+    a_moved_request_moves_on,
+    cut_is_refused,
+    undo_either_lets_go_on_or_comes_too_late,
+    a_real_end_beats_the_cut,
+    reservations_hold_room,
+    reservations_hold_slots,
+    abort_frees,
+    abort_after_the_cut_leaves_the_pin,
+    the_lease_ends,
+    the_report_names_requests,
+)
+OWN = (death_is_told_once_everywhere, a_pull_from_the_dead_recomputes, stop_ends_pending_calls)
