@@ -16,12 +16,15 @@ from catalogue import (
     BLOCK_SIZE_TOKENS,
     DEVICES,
     GPU_MEMORY_UTILIZATION,
+    LLAMA_2_70B,
     LONGEST_SERVED_TOKENS,
     MODELS,
     RESERVED_BYTES,
     Device,
     Model,
 )
+from measured import splitwise
+from numpy.typing import NDArray
 from parts import (
     Setting,
     assemble,
@@ -34,11 +37,11 @@ from parts import (
     prefill_samples,
     simulates_attention,
 )
-from report import Row, mixed_batches, write_page
+from report import Page, Row, mixed_batches
 
 from cascadeinfer.core.cost.fit import FitResult, StepSamples, residuals
-from cascadeinfer.core.cost.heterogeneity import reduce_kernel, reduction_error
-from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.cost.heterogeneity import ReductionError, reduction_error
+from cascadeinfer.core.cost.latency import FIELDS, BatchFeatures, StepModel
 from cascadeinfer.core.cost.profile import (
     CostProfile,
     FitError,
@@ -47,6 +50,7 @@ from cascadeinfer.core.cost.profile import (
     encode_profile,
     kv_capacity_blocks,
 )
+from cascadeinfer.core.cost.splitkv import AttentionKernel, SplitRule
 from cascadeinfer.core.errors import ProfileError
 from cascadeinfer.core.types import InstanceCapacity
 
@@ -54,6 +58,12 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "src" / "cascadeinfer" / "profiles"
 COMMAND = "benchmarks/profiles/build_profiles.py"
 DEVICE_OF = {device.name: device for device in DEVICES}
+MOST_TOKENS = 1_000_000
+"""Largest batch of the comparison of rules."""
+
+SPLITWISE_MEAN_OUTPUT_TOKENS = 64
+"""splitwise_perf_model generates 128 tokens for most rows; its token time is their mean."""
+
 BACKENDS = {"fa2": "FlashAttention-2", "fa3": "FlashAttention-3", "trtllm-gen": "FlashInfer trtllm-gen"}
 
 
@@ -146,8 +156,8 @@ def notes_of(setting: Setting) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def build(setting: Setting, date: str) -> CostProfile:
-    """Fit one profile."""
+def build(setting: Setting, date: str) -> tuple[CostProfile, StepModel]:
+    """Fit one profile; also its attention part for one layer."""
     device, model, degree = setting.device, setting.model, setting.tensor_parallel
     dense, attention, prefill = fit_dense(setting), fit_attention(setting), fit_prefill(setting)
     memory = memory_of(device, model)
@@ -155,7 +165,7 @@ def build(setting: Setting, date: str) -> CostProfile:
     tables.append(f"aic_prefill_attn_{setting.prefill_source.tables}")
     if degree > 1 and device.allreduce:
         tables.append(f"aic_allreduce_{device.allreduce}")
-    return CostProfile(
+    profile = CostProfile(
         name=f"{device.name}-{model.name}" + (f"-tp{degree}" if degree > 1 else ""),
         model=model.title,
         device=device.title,
@@ -181,13 +191,50 @@ def build(setting: Setting, date: str) -> CostProfile:
             notes=notes_of(setting),
         ),
     )
+    per_layer = {name: getattr(attention.model, name) / model.layers for name in FIELDS if name.endswith("_s")}
+    return profile, replace(attention.model, **per_layer)
 
 
-def fast_form(setting: Setting, profile: CostProfile) -> StepModel:
-    """The kernel's own reduction for all layers: what the profile's split structure is compared with."""
-    whole = reduce_kernel(setting.device.kernel, kv_heads=setting.heads[1], layers=1)
-    layers = setting.model.layers
-    return replace(whole, per_kv_token_s=profile.step_model.per_kv_token_s / layers)
+def reductions(batches: list[NDArray[np.int64]]) -> list[tuple[str, int, ReductionError]]:
+    """How well each rule's fast form matches the simulation of the same kernel, by KV heads per device."""
+    flashinfer = AttentionKernel(SplitRule.FLASHINFER_TENSOR_CORE, 132, 2, 3.15e12, 14e9, 11e-6, 5.5e-6, 1.2e-6)
+    kernels = {
+        "FA3, H100, cap 32": DEVICE_OF["h100"].kernel,
+        "FA3, H100, cap 16": replace(DEVICE_OF["h100"].kernel, split_cap=16),
+        "FA2, A100": DEVICE_OF["a100"].kernel,
+        "FA2, L40S": DEVICE_OF["l40s"].kernel,
+        "FlashInfer tensor-core, H100": flashinfer,
+        "FlashInfer CUDA-core, H100": replace(flashinfer, rule=SplitRule.FLASHINFER_CUDA_CORE),
+        "trtllm-gen, B200": DEVICE_OF["b200"].kernel,
+    }
+    fits = [batch for batch in batches if batch.sum() <= MOST_TOKENS]
+    return [
+        (name, kv_heads, reduction_error(kernel, fits, kv_heads=kv_heads))
+        for name, kernel in kernels.items()
+        for kv_heads in (8, 2, 1)
+    ]
+
+
+def whole_model_checks() -> list[str]:
+    """Predicted against measured whole steps of Llama-2-70B (splitwise_perf_model), as table lines."""
+    lines = []
+    for name in ("a100", "h100"):
+        device = DEVICE_OF[name]
+        for degree in (2, 4, 8):
+            setting = Setting(LLAMA_2_70B, device, degree, device, device)
+            model = assemble(fit_dense(setting).model, fit_attention(setting).model, fit_prefill(setting).model)
+            prompt, token = [], []
+            for (length, batch), (prompt_s, token_s) in splitwise(f"{name}-80gb", degree).items():
+                pairs = batch * length * (length + 1) / 2
+                if length * batch <= device.max_batched_tokens:
+                    prompt.append(prompt_s / model.step_s(BatchFeatures(0, 0, 0, length * batch, pairs)))
+                kv = length + SPLITWISE_MEAN_OUTPUT_TOKENS
+                token.append(token_s / model.step_s(BatchFeatures(batch, batch * kv, kv)))
+            lines.append(
+                f"| {name.upper()} | {degree} | {np.median(prompt):.2f} ({min(prompt):.2f}-{max(prompt):.2f}) "
+                f"| {np.median(token):.2f} ({min(token):.2f}-{max(token):.2f}) |"
+            )
+    return lines
 
 
 def main() -> None:
@@ -201,13 +248,14 @@ def main() -> None:
     for device in DEVICES:
         for model in MODELS:
             setting = setting_of(device, model)
-            profile = build(setting, arguments.date)
+            profile, attention = build(setting, arguments.date)
             (OUT / f"{profile.name}.json").write_bytes(encode_profile(profile))
             fits = [b for b in batches if b.sum() <= profile.capacity.kv_tokens and len(b) <= device.max_num_seqs]
-            mixed = reduction_error(device.kernel, fits, kv_heads=setting.heads[1], model=fast_form(setting, profile))
+            mixed = reduction_error(device.kernel, fits, kv_heads=setting.heads[1], model=attention)
             table.append(Row(profile, mixed))
             print(table[-1].line())
-    write_page(ROOT / "docs" / "profiles.md", table, arguments.date)
+    page = Page(arguments.date, f"{COMMAND} --date {arguments.date}", table, reductions(batches), whole_model_checks())
+    (ROOT / "docs" / "profiles.md").write_text(page.text())
 
 
 if __name__ == "__main__":

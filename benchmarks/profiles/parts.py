@@ -83,7 +83,7 @@ def expert_layers_s(setting: Setting, tokens: Column) -> tuple[Column, float]:
     """Times of all layers' experts, derived: reading the experts that are picked or computing, whichever is longer; and the read of all."""
     model, device, source = setting.model, setting.device, setting.source
     share = 3.0 * model.hidden * model.ffn / setting.tensor_parallel
-    bandwidth = gemm_bandwidth_bytes_s(device, source, 16_384, model.hidden)
+    bandwidth = gemm_bandwidth_bytes_s(device, source, 65_536, model.hidden)
     all_s = model.layers * model.experts * share * 2.0 / bandwidth
     picked = 1.0 - (1.0 - model.experts_active / model.experts) ** tokens
     rate = MOE_COMPUTE_SHARE * gemm_rate_flops(device, source)
@@ -183,12 +183,12 @@ from least squares, hence the scan."""
 
 
 def fit_attention(setting: Setting) -> FitResult:
-    """Attention coefficients: split rule and straggler from the kernel; floors, per-request and per-token from the cells."""
+    """Attention coefficients: split rule, cost of splitting and straggler from the kernel; floor, per request and per token from the cells."""
     model, kernel = setting.model, setting.device.kernel
     large, tiny = attention_samples(setting)
     keep = np.linspace(0, len(tiny) - 1, min(len(tiny), max(8, len(large) // 4))).astype(np.int64)
     both = StepSamples(*(np.concatenate([getattr(large, c), getattr(tiny, c)[keep]]) for c in large.__slots__))
-    free = ["base_s", "per_decode_s", "per_kv_token_s", "split_s"]
+    free = ["base_s", "per_decode_s", "per_kv_token_s"]
     fits = []
     for share in BLOCK_RATES if kernel.rule is SplitRule.FA3 else (1.0,):
         slower = replace(kernel, block_bandwidth_bytes_s=share * kernel.block_bandwidth_bytes_s)
@@ -198,13 +198,13 @@ def fit_attention(setting: Setting) -> FitResult:
 
 
 def prefill_samples(setting: Setting) -> StepSamples:
-    """All layers' attention of whole prompts."""
+    """All layers' attention of whole prompts: what fits into a step, and long single ones (a chunk's attention costs per pair)."""
     batch, length, time_s = prefill_cells(setting.prefill_source.tables, *setting.heads)
     ratio = setting.prefill_source.flops_s / setting.device.flops_s
     floor_s = float(time_s.min())
     time_s = floor_s + (time_s - floor_s) * ratio
     tokens = batch * length
-    chosen = (length >= 128) & (tokens <= 32_768)
+    chosen = (length >= 128) & ((tokens <= setting.device.max_batched_tokens) | (batch == 1))
     pairs = batch * length * (length + 1) / 2.0
     part = samples(setting.model.layers * time_s, prefill=tokens, attention=pairs)
     return part.where(chosen)

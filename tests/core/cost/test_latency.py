@@ -109,6 +109,7 @@ MODELS = st.builds(
     overlap_max=st.floats(0, 1),
     wave_requests=st.floats(0, 300),
     split_efficiency=st.sampled_from([0.0, 0.833]),
+    split_above_tokens=st.sampled_from([0.0, 128.0, 512.0]),
 )
 
 
@@ -125,15 +126,27 @@ def test_step_is_finite_and_never_below_its_floor(model: StepModel, lengths: lis
 
 @given(MODELS, st.lists(st.integers(1, 131_072), min_size=2, max_size=64))
 def test_mixing_lengths_never_helps(model: StepModel, lengths: list[int]) -> None:
-    """At the same count and total, a longer longest request never makes the step shorter."""
+    """At the same count and total, a longer longest request never makes the step shorter (partial waves and splitting cost apart)."""
+    model = replace(model, overlap_max=0.0, split_s=0.0, split_above_tokens=0.0)
     mean = -(-sum(lengths) // len(lengths))
     like = model.step_s(BatchFeatures(len(lengths), sum(lengths), mean))
     mixed = model.step_s(BatchFeatures(len(lengths), sum(lengths), max([*lengths, mean])))
-    assert mixed >= like * (1 - 1e-9) - (model.split_s if model.split_by_share else 0.0)
+    assert mixed >= like * (1 - 1e-9)
+
+
+def test_partial_last_wave_of_equal_lengths_is_paid() -> None:
+    """32 equal requests in waves of 27 pay for the five that are left; 27 and 54 fill their waves."""
+    model = replace(STRAGGLER, overlap_max=0.5, wave_requests=27.0)
+    extra = {
+        n: model.step_s(BatchFeatures(n, n * 8_000, 8_000)) - STRAGGLER.step_s(BatchFeatures(n, n * 8_000, 8_000))
+        for n in (27, 32, 54)
+    }
+    assert extra[27] == extra[54] == 0.0
+    assert extra[32] == pytest.approx(8_000 * 6e-7 - 5 * 8_000 * 4e-8)
 
 
 def test_coefficients_are_the_fields_in_order() -> None:
     """The compiled form takes what `coefficients` gives."""
     coefficients = STRAGGLER.coefficients()
-    assert coefficients.shape == (19,)
+    assert coefficients.shape == (20,)
     assert step_time_s(coefficients, 3.0, 900.0, 500.0, 0.0, 0.0) == STRAGGLER.step_s(BatchFeatures(3, 900, 500))

@@ -13,7 +13,7 @@ a guess. Error bars are standard errors from the Gauss-Newton covariance at the 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -21,22 +21,22 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeResult, least_squares, nnls
 
-from cascadeinfer.core.cost.latency import BatchFeatures, StepModel, step_time_s
+from cascadeinfer.core.cost.latency import FIELDS, BatchFeatures, StepModel, step_time_s
 from cascadeinfer.core.errors import ProfileError
 
 Column = NDArray[np.float64]
 
-FIELDS: Final = tuple(f.name for f in fields(StepModel))
-"""Coefficient names in the order of `StepModel.coefficients`."""
-
 BENT: Final = frozenset({"straggler_per_kv_token_s", "dense_knee_tokens"})
 """Coefficients in which the step time is not linear; the linear start leaves them out."""
 
-KNEE_STARTS_TOKENS: Final = (16.0, 48.0, 96.0, 160.0, 256.0, 400.0, 640.0)
-"""Knees of the GPUs in ../shared/data/gpu lie between 40 (H20, by arithmetic) and 400 tokens."""
+KNEE_STARTS_TOKENS: Final = (16.0, 48.0, 96.0, 160.0, 256.0, 400.0, 800.0, 1600.0, 3200.0)
+"""Knees of dense models lie between 30 (H20, by arithmetic) and 400 tokens, of mixtures of experts up to some thousands."""
 
 STRAGGLER_STARTS: Final = (1.0, 0.75, 1.25, 1.6)
 """Factors on the caller's straggler coefficient to start from: the maximum hides it where it is too small."""
+
+REFINED_STARTS: Final = 4
+"""Starts of the grid, best first after the linear fit, that are refined."""
 
 INLIER_RESIDUAL: Final = 0.05
 """Relative residual up to which the loss is quadratic."""
@@ -46,6 +46,9 @@ DIFFERENCE: Final = 1e-6
 
 NEGLIGIBLE: Final = 1e-6
 """A contribution below this share of a step is none."""
+
+INSEPARABLE: Final = 1e-6
+"""Ratio of singular values below which coefficients occur only together; forward differences are exact to some 1e-9."""
 
 SPARE_SAMPLES: Final = 3
 """Samples needed beyond the number of free coefficients."""
@@ -199,6 +202,12 @@ def hold_out(samples: StepSamples, share: float, rng: np.random.Generator) -> tu
     return samples.where(np.sort(order[held:])), samples.where(np.sort(order[:held]))
 
 
+def _cost(coefficients: Column, samples: StepSamples) -> float:
+    """The robust loss of all samples (soft L1, as in `_refine`)."""
+    residual = _predict_with(coefficients, samples) / samples.step_s - 1.0
+    return float(np.sum(np.sqrt(1.0 + (residual / INLIER_RESIDUAL) ** 2) - 1.0))
+
+
 def _linear_start(start: Column, free: Sequence[int], samples: StepSamples) -> Column:
     """Non-negative least squares over the free coefficients in which the model is linear; the bent ones keep their start."""
     guess = start.copy()
@@ -221,8 +230,8 @@ def _linear_start(start: Column, free: Sequence[int], samples: StepSamples) -> C
 
 
 def _refine(start: Column, free: Sequence[int], samples: StepSamples) -> OptimizeResult:
-    """Robust relative least squares from a start; unknowns are scaled to their typical contribution."""
-    guess = _linear_start(start, free, samples)
+    """Robust relative least squares from a full start; unknowns are scaled to their typical contribution."""
+    guess = start.copy()
     scale = np.empty(len(free))
     for position, index in enumerate(free):
         bumped = guess.copy()
@@ -275,14 +284,18 @@ def fit_step_model(samples: StepSamples, *, start: StepModel, free: Sequence[str
     if len(samples) < len(free) + SPARE_SAMPLES:
         raise ProfileError(f"{len(samples)} samples for {len(free)} coefficients: need {len(free) + SPARE_SAMPLES}")
     indices = [FIELDS.index(name) for name in dict.fromkeys(free)]
-    solutions = [_refine(begin, indices, samples) for begin in _starts(start, indices)]
+    starts = [_linear_start(begin, indices, samples) for begin in _starts(start, indices)]
+    starts.sort(key=lambda begin: _cost(begin, samples))
+    solutions = [_refine(begin, indices, samples) for begin in starts[:REFINED_STARTS]]
     found = [solution for solution in solutions if not _undetermined(solution, indices)] or solutions
     best = min(found, key=lambda solution: float(solution.cost))
     if problem := _undetermined(best, indices):
         raise ProfileError(f"{problem}: measure more kinds of batch, or hold it fixed")
     model = replace(start, **{FIELDS[i]: float(value) for i, value in zip(indices, best.x, strict=True)})
+    norms = np.linalg.norm(best.jac, axis=0)
     variance = 2.0 * float(best.cost) / (len(samples) - len(indices))
-    deviation = np.sqrt(np.diag(np.linalg.pinv(best.jac.T @ best.jac)) * variance)
+    covariance = np.linalg.inv((best.jac / norms).T @ (best.jac / norms)) * variance
+    deviation = np.sqrt(np.diag(covariance)) / norms
     errors = {FIELDS[i]: float(value) for i, value in zip(indices, deviation, strict=True)}
     return FitResult(model, errors, residuals(model, samples))
 
@@ -306,6 +319,7 @@ def _undetermined(solution: OptimizeResult, indices: Sequence[int]) -> str:
     silent = [FIELDS[i] for i, norm in zip(indices, norms, strict=True) if norm == 0.0]
     if silent:
         return f"the samples do not determine {', '.join(silent)}"
-    if np.linalg.matrix_rank(solution.jac / norms) < len(indices):
+    strengths = np.linalg.svd(solution.jac / norms, compute_uv=False)
+    if strengths[-1] < INSEPARABLE * strengths[0]:
         return f"the samples do not separate the coefficients {', '.join(FIELDS[i] for i in indices)}"
     return ""

@@ -8,10 +8,12 @@ bytes at the bandwidth of the device, or the longest piece at the bandwidth of a
     rule                    longest piece                                        unsplit from
     FA2                     kv_max / s, s = fewest splits with nearly full waves  0.8 x 2 SMs / kv_heads requests
     FA3                     1.1 x kv_sum x kv_heads / SMs, >= kv_max / bound      993 requests
-    FlashInfer              kv_sum / (grid / kv_heads - n / 2)                    grid / kv_heads requests
+    FlashInfer              kv_sum / (grid / kv_heads - (n - 1) / 2), but         grid / kv_heads requests
+                            >= kv_max / (grid / kv_heads - (n - 1))
     trtllm-gen              kv_max x n x kv_heads / slots                         half of slots / kv_heads requests
 
-FlashInfer's n / 2: each request's last piece is half full on average, which takes half a place in the grid. Kernels that serve
+FlashInfer's (n - 1) / 2: each request's last piece is half full on average, which takes half a place in the grid; a request much
+shorter than a piece takes a whole one. Kernels that serve
 requests in batch order (all but FA3) start the longest one, once the batch is more than one wave, on average half-way through what
 does not fit into the first wave: `overlap_max` = 1/2. What the form leaves out: rounding of lengths to blocks and FA3's wave
 quantisation at 1-2 waves (a batch of 17 equal requests x 8 KV heads on 132 SMs takes two waves; mixed lengths smooth this).
@@ -28,6 +30,7 @@ from cascadeinfer.core.cost.splitkv import (
     BLOCK_TOKENS,
     FA3_IMBALANCE,
     FA3_MAX_REQUESTS,
+    FA3_UNSPLIT_BLOCKS,
     FULL_SHARE,
     MAX_SPLITS,
     MIN_EFFICIENCY,
@@ -39,9 +42,6 @@ from cascadeinfer.core.cost.splitkv import (
 
 LONG_CONTEXT_TOKENS = 131_072
 """FA3's own bound grows with the longest length; the fast form takes the bound of a long one, for which it matters."""
-
-BEST_WAVE_EFFICIENCY = 0.98
-"""What FA2's best candidate typically reaches; its threshold is `MIN_EFFICIENCY` of that."""
 
 IN_ORDER_OVERLAP = 0.5
 """Mean start of the longest request among those that follow the first wave, as a share of the run."""
@@ -58,15 +58,16 @@ def reduce_kernel(kernel: AttentionKernel, *, kv_heads: int, layers: int) -> Ste
     """
     two_per_sm = 2.0 * kernel.sms / kv_heads
     resident = kernel.slots / kv_heads
+    streamed_bytes_s = min(kernel.bandwidth_bytes_s, kernel.slots * kernel.block_bandwidth_bytes_s)
     split_slots, slots_per_request, by_share, until, cap = resident, 0.0, 0.0, 0.0, float(MAX_SPLITS)
-    efficiency, overlap = 0.0, IN_ORDER_OVERLAP
+    efficiency, overlap, unsplit = 0.0, IN_ORDER_OVERLAP, BLOCK_TOKENS
     match kernel.rule:
         case SplitRule.FA2:
-            split_slots, until, efficiency = two_per_sm, FULL_SHARE * two_per_sm, MIN_EFFICIENCY * BEST_WAVE_EFFICIENCY
+            split_slots, until, efficiency = two_per_sm, FULL_SHARE * two_per_sm, MIN_EFFICIENCY
         case SplitRule.FA3:
             split_slots, by_share, until = kernel.sms / (FA3_IMBALANCE * kv_heads), 1.0, FA3_MAX_REQUESTS + 1.0
             bound = kernel.split_cap or fa3_split_bound(LONG_CONTEXT_TOKENS // BLOCK_TOKENS, kv_heads, kernel.sms)
-            cap, overlap = float(bound), 0.0
+            cap, overlap, unsplit = float(bound), 0.0, FA3_UNSPLIT_BLOCKS * BLOCK_TOKENS
         case SplitRule.FLASHINFER_CUDA_CORE:
             slots_per_request, by_share, until, cap = 0.5, 1.0, resident, resident
         case SplitRule.FLASHINFER_TENSOR_CORE:
@@ -76,7 +77,7 @@ def reduce_kernel(kernel: AttentionKernel, *, kv_heads: int, layers: int) -> Ste
     return StepModel(
         base_s=layers * (kernel.launch_s + kernel.wave_s),
         per_decode_s=layers * kernel.wave_s * kv_heads / kernel.slots,
-        per_kv_token_s=layers * kv_heads * kernel.kv_head_bytes_per_token / kernel.bandwidth_bytes_s,
+        per_kv_token_s=layers * kv_heads * kernel.kv_head_bytes_per_token / streamed_bytes_s,
         per_prefill_token_s=0.0,
         per_prefill_attention_s=0.0,
         straggler_per_kv_token_s=layers * kernel.kv_head_bytes_per_token / kernel.block_bandwidth_bytes_s,
@@ -89,6 +90,7 @@ def reduce_kernel(kernel: AttentionKernel, *, kv_heads: int, layers: int) -> Ste
         overlap_max=overlap,
         wave_requests=resident,
         split_efficiency=efficiency,
+        split_above_tokens=float(unsplit),
     )
 
 

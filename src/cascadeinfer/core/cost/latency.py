@@ -17,21 +17,32 @@ expert is missed by all of them with probability `expert_miss ** tokens`.
 can be read faster than one thread block reads. The rules reduce to three numbers (`heterogeneity.py` derives them and measures
 the reduction against the thread-block simulation):
 
-    splits = 1                                              n_decode >= split_until_requests
+    splits = 1                                              n_decode >= split_until_requests or kv_max <= split_above
            = clamp(slots / n_decode, 1, split_cap)          one split count for the batch (trtllm-gen)
            = the least count whose waves are nearly full    the same, as FlashAttention-2 rounds it (`split_efficiency` > 0)
            = clamp(slots * kv_max / kv_sum, 1, split_cap)   one piece size for the batch (FlashAttention-3, FlashInfer)
-    slots  = split_slots - split_slots_per_request * n_decode
+    slots  = split_slots - split_slots_per_request * (n_decode - 1)
 
-`overlap = overlap_max * max(0, 1 - wave_requests / n_decode)`: a kernel that takes requests in batch order starts the longest at a
-random moment of its run, once the batch is more than one wave.
+With one piece size and a budget of pieces (FlashInfer) the others also take one piece each, however short they are:
+`splits <= split_slots - 2 * split_slots_per_request * (n_decode - 1)`.
+
+A kernel that takes requests in batch order needs a last, partial wave once the batch exceeds `wave_requests`. With
+`alike = kv_sum / (n_decode * kv_max)` (1 for equal lengths) and `waves = n_decode / wave_requests`:
+
+    overlap     = overlap_max * (1 - alike) * (1 - 1 / waves)       the longest request starts at a random moment of the run
+    balanced_s += alike ** 2 * max(0, straggler_s - (waves - floor(waves)) * wave_requests * per_kv_token * kv_max)
+
+The second line is the time a last wave of equal pieces takes beyond its share of the bandwidth (measured on A100: 32 requests x 8 heads
+= 1.19 waves take 1.26 times as long as 16 or 64 requests of the same total).
 
 With only the first six coefficients the model is linear but for the straggler. `step_time_s` is the compiled form, called by the
 simulator for every step and by the planner for every bucket; the order of `StepModel`'s fields is the order of its coefficients.
+Whoever edits this file while numba caches of its callers exist has to delete those (`*.nbi`): numba looks at the caller's file only.
 """
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
+from typing import Final
 
 import numpy as np
 from numba import njit
@@ -66,9 +77,11 @@ MAX_WAVES = 16
 @njit(cache=True)
 def _splits(coefficients: NDArray[np.float64], n_decode: float, kv_tokens: float, kv_tokens_max: float) -> float:
     """Pieces of the longest request, >= 1; not rounded where the rule's rounding hardly matters."""
-    slots = coefficients[11] - coefficients[12] * n_decode
+    lost = coefficients[12] * (n_decode - 1.0)
+    slots = coefficients[11] - lost
     if coefficients[13] > 0.0:
-        return float(max(1.0, min(slots * kv_tokens_max / kv_tokens, coefficients[15])))
+        splits = min(slots * kv_tokens_max / kv_tokens, slots - lost)
+        return float(max(1.0, min(splits, coefficients[15])))
     splits = slots / n_decode
     if coefficients[18] > 0.0:
         for waves in range(1, MAX_WAVES + 1):
@@ -87,16 +100,21 @@ def decode_attention_s(
     balanced_s = coefficients[2] * kv_tokens
     straggler_s = coefficients[5] * kv_tokens_max
     split_s = 0.0
-    if 0.0 < n_decode < coefficients[14] and kv_tokens > 0.0:
+    if 0.0 < n_decode < coefficients[14] and kv_tokens_max > coefficients[19]:
         splits = _splits(coefficients, n_decode, kv_tokens, kv_tokens_max)
         if splits > 1.0:
             straggler_s /= splits
             split_s = coefficients[10]
-    overlap = 0.0
-    if n_decode > coefficients[17] and kv_tokens_max > 0.0:
-        unlike = 1.0 - kv_tokens / (n_decode * kv_tokens_max)
-        overlap = coefficients[16] * unlike * (1.0 - coefficients[17] / n_decode)
-    return float(max(balanced_s, straggler_s) + overlap * min(balanced_s, straggler_s) + split_s)
+    if coefficients[16] > 0.0 and n_decode > coefficients[17]:
+        alike = kv_tokens / (n_decode * kv_tokens_max)
+        waves = n_decode / coefficients[17]
+        last = waves - math.floor(waves)
+        if last > 0.0:
+            idle = max(0.0, straggler_s - last * coefficients[17] * coefficients[2] * kv_tokens_max)
+            balanced_s += alike * alike * idle
+        overlap = coefficients[16] * (1.0 - alike) * (1.0 - 1.0 / waves)
+        return float(max(balanced_s, straggler_s) + overlap * min(balanced_s, straggler_s) + split_s)
+    return float(max(balanced_s, straggler_s) + split_s)
 
 
 @njit(cache=True)
@@ -141,13 +159,14 @@ class StepModel:
         expert_miss: Probability that one token does not pick a given expert.
         split_s: Combining the pieces, if the backend splits.
         split_slots: Pieces that the backend spreads over the requests of a batch.
-        split_slots_per_request: Slots lost per request to rounding up.
+        split_slots_per_request: Slots lost per further request to rounding up (half a piece on average).
         split_by_share: 1: pieces of one size (a request's pieces by its share of the KV); 0: one split count for the batch.
         split_until_requests: From this many requests on nothing is split. 0: never split.
         split_cap: Most pieces of one request.
         overlap_max: Share of the shorter of (balanced, straggler) that is not hidden under the longer in a large batch.
         wave_requests: Requests that run at once; no overlap up to here.
         split_efficiency: How full the last wave of a split count has to be; 0: counts are not rounded.
+        split_above_tokens: Requests up to this length are never split.
     """
 
     base_s: float
@@ -169,13 +188,14 @@ class StepModel:
     overlap_max: float = 0.0
     wave_requests: float = 0.0
     split_efficiency: float = 0.0
+    split_above_tokens: float = 0.0
 
     @property
     def compute_per_prefill_token_s(self) -> float:
         """What a prompt token costs in a step that is already above the knee, attention aside."""
         return self.per_prefill_token_s + self.per_dense_token_s
 
-    def coefficients(self) -> NDArray[np.float64]:  # (19,)
+    def coefficients(self) -> NDArray[np.float64]:  # (20,)
         """The fields in order, as `step_time_s` takes them."""
         return np.asarray(astuple(self), dtype=np.float64)
 
@@ -190,3 +210,7 @@ class StepModel:
             batch.prefill_attention_tokens,
         )
         return predicted
+
+
+FIELDS: Final = tuple(field.name for field in fields(StepModel))
+"""Coefficient names in the order of `StepModel.coefficients`."""

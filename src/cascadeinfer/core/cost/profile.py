@@ -16,8 +16,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from cascadeinfer.core.cost.fit import FIELDS
-from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.cost.latency import FIELDS, StepModel
 from cascadeinfer.core.errors import ProfileError
 from cascadeinfer.core.types import InstanceCapacity
 
@@ -184,7 +183,7 @@ def decode_profile(raw: bytes, *, origin: str = "profile") -> CostProfile:
         if version != SCHEMA_VERSION:
             raise ProfileError(f"{origin}: schema version {version}, this program reads {SCHEMA_VERSION}")
         file = msgspec.json.decode(raw, type=ProfileFile)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProfileError(f"{origin}: {error}") from None
     except RecursionError:
         raise ProfileError(f"{origin}: nested too deeply") from None
