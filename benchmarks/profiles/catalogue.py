@@ -94,7 +94,8 @@ def _fa3(sms: int, bandwidth_tb_s: float, block_gb_s: float) -> AttentionKernel:
 _FA2_BLOCK_BYTES_S = 15.5e9
 """A lone thread block of FA2. A100: K3 has 8.7 GB/s, fitted with the rate in full waves; 1.185 waves (256 tiles of 4K-8K tokens on 216
 slots) leave 40 blocks alone for 136-264 us, which gives 15.4-15.9, and the simulation's error on K3's 123 cells falls from
-4.5 % (p90 19 %) to 3.2 % (9 %). L40S: any rate from 10 on fits its cells alike (K3: weakly constrained); taken from A100, same kernel and
+4.5 % (p90 19 %) to 3.2 % (9 %). FlashInfer's CUDA-core kernel on A800 (8,250 cells of
+frontier_a800_flashinfer_llama2-7b, another kernel and source) fits best at the same 15.5. L40S: any rate from 10 on fits its cells alike (K3: weakly constrained); taken from A100, same kernel and
 tile, which makes the price of mixed lengths the smaller one."""
 
 _FA2_L40S = AttentionKernel(SplitRule.FA2, 142, 1, 0.73e12, _FA2_BLOCK_BYTES_S, 11e-6, 3e-6, 1e-6)  # K3
@@ -142,7 +143,7 @@ DEVICES = (
     Device("l40", "NVIDIA L40 48 GB", 46_068 * 2**20, 0.864e12, 181e12, 96e6, L40S, _FA2_L40S, False,
            256, 2048, PCIE_BYTES_S, None, scaled_from="l40s",
            notes=("L40: matrix products and prefill attention scaled from L40S by peak bf16 rate",
-                  "L40: decode attention is L40S's (same memory and SMs; a block needs 3.3 of 6.5 us of its SM)")),
+                  "L40: decode attention is L40S's (same memory and SMs; a 128-token block takes 4.2 us at its rate and 3.3 us of compute)")),
 )  # fmt: skip
 
 

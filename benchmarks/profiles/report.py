@@ -104,6 +104,8 @@ measured on this device; `*` behind a backend: a main part of the profile is der
 A name ends in `-tpN` where the model needs N devices: 4 for Llama-3.1-70B, else the fewest whose KV cache holds one request of 32K tokens.
 Qwen3-32B leaves an 80 GB device only 17K tokens, so it is `-tp2` there; an L40S or L40 needs two for both Qwen models.
 
+In a mixture of experts, uniform routing is assumed: n tokens read 1 - (1 - 8/128)^n of the experts.
+
 What stays out: mixed batches of prefill and decode under FA2 run without splits (kernels.md, section 4, item 11); rounding of lengths to
 blocks; FA3's wave quantisation for equal lengths at one to two waves (H20 with 8 KV heads shows it: p90 of simulated equal lengths 30 %).
 """
@@ -147,6 +149,8 @@ class Page:
             f"| {name} | {kv_heads} | {100 * e.median:.1f} | {100 * e.p90:.1f} | {100 * e.bias:+.1f} | {100 * e.median_without:.0f} |"
             for name, kv_heads, e in self.reductions
         ]
+        notes = dict.fromkeys(note for row in self.rows for note in row.profile.provenance.notes)
+        lines += ["", "## What is derived or assumed, and how", "", *(f"- {note}" for note in notes)]
         lines += [
             CHECK,
             "| device | TP | prompt: measured / predicted | token: measured / predicted |",

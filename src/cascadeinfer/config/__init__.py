@@ -1,1 +1,5 @@
-"""Options: each defined once, read in one place."""
+"""
+Options: each defined once, read in one place.
+
+Cost profiles are found by `cascadeinfer.config.profiles`.
+"""

@@ -1,1 +1,9 @@
-"""What a step costs: features of a batch, the fitted model, split-KV rules of the attention backends, profiles (pure)."""
+"""
+What a step costs, and what service that gives.
+
+- `cascadeinfer.core.cost.latency`: the step model, coefficients and compiled form.
+- `cascadeinfer.core.cost.splitkv`: how attention backends cut KV into thread blocks, simulated.
+- `cascadeinfer.core.cost.heterogeneity`: the same reduced to coefficients of the step model.
+- `cascadeinfer.core.cost.fit`: coefficients from measured steps, with error bars.
+- `cascadeinfer.core.cost.profile`: profile files.
+"""

@@ -41,7 +41,7 @@ Whoever edits this file while numba caches of its callers exist has to delete th
 """
 
 import math
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Final
 
 import numpy as np
@@ -197,7 +197,7 @@ class StepModel:
 
     def coefficients(self) -> NDArray[np.float64]:  # (20,)
         """The fields in order, as `step_time_s` takes them."""
-        return np.asarray(astuple(self), dtype=np.float64)
+        return np.array([getattr(self, name) for name in FIELDS], dtype=np.float64)
 
     def step_s(self, batch: BatchFeatures) -> float:
         """Predicted duration of a step with this batch in seconds."""
