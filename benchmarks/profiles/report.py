@@ -9,6 +9,7 @@ from measured import DATA
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.heterogeneity import ReductionError
+from cascadeinfer.core.cost.latency import BatchFeatures
 from cascadeinfer.core.cost.profile import CostProfile
 
 TRACES = (
@@ -76,10 +77,34 @@ class Row:
         return "| " + " | ".join(self.cells()) + " |"
 
 
+def price_line(profile: CostProfile) -> str:
+    """A profile's steps for the priced batches."""
+    cells = []
+    for n, total, longest in PRICED.values():
+        mixed = profile.step_model.step_s(BatchFeatures(n, total, longest))
+        equal = profile.step_model.step_s(BatchFeatures(n, total, total // n))
+        cells.append(f"{1e3 * mixed:.1f} (x{mixed / equal:.2f})")
+    return f"| {profile.name} | " + " | ".join(cells) + " |"
+
+
 HEAD = (
     "profile", "backend", "decode attention", "dense layers", "prefill attention", "whole step", "mixed lengths",
     "base ms", "knee", "us/token", "KV K tokens",
 )  # fmt: skip
+
+PRICED = {
+    "31 x 1K + 1 x 128K": (32, 31 * 1_024 + 131_072, 131_072),
+    "63 x 2K + 1 x 64K": (64, 63 * 2_048 + 65_536, 65_536),
+    "60 x 2K + 4 x 32K": (64, 60 * 2_048 + 4 * 32_768, 32_768),
+}
+"""Requests, total and longest length of the batches of kernels.md, section 3d."""
+
+PRICES = """
+## What mixing does to a whole step
+
+Predicted step in ms, and as a multiple of the step of equal lengths with the same count and total. From the split rules, not measured. B200 is
+an upper bound (its blocks may be faster), L40S and L40 a lower one (theirs may be slower; 10 GB/s instead of 15.5 fits the data as well).
+"""
 
 READING = """
 ## Reading
@@ -151,6 +176,8 @@ class Page:
         ]
         notes = dict.fromkeys(note for row in self.rows for note in row.profile.provenance.notes)
         lines += ["", "## What is derived or assumed, and how", "", *(f"- {note}" for note in notes)]
+        lines += [PRICES, "| profile | " + " | ".join(PRICED) + " |", "|---" * (len(PRICED) + 1) + "|"]
+        lines += [price_line(row.profile) for row in self.rows if "llama" in row.profile.name]
         lines += [
             CHECK,
             "| device | TP | prompt: measured / predicted | token: measured / predicted |",

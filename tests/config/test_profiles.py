@@ -74,8 +74,9 @@ def test_profile_by_path(tmp_path: Path) -> None:
     copy = tmp_path / "mine.json"
     copy.write_bytes(source.read_bytes())
     assert load_profile(copy) == load_profile("h100-llama-3.1-8b") == load_profile(str(copy))
-    with pytest.raises(ProfileError, match=r"absent\.json: cannot be read"):
-        load_profile(tmp_path / "absent.json")
+    for unreadable in (tmp_path / "absent.json", tmp_path, "null\0byte.json"):
+        with pytest.raises(ProfileError, match="cannot be read"):
+            load_profile(unreadable)
     copy.write_text("{")
     with pytest.raises(ProfileError, match=r"mine\.json"):
         load_profile(str(copy))

@@ -35,8 +35,8 @@ def load_profile(name_or_path: str | Path) -> CostProfile:
     if isinstance(name_or_path, Path) or name.endswith(SUFFIX) or "/" in name or "\\" in name:
         try:
             raw = Path(name_or_path).read_bytes()
-        except OSError as error:
-            raise ProfileError(f"{name}: cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+            raise ProfileError(f"{name!r}: cannot be read: {error}") from error
         return decode_profile(raw, origin=name)
     if name not in list_profiles():
         raise ProfileError(f"no profile is called {name!r}; there are: {', '.join(list_profiles())}")
