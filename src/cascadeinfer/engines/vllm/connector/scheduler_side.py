@@ -34,7 +34,7 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from cascadeinfer.engines.vllm.connector.ticket import CUT, PROMPT_TOKENS, RESERVATION, TransferParams, is_resumed
 
 RESERVATION_LIFE_S = 60.0
-"""A reservation nobody claims (its controller died) ends by itself after this long."""
+"""A reservation nobody claims (its controller died) ends by itself after this long, unless the transfer configuration says otherwise."""
 
 
 @dataclass(slots=True)
@@ -79,6 +79,9 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         #: Resumed requests that the V1 model runner has not seen yet.
         self._unseen: dict[str, Request] = {}
         self._reservations: dict[str, Reservation] = {}
+        self._reservation_life_s = float(
+            vllm_config.kv_transfer_config.get_from_extra_config("reservation_life_s", RESERVATION_LIFE_S)
+        )
         #: Cut requests whose blocks are pinned until they are pulled, released or their lease ends.
         self.pinned: dict[str, None] = {}
         self.steps = 0
@@ -138,7 +141,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         if pool.get_num_free_blocks() < n_blocks:
             return False
         blocks = pool.get_new_blocks(n_blocks)
-        self._reservations[reservation_id] = Reservation(blocks, time.monotonic() + RESERVATION_LIFE_S)
+        self._reservations[reservation_id] = Reservation(blocks, time.monotonic() + self._reservation_life_s)
         return True
 
     def release_reservation(self, reservation_id: str) -> bool:

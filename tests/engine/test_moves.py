@@ -1,0 +1,314 @@
+"""
+Moving a request by hand between real instances leaves its greedy output as it is, wherever and whenever it is cut.
+
+Each kind of instance (scheduling, prefix caching) is source and target; see `zoo.py`.
+"""
+
+import asyncio
+import itertools
+
+import pytest
+from zoo import BLOCK, KINDS, MAX_BATCHED_TOKENS, MAX_MODEL_LEN, PAIRS, Zoo, eventually, greedy, random_prompt
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
+
+OTHER = dict(zip(KINDS, ["sync", "sync+cache", "async", "async+cache"], strict=True))
+"""A partner of another kind for tests that need not try all pairs."""
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+async def test_many_moves(zoo: Zoo, source: str, target: str) -> None:
+    """Fifteen moves to and fro leave the greedy output as it is, and every one pulls the KV cache."""
+    prompt, expected = await zoo.window(90, 120)
+    here, there = zoo.instances[source], zoo.instances[target]
+    before = [await zoo.counters(instance) for instance in (here, there)]
+    attempt = await zoo.start(here, prompt, greedy(120))
+    for _ in range(15):
+        await attempt.until_output(3)
+        attempt = await zoo.move(attempt, there)
+        assert not attempt.ended
+        here, there = there, here
+    await attempt.until_end()
+    assert attempt.output == expected
+    after = [await zoo.counters(zoo.instances[name]) for name in (source, target)]
+    assert sum(c.failed_pulls for c in after) == sum(c.failed_pulls for c in before)
+    pulls = sum(c.pulls for c in after) - sum(c.pulls for c in before)
+    # What a cache still holds from the visit before is not pulled again: nothing, when N - 1 tokens are whole blocks.
+    assert pulls == 15 or (15 - pulls <= 4 and (KINDS[source].caches or KINDS[target].caches))
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+async def test_every_offset_around_block_boundaries(zoo: Zoo, source: str, target: str) -> None:
+    """
+    A request may be cut at any length around a multiple of the block size, two less to two more.
+
+    Asking for N tokens instead of N - 1 ends the target's process when N - 1 is a multiple and prefix caching is off.
+    """
+    missing = {k * BLOCK + offset for k in (1, 2, 4) for offset in (-2, -1, 0, 1, 2)}
+    here, there = zoo.instances[source], zoo.instances[target]
+    before = await zoo.counters(there)
+
+    async def move_near(length: int, lead: int) -> int:
+        """Cut near this length, having started so many tokens before; returns at which length it was cut."""
+        prompt, expected = await zoo.window(length - lead, lead + 12)
+        attempt = await zoo.start(here, prompt, greedy(lead + 12))
+        await attempt.until_output(2)
+        moved = await zoo.move(attempt, there)
+        assert moved is not attempt
+        assert attempt.ticket is not None
+        assert attempt.ticket["remote_num_tokens"] == attempt.n_tokens - 1
+        assert len(attempt.ticket["remote_block_ids"][0]) == -(-(attempt.n_tokens - 1) // BLOCK)
+        await moved.until_end()
+        assert moved.output == expected
+        return attempt.n_tokens
+
+    for lead in itertools.chain.from_iterable(itertools.repeat((3, 4, 5, 6, 7, 8), 6)):
+        missing -= set(await asyncio.gather(*(move_near(length, lead) for length in sorted(missing))))
+        if not missing:
+            break
+    assert not missing
+    assert (await zoo.counters(there)).failed_pulls == before.failed_pulls
+
+
+@pytest.mark.parametrize("target", [name for name, kind in KINDS.items() if kind.caches])
+async def test_prefix_cache_of_the_target_is_used(zoo: Zoo, target: str) -> None:
+    """Blocks that the target has cached are not pulled again, and a pull of nothing still frees the source's blocks."""
+    prompt, expected = await zoo.window(100, 60)
+    here, there = zoo.instances[OTHER[target]], zoo.instances[target]
+    assert (await zoo.run(there, prompt, greedy(60))).output == expected
+    before = await zoo.counters(there)
+    attempt = await zoo.start(here, prompt, greedy(60))
+    await attempt.until_output(5)
+    moved = await (await zoo.move(attempt, there)).until_end()
+    assert moved.output == expected
+    after = await zoo.counters(there)
+    computed = attempt.n_tokens - 1
+    assert after.pulled_tokens - before.pulled_tokens == computed % BLOCK
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+async def test_recompute(zoo: Zoo, source: str, target: str) -> None:
+    """Without a ticket the target computes the KV cache anew, in chunks, among other requests."""
+    prompt, expected = await zoo.reference(3 * MAX_BATCHED_TOKENS + 5, 24)
+    other_prompt, other_expected = await zoo.window(50, 80)
+    here, there = zoo.instances[source], zoo.instances[target]
+    before = await zoo.counters(there)
+    other = await zoo.start(there, other_prompt, greedy(80))
+    attempt = await zoo.start(here, prompt, greedy(24))
+    await attempt.until_output(3)
+    attempt = await zoo.move(attempt, there, recompute=True)
+    await asyncio.gather(attempt.until_end(), other.until_end())
+    assert attempt.output == expected
+    assert other.output == other_expected
+    assert (await zoo.counters(there)).pulls == before.pulls
+
+
+@pytest.mark.parametrize("source", KINDS)
+@pytest.mark.parametrize("how", ["eos", "stop_token"])
+async def test_end_of_sequence_races_the_cut(zoo: Zoo, source: str, how: str) -> None:
+    """A request that ends by its own token in the very step of the cut ends: no ticket, nothing pinned, the same output."""
+    prompt, text = await zoo.window(40, 80)
+    at = next(i for i in range(20, 80) if text[i] not in text[:i])
+    ending = {"eos_id": text[at]} if how == "eos" else {"stop_token_ids": [text[at]]}
+    expected = text[: at + 1]
+    here, there = zoo.instances[source], zoo.instances[OTHER[source]]
+    accepted_and_ended = moved = 0
+    for tries in range(200):
+        attempt = await zoo.start(here, prompt, greedy(80, **ending))
+        await attempt.until_output(at - tries % 5)
+        refused = None if attempt.ended else await here.cut(attempt.engine_request_id)
+        await attempt.until_end()
+        if attempt.ticket is not None:
+            moved += 1
+            attempt = await zoo.resume(attempt, there, ticket=attempt.ticket)
+        elif refused is None:
+            accepted_and_ended += 1
+        await attempt.until_end()
+        assert attempt.output == expected
+        assert attempt.finish_reason is not None
+        assert attempt.finish_reason.name == "STOP"
+        assert attempt.stop_reason == (None if how == "eos" else text[at])
+        if accepted_and_ended and moved:
+            break
+    assert accepted_and_ended, "the race never happened"
+    assert moved
+
+
+@pytest.mark.parametrize("source", KINDS)
+async def test_length_races_the_cut(zoo: Zoo, source: str) -> None:
+    """However near to its `max_tokens` a request is cut, it has exactly so many, one or none of them at the target."""
+    prompt, text = await zoo.window(60, 60)
+    here, there = zoo.instances[source], zoo.instances[OTHER[source]]
+    refusals: set[str | None] = set()
+    left_at_target: set[int] = set()
+    for tries in range(200):
+        max_tokens = 12
+        attempt = await zoo.start(here, prompt, greedy(max_tokens))
+        await attempt.until_output(max_tokens - 1 - tries % 5)
+        if not attempt.ended:
+            refusals.add(await here.cut(attempt.engine_request_id))
+        await attempt.until_end()
+        if attempt.ticket is not None:
+            left_at_target.add(max_tokens - len(attempt.output))
+            attempt = await zoo.resume(attempt, there, ticket=attempt.ticket)
+        await attempt.until_end()
+        assert attempt.output == text[:max_tokens]
+        assert attempt.finish_reason is not None
+        assert attempt.finish_reason.name == "LENGTH"
+        if {None, "ending"} <= refusals and 1 in left_at_target:
+            break
+    assert {None, "ending"} <= refusals, refusals
+    assert refusals <= {None, "ending", "unknown"}
+    assert 1 in left_at_target
+    assert 0 not in left_at_target
+
+
+@pytest.mark.parametrize("source", KINDS)
+async def test_model_length_races_the_cut(zoo: Zoo, source: str) -> None:
+    """A request that reaches the model's maximum ends there, also when it is cut shortly before."""
+    room = 12
+    prompt, expected = await zoo.reference(MAX_MODEL_LEN - room, room)
+    here, there = zoo.instances[source], zoo.instances[OTHER[source]]
+    outcomes: set[str] = set()
+    for tries in range(40):
+        attempt = await zoo.start(here, prompt, greedy(500))
+        await attempt.until_output(room - 1 - tries % 6)
+        refused = "unknown" if attempt.ended else await here.cut(attempt.engine_request_id)
+        await attempt.until_end()
+        if attempt.ticket is not None:
+            outcomes.add("moved")
+            attempt = await zoo.resume(attempt, there, ticket=attempt.ticket)
+        elif refused is not None:
+            outcomes.add(refused)
+        await attempt.until_end()
+        assert attempt.output == expected
+        assert attempt.finish_reason is not None
+        assert attempt.finish_reason.name == "LENGTH"
+        if {"moved", "ending"} <= outcomes:
+            break
+    assert {"moved", "ending"} <= outcomes, outcomes
+
+
+@pytest.mark.parametrize("source", KINDS)
+async def test_one_token_output(zoo: Zoo, source: str) -> None:
+    """A request for one token cannot be cut, and gets it."""
+    prompt, expected = await zoo.window(70, 1)
+    here = zoo.instances[source]
+    for _ in range(10):
+        attempt = await zoo.start(here, prompt, greedy(1))
+        assert await here.cut(attempt.engine_request_id) in {"waiting", "prefilling", "ending", "unknown"}
+        await attempt.until_end()
+        assert attempt.output == expected
+        assert attempt.ticket is None
+
+
+@pytest.mark.parametrize("target", KINDS)
+async def test_preemption_after_a_move(zoo: Zoo, target: str) -> None:
+    """
+    A request that was moved, then preempted for want of blocks and computed anew, keeps its output.
+
+    The V1 runner rebuilds its state from the output count that the scheduler tells it.
+    """
+    here, there = zoo.instances[OTHER[target]], zoo.instances[target]
+    prompt, expected = await zoo.window(40, 200)
+    older_prompt, older_expected = await zoo.window(20, 220)
+    older = await zoo.start(there, older_prompt, greedy(220))
+    attempt = await zoo.start(here, prompt, greedy(200))
+    await attempt.until_output(30)
+    attempt = await zoo.move(attempt, there)
+    await attempt.until_output(5)
+    # All the free blocks but one or two are taken away: the next who grows preempts the one that came last.
+    report, _ = await there.report()
+    n_free = 511 - report.kv_blocks_used
+    assert await there.reserve("squeeze", (n_free - 2) * BLOCK) is None
+    waited = False
+
+    async def preempted() -> bool:
+        nonlocal waited
+        waited = attempt.engine_request_id in (await there.report())[0].waiting_ids
+        return waited or attempt.ended
+
+    await eventually(preempted, "preempted")
+    await there.release_reservation("squeeze")
+    await asyncio.gather(attempt.until_end(), older.until_end())
+    assert waited
+    assert attempt.output == expected
+    assert older.output == older_expected
+
+
+@pytest.mark.parametrize("target", KINDS)
+async def test_skipped_step_after_a_move(zoo: Zoo, target: str) -> None:
+    """
+    A request that was moved, then left out of a step, keeps its output.
+
+    Asynchronous scheduling leaves a request out whose last token is in flight; undoing a cut brings it back in.
+    """
+    here, there = zoo.instances[OTHER[target]], zoo.instances[target]
+    other_prompt, _ = await zoo.window(30, 1)
+    companion = await zoo.start(there, other_prompt, greedy(1500))
+    prompt, expected = await zoo.window(40, 150)
+    attempt = await zoo.start(here, prompt, greedy(150))
+    await attempt.until_output(10)
+    attempt = await zoo.move(attempt, there)
+    undone = 0
+    for n_tokens in range(3, 120, 3):
+        await attempt.until_output(n_tokens)
+        if attempt.ended:
+            break
+        refused, was_undone = await asyncio.gather(
+            there.cut(attempt.engine_request_id), there.undo_cut(attempt.engine_request_id)
+        )
+        if refused is None and not was_undone:
+            await attempt.until_end()
+            assert attempt.ticket is not None
+            attempt = await zoo.resume(attempt, there, ticket=None)
+            await there.release_pin(attempt.engine_request_id)
+        undone += was_undone
+    await attempt.until_end()
+    await there.abort([companion.engine_request_id])
+    assert undone
+    assert attempt.output == expected
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+async def test_min_tokens(zoo: Zoo, source: str, target: str) -> None:
+    """`min_tokens` counts from the beginning of the output, not from the move."""
+    prompt, text = await zoo.window(40, 60)
+    stop = next(text[i] for i in range(6, 60) if text[i] not in text[:i])
+    params = {"stop_token_ids": [stop], "min_tokens": 25}
+    here, there = zoo.instances[source], zoo.instances[target]
+    alone = await zoo.run(here, prompt, greedy(60, **params))
+    assert len(alone.output) >= 25
+    for cut_at in (3, 12, 22):
+        attempt = await zoo.start(here, prompt, greedy(60, **params))
+        await attempt.until_output(cut_at)
+        attempt = await (await zoo.move(attempt, there)).until_end()
+        assert attempt.output == alone.output
+        assert attempt.finish_reason == alone.finish_reason
+
+
+async def test_many_at_once(zoo: Zoo) -> None:
+    """Requests of all lengths moving between all kinds of instances at the same time keep their outputs."""
+    rng_order = list(itertools.islice(itertools.cycle(PAIRS), 24))
+
+    async def wander(number: int, source: str, target: str) -> None:
+        n_prompt = 9 + 7 * number
+        prompt, expected = await zoo.window(n_prompt, 60)
+        attempt = await zoo.start(zoo.instances[source], prompt, greedy(60))
+        here, there = source, target
+        for _ in range(3):
+            await attempt.until_output(4 + number % 5)
+            attempt = await zoo.move(attempt, zoo.instances[there])
+            here, there = there, here
+        await attempt.until_end()
+        assert attempt.output == expected
+
+    await asyncio.gather(*(wander(number, *pair) for number, pair in enumerate(rng_order)))
+
+
+async def test_unrelated_prompts_are_not_mixed_up(zoo: Zoo) -> None:
+    """The text of the reference depends on its prompt: another prompt of the same length gets another output."""
+    prompt, expected = await zoo.window(90, 20)
+    other = await zoo.run(zoo.instances["sync"], random_prompt(90, 99), greedy(20))
+    assert prompt != other.request.prompt_token_ids
+    assert other.output != expected

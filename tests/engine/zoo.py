@@ -1,0 +1,309 @@
+"""
+Raw vLLM instances driven by hand: one of each kind, every request steered step by step.
+
+`Zoo` owns four instances that differ in what the connector's rules depend on (asynchronous or synchronous scheduling, prefix caching on
+or off) and are all connected, so that each kind is source and target of moves. A pump per instance sorts outputs to the request they
+belong to, as the runtime does; nothing else of the runtime is involved.
+
+Float32 sums depend on the batch a token is computed in, by some 1e-5 in a logit. Reference outputs are therefore made from prompts whose
+greedy choices are all ahead of the second best by `MIN_MARGIN`: an output that differs then is wrong, never a tie.
+"""
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from cascadeinfer.engines.protocol import EngineCounters, EngineDied, EngineRequest, KvTicket, Resume
+
+if TYPE_CHECKING:  # tests that are not run do not cost vLLM's import
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import FinishReason
+
+    from cascadeinfer.engines.vllm.instance import VllmInstance
+
+BLOCK = 32
+"""Tokens per KV block of every test instance."""
+EOS_ID = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """
+    What sets an instance apart.
+
+    Attributes:
+        lease_s: Of pinned blocks. Long, so that a test in which only the end of the lease frees them fails.
+        reservation_life_s: Of a reservation that nobody claims; None is the product's.
+    """
+
+    asynchronous: bool
+    caches: bool
+    lease_s: int = 60
+    reservation_life_s: float | None = None
+
+
+KINDS = {
+    "async+cache": Kind(asynchronous=True, caches=True),
+    "async": Kind(asynchronous=True, caches=False),
+    "sync+cache": Kind(asynchronous=False, caches=True, lease_s=5),
+    "sync": Kind(asynchronous=False, caches=False, reservation_life_s=5.0),
+}
+PAIRS = [(source, target) for source in KINDS for target in KINDS if source != target]
+KV_BLOCKS = 512
+MAX_MODEL_LEN = 2048
+MAX_SEQS = 64
+MAX_BATCHED_TOKENS = 256
+"""Long prompts are prefilled in several steps."""
+MIN_MARGIN = 5e-4
+WINDOW_PROMPT = 8
+WINDOW_OUTPUT = 300
+"""Of the text that `Zoo.window` cuts prompts from."""
+SETTLE_S = 20.0
+"""Until everything is given back; well below the long leases."""
+DEADLINE_S = 60.0
+"""For everything that is polled: far above what it takes on a busy machine."""
+
+
+async def eventually(
+    condition: Callable[[], Awaitable[bool] | bool], what: str, deadline_s: float = DEADLINE_S
+) -> None:
+    """Poll until the condition holds; fails the test when it does not within the deadline."""
+    end_s = time.monotonic() + deadline_s
+    while True:
+        holds = condition()
+        if isinstance(holds, Awaitable):
+            holds = await holds
+        if holds:
+            return
+        assert time.monotonic() < end_s, f"not within {deadline_s:g} s: {what}"
+        await asyncio.sleep(0.02)
+
+
+def greedy(max_tokens: int, *, eos_id: int | None = None, **options: Any) -> "SamplingParams":
+    """Greedy sampling as the front end would send it; `eos_id` makes that token the end of a sequence."""
+    from vllm.sampling_params import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=eos_id is None, **options)
+    params.update_from_generation_config({}, EOS_ID if eos_id is None else eos_id)
+    return params
+
+
+def random_prompt(n_tokens: int, seed: int) -> list[int]:
+    """Token ids without special tokens."""
+    rng = random.Random(f"{n_tokens}:{seed}")
+    return [rng.randrange(3, 512) for _ in range(n_tokens)]
+
+
+def margins_of(delta: Any) -> list[float]:
+    """How far the best token is ahead of the second, per new token; needs `logprobs=2`."""
+    lists = delta.new_logprobs
+    return [] if lists is None else [abs(float(row[1] - row[2])) for row in lists.logprobs]
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One request on one instance: what it has sent so far."""
+
+    instance: "VllmInstance"
+    engine_request_id: str
+    request: EngineRequest
+    brought: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    finish_reason: "FinishReason | None" = None
+    stop_reason: Any = None
+    ticket: KvTicket | None = None
+    died: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def output(self) -> list[int]:
+        """All output tokens of the request, those from before this attempt included."""
+        return self.brought + self.token_ids
+
+    @property
+    def n_tokens(self) -> int:
+        """Sequence length."""
+        return len(self.request.prompt_token_ids) + len(self.output)
+
+    @property
+    def ended(self) -> bool:
+        """Whether this attempt has had its last output."""
+        return self.finish_reason is not None or self.died
+
+    async def until(self, condition: Callable[["Attempt"], bool]) -> None:
+        """Wait for outputs until the condition holds or the attempt ends."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition(self) and not self.ended:
+                self.news.clear()
+                await self.news.wait()
+
+    async def until_output(self, n_tokens: int) -> None:
+        """Wait until this attempt has sent at least this many tokens."""
+        await self.until(lambda attempt: len(attempt.token_ids) >= n_tokens)
+
+    async def until_end(self) -> "Attempt":
+        """Wait for the final output."""
+        await self.until(lambda _: False)
+        return self
+
+
+class Zoo:
+    """Connected instances by kind, and the requests on them."""
+
+    def __init__(self, instances: dict[str, "VllmInstance"]) -> None:
+        """Take over instances that are started and connected."""
+        self.instances = instances
+        self._attempts: dict[str, Attempt] = {}
+        self._numbers = itertools.count()
+        self._pumps: list[asyncio.Task[None]] = []
+        self._references: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+
+    async def __aenter__(self) -> Self:
+        """Start listening."""
+        self._pumps = [asyncio.create_task(self._pump(instance)) for instance in self.instances.values()]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop listening; the instances are whoever's started them."""
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    async def _pump(self, instance: "VllmInstance") -> None:
+        while True:
+            try:
+                outputs = await instance.next_outputs()
+            except EngineDied:
+                for attempt in self._attempts.values():
+                    if attempt.instance is instance and not attempt.ended:
+                        attempt.died = True
+                        attempt.news.set()
+                return
+            for delta in outputs.outputs:
+                attempt = self._attempts.get(delta.request_id)
+                if attempt is None or attempt.ended:
+                    continue
+                attempt.token_ids += delta.new_token_ids
+                attempt.margins += margins_of(delta)
+                attempt.ticket = instance.ticket_of(delta)
+                attempt.finish_reason, attempt.stop_reason = delta.finish_reason, delta.stop_reason
+                attempt.news.set()
+
+    async def start(
+        self,
+        instance: "VllmInstance",
+        prompt: Sequence[int],
+        params: "SamplingParams",
+        *,
+        request_id: str | None = None,
+    ) -> Attempt:
+        """Send a new request."""
+        request_id = request_id or f"r{next(self._numbers)}"
+        from vllm.v1.engine import EngineCoreRequest
+
+        payload = EngineCoreRequest(
+            request_id=request_id,
+            prompt_token_ids=list(prompt),
+            mm_features=None,
+            sampling_params=params,
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        assert params.max_tokens is not None
+        request = EngineRequest(request_id, list(prompt), params.max_tokens, payload)
+        return await self._add(Attempt(instance, request_id, request), None)
+
+    async def resume(
+        self, old: Attempt, target: "VllmInstance", *, ticket: KvTicket | None, reservation_id: str | None = None
+    ) -> Attempt:
+        """Go on with a request elsewhere (or where it was), from its output so far."""
+        new = Attempt(target, f"{old.request.request_id}~{next(self._numbers)}", old.request, brought=old.output)
+        return await self._add(new, Resume(old.output, ticket, reservation_id))
+
+    async def _add(self, attempt: Attempt, resume: Resume | None) -> Attempt:
+        self._attempts[attempt.engine_request_id] = attempt
+        await attempt.instance.add(attempt.engine_request_id, attempt.request, resume)
+        return attempt
+
+    async def run(self, instance: "VllmInstance", prompt: Sequence[int], params: "SamplingParams") -> Attempt:
+        """Run a request to its end on one instance."""
+        return await (await self.start(instance, prompt, params)).until_end()
+
+    async def cut(self, attempt: Attempt) -> bool:
+        """Cut a running request and wait for its last output; False when it ended by itself instead."""
+        refused = await attempt.instance.cut(attempt.engine_request_id)
+        assert refused is None, refused
+        await attempt.until_end()
+        return attempt.ticket is not None
+
+    async def move(self, attempt: Attempt, target: "VllmInstance", *, recompute: bool = False) -> Attempt:
+        """
+        Move a running request; returns the attempt that goes on (the old one, ended, when it could not be cut any more).
+
+        Room is reserved first, as the protocol asks.
+        """
+        reservation_id = f"v{next(self._numbers)}"
+        assert await target.reserve(reservation_id, attempt.n_tokens + 8) is None
+        if not await self.cut(attempt):
+            await target.release_reservation(reservation_id)
+            return attempt
+        if recompute:
+            await attempt.instance.release_pin(attempt.engine_request_id)
+        return await self.resume(
+            attempt, target, ticket=None if recompute else attempt.ticket, reservation_id=reservation_id
+        )
+
+    async def reference(self, prompt_tokens: int, output_tokens: int) -> tuple[list[int], list[int]]:
+        """A prompt of this length and its greedy output of this length, free of near ties; made once, on one instance."""
+        key = (prompt_tokens, output_tokens)
+        if key not in self._references:
+            instance = next(iter(self.instances.values()))
+            for seed in itertools.count():
+                prompt = random_prompt(prompt_tokens, seed)
+                alone = await self.run(instance, prompt, greedy(output_tokens, logprobs=2))
+                if min(alone.margins) >= MIN_MARGIN:
+                    self._references[key] = prompt, alone.output
+                    break
+        return self._references[key]
+
+    async def window(self, n_prompt: int, n_output: int) -> tuple[list[int], list[int]]:
+        """
+        A prompt and its greedy output, cut out of one long greedy text.
+
+        What follows on the first n tokens of a greedy text is the rest of it, so one reference serves every prompt length.
+        """
+        assert WINDOW_PROMPT <= n_prompt <= n_prompt + n_output <= WINDOW_PROMPT + WINDOW_OUTPUT
+        prompt, output = await self.reference(WINDOW_PROMPT, WINDOW_OUTPUT)
+        text = prompt + output
+        return text[:n_prompt], text[n_prompt : n_prompt + n_output]
+
+    async def counters(self, instance: "VllmInstance") -> EngineCounters:
+        """What the instance has done so far."""
+        return (await instance.report())[1]
+
+    async def settled(self, deadline_s: float = SETTLE_S) -> None:
+        """Every instance comes to hold nothing, well before a lease would end: no request, block, pin, reservation."""
+        for name, instance in self.instances.items():
+            held: dict[str, Any] = {}
+
+            async def nothing(instance: "VllmInstance" = instance, held: dict[str, Any] = held) -> bool:
+                report, counters = await instance.report()
+                held |= {
+                    "running": report.running_ids,
+                    "waiting": report.waiting_ids,
+                    "blocks": report.kv_blocks_used,
+                    "pinned": counters.pinned,
+                    "reserved": counters.reserved,
+                }
+                return not any(held.values())
+
+            await eventually(nothing, f"{name} holds nothing: {held}", deadline_s)
+        self._attempts.clear()
