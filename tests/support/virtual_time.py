@@ -51,6 +51,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """Virtual seconds since the loop was made."""
         return self._virtual_now_s
 
+    def timers(self) -> list[asyncio.TimerHandle]:
+        """Timers that are set."""
+        return [handle for handle in self._scheduled if not handle.cancelled()]
+
     def _jump(self, timeout_s: float | None) -> None:
         if timeout_s is None:
             raise StuckError(f"nothing can happen any more; waiting: {self._waiting()}")

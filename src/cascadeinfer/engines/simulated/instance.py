@@ -206,6 +206,11 @@ class SimulatedEngine:
 
     # --- faults ------------------------------------------------------------------------------------------------------
 
+    @property
+    def serves(self) -> bool:
+        """Whether it takes commands: it has started, lives and does not hang."""
+        return self._process is not None and not self._process.done() and not self._process.cancelling()
+
     def pause(self) -> None:
         """Serve commands but do not step: a request neither gains a token nor ends until `unpause`."""
         self._steps = False

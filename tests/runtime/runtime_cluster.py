@@ -1,0 +1,337 @@
+"""
+A runtime over simulated engines, in virtual time, with clients that check every token and a final look for leftovers.
+
+`async with Cluster(...)` starts everything and, at the end, asserts that nothing is left: no stream, no migration, no request, block, pin
+or reservation on any engine (well before a lease could have hidden a leak), no error in the log, no timer. `@virtual_time` adds: no task.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self
+
+from prometheus_client import CollectorRegistry
+
+from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
+from cascadeinfer.core.events import Event, MigrationEnded, PinReason, TimerFired
+from cascadeinfer.core.migration import Happening, Migration, State
+from cascadeinfer.core.policies.least_loaded import LeastLoaded
+from cascadeinfer.core.policy import Policy
+from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.core.view import InstanceView, RequestView
+from cascadeinfer.engines.protocol import EngineRequest
+from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams, SimulatedTimes, generate
+from cascadeinfer.runtime.metrics import RuntimeMetrics
+from cascadeinfer.runtime.migrate import MigrationTimes
+from cascadeinfer.runtime.shell import Runtime
+from cascadeinfer.runtime.supervise import SupervisionTimes
+from support.virtual_time import VirtualTimeLoop
+
+CAPACITY = InstanceCapacity(kv_blocks=128, block_size_tokens=16, max_num_seqs=8, max_batched_tokens=64)
+TIMES = SimulatedTimes()
+SUPERVISION = SupervisionTimes(report_s=0.1, hang_s=2.0, backoff_first_s=1.0, backoff_max_s=8.0, steady_s=30.0)
+MIGRATION = MigrationTimes(ask_s=2.0, cut_s=5.0, resume_s=7.0)
+GRACE_S = 0.5
+"""Within this everything must be free once the last request has ended: far below lease and reservation life."""
+PATIENCE_S = 600.0
+WATCH_S = 0.02
+DEFECTS = ("internal error", "a command", "a migration command")
+"""How log records of our own bugs begin."""
+
+
+class ScriptedPolicy(LeastLoaded):
+    """Least loaded, except where a test has said otherwise; remembers every event."""
+
+    def __init__(self, places: dict[str, str] | None = None) -> None:
+        """Requests in `places` go to the instance named there while it is up."""
+        super().__init__()
+        self.places = places or {}
+        self.queue: deque[Effect] = deque()
+        self.events: list[Event] = []
+        self.answers: list[Callable[[Event], list[Effect]]] = []
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """What least loaded does, then what the test has queued."""
+        self.events.append(event)
+        effects = super().handle(event, now_s)
+        more = [*self.queue, *(effect for answer in self.answers for effect in answer(event))]
+        self.queue.clear()
+        self.view.carry_out(more)
+        return effects + more
+
+    def choose(self, request: RequestView, candidates: list[InstanceView]) -> InstanceView:
+        """The place the test has said, or the least loaded."""
+        wanted = self.places.get(request.request_id)
+        return next((c for c in candidates if c.instance_id == wanted), None) or super().choose(request, candidates)
+
+    def ended_migrations(self) -> list[MigrationEnded]:
+        """All migrations that have ended, in order."""
+        return [event for event in self.events if isinstance(event, MigrationEnded)]
+
+
+class Client:
+    """Who sent a request: checks each token against the undisturbed output as it comes."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        """A client that has just sent this request."""
+        self.request = request
+        self.expected = generate(request.prompt_token_ids, request.max_output_tokens, request.payload.stop_token_ids)
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.left = False
+        self.news = asyncio.Event()
+
+    def hear(self, delta: Any) -> None:
+        """One output of the runtime for this request."""
+        name = self.request.request_id
+        assert self.finish_reason is None, f"{name}: words after the last word"
+        assert not self.left, f"{name}: words to a client that has left"
+        assert delta.kv_transfer_params is None, f"{name}: a ticket reached the client"
+        self.token_ids += delta.new_token_ids
+        seen = len(self.token_ids)
+        assert self.token_ids == self.expected[:seen], f"{name}: wrong, lost or repeated token at {seen - 1}"
+        self.finish_reason = delta.finish_reason
+        if self.finish_reason in {"stop", "length"}:
+            assert seen == len(self.expected), f"{name}: ended after {seen} of {len(self.expected)} tokens"
+        self.news.set()
+
+    async def until(self, condition: Callable[["Client"], bool]) -> Self:
+        """Wait until the condition holds or the request is over."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition(self) and self.finish_reason is None and not self.left:
+                self.news.clear()
+                await self.news.wait()
+        return self
+
+    async def until_tokens(self, n: int) -> Self:
+        """Wait for at least so many tokens."""
+        return await self.until(lambda client: len(client.token_ids) >= n)
+
+    async def until_end(self) -> Self:
+        """Wait for the end."""
+        return await self.until(lambda _: False)
+
+
+class Cluster:
+    """See the module header."""
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        instance_ids: Iterable[str] = "abc",
+        *,
+        capacity: InstanceCapacity = CAPACITY,
+        times: SimulatedTimes = TIMES,
+        supervision: SupervisionTimes = SUPERVISION,
+        migration: MigrationTimes = MIGRATION,
+        start_error: Callable[[str, int], str | None] = lambda _id, _n: None,
+    ) -> None:
+        """
+        Args:
+            policy: Default: a ScriptedPolicy.
+            instance_ids: The instances.
+            capacity: Of each.
+            times: Of each.
+            supervision: Limits and intervals.
+            migration: Time limits.
+            start_error: Why an instance's n-th start fails, or None.
+        """
+        self.policy = policy or ScriptedPolicy()
+        self.registry = CollectorRegistry()
+        self.engines: dict[str, list[SimulatedEngine]] = {instance_id: [] for instance_id in instance_ids}
+        self.clients: dict[str, Client] = {}
+        self.pairs: list[tuple[State, Happening]] = []
+        self.defects: list[str] = []
+        self._start_error = start_error
+        self._pump: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._numbers = 0
+
+        def factory(instance_id: str) -> Callable[[int], SimulatedEngine]:
+            def make(n_start: int) -> SimulatedEngine:
+                error = self._start_error(instance_id, n_start)
+                engine = SimulatedEngine(instance_id, n_start, capacity, times=times, start_error=error)
+                self.engines[instance_id].append(engine)
+                return engine
+
+            return make
+
+        self.runtime = Runtime(
+            {instance_id: factory(instance_id) for instance_id in self.engines},
+            self.policy,
+            lambda read: RuntimeMetrics(self.registry, read),
+            supervision=supervision,
+            migration=migration,
+            clock=lambda: asyncio.get_running_loop().time(),
+        )
+        happen = self.runtime._migrator.happen
+
+        def watched(migration_id: str, happening: Happening, detail: str = "") -> None:
+            record = self.runtime._migrator._records.get(migration_id)
+            if record is not None:
+                self.pairs.append((record.migration.state, happening))
+            happen(migration_id, happening, detail)
+
+        self.runtime._migrator.happen = watched  # type: ignore[method-assign]
+
+    def __getitem__(self, instance_id: str) -> SimulatedEngine:
+        """The engine of an instance's latest start."""
+        return self.engines[instance_id][-1]
+
+    async def __aenter__(self) -> Self:
+        """Start."""
+        self._handler = _Defects(self.defects)
+        logging.getLogger("cascadeinfer").addHandler(self._handler)
+        await self.runtime.start()
+        self._pump = asyncio.get_running_loop().create_task(self._listen(), name="clients")
+        self._watch = asyncio.get_running_loop().create_task(self._watch_attempts(), name="watch")
+        return self
+
+    async def __aexit__(self, exc_type: object, exc: object, traceback: object) -> None:
+        """Stop; assert that nothing is left unless the test has failed already."""
+        try:
+            if exc_type is None:
+                await self.settled()
+        finally:
+            await self.runtime.stop(0.0)
+            for task in (self._pump, self._watch):
+                if task is not None:
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+            logging.getLogger("cascadeinfer").removeHandler(self._handler)
+        if exc_type is None:
+            assert not self.defects, self.defects
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, VirtualTimeLoop)
+            assert not loop.timers(), loop.timers()
+            assert not list(self.registry.collect())
+
+    async def _listen(self) -> None:
+        while True:
+            for delta in (await self.runtime.next_outputs()).outputs:
+                self.clients[delta.request_id].hear(delta)
+
+    async def _watch_attempts(self) -> None:
+        """A live engine never keeps working on an attempt that the runtime has given up."""
+        before: set[tuple[str, str]] = set()
+        twice: set[tuple[str, str]] = set()
+        while True:
+            await asyncio.sleep(WATCH_S)
+            now = set(self._abandoned())
+            assert not now & twice, f"attempts that nobody hears and nobody aborts: {now & twice}"
+            before, twice = now, now & before
+
+    def _abandoned(self) -> Iterator[tuple[str, str]]:
+        for engine in self.runtime.live_engines():
+            assert isinstance(engine, SimulatedEngine)
+            for sequence in engine.core.running + engine.core.waiting:
+                stream = self.runtime._streams.of_attempt(sequence.engine_request_id)
+                if engine.serves and (stream is None or stream.instance_id != engine.instance_id):
+                    yield engine.core.core_id, sequence.engine_request_id
+
+    def check_pump(self) -> None:
+        """Raise what went wrong in a client or on an engine."""
+        for task in (self._pump, self._watch):
+            if task is not None and task.done():
+                task.result()
+
+    async def submit(
+        self,
+        request_id: str,
+        n_prompt: int = 40,
+        n_output: int = 60,
+        *,
+        stop_at: int | None = None,
+        pin_reason: PinReason | None = None,
+    ) -> Client:
+        """Send a request, whose prompt depends on its id; `stop_at` makes it end at that output token."""
+        seed = sum(ord(c) * 31**i for i, c in enumerate(request_id))
+        prompt = [(seed + 7 * i) % 32_000 for i in range(n_prompt)]
+        stops = frozenset() if stop_at is None else frozenset({generate(prompt, stop_at)[-1]})
+        request = EngineRequest(request_id, prompt, n_output, SimulatedParams(stops), pin_reason)
+        client = self.clients[request_id] = Client(request)
+        await self.runtime.submit(request)
+        return client
+
+    def abort(self, client: Client) -> None:
+        """The client goes away."""
+        client.left = True
+        client.news.set()
+        self.runtime.abort([client.request.request_id])
+
+    def do(self, *effects: Effect) -> None:
+        """Have the policy ask for these effects now."""
+        assert isinstance(self.policy, ScriptedPolicy)
+        self.policy.queue.extend(effects)
+        self.runtime._driver.emit(TimerFired("test"))
+
+    def move(self, request_id: str, target_id: str) -> str:
+        """Have the policy move a request from where it is; returns the migration's id."""
+        stream = self.runtime._streams.get(request_id)
+        assert stream is not None
+        assert stream.instance_id is not None
+        self._numbers += 1
+        migration_id = f"move{self._numbers}"
+        reason = MigrationReason.OPERATOR
+        self.do(StartMigration("test", migration_id, request_id, stream.instance_id, target_id, reason))
+        return migration_id
+
+    def migration(self, request_id: str) -> Migration | None:
+        """The migration that a request takes part in."""
+        stream = self.runtime._streams.get(request_id)
+        return None if stream is None else stream.migration
+
+    def where(self, request_id: str) -> str | None:
+        """The instance that a request is on."""
+        stream = self.runtime._streams.get(request_id)
+        return None if stream is None else stream.instance_id
+
+    async def until(self, condition: Callable[[], bool], what: str = "") -> None:
+        """Wait until the condition holds."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not condition():
+                    self.check_pump()
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            raise AssertionError(f"not within {PATIENCE_S:g} virtual seconds: {what}") from None
+
+    async def all_up(self) -> None:
+        """Wait until every instance is up."""
+        await self.until(lambda: len(self.runtime.live_engines()) == len(self.engines), "all instances up")
+
+    async def settled(self) -> None:
+        """After the last request's end nothing is left, within `GRACE_S`."""
+        await self.until(lambda: all(c.finish_reason is not None or c.left for c in self.clients.values()), "all ended")
+        await asyncio.sleep(GRACE_S)
+        self.check_pump()
+        assert self.runtime.n_live_requests == 0
+        assert len(self.runtime._migrator) == 0
+        assert not self.runtime._streams._by_attempt
+        assert not self.runtime._rejected
+        for engine in self.runtime.live_engines():
+            assert isinstance(engine, SimulatedEngine)
+            core = engine.core
+            held = {"running": core.running, "waiting": core.waiting, "pins": core.pins, "room": core.reservations}
+            assert not any(held.values()), f"{core.core_id} still holds {held}"
+            assert core.free_blocks() == core.capacity.kv_blocks
+        for generation in self.engines.values():
+            assert not sum(engine.core.stale_reads for engine in generation), "a pull after the lease"
+        if isinstance(self.policy, LeastLoaded):
+            assert not self.policy.view.requests
+            assert not [i for i in self.policy.view.instances.values() if i.request_ids or i.inbound or i.outbound]
+            assert not [i for i in self.policy.view.instances.values() if i.kv_tokens or i.waiting]
+
+
+class _Defects(logging.Handler):
+    """Collects log records that tell of a bug of ours."""
+
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self._messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.startswith(DEFECTS):
+            self._messages.append(f"{message}: {record.exc_info and record.exc_info[1]!r}")

@@ -1,0 +1,287 @@
+"""
+Every pair (state, happening) of the migration table, forced on a running runtime.
+
+`reach` brings a request's migration from instance a to b into a state and freezes it there; `HAPPEN` makes the thing happen. After each:
+the pair has occurred, the client has got exactly its tokens, and nothing is left on any instance (`Cluster`).
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import pytest
+from runtime_cluster import Client, Cluster, ScriptedPolicy
+
+from cascadeinfer.core.events import MigrationOutcome
+from cascadeinfer.core.migration import IGNORED, OUTCOMES, TRANSITIONS, Happening, State
+from cascadeinfer.runtime.migrate import MigrationTimes
+from support.virtual_time import virtual_time
+
+N_OUTPUT = 60
+LIMITS = MigrationTimes(ask_s=1.0, cut_s=0.3, resume_s=0.6)
+NO_TIMER = {(state, Happening.TIMED_OUT) for state in (State.WITHDRAWING, State.RECOMPUTING, State.RETURNING)}
+"""Ignored by the table, and the runtime sets no timer in these states: cannot be forced."""
+PAIRS = sorted((TRANSITIONS.keys() | IGNORED) - NO_TIMER, key=lambda pair: (pair[0].value, pair[1].value))
+OPEN = [state for state in State if state not in OUTCOMES]
+
+
+@dataclass
+class Scene:
+    """Request `r` on instance a, which is to move to b; c stands by."""
+
+    cluster: Cluster
+    client: Client
+
+    async def in_state(self, state: State) -> None:
+        """Wait until the migration is in this state."""
+
+        def there() -> bool:
+            migration = self.cluster.migration("r")
+            return migration is not None and migration.state is state
+
+        await self.cluster.until(there, state.value)
+
+    async def asking(self) -> None:
+        """The target's answer is held back."""
+        self.cluster["b"].hold_answers("reserve")
+        self.cluster.move("r", "b")
+        await self.in_state(State.ASKING)
+        await asyncio.sleep(0.02)
+
+    async def cutting(self) -> None:
+        """The source does not step."""
+        self.cluster["a"].pause()
+        self.cluster.move("r", "b")
+        await self.in_state(State.CUTTING)
+        await asyncio.sleep(0.02)
+
+    async def withdrawing(self) -> None:
+        """The cut has timed out; the answer to its undoing is held back."""
+        self.cluster["a"].hold_answers("undo_cut")
+        await self.cutting()
+        await self.in_state(State.WITHDRAWING)
+
+    async def withdrawing_in_vain(self) -> None:
+        """The cut has taken effect, but its output is held back and it has timed out."""
+        self.cluster["a"].hold_outputs()
+        self.cluster.move("r", "b")
+        await self.in_state(State.WITHDRAWING)
+
+    async def resuming(self) -> None:
+        """The target does not step."""
+        self.cluster["b"].pause()
+        self.cluster.move("r", "b")
+        await self.in_state(State.RESUMING)
+
+    async def recomputing(self) -> None:
+        """The target does not step, and there was nothing to pull."""
+        self.cluster["a"].spoil_cut()
+        self.cluster["b"].pause()
+        self.cluster.move("r", "b")
+        await self.in_state(State.RECOMPUTING)
+
+    async def returning(self) -> None:
+        """The source takes the request back but does not step."""
+        await self.withdrawing_in_vain()
+        self.cluster["a"].pause()
+        self.cluster["a"].release_outputs()
+        await self.in_state(State.RETURNING)
+        await asyncio.sleep(0.02)
+
+    async def reach(self, state: State) -> None:
+        """Bring the migration into this state."""
+        await getattr(self, state.value)()
+
+    def thaw(self) -> None:
+        """Let everything go on."""
+        for name in "abc":
+            engine = self.cluster[name]
+            for command in ("reserve", "cut", "undo_cut"):
+                engine.release_answers(command)
+            engine.release_outputs()
+            engine.unpause()
+
+    def has(self, state: State) -> str:
+        """The instance that has the request in this state."""
+        return "b" if state in {State.RESUMING, State.RECOMPUTING} else "a"
+
+
+async def room_granted(scene: Scene, _: State) -> None:
+    """The answer comes."""
+    scene.thaw()
+
+
+async def room_refused(scene: Scene, _: State) -> None:
+    """The target says no."""
+    scene.cluster["b"].refuse_room("no_blocks")
+    scene.cluster.move("r", "b")
+
+
+async def cut_done(scene: Scene, state: State) -> None:
+    """The cut takes effect (in WITHDRAWING: its output, held back until now, comes)."""
+    if state is State.WITHDRAWING:
+        await scene.withdrawing_in_vain()
+    else:
+        scene.cluster.move("r", "b")
+        await scene.in_state(State.RESUMING)
+    scene.thaw()
+
+
+async def cut_empty(scene: Scene, state: State) -> None:
+    """The cut takes effect without KV cache."""
+    scene.cluster["a"].spoil_cut()
+    await cut_done(scene, state) if state is State.WITHDRAWING else scene.cluster.move("r", "b")
+
+
+async def cut_refused(scene: Scene, state: State) -> None:
+    """The request is about to end."""
+    await scene.client.until_tokens(N_OUTPUT - 1)
+    scene.cluster["a"].pause()
+    scene.cluster["a"].hold_answers("cut")
+    scene.cluster["a"].hold_answers("undo_cut")
+    scene.cluster.move("r", "b")
+    await scene.in_state(state)
+    scene.cluster["a"].release_answers("cut")
+    await asyncio.sleep(0.01)
+    scene.thaw()
+
+
+async def go_on(scene: Scene, _: State) -> None:
+    """What was frozen goes on: a held answer, or a step."""
+    scene.thaw()
+
+
+async def first_token(scene: Scene, state: State) -> None:
+    """Whoever has the request sends a token, while answers stay held back."""
+    seen = len(scene.client.token_ids)
+    if state is State.CUTTING:  # the cut's own token would be its end: hold the cut's effect back, not its token
+        scene.cluster["a"].unpause()
+    scene.cluster[scene.has(state)].unpause()
+    await scene.client.until_tokens(seen + 1)
+
+
+async def request_ended(scene: Scene, state: State) -> None:
+    """The request ends by itself: by its length where it decodes, by an engine's error where it waits for its KV cache."""
+    if state in {State.ASKING, State.WITHDRAWING}:
+        scene.cluster["a"].unpause()
+        await scene.client.until_end()
+    else:
+        scene.cluster[scene.has(state)].end_all("error")
+
+
+async def client_left(scene: Scene, _: State) -> None:
+    """The client goes away."""
+    scene.cluster.abort(scene.client)
+
+
+async def source_lost(scene: Scene, _: State) -> None:
+    """The source dies."""
+    scene.cluster["a"].kill()
+    await asyncio.sleep(0.1)
+
+
+async def target_lost(scene: Scene, _: State) -> None:
+    """The target dies."""
+    scene.cluster["b"].kill()
+    await asyncio.sleep(0.1)
+
+
+async def timed_out(scene: Scene, state: State) -> None:
+    """The state's time passes."""
+    scene.cluster["a"].pause()
+    limits = {State.ASKING: LIMITS.ask_s, State.CUTTING: LIMITS.cut_s, State.RESUMING: LIMITS.resume_s}
+    await asyncio.sleep(limits[state] + 0.05)
+
+
+HAPPEN: dict[Happening, Callable[[Scene, State], Awaitable[None]]] = {
+    Happening.ROOM_GRANTED: room_granted,
+    Happening.ROOM_REFUSED: room_refused,
+    Happening.CUT_DONE: cut_done,
+    Happening.CUT_EMPTY: cut_empty,
+    Happening.CUT_REFUSED: cut_refused,
+    Happening.CUT_UNDONE: go_on,
+    Happening.FIRST_TOKEN: first_token,
+    Happening.REQUEST_ENDED: request_ended,
+    Happening.CLIENT_LEFT: client_left,
+    Happening.SOURCE_LOST: source_lost,
+    Happening.TARGET_LOST: target_lost,
+    Happening.TIMED_OUT: timed_out,
+}
+FROM_THE_START = {room_refused, cut_done, cut_empty, cut_refused}
+"""These bring the request into the state themselves."""
+
+
+@pytest.mark.parametrize(("state", "happening"), PAIRS, ids=lambda value: value.value)
+@virtual_time
+async def test_pair(state: State, happening: Happening) -> None:
+    """After this happening in this state every token comes exactly once, and nothing is left anywhere."""
+    policy = ScriptedPolicy({"r": "a", "s": "b"})
+    async with Cluster(policy, migration=LIMITS) as cluster:
+        client = await cluster.submit("r", 100, N_OUTPUT)
+        beside = await cluster.submit("s", 30, 4 * N_OUTPUT)
+        scene = Scene(cluster, await client.until_tokens(5))
+        happen = HAPPEN[happening]
+        if happen not in FROM_THE_START:
+            await scene.reach(state)
+        await happen(scene, state)
+        await cluster.until(lambda: (state, happening) in cluster.pairs, f"{state}, {happening}")
+        scene.thaw()
+        await client.until_end()
+        await beside.until_end()
+        if happening is not Happening.REQUEST_ENDED:
+            assert client.finish_reason == (None if client.left else "length")
+        (ended,) = policy.ended_migrations()
+        following = TRANSITIONS.get((state, happening), (state, ()))[0]
+        if following in OUTCOMES:
+            assert ended.outcome is OUTCOMES[following]
+        n_lost = {"a": happening is Happening.SOURCE_LOST, "b": happening is Happening.TARGET_LOST}
+        for name, lost in n_lost.items():
+            await cluster.until(lambda name=name, lost=lost: len(cluster.engines[name]) == 1 + lost)
+        await cluster.all_up()
+
+
+@pytest.mark.parametrize("state", OPEN, ids=lambda state: state.value)
+@virtual_time
+async def test_bystander_dies(state: State) -> None:
+    """The death of an instance that has no part in a migration changes nothing for it."""
+    policy = ScriptedPolicy({"r": "a", "s": "c"})
+    async with Cluster(policy, migration=LIMITS) as cluster:
+        client = await cluster.submit("r", 100, N_OUTPUT)
+        beside = await cluster.submit("s", 30, N_OUTPUT)
+        scene = Scene(cluster, await client.until_tokens(5))
+        await scene.reach(state)
+        cluster["c"].kill()
+        await asyncio.sleep(0.1)
+        migration = cluster.migration("r")
+        assert migration is not None
+        assert migration.state is state
+        scene.thaw()
+        await client.until_end()
+        await beside.until_end()
+        assert policy.ended_migrations()[0].outcome is not MigrationOutcome.LOST
+        await cluster.all_up()
+
+
+DEATHS = {"a": Happening.SOURCE_LOST, "b": Happening.TARGET_LOST}
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+@pytest.mark.parametrize("state", OPEN, ids=lambda state: state.value)
+@virtual_time
+async def test_both_die(state: State, order: str) -> None:
+    """When source and target die one right after the other, the request goes on elsewhere and comes out whole."""
+    expected = state
+    for name in order:
+        expected = TRANSITIONS.get((expected, DEATHS[name]), (expected, ()))[0]
+    policy = ScriptedPolicy({"r": "a"})
+    async with Cluster(policy, migration=LIMITS) as cluster:
+        client = await cluster.submit("r", 100, N_OUTPUT)
+        scene = Scene(cluster, await client.until_tokens(5))
+        await scene.reach(state)
+        for name in order:
+            cluster[name].kill()
+            await asyncio.sleep(0.001)
+        await client.until_end()
+        assert client.finish_reason == "length"
+        assert [e.outcome for e in policy.ended_migrations()] == [OUTCOMES[expected]]
+        await cluster.all_up()
