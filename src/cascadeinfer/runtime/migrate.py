@@ -174,6 +174,7 @@ class Migrator:
         for record in self._records.values():
             if record.timer is not None:
                 record.timer.cancel()
+            record.stream.migration = None  # its tokens may still come
         self._records.clear()
         tasks = list(self._tasks)
         for task in tasks:

@@ -80,6 +80,7 @@ class Runtime:
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
         self._rejected: dict[RequestId, Reject] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._grace_timers: list[asyncio.TimerHandle] = []
         self._joining = asyncio.Lock()
         self._migration_counts: dict[str, int] = {}
 
@@ -100,7 +101,7 @@ class Runtime:
                 for start in starts:
                     start.cancel()
             for state in self._instances.values():
-                await state.came_up.wait()
+                await state.first_up()
         except BaseException:  # a signal during the start included
             await self.stop(timeout_s=0.0)
             raise
@@ -165,6 +166,8 @@ class Runtime:
     async def stop(self, timeout_s: float) -> None:
         """Stop everything. Requests that still live get no more tokens."""
         self._driver.stop()
+        for timer in self._grace_timers:
+            timer.cancel()
         await self._migrator.stop()
         await asyncio.gather(*(s.stop(timeout_s) for s in self._supervisors.values()))
         for task in list(self._tasks):
@@ -191,7 +194,7 @@ class Runtime:
             state = self._instances[engine.instance_id]
             state.engine = engine
             state.capacity = capacity
-            state.came_up.set()
+            state.settled.set()
         self._driver.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, capacity))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
@@ -217,15 +220,19 @@ class Runtime:
         If it lives on after all, the client is told of the abort.
         """
         attempt = stream.engine_request_id
+        loop = asyncio.get_running_loop()
 
         def tell_client() -> None:
             if stream.engine_request_id != attempt:
                 return
             delta.request_id = stream.request.request_id
             self._outputs.put_nowait(type(outputs)(outputs=[delta]))
+            if stream.migration is not None:
+                self._migrator.happen(stream.migration.migration_id, Happening.REQUEST_ENDED)
             self._finish(stream, "dropped")
 
-        asyncio.get_running_loop().call_later(DROPPED_GRACE_S, tell_client)
+        self._grace_timers = [timer for timer in self._grace_timers if timer.when() > loop.time()]
+        self._grace_timers.append(loop.call_later(DROPPED_GRACE_S, tell_client))
 
     def instance_reported(self, engine: Engine, report: InstanceReport, counters: EngineCounters) -> None:
         """Translate attempt ids to request ids and tell the policy."""
@@ -250,6 +257,7 @@ class Runtime:
         state.engine = None
         state.last_error = why
         state.forget_load()
+        state.settled.set()
         self._migrator.instance_lost(instance_id)
         orphans = self._streams.on_instance(instance_id)
         for stream in orphans:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
@@ -26,7 +27,7 @@ class InstanceState:
 
     Attributes:
         engine: Its engine while it is up, else None.
-        came_up: Set once it has been up for the first time.
+        settled: Set once it has come up, or failed to, for the first time.
     """
 
     instance_id: InstanceId
@@ -34,8 +35,14 @@ class InstanceState:
     capacity: InstanceCapacity | None = None
     report: InstanceReport = IDLE
     counters: EngineCounters = field(default_factory=EngineCounters)
-    came_up: asyncio.Event = field(default_factory=asyncio.Event)
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
     last_error: str = ""
+
+    async def first_up(self) -> None:
+        """Wait until it is up for the first time. Raises EngineError when it has failed to come up."""
+        await self.settled.wait()
+        if self.engine is None:
+            raise EngineError(f"did not come up: {self.last_error}", instance_id=self.instance_id)
 
     def forget_load(self) -> None:
         """It went down: what it reported holds no more."""
