@@ -2,25 +2,22 @@
 Which instance takes a request: filter, score, pick.
 
 Formula: among the candidates that have room, the least loaded; when none has room, the least loaded of all (its engine queues
-the request, which is what vLLM does). Ties go to the smallest id. Source of the filter-score-pick split: llm-d's scheduler.
+the request, which is what vLLM does). Ties go to the first candidate; callers pass them sorted by id. Load is
+`max(kv tokens / capacity, requests / max_num_seqs)` (`InstanceView.load`), requests on their way by migration counted, so two
+movers do not see the same free place. Source of the filter-score-pick split: llm-d's scheduler.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 from cascadeinfer.core.view import InstanceView
 
+_load = attrgetter("load")
+
 
 def load_of(instance: InstanceView) -> float:
-    """
-    Load of an instance: the larger of its KV share and its batch share, waiting requests counted (dimensionless).
-
-    1.0 is full. Requests on their way by migration count, so two movers do not see the same free place.
-    """
-    capacity = instance.capacity
-    return max(
-        instance.committed_kv_tokens / capacity.kv_tokens,
-        instance.committed_requests / capacity.max_num_seqs,
-    )
+    """Load of an instance, see the module header (dimensionless, 1.0 is full)."""
+    return instance.load
 
 
 def has_room(instance: InstanceView, length_tokens: int) -> bool:
@@ -34,11 +31,18 @@ def has_room(instance: InstanceView, length_tokens: int) -> bool:
 
 
 def least_loaded(candidates: Iterable[InstanceView]) -> InstanceView | None:
-    """The candidate with the lowest load, the smallest id among equals; None when there is none."""
-    return min(candidates, key=lambda instance: (load_of(instance), instance.instance_id), default=None)
+    """The candidate with the lowest load, the first among equals; None when there is none."""
+    return min(candidates, key=_load, default=None)
 
 
-def pick(candidates: Iterable[InstanceView], length_tokens: int) -> InstanceView | None:
+def pick_with_room(candidates: Sequence[InstanceView], length_tokens: int) -> InstanceView | None:
+    """The least loaded instance on which a request of this length could run at once, or None."""
+    best = least_loaded(candidates)
+    if best is None or has_room(best, length_tokens):
+        return best
+    return least_loaded([instance for instance in candidates if has_room(instance, length_tokens)])
+
+
+def pick(candidates: Sequence[InstanceView], length_tokens: int) -> InstanceView | None:
     """The instance that takes a request of this length, or None when there are no candidates at all."""
-    everyone = [instance for instance in candidates if not instance.draining]
-    return least_loaded([i for i in everyone if has_room(i, length_tokens)]) or least_loaded(everyone)
+    return pick_with_room(candidates, length_tokens) or least_loaded([i for i in candidates if not i.draining])

@@ -1,19 +1,27 @@
 """
 A policy's books: which instances there are, which requests are where, how loaded each is.
 
-One writer: `ClusterView.apply(event)`. Policies read the rest. Between two reports an instance's load is corrected by what was
-dispatched to it, moved and finished since, so that a burst of arrivals does not all land on the instance that was idle at the
-last report. Dicts keep insertion order and ids are sorted where order matters: no decision depends on hashing.
+One writer: `ClusterView.apply(event)` (and `carry_out` for the policy's own decisions). Policies read the rest. Between two reports
+an instance's load is corrected by what was dispatched to it, moved and finished since, so that a burst of arrivals does not all
+land on the instance that was idle at the last report. Dicts keep insertion order and ids are sorted where order matters: no decision
+depends on hashing.
+
+Everything that is read per decision is kept up to date, not computed when asked: an event costs O(1), a report O(requests there) in
+C loops (`dict.update`, `sum`), and looking at the load of an instance one attribute. Lengths live with the instance (`request_ids`),
+because a report brings them all at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
-from cascadeinfer.core.effects import Dispatch, Effect, StartMigration
+from cascadeinfer.core.effects import Dispatch, Effect, Reject, StartMigration
 from cascadeinfer.core.events import (
     Event,
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
+    InstanceReport,
     InstanceReported,
     MessageReceived,
     MigrationEnded,
@@ -26,53 +34,43 @@ from cascadeinfer.core.events import (
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 
 
-@dataclass(slots=True)
-class RequestView:
-    """
-    What a policy knows of one request.
-
-    Attributes:
-        tokens: Sequence length at the last report (prompt + output so far).
-        instance_id: Where it runs or waits; None while it waits for its dispatch.
-        migration_id: The migration it takes part in, or None.
-
-    """
-
-    request_id: RequestId
-    prompt_tokens: int
-    max_output_tokens: int
-    tokens: int
-    pin_reason: PinReason | None = None
-    prefix_hashes: tuple[int, ...] = ()
-    priority: int = 0
-    instance_id: InstanceId | None = None
-    migration_id: MigrationId | None = None
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class InstanceView:
     """
     What a policy knows of one instance.
 
     Attributes:
-        request_ids: Requests placed here, waiting or running, in order of placement (a dict used as an ordered set).
-        kv_tokens: Sum of their lengths; kept up to date between reports.
+        request_ids: Requests placed here, waiting or running, with their lengths in tokens at the last report, in order of placement.
+        kv_tokens: Sum of their lengths.
         waiting: Requests that waited at the last report or were placed since, so have not been seen running.
         inbound: Requests on their way here by migration, with their lengths in tokens.
+        inbound_tokens: Sum of those.
         outbound: Migrations that leave here.
-
+        blocks_committed: Blocks in use at the last report, and what waits here, came since or is on its way here will need; less
+            what has left since.
+        step_s: Mean step time at the last report that had one, 0.0 before.
+        load: The larger of its KV share and its batch share, with everything here and on its way here; 1.0 is full.
     """
 
     instance_id: InstanceId
     capacity: InstanceCapacity
     draining: bool = False
-    request_ids: dict[RequestId, None] = field(default_factory=dict)
+    request_ids: dict[RequestId, int] = field(default_factory=dict)
     kv_tokens: int = 0
     waiting: dict[RequestId, None] = field(default_factory=dict)
     inbound: dict[MigrationId, int] = field(default_factory=dict)
+    inbound_tokens: int = 0
     outbound: dict[MigrationId, None] = field(default_factory=dict)
-    kv_blocks_used: int = 0
+    blocks_committed: int = 0
     step_s: float = 0.0
+    load: float = 0.0
+    _per_token: float = field(init=False, repr=False)
+    _per_request: float = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Prepare what `load` is computed from."""
+        self._per_token = 1.0 / self.capacity.kv_tokens
+        self._per_request = 1.0 / self.capacity.max_num_seqs
 
     @property
     def migrations(self) -> int:
@@ -82,7 +80,7 @@ class InstanceView:
     @property
     def committed_kv_tokens(self) -> int:
         """Tokens here or on their way here."""
-        return self.kv_tokens + sum(self.inbound.values())
+        return self.kv_tokens + self.inbound_tokens
 
     @property
     def committed_requests(self) -> int:
@@ -91,8 +89,102 @@ class InstanceView:
 
     def free_blocks(self) -> int:
         """Blocks that nothing here or on its way here will need as it is; negative when overcommitted."""
-        needed = self.capacity.blocks_for(self.committed_kv_tokens) + self.committed_requests // 2
-        return self.capacity.kv_blocks - max(needed, self.kv_blocks_used)
+        return self.capacity.kv_blocks - self.blocks_committed
+
+    def _weigh(self) -> None:
+        """Bring `load` up to date; called after every change."""
+        by_tokens = (self.kv_tokens + self.inbound_tokens) * self._per_token
+        by_requests = (len(self.request_ids) + len(self.inbound)) * self._per_request
+        self.load = max(by_requests, by_tokens)
+
+    def _add(self, request_id: RequestId, tokens: int) -> None:
+        self.request_ids[request_id] = tokens
+        self.kv_tokens += tokens
+        self.blocks_committed += self.capacity.blocks_for(tokens)
+        self._weigh()
+
+    def _drop(self, request_id: RequestId) -> int:
+        tokens = self.request_ids.pop(request_id)
+        self.waiting.pop(request_id, None)
+        self.kv_tokens -= tokens
+        self.blocks_committed -= self.capacity.blocks_for(tokens)
+        self._weigh()
+        return tokens
+
+    def _expect(self, migration_id: MigrationId, tokens: int) -> None:
+        self.inbound[migration_id] = tokens
+        self.inbound_tokens += tokens
+        self.blocks_committed += self.capacity.blocks_for(tokens)
+        self._weigh()
+
+    def _expect_no_more(self, migration_id: MigrationId) -> None:
+        tokens = self.inbound.pop(migration_id, None)
+        if tokens is not None:
+            self.inbound_tokens -= tokens
+            self.blocks_committed -= self.capacity.blocks_for(tokens)
+            self._weigh()
+
+    def _follow(self, report: InstanceReport) -> None:
+        """Take over a report. Requests it names that are not here (any more) are left out."""
+        lengths = self.request_ids
+        known = len(lengths)
+        lengths.update(zip(report.running_ids, report.running_tokens, strict=True))
+        if report.waiting_ids:
+            lengths.update(zip(report.waiting_ids, report.waiting_tokens, strict=True))
+        while len(lengths) > known:  # a dict keeps its order: strangers came in last
+            lengths.popitem()
+        self.kv_tokens = sum(lengths.values())
+        # Blocks of requests on their way here are reserved, so in use, when the ask for room has been granted, which takes
+        # milliseconds: the report counts them.
+        self.blocks_committed = report.kv_blocks_used
+        if self.waiting or report.waiting_ids:
+            self._follow_queue(report)
+        if report.step_s > 0.0:
+            self.step_s = report.step_s
+        self._weigh()
+
+    def _follow_queue(self, report: InstanceReport) -> None:
+        running = set(report.running_ids)
+        waiting = {request_id: None for request_id in self.waiting if request_id not in running}
+        waiting.update({request_id: None for request_id in report.waiting_ids if request_id in self.request_ids})
+        self.waiting = waiting
+        blocks_for = self.capacity.blocks_for
+        self.blocks_committed += sum([blocks_for(self.request_ids[request_id]) for request_id in waiting])
+
+
+@dataclass(slots=True, eq=False)
+class RequestView:
+    """
+    What a policy knows of one request.
+
+    Attributes:
+        arrival: Its number in order of arrival.
+        settled_tokens: Sequence length while it is on no instance.
+        place: Where it runs or waits; None while it waits for its dispatch.
+        migration_id: The migration it takes part in, or None.
+
+    """
+
+    request_id: RequestId
+    arrival: int
+    prompt_tokens: int
+    max_output_tokens: int
+    settled_tokens: int
+    pin_reason: PinReason | None = None
+    prefix_hashes: tuple[int, ...] = ()
+    priority: int = 0
+    place: InstanceView | None = None
+    migration_id: MigrationId | None = None
+
+    @property
+    def instance_id(self) -> InstanceId | None:
+        """Where it runs or waits; None while it waits for its dispatch."""
+        return None if self.place is None else self.place.instance_id
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length at the last report (prompt and output so far)."""
+        return self.settled_tokens if self.place is None else self.place.request_ids[self.request_id]
 
 
 class ClusterView:
@@ -102,43 +194,45 @@ class ClusterView:
         """Start with no instance and no request."""
         self.instances: dict[InstanceId, InstanceView] = {}
         self.requests: dict[RequestId, RequestView] = {}
+        self._available: list[InstanceView] = []
+        self._unplaced: dict[RequestId, RequestView] = {}
+        self._arrivals = 0
 
-    def available(self) -> list[InstanceView]:
-        """Instances that take new requests, sorted by id."""
-        return [i for _, i in sorted(self.instances.items()) if not i.draining]
+    def available(self) -> Sequence[InstanceView]:
+        """Instances that take new requests, sorted by id. A snapshot: later changes make another."""
+        return self._available
 
     def unplaced(self) -> list[RequestView]:
         """Requests that wait for a dispatch, in order of arrival."""
-        return [r for r in self.requests.values() if r.instance_id is None]
+        return sorted(self._unplaced.values(), key=attrgetter("arrival"))
 
-    def apply(self, event: Event) -> None:
+    def waits(self) -> int:
+        """How many requests wait for a dispatch."""
+        return len(self._unplaced)
+
+    def apply(self, event: Event) -> None:  # noqa: C901 - one arm per event
         """Follow one event. Unknown ids are ignored: a report can cross a finish."""
         match event:
+            case InstanceReported():
+                if (instance := self.instances.get(event.instance_id)) is not None:
+                    instance._follow(event.report)  # noqa: SLF001 - one writer, this module
+            case MessageReceived() | TimerFired():
+                return
             case RequestArrived():
-                self.requests[event.request_id] = RequestView(
-                    event.request_id,
-                    event.prompt_tokens,
-                    event.max_output_tokens,
-                    event.prompt_tokens,
-                    event.pin_reason,
-                    event.prefix_hashes,
-                    event.priority,
-                )
+                self._arrive(event)
             case RequestFinished():
                 self._remove(event.request_id)
-            case InstanceReported():
-                self._report(event)
+            case MigrationEnded():
+                self._end_migration(event)
             case InstanceJoined():
                 self.instances[event.instance_id] = InstanceView(event.instance_id, event.capacity)
+                self._find_available()
             case InstanceDraining():
                 if (instance := self.instances.get(event.instance_id)) is not None:
                     instance.draining = True
+                    self._find_available()
             case InstanceLost():
                 self._lose(event)
-            case MigrationEnded():
-                self._end_migration(event)
-            case MessageReceived() | TimerFired():
-                return
 
     def carry_out(self, effects: list[Effect]) -> None:
         """Note what the policy itself has just decided, so that its next decision knows."""
@@ -147,64 +241,64 @@ class ClusterView:
                 self._place(effect.request_id, effect.instance_id)
             elif isinstance(effect, StartMigration):
                 self._start_migration(effect)
+            elif isinstance(effect, Reject):
+                self._remove(effect.request_id)
+
+    def _find_available(self) -> None:
+        self._available = [i for _, i in sorted(self.instances.items()) if not i.draining]
+
+    def _arrive(self, event: RequestArrived) -> None:
+        self._arrivals += 1
+        request = RequestView(
+            event.request_id,
+            self._arrivals,
+            event.prompt_tokens,
+            event.max_output_tokens,
+            event.prompt_tokens,
+            event.pin_reason,
+            event.prefix_hashes,
+            event.priority,
+        )
+        self.requests[event.request_id] = request
+        self._unplaced[event.request_id] = request
 
     def _place(self, request_id: RequestId, instance_id: InstanceId) -> None:
         request = self.requests.get(request_id)
         instance = self.instances.get(instance_id)
         if request is None or instance is None:
             return
-        request.instance_id = instance_id
-        instance.request_ids[request_id] = None
+        if request.place is not None:
+            self._take_away(request)
+        self._unplaced.pop(request_id, None)
+        instance._add(request_id, request.settled_tokens)  # noqa: SLF001 - one writer, this module
         instance.waiting[request_id] = None
-        instance.kv_tokens += request.tokens
+        request.place = instance
 
     def _take_away(self, request: RequestView) -> None:
-        instance = self.instances.get(request.instance_id) if request.instance_id is not None else None
-        if instance is not None and request.request_id in instance.request_ids:
-            del instance.request_ids[request.request_id]
-            instance.waiting.pop(request.request_id, None)
-            instance.kv_tokens -= request.tokens
-        request.instance_id = None
+        if request.place is not None:
+            request.settled_tokens = request.place._drop(request.request_id)  # noqa: SLF001 - one writer
+            request.place = None
+        self._unplaced[request.request_id] = request
 
     def _remove(self, request_id: RequestId) -> None:
         request = self.requests.pop(request_id, None)
         if request is not None:
             self._take_away(request)
-
-    def _report(self, event: InstanceReported) -> None:
-        instance = self.instances.get(event.instance_id)
-        if instance is None:
-            return
-        report = event.report
-        for ids, lengths, waits in (
-            (report.running_ids, report.running_tokens, False),
-            (report.waiting_ids, report.waiting_tokens, True),
-        ):
-            for request_id, tokens in zip(ids, lengths, strict=True):
-                if request_id not in instance.request_ids:
-                    continue
-                request = self.requests[request_id]
-                if tokens > request.tokens:
-                    instance.kv_tokens += tokens - request.tokens
-                    request.tokens = tokens
-                if waits:
-                    instance.waiting[request_id] = None
-                else:
-                    instance.waiting.pop(request_id, None)
-        instance.kv_blocks_used = report.kv_blocks_used
-        if report.step_s > 0.0:
-            instance.step_s = report.step_s
+            del self._unplaced[request_id]
 
     def _lose(self, event: InstanceLost) -> None:
         instance = self.instances.pop(event.instance_id, None)
+        self._find_available()
         tokens_of = dict(zip(event.orphan_ids, event.orphan_tokens, strict=True))
-        placed_here = list(instance.request_ids) if instance is not None else []
+        # A migrating request still counts here while it goes on at its target: `MigrationEnded` will say where it is.
+        ids_here = list(instance.request_ids) if instance is not None else []
+        placed_here = [request_id for request_id in ids_here if self.requests[request_id].migration_id is None]
         for request_id in {**dict.fromkeys(placed_here), **dict.fromkeys(event.orphan_ids)}:
             request = self.requests.get(request_id)
             if request is None:
                 continue
             self._take_away(request)  # an orphan may still count elsewhere: at the source of a migration that was lost
-            request.tokens = max(request.tokens, tokens_of.get(request_id, 0))
+            request.settled_tokens = max(request.settled_tokens, tokens_of.get(request_id, 0))
 
     def _start_migration(self, effect: StartMigration) -> None:
         request = self.requests.get(effect.request_id)
@@ -215,13 +309,13 @@ class ClusterView:
         if source is not None:
             source.outbound[effect.migration_id] = None
         if target is not None and request is not None:
-            target.inbound[effect.migration_id] = request.tokens
+            target._expect(effect.migration_id, request.tokens)  # noqa: SLF001 - one writer, this module
 
     def _end_migration(self, event: MigrationEnded) -> None:
         if (source := self.instances.get(event.source_id)) is not None:
             source.outbound.pop(event.migration_id, None)
         if (target := self.instances.get(event.target_id)) is not None:
-            target.inbound.pop(event.migration_id, None)
+            target._expect_no_more(event.migration_id)  # noqa: SLF001 - one writer, this module
         request = self.requests.get(event.request_id)
         if request is None or request.migration_id != event.migration_id:
             return

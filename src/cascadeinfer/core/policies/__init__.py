@@ -7,12 +7,14 @@ package asks which policy runs.
 
 from collections.abc import Callable
 
+from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.policies.round_robin import RoundRobin
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.policy import Policy
 
 POLICIES: dict[str, Callable[..., Policy]] = {
+    "cascade": Cascade,
     "least_loaded": LeastLoaded,
     "round_robin": RoundRobin,
     "static_stages": StaticStages,

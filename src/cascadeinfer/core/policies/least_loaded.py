@@ -5,6 +5,8 @@ Formula: `max(kv tokens / capacity, requests / max_num_seqs)`, see `core/dispatc
 placed since. Edge case: when nothing has room, the least loaded queues the request.
 """
 
+from collections.abc import Sequence
+
 from cascadeinfer.core.dispatch import pick
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.view import InstanceView, RequestView
@@ -13,7 +15,7 @@ from cascadeinfer.core.view import InstanceView, RequestView
 class LeastLoaded(PlacingPolicy):
     """The instance with most room."""
 
-    def choose(self, request: RequestView, candidates: list[InstanceView]) -> InstanceView:
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
         """The least loaded instance with room, or the least loaded."""
         chosen = pick(candidates, request.tokens)
         assert chosen is not None  # candidates is not empty

@@ -5,6 +5,7 @@ A subclass says only which instance takes a request (`choose`).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from cascadeinfer.core.effects import Dispatch, Effect
 from cascadeinfer.core.events import Event, InstanceJoined, InstanceLost, RequestArrived
@@ -19,7 +20,7 @@ class PlacingPolicy(ABC):
         self.view = ClusterView()
 
     @abstractmethod
-    def choose(self, request: RequestView, candidates: list[InstanceView]) -> InstanceView:
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
         """The instance that takes the request; `candidates` is not empty and sorted by id."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:  # noqa: ARG002 - these policies do not look at time

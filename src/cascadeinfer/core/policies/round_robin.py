@@ -5,6 +5,8 @@ Inputs read: the set of instances. Edge cases: an instance that joins or leaves 
 Source: what nginx and most HTTP load balancers do by default.
 """
 
+from collections.abc import Sequence
+
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.view import InstanceView, RequestView
 
@@ -17,7 +19,7 @@ class RoundRobin(PlacingPolicy):
         super().__init__()
         self._last_id = ""
 
-    def choose(self, request: RequestView, candidates: list[InstanceView]) -> InstanceView:  # noqa: ARG002
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002
         """The instance after the last one chosen, by id, around the end."""
         chosen = next((c for c in candidates if c.instance_id > self._last_id), candidates[0])
         self._last_id = chosen.instance_id

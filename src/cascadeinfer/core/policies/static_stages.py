@@ -10,6 +10,8 @@ nearest stage that has any (shorter one first at equal distance); a request abov
 has fewer than `min_remaining_tokens` to go; a pinned request stays. Source: arXiv 2512.19179, with fixed ranges.
 """
 
+from collections.abc import Sequence
+
 from cascadeinfer.core.dispatch import has_room, least_loaded, pick
 from cascadeinfer.core.effects import Effect, MigrationReason, PublishLayout, StartMigration
 from cascadeinfer.core.events import (
@@ -70,14 +72,14 @@ class StaticStages(PlacingPolicy):
             effects += self._hand_over(event.instance_id, event.cause, now_s)
         return effects
 
-    def choose(self, request: RequestView, candidates: list[InstanceView]) -> InstanceView:
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
         """The least loaded instance of the request's stage, or of the nearest stage that has any."""
         by_stage = self._candidates_by_distance(request.tokens, candidates)
         chosen = pick(by_stage, request.tokens)
         assert chosen is not None  # candidates is not empty
         return chosen
 
-    def _candidates_by_distance(self, length_tokens: int, candidates: list[InstanceView]) -> list[InstanceView]:
+    def _candidates_by_distance(self, length_tokens: int, candidates: Sequence[InstanceView]) -> Sequence[InstanceView]:
         wanted = self.layout.stage_index_of(length_tokens)
         distance_of: dict[InstanceId, tuple[int, int]] = {}
         for candidate in candidates:

@@ -1,0 +1,250 @@
+"""
+The asker's side of an instance's agent: rounds of asks, bids and awards, and the back-off after them.
+
+It is told which request should go and who may be asked (`open`); what it decides is whom to ask, whom to award, when to try again. A
+request that found no taker (or whose migration ended where it began) rests, twice as long each time; and after a round without a
+taker nobody is asked for the same reason for a while, likewise doubling: a full stage is not besieged by its neighbours' requests. See
+`bidask.py`.
+"""
+
+from collections.abc import Callable, Sequence
+
+from cascadeinfer.core.balance.bidask import NEVER, BidAskSettings, Move, Outbox, Round, RoundEvent, State
+from cascadeinfer.core.balance.messages import Accept, Ask, Award, Bid, Decline, Withdraw
+from cascadeinfer.core.effects import MigrationReason
+from cascadeinfer.core.events import MigrationOutcome
+from cascadeinfer.core.types import InstanceId, RequestId
+from cascadeinfer.core.view import InstanceView, RequestView
+
+
+class Asker:
+    """
+    One instance as asker.
+
+    Attributes:
+        rounds: Those that are not closed, by request; those at rest included.
+        heard: Loads that others have told, with the time.
+    """
+
+    def __init__(
+        self,
+        own: InstanceView,
+        settings: BidAskSettings,
+        name: str,
+        slots_taken: Callable[[], int],
+        may_go: Callable[[RequestId, InstanceId], bool],
+    ) -> None:
+        """
+        Args:
+            own: The instance.
+            settings: Numbers of the protocol.
+            name: Prefix of its rounds' names; unique among all askers that ever were.
+            slots_taken: Migrations, kept places and awards under way of this instance.
+            may_go: Whether a request can (still) be moved to an instance; asked when the accept comes.
+        """
+        self.rounds: dict[RequestId, Round] = {}
+        self.heard: dict[InstanceId, tuple[float, float]] = {}
+        self._own = own
+        self._settings = settings
+        self._name = name
+        self._slots_taken = slots_taken
+        self._may_go = may_go
+        self._opened = 0
+        self._failures: dict[RequestId, int] = {}
+        self._asks_from_s = dict.fromkeys(MigrationReason, 0.0)
+        self._fruitless = dict.fromkeys(MigrationReason, 0)
+
+    @property
+    def awarding(self) -> int:
+        """Awards under way."""
+        return sum(r.state is State.AWARDING for r in self.rounds.values()) if self.rounds else 0
+
+    @property
+    def asking(self) -> int:
+        """Rounds in which bids are waited for."""
+        return sum(r.state is State.ASKING for r in self.rounds.values()) if self.rounds else 0
+
+    def may_ask(self, reason: MigrationReason, now_s: float) -> bool:
+        """Whether a round may be opened for this reason: not in a pause after a fruitless one."""
+        return now_s >= self._asks_from_s[reason]
+
+    def failures(self, request_id: RequestId) -> int:
+        """Rounds and migrations of this request that came to nothing."""
+        return self._failures.get(request_id, 0)
+
+    def open(
+        self,
+        request: RequestView,
+        reason: MigrationReason,
+        candidates: Sequence[InstanceId],
+        now_s: float,
+        out: Outbox,
+    ) -> bool:
+        """
+        Ask the best of these candidates to take a request that is in no round.
+
+        Returns:
+            False when there was nobody to ask.
+        """
+        chosen = self._choose(candidates, now_s)
+        if not chosen:
+            return False
+        self._opened += 1
+        asked = Round(f"{self._name}:{self._opened}", request.request_id, request.tokens, reason)
+        asked.handle(RoundEvent.OPENED)
+        asked.deadline_s = now_s + self._settings.bid_wait_s
+        asked.pending = dict.fromkeys(chosen)
+        self.rounds[request.request_id] = asked
+        ask = Ask(asked.ask_id, asked.request_id, asked.length_tokens, reason.value, self._own.load)
+        out.messages += [(candidate, ask) for candidate in chosen]
+        return True
+
+    def _choose(self, candidates: Sequence[InstanceId], now_s: float) -> list[InstanceId]:
+        """The `fan_out` with the lowest load heard of late; one not heard of counts as idle, and everyone has a turn."""
+        oldest_s = now_s - self._settings.heard_life_s
+        own_id = self._own.instance_id
+        n = len(candidates)
+        ranked: list[tuple[float, int, InstanceId]] = []
+        for place, candidate in enumerate(candidates):
+            if candidate != own_id:
+                load, heard_s = self.heard.get(candidate, (0.0, -NEVER))
+                ranked.append((load if heard_s >= oldest_s else 0.0, (place + self._opened) % n, candidate))
+        return [candidate for _, _, candidate in sorted(ranked)[: self._settings.fan_out]]
+
+    def take_bid(self, sender_id: InstanceId, bid: Bid, now_s: float, out: Outbox) -> None:
+        """Note a bid; one that is too late is let go."""
+        asked = self._named(bid.ask_id)
+        if asked is None or asked.state is not State.ASKING or sender_id not in asked.pending:
+            said_twice = asked is not None and (sender_id in asked.bids or sender_id == asked.partner_id)
+            if not said_twice:
+                out.messages.append((sender_id, Withdraw(bid.ask_id)))
+            return
+        asked.handle(RoundEvent.BID_CAME)
+        del asked.pending[sender_id]
+        asked.bids[sender_id] = bid
+        if not asked.pending:
+            self._close_bidding(asked, now_s, out)
+
+    def take_decline(self, sender_id: InstanceId, message: Decline, now_s: float, out: Outbox) -> None:
+        """No bid, or a bid that cannot be kept."""
+        asked = self._named(message.ask_id)
+        if asked is None:
+            return
+        if asked.state is State.ASKING and sender_id in asked.pending:
+            asked.handle(RoundEvent.DECLINE_CAME)
+            del asked.pending[sender_id]
+            if not asked.pending:
+                self._close_bidding(asked, now_s, out)
+        elif asked.state is State.AWARDING and sender_id == asked.partner_id:
+            asked.handle(RoundEvent.TURNED_DOWN)
+            self._close_bidding(asked, now_s, out)
+
+    def take_accept(self, sender_id: InstanceId, message: Accept, now_s: float, out: Outbox) -> None:
+        """The place is kept: start the migration, if it can still be."""
+        asked = self._named(message.ask_id)
+        if asked is None or sender_id != asked.partner_id or asked.state not in {State.AWARDING, State.MOVING}:
+            out.messages.append((sender_id, Withdraw(message.ask_id)))
+            return
+        if asked.state is State.MOVING:
+            return  # said twice
+        if not self._may_go(asked.request_id, sender_id):
+            self._drop(asked, out)
+            return
+        asked.handle(RoundEvent.ACCEPTED)
+        asked.deadline_s = NEVER
+        self._withdraw_rest(asked, out)
+        self._fruitless[asked.reason] = 0
+        self._asks_from_s[asked.reason] = now_s
+        out.moves.append(Move(asked.ask_id, asked.request_id, sender_id, asked.reason))
+
+    def move_ended(self, ask_id: str, outcome: MigrationOutcome, now_s: float) -> None:
+        """A migration from this instance is over."""
+        asked = self._named(ask_id)
+        if asked is None or asked.state is not State.MOVING:
+            return
+        if outcome is MigrationOutcome.STAYED:
+            asked.handle(RoundEvent.STAYED)
+            self._rest(asked, now_s)
+            return
+        moved = outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}
+        asked.handle(RoundEvent.MOVED if moved else RoundEvent.DROPPED)
+        self._forget(asked)
+
+    def request_left(self, request_id: RequestId, out: Outbox) -> None:
+        """A request of this instance has ended or was taken away."""
+        asked = self.rounds.get(request_id)
+        if asked is not None and asked.state is not State.MOVING:
+            self._drop(asked, out)
+        self._failures.pop(request_id, None)
+
+    def end_rests(self, now_s: float) -> None:
+        """Requests that have rested long enough may be offered again."""
+        for asked in [r for r in self.rounds.values() if r.state is State.RESTING and r.deadline_s <= now_s]:
+            asked.handle(RoundEvent.RESTED)
+            del self.rounds[asked.request_id]
+
+    def wake(self, now_s: float, out: Outbox) -> None:
+        """Go on without those that have not answered in time."""
+        due = [r for r in self.rounds.values() if r.deadline_s <= now_s and r.state is not State.RESTING]
+        for asked in due:
+            if asked.state is State.AWARDING:
+                assert asked.partner_id is not None
+                out.messages.append((asked.partner_id, Withdraw(asked.ask_id)))
+                asked.handle(RoundEvent.UNANSWERED)
+            self._close_bidding(asked, now_s, out)
+
+    def next_wake_s(self) -> float:
+        """The earliest deadline; infinite when there is none. Rests wake nobody."""
+        return min([r.deadline_s for r in self.rounds.values() if r.state is not State.RESTING], default=NEVER)
+
+    def _close_bidding(self, asked: Round, now_s: float, out: Outbox) -> None:
+        """Award the best bid that is left, or rest."""
+        asked.pending.clear()
+        best = asked.best_bid()
+        free = self._slots_taken() < self._settings.max_migrations
+        if (
+            best is not None
+            and free
+            and (asked.reason is not MigrationReason.REBALANCE or best[1].load < self._own.load)
+        ):
+            asked.handle(RoundEvent.WON)
+            asked.partner_id = best[0]
+            asked.deadline_s = now_s + self._settings.award_wait_s
+            del asked.bids[best[0]]
+            out.messages.append((best[0], Award(asked.ask_id, asked.request_id, asked.length_tokens)))
+            return
+        asked.handle(RoundEvent.NO_BID)
+        self._withdraw_rest(asked, out)
+        fruitless = self._fruitless[asked.reason]
+        self._asks_from_s[asked.reason] = now_s + self._pause_s(fruitless)
+        self._fruitless[asked.reason] = fruitless + 1
+        self._rest(asked, now_s)
+
+    def _rest(self, asked: Round, now_s: float) -> None:
+        failures = self._failures.get(asked.request_id, 0)
+        self._failures[asked.request_id] = failures + 1
+        asked.deadline_s = now_s + self._pause_s(failures)
+
+    def _pause_s(self, failures: int) -> float:
+        return min(self._settings.rest_s_max, self._settings.rest_s * float(1 << min(failures, 16)))
+
+    def _named(self, ask_id: str) -> Round | None:
+        return next((asked for asked in self.rounds.values() if asked.ask_id == ask_id), None)
+
+    def _drop(self, asked: Round, out: Outbox) -> None:
+        """The round is of no use any more."""
+        if asked.state is State.AWARDING:
+            assert asked.partner_id is not None
+            out.messages.append((asked.partner_id, Withdraw(asked.ask_id)))
+        self._withdraw_rest(asked, out)
+        asked.handle(RoundEvent.DROPPED)
+        self._forget(asked)
+
+    def _forget(self, asked: Round) -> None:
+        del self.rounds[asked.request_id]
+        self._failures.pop(asked.request_id, None)
+
+    def _withdraw_rest(self, asked: Round, out: Outbox) -> None:
+        out.messages += [(bidder, Withdraw(asked.ask_id)) for bidder in (*asked.pending, *asked.bids)]
+        asked.pending.clear()
+        asked.bids.clear()

@@ -1,0 +1,220 @@
+"""
+The bid-ask protocol as a transition table: one round, seen by the asker and by each bidder.
+
+Theory of operation. Who has a request to give away opens a round: it sends an `Ask` to a few candidates (ASKING). Each candidate
+that has room holds it back for a moment and sends a `Bid` (OFFERING), the others a `Decline`. When all have answered, or time is
+up, the asker awards the best bid (AWARDING), or rests for a while that grows with every failure (RESTING). The bidder looks again, keeps
+the place and accepts (KEEPING), or declines because the place has gone meanwhile; then the asker awards the next best bid. With the
+`Accept` in hand the asker starts the migration (MOVING), the bidder sees it come (RECEIVING), and `core/migration.py` takes over.
+The request decodes on at the asker all the time; a full or deaf stage costs it nothing but messages.
+
+Losses. Every state that waits for a message has a time limit. A lost `Ask` or `Bid` is a bid less. A lost `Award` or `Accept`: the
+asker withdraws and awards the next; the bidder's place falls free at the `Withdraw` or when its time is up, which is later than the
+asker's (`BidAskSettings`), so no migration starts to a place that is gone. Late messages name a round that is over or a state that
+does not want them: the agent (`agent.py`) answers with `Withdraw` where somebody might be holding a place, and drops the rest.
+
+`TRANSITIONS` is the whole protocol. Conditions (is it the last answer? is there still room?) are in the events' names, so the table is
+a plain map. The diagram in `docs/protocols/bidask.md` is generated from it (`python docs/protocols/draw_bidask.py`), and a test keeps
+the two alike. Source: arXiv 2512.19179, section on decentralised load balance; the ask-bid-award order is the contract net's
+(Smith 1980).
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final
+
+from cascadeinfer.core.balance.messages import BalanceMessage, Bid
+from cascadeinfer.core.effects import MigrationReason
+from cascadeinfer.core.errors import InvalidTransition
+from cascadeinfer.core.types import InstanceId, RequestId
+
+NEVER: Final = float("inf")
+
+
+class State(enum.Enum):
+    """Where a round is, for one of its parties."""
+
+    NEW = "new"
+    ASKING = "asking"
+    """Asker: asks are out."""
+    AWARDING = "awarding"
+    """Asker: the best bidder has been told."""
+    MOVING = "moving"
+    """Asker: the migration is under way."""
+    RESTING = "resting"
+    """Asker: it came to nothing; the request is not offered again for a while."""
+    OFFERING = "offering"
+    """Bidder: a bid is out and its room held back."""
+    KEEPING = "keeping"
+    """Bidder: the award is accepted and a place kept."""
+    RECEIVING = "receiving"
+    """Bidder: the migration is under way."""
+    CLOSED = "closed"
+
+
+class RoundEvent(enum.Enum):
+    """What can happen in a round."""
+
+    OPENED = "opened"
+    """Asker: the asks have been sent."""
+    BID_CAME = "bid_came"
+    DECLINE_CAME = "decline_came"
+    WON = "won"
+    """Asker: the bidding is over and the best bid awarded."""
+    NO_BID = "no_bid"
+    """Asker: the bidding is over and no (more) bid is worth an award."""
+    TURNED_DOWN = "turned_down"
+    """Asker: the awarded bidder has declined."""
+    UNANSWERED = "unanswered"
+    """Asker: the awarded bidder has not answered in time."""
+    ACCEPTED = "accepted"
+    MOVED = "moved"
+    STAYED = "stayed"
+    """Asker: the migration ended where it began."""
+    RESTED = "rested"
+    DROPPED = "dropped"
+    """Asker: the request has ended, was lost, or need not move any more."""
+    ASKED = "asked"
+    """Bidder: an ask came and the bid has been sent."""
+    AWARDED = "awarded"
+    """Bidder: the award came and there is still room."""
+    ROOM_GONE = "room_gone"
+    """Bidder: the award came too late."""
+    WITHDRAWN = "withdrawn"
+    EXPIRED = "expired"
+    """Bidder: nothing came in time."""
+    BEGAN = "began"
+    """Bidder: the migration has begun."""
+    ENDED = "ended"
+    """Bidder: the migration is over, one way or another."""
+
+
+TRANSITIONS: Final[dict[tuple[State, RoundEvent], State]] = {
+    (State.NEW, RoundEvent.OPENED): State.ASKING,
+    (State.ASKING, RoundEvent.BID_CAME): State.ASKING,
+    (State.ASKING, RoundEvent.DECLINE_CAME): State.ASKING,
+    (State.ASKING, RoundEvent.WON): State.AWARDING,
+    (State.ASKING, RoundEvent.NO_BID): State.RESTING,
+    (State.ASKING, RoundEvent.DROPPED): State.CLOSED,
+    (State.AWARDING, RoundEvent.TURNED_DOWN): State.ASKING,
+    (State.AWARDING, RoundEvent.UNANSWERED): State.ASKING,
+    (State.AWARDING, RoundEvent.ACCEPTED): State.MOVING,
+    (State.AWARDING, RoundEvent.DROPPED): State.CLOSED,
+    (State.MOVING, RoundEvent.MOVED): State.CLOSED,
+    (State.MOVING, RoundEvent.STAYED): State.RESTING,
+    (State.MOVING, RoundEvent.DROPPED): State.CLOSED,
+    (State.RESTING, RoundEvent.RESTED): State.CLOSED,
+    (State.RESTING, RoundEvent.DROPPED): State.CLOSED,
+    (State.NEW, RoundEvent.ASKED): State.OFFERING,
+    (State.OFFERING, RoundEvent.AWARDED): State.KEEPING,
+    (State.OFFERING, RoundEvent.ROOM_GONE): State.CLOSED,
+    (State.OFFERING, RoundEvent.WITHDRAWN): State.CLOSED,
+    (State.OFFERING, RoundEvent.EXPIRED): State.CLOSED,
+    (State.KEEPING, RoundEvent.WITHDRAWN): State.CLOSED,
+    (State.KEEPING, RoundEvent.EXPIRED): State.CLOSED,
+    (State.KEEPING, RoundEvent.BEGAN): State.RECEIVING,
+    (State.RECEIVING, RoundEvent.ENDED): State.CLOSED,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BidAskSettings:
+    """
+    Numbers of the protocol.
+
+    Attributes:
+        max_migrations: Per instance, both directions together. Paper: 3; more at once slows decoding on both sides.
+        fan_out: Candidates asked per round.
+        bid_wait_s: How long the asker waits for bids; a round closes earlier when all have answered.
+        award_wait_s: How long it waits for the accept.
+        offer_life_s: How long a bidder holds room back for a bid; covers the asker's wait and a turned down award.
+        keep_life_s: How long it keeps an awarded place. Longer than `award_wait_s`, so that no migration starts to a place that is gone.
+        rest_s: First pause after a failure; doubles up to `rest_s_max`.
+        advert_interval_s: Between two adverts of one instance.
+        advert_fan_out: Peers that each goes to, taking turns.
+        heard_life_s: How long a load heard of counts.
+        imbalance_load: Difference from the peers' mean from which an instance is overloaded.
+        imbalance_share: The same as a share of that mean; both must be exceeded.
+        headroom_blocks: Blocks a bidder keeps free, beside one per request: requests grow.
+        room_slack_tokens: Growth of a request while it moves; shells ask its target for so much more room.
+    """
+
+    max_migrations: int = 3
+    fan_out: int = 3
+    bid_wait_s: float = 0.1
+    award_wait_s: float = 0.2
+    offer_life_s: float = 0.6
+    keep_life_s: float = 0.5
+    rest_s: float = 0.25
+    rest_s_max: float = 8.0
+    advert_interval_s: float = 1.0
+    advert_fan_out: int = 2
+    heard_life_s: float = 4.0
+    imbalance_load: float = 0.1
+    imbalance_share: float = 0.25
+    headroom_blocks: int = 8
+    room_slack_tokens: int = 64
+
+
+@dataclass(slots=True, eq=False)
+class Round:
+    """
+    One round, as one of its parties keeps it.
+
+    Attributes:
+        ask_id: Its name; the asker's choice, unique.
+        partner_id: Asker: the awarded bidder, once there is one. Bidder: the asker.
+        deadline_s: When this state's time is up; infinite without a limit.
+        pending: Asker: candidates that have not answered, in order of asking.
+        bids: Asker: bids that have come and were not turned down.
+    """
+
+    ask_id: str
+    request_id: RequestId
+    length_tokens: int
+    reason: MigrationReason
+    partner_id: InstanceId | None = None
+    deadline_s: float = NEVER
+    pending: dict[InstanceId, None] = field(default_factory=dict)
+    bids: dict[InstanceId, Bid] = field(default_factory=dict)
+    state: State = State.NEW
+
+    def handle(self, event: RoundEvent) -> None:
+        """
+        Follow one event.
+
+        Raises:
+            InvalidTransition: The table does not allow it in this state; nothing has changed.
+        """
+        after = TRANSITIONS.get((self.state, event))
+        if after is None:
+            raise InvalidTransition(
+                f"round {self.ask_id} of request {self.request_id}", state=self.state.value, event=event.value
+            )
+        self.state = after
+
+    def best_bid(self) -> tuple[InstanceId, Bid] | None:
+        """The lowest load; then the fewest migrations, the most free blocks, the smallest id."""
+        if not self.bids:
+            return None
+        return min(
+            self.bids.items(), key=lambda item: (item[1].load, item[1].migrations, -item[1].free_blocks, item[0])
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A migration to start; `ask_id` names the round it comes from."""
+
+    ask_id: str
+    request_id: RequestId
+    target_id: InstanceId
+    reason: MigrationReason
+
+
+@dataclass(slots=True)
+class Outbox:
+    """What an agent wants done: messages to send (with their recipients), migrations to start."""
+
+    messages: list[tuple[InstanceId, BalanceMessage]] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)

@@ -1,0 +1,137 @@
+"""
+The bidder's side of an instance's agent: what it offers to take, and the places it keeps.
+
+A bid holds its room back until it is awarded, withdrawn or too old, and every later bid counts what is held back: two askers do not
+win one place. The award looks again, because requests have grown and arrived meanwhile. See `bidask.py`.
+"""
+
+from collections.abc import Callable
+
+from cascadeinfer.core.balance.bidask import NEVER, BidAskSettings, Outbox, Round, RoundEvent, State
+from cascadeinfer.core.balance.messages import Accept, Ask, Award, Bid, Decline, Withdraw
+from cascadeinfer.core.effects import MigrationReason
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.core.view import InstanceView
+
+
+class Bidder:
+    """
+    One instance as bidder.
+
+    Attributes:
+        offers: Rounds that are not closed, by ask id.
+    """
+
+    def __init__(self, own: InstanceView, settings: BidAskSettings, slots_taken: Callable[[], int]) -> None:
+        """
+        Args:
+            own: The instance.
+            settings: Numbers of the protocol.
+            slots_taken: Migrations, kept places and awards under way of this instance.
+        """
+        self.offers: dict[str, Round] = {}
+        self._own = own
+        self._settings = settings
+        self._slots_taken = slots_taken
+
+    @property
+    def kept(self) -> int:
+        """Places kept for migrations that have not begun."""
+        return sum(offer.state is State.KEEPING for offer in self.offers.values()) if self.offers else 0
+
+    def take_ask(self, sender_id: InstanceId, ask: Ask, now_s: float, out: Outbox) -> None:
+        """Bid or decline."""
+        if ask.ask_id in self.offers:
+            return  # said twice
+        refusal = self._refusal(ask.length_tokens)
+        load = self._load_with(ask.length_tokens)
+        if refusal is None and ask.reason == MigrationReason.REBALANCE.value and load >= ask.load:
+            refusal = "no_gain"
+        if refusal is not None:
+            out.messages.append((sender_id, Decline(ask.ask_id, refusal)))
+            return
+        bid = Bid(ask.ask_id, load, self._free_blocks(), self._own.migrations)
+        offer = Round(ask.ask_id, ask.request_id, ask.length_tokens, MigrationReason(ask.reason), sender_id)
+        offer.handle(RoundEvent.ASKED)
+        offer.deadline_s = now_s + self._settings.offer_life_s
+        self.offers[ask.ask_id] = offer
+        out.messages.append((sender_id, bid))
+
+    def take_award(self, sender_id: InstanceId, award: Award, now_s: float, out: Outbox) -> None:
+        """Keep the place if it is still there."""
+        offer = self.offers.get(award.ask_id)
+        if offer is None:
+            out.messages.append((sender_id, Decline(award.ask_id, "expired")))
+            return
+        if offer.state is not State.OFFERING or offer.partner_id != sender_id:
+            return  # said twice
+        del self.offers[award.ask_id]  # its own room is not in its way
+        refusal = self._refusal(award.length_tokens)
+        if refusal is not None:
+            offer.handle(RoundEvent.ROOM_GONE)
+            out.messages.append((sender_id, Decline(award.ask_id, refusal)))
+            return
+        self.offers[award.ask_id] = offer
+        offer.handle(RoundEvent.AWARDED)
+        offer.deadline_s = now_s + self._settings.keep_life_s
+        out.messages.append((sender_id, Accept(award.ask_id)))
+
+    def take_withdraw(self, sender_id: InstanceId, message: Withdraw) -> None:
+        """Let the place go, unless the migration has begun."""
+        offer = self.offers.get(message.ask_id)
+        if offer is not None and offer.partner_id == sender_id and offer.state is not State.RECEIVING:
+            self._close(offer, RoundEvent.WITHDRAWN)
+
+    def move_began(self, ask_id: str) -> None:
+        """A migration towards this instance has begun."""
+        offer = self.offers.get(ask_id)
+        if offer is not None and offer.state is State.KEEPING:
+            offer.handle(RoundEvent.BEGAN)
+            offer.deadline_s = NEVER
+
+    def move_ended(self, ask_id: str) -> None:
+        """A migration towards this instance is over, one way or another."""
+        offer = self.offers.get(ask_id)
+        if offer is not None and offer.state is State.RECEIVING:
+            self._close(offer, RoundEvent.ENDED)
+
+    def wake(self, now_s: float) -> None:
+        """Let go what nobody came for in time."""
+        for offer in [o for o in self.offers.values() if o.deadline_s <= now_s]:
+            self._close(offer, RoundEvent.EXPIRED)
+
+    def next_wake_s(self) -> float:
+        """The earliest deadline; infinite when there is none."""
+        return min([o.deadline_s for o in self.offers.values()], default=NEVER)
+
+    def _close(self, offer: Round, event: RoundEvent) -> None:
+        offer.handle(event)
+        del self.offers[offer.ask_id]
+
+    def _refusal(self, length_tokens: int) -> str | None:
+        """Why this instance takes no request of this length now, or None."""
+        own = self._own
+        if own.draining:
+            return "draining"
+        if self._slots_taken() >= self._settings.max_migrations:
+            return "busy"
+        if own.committed_requests + len(self._held()) >= own.capacity.max_num_seqs:
+            return "no_slot"
+        needed = own.capacity.blocks_for(length_tokens + self._settings.room_slack_tokens)
+        headroom = self._settings.headroom_blocks + own.committed_requests
+        return "no_blocks" if self._free_blocks() - headroom < needed else None
+
+    def _held(self) -> list[int]:
+        """Lengths of the requests that room is held back for."""
+        return [o.length_tokens for o in self.offers.values() if o.state is not State.RECEIVING]
+
+    def _free_blocks(self) -> int:
+        return self._own.free_blocks() - sum(map(self._own.capacity.blocks_for, self._held()))
+
+    def _load_with(self, length_tokens: int) -> float:
+        """The load after taking a request of this length and all that is held back."""
+        own = self._own
+        held = self._held()
+        tokens = own.committed_kv_tokens + length_tokens + sum(held)
+        requests = own.committed_requests + 1 + len(held)
+        return max(tokens / own.capacity.kv_tokens, requests / own.capacity.max_num_seqs)

@@ -1,0 +1,341 @@
+"""
+CascadeInfer: length stages that plan themselves, hand-over by bid-ask, boundaries that follow the workload.
+
+What happens to a request: it is dispatched to the stage of its prompt length, the least loaded instance inside (`core/dispatch.py`);
+when nobody there has room, to the nearest stage with room, the longer one first. As it grows its instance's agent hands it over to the
+next stage (`core/balance`), or moves it inside the stage when the instance is overloaded, or anywhere when it drains. Every `RefineSettings.interval_s`
+neighbouring stages move their boundary; every `PlanSettings.interval_s` the planner looks for a better layout. With one stage this is
+least-loaded dispatch and nothing else but rebalancing.
+
+When the layout changes nothing is moved at once: requests that are now too long for their instance's stage are handed over like all
+others, at most `max_migrations` per instance at a time; those that are too short stay.
+
+Overload: with `max_queued` set, requests that fit nowhere wait here, at most so many; more are refused with `retry_after_s`. Without it
+the engines queue, as with every other policy.
+
+Inputs read: reports, messages, the cost model when there is one. Source: arXiv 2512.19179. Options for ablations: `refine`, `rebalance`,
+`replan`, `migrate`.
+"""
+
+from heapq import heappop, heappush
+
+from cascadeinfer.core.balance.agent import Agent
+from cascadeinfer.core.balance.bidask import NEVER, BidAskSettings, Outbox
+from cascadeinfer.core.balance.handover import HandoverRules
+from cascadeinfer.core.balance.refine import BoundaryRefiner, RefineSettings, StageObservation
+from cascadeinfer.core.balance.roster import Roster
+from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.dispatch import least_loaded, pick_with_room
+from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.events import (
+    Event,
+    InstanceDraining,
+    InstanceJoined,
+    InstanceLost,
+    InstanceReported,
+    MessageReceived,
+    MigrationEnded,
+    RequestArrived,
+    RequestFinished,
+    TimerFired,
+)
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.policies.replanning import ModelPlanner, Planner, PlanSettings, Replanner
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
+
+
+class Cascade:
+    """The whole system as one policy. See the module header."""
+
+    def __init__(
+        self,
+        *,
+        layout: StageLayout | None = None,
+        step_model: StepModel | None = None,
+        planner: Planner | None = None,
+        refine: bool = True,
+        rebalance: bool = True,
+        replan: bool = True,
+        migrate: bool = True,
+        max_queued: int | None = None,
+        retry_after_s: float = 1.0,
+        balance: BidAskSettings | None = None,
+        handover: HandoverRules | None = None,
+        refinement: RefineSettings | None = None,
+        planning: PlanSettings | None = None,
+    ) -> None:
+        """
+        Args:
+            layout: Stages to start with; None: one.
+            step_model: Cost of a step, for planning and refinement. Without it there is no planning (unless `planner` is given), and
+                boundaries balance load.
+            planner: Instead of the one that `step_model` gives.
+            refine: Whether boundaries move between plans.
+            rebalance: Whether overloaded instances move requests to stage peers.
+            replan: Whether to plan at run time.
+            migrate: Whether requests move at all.
+            max_queued: Most requests that wait here for room; None: they do not wait here.
+            retry_after_s: Told to refused clients.
+            balance: Numbers of the bid-ask protocol.
+            handover: When a request is handed over.
+            refinement: How boundaries move.
+            planning: When and how to plan.
+        """
+        self.view = ClusterView()
+        self.roster = Roster(layout)
+        self.agents: dict[InstanceId, Agent] = {}
+        self._members: list[list[InstanceView]] = []
+        self._rebalance = rebalance
+        self._migrate = migrate
+        self._max_queued = max_queued
+        self._retry_after_s = retry_after_s
+        self._balance = balance or BidAskSettings()
+        self._handover = handover or HandoverRules()
+        self._refinement = refinement or RefineSettings()
+        self._refines = refine
+        self._model = step_model
+        self._refiners: dict[int, BoundaryRefiner] = {}
+        self._next_refine_s = 0.0
+        planning = planning or PlanSettings()
+        if planner is None and step_model is not None:
+            planner = ModelPlanner(step_model, planning)
+        self._replanner = Replanner(planner, planning) if replan and planner is not None else None
+        self._incarnations: dict[InstanceId, int] = {}
+        self._wakes: list[tuple[float, InstanceId]] = []
+        self._wake_of: dict[InstanceId, float] = {}
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:  # noqa: C901 - one arm per event
+        """See `Policy.handle`."""
+        effects: list[Effect] = []
+        match event:
+            case InstanceReported():
+                self.view.apply(event)
+                self._review(event.instance_id, event.cause, now_s, effects)
+                self._adapt(event.cause, now_s, effects)
+                if self._max_queued is not None and self.view.waits():
+                    self._place_waiting(event.cause, effects)
+            case MessageReceived():
+                agent = self.agents.get(event.recipient_id)
+                if agent is not None and event.sender_id in self.view.instances:
+                    out = Outbox()
+                    agent.receive(event.sender_id, event.message, now_s, out)
+                    self._carry_out(event.recipient_id, agent, out, event.cause, effects)
+            case TimerFired():
+                self._wake(event.cause, now_s, effects)
+            case RequestArrived():
+                self.view.apply(event)
+                if self._replanner is not None:
+                    self._replanner.note_arrival(now_s)
+                self._place_waiting(event.cause, effects)
+                self._refuse(event, effects)
+            case RequestFinished():
+                self._finish(event, effects)
+            case MigrationEnded():
+                self.view.apply(event)
+                for instance_id in (event.source_id, event.target_id):
+                    if (agent := self.agents.get(instance_id)) is not None:
+                        agent.move_ended(event.migration_id, event.outcome, now_s)
+                        self._schedule(instance_id, agent)
+            case InstanceJoined() | InstanceDraining() | InstanceLost():
+                self.view.apply(event)
+                self._follow_membership(event, now_s, effects)
+        return effects
+
+    def next_timer_s(self) -> float | None:
+        """See `Policy.next_timer_s`."""
+        while self._wakes and self._wake_of.get(self._wakes[0][1]) != self._wakes[0][0]:
+            heappop(self._wakes)
+        return self._wakes[0][0] if self._wakes else None
+
+    # --- placing --------------------------------------------------------------------------------------------------------
+
+    def _place_waiting(self, cause: str, effects: list[Effect]) -> None:
+        """Dispatch what waits, in order of arrival; a request that fits nowhere holds up only those of its stage."""
+        if not self.view.waits() or not self._members:
+            return
+        stuck: set[int] = set()
+        for request in self.view.unplaced():
+            home = self._home(request)
+            if home in stuck:
+                continue
+            chosen = self._choose(request, home)
+            if chosen is None:
+                stuck.add(home)
+                if len(stuck) == len(self._members):
+                    return
+                continue
+            placed = Dispatch(cause, request.request_id, chosen.instance_id)
+            self.view.carry_out([placed])
+            effects.append(placed)
+
+    def _home(self, request: RequestView) -> int:
+        layout = self.roster.layout
+        assert layout is not None
+        return 0 if len(self._members) == 1 else layout.stage_index_of(request.tokens)
+
+    def _choose(self, request: RequestView, home: int) -> InstanceView | None:
+        members = self._members
+        tokens = request.tokens
+        n = len(members)
+        for distance in range(n):
+            for index in (home + distance, home - distance)[: 2 if distance else 1]:
+                if 0 <= index < n and (chosen := pick_with_room(members[index], tokens)) is not None:
+                    return chosen
+        return least_loaded(members[home]) if self._max_queued is None else None
+
+    def _refuse(self, event: RequestArrived, effects: list[Effect]) -> None:
+        """A request that could not be placed, with too many before it, is refused."""
+        request = self.view.requests[event.request_id]
+        if self._max_queued is None or request.place is not None or self.view.waits() <= self._max_queued:
+            return
+        refused = Reject(event.cause, event.request_id, "queue_full", self._retry_after_s)
+        self.view.carry_out([refused])
+        effects.append(refused)
+
+    def _finish(self, event: RequestFinished, effects: list[Effect]) -> None:
+        request = self.view.requests.get(event.request_id)
+        if request is None:
+            return
+        if self._replanner is not None:
+            self._replanner.note_finished(request.prompt_tokens, event.output_tokens)
+        place = request.place
+        self.view.apply(event)
+        if place is not None and (agent := self.agents.get(place.instance_id)) is not None:
+            out = Outbox()
+            agent.request_left(event.request_id, out)
+            self._carry_out(place.instance_id, agent, out, event.cause, effects)
+        if self._max_queued is not None:
+            self._place_waiting(event.cause, effects)
+
+    # --- agents ---------------------------------------------------------------------------------------------------------
+
+    def _review(self, instance_id: InstanceId, cause: str, now_s: float, effects: list[Effect]) -> None:
+        agent = self.agents.get(instance_id)
+        if agent is not None and self._migrate:
+            out = Outbox()
+            agent.review(now_s, out)
+            self._carry_out(instance_id, agent, out, cause, effects)
+
+    def _wake(self, cause: str, now_s: float, effects: list[Effect]) -> None:
+        while (wake_s := self.next_timer_s()) is not None and wake_s <= now_s:
+            instance_id = self._wakes[0][1]
+            del self._wake_of[instance_id]
+            agent = self.agents[instance_id]
+            out = Outbox()
+            agent.wake(now_s, out)
+            self._carry_out(instance_id, agent, out, cause, effects)
+
+    def _carry_out(self, instance_id: InstanceId, agent: Agent, out: Outbox, cause: str, effects: list[Effect]) -> None:
+        """An agent's wishes as effects."""
+        for recipient_id, message in out.messages:
+            effects.append(SendMessage(cause, instance_id, recipient_id, message))
+        for move in out.moves:
+            started = StartMigration(cause, move.ask_id, move.request_id, instance_id, move.target_id, move.reason)
+            self.view.carry_out([started])
+            effects.append(started)
+            target = self.agents[move.target_id]
+            target.bidder.move_began(move.ask_id)
+        self._schedule(instance_id, agent)
+
+    def _schedule(self, instance_id: InstanceId, agent: Agent) -> None:
+        """See to it that the agent is woken in time; too early a wake-up does no harm."""
+        wake_s = agent.next_wake_s()
+        if wake_s < self._wake_of.get(instance_id, NEVER):
+            self._wake_of[instance_id] = wake_s
+            heappush(self._wakes, (wake_s, instance_id))
+
+    # --- the layout -----------------------------------------------------------------------------------------------------
+
+    def _follow_membership(
+        self, event: InstanceJoined | InstanceDraining | InstanceLost, now_s: float, effects: list[Effect]
+    ) -> None:
+        instance_id = event.instance_id
+        if isinstance(event, InstanceJoined):
+            number = self._incarnations.get(instance_id, 0) + 1
+            self._incarnations[instance_id] = number
+            self.agents[instance_id] = Agent(
+                self.view.instances[instance_id],
+                self.view.requests,
+                self.roster,
+                name=f"{instance_id}.{number}",
+                settings=self._balance,
+                rules=self._handover,
+                rebalance=self._rebalance,
+            )
+        elif isinstance(event, InstanceLost):
+            self.agents.pop(instance_id, None)
+            self._wake_of.pop(instance_id, None)
+        self._follow_roster(event.cause, effects)
+        self._place_waiting(event.cause, effects)
+        if isinstance(event, InstanceDraining):
+            self._review(instance_id, event.cause, now_s, effects)
+
+    def _follow_roster(self, cause: str, effects: list[Effect]) -> None:
+        """Bring the wanted layout into force with the instances that are there."""
+        available = self.view.available()
+        changed = self.roster.follow([instance.instance_id for instance in available])
+        layout = self.roster.layout
+        stages = () if layout is None else layout.stages
+        self._members = [[self.view.instances[i] for i in stage.instance_ids] for stage in stages]
+        if changed and layout is not None:
+            effects.append(PublishLayout(cause, layout))
+
+    def _adapt(self, cause: str, now_s: float, effects: list[Effect]) -> None:
+        """Plan anew, or move boundaries, when it is time."""
+        layout = self.roster.layout
+        if layout is None:
+            return
+        if self._replanner is not None and self._replanner.is_due(now_s):
+            ranked = [
+                instance.instance_id for members in self._members for instance in sorted(members, key=_mean_tokens)
+            ]
+            capacity = self._members[0][0].capacity
+            proposed = self._replanner.propose(layout, capacity, ranked, now_s)
+            if proposed is not None:
+                self.roster.adopt(proposed)
+                self._refiners.clear()
+                self._follow_roster(cause, effects)
+        elif self._refines and now_s >= self._next_refine_s:
+            self._next_refine_s = now_s + self._refinement.interval_s
+            if len(self._members) > 1:
+                self._refine(cause, effects)
+
+    def _refine(self, cause: str, effects: list[Effect]) -> None:
+        plan_stages = self.roster.plan_stage
+        seen = [_observe(members) for members in self._members]
+        moved = False
+        for stage, plan_stage in enumerate(plan_stages[:-1]):
+            boundaries = self.roster.boundaries_tokens
+            refiner = self._refiners.setdefault(plan_stage, BoundaryRefiner(self._refinement, self._model))
+            before = boundaries[plan_stage]
+            after = refiner.step(
+                before,
+                seen[stage],
+                seen[stage + 1],
+                below_tokens=boundaries[plan_stage - 1] if plan_stage else 0,
+                above_tokens=boundaries[plan_stage + 1] if plan_stage + 1 < len(boundaries) else None,
+            )
+            if after != before:
+                self.roster.move_boundary(plan_stage, after)
+                moved = True
+        if moved:
+            self._follow_roster(cause, effects)
+
+
+def _observe(members: list[InstanceView]) -> StageObservation:
+    """Averages over a stage's instances."""
+    n = len(members)
+    steps = [member.step_s for member in members if member.step_s > 0.0]
+    return StageObservation(
+        requests=sum(len(member.request_ids) for member in members) / n,
+        kv_tokens=sum(member.kv_tokens for member in members) / n,
+        longest_tokens=sum(max(member.request_ids.values(), default=0) for member in members) / n,
+        step_s=sum(steps) / len(steps) if steps else 0.0,
+        load=sum(member.load for member in members) / n,
+    )
+
+
+def _mean_tokens(instance: InstanceView) -> tuple[float, InstanceId]:
+    """Mean length of the requests there; then the id."""
+    return instance.kv_tokens / max(1, len(instance.request_ids)), instance.instance_id

@@ -1,0 +1,196 @@
+"""
+When to plan anew, from what, and whether to take the new plan.
+
+The workload is what has finished (lengths) and arrived (rate) of late; the past fades with `memory_s` as time constant. Every
+`interval_s` the planner is asked; its plan is taken when it gains `margin` over the layout in force, predicted by the same model on
+the same workload (hysteresis: a plan that is as good as the one in force changes nothing). When the demand is above every layout's
+capacity, the plan is made for what could be served.
+
+Requests that run for long have not finished when the first plans are made, so early plans see too many short ones; the next
+plans mend that.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.errors import PlanError
+from cascadeinfer.core.plan.histogram import HistogramBuilder, LengthHistogram
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
+from cascadeinfer.core.plan.planner import Plan, predict, solve
+from cascadeinfer.core.plan.problem import DEFAULT_MARGIN, DEFAULT_MAX_STAGES, HandOverCost, PlanProblem, ServiceFloor
+from cascadeinfer.core.types import InstanceCapacity, InstanceId
+
+Planner = Callable[[LengthHistogram, InstanceCapacity, float, int, StageLayout], StageLayout | None]
+"""(workload, capacity of an instance, requests per second, instances, layout in force) -> a better layout, or None. The names in the
+result count only by their number: `Replanner` deals out the instances."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings:
+    """
+    Numbers of the online planning.
+
+    Attributes:
+        interval_s: Between two plans.
+        memory_s: Time constant with which the past fades.
+        min_requests: Fewest finished requests to plan from.
+        margin: What a new plan must gain over the layout in force, and several stages over one.
+        overload_share: Share of the capacity to plan for when the demand is above it.
+        objective: What to minimise.
+        hand_over: Price of a hand-over.
+        floor: Limits that every stage has to keep.
+        max_stages: Most stages.
+        max_tokens: Longest sequence.
+    """
+
+    interval_s: float = 30.0
+    memory_s: float = 300.0
+    min_requests: int = 200
+    margin: float = DEFAULT_MARGIN
+    overload_share: float = 0.9
+    objective: Objective = field(default_factory=MeanNormalizedLatency)
+    hand_over: HandOverCost = field(default_factory=HandOverCost)
+    floor: ServiceFloor = field(default_factory=ServiceFloor)
+    max_stages: int = DEFAULT_MAX_STAGES
+    max_tokens: int = 131_072
+
+
+class ModelPlanner:
+    """The planner of `core/plan` on a cost model, with hysteresis; a `Planner`."""
+
+    def __init__(self, model: StepModel, settings: PlanSettings) -> None:
+        self._model = model
+        self._settings = settings
+
+    def __call__(
+        self,
+        workload: LengthHistogram,
+        capacity: InstanceCapacity,
+        rate_per_s: float,
+        n_instances: int,
+        current: StageLayout,
+    ) -> StageLayout | None:
+        """See `Planner`."""
+        settings = self._settings
+        problem = PlanProblem(
+            workload,
+            self._model,
+            capacity,
+            rate_per_s,
+            n_instances,
+            objective=settings.objective,
+            margin=settings.margin,
+            hand_over=settings.hand_over,
+            floor=settings.floor,
+            max_stages=settings.max_stages,
+        )
+        try:
+            best = solve(problem)
+        except PlanError as error:
+            if not error.capacity_per_s:
+                return None  # not even the least demand can be served within the floor: no layout is better than this
+            problem = problem.with_rate(settings.overload_share * error.capacity_per_s)
+            best = solve(problem)
+        instances = tuple(len(stage.instance_ids) for stage in current.stages)
+        if (best.boundaries_tokens, best.instances) == (current.boundaries_tokens, instances):
+            return None
+        if settings.objective.gain(self._cost_of(problem, current, instances), best.cost) < settings.margin:
+            return None
+        return layout_of(best)
+
+    @staticmethod
+    def _cost_of(problem: PlanProblem, current: StageLayout, instances: tuple[int, ...]) -> float:
+        try:
+            return predict(problem, current.boundaries_tokens, instances).cost
+        except PlanError:
+            return float("inf")  # boundaries so near to one another that the workload's buckets do not tell them apart
+
+
+def layout_of(plan: Plan) -> StageLayout:
+    """A plan as a layout of numbered places."""
+    width = len(str(sum(plan.instances)))
+    return plan.layout(tuple(f"{place:0{width}d}" for place in range(sum(plan.instances))))
+
+
+class Replanner:
+    """The online workload and the clock of the planning."""
+
+    def __init__(self, planner: Planner, settings: PlanSettings) -> None:
+        """
+        Args:
+            planner: Makes the plans.
+            settings: When, and from what.
+        """
+        self._planner = planner
+        self._settings = settings
+        self._builder = HistogramBuilder(max_tokens=settings.max_tokens)
+        self._finished: list[tuple[int, int]] = []
+        self._arrivals = 0.0
+        self._watched_s = 0.0
+        self._since_s: float | None = None
+        self._next_s = 0.0
+
+    def note_arrival(self, now_s: float) -> None:
+        """A request came."""
+        if self._since_s is None:
+            self._since_s = now_s
+            self._next_s = now_s + self._settings.interval_s
+        self._arrivals += 1.0
+
+    def note_finished(self, prompt_tokens: int, output_tokens: int) -> None:
+        """A request ended; one without output, or longer than the workload's limit, is no length to plan for."""
+        if output_tokens >= 1 and prompt_tokens + output_tokens < self._settings.max_tokens:
+            self._finished.append((prompt_tokens, output_tokens))
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether `propose` should be called."""
+        return self._since_s is not None and now_s >= self._next_s
+
+    def propose(
+        self, current: StageLayout, capacity: InstanceCapacity, ranked_ids: Sequence[InstanceId], now_s: float
+    ) -> StageLayout | None:
+        """
+        Ask the planner.
+
+        Args:
+            current: Layout in force.
+            capacity: Of each instance.
+            ranked_ids: The instances in the order in which stages are dealt out, shortest stage first.
+            now_s: The time.
+
+        Returns:
+            A layout that is better by the margin, or None.
+        """
+        assert self._since_s is not None
+        settings = self._settings
+        span_s = now_s - self._since_s
+        self._since_s, self._next_s = now_s, now_s + settings.interval_s
+        self._watched_s += span_s
+        if self._finished:
+            prompts, outputs = zip(*self._finished, strict=True)
+            self._builder.add_many(prompts, outputs)
+            self._finished.clear()
+        if self._builder.requests < settings.min_requests or self._watched_s <= 0.0:
+            return None
+        rate_per_s = self._arrivals / self._watched_s
+        proposed: StageLayout | None = None
+        if rate_per_s > 0.0:
+            proposed = self._planner(self._builder.snapshot(), capacity, rate_per_s, len(ranked_ids), current)
+        fade = max(0.0, 1.0 - settings.interval_s / settings.memory_s)
+        self._builder.decay(fade)
+        self._arrivals *= fade
+        self._watched_s *= fade
+        return None if proposed is None else _deal(proposed, ranked_ids)
+
+
+def _deal(layout: StageLayout, ranked_ids: Sequence[InstanceId]) -> StageLayout:
+    """The layout's groups, filled with these instances in their order."""
+    groups: list[tuple[InstanceId, ...]] = []
+    dealt = 0
+    for stage in layout.stages:
+        groups.append(tuple(ranked_ids[dealt : dealt + len(stage.instance_ids)]))
+        dealt += len(stage.instance_ids)
+    assert dealt == len(ranked_ids), f"a plan for {dealt} instances, not {len(ranked_ids)}"
+    return StageLayout.from_boundaries(layout.boundaries_tokens, tuple(groups))
