@@ -1,0 +1,204 @@
+"""
+What our engine client costs over vLLM's own: two instances behind `AsyncLLM`, ours against `data_parallel_size=2`, the same load.
+
+Three sides, so that one can see where a difference comes from:
+
+- `cascadeinfer`: our client and runtime, `round_robin`, our KV connector loaded, load reports on; no request moves.
+- `vllm_dp`: vLLM's data parallelism as one would run it, without a KV connector.
+- `vllm_dp_nixl`: the same with NIXL's own connector loaded and idle, which is what any live migration over NIXL has to pay in the engine.
+
+    python benchmarks/client_overhead.py [--rounds 3] [--requests 48] [--tokens 200] [--name client_overhead]
+
+Each round starts every side, each in a process of its own, in rotating order, so that a machine that gets busier or slower meets all.
+A process warms up, then gives several samples of the same load: requests as token ids, all at once, greedy, of fixed
+length, streamed through `AsyncLLM.generate` with detokenisation. Model, dtype, block size, blocks, eager execution and the cores of each
+engine are the same; statistics are on, as in a server.
+
+Two figures per sample: tokens per second over the wall (engines and client share the cores), and the CPU time of the client's process per
+token, which hardly depends on who else uses the machine. Ratios are ours over the other side's, sample by sample within a round.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import measuring
+
+measuring.quiet_environment()
+
+from vllm.config import KVTransferConfig  # noqa: E402 - after the environment is set
+from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
+from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
+from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
+
+from cascadeinfer.assemble import make_runtime, running_llm  # noqa: E402
+from cascadeinfer.cluster.local import LOOPBACK, free_port, split_cores  # noqa: E402
+from cascadeinfer.config.schema import ServeOptions  # noqa: E402
+from cascadeinfer.engines.vllm.launch import CPU_UCX_TRANSPORTS  # noqa: E402
+
+OURS = "cascadeinfer"
+OTHERS = ("vllm_dp", "vllm_dp_nixl")
+SIDES = (OURS, *OTHERS)
+N_INSTANCES = 2
+PROMPT_TOKENS = 64
+MAX_MODEL_TOKENS = 2048
+KV_BLOCKS = 2048
+MAX_NUM_SEQS = 64
+START_TIMEOUT_S = 900
+RESULT_MARK = "RESULT "
+
+
+@contextlib.asynccontextmanager
+async def running(side: str, folder: Path) -> AsyncIterator[Any]:
+    """An `AsyncLLM` over two engines of the tiny model, on either side's client."""
+    arguments = measuring.tiny_engine_args(folder, max_model_tokens=MAX_MODEL_TOKENS, kv_blocks=KV_BLOCKS)
+    arguments["max_num_seqs"] = MAX_NUM_SEQS
+    if side == OURS:
+        options = ServeOptions(instances=N_INSTANCES, policy="round_robin")
+        async with running_llm(make_runtime(AsyncEngineArgs(**arguments), options)) as llm:
+            yield llm
+        return
+    cores = split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0)))  # what ours gives each instance
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(cores)
+    if side == "vllm_dp_nixl":
+        arguments["kv_transfer_config"] = KVTransferConfig(
+            kv_connector="NixlConnector", kv_role="kv_both", kv_buffer_device="cpu"
+        )
+        os.environ |= {"UCX_TLS": CPU_UCX_TRANSPORTS, "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK}
+        os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(free_ports_in_a_row(N_INSTANCES))
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, data_parallel_size=N_INSTANCES))
+    try:
+        yield llm
+    finally:
+        llm.shutdown()
+
+
+def free_ports_in_a_row(n_ports: int) -> int:
+    """The first of some neighbouring free ports: vLLM adds the rank to the one it is given."""
+    while True:
+        first = free_port()
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
+            for port in range(first, first + n_ports):
+                stack.enter_context(socket.socket()).bind((LOOPBACK, port))
+            return first
+
+
+async def load(llm: Any, n_requests: int, n_tokens: int, rng: np.random.Generator, tag: str) -> dict[str, float]:
+    """One sample: all requests at once, all tokens streamed; tokens per second and client CPU per token."""
+    parameters = SamplingParams(
+        temperature=0, max_tokens=n_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+
+    async def one(number: int, prompt: list[int]) -> int:
+        return sum(
+            [
+                len(output.outputs[0].token_ids)
+                async for output in llm.generate({"prompt_token_ids": prompt}, parameters, f"{tag}-{number}")
+            ]
+        )
+
+    prompts = [measuring.random_prompt(rng, PROMPT_TOKENS) for _ in range(n_requests)]
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    n_out = sum(await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts))))
+    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+    assert n_out == n_requests * n_tokens, f"{n_out} tokens came"
+    return {"tokens_per_s": n_out / wall_s, "client_cpu_us_per_token": cpu_s / n_out * 1e6}
+
+
+async def sample_side(side: str, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Start a side, warm up, sample."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        async with running(side, Path(folder)) as llm:
+            await load(llm, options.requests, options.tokens, rng, "warm")
+            return [
+                await load(llm, options.requests, options.tokens, rng, f"sample{i}") for i in range(options.samples)
+            ]
+
+
+def run_in_own_process(side: str, options: argparse.Namespace) -> list[dict[str, float]]:
+    """One start of one side."""
+    command = [
+        sys.executable, __file__, "--side", side, "--samples", str(options.samples),
+        "--requests", str(options.requests), "--tokens", str(options.tokens),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT_MARK)]
+    if done.returncode != 0 or not lines:
+        sys.exit(f"{side} failed:\n{done.stdout}\n{done.stderr}")
+    samples: list[dict[str, float]] = json.loads(lines[-1].removeprefix(RESULT_MARK))
+    return samples
+
+
+def compare(rounds: list[dict[str, list[dict[str, float]]]]) -> dict[str, Any]:
+    """Per figure: each side, and per other side the ratio ours over it, sample by sample within a round."""
+    rng = np.random.default_rng(1)
+    figures: dict[str, Any] = {}
+    for figure in ("tokens_per_s", "client_cpu_us_per_token"):
+        values = {side: [sample[figure] for one in rounds for sample in one[side]] for side in SIDES}
+        figures[figure] = {side: measuring.median_with_spread(values[side], rng) for side in SIDES}
+        for other in OTHERS:
+            ratios = [ours / theirs for ours, theirs in zip(values[OURS], values[other], strict=True)]
+            figures[figure][f"over_{other}"] = measuring.median_with_spread(ratios, rng) | {
+                "per_round": [float(np.median(part)) for part in np.array_split(ratios, len(rounds))]
+            }
+    return figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    """A table on standard output."""
+    print("| figure | side | median | ours over it: median [95 %] | 10-90 % | per round |")
+    print("|---|---|---|---|---|---|")
+    for name, figure in figures.items():
+        print(f"| {name} | {OURS} | {figure[OURS]['median']:.1f} | | | |")
+        for other in OTHERS:
+            ratio = figure[f"over_{other}"]
+            print(
+                f"| {name} | {other} | {figure[other]['median']:.1f} "
+                f"| {ratio['median']:.3f} [{ratio['median_low']:.3f}, {ratio['median_high']:.3f}] "
+                f"| {ratio['p10']:.3f}-{ratio['p90']:.3f} | {', '.join(f'{r:.3f}' for r in ratio['per_round'])} |"
+            )
+
+
+def main() -> None:
+    """Parse; as the parent run the rounds, as a child one side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="starts of each side")
+    parser.add_argument("--samples", type=int, default=5, help="samples per start")
+    parser.add_argument("--requests", type=int, default=48, help="requests of a sample")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of each request")
+    parser.add_argument("--name", default="client_overhead", help="of the file of results")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side is not None:
+        print(RESULT_MARK + json.dumps(asyncio.run(sample_side(options.side, options))))
+        return
+    host = measuring.machine()
+    rounds = []
+    for number in range(options.rounds):
+        order = SIDES[number % len(SIDES) :] + SIDES[: number % len(SIDES)]
+        rounds.append({side: run_in_own_process(side, options) for side in order})
+        print(f"round {number + 1} of {options.rounds} done", file=sys.stderr)
+    figures = compare(rounds)
+    show(figures)
+    settings = {
+        "rounds": options.rounds, "samples": options.samples, "requests": options.requests, "tokens": options.tokens,
+        "prompt_tokens": PROMPT_TOKENS, "instances": N_INSTANCES, "max_num_seqs": MAX_NUM_SEQS,
+    }  # fmt: skip
+    print(measuring.write_results(options.name, host, settings, {"figures": figures, "rounds": rounds}))
+
+
+if __name__ == "__main__":
+    main()

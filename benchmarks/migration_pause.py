@@ -1,0 +1,185 @@
+"""
+How long a request pauses when it moves, against the time between its tokens: KV pull against recompute.
+
+    python benchmarks/migration_pause.py [--contexts 200,1000,4000] [--repetitions 15] [--name migration_pause]
+
+Two real vLLM instances with the tiny model, nothing else running. A repetition is one request: some tokens on the source, room reserved at
+the target, a cut, the rest at the target; with the ticket (the target pulls the KV cache) or without (it computes it anew). The two
+ways take turns, in random order within a pair, and so do the directions, so that both see the same machine. Every prompt is new, so that
+no prefix cache helps.
+
+The pause is the time from the source's last token to the target's first, as they arrive in the front end. The time between
+tokens is the median before the cut, of the same request. The runtime's own work (policy, streams) is not in it; it is microseconds.
+"""
+
+import argparse
+import asyncio
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import measuring
+
+measuring.quiet_environment()
+
+from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402 - after the environment is set
+from vllm.sampling_params import SamplingParams  # noqa: E402
+from vllm.v1.engine import EngineCoreRequest  # noqa: E402
+
+from cascadeinfer.engines.protocol import EngineRequest, KvTicket, Resume  # noqa: E402
+from cascadeinfer.engines.vllm.instance import VllmInstance  # noqa: E402
+from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories  # noqa: E402
+
+TOKENS_BEFORE = 24
+"""At the source, after which it is cut; enough for a median of the time between tokens."""
+TOKENS_AFTER = 8
+MAX_MODEL_TOKENS = 8192
+KV_BLOCKS = 512
+ROOM_SLACK_TOKENS = 64
+"""Room reserved beyond the length at the cut, as the runtime does."""
+WAYS = ("pull", "recompute")
+
+
+@dataclass(slots=True)
+class Run:
+    """One request's arrival times in seconds: at the source, at the target."""
+
+    request: EngineRequest
+    source_s: list[float]
+    target_s: list[float]
+    output: list[int]
+
+
+def request_of(request_id: str, prompt: list[int]) -> EngineRequest:
+    """A greedy request of exactly as many tokens as are measured."""
+    n_tokens = TOKENS_BEFORE + TOKENS_AFTER + 2  # the cut takes effect one or two tokens after it was asked for
+    sampling = SamplingParams(temperature=0, max_tokens=n_tokens, ignore_eos=True)
+    sampling.update_from_generation_config({}, None)
+    core = EngineCoreRequest(
+        request_id=request_id, prompt_token_ids=prompt, mm_features=None, sampling_params=sampling, pooling_params=None,
+        arrival_time=time.time(), lora_request=None, cache_salt=None, data_parallel_rank=None,
+    )  # fmt: skip
+    return EngineRequest(request_id, prompt, n_tokens, core)
+
+
+async def run_once(source: VllmInstance, target: VllmInstance, request_id: str, prompt: list[int], way: str) -> Run:
+    """One request that moves once, one of the two ways."""
+    run = Run(request_of(request_id, prompt), [], [], [])
+    await source.add(request_id, run.request)
+    ticket: KvTicket | None = None
+    while ticket is None:
+        for delta in (await source.next_outputs()).outputs:
+            run.source_s += [time.perf_counter()] * len(delta.new_token_ids)
+            run.output += delta.new_token_ids
+            if len(run.source_s) == TOKENS_BEFORE:
+                refused = await target.reserve(request_id, len(prompt) + len(run.output) + ROOM_SLACK_TOKENS)
+                refused = refused or await source.cut(request_id)
+                assert refused is None, refused
+            if delta.finish_reason is not None:
+                ticket = source.ticket_of(delta)
+                assert ticket is not None, "it ended before the cut"
+    if way == "recompute":
+        await source.release_pin(request_id)
+        ticket = None
+    moved_id = f"{request_id}~1"
+    await target.add(moved_id, run.request, Resume(run.output, ticket, request_id))
+    ended = False
+    while not ended:
+        for delta in (await target.next_outputs()).outputs:
+            run.target_s += [time.perf_counter()] * len(delta.new_token_ids)
+            ended |= delta.finish_reason is not None
+    return run
+
+
+async def measure(instances: list[VllmInstance], context: int, repetitions: int, seed: int) -> dict[str, Any]:
+    """All repetitions for one context length, both ways; times in seconds."""
+    rng = np.random.default_rng(seed)
+    pauses: dict[str, list[float]] = {way: [] for way in WAYS}
+    ratios: dict[str, list[float]] = {way: [] for way in WAYS}
+    gaps: list[float] = []
+    for repetition in range(-1, repetitions):  # the first pair warms up and is not counted
+        for turn, way in enumerate(rng.permutation(WAYS)):
+            source, target = instances if (repetition + turn) % 2 else reversed(instances)
+            pulls_before = (await target.report())[1].pulls
+            run = await run_once(
+                source, target, f"{context}-{repetition}-{way}", measuring.random_prompt(rng, context), str(way)
+            )
+            pulled = (await target.report())[1].pulls - pulls_before
+            assert pulled == (way == "pull"), f"{pulled} pulls in a run meant to {way}"
+            if repetition < 0:
+                continue
+            gap_s = float(np.median(np.diff(run.source_s)))
+            pause_s = run.target_s[0] - run.source_s[-1]
+            gaps.append(gap_s)
+            pauses[way].append(pause_s)
+            ratios[way].append(pause_s / gap_s)
+    return {
+        "context_tokens": context,
+        "gap_s": measuring.median_with_spread(gaps, rng),
+        **{f"{way}_pause_s": measuring.median_with_spread(pauses[way], rng) for way in WAYS},
+        **{f"{way}_over_gap": measuring.median_with_spread(ratios[way], rng) for way in WAYS},
+        "recompute_over_pull": measuring.median_with_spread(
+            [a / b for a, b in zip(pauses["recompute"], pauses["pull"], strict=True)], rng
+        ),
+    }
+
+
+async def run_all(contexts: list[int], repetitions: int) -> list[dict[str, Any]]:
+    """Start two instances, measure, stop them."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = measuring.tiny_engine_args(Path(folder), max_model_tokens=MAX_MODEL_TOKENS, kv_blocks=KV_BLOCKS)
+        factories = make_factories(AsyncEngineArgs(**arguments), ("0", "1"), KvTransferSettings(), log_stats=False)
+        instances = [make(0) for make in factories.values()]
+        try:
+            await asyncio.gather(*(instance.start() for instance in instances))
+            await instances[0].connect(instances[1:])
+            return [await measure(instances, context, repetitions, seed) for seed, context in enumerate(contexts)]
+        finally:
+            await asyncio.gather(*(instance.stop(5.0) for instance in instances))
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table on standard output: medians with their 95 % intervals."""
+
+    def cell(spread: dict[str, Any], scale: float, digits: int) -> str:
+        low, high = spread["median_low"] * scale, spread["median_high"] * scale
+        return f"{spread['median'] * scale:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    print("| context | gap ms | pull ms | recompute ms | pull / gap | recompute / gap | recompute / pull |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [
+            cell(row["gap_s"], 1e3, 1),
+            *(cell(row[f"{way}_pause_s"], 1e3, 0) for way in WAYS),
+            *(cell(row[f"{way}_over_gap"], 1.0, 1) for way in WAYS),
+            cell(row["recompute_over_pull"], 1.0, 1),
+        ]
+        print("|", row["context_tokens"], "|", " | ".join(cells), "|")
+
+
+def main() -> None:
+    """Parse, run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", default="200,1000,4000", help="prompt lengths in tokens")
+    parser.add_argument("--repetitions", type=int, default=15, help="pairs per context")
+    parser.add_argument("--name", default="migration_pause", help="of the file of results")
+    options = parser.parse_args()
+    contexts = [int(context) for context in options.contexts.split(",")]
+    host = measuring.machine()
+    rows = asyncio.run(run_all(contexts, options.repetitions))
+    show(rows)
+    settings = {
+        "tokens_before": TOKENS_BEFORE,
+        "repetitions": options.repetitions,
+        "kv_blocks": KV_BLOCKS,
+        "block_tokens": measuring.BLOCK_TOKENS,
+    }
+    print(measuring.write_results(options.name, host, settings, rows))
+
+
+if __name__ == "__main__":
+    main()

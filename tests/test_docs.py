@@ -1,0 +1,156 @@
+"""The documentation says what is so: generated pages are current, links lead somewhere, names are those of the code, commands parse."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cascadeinfer.core.effects import MigrationReason
+from cascadeinfer.core.events import MigrationOutcome, PinReason
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.engines.protocol import EngineRequest
+from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
+from cascadeinfer.runtime.streams import StreamTable
+from cascadeinfer.runtime.supervise import SupervisionTimes, Supervisor
+from cascadeinfer.runtime.view import InstanceState, snapshot
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def page(name: str) -> str:
+    """The text of a page below docs/."""
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_cli_page_is_what_the_generator_writes() -> None:
+    """docs/cli.md is current; `python docs/generate_cli.py` writes it anew."""
+    spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs" / "generate_cli.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert page("cli.md") == generator.render(), "run: .venv/bin/python docs/generate_cli.py"
+
+
+def anchors_of(text: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    """Each relative link names a file that exists, and its anchor a heading in it."""
+    for target in LINK.findall(path.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.exists(), f"{target} does not exist"
+        if anchor:
+            assert anchor in anchors_of(file.read_text(encoding="utf-8")), f"{target}: no such heading"
+
+
+def test_where_is_names_what_exists() -> None:
+    """Each path in the table of docs/architecture.md exists, and no package is left out of it."""
+    table = page("architecture.md").partition("## Where is ...?")[2].partition("Paths are below")[0]
+    named = re.findall(r"`([a-z_/]+(?:\.py|/))`", table)
+    package = ROOT / "src" / "cascadeinfer"
+    missing = [name for name in named if not (package / name).exists()]
+    assert len(named) > 30
+    assert not missing
+
+
+def metric_names() -> set[str]:
+    """Every metric the runtime exposes, as Prometheus sees it."""
+    gauges = [InstanceGauges("0", "0", True, 0, 0, 0.0, 0, 0, 0, 0)]
+    registry = CollectorRegistry()
+    RuntimeMetrics(registry, lambda: gauges)
+    families = list(registry.collect())
+    return {f.name + ("_total" if f.type == "counter" else "") for f in families}
+
+
+def test_metrics_page_has_every_metric_and_no_other() -> None:
+    """The runtime table of docs/metrics.md is the list of what `/metrics` exposes of ours."""
+    runtime = page("metrics.md").partition("## Runtime (Prometheus)")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(cascadeinfer_\w+)`", runtime, flags=re.MULTILINE)) == metric_names()
+    for value in [*MigrationOutcome, *MigrationReason]:
+        assert f"`{value.value}`" in runtime
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_metrics_named_anywhere_exist(path: Path) -> None:
+    """No page names a metric of ours that does not exist, series of histograms included."""
+    known = metric_names()
+    for name in re.findall(r"cascadeinfer_(?:instance|stage|migration|requests|pinned|recovered)\w*", path.read_text()):
+        assert re.sub(r"_(bucket|sum|count)$", "", name) in known, name
+
+
+def keys_of(value: Any) -> Iterator[str]:
+    """Every key in nested JSON, but for keys that are data."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield key
+            yield from () if key == "ended" else keys_of(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from keys_of(part)
+
+
+def test_operating_page_has_every_field_of_the_snapshot() -> None:
+    """Each field of `/admin/instances` is explained in docs/operating.md."""
+    streams = StreamTable()
+    streams.place(streams.open(EngineRequest("r", [1, 2], 3, None)), "0")
+    supervisor = Supervisor("0", lambda _: pytest.fail("started"), None, SupervisionTimes())  # type: ignore[arg-type]
+    shown = snapshot({"0": InstanceState("0")}, {"0": supervisor}, StageLayout.single(("0",)), streams, 0, {"moved": 1})
+    section = page("operating.md").partition("### The fields of")[2].partition("\n## ")[0]
+    explained = set(re.findall(r"[a-z_]+", " ".join(re.findall(r"`([^`]+)`", section))))
+    assert set(keys_of(shown)) <= explained
+
+
+def test_migration_page_has_every_pin_reason() -> None:
+    """The reasons in docs/migration.md are those of the code."""
+    table = page("migration.md").partition("## What pins a request")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == {reason.value for reason in PinReason}
+
+
+def commands_in(text: str) -> list[str]:
+    """Lines of the code blocks without a language that begin with a command of ours."""
+    commands = []
+    language: str | None = None
+    for line in text.splitlines():
+        if line.startswith("```"):
+            language = line.removeprefix("```") if language is None else None
+        elif language == "" and re.match(r"(\.venv/bin/)?cascadeinfer |make ", line):
+            commands.append(line.split("  #")[0].strip())
+    return commands
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PAGES if commands_in(p.read_text())], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_commands_in_the_pages_are_valid(path: Path) -> None:
+    """`make` lines name targets that exist, `cascadeinfer serve` lines parse with stages that fit their instances."""
+    for command in commands_in(path.read_text(encoding="utf-8")):
+        words = shlex.split(command)
+        if words[0] == "make":
+            subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        elif words[1] == "serve":
+            parsed_by_serve([word for word in words[2:] if word != "MODEL"])
+
+
+def parsed_by_serve(words: list[str]) -> None:
+    """Raises when `cascadeinfer serve` would not take these words."""
+    pytest.importorskip("vllm")
+    from cascadeinfer.cli.serve import parse
+    from cascadeinfer.config.schema import options_of
+
+    options_of(parse(["org/model", *words])).layout()
