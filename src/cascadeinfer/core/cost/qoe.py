@@ -1,15 +1,9 @@
 """
 Predicted service of one stage: a range of lengths, k instances, a request rate.
 
-The step time comes from the steady state (`steady_state.py`); what follows from it is here.
-
-Finite load, all calibrated against the simulator (docs/planning.md has the derivations and the error table):
-- waiting for prefill: M/G/1 (Pollaczek-Khinchine) of prefill work while decodes share each step; k instances lower it, by
-  evening out arrivals (Kingman) or, where waiting prompts are what load consists of, as one queue for k servers (Sakasegawa 1977);
-- prompts that fit into one step together finish together, so a prompt also waits for those behind it;
-- a request that has just started decoding is still among the prompts that came while it waited: `stall`;
-- with few requests per instance an arrival finds an idle one, so prefills hit decodes less often than their share;
-- KV cache and batch slots: Little's law gives what is in use, Sakasegawa's formula what arrivals wait when that is nearly all.
+The step time comes from the steady state (`steady_state.py`), waiting from the queues (`queues.py`); here they become the stage's
+part of an objective, a weighted sum of waits, steps, hand-overs and missed limits. docs/planning.md has the derivations and a table of
+errors against the simulator.
 
 Everything is compiled, pure, and O(1) in the number of requests.
 """
@@ -22,13 +16,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.latency import step_time_s
-from cascadeinfer.core.cost.steady_state import (
-    StageLoad,
-    decode_step_s,
-    meets_decode,
-    prefill_per_token_s,
-    solve_step_s,
-)
+from cascadeinfer.core.cost.queues import FEW, PrefillQueue, ServiceLimits, memory_wait_s, prefill_queue, surge
+from cascadeinfer.core.cost.steady_state import StageLoad, decode_step_s, prefill_per_token_s, solve_step_s
 
 DEMAND_ROWS: Final = 9
 """Rows of a stage table that hold the plain demand: `Column.STEPS` to `Column.LAST_STEPS` in order."""
@@ -51,23 +40,8 @@ W_ATTAIN_STEPS: Final = 16
 TABLE_ROWS: Final = 17
 """Rows of a stage table."""
 
-_FEW: Final = 1e-12
-"""Starts per request below which there are none: what rounding leaves of a difference of prefix sums."""
 _TPOT_SPREAD: Final = 0.2
 """Relative standard deviation of a request's mean step time about its stage's."""
-
-
-class ServiceLimits(NamedTuple):
-    """What an instance has, and what a hand-over costs; floats, because the compiled code takes them so."""
-
-    kv_tokens: float
-    max_num_seqs: float
-    max_batched_tokens: float
-    block_tokens: float
-    pause_s: float
-    pause_per_token_s: float
-    ttft_limit_s: float
-    tpot_limit_s: float
 
 
 class ObjectiveTerms(NamedTuple):
@@ -114,12 +88,6 @@ def _infeasible() -> StageService:
 
 
 @njit(cache=True, error_model="numpy")
-def _queue_factor(utilisation: float, servers: float) -> float:
-    """Waiting time over service time of an M/M/c queue: Sakasegawa's closed form."""
-    return utilisation ** (np.sqrt(2.0 * (servers + 1.0)) - 1.0) / (servers * (1.0 - utilisation))
-
-
-@njit(cache=True, error_model="numpy")
 def _share_below(table: NDArray[np.float64], edges: NDArray[np.float64], stage: StageLoad, prompt: float) -> float:
     """Share of the stage's starts with a prompt shorter than this."""
     if prompt <= edges[stage.i] or stage.starts <= 0.0:
@@ -161,106 +129,23 @@ def _misses(
 
 
 @njit(cache=True, error_model="numpy")
-def _memory_wait_s(stage: StageLoad, limits: ServiceLimits, kv_tokens: float, requests: float, visits: float) -> float:
-    """Mean wait for KV cache and a batch slot; infinite when there is not enough."""
-    if requests <= 0.0 or visits <= 0.0:
-        return 0.0
-    size = kv_tokens / requests
-    kv_use = kv_tokens / max(
-        limits.kv_tokens - 0.5 * size, 1.0
-    )  # what is free in the end is less than one more request
-    slot_use = requests / limits.max_num_seqs
-    if kv_use >= 1.0 or slot_use >= 1.0:
-        return np.inf
-    residence_s = requests / (stage.rate * visits)
-    by_memory = _queue_factor(kv_use, stage.n_instances * max(1.0, limits.kv_tokens / size))
-    by_slots = _queue_factor(slot_use, stage.n_instances * limits.max_num_seqs)
-    return residence_s * max(by_memory, by_slots)
-
-
-class _Prefill(NamedTuple):
-    """Prefill at one instance as a server that works whenever a prompt is there; decodes share its steps."""
-
-    load: float  # share of time in prefill
-    held_tokens: float  # KV tokens of prompts in prefill, each counted whole
-    wait_s: float  # until nothing but the own prefill remains
-    own_s: float
-    stall_s: float  # extra decode time from prompts that came meanwhile
-
-
-@njit(cache=True, error_model="numpy")
-def _prefill(
-    table: NDArray[np.float64],
-    stage: StageLoad,
-    limits: ServiceLimits,
-    others: float,
-    in_decode_tokens: float,
-    decode_s: float,
-    per_token_s: float,
-    per_pair_s: float,
-) -> _Prefill:
-    """The prefill queue; `load` of 1 or more means that it never empties, and the rest is meaningless."""
-    if stage.starts <= _FEW:
-        return _Prefill(0.0, 0.0, 0.0, 0.0, 0.0)
-    i, j, k = stage.i, stage.j, stage.n_instances
-    room = max(1.0, limits.max_batched_tokens - others)
-    served_s = per_token_s + decode_s / room  # a prompt token's share of full steps
-    first = served_s * stage.prompt + per_pair_s * stage.attention
-    load = stage.rate * first
-    if load >= 1.0:
-        return _Prefill(load, 0.0, 0.0, 0.0, 0.0)
-    squares, products, pair_squares = table[5, j] - table[5, i], table[6, j] - table[6, i], table[7, j] - table[7, i]
-    second = served_s * (served_s * squares + 2.0 * per_pair_s * products) + per_pair_s * per_pair_s * pair_squares
-    held = stage.rate * (served_s * squares + per_pair_s * products)
-    scv = max(0.0, second * stage.starts / (first * first) - 1.0)
-    # Least loaded by KV tokens: decodes hide who has prompts waiting, unless prompts are most of the load.
-    by_work = min(1.0, 3.0 * held / (held + in_decode_tokens))
-    even = (1.0 / k + scv) / (1.0 + scv)
-    pooled = load ** (np.sqrt(2.0 * (k + 1.0)) - 2.0) / k
-    queue_s = stage.rate * second / (2.0 * (1.0 - load)) * ((1.0 - by_work) * even + by_work * pooled)
-    present = others + load
-    queue_s += 0.5 * decode_s * (1.0 - np.exp(-present)) * meets_decode(present, k)
-    mean_prompt = stage.prompt / stage.starts
-    together = max(0.0, 1.0 - mean_prompt / limits.max_batched_tokens)
-    wait_s = queue_s * (1.0 + load * together)
-    own_s = decode_s * max(1.0, 0.5 + mean_prompt / room) + first / stage.starts - mean_prompt * decode_s / room
-    stall_s = load * (wait_s + own_s) * (1.0 - by_work + by_work / k)
-    return _Prefill(load, held, wait_s, own_s, stall_s)
-
-
-@njit(cache=True, error_model="numpy")
-def _assess(
+def _stage_cost(
     table: NDArray[np.float64],
     edges: NDArray[np.float64],
-    coefficients: NDArray[np.float64],
-    longest: NDArray[np.float64],
     stage: StageLoad,
     limits: ServiceLimits,
     terms: ObjectiveTerms,
+    prefill: PrefillQueue,
     t: float,
-) -> StageService:
-    """What follows from the step time: waiting, memory, and the stage's part of the objective."""
-    i, j, rate = stage.i, stage.j, stage.rate
-    others = rate * stage.steps * t
-    in_decode = rate * stage.kv_steps * t
-    batch = max(1.0, others + 1.0 / stage.n_instances) if stage.steps > 0.0 else 0.0
-    room = max(1.0, limits.max_batched_tokens - others)
-    decode_s = decode_step_s(coefficients, longest, stage, batch)
-    per_pair_s = coefficients[4]
-    per_token_s = 0.0
-    if stage.prompt > 0.0:
-        per_token_s = prefill_per_token_s(coefficients, batch, min(room, stage.chunk))
-    prefill = _prefill(table, stage, limits, others, in_decode, decode_s, per_token_s, per_pair_s)
-    if prefill.load >= 1.0:
-        return _infeasible()
-    requests = others + prefill.load
-    kv_tokens = in_decode + 0.5 * prefill.held_tokens + 0.5 * limits.block_tokens * requests
-    visits = stage.starts + max(0.0, table[2, i] - table[8, i])
-    memory_wait_s = _memory_wait_s(stage, limits, kv_tokens, requests, visits)
-    wait_s = prefill.wait_s + memory_wait_s if stage.starts > _FEW else 0.0
-    ttft_s = wait_s + prefill.own_s
-    if not (np.isfinite(memory_wait_s) and ttft_s <= limits.ttft_limit_s):
-        return _infeasible()
+    wait_s: float,
+    decode_s: float,
+    per_token_s: float,
+    per_pair_s: float,
+    visits: float,
+) -> float:
+    """The stage's part of the objective."""
+    i, j = stage.i, stage.j
+    room = max(1.0, limits.max_batched_tokens - stage.rate * stage.steps * t)
     # A request is held up in at most each of its steps, by a full one; the two bounds are blended as 1/x + 1/y.
     stall = prefill.stall_s * (table[W_STARTS, j] - table[W_STARTS, i])
     most = (decode_s + room * per_token_s) * (table[W_STEPS, j] - table[W_STEPS, i])
@@ -275,14 +160,62 @@ def _assess(
         + max(0.0, table[W_STARTS, i] - table[W_LASTS, i]) * (limits.pause_s + limits.pause_per_token_s * edges[i])
     )
     if terms.miss_weight > 0.0:
-        steps_per_visit = stage.steps / visits if visits > _FEW else 1.0
+        steps_per_visit = stage.steps / visits if visits > FEW else 1.0
         tpot_s = t + prefill.stall_s / max(1.0, steps_per_visit)
         served_s = per_token_s + decode_s / room
         cost += terms.miss_weight * _misses(
             table, edges, stage, terms, wait_s, prefill.load, decode_s, served_s, per_pair_s, tpot_s
         )
+    return cost
+
+
+@njit(cache=True, error_model="numpy")
+def _assess(
+    table: NDArray[np.float64],
+    edges: NDArray[np.float64],
+    coefficients: NDArray[np.float64],
+    longest: NDArray[np.float64],
+    stage: StageLoad,
+    limits: ServiceLimits,
+    terms: ObjectiveTerms,
+    t: float,
+) -> StageService:
+    """What follows from the step time: waiting, memory, and the stage's part of the objective."""
+    i, rate = stage.i, stage.rate
+    others = rate * stage.steps * t
+    in_decode = rate * stage.kv_steps * t
+    batch = max(1.0, others + 1.0 / stage.n_instances) if stage.steps > 0.0 else 0.0
+    room = max(1.0, limits.max_batched_tokens - others)
+    decode_s = decode_step_s(coefficients, longest, stage, batch)
+    per_pair_s = coefficients[4]
+    per_token_s = 0.0
+    queued_per_token_s = 0.0
+    if stage.prompt > 0.0:
+        per_token_s = prefill_per_token_s(coefficients, batch, min(room, stage.chunk))
+        queued_per_token_s = prefill_per_token_s(coefficients, batch, room)
+    prefill = prefill_queue(
+        table, stage, limits, others, in_decode, decode_s, per_token_s, queued_per_token_s, per_pair_s
+    )
+    if prefill.load >= 1.0:
+        return _infeasible()
+    visits = stage.starts + max(0.0, table[2, i] - table[8, i])
     empty_s = step_time_s(coefficients, 0.0, 0.0, 0.0, 0.0, 0.0)
     busy = max(0.0, 1.0 - empty_s / t)
+    if stage.steps > 0.0 and visits > FEW:
+        factor = surge(stage, prefill.second_moment_s2, stage.steps / visits * t, busy)
+        t *= factor
+        others *= factor
+        in_decode *= factor
+    requests = others + prefill.load
+    kv_tokens = in_decode + 0.5 * prefill.held_tokens + 0.5 * limits.block_tokens * requests
+    for_memory_s = memory_wait_s(stage, limits, kv_tokens, requests, visits)
+    wait_s = prefill.wait_s + for_memory_s if stage.starts > FEW else 0.0
+    ttft_s = wait_s + prefill.own_s
+    if not (np.isfinite(for_memory_s) and ttft_s <= limits.ttft_limit_s):
+        return _infeasible()
+    cost = _stage_cost(
+        table, edges, stage, limits, terms, prefill, t, wait_s, decode_s, per_token_s, per_pair_s, visits
+    )
     kv_use = kv_tokens / limits.kv_tokens
     return StageService(cost, t, decode_s, others, busy, prefill.load, kv_use, wait_s, ttft_s, prefill.stall_s)
 
@@ -327,7 +260,7 @@ def stage_service(
     steps = table[0, j] - table[0, i]
     chunk = 1.0
     prefill_load = 0.0
-    if starts > _FEW:
+    if starts > FEW:
         chunk = min(limits.max_batched_tokens, prompt / starts)
         per_token_s = prefill_per_token_s(coefficients, 1.0, chunk)
         prefill_load = rate * (prompt * per_token_s + attention * coefficients[4])

@@ -21,7 +21,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from cascadeinfer.core.cost.qoe import ObjectiveTerms, ServiceLimits, stage_service
+from cascadeinfer.core.cost.qoe import ObjectiveTerms, stage_service
+from cascadeinfer.core.cost.queues import ServiceLimits
 from cascadeinfer.core.cost.steady_state import longest_in_batch
 
 MAX_UNITS: Final = 128

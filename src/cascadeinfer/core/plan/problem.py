@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.cost.qoe import ObjectiveTerms, ServiceLimits, StageService, stage_service
+from cascadeinfer.core.cost.qoe import ObjectiveTerms, StageService, stage_service
+from cascadeinfer.core.cost.queues import ServiceLimits
 from cascadeinfer.core.cost.steady_state import longest_in_batch
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.plan.histogram import Column, LengthHistogram

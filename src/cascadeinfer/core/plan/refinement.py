@@ -13,11 +13,12 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from cascadeinfer.core.cost.qoe import ObjectiveTerms, ServiceLimits, stage_service
+from cascadeinfer.core.cost.qoe import ObjectiveTerms, stage_service
+from cascadeinfer.core.cost.queues import ServiceLimits
 from cascadeinfer.core.cost.steady_state import longest_in_batch
 
 _INFEASIBLE: Final = 1e30
-"""Stands for infinity, so that of two infeasible partitions the one with fewer infeasible stages is cheaper."""
+"""Stands for infinity, less a little for every instance: so infeasible stages attract instances and then become fewer."""
 _MAX_ROUNDS: Final = 20
 _SPLIT_WINDOW: Final = 2
 """Instances by which a split may change together with its boundary."""
@@ -37,9 +38,8 @@ def _cost(
     limits: ServiceLimits,
     terms: ObjectiveTerms,
 ) -> float:
-    return min(
-        _INFEASIBLE, stage_service(table, edges, i, j, longest, float(k), rate_per_s, coefficients, limits, terms).cost
-    )
+    cost = stage_service(table, edges, i, j, longest, float(k), rate_per_s, coefficients, limits, terms).cost
+    return cost if cost < _INFEASIBLE else _INFEASIBLE * (1.0 + 1.0 / k)
 
 
 @njit(cache=True, error_model="numpy")

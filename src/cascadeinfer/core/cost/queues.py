@@ -1,0 +1,131 @@
+"""
+What requests of a stage wait for at finite load: prefill, memory, bursts. Compiled, O(1), calibrated against the simulator.
+
+*Prefill* is a server that works whenever a prompt is there, while decodes share its steps: M/G/1 (Pollaczek-Khinchine). On k
+instances the least loaded rule evens arrivals out (squared variation of gaps 1/k, by Kingman's formula) or, where prompts in prefill
+are most of the load it sees, makes one queue for k servers (Sakasegawa 1977). Prompts that fit into one step together finish
+together, so a prompt also waits for those behind it. A request that has just begun to decode is still among the prompts that came
+while it waited: `stall_s`.
+
+*Memory*: Little's law gives KV cache and batch slots in use, Sakasegawa's formula what arrivals wait when that is nearly all.
+
+*Bursts* of prefill lengthen the steps of everything that decodes meanwhile and, with it, the batch: `surge`.
+"""
+
+from typing import Final, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from cascadeinfer.core.cost.steady_state import StageLoad, meets_decode
+
+FEW: Final = 1e-12
+"""Starts per request below which there are none: what rounding leaves of a difference of prefix sums."""
+_BURST_RESPONSE: Final = 0.75
+"""Correlation of batch and step time over a burst; fitted on one instance, where it lies between 0.7 and 1."""
+_PROMPTS_SEEN: Final = 3.0
+"""How much sooner prompts decide who is least loaded than their share of KV tokens says: they come in one piece."""
+
+
+class ServiceLimits(NamedTuple):
+    """What an instance has, and what a hand-over costs; floats, because the compiled code takes them so."""
+
+    kv_tokens: float
+    max_num_seqs: float
+    max_batched_tokens: float
+    block_tokens: float
+    pause_s: float
+    pause_per_token_s: float
+    ttft_limit_s: float
+    tpot_limit_s: float
+
+
+@njit(cache=True, error_model="numpy")
+def queue_factor(utilisation: float, servers: float) -> float:
+    """Waiting time over service time of an M/M/c queue: Sakasegawa's closed form."""
+    return utilisation ** (np.sqrt(2.0 * (servers + 1.0)) - 1.0) / (servers * (1.0 - utilisation))
+
+
+@njit(cache=True, error_model="numpy")
+def memory_wait_s(stage: StageLoad, limits: ServiceLimits, kv_tokens: float, requests: float, visits: float) -> float:
+    """Mean wait for KV cache and a batch slot; infinite when there is not enough."""
+    if requests <= 0.0 or visits <= 0.0:
+        return 0.0
+    size = kv_tokens / requests
+    kv_use = kv_tokens / max(
+        limits.kv_tokens - 0.5 * size, 1.0
+    )  # what is free in the end is less than one more request
+    slot_use = requests / limits.max_num_seqs
+    if kv_use >= 1.0 or slot_use >= 1.0:
+        return np.inf
+    residence_s = requests / (stage.rate * visits)
+    by_memory = queue_factor(kv_use, stage.n_instances * max(1.0, limits.kv_tokens / size))
+    by_slots = queue_factor(slot_use, stage.n_instances * limits.max_num_seqs)
+    return residence_s * max(by_memory, by_slots)
+
+
+class PrefillQueue(NamedTuple):
+    """Prefill at one instance as a server that works whenever a prompt is there; decodes share its steps."""
+
+    load: float  # share of time in prefill
+    held_tokens: float  # KV tokens of prompts in prefill, each counted whole
+    wait_s: float  # until nothing but the own prefill remains
+    own_s: float
+    stall_s: float  # extra decode time from prompts that came meanwhile
+    second_moment_s2: float  # of prefill time, times starts per request
+
+
+@njit(cache=True, error_model="numpy")
+def prefill_queue(
+    table: NDArray[np.float64],
+    stage: StageLoad,
+    limits: ServiceLimits,
+    others: float,
+    in_decode_tokens: float,
+    decode_s: float,
+    per_token_s: float,
+    queued_per_token_s: float,
+    per_pair_s: float,
+) -> PrefillQueue:
+    """The prefill queue; `load` of 1 or more means that it never empties, and the rest is meaningless."""
+    if stage.starts <= FEW:
+        return PrefillQueue(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    i, j, k = stage.i, stage.j, stage.n_instances
+    room = max(1.0, limits.max_batched_tokens - others)
+    served_s = queued_per_token_s + decode_s / room  # a prompt token's share of full steps
+    first = served_s * stage.prompt + per_pair_s * stage.attention
+    load = stage.rate * first
+    if load >= 1.0:
+        return PrefillQueue(load, 0.0, 0.0, 0.0, 0.0, 0.0)
+    squares, products, pair_squares = table[5, j] - table[5, i], table[6, j] - table[6, i], table[7, j] - table[7, i]
+    second = served_s * (served_s * squares + 2.0 * per_pair_s * products) + per_pair_s * per_pair_s * pair_squares
+    held = stage.rate * (served_s * squares + per_pair_s * products)
+    scv = max(0.0, second * stage.starts / (first * first) - 1.0)
+    # Least loaded by KV tokens: decodes hide who has prompts waiting, unless prompts are most of the load.
+    by_work = min(1.0, _PROMPTS_SEEN * held / (held + in_decode_tokens))
+    even = (1.0 / k + scv) / (1.0 + scv)
+    pooled = load ** (np.sqrt(2.0 * (k + 1.0)) - 2.0) / k
+    queue_s = stage.rate * second / (2.0 * (1.0 - load)) * ((1.0 - by_work) * even + by_work * pooled)
+    present = others + load
+    queue_s += 0.5 * decode_s * (1.0 - np.exp(-present)) * meets_decode(present, k)
+    mean_prompt = stage.prompt / stage.starts
+    together = max(0.0, 1.0 - mean_prompt / limits.max_batched_tokens)
+    wait_s = queue_s * (1.0 + load * together)
+    own_s = decode_s * max(1.0, 0.5 + mean_prompt / room) + mean_prompt * per_token_s
+    own_s += per_pair_s * stage.attention / stage.starts
+    stall_s = load * (wait_s + own_s) * (1.0 - by_work + by_work / k)
+    return PrefillQueue(load, held, wait_s, own_s, stall_s, second)
+
+
+@njit(cache=True, error_model="numpy")
+def surge(stage: StageLoad, second_moment_s2: float, residence_s: float, busy: float) -> float:
+    """
+    Step time over its mean field because prefill work comes in bursts.
+
+    Over a residence T the prefill share of time varies by sqrt(rate E[s^2] / T); steps lengthen by that over (1 - busy), and so
+    does the batch that waits for them. Tokens see their product. The first order is damped where it is no longer small; the
+    least loaded rule evens bursts out over the instances.
+    """
+    relative = stage.rate * second_moment_s2 / (residence_s * (1.0 - busy) ** 2) / stage.n_instances
+    return 1.0 + _BURST_RESPONSE * relative / (1.0 + 2.0 * relative)
