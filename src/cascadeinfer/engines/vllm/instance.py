@@ -12,7 +12,7 @@ import copy
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -164,7 +164,7 @@ class VllmInstance:
             core_request.prompt_token_ids = request.prompt_token_ids + resume.output_token_ids
             if core_request.sampling_params is not None:
                 core_request.sampling_params = self._resumed_params(core_request, request, resume)
-        await self._dead_is_silent(self.client.add_request_async(core_request))
+        await self._send(lambda client: client.add_request_async(core_request))
 
     @staticmethod
     def _resumed_params(core_request: EngineCoreRequest, request: EngineRequest, resume: Resume) -> Any:
@@ -180,7 +180,7 @@ class VllmInstance:
 
     async def abort(self, engine_request_ids: list[str]) -> None:
         """Stop requests."""
-        await self._dead_is_silent(self.client.abort_requests_async(engine_request_ids))
+        await self._send(lambda client: client.abort_requests_async(engine_request_ids))
 
     async def cut(self, engine_request_id: str) -> str | None:
         """See Engine.cut."""
@@ -232,10 +232,11 @@ class VllmInstance:
 
     async def next_outputs(self) -> EngineCoreOutputs:
         """See Engine.next_outputs; outputs carry this instance's number for vLLM's metrics."""
+        client = self.client
         try:
-            outputs = await self.client.get_output_async()
+            outputs = await client.get_output_async()
         except EngineDeadError as error:
-            self._fail_pending_calls()
+            self._fail_pending_calls(client)
             raise EngineDied(self.instance_id) from error
         outputs.engine_index = self.index
         return outputs
@@ -262,12 +263,14 @@ class VllmInstance:
         self._client = None
         if client is not None:
             await asyncio.to_thread(client.shutdown, timeout_s)
+            self._fail_pending_calls(client)  # one that hung: nobody hears `next_outputs` any more
         elif starting is not None and starting.resources.engine_manager is not None:
             await asyncio.to_thread(starting.resources.engine_manager.shutdown, 0.0)
 
-    def _fail_pending_calls(self) -> None:
+    @staticmethod
+    def _fail_pending_calls(client: InstanceClient) -> None:
         """Wake whoever waits for an answer of a dead engine; vLLM leaves those futures unresolved."""
-        for future in self.client.utility_results.values():
+        for future in client.utility_results.values():
             if isinstance(future, asyncio.Future) and not future.done():
                 future.set_exception(EngineDeadError())
 
@@ -277,9 +280,9 @@ class VllmInstance:
         except EngineDeadError as error:
             raise EngineError("died", instance_id=self.instance_id) from error
 
-    async def _dead_is_silent(self, sending: Any) -> None:
-        """Send to an engine that may have died: its death is reported once, by `next_outputs`."""
-        try:
-            await sending
-        except EngineDeadError:
+    async def _send(self, send: Callable[[InstanceClient], Awaitable[None]]) -> None:
+        """Send to an engine that may have died or been stopped: its death is reported once, by `next_outputs`."""
+        if self._client is None:
             return
+        with contextlib.suppress(EngineDeadError):
+            await send(self._client)

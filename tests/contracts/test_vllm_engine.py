@@ -1,0 +1,123 @@
+"""The engine contract on real vLLM instances with a tiny random model."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from engine_bed import Bed
+from engine_contract import OWN, SHARED
+
+from cascadeinfer.engines.protocol import Engine, EngineRequest
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
+
+QUICK_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "OMP_NUM_THREADS": "1",
+}
+LEASE_S = 5
+Rule = Callable[[Bed], Awaitable[None]]
+
+
+class VllmMaker:
+    """Real instances with little room; forked, so that they start fast."""
+
+    lease_s = float(LEASE_S)
+
+    def __init__(self, model: Path) -> None:
+        """Instances of this model."""
+        self._model = model
+
+    def make_engine(self, name: str) -> Engine:
+        """See Maker."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
+
+        engine_args = AsyncEngineArgs(
+            model=str(self._model),
+            dtype="float32",
+            block_size=32,
+            enforce_eager=True,
+            num_gpu_blocks_override=65,
+            max_model_len=1024,
+            max_num_batched_tokens=256,
+            max_num_seqs=4,
+            distributed_executor_backend="uni",
+            enable_prefix_caching=False,
+        )
+        factories = make_factories(
+            engine_args,
+            (name,),
+            KvTransferSettings(lease_s=LEASE_S),
+            log_stats=False,
+            extra_environment={"VLLM_WORKER_MULTIPROC_METHOD": "fork"},
+        )
+        return factories[name](0)
+
+    def make_request(
+        self, request_id: str, n_prompt: int, max_output_tokens: int, stop_token_ids: tuple[int, ...] = ()
+    ) -> EngineRequest:
+        """See Maker."""
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        prompt = [3 + (17 * i * i + 5 * i) % 500 for i in range(n_prompt)]
+        params = SamplingParams(
+            temperature=0.0, max_tokens=max_output_tokens, ignore_eos=True, stop_token_ids=list(stop_token_ids)
+        )
+        params.update_from_generation_config({}, 2)
+        payload = EngineCoreRequest(
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            mm_features=None,
+            sampling_params=params,
+            pooling_params=None,
+            arrival_time=0.0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        return EngineRequest(request_id, prompt, max_output_tokens, payload)
+
+
+@pytest.fixture(scope="module")
+def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmMaker]:
+    """Makes instances, in an environment that makes them start fast."""
+    before = dict(os.environ)
+    os.environ.update(QUICK_ENVIRONMENT)
+    from cascadeinfer.engines.models.tiny import make_tiny_llama
+
+    yield VllmMaker(make_tiny_llama(tmp_path_factory.mktemp("contract") / "tiny"))
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def bed(maker: VllmMaker) -> AsyncIterator[Bed]:
+    """Two connected instances that several tests use."""
+    bed = await Bed.make(maker)
+    yield bed
+    await bed.close()
+
+
+@pytest.mark.parametrize("rule", SHARED, ids=lambda rule: rule.__name__)
+async def test_contract(rule: Rule, bed: Bed) -> None:
+    """A vLLM instance keeps the engine contract."""
+    await rule(bed)
+
+
+@pytest.mark.parametrize("rule", OWN, ids=lambda rule: rule.__name__)
+async def test_contract_of_death(rule: Rule, maker: VllmMaker) -> None:
+    """A vLLM instance keeps the engine contract in dying."""
+    bed = await Bed.make(maker)
+    try:
+        await asyncio.wait_for(rule(bed), 120.0)
+    finally:
+        await bed.close()
