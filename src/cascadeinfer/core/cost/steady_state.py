@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.latency import step_time_s
 
-_QUANTILES: Final = (0.125, 0.375, 0.625, 0.875)
-"""Of the longest length in a batch; each stands for a quarter of the steps."""
+_QUANTILES: Final = (1.0 / 6.0, 0.5, 5.0 / 6.0)
+"""Of the longest length in a batch; each stands for a third of the steps."""
 _DOUBLINGS: Final = 12
 """Batches of 1, 2, 4 ... 4096 have their quantiles computed; between them they are interpolated."""
 _MAX_ITERATIONS: Final = 20

@@ -23,8 +23,8 @@ from cascadeinfer.core.types import InstanceCapacity
 DEFAULT_MARGIN: Final = 0.05
 """What several stages must gain over one to be worth their hand-overs; about twice the median error of the prediction."""
 DEFAULT_MAX_STAGES: Final = 8
-_NEGLIGIBLE: Final = 1e-5
-"""Share of the workload's tokens below (above) the shortest (longest) boundary considered."""
+_NEGLIGIBLE: Final = 1e-3
+"""Share of the tokens below the first boundary considered, and of the KV reads above the last: not worth an instance of 1,000."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +164,10 @@ class PlanProblem:
     def candidates(self) -> NDArray[np.int64]:
         """Edges at which a stage may begin or end before refinement: log-spaced where the workload's tokens are."""
         edges = self.histogram.edges_tokens
-        tokens = self.histogram.prefix[Column.STEPS] + self.histogram.prefix[Column.PROMPT]
-        inside = np.flatnonzero((tokens > _NEGLIGIBLE * tokens[-1]) & (tokens < (1.0 - _NEGLIGIBLE) * tokens[-1]))
+        prefix = self.histogram.prefix
+        tokens = prefix[Column.STEPS] + prefix[Column.PROMPT]
+        reads = prefix[Column.KV_STEPS] + prefix[Column.ATTENTION]
+        inside = np.flatnonzero((tokens > _NEGLIGIBLE * tokens[-1]) & (reads < (1.0 - _NEGLIGIBLE) * reads[-1]))
         last = len(edges) - 1
         if len(inside) == 0:
             return np.array([0, last], dtype=np.int64)
