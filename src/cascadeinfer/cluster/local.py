@@ -50,10 +50,11 @@ def split_devices(n_instances: int, devices_per_instance: int, visible: Sequence
         ]
     if len(visible) == 1 and devices_per_instance == 1:
         return [visible[0]] * n_instances  # instances share one device: lower --gpu-memory-utilization
+    enough_for = len(visible) // devices_per_instance
     raise ConfigError(
         f"{n_instances} instances of {devices_per_instance} device(s) need {needed} devices, {len(visible)} are visible",
         option="--instances",
-        fix=f"use --instances {len(visible) // devices_per_instance} or make more devices visible",
+        fix=f"{f'use --instances {enough_for} or ' if enough_for else ''}make more devices visible",
     )
 
 

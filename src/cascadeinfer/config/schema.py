@@ -142,15 +142,15 @@ def _stages_of_toml(path: Path) -> list[tuple[LengthRange, int]]:
         content = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", option="--stages") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}", option="--stages") from error
     tables = content.get("stages")
     if not isinstance(tables, list) or not tables:
         raise ConfigError(f"{path} has no [[stages]] table", option="--stages")
     parsed = []
     for table in tables:
-        unknown = set(table) - {"range", "instances"}
-        if unknown or not isinstance(table.get("range"), str) or not isinstance(table.get("instances"), int):
+        known = isinstance(table, dict) and set(table) == {"range", "instances"}
+        if not known or not isinstance(table["range"], str) or type(table["instances"]) is not int:
             raise ConfigError(f'{path}: each [[stages]] needs range = "0-512" and instances = 1', option="--stages")
         parsed.append(_stage_of_text(f"{table['range']}:{table['instances']}"))
     return parsed

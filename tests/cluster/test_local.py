@@ -1,0 +1,113 @@
+"""What each instance of this machine gets: cores, devices, a port, an environment."""
+
+import os
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascadeinfer.cluster.local import LOOPBACK, ProcessStart, free_port, split_cores, split_devices
+from cascadeinfer.core.errors import ConfigError
+
+
+def cores_of(binding: str) -> list[int]:
+    """The cores of a binding."""
+    return [int(core) for core in binding.split(",")]
+
+
+@given(st.integers(1, 16), st.lists(st.integers(0, 255), min_size=1, max_size=64, unique=True))
+def test_cores_are_shared_out(n_instances: int, cores: list[int]) -> None:
+    """Every instance gets cores of ours; as many each; none twice unless there are too few."""
+    bindings = [cores_of(binding) for binding in split_cores(n_instances, cores)]
+    assert len(bindings) == n_instances
+    assert all(core in cores for binding in bindings for core in binding)
+    assert len({len(binding) for binding in bindings}) == 1
+    if len(cores) >= n_instances:
+        given_out = [core for binding in bindings for core in binding]
+        assert len(given_out) == len(set(given_out)) == len(cores) // n_instances * n_instances
+    else:
+        shares = [sum(core in binding for binding in bindings) for core in cores]
+        assert max(shares) - min(shares) <= 1
+
+
+def test_no_core_is_an_error() -> None:
+    """A process that may run nowhere cannot start instances."""
+    with pytest.raises(ConfigError, match="no core"):
+        split_cores(2, [])
+
+
+@pytest.mark.parametrize(
+    ("n_instances", "each", "visible", "expected"),
+    [
+        (2, 1, "0123", ["0", "1"]),
+        (2, 2, "0123", ["0,1", "2,3"]),
+        (1, 4, "7654", ["7,6,5,4"]),
+        (3, 1, "5", ["5", "5", "5"]),
+    ],
+)
+def test_devices_are_shared_out(n_instances: int, each: int, visible: str, expected: list[str]) -> None:
+    """Instances get devices in order; a single device is shared by all."""
+    assert split_devices(n_instances, each, list(visible)) == expected
+
+
+@pytest.mark.parametrize(
+    ("n_instances", "each", "visible", "fix"),
+    [(3, 1, "01", 2), (3, 2, "0123", 2), (1, 2, "0", 0), (2, 1, "", 0)],
+)
+def test_too_few_devices(n_instances: int, each: int, visible: str, fix: int) -> None:
+    """Too few devices is an error of --instances that says how many would do."""
+    with pytest.raises(ConfigError, match=f"need {n_instances * each} devices, {len(visible)} are visible") as raised:
+        split_devices(n_instances, each, list(visible))
+    assert raised.value.option == "--instances"
+    if fix:
+        assert f"--instances {fix} " in str(raised.value)
+    else:
+        assert "--instances 0" not in str(raised.value)
+
+
+def test_free_port_is_free() -> None:
+    """The port can be bound."""
+    with socket.socket() as listener:
+        listener.bind((LOOPBACK, free_port()))
+
+
+def test_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between enter and leave the variables are set; afterwards each is as before, also one that did not exist."""
+    monkeypatch.setenv("CASCADE_TEST_OLD", "old")
+    monkeypatch.delenv("CASCADE_TEST_NEW", raising=False)
+    start = ProcessStart({"CASCADE_TEST_OLD": "1", "CASCADE_TEST_NEW": "2"})
+    start.leave()  # not entered: nothing happens
+    for _ in range(2):
+        start.enter()
+        assert (os.environ["CASCADE_TEST_OLD"], os.environ["CASCADE_TEST_NEW"]) == ("1", "2")
+        start.leave()
+        start.leave()
+        assert os.environ["CASCADE_TEST_OLD"] == "old"
+        assert "CASCADE_TEST_NEW" not in os.environ
+
+
+def test_starts_are_exclusive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts in several threads never see each other's variables."""
+    monkeypatch.delenv("CASCADE_TEST", raising=False)
+    inside = 0
+    barrier = threading.Barrier(4)
+
+    def start(number: int) -> None:
+        nonlocal inside
+        own = ProcessStart({"CASCADE_TEST": str(number)})
+        barrier.wait()
+        for _ in range(200):
+            own.enter()
+            inside += 1
+            assert inside == 1
+            assert os.environ["CASCADE_TEST"] == str(number)
+            inside -= 1
+            own.leave()
+
+    with ThreadPoolExecutor(4) as threads:
+        for future in [threads.submit(start, number) for number in range(4)]:
+            future.result()
+    assert "CASCADE_TEST" not in os.environ
