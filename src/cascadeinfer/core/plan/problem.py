@@ -23,6 +23,8 @@ from cascadeinfer.core.types import InstanceCapacity
 DEFAULT_MARGIN: Final = 0.05
 """What several stages must gain over one to be worth their hand-overs; about twice the median error of the prediction."""
 DEFAULT_MAX_STAGES: Final = 8
+DEFAULT_STAGE_TOLERANCE: Final = 0.01
+"""What a further stage must save to be worth having: half the median error of the prediction."""
 _NEGLIGIBLE: Final = 1e-3
 """Share of the tokens below the first boundary considered, and of the KV reads above the last: not worth an instance of 1,000."""
 
@@ -93,7 +95,7 @@ class PlanProblem:
     n_instances: int
     objective: Objective = field(default_factory=MeanNormalizedLatency)
     margin: float = DEFAULT_MARGIN
-    stage_tolerance: float = 0.01
+    stage_tolerance: float = DEFAULT_STAGE_TOLERANCE
     max_stages: int = DEFAULT_MAX_STAGES
     boundaries_per_octave: int = 2
     hand_over: HandOverCost = field(default_factory=HandOverCost)

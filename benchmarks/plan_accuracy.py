@@ -1,0 +1,250 @@
+"""
+Predicted against simulated QoE: does the planner's model hold at finite load, and does it put layouts in the right order?
+
+    .venv/bin/python benchmarks/plan_accuracy.py --traces ../shared/data/traces [--profiles h100-llama-3.1-8b,...] [--loads 0.3,0.5,...]
+
+For each profile, trace and load (share of the one-stage capacity) the best layout of 1, 2, 3 ... stages is predicted and simulated:
+`least_loaded` for one stage, `static_stages` with hand-overs for several. Requests are drawn with replacement from the trace, arrivals are
+Poisson; only requests that arrive in the middle of the run count, so that the cluster is full while they run. Regret is how much worse
+the layout that the planner chooses fares, in the simulator, than the best of those simulated; layouts are simulated on the same arrivals.
+Writes Markdown to standard output and one CSV row per run to --csv.
+"""
+
+import argparse
+import csv
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cascadeinfer.config.profiles import load_profile
+from cascadeinfer.config.traces import load_trace
+from cascadeinfer.core.cost.profile import CostProfile
+from cascadeinfer.core.plan.histogram import LengthHistogram
+from cascadeinfer.core.plan.planner import Plan, capacity_rate, predict, solve
+from cascadeinfer.core.plan.problem import DEFAULT_MAX_STAGES, DEFAULT_STAGE_TOLERANCE, HandOverCost, PlanProblem
+from cascadeinfer.core.policies.least_loaded import LeastLoaded
+from cascadeinfer.core.policies.static_stages import StaticStages
+from cascadeinfer.sim.run import simulate
+from cascadeinfer.sim.settings import NetworkConfig, SimConfig, instance_ids
+from cascadeinfer.workload.trace import Trace
+
+DEFAULT_TRACES = "azure_2023_conv,sharegpt_v3_firstturn_llama3,sharegpt_8k_llama2,servegen_deepseek_r1_1h,mooncake_synthetic,bwb_llama2"
+PULL_S = 0.01
+"""Pause of a hand-over beside the transfer: set-up of the pull and the commands around it, as `NetworkConfig` has them."""
+RESIDENCES = 12.0
+"""A run lasts so many mean residences (at least `--seconds`), so that most of it is steady."""
+COUNTED = (0.3, 0.75)
+"""Arrivals between these shares of the run are counted."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run; times in milliseconds."""
+
+    profile: str
+    trace: str
+    load: float
+    rate_per_s: float
+    stages: int
+    boundaries: str
+    instances: str
+    predicted_ms: float
+    simulated_ms: float
+    standard_error_ms: float
+    ttft_ms: float
+    tpot_ms: float
+    moves: int
+    preemptions: int
+
+    @property
+    def error(self) -> float:
+        """Predicted over simulated, less one."""
+        return self.predicted_ms / self.simulated_ms - 1.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The planner's choice at one point of the grid."""
+
+    profile: str
+    trace: str
+    load: float
+    chosen: int
+    best: int
+    gain: float
+    simulated_gain: float
+    regret: float
+
+
+def main() -> None:
+    """Run the grid."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--traces", type=Path, required=True, help="folder with <name>.csv.gz")
+    parser.add_argument("--names", default=DEFAULT_TRACES)
+    parser.add_argument("--profiles", default="h100-llama-3.1-8b,l40s-llama-3.1-8b")
+    parser.add_argument("--loads", default="0.3,0.5,0.7,0.85,0.9")
+    parser.add_argument("--stages", default="1,2,3,5")
+    parser.add_argument("--instances", type=int, default=16)
+    parser.add_argument("--context", type=int, default=32_768)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--requests", type=int, default=40_000, help="most requests in a run")
+    parser.add_argument("--margin", type=float, default=0.05)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--csv", type=Path, default=None)
+    options = parser.parse_args()
+    rows: list[Row] = []
+    verdicts: list[Verdict] = []
+    for profile_name in options.profiles.split(","):
+        profile = load_profile(profile_name)
+        for name in options.names.split(","):
+            trace = load_trace(options.traces / f"{name}.csv.gz")
+            context = min(options.context, profile.capacity.kv_tokens)
+            trace = trace.rows(np.flatnonzero(trace.total_tokens <= context))
+            for load in (float(part) for part in options.loads.split(",")):
+                found, verdict = point(profile, name, trace, load, context, options)
+                rows += found
+                verdicts.append(verdict)
+                print(f"{profile_name} {name} {load:g}: {describe(found, verdict)}", file=sys.stderr, flush=True)
+    if options.csv is not None:
+        with options.csv.open("w", newline="") as out:
+            writer = csv.DictWriter(out, list(asdict(rows[0])))
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+    report(rows, verdicts)
+
+
+def point(
+    profile: CostProfile, name: str, trace: Trace, load: float, context: int, options: argparse.Namespace
+) -> tuple[list[Row], Verdict]:
+    """One profile, trace and load: every stage count, and the planner's choice among them."""
+    histogram = LengthHistogram.from_requests(trace.prompt_tokens, trace.output_tokens)
+    n = options.instances
+    rate = load * capacity_rate(histogram, profile.step_model, profile.capacity, n)
+    hand_over = HandOverCost(PULL_S, profile.kv_bytes_per_token / profile.transfer_bytes_per_s)
+
+    def planned(margin: float, max_stages: int, stage_tolerance: float) -> Plan:
+        return solve(
+            PlanProblem(
+                histogram,
+                profile.step_model,
+                profile.capacity,
+                rate,
+                n,
+                margin=margin,
+                stage_tolerance=stage_tolerance,
+                max_stages=max_stages,
+                hand_over=hand_over,
+            )
+        )
+
+    chosen = planned(options.margin, DEFAULT_MAX_STAGES, DEFAULT_STAGE_TOLERANCE)
+    layouts = {chosen.boundaries_tokens: chosen}
+    for stages in (int(part) for part in options.stages.split(",")):
+        best = planned(0.0, stages, 0.0)
+        if len(best.stages) == stages:
+            layouts.setdefault(best.boundaries_tokens, best)
+    if () not in layouts:
+        layouts[()] = predict(chosen.problem, (), (n,))
+    residence_s = max(stage.service.step_s for stage in chosen.stages) * histogram.mean_output_tokens
+    seconds = max(options.seconds, RESIDENCES * residence_s)
+    count = int(min(options.requests, max(1500, rate * seconds)))
+    rng = np.random.default_rng(options.seed)
+    sample = trace.rows(np.sort(rng.integers(0, len(trace), count)))
+    order = rng.permutation(count)
+    arrivals = np.cumsum(rng.exponential(1.0 / rate, count))
+    sample = Trace.from_columns(sample.prompt_tokens[order], sample.output_tokens[order], arrivals)
+    rows = [
+        run(profile, name, load, layout, sample, context)
+        for _, layout in sorted(layouts.items(), key=lambda item: len(item[0]))
+    ]
+    by_boundaries = {row.boundaries: row for row in rows}
+    best_row = min(rows, key=lambda row: row.simulated_ms)
+    mine = by_boundaries[joined(chosen.boundaries_tokens)]
+    one = by_boundaries[""]
+    return rows, Verdict(
+        profile.name,
+        name,
+        load,
+        len(chosen.stages),
+        best_row.stages,
+        chosen.gain,
+        1.0 - mine.simulated_ms / one.simulated_ms,
+        mine.simulated_ms / best_row.simulated_ms - 1.0,
+    )
+
+
+def run(profile: CostProfile, name: str, load: float, layout: Plan, trace: Trace, context: int) -> Row:
+    """Simulate one layout."""
+    n = layout.problem.n_instances
+    config = SimConfig(
+        instances=n,
+        capacity=profile.capacity,
+        step_model=profile.step_model,
+        kv_bytes_per_token=profile.kv_bytes_per_token,
+        context_tokens=context,
+        network=NetworkConfig(link_bytes_per_s=profile.transfer_bytes_per_s),
+    )
+    policy = StaticStages(layout=layout.layout(instance_ids(n))) if len(layout.stages) > 1 else LeastLoaded()
+    result = simulate(trace, policy, config)
+    start, end = (share * trace.duration_s for share in COUNTED)
+    counted = result.requests.arrived_in(start, end)
+    latencies = 1e3 * counted.normalised_latency_s
+    return Row(
+        profile.name,
+        name,
+        load,
+        layout.problem.rate_per_s,
+        len(layout.stages),
+        joined(layout.boundaries_tokens),
+        joined(layout.instances),
+        1e3 * layout.cost,
+        float(np.mean(latencies)),
+        float(np.std(latencies) / np.sqrt(max(1, len(latencies)))),
+        1e3 * float(np.mean(counted.ttft_s)),
+        1e3 * float(np.nanmean(counted.tpot_s)),
+        len(result.migrations.row),
+        int(result.requests.preemptions.sum()),
+    )
+
+
+def joined(numbers: tuple[int, ...]) -> str:
+    """Numbers as people write layouts."""
+    return "/".join(str(number) for number in numbers)
+
+
+def describe(rows: list[Row], verdict: Verdict) -> str:
+    """One line of progress."""
+    runs = ", ".join(f"{r.stages}: {r.predicted_ms:.2f}/{r.simulated_ms:.2f} ({r.error:+.1%})" for r in rows)
+    return f"{runs}; chosen {verdict.chosen}, regret {verdict.regret:.1%}"
+
+
+def report(rows: list[Row], verdicts: list[Verdict]) -> None:
+    """The tables of docs/planning.md."""
+    print(
+        "| profile | trace | load | stages: predicted / simulated ms per token (error) | chosen | simulated gain | regret |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for v in verdicts:
+        runs = [r for r in rows if (r.profile, r.trace, r.load) == (v.profile, v.trace, v.load)]
+        cells = ", ".join(f"{r.stages}: {r.predicted_ms:.1f} / {r.simulated_ms:.1f} ({r.error:+.0%})" for r in runs)
+        print(
+            f"| {v.profile} | {v.trace} | {v.load:.0%} | {cells} | {v.chosen} | {v.simulated_gain:.1%} | {v.regret:.1%} |"
+        )
+    print(
+        "\n| load | runs | median error | 90th percentile | worst | median regret | worst regret | points with regret above 3 % |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    loads = sorted({row.load for row in rows})
+    for label, members in [*((f"{load:.0%}", {load}) for load in loads), ("all", set(loads))]:
+        errors = np.abs([row.error for row in rows if row.load in members])
+        regrets = np.array([v.regret for v in verdicts if v.load in members])
+        print(
+            f"| {label} | {len(errors)} | {np.median(errors):.1%} | {np.quantile(errors, 0.9):.1%} | {errors.max():.1%} "
+            f"| {np.median(regrets):.1%} | {regrets.max():.1%} | {int((regrets > 0.03).sum())} of {len(regrets)} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
