@@ -1,0 +1,164 @@
+"""
+Random lives: requests come and leave, instances die, hang, stall and return, policies move requests to and fro.
+
+Everything is drawn from one seed and happens in virtual time, so a seed that fails fails again: it is in the test's name and in the error.
+The checks are `Cluster`'s: each token once and in order, nothing left at the end, no attempt that nobody hears.
+"""
+
+import asyncio
+import random
+from dataclasses import replace
+
+import pytest
+from runtime_cluster import CAPACITY, SUPERVISION, TIMES, Client, Cluster, ScriptedPolicy
+
+from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
+from cascadeinfer.core.events import Event, InstanceReported
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.policies.static_stages import StaticStages
+from cascadeinfer.core.policy import Policy
+from cascadeinfer.engines.simulated import SimulatedEngine
+from cascadeinfer.runtime.migrate import MigrationTimes
+from support.virtual_time import virtual_time
+
+SEEDS = range(12)
+LIVE_S = 20.0
+LIMITS = MigrationTimes(ask_s=0.5, cut_s=0.3, resume_s=0.8)
+SMALL = replace(CAPACITY, kv_blocks=60, max_num_seqs=5)
+"""Requests wait, are preempted, and find no room."""
+
+
+class Restless(ScriptedPolicy):
+    """Moves requests about at random, whether it makes sense or not."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """Draw from this generator."""
+        super().__init__()
+        self._rng = rng
+        self._n = 0
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """Least loaded, and after each report perhaps a move from the reporting instance to any other."""
+        effects = super().handle(event, now_s)
+        if isinstance(event, InstanceReported) and self._rng.random() < 0.7:
+            here = self.view.instances.get(event.instance_id)
+            others = [i for i in self.view.available() if i is not here]
+            movable = [r for r in here.request_ids if self.view.requests[r].migration_id is None] if here else []
+            if others and movable:
+                self._n += 1
+                move = StartMigration(
+                    event.cause,
+                    f"f{self._n}",
+                    self._rng.choice(movable),
+                    event.instance_id,
+                    self._rng.choice(others).instance_id,
+                    MigrationReason.REBALANCE,
+                )
+                self.view.carry_out([move])
+                effects.append(move)
+        return effects
+
+
+async def stall(engine: SimulatedEngine, rng: random.Random) -> None:
+    """It does not step for a while."""
+    engine.pause()
+    await asyncio.sleep(rng.uniform(0.0, 1.5))
+    engine.unpause()
+
+
+async def late_outputs(engine: SimulatedEngine, rng: random.Random) -> None:
+    """Its outputs are late."""
+    engine.hold_outputs()
+    await asyncio.sleep(rng.uniform(0.0, 1.0))
+    engine.release_outputs()
+
+
+async def late_answers(engine: SimulatedEngine, rng: random.Random) -> None:
+    """Its answers to one command are late."""
+    command = rng.choice(("reserve", "cut", "undo_cut", "release_pin"))
+    engine.hold_answers(command)
+    await asyncio.sleep(rng.uniform(0.0, 1.0))
+    engine.release_answers(command)
+
+
+async def terminate(engine: SimulatedEngine, rng: random.Random) -> None:
+    """It drops its requests and ends soon after."""
+    engine.end_all("abort")
+    await asyncio.sleep(rng.uniform(0.0, 0.3))
+    engine.kill()
+
+
+async def at_once(engine: SimulatedEngine, rng: random.Random) -> None:
+    """One of the faults that take no time."""
+    rng.choice((engine.hang, engine.lose_pins, engine.spoil_cut, lambda: engine.refuse_room("no_blocks")))()
+
+
+async def die(engine: SimulatedEngine, _: random.Random) -> None:
+    """It dies."""
+    engine.kill()
+
+
+TROUBLES = (stall, late_outputs, late_answers, terminate, at_once, at_once, at_once, die, die)
+
+
+async def trouble(cluster: Cluster, rng: random.Random) -> None:
+    """One fault of an instance, if it is up."""
+    engine = rng.choice(list(cluster.engines.values()))[-1]
+    if engine.serves:
+        await rng.choice(TROUBLES)(engine, rng)
+
+
+async def live(cluster: Cluster, rng: random.Random) -> None:
+    """Arrivals, departures and faults for a while, then peace until everything has ended."""
+    clients: list[Client] = []
+    troubles: list[asyncio.Task[None]] = []
+    end_s = asyncio.get_running_loop().time() + LIVE_S
+    while asyncio.get_running_loop().time() < end_s:
+        await asyncio.sleep(rng.expovariate(12.0))
+        cluster.check_pump()
+        match rng.choices(("arrive", "leave", "trouble"), (8, 1, 1))[0]:
+            case "arrive" if cluster.runtime.n_live_requests < 24:
+                n_output = rng.randint(1, 120)
+                stop_at = rng.randint(1, n_output) if rng.random() < 0.3 else None
+                clients.append(await cluster.submit(f"r{len(clients)}", rng.randint(1, 250), n_output, stop_at=stop_at))
+            case "leave":
+                here = [c for c in clients if c.finish_reason is None and not c.left]
+                if here:
+                    cluster.abort(rng.choice(here))
+            case "trouble":
+                troubles.append(asyncio.create_task(trouble(cluster, rng)))
+            case _:
+                continue
+    await asyncio.gather(*troubles)
+    for client in clients:
+        await client.until_end()
+        assert client.left or client.finish_reason in {"stop", "length"}
+    await cluster.all_up()
+
+
+def policy_of(seed: int, rng: random.Random) -> Policy:
+    """Restless or staged, in turn."""
+    if seed % 3 == 2:
+        return StaticStages(layout=StageLayout.from_boundaries((100, 180), (("a",), ("b", "d"), ("c",))), retry_s=0.1)
+    return Restless(rng)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@virtual_time
+async def test_random_life(seed: int) -> None:
+    """Whatever happens, every client that stays gets exactly its tokens, and at the end nothing is left."""
+    rng = random.Random(seed)
+    try:
+        async with Cluster(
+            policy_of(seed, rng),
+            "abcd",
+            capacity=SMALL,
+            times=replace(TIMES, start_s=0.3),
+            supervision=replace(SUPERVISION, report_s=0.05, hang_s=1.0, backoff_first_s=0.1, backoff_max_s=1.0),
+            migration=LIMITS,
+            start_error=lambda _, n: "bad luck" if n > 0 and rng.random() < 0.2 else None,
+        ) as cluster:
+            await live(cluster, rng)
+    except BaseException as error:
+        error.add_note(f"seed {seed}")
+        raise
