@@ -7,6 +7,7 @@ For each profile, trace and load (share of the one-stage capacity) the best layo
 `least_loaded` for one stage, `static_stages` with hand-overs for several. Requests are drawn with replacement from the trace, arrivals are
 Poisson; only requests that arrive in the middle of the run count, so that the cluster is full while they run. Regret is how much worse
 the layout that the planner chooses fares, in the simulator, than the best of those simulated; layouts are simulated on the same arrivals.
+With --rivals, layouts next to the chosen one are among them.
 Writes Markdown to standard output and one CSV row per run to --csv.
 """
 
@@ -31,8 +32,8 @@ from cascadeinfer.sim.settings import NetworkConfig, SimConfig, instance_ids
 from cascadeinfer.workload.trace import Trace
 
 DEFAULT_TRACES = "azure_2023_conv,sharegpt_v3_firstturn_llama3,sharegpt_8k_llama2,servegen_deepseek_r1_1h,mooncake_synthetic,bwb_llama2"
-PULL_S = 0.01
-"""Pause of a hand-over beside the transfer: set-up of the pull and the commands around it, as `NetworkConfig` has them."""
+PULL_S = 0.02
+"""Pause of a hand-over beside the transfer: set-up of the pull, the commands around it, the steps that end first (simulated: 20 ms)."""
 RESIDENCES = 12.0
 """A run lasts so many mean residences (at least `--seconds`), so that most of it is steady."""
 COUNTED = (0.3, 0.75)
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=40_000, help="most requests in a run")
     parser.add_argument("--margin", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rivals", action="store_true", help="also simulate layouts near the chosen one")
     parser.add_argument("--csv", type=Path, default=None)
     options = parser.parse_args()
     rows: list[Row] = []
@@ -140,13 +142,14 @@ def point(
         )
 
     chosen = planned(options.margin, DEFAULT_MAX_STAGES, DEFAULT_STAGE_TOLERANCE)
-    layouts = {chosen.boundaries_tokens: chosen}
+    layouts = {(chosen.boundaries_tokens, chosen.instances): chosen}
     for stages in (int(part) for part in options.stages.split(",")):
         best = planned(0.0, stages, 0.0)
         if len(best.stages) == stages:
-            layouts.setdefault(best.boundaries_tokens, best)
-    if () not in layouts:
-        layouts[()] = predict(chosen.problem, (), (n,))
+            layouts.setdefault((best.boundaries_tokens, best.instances), best)
+    if options.rivals:
+        layouts |= rivals(chosen)
+    layouts.setdefault(((), (n,)), predict(chosen.problem, (), (n,)))
     residence_s = max(stage.service.step_s for stage in chosen.stages) * histogram.mean_output_tokens
     seconds = max(options.seconds, RESIDENCES * residence_s)
     count = int(min(options.requests, max(1500, rate * seconds)))
@@ -157,12 +160,12 @@ def point(
     sample = Trace.from_columns(sample.prompt_tokens[order], sample.output_tokens[order], arrivals)
     rows = [
         run(profile, name, load, layout, sample, context)
-        for _, layout in sorted(layouts.items(), key=lambda item: len(item[0]))
+        for _, layout in sorted(layouts.items(), key=lambda item: len(item[0][1]))
     ]
-    by_boundaries = {row.boundaries: row for row in rows}
+    by_layout = {(row.boundaries, row.instances): row for row in rows}
     best_row = min(rows, key=lambda row: row.simulated_ms)
-    mine = by_boundaries[joined(chosen.boundaries_tokens)]
-    one = by_boundaries[""]
+    mine = by_layout[joined(chosen.boundaries_tokens), joined(chosen.instances)]
+    one = by_layout["", str(n)]
     return rows, Verdict(
         profile.name,
         name,
@@ -173,6 +176,22 @@ def point(
         1.0 - mine.simulated_ms / one.simulated_ms,
         mine.simulated_ms / best_row.simulated_ms - 1.0,
     )
+
+
+def rivals(chosen: Plan) -> dict[tuple[tuple[int, ...], tuple[int, ...]], Plan]:
+    """Layouts near the chosen one that the planner did not choose: boundaries moved by half, an instance moved to the end or start."""
+    bounds, instances = chosen.boundaries_tokens, chosen.instances
+    if not bounds:
+        return {}
+    wanted = [(tuple(round(factor * b) for b in bounds), instances) for factor in (1 / 1.5, 1.5)]
+    for giver, taker in ((0, -1), (-1, 0)):
+        moved = list(instances)
+        moved[giver] -= 1
+        moved[taker] += 1
+        if min(moved) >= 1:
+            wanted.append((bounds, tuple(moved)))
+    found = (predict(chosen.problem, *layout) for layout in wanted)
+    return {(layout.boundaries_tokens, layout.instances): layout for layout in found if np.isfinite(layout.cost)}
 
 
 def run(profile: CostProfile, name: str, load: float, layout: Plan, trace: Trace, context: int) -> Row:

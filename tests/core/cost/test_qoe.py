@@ -136,6 +136,20 @@ def test_hand_overs_cost_their_pause() -> None:
     assert costs[1] - costs[0] == pytest.approx((0.05 + 1e-5 * 512) / 1001, rel=1e-6)
 
 
+def test_a_stage_that_hands_over_too_often_is_infeasible() -> None:
+    """Hand-overs into and out of an instance are limited; more instances, or a higher limit, make the stage feasible."""
+    histogram = LengthHistogram.from_requests([100], [1001])
+    boundary = histogram.nearest_edge(512)
+
+    def cost(n: int, per_s: float) -> float:
+        problem = PlanProblem(histogram, FULL, ROOMY, 40.0, n, hand_over=HandOverCost(per_instance_per_s=per_s))
+        return problem.service(boundary, len(problem.edges) - 1, n).cost
+
+    assert math.isinf(cost(2, 19.0))
+    assert math.isfinite(cost(3, 19.0))
+    assert math.isfinite(cost(2, 21.0))
+
+
 def test_quantiles_of_the_longest_are_those_of_draws() -> None:
     """The longest length of a batch, drawn by decode steps, has the computed quantiles."""
     rng = np.random.default_rng(11)

@@ -267,6 +267,9 @@ def stage_service(
     stage = StageLoad(
         i, j, n_instances, rate, steps, table[1, j] - table[1, i], starts, prompt, attention, chunk, prefill_load
     )
+    moved = rate * max(0.0, table[2, i] - table[8, i] + table[2, j] - table[8, j])  # in and out
+    if moved > limits.hand_overs_per_s:
+        return _infeasible()
     # No step can be longer than what keeps tokens in flight within KV cache, batch slots and token budget.
     t_max = limits.tpot_limit_s
     if steps > 0.0:

@@ -37,6 +37,7 @@ class ServiceLimits(NamedTuple):
     block_tokens: float
     pause_s: float
     pause_per_token_s: float
+    hand_overs_per_s: float
     ttft_limit_s: float
     tpot_limit_s: float
 

@@ -32,7 +32,13 @@ _NEGLIGIBLE: Final = 1e-3
 @dataclass(frozen=True, slots=True)
 class HandOverCost:
     """
-    Pause of a request that is handed over: `pause_s + pause_per_token_s x length`.
+    What a hand-over costs, and how many there can be.
+
+    Attributes:
+        pause_s: Of the request, beside its transfer. Measured in the simulator: 20 ms.
+        pause_per_token_s: Of the request, per token of its length (KV bytes per token over bandwidth).
+        per_instance_per_s: Most hand-overs into and out of one instance. 3 at once, looked for every 0.1 s, make 30; a stage that
+            needs nearly all of them keeps requests that should have left.
 
     Raises:
         PlanError: Negative or not finite.
@@ -40,10 +46,11 @@ class HandOverCost:
 
     pause_s: float = 0.02
     pause_per_token_s: float = 0.0
+    per_instance_per_s: float = 20.0
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for name in ("pause_s", "pause_per_token_s"):
+        for name in ("pause_s", "pause_per_token_s", "per_instance_per_s"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0.0):
                 raise PlanError(f"{name} must be finite and >= 0, not {value}")
@@ -126,6 +133,7 @@ class PlanProblem:
                     float(capacity.block_size_tokens),
                     float(self.hand_over.pause_s),
                     float(self.hand_over.pause_per_token_s),
+                    float(self.hand_over.per_instance_per_s),
                     float(self.floor.ttft_s),
                     float(self.floor.tpot_s),
                 ),
