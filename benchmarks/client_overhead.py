@@ -18,6 +18,8 @@ Two figures per sample: tokens per second over the wall (engines and client shar
 token, which hardly depends on who else uses the machine. Ratios are ours over the other side's, sample by sample within a round.
 """
 
+from __future__ import annotations
+
 import argparse
 import asyncio
 import contextlib
@@ -36,17 +38,19 @@ import numpy as np
 
 import measuring
 
-measuring.quiet_environment()
+if __name__ == "__main__":
+    # The engines' processes import this file again (spawn) and need none of it; numba, which the planner brings in, would even end
+    # vLLM's CPU worker: it looks into every loaded module, and llvmlite's answers any name.
+    measuring.quiet_environment()
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-from vllm.config import KVTransferConfig  # noqa: E402 - after the environment is set
-from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402
-from vllm.sampling_params import RequestOutputKind, SamplingParams  # noqa: E402
-from vllm.v1.engine.async_llm import AsyncLLM  # noqa: E402
-
-from cascadeinfer.assemble import make_runtime, running_llm  # noqa: E402
-from cascadeinfer.cluster.local import LOOPBACK, free_port, split_cores  # noqa: E402
-from cascadeinfer.config.schema import ServeOptions  # noqa: E402
-from cascadeinfer.engines.vllm.launch import CPU_UCX_TRANSPORTS  # noqa: E402
+    from cascadeinfer.assemble import make_runtime, running_llm
+    from cascadeinfer.cluster.local import LOOPBACK, free_port, split_cores
+    from cascadeinfer.config.schema import ServeOptions
+    from cascadeinfer.engines.vllm.launch import CPU_UCX_TRANSPORTS
 
 OURS = "cascadeinfer"
 OTHERS = ("vllm_dp", "vllm_dp_nixl")

@@ -12,6 +12,8 @@ The pause is the time from the source's last token to the target's first, as the
 tokens is the median before the cut, of the same request. The runtime's own work (policy, streams) is not in it; it is microseconds.
 """
 
+from __future__ import annotations
+
 import argparse
 import asyncio
 import tempfile
@@ -24,15 +26,17 @@ import numpy as np
 
 import measuring
 
-measuring.quiet_environment()
+if __name__ == "__main__":
+    # The engines' processes import this file again (spawn) and need none of it; numba, which the planner brings in, would even end
+    # vLLM's CPU worker: it looks into every loaded module, and llvmlite's answers any name.
+    measuring.quiet_environment()
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
 
-from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: E402 - after the environment is set
-from vllm.sampling_params import SamplingParams  # noqa: E402
-from vllm.v1.engine import EngineCoreRequest  # noqa: E402
-
-from cascadeinfer.engines.protocol import EngineRequest, KvTicket, Resume  # noqa: E402
-from cascadeinfer.engines.vllm.instance import VllmInstance  # noqa: E402
-from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories  # noqa: E402
+    from cascadeinfer.engines.protocol import EngineRequest, KvTicket, Resume
+    from cascadeinfer.engines.vllm.instance import VllmInstance
+    from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
 
 TOKENS_BEFORE = 24
 """At the source, after which it is cut; enough for a median of the time between tokens."""
