@@ -237,54 +237,56 @@ async def test_preemption_after_a_move(zoo: Zoo, target: str) -> None:
 
 
 @pytest.mark.parametrize("target", KINDS)
-async def test_skipped_step_after_a_move(zoo: Zoo, target: str) -> None:
-    """
-    A request that was moved, then left out of a step, keeps its output.
-
-    Asynchronous scheduling leaves a request out whose last token is in flight; undoing a cut brings it back in.
-    """
+async def test_undone_cut_after_a_move(zoo: Zoo, target: str) -> None:
+    """A request that was moved, cut again and uncut at once keeps its output."""
     here, there = zoo.instances[OTHER[target]], zoo.instances[target]
-    other_prompt, _ = await zoo.window(30, 1)
-    companion = await zoo.start(there, other_prompt, greedy(1500))
     prompt, expected = await zoo.window(40, 150)
     attempt = await zoo.start(here, prompt, greedy(150))
     await attempt.until_output(10)
     attempt = await zoo.move(attempt, there)
     undone = 0
-    for n_tokens in range(3, 120, 3):
-        await attempt.until_output(n_tokens)
-        if attempt.ended:
-            break
-        refused, was_undone = await asyncio.gather(
-            there.cut(attempt.engine_request_id), there.undo_cut(attempt.engine_request_id)
-        )
-        if refused is None and not was_undone:
-            await attempt.until_end()
-            assert attempt.ticket is not None
-            attempt = await zoo.resume(attempt, there, ticket=None)
-            await there.release_pin(attempt.engine_request_id)
+    while not attempt.ended:
+        await attempt.until_output(len(attempt.token_ids) + 3)
+        attempt, was_undone = await zoo.cut_and_undo(attempt)
         undone += was_undone
-    await attempt.until_end()
-    await there.abort([companion.engine_request_id])
     assert undone
     assert attempt.output == expected
+
+
+@pytest.mark.parametrize("target", KINDS)
+async def test_no_budget_on_arrival(zoo: Zoo, target: str) -> None:
+    """A request whose KV cache has come while a long prefill takes every step's token budget runs after it, unchanged."""
+    here, there = zoo.instances[OTHER[target]], zoo.instances[target]
+    prompt, expected = await zoo.window(40, 60)
+    long_prompt, long_expected = await zoo.reference(MAX_MODEL_LEN - 12, 12)
+    attempt = await zoo.start(here, prompt, greedy(60))
+    await attempt.until_output(10)
+    long = await zoo.start(there, long_prompt, greedy(12))
+    attempt = await zoo.move(attempt, there)
+    await asyncio.gather(attempt.until_end(), long.until_end())
+    assert attempt.output == expected
+    assert long.output == long_expected
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 async def test_min_tokens(zoo: Zoo, source: str, target: str) -> None:
     """`min_tokens` counts from the beginning of the output, not from the move."""
     prompt, text = await zoo.window(40, 60)
-    stop = next(text[i] for i in range(6, 60) if text[i] not in text[:i])
-    params = {"stop_token_ids": [stop], "min_tokens": 25}
     here, there = zoo.instances[source], zoo.instances[target]
-    alone = await zoo.run(here, prompt, greedy(60, **params))
-    assert len(alone.output) >= 25
-    for cut_at in (3, 12, 22):
-        attempt = await zoo.start(here, prompt, greedy(60, **params))
-        await attempt.until_output(cut_at)
-        attempt = await (await zoo.move(attempt, there)).until_end()
-        assert attempt.output == alone.output
-        assert attempt.finish_reason == alone.finish_reason
+    # A stop token that comes too early must not end the output, one that comes just after the minimum must.
+    early = next(i for i in range(6, 20) if text[i] not in text[:i])
+    late = next(i for i in range(25, 60) if text[i] not in text[:i])
+    for at, min_tokens in ((early, 25), (late, late - 1)):
+        params = {"stop_token_ids": [text[at]], "min_tokens": min_tokens}
+        alone = await zoo.run(here, prompt, greedy(60, **params))
+        assert len(alone.output) >= min_tokens
+        assert (alone.output == text[: at + 1]) == (at == late)
+        for cut_at in (3, 12, 18):
+            attempt = await zoo.start(here, prompt, greedy(60, **params))
+            await attempt.until_output(cut_at)
+            attempt = await (await zoo.move(attempt, there)).until_end()
+            assert attempt.output == alone.output
+            assert attempt.finish_reason == alone.finish_reason
 
 
 async def test_many_at_once(zoo: Zoo) -> None:

@@ -261,6 +261,24 @@ class Zoo:
             attempt, target, ticket=None if recompute else attempt.ticket, reservation_id=reservation_id
         )
 
+    async def cut_and_undo(self, attempt: Attempt) -> tuple[Attempt, bool]:
+        """
+        Cut a request and undo the cut at once.
+
+        Returns:
+            The attempt that goes on, and whether the cut was undone; when a step came between the two, the request is taken back
+            without its KV cache, as the migration protocol does it.
+        """
+        instance, request_id = attempt.instance, attempt.engine_request_id
+        refused, undone = await asyncio.gather(instance.cut(request_id), instance.undo_cut(request_id))
+        if refused is not None or undone:
+            return attempt, undone
+        await attempt.until_end()
+        if attempt.ticket is None:
+            return attempt, False
+        await instance.release_pin(request_id)
+        return await self.resume(attempt, instance, ticket=None), False
+
     async def reference(self, prompt_tokens: int, output_tokens: int) -> tuple[list[int], list[int]]:
         """A prompt of this length and its greedy output of this length, free of near ties; made once, on one instance."""
         key = (prompt_tokens, output_tokens)

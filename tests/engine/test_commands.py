@@ -1,0 +1,376 @@
+"""Commands to a real instance: what is refused and why, reservations, pins and leases, undoing a cut, the load report."""
+
+import asyncio
+from collections.abc import Callable
+
+import psutil
+import pytest
+from zoo import (
+    BLOCK,
+    KINDS,
+    KV_BLOCKS,
+    MAX_MODEL_LEN,
+    MAX_SEQS,
+    Attempt,
+    Zoo,
+    eventually,
+    greedy,
+    random_prompt,
+)
+
+from cascadeinfer.engines.vllm.instance import VllmInstance
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
+
+USABLE_BLOCKS = KV_BLOCKS - 1
+"""vLLM keeps one as its null block."""
+PARTNER = dict(zip(KINDS, ["sync", "sync+cache", "async", "async+cache"], strict=True))
+
+each_kind = pytest.mark.parametrize("name", KINDS)
+
+
+async def running(zoo: Zoo, instance: VllmInstance, n_output: int = 1000, n_prompt: int = 40) -> Attempt:
+    """A request that decodes and will do so for a while."""
+    attempt = await zoo.start(instance, random_prompt(n_prompt, 5), greedy(n_output))
+    await attempt.until_output(3)
+    return attempt
+
+
+async def squeeze(zoo: Zoo, instance: VllmInstance, n_left: int) -> str:
+    """Reserve all but so many blocks; returns the reservation's id."""
+    report, _ = await instance.report()
+    n_taken = USABLE_BLOCKS - report.kv_blocks_used - n_left
+    reservation_id = f"squeeze{id(zoo)}"
+    assert await instance.reserve(reservation_id, (n_taken - 1) * BLOCK) is None
+    return reservation_id
+
+
+@each_kind
+async def test_cut_of_an_unknown_request(zoo: Zoo, name: str) -> None:
+    """A request that never was, or has ended, is refused as unknown."""
+    instance = zoo.instances[name]
+    assert await instance.cut("nobody") == "unknown"
+    ended = await zoo.run(instance, random_prompt(10, 1), greedy(3))
+    assert await instance.cut(ended.engine_request_id) == "unknown"
+
+
+@each_kind
+async def test_cut_of_a_waiting_request(zoo: Zoo, name: str) -> None:
+    """A request that waits for blocks is refused, and runs when there are some."""
+    instance = zoo.instances[name]
+    prompt, expected = await zoo.window(100, 5)
+    reservation_id = await squeeze(zoo, instance, 1)
+    attempt = await zoo.start(instance, prompt, greedy(5))
+    await eventually(lambda: _is_waiting(instance, attempt), "waiting")
+    assert await instance.cut(attempt.engine_request_id) == "waiting"
+    await instance.release_reservation(reservation_id)
+    assert (await attempt.until_end()).output == expected
+
+
+async def _is_waiting(instance: VllmInstance, attempt: Attempt) -> bool:
+    return attempt.engine_request_id in (await instance.report())[0].waiting_ids
+
+
+@each_kind
+async def test_cut_during_the_prefill(zoo: Zoo, name: str) -> None:
+    """A request whose prompt is not computed yet is refused: between two chunks of a long prompt, or before the first."""
+    instance = zoo.instances[name]
+    refusals = set()
+    for seed in range(50):
+        attempt = await zoo.start(instance, random_prompt(MAX_MODEL_LEN - 40, seed), greedy(2))
+        while not attempt.ended and "prefilling" not in refusals:
+            refusals.add(await instance.cut(attempt.engine_request_id))
+        await attempt.until_end()
+        assert len(attempt.output) == 2
+        if "prefilling" in refusals:
+            break
+    assert refusals <= {"prefilling", "waiting", "ending", "unknown"}
+    assert "prefilling" in refusals
+
+
+@each_kind
+async def test_cut_twice(zoo: Zoo, name: str) -> None:
+    """A request that is being cut is refused; the first cut stands."""
+    instance = zoo.instances[name]
+    answers = []
+    for _ in range(50):
+        attempt = await running(zoo, instance)
+        answers += await asyncio.gather(*(instance.cut(attempt.engine_request_id) for _ in range(3)))
+        await attempt.until_end()
+        assert attempt.ticket is not None
+        await instance.release_pin(attempt.engine_request_id)
+        if "already_cut" in answers:
+            break
+    assert "already_cut" in answers
+    assert set(answers) <= {None, "already_cut", "unknown"}
+
+
+@each_kind
+async def test_undo_in_time(zoo: Zoo, name: str) -> None:
+    """A cut that is undone before it takes effect leaves no trace: the request runs to its own end."""
+    instance = zoo.instances[name]
+    prompt, expected = await zoo.window(40, 120)
+    attempt = await zoo.start(instance, prompt, greedy(120))
+    undone = 0
+    while not attempt.ended:
+        await attempt.until_output(len(attempt.token_ids) + 2)
+        attempt, was_undone = await zoo.cut_and_undo(attempt)
+        undone += was_undone
+    assert undone
+    assert attempt.output == expected
+
+
+@each_kind
+async def test_undo_too_late(zoo: Zoo, name: str) -> None:
+    """A cut that has taken effect cannot be undone, nor one that never was."""
+    instance = zoo.instances[name]
+    attempt = await running(zoo, instance)
+    assert not await instance.undo_cut(attempt.engine_request_id)
+    assert not await instance.undo_cut("nobody")
+    assert await zoo.cut(attempt)
+    assert not await instance.undo_cut(attempt.engine_request_id)
+    await instance.release_pin(attempt.engine_request_id)
+
+
+@each_kind
+async def test_reservation_holds_blocks(zoo: Zoo, name: str) -> None:
+    """A reservation takes one block more than its tokens fill, once, and gives them back."""
+    instance = zoo.instances[name]
+    for n_tokens, n_blocks in ((1, 2), (BLOCK, 2), (BLOCK + 1, 3), (10 * BLOCK, 11)):
+        for _ in range(2):  # asking again with the same id changes nothing
+            assert await instance.reserve("a", n_tokens) is None
+        report, counters = await instance.report()
+        assert (report.kv_blocks_used, counters.reserved) == (n_blocks, 1)
+        for _ in range(2):
+            await instance.release_reservation("a")
+        report, counters = await instance.report()
+        assert (report.kv_blocks_used, counters.reserved) == (0, 0)
+
+
+@each_kind
+async def test_reservation_without_blocks(zoo: Zoo, name: str) -> None:
+    """Room that is not there is refused, and nothing is held."""
+    instance = zoo.instances[name]
+    assert await instance.reserve("all", (USABLE_BLOCKS - 1) * BLOCK) is None
+    assert (await instance.report())[0].kv_blocks_used == USABLE_BLOCKS
+    assert await instance.reserve("more", 1) == "no_blocks"
+    await instance.release_reservation("all")
+    assert await instance.reserve("all", USABLE_BLOCKS * BLOCK) == "no_blocks"
+    assert (await instance.report())[1].reserved == 0
+
+
+@each_kind
+async def test_reservation_without_slots(zoo: Zoo, name: str) -> None:
+    """Running requests and reservations together do not exceed the batch."""
+    instance = zoo.instances[name]
+    attempt = await running(zoo, instance)
+    ids = [f"s{number}" for number in range(MAX_SEQS)]
+    answers = [await instance.reserve(reservation_id, 1) for reservation_id in ids]
+    assert answers == [None] * (MAX_SEQS - 1) + ["no_slots"]
+    await asyncio.gather(*(instance.release_reservation(reservation_id) for reservation_id in ids))
+    await instance.abort([attempt.engine_request_id])
+
+
+async def test_reservation_expires(zoo: Zoo) -> None:
+    """A reservation that nobody claims ends by itself."""
+    instance = zoo.instances["sync"]
+    assert KINDS["sync"].reservation_life_s is not None
+    assert await instance.reserve("forgotten", 100) is None
+
+    async def gone() -> bool:
+        return (await zoo.counters(instance)).reserved == 0
+
+    await eventually(gone, "expired")
+    assert (await instance.report())[0].kv_blocks_used == 0
+
+
+@each_kind
+async def test_resume_takes_its_reservation_over(zoo: Zoo, name: str) -> None:
+    """A resumed request gets the room reserved for it, also when there is no other, and the reservation is gone."""
+    here, there = zoo.instances[PARTNER[name]], zoo.instances[name]
+    prompt, expected = await zoo.window(90, 20)
+    attempt = await zoo.start(here, prompt, greedy(20))
+    await attempt.until_output(3)
+    assert await there.reserve("room", attempt.n_tokens + 17) is None
+    rest = await squeeze(zoo, there, 0)
+    assert await there.reserve("none", 1) == "no_blocks"
+    assert await zoo.cut(attempt)
+    attempt = await zoo.resume(attempt, there, ticket=attempt.ticket, reservation_id="room")
+    await attempt.until_output(1)
+    assert (await zoo.counters(there)).reserved == 1  # the rest
+    await attempt.until_end()
+    await there.release_reservation(rest)
+    assert attempt.output == expected
+
+
+@each_kind
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+async def test_pin_is_released_on_command(zoo: Zoo, name: str, *, busy: bool) -> None:
+    """
+    Pinned blocks are freed on command, whether it comes before or after the step that tells the worker of the pin.
+
+    The order is a matter of microseconds, so many cuts are tried; the instance is otherwise idle or has another request.
+    """
+    instance = zoo.instances[name]
+    other = await running(zoo, instance, 1900) if busy else None
+    for number in range(12):
+        attempt = await running(zoo, instance, n_prompt=100)
+        assert await zoo.cut(attempt)
+        if number % 3:  # some steps later
+            await zoo.run(instance, random_prompt(4, number), greedy(number % 3))
+            assert (await zoo.counters(instance)).pinned == 1
+        await instance.release_pin(attempt.engine_request_id)
+        if number % 2:  # twice is harmless
+            await instance.release_pin(attempt.engine_request_id)
+        await eventually(lambda: _pins(zoo, instance, 0), "released")
+    if other is not None:
+        await instance.abort([other.engine_request_id])
+
+
+async def _pins(zoo: Zoo, instance: VllmInstance, n_pins: int) -> bool:
+    return (await zoo.counters(instance)).pinned == n_pins
+
+
+@each_kind
+async def test_cut_pins_exactly_what_is_computed(zoo: Zoo, name: str) -> None:
+    """The blocks of a cut request stay in use until they are pulled or released, and are then free."""
+    instance = zoo.instances[name]
+    attempt = await running(zoo, instance, n_prompt=100)
+    assert await zoo.cut(attempt)
+    report, counters = await instance.report()
+    assert counters.pinned == 1
+    assert report.running_ids == report.waiting_ids == ()
+    assert report.kv_blocks_used == -(-(attempt.n_tokens - 1) // BLOCK)
+    await instance.release_pin(attempt.engine_request_id)
+
+
+@each_kind
+async def test_release_after_the_pull(zoo: Zoo, name: str) -> None:
+    """Releasing what has been pulled already, or was never pinned, is harmless."""
+    instance, there = zoo.instances[name], zoo.instances[PARTNER[name]]
+    prompt, expected = await zoo.window(50, 20)
+    attempt = await zoo.start(instance, prompt, greedy(20))
+    await attempt.until_output(4)
+    moved = await (await zoo.move(attempt, there)).until_end()
+    await instance.release_pin(attempt.engine_request_id)
+    await instance.release_pin("nobody")
+    assert moved.output == expected
+    assert (await zoo.run(instance, prompt, greedy(20))).output == expected
+
+
+async def test_lease_ends(zoo: Zoo) -> None:
+    """Blocks that nobody pulls or releases are freed when the lease ends, on an idle instance too."""
+    instance = zoo.instances["sync+cache"]
+    attempt = await running(zoo, instance)
+    assert await zoo.cut(attempt)
+    assert (await zoo.counters(instance)).pinned == 1
+    await zoo.settled(deadline_s=60)
+
+
+@each_kind
+async def test_abort_of_a_resumed_request(zoo: Zoo, name: str) -> None:
+    """
+    A client that leaves during the transfer frees both sides well before the lease ends.
+
+    Aborted at once, while it waits for its KV cache, or in its first steps; as the runtime does it, with the pin released.
+    """
+    here, there = zoo.instances[PARTNER[name]], zoo.instances[name]
+    for number in range(12):
+        attempt = await running(zoo, here, n_prompt=200)
+        assert await there.reserve(f"x{number}", attempt.n_tokens) is None
+        assert await zoo.cut(attempt)
+        resumed = await zoo.resume(attempt, there, ticket=attempt.ticket, reservation_id=f"x{number}")
+        for _ in range(number % 4):
+            await there.report()  # a little later
+        await there.abort([resumed.engine_request_id])
+        await here.release_pin(attempt.engine_request_id)
+        await there.release_reservation(f"x{number}")
+    await zoo.settled()
+
+
+@each_kind
+async def test_abort_of_a_resumed_request_that_waits(zoo: Zoo, name: str) -> None:
+    """A resumed request that found no room and is aborted while it waits frees the source's blocks."""
+    here, there = zoo.instances[PARTNER[name]], zoo.instances[name]
+    rest = await squeeze(zoo, there, 1)
+    attempt = await running(zoo, here, n_prompt=200)
+    assert await zoo.cut(attempt)
+    resumed = await zoo.resume(attempt, there, ticket=attempt.ticket)
+    await eventually(lambda: _is_waiting(there, resumed), "waiting")
+    await there.abort([resumed.engine_request_id])
+    await here.release_pin(attempt.engine_request_id)
+    await there.release_reservation(rest)
+
+
+@each_kind
+async def test_resumed_request_waits_for_room(zoo: Zoo, name: str) -> None:
+    """A resumed request that finds no room waits, and pulls its KV cache when there is some."""
+    here, there = zoo.instances[PARTNER[name]], zoo.instances[name]
+    before = await zoo.counters(there)
+    prompt, expected = await zoo.window(120, 20)
+    rest = await squeeze(zoo, there, 1)
+    attempt = await zoo.start(here, prompt, greedy(20))
+    await attempt.until_output(3)
+    assert await zoo.cut(attempt)
+    resumed = await zoo.resume(attempt, there, ticket=attempt.ticket)
+    await eventually(lambda: _is_waiting(there, resumed), "waiting")
+    await there.release_reservation(rest)
+    assert (await resumed.until_end()).output == expected
+    assert (await zoo.counters(there)).pulls == before.pulls + 1
+
+
+@each_kind
+@pytest.mark.parametrize("when", ["running", "cut", "pinned"])
+async def test_abort_at_the_source(zoo: Zoo, name: str, when: str) -> None:
+    """A client that leaves before, during or after the cut leaves nothing behind."""
+    instance = zoo.instances[name]
+    for _ in range(5):
+        attempt = await running(zoo, instance)
+        if when == "cut":
+            await asyncio.gather(instance.cut(attempt.engine_request_id), instance.abort([attempt.engine_request_id]))
+        elif when == "pinned":
+            assert await zoo.cut(attempt)
+        await instance.abort([attempt.engine_request_id])
+        await instance.release_pin(attempt.engine_request_id)
+    await zoo.settled()
+
+
+@each_kind
+async def test_load_report(zoo: Zoo, name: str) -> None:
+    """The report names every request with its length, the blocks they fill, and what was scheduled."""
+    instance = zoo.instances[name]
+    before = await zoo.counters(instance)
+    prompts = [random_prompt(n_tokens, 7) for n_tokens in (10, 33, 100)]
+    attempts = [await zoo.start(instance, prompt, greedy(400)) for prompt in prompts]
+    for attempt in attempts:
+        await attempt.until_output(2)
+    rest = await squeeze(zoo, instance, 40)
+    waiting = await zoo.start(instance, random_prompt(1800, 7), greedy(5))
+    await eventually(lambda: _is_waiting(instance, waiting), "waiting")
+    seen = [attempt.n_tokens for attempt in attempts]
+    report, counters = await instance.report()
+    after = [attempt.n_tokens for attempt in attempts]
+    assert report.running_ids == tuple(attempt.engine_request_id for attempt in attempts)
+    assert (report.waiting_ids, report.waiting_tokens) == ((waiting.engine_request_id,), (1800,))
+    for low, said, high in zip(seen, report.running_tokens, after, strict=True):
+        assert low <= said <= high + 8  # the engine is ahead of what has been delivered
+    of_requests = report.kv_blocks_used - (USABLE_BLOCKS - 40 - sum(-(-n // BLOCK) for n in seen))
+    assert -1 <= of_requests - sum(-(-n // BLOCK) for n in report.running_tokens) <= len(attempts)
+    assert counters.reserved == 1
+    assert counters.pinned == 0
+    n_prompt_tokens = sum(map(len, prompts))
+    n_new = sum(report.running_tokens) - n_prompt_tokens
+    assert counters.scheduled_tokens - before.scheduled_tokens >= n_prompt_tokens + n_new - len(attempts)
+    assert 0 < counters.steps - before.steps <= n_new + len(attempts)
+    assert report.step_s >= 0.0
+    await instance.abort([attempt.engine_request_id for attempt in (*attempts, waiting)])
+    await instance.release_reservation(rest)
+
+
+async def test_idle_instances_sleep(zoo: Zoo) -> None:
+    """Instances without requests leave the processor alone (NIXL's progress thread takes a whole core unless told not to)."""
+    processes = [psutil.Process(instance.pid) for instance in zoo.instances.values()]
+    times: Callable[[], float] = lambda: sum(sum(process.cpu_times()[:2]) for process in processes)  # noqa: E731
+    before_s = times()
+    await asyncio.sleep(1.0)
+    assert times() - before_s < 0.5
