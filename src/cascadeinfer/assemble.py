@@ -9,6 +9,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.config.schema import ServeOptions
+from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.engines.vllm.instance import VllmInstance
@@ -20,16 +21,31 @@ from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes
 
+POLICIES_WITH_STAGES = ("cascade", "static_length", "static_stages")
+"""Policies that take a layout; without `--stages` it is one stage."""
 LEASE_MARGIN_S = 3.0
 """A pull must be over this long before the lease ends: clocks, a slow step, a late message."""
 STOP_TIMEOUT_S = 5.0
 
 
 def make_policy(options: ServeOptions) -> Policy:
-    """The policy that the options name."""
-    layout = options.layout()
+    """
+    The policy that the options name.
+
+    Raises:
+        ConfigError: Stages are given to a policy that has none.
+    """
     name = options.policy_name()
-    return POLICIES[name](layout=layout) if name == "static_stages" else POLICIES[name]()
+    layout = options.layout()
+    if name in POLICIES_WITH_STAGES:
+        return POLICIES[name](layout=layout)
+    if options.stages is not None:
+        raise ConfigError(
+            f"policy {name} has no stages",
+            option="--stages",
+            fix=f"leave it out, or use --policy {' or '.join(POLICIES_WITH_STAGES)}",
+        )
+    return POLICIES[name]()
 
 
 def make_runtime(
