@@ -122,7 +122,7 @@ async def test_every_policy_serves(name: str) -> None:
             await client.until_end()
             assert client.finish_reason == "length"
         await cluster.all_up()
-        assert {e.instance_id for e in policy.effects if isinstance(e, Dispatch)} == set("abc")
+        assert {e.request_id for e in policy.effects if isinstance(e, Dispatch)} == set(cluster.clients)
 
 
 class Full(ScriptedPolicy):

@@ -15,14 +15,14 @@ from runtime_cluster import CAPACITY, SUPERVISION, TIMES, Client, Cluster, Scrip
 from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
 from cascadeinfer.core.events import Event, InstanceReported
 from cascadeinfer.core.plan.layout import StageLayout
-from cascadeinfer.core.policies.static_stages import StaticStages
+from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.engines.simulated import SimulatedEngine
 from cascadeinfer.runtime.migrate import MigrationTimes
 from support.virtual_time import virtual_time
 
-SEEDS = range(12)
-LIVE_S = 20.0
+CASES = [("restless", seed) for seed in range(6)] + [(name, 6) for name in sorted(POLICIES)]
+LIVE_S = 15.0
 LIMITS = MigrationTimes(ask_s=0.5, cut_s=0.3, resume_s=0.8)
 SMALL = replace(CAPACITY, kv_blocks=60, max_num_seqs=5)
 """Requests wait, are preempted, and find no room."""
@@ -136,21 +136,23 @@ async def live(cluster: Cluster, rng: random.Random) -> None:
     await cluster.all_up()
 
 
-def policy_of(seed: int, rng: random.Random) -> Policy:
-    """Restless or staged, in turn."""
-    if seed % 3 == 2:
-        return StaticStages(layout=StageLayout.from_boundaries((100, 180), (("a",), ("b", "d"), ("c",))), retry_s=0.1)
-    return Restless(rng)
+def policy_of(name: str, rng: random.Random) -> Policy:
+    """The policy of this name, or the restless one."""
+    if name == "restless":
+        return Restless(rng)
+    if name == "static_stages":
+        return POLICIES[name](layout=StageLayout.from_boundaries((100, 180), (("a",), ("b", "d"), ("c",))), retry_s=0.1)
+    return POLICIES[name]()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("name", "seed"), CASES)
 @virtual_time
-async def test_random_life(seed: int) -> None:
+async def test_random_life(name: str, seed: int) -> None:
     """Whatever happens, every client that stays gets exactly its tokens, and at the end nothing is left."""
     rng = random.Random(seed)
     try:
         async with Cluster(
-            policy_of(seed, rng),
+            policy_of(name, rng),
             "abcd",
             capacity=SMALL,
             times=replace(TIMES, start_s=0.3),
@@ -160,5 +162,5 @@ async def test_random_life(seed: int) -> None:
         ) as cluster:
             await live(cluster, rng)
     except BaseException as error:
-        error.add_note(f"seed {seed}")
+        error.add_note(f"policy {name}, seed {seed}")
         raise

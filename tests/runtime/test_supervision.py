@@ -151,6 +151,21 @@ async def test_a_hung_peer_delays_a_restart_but_does_not_block_it() -> None:
 
 
 @virtual_time
+async def test_an_instance_that_hangs_before_it_joins_blocks_nobody() -> None:
+    """One that hangs while it is being connected is found out like any other; those that wait to join then do."""
+    async with Cluster() as cluster:
+        cluster["a"].kill()
+        await cluster.until(lambda: len(cluster.engines["a"]) == 2)
+        cluster["a"].hold_answers("handshake")
+        await cluster.until(lambda: cluster["a"].serves)
+        cluster["a"].hang()
+        cluster["b"].kill()
+        await cluster.until(lambda: len(cluster.runtime.live_engines()) == 1)
+        await cluster.all_up()
+        assert len(cluster.engines["a"]) == 3
+
+
+@virtual_time
 async def test_one_that_does_not_start_stops_all() -> None:
     """When one instance does not start, `start` raises its error and everything else is stopped."""
     cluster = Cluster(start_error=lambda name, _: "no memory" if name == "b" else None)

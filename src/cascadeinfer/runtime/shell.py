@@ -237,6 +237,8 @@ class Runtime:
     def instance_reported(self, engine: Engine, report: InstanceReport, counters: EngineCounters) -> None:
         """Translate attempt ids to request ids and tell the policy."""
         state = self._instances[engine.instance_id]
+        if state.engine is not engine:
+            return  # it is being connected
         state.report, state.counters = report, counters
         running = self._known(report.running_ids, report.running_tokens)
         waiting = self._known(report.waiting_ids, report.waiting_tokens)

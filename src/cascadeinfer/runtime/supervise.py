@@ -51,7 +51,7 @@ class Listener(Protocol):
         ...
 
     def instance_reported(self, engine: Engine, report: InstanceReport, counters: EngineCounters) -> None:
-        """It said how loaded it is."""
+        """It said how loaded it is, perhaps before it is in use."""
         ...
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
@@ -135,8 +135,8 @@ class Supervisor:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._pump(engine))
+                group.create_task(self._ask_for_load(engine))  # from the start: it may hang while it is connected
                 await self._listener.instance_up(engine, capacity)
-                group.create_task(self._ask_for_load(engine))
         except* EngineDied:
             why = "its process died"
         except* EngineError as errors:

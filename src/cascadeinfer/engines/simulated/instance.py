@@ -236,7 +236,8 @@ class SimulatedEngine:
 
     def hold_outputs(self) -> None:
         """Keep outputs back until `release_outputs`."""
-        self._held_outputs = []
+        if self._held_outputs is None:
+            self._held_outputs = []
 
     def release_outputs(self) -> None:
         """Send the outputs held back, in order."""
