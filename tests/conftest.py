@@ -1,6 +1,20 @@
 """Shared fixtures. Property tests run a fixed, derandomised set of examples, so that CI is repeatable."""
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_engines_start() -> None:
+    """
+    Engines that are forked from this process start although it has imported numba.
+
+    vLLM's CPU worker looks at the `__dict__` of every attribute of every imported module; that of llvmlite's library object is, by its
+    own attribute lookup, a wrapped C function, on which the worker ends. Here it gets an empty one.
+    """
+    from llvmlite.binding import ffi
+
+    ffi.lib._fntab["__dict__"] = {}
