@@ -40,7 +40,7 @@ W_ATTAIN_STEPS: Final = 16
 TABLE_ROWS: Final = 17
 """Rows of a stage table."""
 
-_TPOT_SPREAD: Final = 0.2
+_TPOT_SPREAD: Final = 0.12
 """Relative standard deviation of a request's mean step time about its stage's."""
 
 

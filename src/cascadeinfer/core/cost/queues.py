@@ -2,8 +2,9 @@
 What requests of a stage wait for at finite load: prefill, memory, bursts. Compiled, O(1), calibrated against the simulator.
 
 *Prefill* is a server that works whenever a prompt is there, while decodes share its steps: M/G/1 (Pollaczek-Khinchine). On k
-instances the least loaded rule evens arrivals out (squared variation of gaps 1/k, by Kingman's formula) or, where prompts in prefill
-are most of the load it sees, makes one queue for k servers (Sakasegawa 1977). Prompts that fit into one step together finish
+instances the least loaded rule evens arrivals out (squared variation of gaps 1/k, by Kingman's formula), yet sends a run of them to the
+instance that a long request has just left; or, where prompts in prefill are most of the load it sees, it makes one queue for k
+servers (Sakasegawa 1977). Prompts that fit into one step together finish
 together, so a prompt also waits for those behind it. A request that has just begun to decode is still among the prompts that came
 while it waited: `stall_s`.
 
@@ -24,6 +25,8 @@ FEW: Final = 1e-12
 """Starts per request below which there are none: what rounding leaves of a difference of prefix sums."""
 _BURST_RESPONSE: Final = 0.75
 """Correlation of batch and step time over a burst; fitted on one instance, where it lies between 0.7 and 1."""
+_HERDING: Final = 0.27
+"""Longer wait per doubling of instances: when a long request leaves one, a run of arrivals goes there. Fitted on 2 to 64."""
 _PROMPTS_SEEN: Final = 3.0
 """How much sooner prompts decide who is least loaded than their share of KV tokens says: they come in one piece."""
 
@@ -103,13 +106,15 @@ def prefill_queue(
     second = served_s * (served_s * squares + 2.0 * per_pair_s * products) + per_pair_s * per_pair_s * pair_squares
     held = stage.rate * (served_s * squares + per_pair_s * products)
     scv = max(0.0, second * stage.starts / (first * first) - 1.0)
-    # Least loaded by KV tokens: decodes hide who has prompts waiting, unless prompts are most of the load.
-    by_work = min(1.0, _PROMPTS_SEEN * held / (held + in_decode_tokens))
-    even = (1.0 / k + scv) / (1.0 + scv)
-    pooled = load ** (np.sqrt(2.0 * (k + 1.0)) - 2.0) / k
-    queue_s = stage.rate * second / (2.0 * (1.0 - load)) * ((1.0 - by_work) * even + by_work * pooled)
+    # Least loaded by KV tokens: decodes hide who has prompts in line, unless prompts are most of the load.
+    even_s = stage.rate * second / (2.0 * (1.0 - load)) * (1.0 / k + scv) / (1.0 + scv)
+    in_line = held + stage.rate * stage.prompt * even_s
+    by_work = min(1.0, _PROMPTS_SEEN * in_line / (in_line + in_decode_tokens))
+    pooled_s = stage.rate * second / (2.0 * (1.0 - load)) * load ** (np.sqrt(2.0 * (k + 1.0)) - 2.0) / k
+    herding = 1.0 + _HERDING * (1.0 - by_work) * max(0.0, np.log2(0.5 * k))
+    queue_s = (1.0 - by_work) * even_s * herding + by_work * pooled_s
     present = others + load
-    queue_s += 0.5 * decode_s * (1.0 - np.exp(-present)) * meets_decode(present, k)
+    queue_s += 0.5 * decode_s * (1.0 - np.exp(-present)) * meets_decode(present, k) * herding
     mean_prompt = stage.prompt / stage.starts
     together = max(0.0, 1.0 - mean_prompt / limits.max_batched_tokens)
     wait_s = queue_s * (1.0 + load * together)
