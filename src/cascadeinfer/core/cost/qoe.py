@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cascadeinfer.core.cost.latency import step_time_s
 from cascadeinfer.core.cost.queues import FEW, PrefillQueue, ServiceLimits, memory_wait_s, prefill_queue, surge
 from cascadeinfer.core.cost.steady_state import StageLoad, decode_step_s, prefill_per_token_s, solve_step_s
+from cascadeinfer.core.plan.histogram import Column
 
 DEMAND_ROWS: Final = 9
 """Rows of a stage table that hold the plain demand: `Column.STEPS` to `Column.LAST_STEPS` in order."""
@@ -96,7 +97,11 @@ def _share_below(table: NDArray[np.float64], edges: NDArray[np.float64], stage: 
         return 1.0
     at = np.searchsorted(edges, prompt) - 1
     inside = (prompt - edges[at]) / (edges[at + 1] - edges[at])
-    below = table[2, at] + inside * (table[2, at + 1] - table[2, at]) - table[2, stage.i]
+    below = (
+        table[Column.STARTS, at]
+        + inside * (table[Column.STARTS, at + 1] - table[Column.STARTS, at])
+        - table[Column.STARTS, stage.i]
+    )
     return below / stage.starts
 
 
@@ -198,7 +203,7 @@ def _assess(
     )
     if prefill.load >= 1.0:
         return _infeasible()
-    visits = stage.starts + max(0.0, table[2, i] - table[8, i])
+    visits = stage.starts + max(0.0, table[Column.STARTS, i] - table[Column.LAST_STEPS, i])
     empty_s = step_time_s(coefficients, 0.0, 0.0, 0.0, 0.0, 0.0)
     busy = max(0.0, 1.0 - empty_s / t)
     if stage.steps > 0.0 and visits > FEW:
@@ -254,10 +259,10 @@ def stage_service(
     Complexity: O(1).
     """
     rate = rate_per_s / n_instances
-    starts = table[2, j] - table[2, i]
-    prompt = table[3, j] - table[3, i]
-    attention = table[4, j] - table[4, i]
-    steps = table[0, j] - table[0, i]
+    starts = table[Column.STARTS, j] - table[Column.STARTS, i]
+    prompt = table[Column.PROMPT, j] - table[Column.PROMPT, i]
+    attention = table[Column.ATTENTION, j] - table[Column.ATTENTION, i]
+    steps = table[Column.STEPS, j] - table[Column.STEPS, i]
     chunk = 1.0
     prefill_load = 0.0
     if starts > FEW:
@@ -265,9 +270,22 @@ def stage_service(
         per_token_s = prefill_per_token_s(coefficients, 1.0, chunk)
         prefill_load = rate * (prompt * per_token_s + attention * coefficients[4])
     stage = StageLoad(
-        i, j, n_instances, rate, steps, table[1, j] - table[1, i], starts, prompt, attention, chunk, prefill_load
+        i,
+        j,
+        n_instances,
+        rate,
+        steps,
+        table[Column.KV_STEPS, j] - table[Column.KV_STEPS, i],
+        starts,
+        prompt,
+        attention,
+        chunk,
+        prefill_load,
     )
-    moved = rate * max(0.0, table[2, i] - table[8, i] + table[2, j] - table[8, j])  # in and out
+    moved = rate * max(
+        0.0,
+        table[Column.STARTS, i] - table[Column.LAST_STEPS, i] + table[Column.STARTS, j] - table[Column.LAST_STEPS, j],
+    )  # in and out
     if moved > limits.hand_overs_per_s:
         return _infeasible()
     # No step can be longer than what keeps tokens in flight within KV cache, batch slots and token budget.

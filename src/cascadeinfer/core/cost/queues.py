@@ -20,6 +20,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.steady_state import StageLoad, meets_decode
+from cascadeinfer.core.plan.histogram import Column
 
 FEW: Final = 1e-12
 """Starts per request below which there are none: what rounding leaves of a difference of prefix sums."""
@@ -57,9 +58,8 @@ def memory_wait_s(stage: StageLoad, limits: ServiceLimits, kv_tokens: float, req
     if requests <= 0.0 or visits <= 0.0:
         return 0.0
     size = kv_tokens / requests
-    kv_use = kv_tokens / max(
-        limits.kv_tokens - 0.5 * size, 1.0
-    )  # what is free in the end is less than one more request
+    # What is free in the end is less than one more request.
+    kv_use = kv_tokens / max(limits.kv_tokens - 0.5 * size, 1.0)
     slot_use = requests / limits.max_num_seqs
     if kv_use >= 1.0 or slot_use >= 1.0:
         return np.inf
@@ -102,7 +102,9 @@ def prefill_queue(
     load = stage.rate * first
     if load >= 1.0:
         return PrefillQueue(load, 0.0, 0.0, 0.0, 0.0, 0.0)
-    squares, products, pair_squares = table[5, j] - table[5, i], table[6, j] - table[6, i], table[7, j] - table[7, i]
+    squares = table[Column.PROMPT_SQ, j] - table[Column.PROMPT_SQ, i]
+    products = table[Column.PROMPT_ATTENTION, j] - table[Column.PROMPT_ATTENTION, i]
+    pair_squares = table[Column.ATTENTION_SQ, j] - table[Column.ATTENTION_SQ, i]
     second = served_s * (served_s * squares + 2.0 * per_pair_s * products) + per_pair_s * per_pair_s * pair_squares
     held = stage.rate * (served_s * squares + per_pair_s * products)
     scv = max(0.0, second * stage.starts / (first * first) - 1.0)

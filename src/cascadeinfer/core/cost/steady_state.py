@@ -19,6 +19,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.latency import step_time_s
+from cascadeinfer.core.plan.histogram import Column
 
 _QUANTILES: Final = (1.0 / 6.0, 0.5, 5.0 / 6.0)
 """Of the longest length in a batch; each stands for a third of the steps."""
@@ -47,17 +48,17 @@ class StageLoad(NamedTuple):
 @njit(cache=True, error_model="numpy")
 def _length_at(table: NDArray[np.float64], edges: NDArray[np.float64], i: int, j: int, share: float) -> float:
     """Length below which this share of the decode steps in buckets [i, j) lies, interpolated."""
-    target = table[0, i] + share * (table[0, j] - table[0, i])
+    target = table[Column.STEPS, i] + share * (table[Column.STEPS, j] - table[Column.STEPS, i])
     lo = i
     hi = j
     while hi - lo > 1:
         mid = (lo + hi) // 2
-        if table[0, mid] <= target:
+        if table[Column.STEPS, mid] <= target:
             lo = mid
         else:
             hi = mid
-    width = table[0, hi] - table[0, lo]
-    inside = (target - table[0, lo]) / width if width > 0.0 else 1.0
+    width = table[Column.STEPS, hi] - table[Column.STEPS, lo]
+    inside = (target - table[Column.STEPS, lo]) / width if width > 0.0 else 1.0
     return edges[lo] + inside * (edges[hi] - edges[lo])
 
 
@@ -71,7 +72,7 @@ def longest_in_batch(
     Returns:
         Row m for 2^m requests; no rows when the step model has no straggler term.  # (_DOUBLINGS + 1 or 0, len(_QUANTILES))
     """
-    if coefficients[5] == 0.0 or table[0, j] <= table[0, i]:
+    if coefficients[5] == 0.0 or table[Column.STEPS, j] <= table[Column.STEPS, i]:
         return np.empty((0, len(_QUANTILES)))
     longest = np.empty((_DOUBLINGS + 1, len(_QUANTILES)))
     for q in range(len(_QUANTILES)):
