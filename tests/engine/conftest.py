@@ -5,14 +5,18 @@ They start fast: forked (the variable is set for the processes only, after the c
 each, without compilation, with few KV blocks (NIXL registers each one).
 """
 
+import dataclasses
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import pytest_asyncio
 from zoo import BLOCK, KINDS, KV_BLOCKS, MAX_BATCHED_TOKENS, MAX_MODEL_LEN, MAX_SEQS, Zoo
+
+from cluster import STAGES, Cluster, SwitchedStages
 
 QUICK_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -54,10 +58,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_process_left() -> Iterator[None]:
     """After the last test and the end of all fixtures, no process started by the session is alive."""
     yield
-    left = psutil.Process().children(recursive=True)
+    # Python's own resource tracker lives as long as this process.
+    left = [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(p.cmdline())]
     _, alive = psutil.wait_procs(left, timeout=20)
-    names = [process.cmdline() for process in alive if "resource_tracker" not in " ".join(process.cmdline())]
-    assert not names
+    assert not [process.cmdline() for process in alive]
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -118,3 +122,59 @@ async def zoo(started_zoo: Zoo) -> AsyncIterator[Zoo]:
     """The instances; after each test they must come to hold nothing."""
     yield started_zoo
     await started_zoo.settled()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def started_cluster(
+    quick_environment: None,  # noqa: ARG001 - its effect is wanted
+    tiny_model: Path,
+) -> AsyncIterator[Cluster]:
+    """Three stages of one instance each behind `AsyncLLM`; asynchronous scheduling, prefix caching."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from cascadeinfer import assemble
+    from cascadeinfer.config.schema import ServeOptions
+
+    options = ServeOptions(instances=3, stages=STAGES, report_interval_s=0.02, kv_lease_s=30)
+    policy = SwitchedStages(layout=options.layout(), retry_s=0.05)
+    engine_args = AsyncEngineArgs(
+        model=str(tiny_model),
+        dtype="float32",
+        block_size=BLOCK,
+        enforce_eager=True,
+        num_gpu_blocks_override=KV_BLOCKS,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=MAX_BATCHED_TOKENS,
+        max_num_seqs=MAX_SEQS,
+        distributed_executor_backend="uni",
+        enable_prefix_caching=True,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "make_policy", lambda _: policy)
+        runtime = assemble.make_runtime(engine_args, options, extra_environment=FORK)
+    for supervisor in runtime._supervisors.values():
+        supervisor._times = dataclasses.replace(supervisor._times, backoff_first_s=0.1, steady_s=0.0)
+        supervisor._make_engine = asynchronous(supervisor._make_engine)
+    async with assemble.running_llm(runtime) as llm:
+        cluster = Cluster(runtime, llm, policy)
+        yield cluster
+        del llm, cluster.llm  # its finaliser needs a living interpreter
+
+
+def asynchronous(make: Callable[[int], Any]) -> Callable[[int], Any]:
+    """An engine factory with asynchronous scheduling, which vLLM switches off on a CPU."""
+
+    def make_asynchronous(start: int) -> Any:
+        engine = make(start)
+        engine.vllm_config.scheduler_config.async_scheduling = True
+        return engine
+
+    return make_asynchronous
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def cluster(started_cluster: Cluster) -> AsyncIterator[Cluster]:
+    """The cluster; before and after each test all instances are up and nothing is held."""
+    await started_cluster.settled()
+    yield started_cluster
+    await started_cluster.settled()
