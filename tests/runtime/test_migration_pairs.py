@@ -190,7 +190,10 @@ async def timed_out(scene: Scene, state: State) -> None:
     """The state's time passes."""
     scene.cluster["a"].pause()
     limits = {State.ASKING: LIMITS.ask_s, State.CUTTING: LIMITS.cut_s, State.RESUMING: LIMITS.resume_s}
-    await asyncio.sleep(limits[state] + 0.05)
+    await asyncio.sleep(limits[state] - 0.1)
+    assert (state, Happening.TIMED_OUT) not in scene.cluster.pairs
+    await asyncio.sleep(0.15)
+    assert (state, Happening.TIMED_OUT) in scene.cluster.pairs
 
 
 HAPPEN: dict[Happening, Callable[[Scene, State], Awaitable[None]]] = {

@@ -194,6 +194,21 @@ async def test_no_room_no_move() -> None:
 
 
 @virtual_time
+async def test_no_move_to_an_instance_that_is_down() -> None:
+    """A migration to an instance that is down ends at once, and the request decodes on."""
+    policy = ScriptedPolicy({"r": "a"})
+    async with Cluster(policy) as cluster:
+        client = await cluster.submit("r", 50, 40)
+        cluster["b"].kill()
+        await client.until_tokens(10)
+        cluster.move("r", "b")
+        await asyncio.sleep(0.01)
+        assert [(e.outcome, e.detail) for e in policy.ended_migrations()] == [("stayed", "room_refused:target_down")]
+        await client.until_end()
+        await cluster.all_up()
+
+
+@virtual_time
 async def test_no_pull_after_the_lease() -> None:
     """A target that wakes up after the lease has ended does not decode what it finds there: it was told to recompute."""
     policy = ScriptedPolicy({"r": "a"})
