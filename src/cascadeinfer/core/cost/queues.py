@@ -109,7 +109,8 @@ def prefill_queue(
     held = stage.rate * (served_s * squares + per_pair_s * products)
     scv = max(0.0, second * stage.starts / (first * first) - 1.0)
     # Least loaded by KV tokens: decodes hide who has prompts in line, unless prompts are most of the load.
-    even_s = stage.rate * second / (2.0 * (1.0 - load)) * (1.0 / k + scv) / (1.0 + scv)
+    # An instance with a long prompt in line is passed over, so with more instances variation counts by about its root (fitted).
+    even_s = stage.rate * second / (2.0 * (1.0 - load)) * (1.0 / k + scv ** (0.5 + 0.5 / k)) / (1.0 + scv)
     in_line = held + stage.rate * stage.prompt * even_s
     by_work = min(1.0, _PROMPTS_SEEN * in_line / (in_line + in_decode_tokens))
     pooled_s = stage.rate * second / (2.0 * (1.0 - load)) * load ** (np.sqrt(2.0 * (k + 1.0)) - 2.0) / k
