@@ -155,6 +155,18 @@ def test_bad_lengths_are_named_and_add_nothing(prompts: list, outputs: list, sai
     assert builder.requests == 1.0
 
 
+def test_one_bad_request_is_refused() -> None:
+    """Adding one request checks as adding many does, and takes no fraction of a token."""
+    builder = HistogramBuilder(max_tokens=100)
+    with pytest.raises(PlanError, match=r"prompt_tokens\[0\] is 0"):
+        builder.add(0, 3)
+    with pytest.raises(PlanError, match="longer than the histogram's 100"):
+        builder.add(99, 2)
+    with pytest.raises(TypeError):
+        builder.add(5.5, 3)
+    assert builder.requests == 0.0
+
+
 def test_bad_settings_are_refused() -> None:
     """An empty histogram, a decay above 1, unlike buckets and a length that is no edge are errors."""
     builder = HistogramBuilder()

@@ -16,6 +16,7 @@ Three weightings of a request are kept, because a mean over requests weighs a st
 
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -259,6 +260,9 @@ class HistogramBuilder:
         """
         self.edges_tokens = log_edges(max_tokens, buckets_per_octave)
         self.sums = np.zeros((N_COLUMNS, len(self.edges_tokens) - 1))
+        self._max_tokens = max_tokens
+        self._prompt = np.zeros(1, dtype=np.int64)
+        self._output = np.zeros(1, dtype=np.int64)
 
     @property
     def requests(self) -> float:
@@ -270,9 +274,15 @@ class HistogramBuilder:
         Add one finished request.
 
         Raises:
+            TypeError: A length is not an integer.
             PlanError: A length is below 1, or their sum is beyond `max_tokens`.
         """
-        self.add_many([prompt_tokens], [output_tokens])
+        prompt, output = index(prompt_tokens), index(output_tokens)
+        if min(prompt, output) < 1 or prompt + output > self._max_tokens:
+            self.add_many([prompt], [output])  # which says what is wrong
+            return
+        self._prompt[0], self._output[0] = prompt, output  # once per request: no arrays built
+        _add_requests(self.edges_tokens, self._prompt, self._output, self.sums)
 
     def add_many(self, prompt_tokens: ArrayLike, output_tokens: ArrayLike) -> None:
         """
@@ -285,12 +295,11 @@ class HistogramBuilder:
         outputs = _whole(output_tokens, "output_tokens")
         if prompts.shape != outputs.shape:
             raise PlanError(f"{len(prompts)} prompt lengths but {len(outputs)} output lengths")
-        max_tokens = int(self.edges_tokens[-1]) - 1
-        too_long = np.flatnonzero(prompts > max_tokens - outputs)
+        too_long = np.flatnonzero(prompts > self._max_tokens - outputs)
         if len(too_long):
             i = int(too_long[0])
             raise PlanError(
-                f"request {i}: {prompts[i]} + {outputs[i]} tokens is longer than the histogram's {max_tokens} tokens"
+                f"request {i}: {prompts[i]} + {outputs[i]} tokens is longer than the histogram's {self._max_tokens} tokens"
             )
         _add_requests(self.edges_tokens, prompts, outputs, self.sums)
 
