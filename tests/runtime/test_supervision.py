@@ -166,6 +166,22 @@ async def test_an_instance_that_hangs_before_it_joins_blocks_nobody() -> None:
 
 
 @virtual_time
+async def test_no_reports_before_an_instance_joins() -> None:
+    """While an instance is being connected its reports, which show that it lives, are not told to the policy."""
+    policy = ScriptedPolicy()
+    async with Cluster(policy) as cluster:
+        cluster["a"].kill()
+        await cluster.until(lambda: len(cluster.engines["a"]) == 2)
+        cluster["a"].hold_answers("handshake")
+        await asyncio.sleep(TIMES.start_s + SUPERVISION.hang_s / 2)
+        cluster["a"].release_answers("handshake")
+        await cluster.all_up()
+        about_a = [type(e) for e in policy.events if getattr(e, "instance_id", None) == "a"]
+        joined_again = len(about_a) - about_a[::-1].index(InstanceJoined) - 1
+        assert about_a[joined_again - 1] is InstanceLost
+
+
+@virtual_time
 async def test_one_that_does_not_start_stops_all() -> None:
     """When one instance does not start, `start` raises its error and everything else is stopped."""
     cluster = Cluster(start_error=lambda name, _: "no memory" if name == "b" else None)
@@ -195,6 +211,25 @@ async def test_one_that_cannot_connect_stops_all() -> None:
     with pytest.raises(EngineError, match="handshake"):
         await cluster.runtime.start()
     assert not any(cluster[name].core.alive for name in "abc")
+
+
+@virtual_time
+async def test_an_engine_that_cannot_be_made_is_tried_again() -> None:
+    """When making an engine for a restart fails (no port is left, say) the next try comes after the back-off."""
+    async with Cluster() as cluster:
+        supervisor = cluster.runtime._supervisors["c"]
+        make = supervisor._make_engine
+
+        def sometimes(n_start: int) -> object:
+            if n_start == 1:
+                raise OSError("no port")
+            return make(n_start)
+
+        supervisor._make_engine = sometimes
+        cluster["c"].kill()
+        await cluster.until(lambda: len(cluster.runtime.live_engines()) == 2)
+        await cluster.all_up()
+        assert cluster.runtime.snapshot()["instances"][2]["restarts"] == 2
 
 
 @virtual_time

@@ -120,11 +120,11 @@ class Supervisor:
                 await asyncio.sleep(min(self._times.backoff_first_s * 2**failures, self._times.backoff_max_s))
                 failures += 1
                 self.restarts += 1
-                engine = self._make_engine(self.restarts)
-                self.engine = engine
                 try:
+                    engine = self._make_engine(self.restarts)
+                    self.engine = engine
                     started = await engine.start()
-                except EngineError as error:
+                except Exception as error:  # no port left, no memory, our own bug: the next try may do better
                     self.last_error = str(error)
                     logger.exception("instance %s did not restart", self.instance_id)
             capacity = started
