@@ -70,6 +70,7 @@ def demo(
         raise typer.Exit(EXIT_FAILED) from None
     except (KeyboardInterrupt, asyncio.CancelledError):
         console.print("interrupted; the server has been stopped")
+        server.log.unlink()
         raise typer.Exit(EXIT_INTERRUPTED) from None
     console.print(render_summary(summary))
     if json_file is not None:

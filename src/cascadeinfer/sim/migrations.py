@@ -1,0 +1,291 @@
+"""
+Carries migrations out between simulated instances, following the table in `core/migration.py`.
+
+Times: the ask, its answer and the cut command take `control_s` each; the cut takes effect when the source's step in flight ends; the
+pull starts `control_s + pull_overhead_s` later and moves all tokens but the last (less what the target has cached) over the
+network; the target's next step but the one in flight has the request, and that step's token ends the migration. Until the cut the
+source decodes on. Its blocks stay pinned until the pull is done. A crashed instance does not answer: the state's time limit, or
+the crash's discovery, decides.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, assert_never
+
+from cascadeinfer.core.effects import StartMigration
+from cascadeinfer.core.events import MigrationOutcome
+from cascadeinfer.core.migration import Action, Happening, Migration, State
+from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
+from cascadeinfer.sim.instance import SimInstance
+from cascadeinfer.sim.kernel import Kernel, Priority
+from cascadeinfer.sim.network import Network
+from cascadeinfer.sim.requests import SimRequest
+from cascadeinfer.sim.settings import SimConfig
+
+_NO_DETAIL = frozenset({Happening.ROOM_GRANTED, Happening.CUT_DONE, Happening.FIRST_TOKEN})
+
+
+@dataclass(slots=True, eq=False)
+class Move:
+    """
+    One migration and what is known of it.
+
+    Attributes:
+        started_s: When the policy asked for it; then when the cut took effect, and when it was over.
+        tokens: Sequence length at the cut.
+        pulled_tokens: That went over the network.
+        detail: Why it ended as it did.
+    """
+
+    migration: Migration
+    effect: StartMigration
+    request: SimRequest
+    started_s: float
+    cut_s: float = math.nan
+    ended_s: float = math.nan
+    tokens: int = 0
+    pulled_tokens: int = 0
+    detail: str = ""
+
+
+class Host(Protocol):
+    """The cluster, as the migrator needs it."""
+
+    def instance(self, instance_id: InstanceId) -> SimInstance | None:
+        """An instance brought up to now, crashed ones included until that is found out; None when it is gone."""
+        ...
+
+    def touched(self, instance: SimInstance) -> None:
+        """Something changed there: its wake-up may be another."""
+        ...
+
+    def displaced(self, request: SimRequest) -> None:
+        """The request is nowhere; the policy will be told."""
+        ...
+
+    def migration_ended(self, move: Move, outcome: MigrationOutcome) -> None:
+        """A migration is over."""
+        ...
+
+
+class Migrator:
+    """All migrations under way."""
+
+    def __init__(self, host: Host, kernel: Kernel, config: SimConfig) -> None:
+        self._host = host
+        self._kernel = kernel
+        self._config = config
+        self.network = Network(kernel, config.network.link_bytes_per_s, config.network.max_pulls)
+        self.moves: dict[MigrationId, Move] = {}
+        self._of_request: dict[RequestId, Move] = {}
+
+    def move_of(self, request: SimRequest) -> Move | None:
+        """The migration that a request takes part in."""
+        return self._of_request.get(request.request_id)
+
+    def involves(self, instance_id: InstanceId) -> bool:
+        """Whether an instance has a part in any migration."""
+        return any(instance_id in {m.migration.source_id, m.migration.target_id} for m in self.moves.values())
+
+    def start(self, effect: StartMigration, request: SimRequest, length_tokens: int) -> None:
+        """Begin; the request must be on the effect's source and in no migration."""
+        migration = Migration(effect.migration_id, effect.request_id, effect.source_id, effect.target_id, length_tokens)
+        move = Move(migration, effect, request, self._kernel.now_s)
+        self.moves[effect.migration_id] = move
+        self._of_request[effect.request_id] = move
+        self._limit(move)
+        self._act(move, Action.ASK_ROOM)
+
+    def happen(self, move: Move, happening: Happening, detail: str = "") -> None:
+        """Something happened to a migration; ignored when it is over."""
+        migration = move.migration
+        if migration.migration_id not in self.moves:
+            return
+        before = migration.state
+        actions = migration.handle(happening)
+        if detail or happening not in _NO_DETAIL:
+            move.detail = f"{happening.value}:{detail}" if detail else happening.value
+        for action in actions:
+            self._act(move, action)
+        outcome = migration.outcome
+        if outcome is not None:
+            self._end(move, outcome)
+        elif migration.state is not before:
+            self._limit(move)
+
+    def _end(self, move: Move, outcome: MigrationOutcome) -> None:
+        del self.moves[move.migration.migration_id]
+        del self._of_request[move.request.request_id]
+        move.ended_s = self._kernel.now_s
+        if outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
+            move.request.migrations += 1
+        elif outcome is MigrationOutcome.LOST:
+            self._displace(move.request)
+        self._host.migration_ended(move, outcome)
+
+    def first_token(self, request: SimRequest) -> None:
+        """The instance that has a watched request sent its next token."""
+        move = self._of_request.get(request.request_id)
+        if move is not None:
+            self.happen(move, Happening.FIRST_TOKEN)
+
+    def cut_took_effect(self, request: SimRequest) -> None:
+        """A request left its batch with its KV cache pinned."""
+        move = self._of_request[request.request_id]
+        move.cut_s = self._kernel.now_s
+        move.tokens = request.settled_tokens
+        self.happen(move, Happening.CUT_DONE)
+
+    def instance_crashed(self, instance_id: InstanceId) -> None:
+        """Transfers from and to it stop; nobody knows why yet."""
+        for move in list(self.moves.values()):
+            if instance_id in {move.migration.source_id, move.migration.target_id}:
+                self.network.cancel(move.migration.migration_id)
+
+    def instance_lost(self, instance_id: InstanceId) -> None:
+        """A crash has been found out: tell every migration that the instance has a part in."""
+        for move in list(self.moves.values()):
+            if move.migration.source_id == instance_id:
+                self.happen(move, Happening.SOURCE_LOST)
+            elif move.migration.target_id == instance_id:
+                self.happen(move, Happening.TARGET_LOST)
+
+    def _limit(self, move: Move) -> None:
+        times = self._config.migration
+        state = move.migration.state
+        limits = {State.ASKING: times.ask_s, State.CUTTING: times.cut_s, State.RESUMING: times.resume_s}
+        if state in limits:
+            self._after(limits[state], self._timed_out, (move, state))
+
+    def _timed_out(self, what: tuple[Move, State]) -> None:
+        move, state = what
+        if move.migration.state is state:
+            self.happen(move, Happening.TIMED_OUT)
+
+    def _after(self, delay_s: float, action: Callable[[Any], None], argument: Any) -> None:
+        self._kernel.at(self._kernel.now_s + delay_s, Priority.CONTROL, action, argument)
+
+    def _act(self, move: Move, action: Action) -> None:  # noqa: C901 - one arm per action of the table
+        control_s = self._config.network.control_s
+        match action:
+            case Action.ASK_ROOM:
+                self._after(control_s, self._ask_room, move)
+            case Action.CUT:
+                self._after(control_s, self._cut, move)
+            case Action.UNDO_CUT:
+                self._after(control_s, self._undo_cut, move)
+            case Action.RESUME:
+                self._resume(move)
+            case Action.RECOMPUTE:
+                self._place(move, move.migration.target_id)
+            case Action.TAKE_BACK:
+                self._place(move, move.migration.source_id)
+            case Action.RELEASE_ROOM:
+                if (target := self._host.instance(move.migration.target_id)) is not None:
+                    target.unreserve(move.migration.migration_id, self._kernel.now_s)
+                    self._host.touched(target)
+            case Action.RELEASE_PIN:
+                self._unpin(move)
+            case Action.ABORT_AT_SOURCE:
+                self._displace(move.request)
+            case Action.ABORT_AT_TARGET:
+                self.network.cancel(move.migration.migration_id)
+                self._displace(move.request)
+            case _:
+                assert_never(action)
+
+    def _ask_room(self, move: Move) -> None:
+        target = self._host.instance(move.migration.target_id)
+        if move.migration.state is not State.ASKING:
+            return
+        if target is None:
+            self._answer(move, "target_down")
+        elif target.alive:
+            length = move.migration.n_tokens + self._config.room_slack_tokens
+            refused = target.reserve(move.migration.migration_id, length, self._kernel.now_s)
+            self._host.touched(target)
+            self._after(self._config.network.control_s, self._answered, (move, refused))
+
+    def _answered(self, what: tuple[Move, str | None]) -> None:
+        move, refused = what
+        if move.migration.state is State.ASKING:
+            self._answer(move, refused)
+
+    def _answer(self, move: Move, refused: str | None) -> None:
+        self.happen(move, Happening.ROOM_GRANTED if refused is None else Happening.ROOM_REFUSED, refused or "")
+
+    def _cut(self, move: Move) -> None:
+        source = self._host.instance(move.migration.source_id)
+        if move.migration.state is not State.CUTTING or source is None or not source.alive:
+            return
+        # The step in flight adds one token; more than was asked room for must not go.
+        room = move.migration.n_tokens + self._config.room_slack_tokens
+        if source.scheduler.length_of(move.request) + 1 > room:
+            refused: str | None = "outgrew_room"
+        else:
+            refused = source.request_cut(move.request, self._kernel.now_s)
+            self._host.touched(source)
+        if refused is not None:
+            self.happen(move, Happening.CUT_REFUSED, refused)
+
+    def _undo_cut(self, move: Move) -> None:
+        source = self._host.instance(move.migration.source_id)
+        if move.migration.state is State.WITHDRAWING and source is not None and source.alive:
+            # Either the cut is taken back now, or it never reached the source; one that took effect changed the state.
+            source.undo_cut(move.request)
+            self.happen(move, Happening.CUT_UNDONE)
+
+    def _resume(self, move: Move) -> None:
+        move.request.instance_id = move.migration.target_id
+        target = self._host.instance(move.migration.target_id)
+        if target is None:
+            return  # its loss is a happening of its own
+        move.pulled_tokens = target.expect(move.request, move.migration.migration_id, self._kernel.now_s)
+        self._host.touched(target)
+        network = self._config.network
+        self._after(network.control_s + network.pull_overhead_s, self._pull, move)
+
+    def _pull(self, move: Move) -> None:
+        source = self._host.instance(move.migration.source_id)
+        target = self._host.instance(move.migration.target_id)
+        if move.migration.state is not State.RESUMING or source is None or target is None:
+            return
+        if source.alive and target.alive:
+            migration = move.migration
+            n_bytes = move.pulled_tokens * self._config.kv_bytes_per_token
+            self.network.start(migration.migration_id, migration.source_id, migration.target_id, n_bytes, self._pulled)
+
+    def _pulled(self, migration_id: MigrationId) -> None:
+        move = self.moves[migration_id]
+        self._unpin(move)
+        target = self._host.instance(move.migration.target_id)
+        assert target is not None  # a lost target cancels the transfer
+        target.watch(move.request)
+        target.resume(move.request, self._kernel.now_s)
+        self._host.touched(target)
+
+    def _unpin(self, move: Move) -> None:
+        source = self._host.instance(move.migration.source_id)
+        if source is not None:
+            source.unpin(move.request.request_id, self._kernel.now_s)
+            self._host.touched(source)
+
+    def _place(self, move: Move, instance_id: InstanceId) -> None:
+        """Queue the request at an instance that computes its KV cache anew."""
+        move.request.instance_id = instance_id
+        move.request.recomputed_tokens += move.request.settled_tokens
+        instance = self._host.instance(instance_id)
+        if instance is None:
+            return  # its loss is a happening of its own
+        instance.watch(move.request)
+        instance.push(move.request, self._kernel.now_s)
+        self._host.touched(instance)
+
+    def _displace(self, request: SimRequest) -> None:
+        """Take the request out of whatever instance it is on."""
+        instance = self._host.instance(request.instance_id) if request.instance_id is not None else None
+        if instance is not None:
+            instance.remove(request, self._kernel.now_s)
+            self._host.touched(instance)
+        self._host.displaced(request)

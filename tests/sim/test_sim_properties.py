@@ -1,0 +1,53 @@
+"""Whatever the trace, policy and faults: invariants hold after every event, and the fast path is the slow path."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sim_builders import POLICY_NAMES, faulty, policy_named, random_trace, same, tight
+
+from cascadeinfer.sim.run import simulate
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+@settings(max_examples=60)
+@given(seed=seeds, name=st.sampled_from(POLICY_NAMES), caching=st.booleans(), rate_rps=st.sampled_from([5.0, 40.0, 400.0]))
+def test_invariants_hold_under_faults(seed: int, name: str, caching: bool, rate_rps: float) -> None:
+    """One place per request, tokens once and in order, blocks conserved, after every event of a faulty run."""
+    rng = np.random.default_rng(seed)
+    trace = random_trace(rng, 40, rate_rps)
+    config = tight(prefix_caching=caching, faults=faulty(seed, trace, 3), seed=seed)
+    result = simulate(trace, policy_named(name, 3, seed), config, check=True)
+    requests = result.requests
+    assert (requests.finished | requests.aborted).all()
+    assert (requests.produced_tokens[requests.finished] == requests.output_tokens[requests.finished]).all()
+
+
+@settings(max_examples=60)
+@given(
+    seed=seeds,
+    name=st.sampled_from(POLICY_NAMES),
+    caching=st.booleans(),
+    faults=st.booleans(),
+    rate_rps=st.sampled_from([5.0, 40.0, 400.0]),
+)
+def test_fast_path_equals_step_by_step(seed: int, name: str, caching: bool, faults: bool, rate_rps: float) -> None:
+    """With and without fast-forward, every recorded time and count is the same to the last bit."""
+    trace = random_trace(np.random.default_rng(seed), 40, rate_rps)
+    config = tight(prefix_caching=caching, seed=seed)
+    if faults:
+        config = replace(config, faults=faulty(seed, trace, 3))
+    fast = simulate(trace, policy_named(name, 3, seed), config)
+    slow = simulate(trace, policy_named(name, 3, seed), replace(config, fast_forward=False))
+    same(fast, slow)
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_a_seed_is_a_run(name: str) -> None:
+    """The same trace, policy, configuration and seed give the same records."""
+    trace = random_trace(np.random.default_rng(7), 200, 60.0)
+    config = tight(faults=faulty(3, trace, 3), seed=11)
+    same(simulate(trace, policy_named(name, 3, 5), config), simulate(trace, policy_named(name, 3, 5), config))
