@@ -14,7 +14,8 @@ Writes Markdown to standard output and one CSV row per run to --csv.
 import argparse
 import csv
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,13 @@ from cascadeinfer.config.traces import load_trace
 from cascadeinfer.core.cost.profile import CostProfile
 from cascadeinfer.core.plan.histogram import LengthHistogram
 from cascadeinfer.core.plan.planner import Plan, capacity_rate, predict, solve
-from cascadeinfer.core.plan.problem import DEFAULT_MAX_STAGES, DEFAULT_STAGE_TOLERANCE, HandOverCost, PlanProblem
+from cascadeinfer.core.plan.problem import (
+    DEFAULT_MARGIN,
+    DEFAULT_MAX_STAGES,
+    DEFAULT_STAGE_TOLERANCE,
+    HandOverCost,
+    PlanProblem,
+)
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.sim.run import simulate
@@ -67,14 +74,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The planner's choice at one point of the grid."""
+    """What the planner's rule chooses among the simulated layouts of one point, and how that fares."""
 
-    profile: str
-    trace: str
-    load: float
-    chosen: int
-    best: int
-    gain: float
+    chosen: Row
+    predicted_gain: float
     simulated_gain: float
     regret: float
 
@@ -82,7 +85,7 @@ class Verdict:
 def main() -> None:
     """Run the grid."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--traces", type=Path, required=True, help="folder with <name>.csv.gz")
+    parser.add_argument("--traces", type=Path, default=None, help="folder with <name>.csv.gz")
     parser.add_argument("--names", default=DEFAULT_TRACES)
     parser.add_argument("--profiles", default="h100-llama-3.1-8b,l40s-llama-3.1-8b")
     parser.add_argument("--loads", default="0.3,0.5,0.7,0.85,0.9")
@@ -91,13 +94,18 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=32_768)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--requests", type=int, default=40_000, help="most requests in a run")
-    parser.add_argument("--margin", type=float, default=0.05)
+    parser.add_argument("--margin", type=float, default=DEFAULT_MARGIN)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rivals", action="store_true", help="also simulate layouts near the chosen one")
     parser.add_argument("--csv", type=Path, default=None)
+    parser.add_argument("--read", type=Path, default=None, help="report on the CSV of an earlier run")
     options = parser.parse_args()
+    if options.read is not None:
+        report(read(options.read), options.margin)
+        return
+    if options.traces is None:
+        parser.error("--traces is needed, unless --read is given")
     rows: list[Row] = []
-    verdicts: list[Verdict] = []
     for profile_name in options.profiles.split(","):
         profile = load_profile(profile_name)
         for name in options.names.split(","):
@@ -105,22 +113,32 @@ def main() -> None:
             context = min(options.context, profile.capacity.kv_tokens)
             trace = trace.rows(np.flatnonzero(trace.total_tokens <= context))
             for load in (float(part) for part in options.loads.split(",")):
-                found, verdict = point(profile, name, trace, load, context, options)
+                found = point(profile, name, trace, load, context, options)
                 rows += found
-                verdicts.append(verdict)
-                print(f"{profile_name} {name} {load:g}: {describe(found, verdict)}", file=sys.stderr, flush=True)
-    if options.csv is not None:
-        with options.csv.open("w", newline="") as out:
-            writer = csv.DictWriter(out, list(asdict(rows[0])))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-    report(rows, verdicts)
+                print(f"{profile_name} {name} {load:g}: {cells(found)}", file=sys.stderr, flush=True)
+                if options.csv is not None:
+                    write(options.csv, rows)
+    report(rows, options.margin)
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """One line per run."""
+    with path.open("w", newline="") as out:
+        writer = csv.DictWriter(out, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read(path: Path) -> list[Row]:
+    """What `write` wrote."""
+    with path.open(newline="") as lines:
+        return [Row(**{f.name: f.type(line[f.name]) for f in fields(Row)}) for line in csv.DictReader(lines)]
 
 
 def point(
     profile: CostProfile, name: str, trace: Trace, load: float, context: int, options: argparse.Namespace
-) -> tuple[list[Row], Verdict]:
-    """One profile, trace and load: every stage count, and the planner's choice among them."""
+) -> list[Row]:
+    """One profile, trace and load: the best layouts of every stage count."""
     histogram = LengthHistogram.from_requests(trace.prompt_tokens, trace.output_tokens)
     n = options.instances
     rate = load * capacity_rate(histogram, profile.step_model, profile.capacity, n)
@@ -158,24 +176,10 @@ def point(
     order = rng.permutation(count)
     arrivals = np.cumsum(rng.exponential(1.0 / rate, count))
     sample = Trace.from_columns(sample.prompt_tokens[order], sample.output_tokens[order], arrivals)
-    rows = [
+    return [
         run(profile, name, load, layout, sample, context)
         for _, layout in sorted(layouts.items(), key=lambda item: len(item[0][1]))
     ]
-    by_layout = {(row.boundaries, row.instances): row for row in rows}
-    best_row = min(rows, key=lambda row: row.simulated_ms)
-    mine = by_layout[joined(chosen.boundaries_tokens), joined(chosen.instances)]
-    one = by_layout["", str(n)]
-    return rows, Verdict(
-        profile.name,
-        name,
-        load,
-        len(chosen.stages),
-        best_row.stages,
-        chosen.gain,
-        1.0 - mine.simulated_ms / one.simulated_ms,
-        mine.simulated_ms / best_row.simulated_ms - 1.0,
-    )
 
 
 def rivals(chosen: Plan) -> dict[tuple[tuple[int, ...], tuple[int, ...]], Plan]:
@@ -233,35 +237,64 @@ def joined(numbers: tuple[int, ...]) -> str:
     return "/".join(str(number) for number in numbers)
 
 
-def describe(rows: list[Row], verdict: Verdict) -> str:
-    """One line of progress."""
-    runs = ", ".join(f"{r.stages}: {r.predicted_ms:.2f}/{r.simulated_ms:.2f} ({r.error:+.1%})" for r in rows)
-    return f"{runs}; chosen {verdict.chosen}, regret {verdict.regret:.1%}"
+def cells(rows: list[Row]) -> str:
+    """Predicted and simulated, by number of stages."""
+    return ", ".join(f"{r.stages}: {r.predicted_ms:.1f} / {r.simulated_ms:.1f} ({r.error:+.0%})" for r in rows)
 
 
-def report(rows: list[Row], verdicts: list[Verdict]) -> None:
+def verdict_on(rows: list[Row], margin: float) -> Verdict:
+    """The planner's rule: fewest stages within the tolerance of the best predicted; one stage unless that gains the margin."""
+    one = next(row for row in rows if row.stages == 1)
+    best = min(row.predicted_ms for row in rows)
+    near = [row for row in rows if row.predicted_ms <= best * (1.0 + DEFAULT_STAGE_TOLERANCE)]
+    pick = min(near, key=lambda row: (row.stages, row.predicted_ms))
+    gain = 1.0 - pick.predicted_ms / one.predicted_ms
+    chosen = pick if gain >= margin else one
+    fastest = min(row.simulated_ms for row in rows)
+    return Verdict(chosen, gain, 1.0 - chosen.simulated_ms / one.simulated_ms, chosen.simulated_ms / fastest - 1.0)
+
+
+def report(rows: list[Row], margin: float) -> None:
     """The tables of docs/planning.md."""
+    points: dict[tuple[str, str, float], list[Row]] = {}
+    for row in rows:
+        points.setdefault((row.profile, row.trace, row.load), []).append(row)
     print(
         "| profile | trace | load | stages: predicted / simulated ms per token (error) | chosen | simulated gain | regret |"
     )
     print("|---|---|---|---|---|---|---|")
-    for v in verdicts:
-        runs = [r for r in rows if (r.profile, r.trace, r.load) == (v.profile, v.trace, v.load)]
-        cells = ", ".join(f"{r.stages}: {r.predicted_ms:.1f} / {r.simulated_ms:.1f} ({r.error:+.0%})" for r in runs)
+    for (profile, trace, load), runs in points.items():
+        v = verdict_on(runs, margin)
         print(
-            f"| {v.profile} | {v.trace} | {v.load:.0%} | {cells} | {v.chosen} | {v.simulated_gain:.1%} | {v.regret:.1%} |"
+            f"| {profile} | {trace} | {load:.0%} | {cells(runs)} | {v.chosen.stages} | {v.simulated_gain:.1%} | {v.regret:.1%} |"
         )
-    print(
-        "\n| load | runs | median error | 90th percentile | worst | median regret | worst regret | points with regret above 3 % |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print("\n| load | runs | median error | 90th percentile | worst | order of pairs right |")
+    print("|---|---|---|---|---|---|")
     loads = sorted({row.load for row in rows})
     for label, members in [*((f"{load:.0%}", {load}) for load in loads), ("all", set(loads))]:
         errors = np.abs([row.error for row in rows if row.load in members])
-        regrets = np.array([v.regret for v in verdicts if v.load in members])
+        pairs = [
+            (a.predicted_ms < b.predicted_ms) == (a.simulated_ms < b.simulated_ms)
+            for (_, _, load), runs in points.items()
+            if load in members
+            for a, b in combinations(runs, 2)
+            if abs(a.predicted_ms / b.predicted_ms - 1.0) > DEFAULT_STAGE_TOLERANCE
+        ]
         print(
             f"| {label} | {len(errors)} | {np.median(errors):.1%} | {np.quantile(errors, 0.9):.1%} | {errors.max():.1%} "
-            f"| {np.median(regrets):.1%} | {regrets.max():.1%} | {int((regrets > 0.03).sum())} of {len(regrets)} |"
+            f"| {np.mean(pairs):.0%} of {len(pairs)} |"
+        )
+    print(
+        "\n| margin | points | several stages chosen | mean simulated gain | median regret | worst regret | above 3 % |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for tried in sorted({0.0, 0.02, 0.03, 0.05, 0.1, margin}):
+        verdicts = [verdict_on(runs, tried) for runs in points.values()]
+        regrets = np.array([v.regret for v in verdicts])
+        print(
+            f"| {tried:.0%} | {len(verdicts)} | {sum(v.chosen.stages > 1 for v in verdicts)} "
+            f"| {np.mean([v.simulated_gain for v in verdicts]):.1%} | {np.median(regrets):.1%} | {regrets.max():.1%} "
+            f"| {int((regrets > 0.03).sum())} |"
         )
 
 
