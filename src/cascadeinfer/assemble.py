@@ -13,7 +13,7 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.engines.vllm.instance import VllmInstance
-from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
+from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories, parse_engine_args
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
 from cascadeinfer.frontend.server import StopSignals, bind, serve
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
@@ -108,7 +108,7 @@ async def run_server(args: Namespace, options: ServeOptions) -> None:
         ConfigError: An option is wrong; nothing is left running.
     """
     with contextlib.closing(bind(args.host or LOOPBACK, args.port)) as listener, StopSignals() as signals:
-        engine_args = AsyncEngineArgs.from_cli_args(args)
+        engine_args = parse_engine_args(args)
         log_stats = not args.disable_log_stats
         runtime = make_runtime(engine_args, options, log_stats=log_stats)
         async with running_llm(runtime, log_stats=log_stats, log_requests=engine_args.enable_log_requests) as llm:

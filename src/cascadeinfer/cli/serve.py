@@ -8,6 +8,7 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import NoReturn
 
 from cascadeinfer.core.errors import ConfigError
 
@@ -37,6 +38,8 @@ def serve(argv: list[str]) -> None:
 def parse(argv: list[str]) -> Namespace:
     """Parse vLLM's options and ours; fill in the model."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.exceptions import VLLMClientError
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -46,16 +49,34 @@ def parse(argv: list[str]) -> Namespace:
         prog="cascadeinfer serve",
         description="Serve one model on several vLLM instances, with length stages and live migration.",
     )
+    parser.error = _refuse  # instead of hundreds of lines of usage and the message at their end
     make_arg_parser(parser)
     add_arguments(parser)
     args: Namespace = parser.parse_args(argv)
     args.model = _model_of(args, argv)
     try:
         validate_parsed_serve_args(args)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(str(error).removeprefix("Error: ")) from error
+        _import_parser_plugins(args)
+        validate_api_server_args(args)
+    except (KeyError, TypeError, ValueError, VLLMClientError) as error:
+        raise ConfigError(str(error.args[0]).removeprefix("Error: ")) from error
     configure_logging_from_args(args)
     return args
+
+
+def _import_parser_plugins(args: Namespace) -> None:
+    """The operator's own tool and reasoning parsers, which options may name."""
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(message, fix="cascadeinfer serve --help lists the options")
 
 
 def _model_of(args: Namespace, argv: list[str]) -> str:

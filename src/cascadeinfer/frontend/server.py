@@ -34,6 +34,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: The address is in use or cannot be bound.
     """
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"{port} is not a TCP port", option="--port", fix="choose one from 1 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -42,7 +44,9 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}", option="--port", fix="choose another port or host"
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            option="--host, --port",
+            fix="choose another port or host",
         ) from error
     return listener
 

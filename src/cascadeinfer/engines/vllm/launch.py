@@ -5,14 +5,17 @@ Every start of an instance, restarts included, gets a fresh `VllmConfig` with a 
 handshake anew instead of reading a dead process's memory.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import logging
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
+import pydantic
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -122,10 +125,8 @@ def make_factories(
     check_engine_args(engine_args)
     engine_args = with_cpu_kv_share(engine_args, len(instance_ids))
     environments = instance_environments(engine_args, len(instance_ids))
-    try:
+    with _refusals():
         first_config = instance_config(engine_args, instance_ids[0], settings)
-    except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"vLLM refuses the engine arguments: {_first_lines(error)}") from error
 
     def factory(index: int, instance_id: InstanceId) -> Callable[[int], VllmInstance]:
         def make(start: int) -> VllmInstance:
@@ -144,7 +145,41 @@ def make_factories(
     return {instance_id: factory(index, instance_id) for index, instance_id in enumerate(instance_ids)}
 
 
-def _first_lines(error: BaseException, n_lines: int = 4) -> str:
+def parse_engine_args(namespace: argparse.Namespace) -> AsyncEngineArgs:
+    """
+    The engine arguments of a parsed command line. Finds the model, on disk or in the hub.
+
+    Raises:
+        ConfigError: vLLM refuses them, or there is no such model.
+    """
+    try:
+        with _refusals():
+            return AsyncEngineArgs.from_cli_args(namespace)
+    except ConfigError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise ConfigError(
+            f"{namespace.model} cannot be found: {_what_is_wrong(error.__cause__)}",
+            option="MODEL",
+            fix="name a Hugging Face folder or a repository within reach",
+        ) from error
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What vLLM raises while it looks at its arguments is the operator's to mend."""
+    try:
+        yield
+    except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(f"vLLM refuses the engine arguments: {_what_is_wrong(error)}") from error
+
+
+def _what_is_wrong(error: BaseException, n_lines: int = 4) -> str:
     """The part of vLLM's (often long) message that says what is wrong."""
+    if isinstance(error, pydantic.ValidationError):
+        return "; ".join(
+            f"{'--' + str(fault['loc'][-1]).replace('_', '-') + ': ' if fault['loc'] else ''}{fault['msg']}"
+            for fault in error.errors()
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:n_lines]) or type(error).__name__
