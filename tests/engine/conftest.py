@@ -59,9 +59,17 @@ def no_process_left() -> Iterator[None]:
     """After the last test and the end of all fixtures, no process started by the session is alive."""
     yield
     # Python's own resource tracker lives as long as this process.
-    left = [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(p.cmdline())]
+    left = [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in _command(p)]
     _, alive = psutil.wait_procs(left, timeout=20)
-    assert not [process.cmdline() for process in alive]
+    assert not [_command(process) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def _command(process: psutil.Process) -> str:
+    """A process's command line; empty when it has ended meanwhile, waited for or not."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
