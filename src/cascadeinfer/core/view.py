@@ -11,7 +11,7 @@ C loops (`dict.update`, `sum`), and looking at the load of an instance one attri
 because a report brings them all at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -34,6 +34,27 @@ from cascadeinfer.core.events import (
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 
 
+@dataclass(frozen=True, slots=True)
+class Pricing:
+    """
+    What a step of an instance costs its requests: `price = (requests + 1) * (base + per_request * requests + per_token * tokens +
+    per_queued_token * queued)`, the seconds that all requests there and one more wait for one token.
+
+    Units are those of `base`. The queue counts because prompts that wait will be computed before or beside the next tokens.
+
+    Attributes:
+        base: A step with nothing in it.
+        per_request: Each request.
+        per_token: Each token of their lengths.
+        per_queued_token: Each token of requests that wait, spread over the tokens that a newcomer will produce.
+    """
+
+    base: float = 1.0
+    per_request: float = 0.0
+    per_token: float = 0.0
+    per_queued_token: float = 0.0
+
+
 @dataclass(slots=True, eq=False)
 class InstanceView:
     """
@@ -49,11 +70,14 @@ class InstanceView:
         blocks_committed: Blocks in use at the last report, and what waits here, came since or is on its way here will need; less
             what has left since.
         step_s: Mean step time at the last report that had one, 0.0 before.
+        queued_tokens: Sum of the lengths of `waiting`.
         load: The larger of its KV share and its batch share, with everything here and on its way here; 1.0 is full.
+        price: See `Pricing`.
     """
 
     instance_id: InstanceId
     capacity: InstanceCapacity
+    pricing: Pricing = Pricing()
     draining: bool = False
     request_ids: dict[RequestId, int] = field(default_factory=dict)
     kv_tokens: int = 0
@@ -63,7 +87,9 @@ class InstanceView:
     outbound: dict[MigrationId, None] = field(default_factory=dict)
     blocks_committed: int = 0
     step_s: float = 0.0
+    queued_tokens: int = 0
     load: float = 0.0
+    price: float = 0.0
     _per_token: float = field(init=False, repr=False)
     _per_request: float = field(init=False, repr=False)
 
@@ -71,6 +97,7 @@ class InstanceView:
         """Prepare what `load` is computed from."""
         self._per_token = 1.0 / self.capacity.kv_tokens
         self._per_request = 1.0 / self.capacity.max_num_seqs
+        self._weigh()
 
     @property
     def migrations(self) -> int:
@@ -87,25 +114,40 @@ class InstanceView:
         """Requests here or on their way here."""
         return len(self.request_ids) + len(self.inbound)
 
+    def price_with(self, more_requests: int, more_tokens: int) -> float:
+        """The price with so much more on its way here."""
+        pricing = self.pricing
+        requests = self.committed_requests + more_requests
+        step = (
+            pricing.base + pricing.per_request * requests + pricing.per_token * (self.committed_kv_tokens + more_tokens)
+        )
+        return (requests + 1) * (step + pricing.per_queued_token * self.queued_tokens)
+
     def free_blocks(self) -> int:
         """Blocks that nothing here or on its way here will need as it is; negative when overcommitted."""
         return self.capacity.kv_blocks - self.blocks_committed
 
     def _weigh(self) -> None:
-        """Bring `load` up to date; called after every change."""
+        """Bring `load` and `price` up to date; called after every change."""
         by_tokens = (self.kv_tokens + self.inbound_tokens) * self._per_token
         by_requests = (len(self.request_ids) + len(self.inbound)) * self._per_request
         self.load = max(by_requests, by_tokens)
+        self.price = self.price_with(0, 0)
 
-    def _add(self, request_id: RequestId, tokens: int) -> None:
+    def _add(self, request_id: RequestId, tokens: int, *, waits: bool) -> None:
         self.request_ids[request_id] = tokens
+        if waits:
+            self.waiting[request_id] = None
+            self.queued_tokens += tokens
         self.kv_tokens += tokens
         self.blocks_committed += self.capacity.blocks_for(tokens)
         self._weigh()
 
     def _drop(self, request_id: RequestId) -> int:
         tokens = self.request_ids.pop(request_id)
-        self.waiting.pop(request_id, None)
+        if request_id in self.waiting:
+            del self.waiting[request_id]
+            self.queued_tokens -= tokens
         self.kv_tokens -= tokens
         self.blocks_committed -= self.capacity.blocks_for(tokens)
         self._weigh()
@@ -148,8 +190,9 @@ class InstanceView:
         waiting = {request_id: None for request_id in self.waiting if request_id not in running}
         waiting.update({request_id: None for request_id in report.waiting_ids if request_id in self.request_ids})
         self.waiting = waiting
-        blocks_for = self.capacity.blocks_for
-        self.blocks_committed += sum([blocks_for(self.request_ids[request_id]) for request_id in waiting])
+        lengths = [self.request_ids[request_id] for request_id in waiting]
+        self.queued_tokens = sum(lengths)
+        self.blocks_committed += sum(map(self.capacity.blocks_for, lengths))
 
 
 @dataclass(slots=True, eq=False)
@@ -190,8 +233,14 @@ class RequestView:
 class ClusterView:
     """The cluster as a policy sees it. See the module header."""
 
-    def __init__(self) -> None:
-        """Start with no instance and no request."""
+    def __init__(self, pricing: Callable[[InstanceCapacity], Pricing] | None = None) -> None:
+        """
+        Start with no instance and no request.
+
+        Args:
+            pricing: What a step of an instance costs, for `InstanceView.price`; None: prices only count requests.
+        """
+        self._pricing = pricing
         self.instances: dict[InstanceId, InstanceView] = {}
         self.requests: dict[RequestId, RequestView] = {}
         self._available: list[InstanceView] = []
@@ -225,7 +274,8 @@ class ClusterView:
             case MigrationEnded():
                 self._end_migration(event)
             case InstanceJoined():
-                self.instances[event.instance_id] = InstanceView(event.instance_id, event.capacity)
+                pricing = Pricing() if self._pricing is None else self._pricing(event.capacity)
+                self.instances[event.instance_id] = InstanceView(event.instance_id, event.capacity, pricing)
                 self._find_available()
             case InstanceDraining():
                 if (instance := self.instances.get(event.instance_id)) is not None:
@@ -262,7 +312,7 @@ class ClusterView:
         self.requests[event.request_id] = request
         self._unplaced[event.request_id] = request
 
-    def _place(self, request_id: RequestId, instance_id: InstanceId) -> None:
+    def _place(self, request_id: RequestId, instance_id: InstanceId, *, waits: bool = True) -> None:
         request = self.requests.get(request_id)
         instance = self.instances.get(instance_id)
         if request is None or instance is None:
@@ -270,8 +320,7 @@ class ClusterView:
         if request.place is not None:
             self._take_away(request)
         self._unplaced.pop(request_id, None)
-        instance._add(request_id, request.settled_tokens)  # noqa: SLF001 - one writer, this module
-        instance.waiting[request_id] = None
+        instance._add(request_id, request.settled_tokens, waits=waits)  # noqa: SLF001 - one writer, this module
         request.place = instance
 
     def _take_away(self, request: RequestView) -> None:
@@ -322,8 +371,6 @@ class ClusterView:
         request.migration_id = None
         if event.outcome in (MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED):
             self._take_away(request)
-            self._place(event.request_id, event.target_id)
-            if target is not None:
-                target.waiting.pop(event.request_id, None)
+            self._place(event.request_id, event.target_id, waits=False)
         elif event.outcome is MigrationOutcome.LOST:
             self._take_away(request)

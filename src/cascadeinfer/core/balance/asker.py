@@ -3,13 +3,14 @@ The asker's side of an instance's agent: rounds of asks, bids and awards, and th
 
 It is told which request should go and who may be asked (`open`); what it decides is whom to ask, whom to award, when to try again. A
 request that found no taker (or whose migration ended where it began) rests, twice as long each time; and after a round without a
-taker nobody is asked for the same reason for a while, likewise doubling: a full stage is not besieged by its neighbours' requests. See
-`bidask.py`.
+taker nobody is asked for the same reason for a while, likewise doubling: a full stage is not besieged by its neighbours' requests. Where
+a candidate was only busy with other migrations both pauses are short. See `bidask.py`.
 """
 
 from collections.abc import Callable, Sequence
 
 from cascadeinfer.core.balance.bidask import NEVER, BidAskSettings, Move, Outbox, Round, RoundEvent, State
+from cascadeinfer.core.balance.bidder import BUSY
 from cascadeinfer.core.balance.messages import Accept, Ask, Award, Bid, Decline, Withdraw
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.events import MigrationOutcome
@@ -130,6 +131,7 @@ class Asker:
         asked = self._named(message.ask_id)
         if asked is None:
             return
+        asked.busy |= message.reason == BUSY
         if asked.state is State.ASKING and sender_id in asked.pending:
             asked.handle(RoundEvent.DECLINE_CAME)
             del asked.pending[sender_id]
@@ -215,12 +217,20 @@ class Asker:
             return
         asked.handle(RoundEvent.NO_BID)
         self._withdraw_rest(asked, out)
+        self._rest(asked, now_s)
+        if not self.may_ask(asked.reason, now_s):
+            return  # rounds that end together are one experience
+        if asked.busy:
+            self._asks_from_s[asked.reason] = now_s + self._settings.busy_s
+            return
         fruitless = self._fruitless[asked.reason]
         self._asks_from_s[asked.reason] = now_s + self._pause_s(fruitless)
         self._fruitless[asked.reason] = fruitless + 1
-        self._rest(asked, now_s)
 
     def _rest(self, asked: Round, now_s: float) -> None:
+        if asked.busy:
+            asked.deadline_s = now_s + self._settings.busy_s
+            return
         failures = self._failures.get(asked.request_id, 0)
         self._failures[asked.request_id] = failures + 1
         asked.deadline_s = now_s + self._pause_s(failures)

@@ -14,7 +14,7 @@ asker's (`BidAskSettings`), so no migration starts to a place that is gone. Late
 does not want them: the agent (`agent.py`) answers with `Withdraw` where somebody might be holding a place, and drops the rest.
 
 `TRANSITIONS` is the whole protocol. Conditions (is it the last answer? is there still room?) are in the events' names, so the table is
-a plain map. The diagram in `docs/protocols/bidask.md` is generated from it (`python docs/protocols/draw_bidask.py`), and a test keeps
+a plain map. The diagram in `docs/protocols/bidask.md` is generated from it (`python docs/protocols/draw.py`), and a test keeps
 the two alike. Source: arXiv 2512.19179, section on decentralised load balance; the ask-bid-award order is the contract net's
 (Smith 1980).
 """
@@ -130,6 +130,7 @@ class BidAskSettings:
         offer_life_s: How long a bidder holds room back for a bid; covers the asker's wait and a turned down award.
         keep_life_s: How long it keeps an awarded place. Longer than `award_wait_s`, so that no migration starts to a place that is gone.
         rest_s: First pause after a failure; doubles up to `rest_s_max`.
+        busy_s: Pause after a round in which a candidate was only busy with other migrations; does not grow.
         advert_interval_s: Between two adverts of one instance.
         advert_fan_out: Peers that each goes to, taking turns.
         heard_life_s: How long a load heard of counts.
@@ -146,6 +147,7 @@ class BidAskSettings:
     offer_life_s: float = 0.6
     keep_life_s: float = 0.5
     rest_s: float = 0.25
+    busy_s: float = 0.1
     rest_s_max: float = 8.0
     advert_interval_s: float = 1.0
     advert_fan_out: int = 2
@@ -167,6 +169,7 @@ class Round:
         deadline_s: When this state's time is up; infinite without a limit.
         pending: Asker: candidates that have not answered, in order of asking.
         bids: Asker: bids that have come and were not turned down.
+        busy: Asker: somebody declined only because of too many migrations at once, which passes soon.
     """
 
     ask_id: str
@@ -177,6 +180,7 @@ class Round:
     deadline_s: float = NEVER
     pending: dict[InstanceId, None] = field(default_factory=dict)
     bids: dict[InstanceId, Bid] = field(default_factory=dict)
+    busy: bool = False
     state: State = State.NEW
 
     def handle(self, event: RoundEvent) -> None:
@@ -194,12 +198,10 @@ class Round:
         self.state = after
 
     def best_bid(self) -> tuple[InstanceId, Bid] | None:
-        """The lowest load; then the fewest migrations, the most free blocks, the smallest id."""
+        """The lowest price; then the lowest load, the fewest migrations, the smallest id."""
         if not self.bids:
             return None
-        return min(
-            self.bids.items(), key=lambda item: (item[1].load, item[1].migrations, -item[1].free_blocks, item[0])
-        )
+        return min(self.bids.items(), key=lambda item: (item[1].price, item[1].load, item[1].migrations, item[0]))
 
 
 @dataclass(frozen=True, slots=True)

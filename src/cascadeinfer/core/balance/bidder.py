@@ -6,12 +6,16 @@ win one place. The award looks again, because requests have grown and arrived me
 """
 
 from collections.abc import Callable
+from typing import Final
 
 from cascadeinfer.core.balance.bidask import NEVER, BidAskSettings, Outbox, Round, RoundEvent, State
 from cascadeinfer.core.balance.messages import Accept, Ask, Award, Bid, Decline, Withdraw
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import InstanceView
+
+BUSY: Final = "busy"
+"""The one reason to decline that passes within a fraction of a second."""
 
 
 class Bidder:
@@ -50,7 +54,9 @@ class Bidder:
         if refusal is not None:
             out.messages.append((sender_id, Decline(ask.ask_id, refusal)))
             return
-        bid = Bid(ask.ask_id, load, self._free_blocks(), self._own.migrations)
+        held = self._held()
+        price = self._own.price_with(len(held), sum(held))
+        bid = Bid(ask.ask_id, load, self._free_blocks(), self._own.migrations, price)
         offer = Round(ask.ask_id, ask.request_id, ask.length_tokens, MigrationReason(ask.reason), sender_id)
         offer.handle(RoundEvent.ASKED)
         offer.deadline_s = now_s + self._settings.offer_life_s
@@ -114,7 +120,7 @@ class Bidder:
         if own.draining:
             return "draining"
         if self._slots_taken() >= self._settings.max_migrations:
-            return "busy"
+            return BUSY
         if own.committed_requests + len(self._held()) >= own.capacity.max_num_seqs:
             return "no_slot"
         needed = own.capacity.blocks_for(length_tokens + self._settings.room_slack_tokens)

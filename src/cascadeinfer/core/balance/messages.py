@@ -34,12 +34,13 @@ class Ask:
 @dataclass(frozen=True, slots=True)
 class Bid:
     """
-    Yes, at this price.
+    Yes, on these terms.
 
     Attributes:
         load: The bidder's load after taking the request (dimensionless, lower is better).
         free_blocks: KV blocks it could still give.
         migrations: Migrations it takes part in now.
+        price: What the bidder's next step costs its requests and this one (`core/view.py`); of bids the lowest wins.
 
     """
 
@@ -47,6 +48,7 @@ class Bid:
     load: float
     free_blocks: int
     migrations: int
+    price: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

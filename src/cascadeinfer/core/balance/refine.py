@@ -1,46 +1,23 @@
 """
 Range refinement: neighbouring stages move their common boundary by small steps from what they observe.
 
-Theory. Stage s serves R_s decode tokens per second on k_s instances with n_s requests each and step time t_s; n_s = R_s t_s / k_s
-(Little). Mean time per token is lowest when the requests in the system are fewest. Sending one more token per second at length b to
-stage s adds
+Each side knows two things: how full its instances are, and what has arrived and finished of late (`recent.py`). From these, in order:
+1. *Pressure.* A side whose instances are nearly full gives, unless the other is nearly as full: the boundary moves away from it,
+   whatever any prediction says. What waits for memory is in no step time.
+2. *Outlook.* With a cost model: the two stages' predicted cost for the recent workload with the boundary one step up, one step down and
+   where it is (the planner's own prediction, so a boundary that the planner has just set stands still). It moves when that gains.
+3. *Balance.* Without a cost model: the fuller side gives.
 
-    price_s(b) = t_s * (1 + n_s * c_b / base)                     requests to the system,
-
-where c_b is what one more request of length b adds to a step and `base` the step time of an empty batch: the request itself stays
-t_s, and everybody there stays longer. (With t = base + c n and n = R t / k this is d(k n)/dR.) At the best boundary both
-neighbours have the same price for a request at the boundary; the dearer side gives, so that the boundary moves away from it.
-A stage that is nearly full is dearer still, whatever its step time: what waits for memory is in no batch.
-
-Damping: the log of the price ratio is smoothed, a ratio inside the dead band moves nothing, one step changes the boundary by a few
-per cent at most, and a boundary keeps its distance from its neighbours, so no range gets empty. Without a cost model the price is the
-load: full is dear. Source: arXiv 2512.19179, section on adaptive range refinement; the price is ours.
+Damping: loads are smoothed; what is inside the dead bands moves nothing; one step changes the boundary by a few per cent; a boundary
+keeps its distance from its neighbours, so no range gets empty and none crosses another. Source: arXiv 2512.19179, section on adaptive
+range refinement.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
-
-
-@dataclass(frozen=True, slots=True)
-class StageObservation:
-    """
-    What the instances of one stage see, averaged over them.
-
-    Attributes:
-        requests: Per instance.
-        kv_tokens: Sum of their lengths, per instance.
-        longest_tokens: The longest request of an instance.
-        step_s: Step time; 0.0 when none has stepped.
-        load: 1.0 is full, see `core/dispatch.py`.
-    """
-
-    requests: float
-    kv_tokens: float
-    longest_tokens: float
-    step_s: float
-    load: float
+from cascadeinfer.core.plan.problem import PlanProblem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,82 +27,130 @@ class RefineSettings:
 
     Attributes:
         interval_s: Between two steps.
-        smoothing: Weight of a new observation in the smoothed log price ratio.
-        dead_band: Log price ratio that moves nothing.
-        gain: Log boundary per log price ratio beyond the dead band.
-        step_max: Largest change of the log of the boundary in one step.
+        memory_s: Time constant of the recent workload.
+        min_requests: Fewest finished requests for an outlook.
+        smoothing: Weight of a new observation in the smoothed loads.
+        step: Change of the log of the boundary in one step.
+        least_gain: Share of the two stages' predicted cost that a step must save.
+        full_load: Load from which a side is nearly full.
+        idle_load: Without an outlook nothing moves while both sides are below this: there is nothing to balance.
+        load_band: Difference of loads (pressure), or log of their ratio (balance), that moves nothing.
         spacing: Least ratio between neighbouring boundaries.
         shortest_tokens: No boundary below this.
-        full_load: Load from which a stage gets dearer beyond its step time.
     """
 
     interval_s: float = 2.0
+    memory_s: float = 60.0
+    min_requests: int = 100
     smoothing: float = 0.2
-    dead_band: float = 0.2
-    gain: float = 0.05
-    step_max: float = 0.05
+    step: float = 0.05
+    least_gain: float = 0.002
+    full_load: float = 0.85
+    idle_load: float = 0.25
+    load_band: float = 0.15
     spacing: float = 1.25
     shortest_tokens: int = 32
-    full_load: float = 0.85
 
 
-def price(seen: StageObservation, boundary_tokens: int, model: StepModel | None, settings: RefineSettings) -> float:
-    """What one more token per second at this length costs in this stage; see the module header."""
-    if model is None:
-        return max(seen.load, 0.01)
-    base_s = model.step_s(BatchFeatures(0, 0, 0))
-    n = round(seen.requests)
-    kv_tokens, longest = round(seen.kv_tokens), round(seen.longest_tokens)
-    with_one = BatchFeatures(n + 1, kv_tokens + boundary_tokens, max(longest, boundary_tokens))
-    without = BatchFeatures(n, kv_tokens, longest)
-    added_s = max(0.0, model.step_s(with_one) - model.step_s(without))
-    stay_s = max(seen.step_s, base_s)
-    crowded = max(0.0, seen.load - settings.full_load) / max(1e-9, 1.0 - settings.full_load)
-    return stay_s * (1.0 + seen.requests * added_s / base_s) * (1.0 + crowded * crowded)
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """
+    Two stages and what lies around them.
+
+    Attributes:
+        below_tokens: Start of the lower stage.
+        above_tokens: End of the upper stage, None without one.
+        lower_load: Mean load of the lower stage's instances; 1.0 is full.
+        upper_load: The same of the upper stage.
+    """
+
+    below_tokens: int
+    above_tokens: int | None
+    lower_load: float
+    upper_load: float
+
+
+def outlook(
+    problem: PlanProblem, boundary_tokens: int, around: Neighbours, instances: tuple[int, int]
+) -> Callable[[int], float]:
+    """
+    What moving a boundary would save by the planner's prediction.
+
+    Args:
+        problem: The recent workload and the cost model.
+        boundary_tokens: Where the boundary is.
+        around: Its two sides.
+        instances: Of the lower and of the upper stage.
+
+    Returns:
+        Saving as a share of the two stages' predicted cost, by the boundary's new place; lengths count as the nearest edge of the
+        workload's buckets.
+    """
+    histogram = problem.histogram
+    low = histogram.nearest_edge(around.below_tokens)
+    high = len(problem.edges) - 1 if around.above_tokens is None else histogram.nearest_edge(around.above_tokens)
+
+    def cost_at(tokens: int) -> float:
+        edge = histogram.nearest_edge(tokens)
+        if not low < edge < high:
+            return math.inf
+        return problem.service(low, edge, instances[0]).cost + problem.service(edge, high, instances[1]).cost
+
+    now = cost_at(boundary_tokens)
+
+    def gain_of(tokens: int) -> float:
+        then = now if tokens == boundary_tokens else cost_at(tokens)
+        if not math.isfinite(now):
+            return float(math.isfinite(then))
+        return 1.0 - then / now if now > 0.0 else 0.0
+
+    return gain_of
 
 
 class BoundaryRefiner:
-    """One boundary. Keeps the smoothed log price ratio between steps."""
+    """One boundary. Keeps the smoothed loads of its two sides between steps."""
 
-    def __init__(self, settings: RefineSettings, model: StepModel | None) -> None:
+    def __init__(self, settings: RefineSettings) -> None:
         self._settings = settings
-        self._model = model
-        self._ratio = 0.0
+        self._loads: tuple[float, float] | None = None
 
-    def step(
-        self,
-        boundary_tokens: int,
-        lower: StageObservation,
-        upper: StageObservation,
-        *,
-        below_tokens: int,
-        above_tokens: int | None,
-    ) -> int:
+    def step(self, boundary_tokens: int, around: Neighbours, gain_of: Callable[[int], float] | None) -> int:
         """
         Where the boundary should be now.
 
         Args:
             boundary_tokens: Where it is.
-            lower: The stage below it.
-            upper: The stage above it.
-            below_tokens: The boundary below, 0 without one.
-            above_tokens: The boundary above, None without one.
+            around: Its two sides.
+            gain_of: What moving the boundary there would save, as a share of the two stages' predicted cost; None: no outlook.
 
         Returns:
-            The same, or a length a few per cent away, at its distance from the neighbours.
+            The same, or a length one step away, at its distance from the neighbours.
         """
         settings = self._settings
-        dear = price(lower, boundary_tokens, self._model, settings)
-        cheap = price(upper, boundary_tokens, self._model, settings)
-        self._ratio += settings.smoothing * (math.log(dear / cheap) - self._ratio)
-        excess = abs(self._ratio) - settings.dead_band
-        if excess <= 0.0:
-            return boundary_tokens
-        change = -math.copysign(min(settings.step_max, settings.gain * excess), self._ratio)
-        wanted = boundary_tokens * math.exp(change)
-        moved = math.ceil(wanted) if change > 0.0 else math.floor(wanted)
-        least = max(settings.shortest_tokens, math.ceil(below_tokens * settings.spacing))
-        most = moved if above_tokens is None else math.floor(above_tokens / settings.spacing)
-        if change > 0.0:
+        weight = settings.smoothing
+        before = self._loads or (around.lower_load, around.upper_load)
+        lower = before[0] + weight * (around.lower_load - before[0])
+        upper = before[1] + weight * (around.upper_load - before[1])
+        self._loads = (lower, upper)
+        if max(lower, upper) >= settings.full_load and abs(lower - upper) > settings.load_band:
+            return self._moved(boundary_tokens, around, upwards=upper > lower)
+        if gain_of is not None:
+            options = [self._moved(boundary_tokens, around, upwards=upwards) for upwards in (False, True)]
+            gain, best = max((gain_of(option), option) for option in options)
+            return best if gain >= settings.least_gain else boundary_tokens
+        if (
+            max(lower, upper) >= settings.idle_load
+            and abs(math.log(max(upper, 1e-3) / max(lower, 1e-3))) > settings.load_band
+        ):
+            return self._moved(boundary_tokens, around, upwards=upper > lower)
+        return boundary_tokens
+
+    def _moved(self, boundary_tokens: int, around: Neighbours, *, upwards: bool) -> int:
+        settings = self._settings
+        if upwards:
+            moved = math.ceil(boundary_tokens * math.exp(settings.step))
+            most = moved if around.above_tokens is None else math.floor(around.above_tokens / settings.spacing)
             return max(boundary_tokens, min(moved, most))
+        moved = math.floor(boundary_tokens * math.exp(-settings.step))
+        least = max(settings.shortest_tokens, math.ceil(around.below_tokens * settings.spacing))
         return min(boundary_tokens, max(moved, least))

@@ -1,11 +1,11 @@
 """
 CascadeInfer: length stages that plan themselves, hand-over by bid-ask, boundaries that follow the workload.
 
-What happens to a request: it is dispatched to the stage of its prompt length, the least loaded instance inside (`core/dispatch.py`);
+What happens to a request: it is dispatched to the stage of its prompt length, the cheapest instance inside (`core/dispatch.py`);
 when nobody there has room, to the nearest stage with room, the longer one first. As it grows its instance's agent hands it over to the
 next stage (`core/balance`), or moves it inside the stage when the instance is overloaded, or anywhere when it drains. Every `RefineSettings.interval_s`
 neighbouring stages move their boundary; every `PlanSettings.interval_s` the planner looks for a better layout. With one stage this is
-least-loaded dispatch and nothing else but rebalancing.
+load balancing by price and, between overloaded and idle instances, by migration.
 
 When the layout changes nothing is moved at once: requests that are now too long for their instance's stage are handed over like all
 others, at most `max_migrations` per instance at a time; those that are too short stay.
@@ -17,15 +17,17 @@ Inputs read: reports, messages, the cost model when there is one. Source: arXiv 
 `replan`, `migrate`.
 """
 
+from functools import partial
 from heapq import heappop, heappush
 
 from cascadeinfer.core.balance.agent import Agent
 from cascadeinfer.core.balance.bidask import NEVER, BidAskSettings, Outbox
 from cascadeinfer.core.balance.handover import HandoverRules
-from cascadeinfer.core.balance.refine import BoundaryRefiner, RefineSettings, StageObservation
+from cascadeinfer.core.balance.recent import RecentWorkload
+from cascadeinfer.core.balance.refine import BoundaryRefiner, Neighbours, RefineSettings, outlook
 from cascadeinfer.core.balance.roster import Roster
 from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.dispatch import least_loaded, pick_with_room
+from cascadeinfer.core.dispatch import cheapest, cheapest_with_room, pricing_of
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import (
     Event,
@@ -40,6 +42,7 @@ from cascadeinfer.core.events import (
     TimerFired,
 )
 from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.plan.problem import PlanProblem
 from cascadeinfer.core.policies.replanning import ModelPlanner, Planner, PlanSettings, Replanner
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
@@ -82,7 +85,7 @@ class Cascade:
             refinement: How boundaries move.
             planning: When and how to plan.
         """
-        self.view = ClusterView()
+        self.view = ClusterView(partial(pricing_of, step_model))
         self.roster = Roster(layout)
         self.agents: dict[InstanceId, Agent] = {}
         self._members: list[list[InstanceView]] = []
@@ -100,7 +103,12 @@ class Cascade:
         planning = planning or PlanSettings()
         if planner is None and step_model is not None:
             planner = ModelPlanner(step_model, planning)
+        self._planning = planning
         self._replanner = Replanner(planner, planning) if replan and planner is not None else None
+        self._recent = RecentWorkload(self._refinement.memory_s, planning.max_tokens)
+        self._workloads = [self._recent] if refine and step_model is not None else []
+        if self._replanner is not None:
+            self._workloads.append(self._replanner.workload)
         self._incarnations: dict[InstanceId, int] = {}
         self._wakes: list[tuple[float, InstanceId]] = []
         self._wake_of: dict[InstanceId, float] = {}
@@ -125,8 +133,8 @@ class Cascade:
                 self._wake(event.cause, now_s, effects)
             case RequestArrived():
                 self.view.apply(event)
-                if self._replanner is not None:
-                    self._replanner.note_arrival(now_s)
+                for workload in self._workloads:
+                    workload.note_arrival(now_s)
                 self._place_waiting(event.cause, effects)
                 self._refuse(event, effects)
             case RequestFinished():
@@ -180,9 +188,9 @@ class Cascade:
         n = len(members)
         for distance in range(n):
             for index in (home + distance, home - distance)[: 2 if distance else 1]:
-                if 0 <= index < n and (chosen := pick_with_room(members[index], tokens)) is not None:
+                if 0 <= index < n and (chosen := cheapest_with_room(members[index], tokens)) is not None:
                     return chosen
-        return least_loaded(members[home]) if self._max_queued is None else None
+        return cheapest(members[home]) if self._max_queued is None else None
 
     def _refuse(self, event: RequestArrived, effects: list[Effect]) -> None:
         """A request that could not be placed, with too many before it, is refused."""
@@ -197,8 +205,8 @@ class Cascade:
         request = self.view.requests.get(event.request_id)
         if request is None:
             return
-        if self._replanner is not None:
-            self._replanner.note_finished(request.prompt_tokens, event.output_tokens)
+        for workload in self._workloads:
+            workload.note_finished(request.prompt_tokens, event.output_tokens)
         place = request.place
         self.view.apply(event)
         if place is not None and (agent := self.agents.get(place.instance_id)) is not None:
@@ -299,41 +307,40 @@ class Cascade:
         elif self._refines and now_s >= self._next_refine_s:
             self._next_refine_s = now_s + self._refinement.interval_s
             if len(self._members) > 1:
-                self._refine(cause, effects)
+                self._refine(cause, now_s, effects)
 
-    def _refine(self, cause: str, effects: list[Effect]) -> None:
-        plan_stages = self.roster.plan_stage
-        seen = [_observe(members) for members in self._members]
+    def _refine(self, cause: str, now_s: float, effects: list[Effect]) -> None:
+        problem = self._recent_problem(now_s)
+        loads = [sum(member.load for member in members) / len(members) for members in self._members]
         moved = False
-        for stage, plan_stage in enumerate(plan_stages[:-1]):
+        for stage, plan_stage in enumerate(self.roster.plan_stage[:-1]):
             boundaries = self.roster.boundaries_tokens
-            refiner = self._refiners.setdefault(plan_stage, BoundaryRefiner(self._refinement, self._model))
             before = boundaries[plan_stage]
-            after = refiner.step(
-                before,
-                seen[stage],
-                seen[stage + 1],
+            around = Neighbours(
                 below_tokens=boundaries[plan_stage - 1] if plan_stage else 0,
                 above_tokens=boundaries[plan_stage + 1] if plan_stage + 1 < len(boundaries) else None,
+                lower_load=loads[stage],
+                upper_load=loads[stage + 1],
             )
+            gain_of = None
+            if problem is not None:
+                instances = (len(self._members[stage]), len(self._members[stage + 1]))
+                gain_of = outlook(problem, before, around, instances)
+            refiner = self._refiners.setdefault(plan_stage, BoundaryRefiner(self._refinement))
+            after = refiner.step(before, around, gain_of)
             if after != before:
                 self.roster.move_boundary(plan_stage, after)
                 moved = True
         if moved:
             self._follow_roster(cause, effects)
 
-
-def _observe(members: list[InstanceView]) -> StageObservation:
-    """Averages over a stage's instances."""
-    n = len(members)
-    steps = [member.step_s for member in members if member.step_s > 0.0]
-    return StageObservation(
-        requests=sum(len(member.request_ids) for member in members) / n,
-        kv_tokens=sum(member.kv_tokens for member in members) / n,
-        longest_tokens=sum(max(member.request_ids.values(), default=0) for member in members) / n,
-        step_s=sum(steps) / len(steps) if steps else 0.0,
-        load=sum(member.load for member in members) / n,
-    )
+    def _recent_problem(self, now_s: float) -> PlanProblem | None:
+        """The recent workload as the planner sees it; None without a cost model, or when too little has been seen."""
+        seen = self._recent.look(now_s, self._refinement.min_requests) if self._model is not None else None
+        if self._model is None or seen is None:
+            return None
+        capacity = self._members[0][0].capacity
+        return self._planning.problem(self._model, *seen, capacity, len(self.roster.stage_of))
 
 
 def _mean_tokens(instance: InstanceView) -> tuple[float, InstanceId]:

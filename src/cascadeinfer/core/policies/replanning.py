@@ -1,29 +1,26 @@
 """
 When to plan anew, from what, and whether to take the new plan.
 
-The workload is what has finished (lengths) and arrived (rate) of late; the past fades with `memory_s` as time constant. Every
-`interval_s` the planner is asked; its plan is taken when it gains `margin` over the layout in force, predicted by the same model on
+The workload is what has finished (lengths) and arrived (rate) of late (`core/balance/recent.py`). Every `interval_s` the planner is asked; its plan is taken when it gains `margin` over the layout in force, predicted by the same model on
 the same workload (hysteresis: a plan that is as good as the one in force changes nothing). When the demand is above every layout's
 capacity, the plan is made for what could be served.
-
-Requests that run for long have not finished when the first plans are made, so early plans see too many short ones; the next
-plans mend that.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from cascadeinfer.core.balance.recent import RecentWorkload
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.plan.histogram import HistogramBuilder, LengthHistogram
+from cascadeinfer.core.plan.histogram import LengthHistogram
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
 from cascadeinfer.core.plan.planner import Plan, predict, solve
 from cascadeinfer.core.plan.problem import DEFAULT_MARGIN, DEFAULT_MAX_STAGES, HandOverCost, PlanProblem, ServiceFloor
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 
-Planner = Callable[[LengthHistogram, InstanceCapacity, float, int, StageLayout], StageLayout | None]
-"""(workload, capacity of an instance, requests per second, instances, layout in force) -> a better layout, or None. The names in the
+Planner = Callable[[LengthHistogram, float, InstanceCapacity, int, StageLayout], StageLayout | None]
+"""(workload, requests per second, capacity of an instance, instances, layout in force) -> a better layout, or None. The names in the
 result count only by their number: `Replanner` deals out the instances."""
 
 
@@ -56,6 +53,33 @@ class PlanSettings:
     max_stages: int = DEFAULT_MAX_STAGES
     max_tokens: int = 131_072
 
+    def problem(
+        self,
+        model: StepModel,
+        workload: LengthHistogram,
+        rate_per_s: float,
+        capacity: InstanceCapacity,
+        n_instances: int,
+    ) -> PlanProblem:
+        """
+        What is to be planned.
+
+        Raises:
+            PlanError: The workload does not fit the instances.
+        """
+        return PlanProblem(
+            workload,
+            model,
+            capacity,
+            rate_per_s,
+            n_instances,
+            objective=self.objective,
+            margin=self.margin,
+            hand_over=self.hand_over,
+            floor=self.floor,
+            max_stages=self.max_stages,
+        )
+
 
 class ModelPlanner:
     """The planner of `core/plan` on a cost model, with hysteresis; a `Planner`."""
@@ -67,25 +91,14 @@ class ModelPlanner:
     def __call__(
         self,
         workload: LengthHistogram,
-        capacity: InstanceCapacity,
         rate_per_s: float,
+        capacity: InstanceCapacity,
         n_instances: int,
         current: StageLayout,
     ) -> StageLayout | None:
         """See `Planner`."""
         settings = self._settings
-        problem = PlanProblem(
-            workload,
-            self._model,
-            capacity,
-            rate_per_s,
-            n_instances,
-            objective=settings.objective,
-            margin=settings.margin,
-            hand_over=settings.hand_over,
-            floor=settings.floor,
-            max_stages=settings.max_stages,
-        )
+        problem = settings.problem(self._model, workload, rate_per_s, capacity, n_instances)
         try:
             best = solve(problem)
         except PlanError as error:
@@ -115,7 +128,7 @@ def layout_of(plan: Plan) -> StageLayout:
 
 
 class Replanner:
-    """The online workload and the clock of the planning."""
+    """The clock of the planning, and the workload it is made from."""
 
     def __init__(self, planner: Planner, settings: PlanSettings) -> None:
         """
@@ -123,30 +136,16 @@ class Replanner:
             planner: Makes the plans.
             settings: When, and from what.
         """
+        self.workload = RecentWorkload(settings.memory_s, settings.max_tokens)
         self._planner = planner
         self._settings = settings
-        self._builder = HistogramBuilder(max_tokens=settings.max_tokens)
-        self._finished: list[tuple[int, int]] = []
-        self._arrivals = 0.0
-        self._watched_s = 0.0
-        self._since_s: float | None = None
-        self._next_s = 0.0
-
-    def note_arrival(self, now_s: float) -> None:
-        """A request came."""
-        if self._since_s is None:
-            self._since_s = now_s
-            self._next_s = now_s + self._settings.interval_s
-        self._arrivals += 1.0
-
-    def note_finished(self, prompt_tokens: int, output_tokens: int) -> None:
-        """A request ended; one without output, or longer than the workload's limit, is no length to plan for."""
-        if output_tokens >= 1 and prompt_tokens + output_tokens < self._settings.max_tokens:
-            self._finished.append((prompt_tokens, output_tokens))
+        self._next_s: float | None = None
 
     def is_due(self, now_s: float) -> bool:
-        """Whether `propose` should be called."""
-        return self._since_s is not None and now_s >= self._next_s
+        """Whether `propose` should be called; the first time one interval after the first question."""
+        if self._next_s is None:
+            self._next_s = now_s + self._settings.interval_s
+        return now_s >= self._next_s
 
     def propose(
         self, current: StageLayout, capacity: InstanceCapacity, ranked_ids: Sequence[InstanceId], now_s: float
@@ -163,25 +162,11 @@ class Replanner:
         Returns:
             A layout that is better by the margin, or None.
         """
-        assert self._since_s is not None
-        settings = self._settings
-        span_s = now_s - self._since_s
-        self._since_s, self._next_s = now_s, now_s + settings.interval_s
-        self._watched_s += span_s
-        if self._finished:
-            prompts, outputs = zip(*self._finished, strict=True)
-            self._builder.add_many(prompts, outputs)
-            self._finished.clear()
-        if self._builder.requests < settings.min_requests or self._watched_s <= 0.0:
+        self._next_s = now_s + self._settings.interval_s
+        seen = self.workload.look(now_s, self._settings.min_requests)
+        if seen is None:
             return None
-        rate_per_s = self._arrivals / self._watched_s
-        proposed: StageLayout | None = None
-        if rate_per_s > 0.0:
-            proposed = self._planner(self._builder.snapshot(), capacity, rate_per_s, len(ranked_ids), current)
-        fade = max(0.0, 1.0 - settings.interval_s / settings.memory_s)
-        self._builder.decay(fade)
-        self._arrivals *= fade
-        self._watched_s *= fade
+        proposed = self._planner(*seen, capacity, len(ranked_ids), current)
         return None if proposed is None else _deal(proposed, ranked_ids)
 
 

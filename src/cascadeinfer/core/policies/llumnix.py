@@ -1,0 +1,132 @@
+"""
+Llumnix: dispatch to the freest instance, and move running requests from the most to the least loaded.
+
+Formula: freeness = (KV blocks - virtual usage) * block size / batch: how many decode steps each request there can still take before
+memory runs out; infinite when nobody is there. Virtual usage is the blocks in use and, for dispatch, the demand of all waiting requests;
+for migration of the first waiting request only (de-fragmentation: room is made for the head of the queue). A new request goes to the highest
+freeness. Every `interval_s` instances below `migrate_steps` are sources, those above are targets; the least free source is paired with the freest target, and so
+on. A pair moves its shortest running request when that brings the two nearer to each other without changing places and leaves the target a
+target. At most `max_migrations` per instance at once, either way. A draining instance has freeness minus infinity: everything moves off it.
+
+Inputs read: reports, corrected by what was placed since. Edge cases: pinned, waiting and migrating requests stay; a migration that ended
+where it began is not tried again for `retry_s`. Virtual usage of priorities is left out: all requests here have one.
+Source: Llumnix, OSDI'24, sections 4.3 and 4.4, and github.com/AlibabaPAI/llumnix: `remaining_steps` load, pair policy `defrag` with its
+improvement condition, request policy `SR` (shortest running), threshold 3 blocks per request, one migration per instance at a time.
+"""
+
+import math
+from collections.abc import Sequence
+
+from cascadeinfer.core.balance.handover import HandoverRules, movable
+from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
+from cascadeinfer.core.events import Event, InstanceReported, MigrationEnded, MigrationOutcome, RequestFinished
+from cascadeinfer.core.policies.placing import PlacingPolicy
+from cascadeinfer.core.types import RequestId
+from cascadeinfer.core.view import InstanceView, RequestView
+
+
+class Llumnix(PlacingPolicy):
+    """Freeness dispatch and pairwise migration."""
+
+    def __init__(
+        self,
+        *,
+        migrate: bool = True,
+        migrate_steps: float = 48.0,
+        interval_s: float = 0.1,
+        max_migrations: int = 1,
+        retry_s: float = 1.0,
+        min_remaining_tokens: int = 16,
+    ) -> None:
+        """
+        Args:
+            migrate: Whether requests move.
+            migrate_steps: Freeness in decode steps below which an instance is a source; 3 blocks of 16 tokens.
+            interval_s: Between two pairings.
+            max_migrations: Per instance, both directions together.
+            retry_s: Pause of a request after a migration that ended where it began.
+            min_remaining_tokens: A request that may produce fewer further tokens stays.
+        """
+        super().__init__()
+        self._migrate = migrate
+        self._migrate_steps = migrate_steps
+        self._interval_s = interval_s
+        self._max_migrations = max_migrations
+        self._retry_s = retry_s
+        self._rules = HandoverRules(min_remaining_tokens=min_remaining_tokens)
+        self._next_s = 0.0
+        self._started = 0
+        self._not_before_s: dict[RequestId, float] = {}
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """See `Policy.handle`."""
+        effects = super().handle(event, now_s)
+        if isinstance(event, MigrationEnded) and event.outcome is MigrationOutcome.STAYED:
+            self._not_before_s[event.request_id] = now_s + self._retry_s
+        elif isinstance(event, RequestFinished):
+            self._not_before_s.pop(event.request_id, None)
+        elif isinstance(event, InstanceReported) and self._migrate and now_s >= self._next_s:
+            self._next_s = now_s + self._interval_s
+            effects += self._pair(event.cause, now_s)
+        return effects
+
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002
+        """The freest instance, the first among equals."""
+        return max(candidates, key=_freeness)
+
+    def _pair(self, cause: str, now_s: float) -> list[Effect]:
+        instances = [instance for _, instance in sorted(self.view.instances.items())]
+        free = {i.instance_id: -math.inf if i.draining else _freeness_for_migration(i) for i in instances}
+        ranked = sorted(instances, key=lambda instance: free[instance.instance_id])
+        sources = [i for i in ranked if free[i.instance_id] < self._migrate_steps]
+        targets = [i for i in reversed(ranked) if free[i.instance_id] > self._migrate_steps]
+        effects: list[Effect] = []
+        for source, target in zip(sources, targets, strict=False):
+            if max(source.migrations, target.migrations) >= self._max_migrations:
+                continue
+            request = self._shortest(source, now_s)
+            if request is None or not self._is_gain(source, target, request.tokens):
+                continue
+            self._started += 1
+            move = StartMigration(
+                cause,
+                f"m{self._started}",
+                request.request_id,
+                source.instance_id,
+                target.instance_id,
+                MigrationReason.DRAIN if source.draining else MigrationReason.REBALANCE,
+            )
+            self.view.carry_out([move])
+            effects.append(move)
+        return effects
+
+    def _shortest(self, source: InstanceView, now_s: float) -> RequestView | None:
+        ready = movable(source, self.view.requests, self._rules)
+        ready = [request for request in ready if self._not_before_s.get(request.request_id, 0.0) <= now_s]
+        return min(ready, key=lambda request: (request.tokens, request.arrival), default=None)
+
+    def _is_gain(self, source: InstanceView, target: InstanceView, tokens: int) -> bool:
+        after_target = _freeness_for_migration(target, tokens, 1)
+        if after_target <= self._migrate_steps:
+            return False
+        if source.draining:
+            return True
+        before = _freeness_for_migration(target) - _freeness_for_migration(source)
+        after = after_target - _freeness_for_migration(source, -tokens, -1)
+        return 0.0 < after < before or math.isinf(before)
+
+
+def _freeness(instance: InstanceView) -> float:
+    """Decode steps left, all waiting requests counted."""
+    requests = instance.committed_requests
+    return instance.free_blocks() * instance.capacity.block_size_tokens / requests if requests else math.inf
+
+
+def _freeness_for_migration(instance: InstanceView, more_tokens: int = 0, more_requests: int = 0) -> float:
+    """Decode steps left, only the first waiting request counted; with so many tokens and requests more."""
+    capacity = instance.capacity
+    later = list(instance.waiting)[1:]
+    free_blocks = instance.free_blocks() + sum([capacity.blocks_for(instance.request_ids[r]) for r in later])
+    free_blocks -= capacity.blocks_for(more_tokens)
+    requests = instance.committed_requests - len(later) + more_requests
+    return free_blocks * capacity.block_size_tokens / requests if requests > 0 else math.inf

@@ -1,0 +1,71 @@
+"""
+SGLang's cache-aware router: go where the prompt's prefix is probably cached, unless the load is out of balance.
+
+Formula, with `load` the number of unfinished requests of an instance:
+- Out of balance when `max - min > balance_abs` and `max > balance_rel * min`: the shortest queue.
+- Else the instance whose past requests share the longest prefix with this one, when that is more than `cache_threshold` of the prompt.
+- Else the shortest queue.
+Whatever is chosen, the prompt's blocks are then taken to be cached there.
+
+Inputs read: prefix hashes of the prompts, own dispatches and finishes. The prefix index (`prefix_index.py`) is a guess: it never asks
+the engines. Edge cases: without hashes nothing matches; the instance with the match may be draining or gone, then the shortest queue.
+Ties go to the smallest id. No migration.
+Source: SGLang, `sgl-model-gateway/src/policies/cache_aware.rs`, with the defaults of its `CacheAwareConfig` (0.5, 32, 1.1). It matches
+text by characters where we match blocks of tokens.
+"""
+
+from collections.abc import Sequence
+
+from cascadeinfer.core.effects import Effect
+from cascadeinfer.core.events import Event, InstanceLost
+from cascadeinfer.core.policies.placing import PlacingPolicy
+from cascadeinfer.core.policies.prefix_index import PrefixIndex
+from cascadeinfer.core.view import InstanceView, RequestView
+
+
+class PrefixAware(PlacingPolicy):
+    """Cache affinity while the load is in balance."""
+
+    def __init__(
+        self,
+        *,
+        cache_threshold: float = 0.5,
+        balance_abs: int = 32,
+        balance_rel: float = 1.1,
+        max_blocks: int = 1 << 20,
+    ) -> None:
+        """
+        Args:
+            cache_threshold: Share of the prompt's blocks that must match.
+            balance_abs: Difference of loads that is still in balance.
+            balance_rel: Ratio of loads that is still in balance.
+            max_blocks: Blocks that the index remembers, the least recently used go first.
+        """
+        super().__init__()
+        self._cache_threshold = cache_threshold
+        self._balance_abs = balance_abs
+        self._balance_rel = balance_rel
+        self._index = PrefixIndex(max_blocks)
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """See `Policy.handle`."""
+        if isinstance(event, InstanceLost):
+            self._index.forget(event.instance_id)
+        return super().handle(event, now_s)
+
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
+        """See the module header."""
+        shortest = min(candidates, key=_queue)
+        longest_queue = max(map(_queue, candidates))
+        chosen = shortest
+        unbalanced = longest_queue - _queue(shortest) > self._balance_abs
+        if not (unbalanced and longest_queue > self._balance_rel * _queue(shortest)) and request.prefix_hashes:
+            matched, instance_id = self._index.match(request.prefix_hashes)
+            if matched / len(request.prefix_hashes) > self._cache_threshold:
+                chosen = next((c for c in candidates if c.instance_id == instance_id), shortest)
+        self._index.add(request.prefix_hashes, chosen.instance_id)
+        return chosen
+
+
+def _queue(instance: InstanceView) -> int:
+    return len(instance.request_ids)

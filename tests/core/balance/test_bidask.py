@@ -1,0 +1,97 @@
+"""The bid-ask table: complete, without dead ends, and deaf to what it does not allow."""
+
+import importlib.util
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from cascadeinfer.core.balance.bidask import TRANSITIONS, BidAskSettings, Round, RoundEvent, State
+from cascadeinfer.core.balance.messages import Bid
+from cascadeinfer.core.effects import MigrationReason
+from cascadeinfer.core.errors import InvalidTransition
+
+PROTOCOLS = Path(__file__).parents[3] / "docs" / "protocols"
+ASKER = {State.ASKING, State.AWARDING, State.MOVING, State.RESTING}
+BIDDER = {State.OFFERING, State.KEEPING, State.RECEIVING}
+
+
+def round_in(state: State) -> Round:
+    """A round in this state."""
+    return Round("a:1", "r", 100, MigrationReason.OUTGREW_STAGE, state=state)
+
+
+@pytest.mark.parametrize(("state", "event"), [k for k in product(State, RoundEvent) if k not in TRANSITIONS])
+def test_illegal_event_raises_and_changes_nothing(state: State, event: RoundEvent) -> None:
+    """What the table does not allow raises InvalidTransition, which names state and event, and the round is as it was."""
+    a_round = round_in(state)
+    with pytest.raises(InvalidTransition) as caught:
+        a_round.handle(event)
+    assert a_round.state is state
+    assert (caught.value.state, caught.value.event) == (state.value, event.value)
+
+
+@pytest.mark.parametrize(("key", "after"), TRANSITIONS.items())
+def test_legal_event_leads_where_the_table_says(key: tuple[State, RoundEvent], after: State) -> None:
+    """Each transition is followed."""
+    a_round = round_in(key[0])
+    a_round.handle(key[1])
+    assert a_round.state is after
+
+
+def reachable(start: State) -> set[State]:
+    """States that can follow, at any distance."""
+    found: set[State] = set()
+    front = [start]
+    while front:
+        state = front.pop()
+        after = {t for (s, _), t in TRANSITIONS.items() if s is state} - found
+        found |= after
+        front += after
+    return found
+
+
+def test_every_state_is_reached_and_every_round_can_end() -> None:
+    """From NEW every state is reached; from every state CLOSED is; nothing leaves CLOSED; every event is of use."""
+    assert reachable(State.NEW) == set(State) - {State.NEW}
+    assert all(State.CLOSED in reachable(state) for state in State if state is not State.CLOSED)
+    assert not reachable(State.CLOSED)
+    assert {event for _, event in TRANSITIONS} == set(RoundEvent)
+
+
+def test_the_two_sides_share_only_the_ends() -> None:
+    """An asker never gets into a bidder's state, nor the other way round."""
+    assert reachable(State.ASKING) == ASKER | {State.CLOSED}
+    assert reachable(State.OFFERING) == (BIDDER - {State.OFFERING}) | {State.CLOSED}
+
+
+def test_a_kept_place_outlives_the_asker_s_patience() -> None:
+    """A bidder keeps an awarded place longer than the asker waits for the accept, and an offer longer than a round can last."""
+    settings = BidAskSettings()
+    assert settings.keep_life_s > settings.award_wait_s
+    assert settings.offer_life_s > settings.bid_wait_s + 2 * settings.award_wait_s
+
+
+def test_best_bid_is_the_cheapest() -> None:
+    """The lowest price wins; then the lowest load, the fewest migrations, the smallest id."""
+    a_round = round_in(State.ASKING)
+    assert a_round.best_bid() is None
+    a_round.bids = {
+        "d": Bid("a:1", 0.1, 5, 0, 2.0),
+        "c": Bid("a:1", 0.4, 5, 1, 1.0),
+        "b": Bid("a:1", 0.4, 5, 0, 1.0),
+        "a": Bid("a:1", 0.5, 5, 0, 1.0),
+    }
+    best = a_round.best_bid()
+    assert best is not None
+    assert best[0] == "b"
+
+
+def test_page_is_drawn_from_the_table() -> None:
+    """docs/protocols/bidask.md is what draw.py makes of the table."""
+    spec = importlib.util.spec_from_file_location("draw", PROTOCOLS / "draw.py")
+    assert spec is not None
+    assert spec.loader is not None
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    assert (PROTOCOLS / "bidask.md").read_text() == draw.PAGES["bidask.md"](), "run: python docs/protocols/draw.py"

@@ -1,0 +1,98 @@
+"""Instances come and go; the layout in force follows."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascadeinfer.core.balance.roster import Roster
+from cascadeinfer.core.plan.layout import StageLayout
+
+PLAN = StageLayout.from_boundaries((100, 300), (("a", "b"), ("c",), ("d", "e")))
+
+
+def shown(roster: Roster) -> str:
+    """The layout in force, in one line."""
+    assert roster.layout is not None
+    return " | ".join(f"{stage.range}: {','.join(stage.instance_ids)}" for stage in roster.layout.stages)
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ("abcde", "0-100: a,b | 100-300: c | 300-: d,e"),
+        ("abde", "0-100: a,b | 100-: d,e"),
+        ("cde", "0-300: c | 300-: d,e"),
+        ("abc", "0-100: a,b | 100-: c"),
+        ("d", "0-: d"),
+    ],
+)
+def test_empty_stages_are_absorbed(there: str, expected: str) -> None:
+    """A stage without an instance goes to the next longer one that has any, the longest to the one below."""
+    roster = Roster(PLAN)
+    assert roster.follow(list(there))
+    assert shown(roster) == expected
+    assert not roster.follow(list(there))
+
+
+def test_nobody_there() -> None:
+    """Without instances there is no layout, and that is a change only once."""
+    roster = Roster(PLAN)
+    assert not roster.follow([])
+    roster.follow(["a"])
+    assert roster.follow([])
+    assert roster.layout is None
+    assert roster.stage_of == {}
+
+
+def test_strangers_go_where_instances_lack() -> None:
+    """An instance that the plan does not name joins the stage that lacks most, the longest among equals, and stays there."""
+    roster = Roster(PLAN)
+    roster.follow(["a", "c", "d", "x", "y", "z"])
+    assert shown(roster) == "0-100: a,y | 100-300: c | 300-: d,x,z"
+    roster.follow(["a", "b", "c", "y"])
+    assert shown(roster) == "0-100: a,b,y | 100-: c"
+
+
+def test_without_a_plan_there_is_one_stage() -> None:
+    """Everybody who comes serves all lengths."""
+    roster = Roster()
+    roster.follow(["b"])
+    roster.follow(["a", "b"])
+    assert shown(roster) == "0-: a,b"
+
+
+def test_boundaries_move_and_survive_absence() -> None:
+    """A moved boundary is in force at the next look, also after the stage was empty for a while; a new plan replaces it."""
+    roster = Roster(PLAN)
+    roster.follow(list("abcde"))
+    roster.move_boundary(0, 120)
+    roster.follow(list("abde"))
+    assert shown(roster) == "0-120: a,b | 120-: d,e"
+    roster.follow(list("abcde"))
+    assert shown(roster) == "0-120: a,b | 120-300: c | 300-: d,e"
+    roster.adopt(StageLayout.from_boundaries((50,), (("a",), ("b", "c", "d", "e"))))
+    roster.follow(list("abcde"))
+    assert shown(roster) == "0-50: a | 50-: b,c,d,e"
+    assert roster.boundaries_tokens == (50,)
+
+
+@pytest.mark.parametrize("boundary", [0, 300, 400])
+def test_boundaries_never_cross(boundary: int) -> None:
+    """A boundary that would empty a range is a bug of the caller."""
+    with pytest.raises(AssertionError):
+        Roster(PLAN).move_boundary(0, boundary)
+
+
+@given(st.lists(st.sets(st.sampled_from("abcdexyz"), max_size=8), max_size=12))
+def test_layouts_cover_everybody(history: list[set[str]]) -> None:
+    """Whoever is there is in exactly one stage, and every length has a stage with somebody (StageLayout checks that)."""
+    roster = Roster(PLAN)
+    for there in history:
+        roster.follow(sorted(there))
+        if roster.layout is None:
+            assert not there
+            continue
+        members = [i for stage in roster.layout.stages for i in stage.instance_ids]
+        assert sorted(members) == sorted(there)
+        assert roster.stage_of == {i: n for n, s in enumerate(roster.layout.stages) for i in s.instance_ids}
+        assert len(roster.plan_stage) == len(roster.layout.stages)

@@ -1,0 +1,175 @@
+"""
+What every policy owes its shell, under random legal sequences of events.
+
+`World` (tests/support) checks each effect as it is carried out: each request is dispatched exactly once while somebody takes requests, never to
+an instance that drains or is gone; orphans are dispatched anew; pinned, waiting and moving requests do not start to move; a migration
+starts where the request is; no instance has more migrations than allowed.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cascadeinfer.core.events import MigrationEnded, MigrationOutcome, PinReason, RequestFinished, TimerFired
+from cascadeinfer.core.plan.histogram import LengthHistogram
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.policies import POLICIES
+from cascadeinfer.core.policies.cascade import Cascade
+from cascadeinfer.core.policies.replanning import PlanSettings
+from cascadeinfer.core.policy import Policy
+from cascadeinfer.core.types import InstanceCapacity
+from support.policy_world import SMALL, World
+
+IDS = ("i0", "i1", "i2", "i3", "i4")
+LAYOUT = StageLayout.from_boundaries((60, 200), (("i0", "i1"), ("i2", "i3"), ("i4",)))
+
+
+def flip(_: LengthHistogram, __: float, ___: InstanceCapacity, n: int, current: StageLayout) -> StageLayout | None:
+    """A planner that wants two stages, and the other way round next time."""
+    if n < 2:
+        return None
+    names = tuple(str(place) for place in range(n))
+    first = 1 if len(current.stages[0].instance_ids) > 1 else n - 1
+    return StageLayout.from_boundaries((40 * first,), (names[:first], names[first:]))
+
+
+MAKERS: dict[str, Callable[[], Policy]] = {
+    **{name: POLICIES[name] for name in POLICIES if name != "static_stages"},
+    "static_stages": lambda: POLICIES["static_stages"](layout=LAYOUT),
+    "static_length in buckets": lambda: POLICIES["static_length"](layout=LAYOUT),
+    "llumnix, eager": lambda: POLICIES["llumnix"](migrate_steps=400.0, max_migrations=3, retry_s=0.1),
+    "cascade in stages": lambda: Cascade(layout=LAYOUT),
+    "cascade without migration": lambda: Cascade(layout=LAYOUT, migrate=False),
+    "cascade with a queue": lambda: Cascade(layout=LAYOUT, max_queued=3),
+    "cascade that replans": lambda: Cascade(
+        layout=LAYOUT, planner=flip, planning=PlanSettings(interval_s=0.3, min_requests=3)
+    ),
+}
+
+command = st.tuples(st.sampled_from(range(100)), st.integers(0, 1_000_000), st.integers(0, 1_000_000))
+commands = st.lists(command, min_size=20, max_size=160)
+OUTCOMES = (MigrationOutcome.MOVED, MigrationOutcome.MOVED, MigrationOutcome.STAYED, MigrationOutcome.RECOMPUTED)
+
+
+def act(world: World, kind: int, a: int, b: int) -> None:  # noqa: C901 - one arm per command
+    """One random command; those that make no sense now do nothing."""
+    there = sorted(world.draining)
+    live = list(world.requests)
+    if kind < 20:
+        pin = PinReason.LORA if b % 7 == 0 else None
+        hashes = tuple(range(b % 3 * 100, b % 3 * 100 + a % 10))
+        world.arrive(f"r{len(world.log)}.{a}", 1 + a % 260, 1 + b % 1200, pin_reason=pin, prefix_hashes=hashes)
+    elif kind < 45 and there:
+        instance_id = there[a % len(there)]
+        world.grow(instance_id, b % 60)
+        world.report(instance_id)
+    elif kind < 55 and live:
+        world.finish(live[a % len(live)])
+    elif kind < 62 and world.flying:
+        world.deliver_all()
+    elif kind < 72 and world.flying:
+        world.deliver(a % len(world.flying), twice=b % 10 == 0)
+    elif kind < 75 and world.flying:
+        world.flying.pop(a % len(world.flying))
+    elif kind < 83 and world.moves:
+        world.end(list(world.moves)[a % len(world.moves)], OUTCOMES[b % len(OUTCOMES)])
+    elif kind < 93:
+        world.advance(a % 1000 / 1000.0 if b % 8 == 0 else a % 1000 / 20_000.0)
+    elif kind < 96:
+        absent = [i for i in IDS if i not in world.draining]
+        if absent:
+            world.join(absent[a % len(absent)])
+    elif kind < 98 and there:
+        world.drain(there[a % len(there)])
+    elif there:
+        world.lose(there[a % len(there)], name_lost=bool(b % 2), at_target=bool(b % 3))
+
+
+def run(name: str, steps: list[tuple[int, int, int]]) -> World:
+    """A run of these commands, started with three instances and ended with all instances up and every request placed."""
+    world = World(MAKERS[name](), SMALL, may_hold_back=name == "cascade with a queue")
+    world.join("i0", "i2", "i4")
+    for kind, a, b in steps:
+        act(world, kind, a, b)
+    return world
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=30)
+@given(steps=commands)
+def test_contract(name: str, steps: list[tuple[int, int, int]]) -> None:
+    """Whatever happens, the policy keeps the contract, and in the end every request has had its place."""
+    world = run(name, steps)
+    for instance_id in IDS:
+        if instance_id not in world.draining:
+            world.join(instance_id)
+    for request_id in list(world.requests):
+        if len(world.requests) > 4:
+            world.finish(request_id)
+    for instance_id in world.open_instances():
+        world.report(instance_id)
+    assert all(request.instance_id is not None for request in world.requests.values())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=10)
+@given(steps=commands)
+def test_same_events_same_effects(name: str, steps: list[tuple[int, int, int]]) -> None:
+    """Two fresh policies answer the same events with the same effects."""
+    assert run(name, steps).log == run(name, steps).log
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_unknown_ids_are_ignored(name: str) -> None:
+    """A finish, a migration's end and a timer that mean nothing to the policy have no effect."""
+    world = World(MAKERS[name]())
+    world.join("i0")
+    for event in (
+        RequestFinished("x", "nobody", 3),
+        MigrationEnded("x", "m?", "nobody", "i0", "gone", MigrationOutcome.MOVED),
+        TimerFired("x"),
+    ):
+        assert world.emit(event) == []
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_requests_wait_for_the_first_instance(name: str) -> None:
+    """What comes before any instance is up is dispatched when one is, in order of arrival."""
+    world = World(MAKERS[name]())
+    for number in range(3):
+        world.arrive(f"r{number}", 10)
+    assert [request.dispatches for request in world.requests.values()] == [0, 0, 0]
+    world.join("i0")
+    assert [(request.instance_id, request.dispatches) for request in world.requests.values()] == [("i0", 1)] * 3
+
+
+DIGEST = """
+import hashlib, random, sys
+sys.path[:0] = ["tests", "tests/core/policies"]
+from test_policy_contract import MAKERS, run
+for name in MAKERS:
+    rng = random.Random(7)
+    steps = [(rng.randrange(100), rng.randrange(10**6), rng.randrange(10**6)) for _ in range(400)]
+    print(name, hashlib.sha256(repr(run(name, steps).log).encode()).hexdigest())
+"""
+
+
+def test_hash_seed_decides_nothing() -> None:
+    """The same run in processes with different string hashing gives the same effects: nothing depends on the order of sets."""
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert digests[0] == digests[1]
+    assert len(digests[0].splitlines()) == len(MAKERS)

@@ -1,0 +1,212 @@
+"""The books: loads, room and lengths are right after every event, however events cross."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascadeinfer.core.effects import Dispatch, MigrationReason, Reject, StartMigration
+from cascadeinfer.core.events import (
+    InstanceDraining,
+    InstanceJoined,
+    InstanceLost,
+    InstanceReport,
+    InstanceReported,
+    MigrationEnded,
+    MigrationOutcome,
+    RequestArrived,
+    RequestFinished,
+)
+from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.core.view import ClusterView, InstanceView, Pricing
+
+CAPACITY = InstanceCapacity(kv_blocks=100, block_size_tokens=10, max_num_seqs=20, max_batched_tokens=512)
+
+
+def books(*instance_ids: str) -> ClusterView:
+    """A view with these instances."""
+    view = ClusterView(lambda _: Pricing(1.0, 0.1, 0.01, 0.001))
+    for instance_id in instance_ids:
+        view.apply(InstanceJoined("c", instance_id, CAPACITY))
+    return view
+
+
+def arrive(view: ClusterView, request_id: str, tokens: int, instance_id: str | None = None) -> None:
+    """A request comes, and is dispatched when an instance is named."""
+    view.apply(RequestArrived("c", request_id, tokens, 100))
+    if instance_id is not None:
+        view.carry_out([Dispatch("c", request_id, instance_id)])
+
+
+def report(view: ClusterView, instance_id: str, running: dict[str, int], waiting: dict[str, int], used: int) -> None:
+    """An instance reports."""
+    lists = (tuple(running), tuple(running.values()), tuple(waiting), tuple(waiting.values()))
+    view.apply(InstanceReported("c", instance_id, InstanceReport(*lists, used, 0.02)))
+
+
+def check(view: ClusterView) -> None:
+    """What is kept equals what can be counted."""
+    for instance in view.instances.values():
+        assert instance.kv_tokens == sum(instance.request_ids.values())
+        assert instance.inbound_tokens == sum(instance.inbound.values())
+        assert set(instance.waiting) <= set(instance.request_ids)
+        assert instance.queued_tokens == sum(instance.request_ids[r] for r in instance.waiting)
+        tokens = instance.kv_tokens + instance.inbound_tokens
+        n = len(instance.request_ids) + len(instance.inbound)
+        assert abs(instance.load - max(tokens / 1000, n / 20)) < 1e-12
+        step = 1.0 + 0.1 * n + 0.01 * tokens + 0.001 * instance.queued_tokens
+        assert abs(instance.price - (n + 1) * step) < 1e-9
+        for request_id in instance.request_ids:
+            assert view.requests[request_id].place is instance
+    placed = {r for instance in view.instances.values() for r in instance.request_ids}
+    assert [r.request_id for r in view.unplaced()] == [r for r in view.requests if r not in placed]
+    assert view.waits() == len(view.unplaced())
+
+
+def test_dispatch_counts_at_once() -> None:
+    """A dispatched request loads its instance before any report."""
+    view = books("a")
+    arrive(view, "r", 95, "a")
+    a = view.instances["a"]
+    assert (a.kv_tokens, a.queued_tokens, a.committed_requests) == (95, 95, 1)
+    assert a.free_blocks() == 90
+    assert view.requests["r"].instance_id == "a"
+    check(view)
+
+
+def test_report_replaces_lengths_and_leaves_strangers_out() -> None:
+    """A report brings lengths; requests it names that are not here (a finish crossed it) stay out of the books."""
+    view = books("a", "b")
+    arrive(view, "r", 95, "a")
+    arrive(view, "s", 20, "b")
+    report(view, "a", {"r": 101, "s": 30, "gone": 400}, {"gone too": 50}, 60)
+    a = view.instances["a"]
+    assert dict(a.request_ids) == {"r": 101}
+    assert view.requests["r"].tokens == 101
+    assert view.requests["s"].tokens == 20
+    assert a.free_blocks() == 40
+    assert not a.waiting
+    check(view)
+
+
+def test_blocks_between_reports() -> None:
+    """Room follows what came and went since the report: blocks of the newcomer are taken, those of the finished are free."""
+    view = books("a")
+    arrive(view, "r", 95, "a")
+    report(view, "a", {"r": 100}, {}, 12)  # two blocks more than its length: shared, pinned or reserved
+    arrive(view, "s", 41, "a")
+    a = view.instances["a"]
+    assert a.free_blocks() == 100 - 12 - 5
+    view.apply(RequestFinished("c", "r", 5))
+    assert a.free_blocks() == 100 - 2 - 5
+    report(view, "a", {}, {"s": 41}, 0)
+    assert a.free_blocks() == 95
+    check(view)
+
+
+def test_preempted_request_waits_again() -> None:
+    """A request that the report lists as waiting waits, though it ran before."""
+    view = books("a")
+    arrive(view, "r", 30, "a")
+    report(view, "a", {"r": 31}, {}, 4)
+    assert not view.instances["a"].waiting
+    report(view, "a", {}, {"r": 35}, 0)
+    assert list(view.instances["a"].waiting) == ["r"]
+    check(view)
+
+
+def test_migration_counts_at_both_ends() -> None:
+    """A moving request counts at its source and is expected at its target, until it is over."""
+    view = books("a", "b")
+    arrive(view, "r", 50, "a")
+    view.carry_out([StartMigration("c", "m", "r", "a", "b", MigrationReason.REBALANCE)])
+    a, b = view.instances["a"], view.instances["b"]
+    assert (a.migrations, b.migrations, b.committed_kv_tokens, b.committed_requests) == (1, 1, 50, 1)
+    check(view)
+    view.apply(MigrationEnded("c", "m", "r", "a", "b", MigrationOutcome.MOVED))
+    assert (a.migrations, b.migrations, a.kv_tokens, b.kv_tokens) == (0, 0, 0, 50)
+    assert not b.waiting
+    check(view)
+
+
+def test_end_of_another_migration_changes_nothing() -> None:
+    """The end of a migration that the request is not in leaves it where it is."""
+    view = books("a", "b")
+    arrive(view, "r", 50, "a")
+    view.apply(MigrationEnded("c", "old", "r", "a", "b", MigrationOutcome.MOVED))
+    assert view.requests["r"].instance_id == "a"
+    check(view)
+
+
+def test_loss_makes_orphans_with_their_lengths() -> None:
+    """Requests of a lost instance, and those it names, are unplaced with the lengths it names."""
+    view = books("a", "b")
+    arrive(view, "r", 50, "a")
+    arrive(view, "s", 60, "b")
+    view.apply(InstanceLost("c", "a", ("r", "s"), (58, 66)))
+    assert [(r.request_id, r.tokens) for r in view.unplaced()] == [("r", 58), ("s", 66)]
+    assert list(view.instances) == ["b"]
+    check(view)
+
+
+def test_available_is_sorted_and_without_the_draining() -> None:
+    """Instances that take requests come in order of id, whenever they joined."""
+    view = books("c", "a", "b")
+    view.apply(InstanceDraining("c", "b"))
+    assert [i.instance_id for i in view.available()] == ["a", "c"]
+
+
+def test_refused_request_is_forgotten() -> None:
+    """A Reject takes the request out of the books."""
+    view = books("a")
+    arrive(view, "r", 50)
+    view.carry_out([Reject("c", "r", "queue_full", 1.0)])
+    assert not view.requests
+    check(view)
+
+
+def test_unplaced_in_order_of_arrival() -> None:
+    """An orphan that arrived first comes before requests that have waited since."""
+    view = books("a")
+    arrive(view, "old", 10, "a")
+    arrive(view, "new", 10)
+    view.apply(InstanceLost("c", "a", ("old",), (12,)))
+    assert [r.request_id for r in view.unplaced()] == ["old", "new"]
+
+
+step = st.tuples(st.integers(0, 7), st.integers(0, 99), st.integers(0, 99))
+
+
+@given(steps=st.lists(step, max_size=60))
+def test_books_balance(steps: list[tuple[int, int, int]]) -> None:
+    """After any sequence of events, legal or crossing, the kept sums equal the counted ones."""
+    view = books("a", "b")
+    names = [f"r{number}" for number in range(8)]
+    for kind, a, b in steps:
+        name, here, there = names[a % 8], "ab"[b % 2], "ba"[b % 2]
+        known = view.requests.get(name)
+        if kind == 0 and known is None:
+            arrive(view, name, 1 + a, here)
+        elif kind == 1:
+            view.apply(RequestFinished("c", name, b))
+        elif kind == 2:
+            half = b % 9
+            lengths = dict.fromkeys(names, 5 + a)
+            waiting = {r: lengths.pop(r) for r in names[half:]}
+            report(view, here, lengths, waiting, a)
+        elif kind == 3 and known is not None and known.place is not None and known.migration_id is None:
+            source = known.place.instance_id
+            view.carry_out([StartMigration("c", f"m{name}", name, source, there, MigrationReason.DRAIN)])
+        elif kind == 4:
+            outcome = list(MigrationOutcome)[a % 5]
+            view.apply(MigrationEnded("c", f"m{name}", name, here, there, outcome))
+        elif kind == 5 and len(view.instances) > 1:
+            view.apply(InstanceLost("c", here, (name,), (b,)))
+        elif kind == 6 and here not in view.instances:
+            view.apply(InstanceJoined("c", here, CAPACITY))
+        elif kind == 7 and known is not None and known.place is None and here in view.instances:
+            view.carry_out([Dispatch("c", name, here)])
+        check(view)
+
+
+def test_views_compare_by_identity() -> None:
+    """Two instances with equal numbers are two instances."""
+    assert InstanceView("a", CAPACITY) != InstanceView("a", CAPACITY)

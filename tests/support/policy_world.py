@@ -1,0 +1,282 @@
+"""
+A shell without engines: drives a policy by commands, carries its effects out in books, and checks each against the contract.
+
+Used by the contract suite (random commands), the golden transcripts (written commands) and the tests of single policies. A request waits until
+its instance's first report and runs from then on; it grows when it is told to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.events import (
+    Event,
+    InstanceDraining,
+    InstanceJoined,
+    InstanceLost,
+    InstanceReport,
+    InstanceReported,
+    MessageReceived,
+    MigrationEnded,
+    MigrationOutcome,
+    PinReason,
+    RequestArrived,
+    RequestFinished,
+    TimerFired,
+)
+from cascadeinfer.core.policy import Policy
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
+
+SMALL = InstanceCapacity(kv_blocks=256, block_size_tokens=16, max_num_seqs=8, max_batched_tokens=512)
+"""4,096 tokens and 8 requests: full within a few commands."""
+LARGE = InstanceCapacity(kv_blocks=25_000, block_size_tokens=16, max_num_seqs=256, max_batched_tokens=8192)
+
+
+@dataclass
+class WorldRequest:
+    """A request as the shell knows it."""
+
+    request_id: RequestId
+    prompt_tokens: int
+    max_output_tokens: int
+    pin_reason: PinReason | None = None
+    tokens: int = 0
+    instance_id: InstanceId | None = None
+    running: bool = False
+    migration_id: MigrationId | None = None
+    dispatches: int = 0
+
+
+@dataclass
+class World:
+    """See the module header."""
+
+    policy: Policy
+    capacity: InstanceCapacity = SMALL
+    max_migrations: int = 3
+    may_hold_back: bool = False
+    now_s: float = 0.0
+    draining: dict[InstanceId, bool] = field(default_factory=dict)
+    requests: dict[RequestId, WorldRequest] = field(default_factory=dict)
+    flying: list[SendMessage] = field(default_factory=list)
+    moves: dict[MigrationId, StartMigration] = field(default_factory=dict)
+    log: list[Effect] = field(default_factory=list)
+    rejected: list[RequestId] = field(default_factory=list)
+    _ids_used: set[MigrationId] = field(default_factory=set)
+    _reports: int = 0
+
+    # --- commands -------------------------------------------------------------------------------------------------------
+
+    def emit(self, event: Event) -> list[Effect]:
+        """Hand an event to the policy and carry its effects out."""
+        effects = self.policy.handle(event, self.now_s)
+        for effect in effects:
+            assert effect.cause == event.cause, "an effect names the cause of its event"
+            self._carry_out(effect)
+        self.log += effects
+        for effect in effects:
+            if isinstance(effect, Reject):
+                effects = effects + self.emit(RequestFinished(effect.request_id, effect.request_id, 0))
+        return effects
+
+    def join(self, *instance_ids: InstanceId) -> list[Effect]:
+        """Instances are ready."""
+        effects: list[Effect] = []
+        for instance_id in instance_ids:
+            self.draining[instance_id] = False
+            effects += self.emit(InstanceJoined(f"up:{instance_id}", instance_id, self.capacity))
+        self._check_placed()
+        return effects
+
+    def drain(self, instance_id: InstanceId) -> list[Effect]:
+        """An instance takes no new requests."""
+        self.draining[instance_id] = True
+        return self.emit(InstanceDraining(f"drain:{instance_id}", instance_id))
+
+    def lose(self, instance_id: InstanceId, *, name_lost: bool = True, at_target: bool = False) -> list[Effect]:
+        """
+        An instance dies; its migrations end first.
+
+        Args:
+            instance_id: The dead one.
+            name_lost: Whether requests that were lost in a migration are among the orphans (both happens).
+            at_target: Whether requests of migrations towards or from it were in the target's hands.
+        """
+        effects: list[Effect] = []
+        orphans: list[RequestId] = []
+        for move in list(self.moves.values()):
+            if move.source_id == instance_id and at_target:
+                effects += self.end(move.migration_id, MigrationOutcome.RECOMPUTED)
+            elif move.source_id == instance_id or (move.target_id == instance_id and at_target):
+                if name_lost:
+                    orphans.append(move.request_id)
+                effects += self.end(move.migration_id, MigrationOutcome.LOST)
+            elif move.target_id == instance_id:
+                effects += self.end(move.migration_id, MigrationOutcome.STAYED)
+        orphans += [r.request_id for r in self.requests.values() if r.instance_id == instance_id]
+        for request_id in orphans:
+            self._displace(self.requests[request_id])
+        del self.draining[instance_id]
+        self.flying = [m for m in self.flying if instance_id not in {m.sender_id, m.recipient_id}]
+        tokens = tuple(self.requests[request_id].tokens for request_id in orphans)
+        effects += self.emit(InstanceLost(f"down:{instance_id}", instance_id, tuple(orphans), tokens))
+        self._check_placed()
+        return effects
+
+    def arrive(
+        self,
+        request_id: RequestId,
+        prompt_tokens: int,
+        max_output_tokens: int = 4000,
+        *,
+        pin_reason: PinReason | None = None,
+        prefix_hashes: Sequence[int] = (),
+    ) -> list[Effect]:
+        """A request comes."""
+        request = WorldRequest(request_id, prompt_tokens, max_output_tokens, pin_reason, prompt_tokens)
+        self.requests[request_id] = request
+        event = RequestArrived(
+            request_id, request_id, prompt_tokens, max_output_tokens, tuple(prefix_hashes), pin_reason
+        )
+        effects = self.emit(event)
+        self._check_placed()
+        return effects
+
+    def finish(self, request_id: RequestId) -> list[Effect]:
+        """A request ends; its migration ends first."""
+        request = self.requests[request_id]
+        effects: list[Effect] = []
+        if request.migration_id is not None:
+            effects += self.end(request.migration_id, MigrationOutcome.ENDED)
+        del self.requests[request_id]
+        output_tokens = request.tokens - request.prompt_tokens
+        return effects + self.emit(RequestFinished(request_id, request_id, output_tokens))
+
+    def grow(self, instance_id: InstanceId, tokens: int) -> None:
+        """Running requests on an instance produce so many tokens each, up to their caps."""
+        for request in self.on(instance_id):
+            if request.running:
+                request.tokens = min(request.tokens + tokens, request.prompt_tokens + request.max_output_tokens)
+
+    def report(self, instance_id: InstanceId, *, step_s: float = 0.02) -> list[Effect]:
+        """An instance reports; what waited there runs from now on, as far as it fits."""
+        here = self.on(instance_id)
+        running = [request for request in here if request.running]
+        for request in here:
+            if not request.running and len(running) < self.capacity.max_num_seqs:
+                request.running = True
+                running.append(request)
+        waiting = [request for request in here if not request.running]
+        self._reports += 1
+        report = InstanceReport(
+            tuple(r.request_id for r in running),
+            tuple(r.tokens for r in running),
+            tuple(r.request_id for r in waiting),
+            tuple(r.tokens for r in waiting),
+            min(self.capacity.kv_blocks, sum(self.capacity.blocks_for(r.tokens) for r in running)),
+            step_s if running else 0.0,
+        )
+        return self.emit(InstanceReported(f"report:{instance_id}:{self._reports}", instance_id, report))
+
+    def end(self, migration_id: MigrationId, outcome: MigrationOutcome, detail: str = "") -> list[Effect]:
+        """A migration is over."""
+        move = self.moves.pop(migration_id)
+        request = self.requests.get(move.request_id)
+        if request is not None:
+            request.migration_id = None
+            if outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
+                request.instance_id = move.target_id
+            elif outcome is MigrationOutcome.LOST:
+                self._displace(request)
+        return self.emit(
+            MigrationEnded(move.cause, migration_id, move.request_id, move.source_id, move.target_id, outcome, detail)
+        )
+
+    def deliver(self, place: int = 0, *, twice: bool = False) -> list[Effect]:
+        """The message at this place of those under way reaches its recipient."""
+        message = self.flying.pop(place)
+        event = MessageReceived(message.cause, message.sender_id, message.recipient_id, message.message)
+        effects = self.emit(event)
+        return effects + self.emit(event) if twice else effects
+
+    def deliver_all(self, limit: int = 200) -> list[Effect]:
+        """Deliver in order of sending until nothing is under way."""
+        effects: list[Effect] = []
+        for _ in range(limit):
+            if not self.flying:
+                return effects
+            effects += self.deliver()
+        raise AssertionError(f"messages beget messages: {self.flying[:5]}")
+
+    def advance(self, seconds: float) -> list[Effect]:
+        """Time passes; timers fire when they are due."""
+        until_s = self.now_s + seconds
+        effects: list[Effect] = []
+        for _ in range(1000):
+            timer_s = self.policy.next_timer_s()
+            if timer_s is None or timer_s > until_s:
+                self.now_s = until_s
+                return effects
+            self.now_s = max(self.now_s, timer_s)
+            effects += self.emit(TimerFired("timer"))
+        raise AssertionError("a timer does not go away")
+
+    # --- looks ----------------------------------------------------------------------------------------------------------
+
+    def on(self, instance_id: InstanceId) -> list[WorldRequest]:
+        """Requests on an instance."""
+        return [request for request in self.requests.values() if request.instance_id == instance_id]
+
+    def open_instances(self) -> list[InstanceId]:
+        """Those that take requests."""
+        return [instance_id for instance_id, draining in self.draining.items() if not draining]
+
+    # --- effects --------------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Dispatch():
+                request = self.requests[effect.request_id]
+                assert request.instance_id is None, f"{effect}: it is on {request.instance_id} already"
+                assert effect.request_id not in self.rejected, f"{effect}: it was refused"
+                assert self.draining.get(effect.instance_id) is False, f"{effect}: that takes no requests"
+                request.instance_id = effect.instance_id
+                request.dispatches += 1
+            case Reject():
+                assert self.requests.pop(effect.request_id).instance_id is None, f"{effect}: it was dispatched"
+                assert effect.retry_after_s > 0.0
+                self.rejected.append(effect.request_id)
+            case StartMigration():
+                self._start(effect)
+            case SendMessage():
+                assert effect.sender_id in self.draining, f"{effect}: the sender is gone"
+                self.flying.append(effect)
+            case PublishLayout():
+                pass
+
+    def _start(self, effect: StartMigration) -> None:
+        request = self.requests[effect.request_id]
+        assert effect.migration_id not in self._ids_used, f"{effect}: the id was used before"
+        assert request.instance_id == effect.source_id, f"{effect}: it is on {request.instance_id}"
+        assert request.running, f"{effect}: it waits"
+        assert request.pin_reason is None, f"{effect}: it is pinned"
+        assert request.migration_id is None, f"{effect}: it is under way already"
+        assert effect.source_id != effect.target_id, f"{effect}: to itself"
+        assert self.draining.get(effect.target_id) is False, f"{effect}: the target takes no requests"
+        self._ids_used.add(effect.migration_id)
+        self.moves[effect.migration_id] = effect
+        request.migration_id = effect.migration_id
+        for instance_id in (effect.source_id, effect.target_id):
+            busy = sum(instance_id in {move.source_id, move.target_id} for move in self.moves.values())
+            assert busy <= self.max_migrations, f"{effect}: {busy} migrations at {instance_id}"
+
+    def _displace(self, request: WorldRequest) -> None:
+        request.instance_id = None
+        request.running = False
+        request.migration_id = None
+
+    def _check_placed(self) -> None:
+        """While somebody takes requests, every request has a place."""
+        if self.open_instances() and not self.may_hold_back:
+            stuck = [request.request_id for request in self.requests.values() if request.instance_id is None]
+            assert not stuck, f"no place for {stuck}"
