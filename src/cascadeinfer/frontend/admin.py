@@ -48,7 +48,7 @@ def attach_admin_routes(app: FastAPI, runtime: Runtime, args: Namespace) -> None
 
 
 async def _say_when_to_come_again(request: Request, error: Exception) -> Response:
-    """vLLM's JSON for the error, with the header `Retry-After` in whole seconds."""
+    """The error as vLLM's JSON, with the header `Retry-After` in whole seconds."""
     response = await exception_handler(request, error)
     if isinstance(error, OverloadedError):
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
