@@ -7,8 +7,9 @@ import numpy as np
 from cascadeinfer.core.balance.messages import Ask
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.effects import Effect, MigrationReason, SendMessage, StartMigration
-from cascadeinfer.core.events import Event, InstanceReported, MessageReceived
+from cascadeinfer.core.events import Event, InstanceReported, MessageReceived, MigrationEnded, TimerFired
 from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.policies.round_robin import RoundRobin
 from cascadeinfer.core.policies.static_stages import StaticStages
@@ -26,6 +27,10 @@ MODEL = StepModel(
     per_prefill_token_s=2e-5,
     per_prefill_attention_s=1e-10,
 )
+ROUND_MODEL = StepModel(
+    base_s=0.010, per_decode_s=0.001, per_kv_token_s=0.0, per_prefill_token_s=0.0001, per_prefill_attention_s=0.0
+)
+"""Step times that can be added up by hand."""
 CAPACITY = InstanceCapacity(kv_blocks=4096, block_size_tokens=16, max_num_seqs=64, max_batched_tokens=2048)
 TIGHT = InstanceCapacity(kv_blocks=40, block_size_tokens=4, max_num_seqs=6, max_batched_tokens=24)
 
@@ -56,7 +61,9 @@ def random_trace(rng: np.random.Generator, n: int, rate_rps: float, *, prompts: 
     """Poisson arrivals, uniform lengths, and prompts that share prefixes of 8-token blocks."""
     prompt_tokens = rng.integers(1, prompts, size=n)
     families = rng.integers(4, size=n)
-    hashes = [[1000 * f + b for b in range(p // 8)] for f, p in zip(families.tolist(), prompt_tokens.tolist())]
+    hashes = [
+        [1000 * f + b for b in range(p // 8)] for f, p in zip(families.tolist(), prompt_tokens.tolist(), strict=True)
+    ]
     return Trace.from_columns(
         prompt_tokens,
         rng.integers(1, outputs, size=n),
@@ -103,14 +110,15 @@ def policy_named(name: str, instances: int, seed: int = 0) -> Policy:
     """A fresh policy; static stages cut the lengths evenly among the instances."""
     if name == "restless":
         return Restless(seed)
-    if name == "static_stages":
+    if name in {"static_stages", "cascade"}:
         ids = instance_ids(instances)
         groups = tuple((i,) for i in ids)
-        return StaticStages(layout=StageLayout.from_boundaries(tuple(30 * (k + 1) for k in range(len(ids) - 1)), groups))
+        layout = StageLayout.from_boundaries(tuple(30 * (k + 1) for k in range(len(ids) - 1)), groups)
+        return Cascade(layout=layout) if name == "cascade" else StaticStages(layout=layout)
     return {"round_robin": RoundRobin, "least_loaded": LeastLoaded}[name]()
 
 
-POLICY_NAMES = ("round_robin", "least_loaded", "static_stages", "restless")
+POLICY_NAMES = ("round_robin", "least_loaded", "static_stages", "cascade", "restless")
 
 
 def faulty(seed: int, trace: Trace, instances: int) -> FaultPlan:
@@ -126,3 +134,28 @@ def same(left: SimResult, right: SimResult) -> None:
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=f"{part}.{name}")
     assert left.end_s == right.end_s
     assert left.messages_lost == right.messages_lost
+
+
+class MoveOnce(LeastLoaded):
+    """Least loaded, and moves one request from one instance to another at a given time."""
+
+    def __init__(self, at_s: float, request_id: str = "r0", source_id: str = "i0", target_id: str = "i1") -> None:
+        super().__init__()
+        self._at_s: float | None = at_s
+        self._move = StartMigration("test", "m", request_id, source_id, target_id, MigrationReason.OPERATOR)
+        self.ended: list[MigrationEnded] = []
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """See `Policy.handle`."""
+        effects = super().handle(event, now_s)
+        if isinstance(event, MigrationEnded):
+            self.ended.append(event)
+        if isinstance(event, TimerFired) and self._at_s is not None and now_s >= self._at_s:
+            self._at_s = None
+            self.view.carry_out([self._move])
+            effects.append(self._move)
+        return effects
+
+    def next_timer_s(self) -> float | None:
+        """Until the move is asked for."""
+        return self._at_s

@@ -14,7 +14,9 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 @settings(max_examples=60)
-@given(seed=seeds, name=st.sampled_from(POLICY_NAMES), caching=st.booleans(), rate_rps=st.sampled_from([5.0, 40.0, 400.0]))
+@given(
+    seed=seeds, name=st.sampled_from(POLICY_NAMES), caching=st.booleans(), rate_rps=st.sampled_from([5.0, 40.0, 400.0])
+)
 def test_invariants_hold_under_faults(seed: int, name: str, caching: bool, rate_rps: float) -> None:
     """One place per request, tokens once and in order, blocks conserved, after every event of a faulty run."""
     rng = np.random.default_rng(seed)

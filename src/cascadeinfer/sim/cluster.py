@@ -81,6 +81,7 @@ class SimCluster:
         self._observer = observer
         self._rng = np.random.default_rng(config.seed)
         self._progress_s = 0.0
+        self._to_come = len(trace)
         self._stages: dict[InstanceId, int] = {}
         self._inbox: deque[Event] = deque()
         self._handling = False
@@ -96,7 +97,7 @@ class SimCluster:
     @property
     def over(self) -> bool:
         """Whether every request of the trace has come and gone."""
-        return len(self.requests) == len(self._trace) and not self.live
+        return not (self._to_come or self.live)
 
     def step(self) -> bool:
         """
@@ -105,8 +106,10 @@ class SimCluster:
         Returns:
             False when the run is over, by itself or by `stop_s`.
         """
+        if not (self._to_come or self.live):
+            return False
         next_s = self.kernel.next_s()
-        if self.over or next_s is None or (self.config.stop_s is not None and next_s > self.config.stop_s):
+        if next_s is None or (self.config.stop_s is not None and next_s > self.config.stop_s):
             return False
         self.kernel.step()
         return True
@@ -131,6 +134,7 @@ class SimCluster:
             hashes[row] if hashes is not None and self.config.prefix_caching else (),
         )
         self.requests.append(request)
+        self._to_come -= 1
         self.live[request.request_id] = request
         if row + 1 < len(arrivals):
             self.kernel.at(arrivals[row + 1], Priority.ARRIVAL, self._arrive, row + 1)
@@ -199,7 +203,6 @@ class SimCluster:
         orphans = sorted(instance.scheduler.requests(), key=lambda request: request.row)
         for request in orphans:
             self._take_away(request)
-            request.recomputed_tokens += request.settled_tokens
         self.fleet.remove(instance)
         self._emit(
             InstanceLost(

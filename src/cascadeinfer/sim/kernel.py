@@ -31,14 +31,23 @@ class Priority(enum.IntEnum):
     """The policy's timer."""
 
 
+_STEP = int(Priority.STEP)
+
+
 class Kernel:
-    """Runs actions in order of time. See the module header."""
+    """
+    Runs actions in order of time. See the module header.
+
+    Attributes:
+        now_s: The clock.
+        events: Actions run.
+    """
 
     def __init__(self) -> None:
         self.now_s = 0.0
         self.events = 0
         self._sequence = 0
-        self._current: tuple[int, int] = (Priority.TIMER, 0)
+        self._stepping: int | None = None
         self._heap: list[tuple[float, int, int, int, Callable[[Any], None], Any]] = []
 
     def at(
@@ -58,11 +67,12 @@ class Kernel:
         Until when the steps of the instance with this number have happened: now, or just before now while the steps that end now
         are still being gone through and its turn has not come.
         """
-        return self.now_s if self._current >= (Priority.STEP, order) else math.nextafter(self.now_s, -math.inf)
+        stepping = self._stepping
+        return self.now_s if stepping is None or stepping >= order else math.nextafter(self.now_s, -math.inf)
 
     def step(self) -> None:
         """Move the clock to the next action and run it."""
         self.now_s, priority, order, _, action, argument = heappop(self._heap)
-        self._current = (priority, order)
+        self._stepping = order if priority == _STEP else None
         self.events += 1
         action(argument)

@@ -274,7 +274,6 @@ class Migrator:
     def _place(self, move: Move, instance_id: InstanceId) -> None:
         """Queue the request at an instance that computes its KV cache anew."""
         move.request.instance_id = instance_id
-        move.request.recomputed_tokens += move.request.settled_tokens
         instance = self._host.instance(instance_id)
         if instance is None:
             return  # its loss is a happening of its own

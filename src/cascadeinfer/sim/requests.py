@@ -51,6 +51,7 @@ class SimRequest:
         units: Hashes of the shared units it uses.
         admission: Number of its last admission; higher is later.
         instance_id: Where it is, or was sent; None while it waits for the policy.
+        lost_tokens: That had been computed when it last left a batch or prompt unfinished; computing them again is waste.
         watched: Whether a migration waits for its next token.
         dispatched_s: When the policy first placed it; then when it first ran, got its first token, ended.
     """
@@ -79,6 +80,7 @@ class SimRequest:
     finish_s: float = math.nan
     preemptions: int = 0
     migrations: int = 0
+    lost_tokens: int = 0
     recomputed_tokens: int = 0
     prefix_hit_tokens: int = 0
 

@@ -167,6 +167,7 @@ class Scheduler:
             request.blocks = hit_blocks
             request.computed = found * self.unit_tokens
             request.prefix_hit_tokens += request.computed
+            request.recomputed_tokens += max(0, request.lost_tokens - request.computed)
             if math.isnan(request.scheduled_s):
                 request.scheduled_s = now_s
             self._number(request)
@@ -203,7 +204,6 @@ class Scheduler:
         request.preemptions += 1
         self._enqueue(request, self._next_front)
         self._next_front -= 1
-        request.recomputed_tokens += request.goal
 
     def _leave(self, request: SimRequest, *, next_token_has_block: bool) -> None:
         """Take a running request out and free its blocks."""
@@ -211,9 +211,11 @@ class Scheduler:
             computed = self.batch.length_of(request) - (0 if next_token_has_block else 1)
             self.batch.remove(request)
             blocks = self.capacity.blocks_for(computed)
+            request.lost_tokens = request.settled_tokens - 1
         else:
             self.prefilling.remove(request)
             blocks = request.blocks
+            request.lost_tokens = request.computed
         self._free(blocks, request.units)
         request.blocks = 0
         request.units = []
@@ -230,20 +232,24 @@ class Scheduler:
             self.tokens_out += len(self.batch.members)
         for request in self.batch.finished():
             self._finish(request, now_s, end)
-        for request in list(self.watched.values()):
-            if request.phase in {Phase.DECODE, Phase.FINISHED}:
-                self._seen(request, end)
-        for request in list(self.cut_requested.values()):
-            if request.phase is Phase.DECODE:
-                self._cut(request)
-                end.cut.append(request)
-        self.cut_requested.clear()
+        if self.watched or self.cut_requested:
+            self._see_and_cut(end)
         for request, chunk_tokens in plan.chunks:
             if request.phase is Phase.PREFILL and request in self.prefilling:
                 request.computed += chunk_tokens
                 if request.computed == request.goal:
                     self._first_token(request, now_s, end)
         return end
+
+    def _see_and_cut(self, end: StepEnd) -> None:
+        for request in list(self.watched.values()):
+            if request.phase is Phase.DECODE or request.phase is Phase.FINISHED:
+                self._seen(request, end)
+        for request in self.cut_requested.values():
+            if request.phase is Phase.DECODE:
+                self._cut(request)
+                end.cut.append(request)
+        self.cut_requested.clear()
 
     def _first_token(self, request: SimRequest, now_s: float, end: StepEnd) -> None:
         request.produced += 1
@@ -273,6 +279,7 @@ class Scheduler:
     def _cut(self, request: SimRequest) -> None:
         blocks = self.capacity.blocks_for(self.batch.length_of(request) - 1)
         self.batch.remove(request)
+        request.lost_tokens = request.settled_tokens - 1
         request.phase = Phase.PULLING
         self.pinned[request.request_id] = (blocks, request.units)
         request.units = []
@@ -284,7 +291,7 @@ class Scheduler:
 
     def watches_batch(self) -> bool:
         """Whether the next token of a member of the batch is watched for."""
-        return any(request.phase is Phase.DECODE for request in self.watched.values())
+        return bool(self.watched) and any(request.phase is Phase.DECODE for request in self.watched.values())
 
     def reserve(self, migration_id: MigrationId, length_tokens: int) -> str | None:
         """
@@ -356,7 +363,7 @@ class Scheduler:
         self.cut_requested.pop(request.request_id, None)
         self.watched.pop(request.request_id, None)
         request.watched = False
-        if request.phase in {Phase.DECODE, Phase.PREFILL}:
+        if request.phase is Phase.DECODE or request.phase is Phase.PREFILL:
             self._leave(request, next_token_has_block=True)
         elif request.phase is Phase.WAITING:
             self.waiting = [entry for entry in self.waiting if entry[2] is not request]
