@@ -1,0 +1,114 @@
+"""`cascadeinfer serve` as a process, and what tests ask of it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from cascadeinfer.cluster.local import LOOPBACK, free_port
+from conftest import QUICK_ENVIRONMENT
+
+START_DEADLINE_S = 240.0
+API_KEY = "sesame"
+MODEL = "tiny"
+
+
+class ServerProcess:
+    """A real server on a free port: two instances, two stages, an API key."""
+
+    def __init__(self, model: Path, log: Path, *arguments: str) -> None:
+        """Start it."""
+        self.port = free_port()
+        self.url = f"http://{LOOPBACK}:{self.port}"
+        self.log = log
+        words = ["serve", str(model), "--host", LOOPBACK, "--port", str(self.port), "--served-model-name", MODEL]
+        words += ["--instances", "2", "--stages", "0-64:1,64-:1", "--api-key", API_KEY, "--report-interval-s", "0.02"]
+        words += ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--num-gpu-blocks-override", "256"]
+        words += ["--max-model-len", "1024", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+        self._log_file = log.open("w")
+        self.process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "cascadeinfer"), *words, *arguments],
+            stdout=self._log_file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **QUICK_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        )
+
+    def wait_until_ready(self) -> None:
+        """Until `/health/ready` says so with both instances."""
+        self.poll(lambda: len(self.get("/health/ready").json()["instances"]) == 2, "ready", START_DEADLINE_S)
+
+    def poll(self, condition: Any, what: str, deadline_s: float = 60.0) -> None:
+        """Until the condition holds; a refused connection is not an answer yet."""
+        end_s = time.monotonic() + deadline_s
+        while True:
+            try:
+                if condition():
+                    return
+            except (httpx.TransportError, KeyError):
+                pass
+            assert self.process.poll() is None, f"the server ended: {self.log.read_text()[-2000:]}"
+            assert time.monotonic() < end_s, f"not within {deadline_s:g} s: {what}; {self.log.read_text()[-2000:]}"
+            time.sleep(0.05)
+
+    def get(self, path: str, *, key: str | None = API_KEY) -> httpx.Response:
+        """A GET with the API key."""
+        return httpx.get(self.url + path, headers=_bearer(key), timeout=60)
+
+    def post(self, path: str, content: Any, *, key: str | None = API_KEY) -> httpx.Response:
+        """A POST of JSON (or of bytes as they are) with the API key."""
+        headers = {**_bearer(key), "content-type": "application/json"}
+        body = {"content": content} if isinstance(content, bytes) else {"json": content}
+        return httpx.post(self.url + path, headers=headers, timeout=120, **body)
+
+    def admin(self) -> dict[str, Any]:
+        """`/admin/instances`."""
+        return self.get("/admin/instances").json()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels, from `/metrics`."""
+        total = 0.0
+        for line in self.get("/metrics").text.splitlines():
+            match = re.fullmatch(rf"{re.escape(name)}(?:\{{(.*)\}})? (\S+)", line)
+            if match is None:
+                continue
+            found = dict(re.findall(r'(\w+)="([^"]*)"', match[1] or ""))
+            if labels.items() <= found.items():
+                total += float(match[2])
+        return total
+
+    def processes(self) -> list[psutil.Process]:
+        """The server and everything it has started."""
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
+    def idle(self) -> bool:
+        """Whether no instance holds anything and all are up."""
+        seen = self.admin()
+        held = ("running", "waiting", "kv_blocks_used", "pinned", "reserved", "requests")
+        return seen["requests"]["live"] == 0 and all(
+            instance["up"] and not any(instance[name] for name in held) for instance in seen["instances"]
+        )
+
+    def stop(self) -> None:
+        """Whatever state it is in; for the end of the tests."""
+        everyone = self.processes() if self.process.poll() is None else []
+        if everyone:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        for process in psutil.wait_procs(everyone, timeout=20)[1]:
+            process.kill()
+        self._log_file.close()
+
+
+def _bearer(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}

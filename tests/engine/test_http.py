@@ -1,0 +1,363 @@
+"""
+The server as its users see it: a real `cascadeinfer serve`, asked with the official `openai` client and plain HTTP.
+
+The server is started once. The last test ends it.
+"""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from server_process import API_KEY, MODEL, ServerProcess
+
+pytestmark = pytest.mark.engine
+
+SHORT = "the quick brown fox"
+MESSAGES: Any = [{"role": "user", "content": "tell me a story"}]
+N_TOKENS = 120
+"""With a short prompt this crosses the stage edge at 64 tokens."""
+FOREVER = {"ignore_eos": True}
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look a word up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "enum": ["fox", "dog"]}},
+            "required": ["word"],
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The server, ready; its log must hold no traceback at the end."""
+    server = ServerProcess(tiny_model, tmp_path_factory.mktemp("server") / "log")
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    """The official client, with the key; afterwards nothing is held in the server."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0, timeout=120) as client:
+        yield client
+    if server.process.poll() is None:
+        server.poll(server.idle, "idle")
+
+
+def complete(client: openai.OpenAI, prompt: str = SHORT, n_tokens: int = N_TOKENS, **options: Any) -> Any:
+    """A greedy completion that does not end by itself."""
+    return client.completions.create(
+        model=MODEL, prompt=prompt, max_tokens=n_tokens, temperature=0, extra_body=FOREVER, **options
+    )
+
+
+def streamed(client: openai.OpenAI, prompt: str = SHORT, n_tokens: int = N_TOKENS, **options: Any) -> str:
+    """The same, as a stream."""
+    return "".join(chunk.choices[0].text for chunk in complete(client, prompt, n_tokens, stream=True, **options))
+
+
+# --- the OpenAI API --------------------------------------------------------------------------------------------------
+
+
+def test_models(client: openai.OpenAI) -> None:
+    """The model is listed under its served name with its maximum length."""
+    [model] = client.models.list().data
+    assert model.id == MODEL
+    assert model.model_dump()["max_model_len"] == 1024
+
+
+def test_completion_moves_and_stream_agrees(client: openai.OpenAI, server: ServerProcess) -> None:
+    """A completion moves between the stages on its way, and its stream has the same text."""
+    moved = server.metric("cascadeinfer_migrations_total", outcome="moved", reason="outgrew_stage")
+    completion = complete(client)
+    assert server.metric("cascadeinfer_migrations_total", outcome="moved") > moved
+    assert completion.usage.completion_tokens == N_TOKENS
+    assert completion.choices[0].finish_reason == "length"
+    assert streamed(client) == completion.choices[0].text
+
+
+def test_chat_moves_and_stream_agrees(client: openai.OpenAI) -> None:
+    """The same for chat, with usage in the last chunk of the stream."""
+    options: Any = {
+        "model": MODEL,
+        "messages": MESSAGES,
+        "max_tokens": N_TOKENS,
+        "temperature": 0,
+        "extra_body": FOREVER,
+    }
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == N_TOKENS
+
+
+def test_chat_logprobs(client: openai.OpenAI) -> None:
+    """Every token has its log-probabilities, those after a move too, and two runs agree."""
+    runs = [
+        client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=N_TOKENS, temperature=0, logprobs=True, top_logprobs=2,
+            extra_body=FOREVER,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    first, second = ([(t.token, t.logprob) for t in run.choices[0].logprobs.content] for run in runs)
+    assert len(first) == N_TOKENS
+    assert [token for token, _ in first] == [token for token, _ in second]
+    assert [value for _, value in first] == pytest.approx([value for _, value in second], abs=1e-3)
+
+
+def test_json_schema(client: openai.OpenAI) -> None:
+    """`response_format` with a JSON schema is obeyed, across a move."""
+    items = {"type": "string", "enum": ["red", "green", "blue"]}
+    schema = {
+        "type": "object",
+        "properties": {"colours": {"type": "array", "items": items, "minItems": 25, "maxItems": 30}},
+        "required": ["colours"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_tokens=600, temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "colours", "schema": schema, "strict": True}},
+    )  # fmt: skip
+    assert 25 <= len(json.loads(answer.choices[0].message.content)["colours"]) <= 30
+
+
+def test_named_tool(client: openai.OpenAI) -> None:
+    """A tool that must be called is called, once, with JSON arguments."""
+    answer = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_tokens=60, temperature=0, tools=[TOOL],
+        tool_choice={"type": "function", "function": {"name": "look_up"}},
+    )  # fmt: skip
+    [call] = answer.choices[0].message.tool_calls
+    assert call.function.name == "look_up"
+    json.loads(call.function.arguments)
+
+
+def test_automatic_tool(client: openai.OpenAI) -> None:
+    """Tools on offer are accepted; a random model writes text instead."""
+    answer = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_tokens=10, temperature=0, tools=[TOOL], tool_choice="auto"
+    )
+    assert answer.choices[0].message.content
+
+
+def test_stop_string_and_n(client: openai.OpenAI) -> None:
+    """A stop string ends the text where it stands; `n` gives as many choices."""
+    text = complete(client).choices[0].text
+    stop = text[-15:-5]
+    stopped = complete(client, stop=[stop]).choices[0]
+    assert (stopped.text, stopped.finish_reason) == (text[: text.index(stop)], "stop")
+    several = client.completions.create(model=MODEL, prompt=SHORT, max_tokens=80, n=3, extra_body=FOREVER)
+    assert several.usage.completion_tokens == 3 * 80
+
+
+def test_tokenize(server: ServerProcess) -> None:
+    """Text and tokens go both ways."""
+    tokens = server.post("/tokenize", {"model": MODEL, "prompt": SHORT}).json()
+    assert tokens["count"] == len(tokens["tokens"])
+    back = server.post("/detokenize", {"model": MODEL, "tokens": tokens["tokens"]}).json()
+    assert back["prompt"] == SHORT
+
+
+def test_many_streams_at_once(client: openai.OpenAI) -> None:
+    """A dozen streams of different lengths at the same time, each as if it were alone."""
+    prompts = [SHORT + " and the dog" * number for number in range(12)]
+    alone = [complete(client, prompt).choices[0].text for prompt in prompts]
+    together = [""] * len(prompts)
+
+    def run(number: int) -> None:
+        together[number] = streamed(client, prompts[number])
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+# --- what operators see ----------------------------------------------------------------------------------------------
+
+
+def test_metrics(client: openai.OpenAI, server: ServerProcess) -> None:
+    """Ours and vLLM's, the latter with each instance as `engine`; transfers as NIXL counts them."""
+    before = server.metric("cascadeinfer_requests_total", outcome="finished")
+    transfers = server.metric("vllm:nixl_xfer_time_seconds_count")
+    moved = server.metric("cascadeinfer_migrations_total", outcome="moved")
+    complete(client)
+    assert server.metric("cascadeinfer_requests_total", outcome="finished") == before + 1
+    assert server.metric("cascadeinfer_instance_up") == 2
+    assert server.metric("cascadeinfer_migration_pause_seconds_count", outcome="moved") > 0
+    text = server.get("/metrics").text
+    for name in ("running", "waiting", "kv_usage", "kv_pulls", "failed_pulls", "pinned", "restarts"):
+        for instance in ("0", "1"):
+            assert f'cascadeinfer_instance_{name}{{instance="{instance}",stage="{instance}"}}' in text
+    for name in ("running", "waiting", "kv_usage"):
+        assert f'cascadeinfer_stage_{name}{{stage="1"}}' in text
+    for engine in ("0", "1"):
+        assert server.metric("vllm:generation_tokens_total", engine=engine) > 0
+    new_moves = server.metric("cascadeinfer_migrations_total", outcome="moved") - moved
+    assert new_moves >= 1
+    assert server.metric("vllm:nixl_xfer_time_seconds_count") - transfers == new_moves
+    assert server.metric("cascadeinfer_instance_failed_pulls") == 0
+
+
+def test_pinned_request_is_counted(client: openai.OpenAI, server: ServerProcess) -> None:
+    """A request that may not move says so in a metric."""
+    before = server.metric("cascadeinfer_pinned_requests_total", reason="seeded_sampling")
+    client.completions.create(model=MODEL, prompt=SHORT, max_tokens=5, temperature=1.0, seed=1)
+    assert server.metric("cascadeinfer_pinned_requests_total", reason="seeded_sampling") == before + 1
+
+
+def test_health(server: ServerProcess) -> None:
+    """The three health routes need no key."""
+    for path in ("/health", "/health/live", "/health/ready"):
+        assert server.get(path, key=None).status_code == 200
+    assert server.get("/health/ready", key=None).json() == {"status": "ready", "instances": ["0", "1"]}
+
+
+def test_admin_instances(client: openai.OpenAI, server: ServerProcess) -> None:
+    """Stages, instances with their load, requests and migrations, as JSON."""
+    stream = complete(client, n_tokens=500, stream=True)
+    for _ in range(100):
+        next(stream)
+    server.poll(lambda: any(instance["running"] for instance in server.admin()["instances"]), "running")
+    seen = server.admin()
+    assert seen["stages"] == [{"range": "0-64", "instances": ["0"]}, {"range": "64-", "instances": ["1"]}]
+    assert [instance["id"] for instance in seen["instances"]] == ["0", "1"]
+    assert all(psutil.pid_exists(instance["pid"]) for instance in seen["instances"])
+    [request] = seen["requests"]["oldest"]
+    assert request["tokens"] >= 64
+    assert sum(instance["requests"] for instance in seen["instances"]) == seen["requests"]["live"] == 1
+    assert any(instance["kv_blocks_used"] > 0 and instance["lengths"] for instance in seen["instances"])
+    stream.close()
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [None, "wrong"])
+def test_api_key_is_needed(server: ServerProcess, key: str | None) -> None:
+    """Without the key, or with another: 401, on the OpenAI and on the admin routes."""
+    assert server.get("/v1/models", key=key).status_code == 401
+    assert server.get("/admin/instances", key=key).status_code == 401
+    assert server.post("/v1/completions", {"model": MODEL, "prompt": SHORT}, key=key).status_code == 401
+
+
+def test_prompt_too_long(client: openai.OpenAI) -> None:
+    """A prompt above the model's maximum is a 400 that names the maximum."""
+    with pytest.raises(openai.BadRequestError, match="1024"):
+        complete(client, prompt="fox " * 3000)
+    with pytest.raises(openai.BadRequestError, match="1024"):
+        complete(client, n_tokens=5000)
+
+
+def test_unknown_model(client: openai.OpenAI) -> None:
+    """Another model's name is a 404 that repeats it."""
+    with pytest.raises(openai.NotFoundError, match="gpt-9"):
+        client.completions.create(model="gpt-9", prompt=SHORT)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"",
+        b"[]",
+        {"model": MODEL},
+        {"model": MODEL, "prompt": SHORT, "max_tokens": -1},
+        {"model": MODEL, "prompt": SHORT, "temperature": "hot"},
+        {"model": MODEL, "prompt": SHORT, "temperature": -1},
+        {"model": MODEL, "prompt": SHORT, "n": 0},
+        {"model": MODEL, "prompt": SHORT, "logprobs": 1000},
+        {"model": MODEL, "prompt": SHORT, "structured_outputs": {"regex": "(["}},
+        {"model": MODEL, "prompt": [999999]},
+    ],
+    ids=str,
+)
+def test_malformed_request(server: ServerProcess, body: Any) -> None:
+    """A body that is no request is a 4xx with a message, and the server goes on."""
+    answer = server.post("/v1/completions", body)
+    assert 400 <= answer.status_code < 500, answer.text
+    assert answer.json()["error"]["message"]
+
+
+def test_unknown_route(server: ServerProcess) -> None:
+    """A route that is not there is a 404."""
+    assert server.get("/v1/nothing").status_code == 404
+
+
+def test_client_disconnects(client: openai.OpenAI, server: ServerProcess) -> None:
+    """Clients that hang up in mid-stream free their requests (the fixture `client` waits for that)."""
+    before = server.metric("cascadeinfer_requests_total", outcome="aborted")
+    for n_chunks in (0, 1, 30, 45, 60):
+        stream = complete(client, n_tokens=900, stream=True)
+        for _ in range(n_chunks):
+            next(stream)
+        stream.close()
+    server.poll(server.idle, "idle")
+    assert server.metric("cascadeinfer_requests_total", outcome="aborted") == before + 5
+
+
+@pytest.mark.parametrize("whose", ["engine", "worker"])
+def test_instance_is_killed(client: openai.OpenAI, server: ServerProcess, whose: str) -> None:
+    """`kill -9` of an instance, or of its worker process, in mid-stream: the same text, no error; it comes back."""
+    expected = complete(client, n_tokens=400).choices[0].text
+    stream = complete(client, n_tokens=400, stream=True)
+    text = "".join(next(stream).choices[0].text for _ in range(100))
+    [victim] = [instance for instance in server.admin()["instances"] if instance["requests"]]
+    pid = victim["pid"]
+    if whose == "worker":
+        [pid] = [child.pid for child in psutil.Process(pid).children() if "Worker" in " ".join(child.cmdline())]
+    os.kill(pid, signal.SIGKILL)
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == expected
+
+    def restarted() -> bool:
+        [now] = [instance for instance in server.admin()["instances"] if instance["id"] == victim["id"]]
+        return bool(now["up"]) and now["restarts"] == victim["restarts"] + 1
+
+    server.poll(restarted, "restarted", 240)
+    moved = server.metric("cascadeinfer_migrations_total", outcome="moved")
+    assert streamed(client) == complete(client).choices[0].text
+    assert server.metric("cascadeinfer_migrations_total", outcome="moved") >= moved + 2
+
+
+def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
+    """After SIGTERM the running stream goes on to its end, new connections are refused, and the exit code is 0."""
+    expected = complete(client, n_tokens=900).choices[0].text
+    everyone = server.processes()
+    assert len(everyone) >= 5  # the server, two engines, two workers
+    stream = complete(client, n_tokens=900, stream=True)
+    text = next(stream).choices[0].text
+    server.process.send_signal(signal.SIGTERM)
+    refused_while_running = False
+    for chunk in stream:
+        text += chunk.choices[0].text
+        if not refused_while_running:
+            try:
+                server.get("/health/live")
+            except httpx.TransportError:
+                refused_while_running = True
+    assert text == expected
+    assert refused_while_running
+    assert server.process.wait(timeout=60) == 0
+    assert not psutil.wait_procs(everyone, timeout=20)[1]
+    # A killed worker's engine may say what happened to it; the front end has nothing to complain of.
+    ours = [line for line in server.log.read_text().splitlines() if not line.startswith(("(EngineCore", "(Worker"))]
+    assert not [line for line in ours if "Traceback" in line]
