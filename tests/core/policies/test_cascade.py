@@ -1,0 +1,230 @@
+"""The cascade as a whole: dispatch by stage, spilling, queueing, planning, ablations."""
+
+import pytest
+
+from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.effects import Dispatch, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.events import MigrationOutcome
+from cascadeinfer.core.plan.histogram import LengthHistogram
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.plan.problem import ServiceFloor
+from cascadeinfer.core.policies.cascade import Cascade
+from cascadeinfer.core.policies.replanning import ModelPlanner, PlanSettings, Replanner
+from cascadeinfer.core.types import InstanceCapacity
+from support.policy_world import LARGE, World
+
+TIGHT = InstanceCapacity(kv_blocks=256, block_size_tokens=16, max_num_seqs=2, max_batched_tokens=512)
+LAYOUT = StageLayout.from_boundaries((100, 1000), (("a",), ("b",), ("c",)))
+MODEL = StepModel(
+    base_s=0.007, per_decode_s=2e-5, per_kv_token_s=6e-8, per_prefill_token_s=2e-5, per_prefill_attention_s=1e-10
+)
+MIXED = LengthHistogram.from_requests([100] * 900 + [8000] * 100, [200] * 900 + [400] * 100)
+ALIKE = LengthHistogram.from_requests([300] * 1000, [200] * 1000)
+
+
+def staged(capacity: InstanceCapacity = LARGE, **options: object) -> World:
+    """Three stages of one instance each."""
+    world = World(Cascade(layout=LAYOUT, **options), capacity, may_hold_back="max_queued" in options)
+    world.join("a", "b", "c")
+    return world
+
+
+def place(world: World, request_id: str) -> str | None:
+    """Where a request is."""
+    return world.requests[request_id].instance_id
+
+
+def test_prompts_go_to_their_stage() -> None:
+    """The range is half-open: a prompt of exactly the boundary belongs to the longer stage."""
+    world = staged()
+    for prompt in (99, 100, 999, 1000):
+        world.arrive(f"r{prompt}", prompt)
+    assert [place(world, f"r{prompt}") for prompt in (99, 100, 999, 1000)] == ["a", "b", "b", "c"]
+
+
+def test_a_full_stage_spills_over_to_the_longer_neighbour_first() -> None:
+    """Home, then one up, then one down, further off last; when everything is full the home stage's engine queues."""
+    world = staged(TIGHT)
+    for number in range(7):
+        world.arrive(f"r{number}", 500)
+    assert [place(world, f"r{number}") for number in range(7)] == ["b", "b", "c", "c", "a", "a", "b"]
+
+
+def test_bounded_queue_refuses_beyond_it() -> None:
+    """With `max_queued` requests wait here for room; beyond it they are refused, with the time to come again."""
+    world = staged(TIGHT, max_queued=1, retry_after_s=2.5)
+    for number in range(8):
+        world.arrive(f"r{number}", 50)
+    refused = [effect for effect in world.log if isinstance(effect, Reject)]
+    assert [(r.request_id, r.retry_after_s) for r in refused] == [("r7", 2.5)]
+    assert place(world, "r6") is None
+    world.finish("r0")
+    assert place(world, "r6") == "a"
+
+
+def test_a_long_request_does_not_hold_up_the_short() -> None:
+    """What waits for room of its size does not hold up requests of other stages that fit."""
+    world = staged(max_queued=5)
+    for number in range(3):
+        world.arrive(f"long{number}", 390_000)
+    world.arrive("stuck", 200_000)
+    world.arrive("short", 50)
+    assert place(world, "stuck") is None
+    assert place(world, "short") == "a"
+    world.finish("long0")
+    assert place(world, "stuck") is not None
+
+
+def test_one_stage_spreads_by_price_and_never_migrates_when_balanced() -> None:
+    """Without a plan there is one stage; equal requests are spread evenly, and nothing moves."""
+    world = World(Cascade(), LARGE)
+    world.join("a", "b", "c")
+    for number in range(9):
+        world.arrive(f"r{number}", 300)
+    for _ in range(30):
+        for instance_id in ("a", "b", "c"):
+            world.grow(instance_id, 3)
+            world.report(instance_id)
+        world.deliver_all()
+        world.advance(0.1)
+    assert [len(world.on(i)) for i in ("a", "b", "c")] == [3, 3, 3]
+    assert not [effect for effect in world.log if isinstance(effect, StartMigration)]
+
+
+@pytest.mark.parametrize(("options", "kinds"), [({"migrate": False}, set()), ({"rebalance": False}, {"outgrew_stage"})])
+def test_ablations(options: dict[str, bool], kinds: set[str]) -> None:
+    """Without migration nothing is asked or moved; without rebalancing only requests that outgrew their stage are."""
+    world = staged(refine=False, **options)
+    for number in range(6):
+        world.arrive(f"r{number}", 60)
+    for _ in range(20):
+        world.grow("a", 5)
+        world.report("a")
+        world.deliver_all()
+        for migration_id in list(world.moves):
+            world.end(migration_id, MigrationOutcome.MOVED)
+        world.advance(0.1)
+    assert {e.reason.value for e in world.log if isinstance(e, StartMigration)} == kinds
+    if not kinds:
+        assert not [effect for effect in world.log if isinstance(effect, SendMessage)]
+
+
+def test_a_new_layout_moves_nothing_at_once() -> None:
+    """When the plan changes, requests that are now too long leave three at a time; those too short stay."""
+    calls: list[StageLayout] = []
+
+    def planner(_: object, __: object, ___: object, n: int, current: StageLayout) -> StageLayout | None:
+        calls.append(current)
+        names = tuple(str(number) for number in range(n))
+        return StageLayout.from_boundaries((50,), (names[:1], names[1:])) if len(calls) == 1 else None
+
+    settings = PlanSettings(interval_s=1.0, min_requests=1)
+    world = World(Cascade(planner=planner, planning=settings, rebalance=False, refine=False), LARGE)
+    world.join("a", "b", "c")
+    for number in range(18):
+        world.arrive(f"r{number}", 60)
+    for instance_id in ("a", "b", "c"):
+        world.report(instance_id)
+        world.grow(instance_id, 1)
+    world.finish("r17")
+    for _ in range(3):
+        world.advance(0.6)
+        for instance_id in ("a", "b", "c"):
+            world.grow(instance_id, 10)
+            world.report(instance_id)
+        world.deliver_all()
+    layouts = [effect.layout for effect in world.log if isinstance(effect, PublishLayout)]
+    assert layouts[-1].boundaries_tokens == (50,)
+    assert len(calls) >= 1
+    moves = [effect for effect in world.log if isinstance(effect, StartMigration)]
+    assert len(moves) == 3
+    assert {move.source_id for move in moves} == set(layouts[-1].stages[0].instance_ids)
+
+
+def test_planner_takes_what_gains_and_keeps_what_is_as_good() -> None:
+    """Stages for mixed lengths, none for equal ones, and no change when the layout in force is the plan."""
+    planner = ModelPlanner(MODEL, PlanSettings())
+    ids = tuple(f"i{number}" for number in range(8))
+    single = StageLayout.single(ids)
+    better = planner(MIXED, 100.0, LARGE, 8, single)
+    assert better is not None
+    assert len(better.stages) > 1
+    assert planner(MIXED, 100.0, LARGE, 8, better) is None
+    assert planner(ALIKE, 100.0, LARGE, 8, single) is None
+    back = planner(ALIKE, 100.0, LARGE, 8, better)
+    assert back is not None
+    assert len(back.stages) == 1
+
+
+def test_planner_above_capacity_plans_for_what_can_be_served() -> None:
+    """A demand that no layout can carry is planned as a share of what one can."""
+    single = StageLayout.single(tuple(f"i{number}" for number in range(8)))
+    planned = ModelPlanner(MODEL, PlanSettings(overload_share=0.8))(MIXED, 1e6, LARGE, 8, single)
+    assert planned is not None
+    assert len(planned.stages) > 1
+    assert ModelPlanner(MODEL, PlanSettings(overload_share=0.95))(MIXED, 1e6, LARGE, 8, planned) is not None
+
+
+def test_planner_gives_up_when_no_layout_keeps_the_floor() -> None:
+    """A floor that not even the least demand can be served within leaves the layout as it is."""
+    planner = ModelPlanner(MODEL, PlanSettings(floor=ServiceFloor(tpot_s=0.001)))
+    single = StageLayout.single(tuple(f"i{number}" for number in range(8)))
+    assert planner(MIXED, 10.0, LARGE, 8, single) is None
+
+
+def test_replanner_waits_for_enough() -> None:
+    """It asks once per interval, and only when enough requests have finished."""
+    asked: list[float] = []
+
+    def planner(*arguments: object) -> StageLayout | None:
+        asked.append(float(str(arguments[1])))
+        return None
+
+    replanner = Replanner(planner, PlanSettings(interval_s=10.0, min_requests=3))
+    current = StageLayout.single(("a", "b"))
+    assert not replanner.is_due(0.0)
+    assert not replanner.is_due(9.9)
+    for number in range(4):
+        replanner.workload.note_arrival(float(number))
+    replanner.workload.note_finished(10, 10)
+    assert replanner.is_due(10.0)
+    assert replanner.propose(current, LARGE, ("a", "b"), 10.0) is None
+    assert asked == []
+    assert not replanner.is_due(10.0)
+    for _ in range(3):
+        replanner.workload.note_finished(10, 10)
+    assert replanner.propose(current, LARGE, ("a", "b"), 20.0) is None
+    assert len(asked) == 1
+    assert asked[0] > 0.0
+
+
+def test_instances_keep_their_order_when_stages_are_dealt_out() -> None:
+    """The instance whose requests are shortest becomes the short stage, so that few requests are out of place."""
+
+    def planner(_: object, __: object, ___: object, n: int, ____: StageLayout) -> StageLayout | None:
+        names = tuple(str(number) for number in range(n))
+        return StageLayout.from_boundaries((500,), (names[:1], names[1:]))
+
+    world = World(Cascade(planner=planner, planning=PlanSettings(interval_s=1.0, min_requests=1)), LARGE)
+    world.join("a")
+    world.arrive("long", 4000)
+    world.join("b", "c")
+    for number in range(4):
+        world.arrive(f"short{number}", 100 + number)
+    world.arrive("mid", 3000)
+    for instance_id in ("a", "b", "c"):
+        world.report(instance_id)
+        world.grow(instance_id, 1)
+    world.finish("short3")
+    world.advance(1.1)
+    world.report("a")
+    layout = next(effect.layout for effect in reversed(world.log) if isinstance(effect, PublishLayout))
+    shortest = min(("a", "b", "c"), key=lambda i: sum(r.tokens for r in world.on(i)) / max(1, len(world.on(i))))
+    assert layout.stages[0].instance_ids == (shortest,)
+
+
+def test_dispatch_effects_name_their_event() -> None:
+    """A dispatch says which event led to it."""
+    world = staged()
+    world.arrive("r", 50)
+    assert [effect.cause for effect in world.log if isinstance(effect, Dispatch)] == ["r"]
