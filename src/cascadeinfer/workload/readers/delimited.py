@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from cascadeinfer.core.errors import TraceError
-from cascadeinfer.workload.readers.fields import Rows, real, whole
+from cascadeinfer.workload.readers.fields import Rows, csv_rows, real, whole
 from cascadeinfer.workload.trace import Trace
 
 _TIMESTAMP: Final = re.compile(r"^(?P<whole>[^.]+?)(?:\.(?P<fraction>\d+))?(?P<zone>Z|[+-]\d\d:?\d\d)?$")
@@ -98,9 +98,7 @@ def _records(lines: Iterable[str], needed: tuple[str, ...]) -> Iterator[tuple[in
     """Rows by column name with their line numbers; blank lines are skipped."""
     reader = csv.reader(lines)
     header: list[str] | None = None
-    for row in reader:
-        if not row:
-            continue
+    for row in csv_rows(reader):
         if header is None:
             header = [name.strip().lstrip("\ufeff") for name in row]
             missing = [name for name in needed if name not in header]

@@ -3,13 +3,41 @@ The parts every reader needs:
 numbers out of text with a line number in every complaint, and rows collected into a trace.
 """
 
+import csv
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from cascadeinfer.core.errors import TraceError
 from cascadeinfer.workload.trace import Trace
+
+
+class CsvReader(Protocol):
+    """What `csv.reader` returns."""
+
+    line_num: int
+
+    def __iter__(self) -> Iterator[list[str]]:
+        """Rows of fields."""
+        ...
+
+
+def csv_rows(reader: CsvReader) -> Iterator[list[str]]:
+    """
+    Rows that are not blank.
+
+    Raises:
+        TraceError: The text is no CSV, e.g. a quote is never closed.
+    """
+    try:
+        for row in reader:
+            if row:
+                yield row
+    except csv.Error as error:
+        raise TraceError(f"not CSV: {error}", line=reader.line_num) from None
 
 
 def whole(value: object, name: str, line: int) -> int:

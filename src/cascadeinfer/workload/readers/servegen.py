@@ -11,6 +11,7 @@ independent from the published laws. (ServeGen's own generator uses one random n
 
 import ast
 import csv
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from cascadeinfer.core.errors import TraceError
 from cascadeinfer.workload.arrivals import renewal_window
 from cascadeinfer.workload.lengths import Empirical
-from cascadeinfer.workload.readers.fields import real
+from cascadeinfer.workload.readers.fields import csv_rows, real
 from cascadeinfer.workload.trace import Trace
 
 LAWS: Final = {"Gamma": "gamma", "Weibull": "weibull", "Exponential": "exponential"}
@@ -67,9 +68,7 @@ def parse_client(client_id: int, trace_lines: Iterable[str], dataset: str | byte
     """
     arrivals: list[ArrivalWindow] = []
     reader = csv.reader(trace_lines)
-    for row in reader:
-        if not row:
-            continue
+    for row in csv_rows(reader):
         line = reader.line_num
         if len(row) != 6:
             raise TraceError(f"{len(row)} fields instead of 6", line=line)
@@ -155,12 +154,13 @@ def _length_windows(dataset: str | bytes) -> tuple[LengthWindow, ...]:
 def _law(text: str, where: str) -> Empirical | None:
     try:
         pairs = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the last two: deeply nested text
         pairs = None
     if not isinstance(pairs, dict) or not all(
-        isinstance(k, int) and isinstance(v, int | float) for k, v in pairs.items()
+        isinstance(k, int) and isinstance(v, int | float) and math.isfinite(v) and k >= 0 and v >= 0
+        for k, v in pairs.items()
     ):
-        raise TraceError(f"{where} is not a dict of length to probability")
+        raise TraceError(f"{where} is not a dict of lengths and probabilities")
     # A published length of 0 is a request that produced nothing; it is not a request to serve.
     kept = {length: probability for length, probability in pairs.items() if length >= 1}
     if not kept or sum(kept.values()) <= 0.0:
