@@ -23,7 +23,7 @@ CAPACITY = InstanceCapacity(kv_blocks=100, block_size_tokens=10, max_num_seqs=20
 
 def books(*instance_ids: str) -> ClusterView:
     """A view with these instances."""
-    view = ClusterView(lambda _: Pricing(1.0, 0.1, 0.01, 0.001))
+    view = ClusterView(lambda _: Pricing(1.0, 0.1, 0.01, 0.002, 0.0, 0.5))
     for instance_id in instance_ids:
         view.apply(InstanceJoined("c", instance_id, CAPACITY))
     return view
@@ -48,11 +48,12 @@ def check(view: ClusterView) -> None:
         assert instance.kv_tokens == sum(instance.request_ids.values())
         assert instance.inbound_tokens == sum(instance.inbound.values())
         assert set(instance.waiting) <= set(instance.request_ids)
-        assert instance.queued_tokens == sum(instance.request_ids[r] for r in instance.waiting)
+        assert set(instance.waiting) <= set(instance.starting) <= set(instance.request_ids)
+        assert abs(instance.queue - 0.002 * sum(instance.starting.values())) < 1e-9
         tokens = instance.kv_tokens + instance.inbound_tokens
         n = len(instance.request_ids) + len(instance.inbound)
         assert abs(instance.load - max(tokens / 1000, n / 20)) < 1e-12
-        step = 1.0 + 0.1 * n + 0.01 * tokens + 0.001 * instance.queued_tokens
+        step = 1.0 + 0.1 * n + 0.01 * tokens + 0.5 * instance.queue
         assert abs(instance.price - (n + 1) * step) < 1e-9
         for request_id in instance.request_ids:
             assert view.requests[request_id].place is instance
@@ -66,7 +67,7 @@ def test_dispatch_counts_at_once() -> None:
     view = books("a")
     arrive(view, "r", 95, "a")
     a = view.instances["a"]
-    assert (a.kv_tokens, a.queued_tokens, a.committed_requests) == (95, 95, 1)
+    assert (a.kv_tokens, a.starting, a.committed_requests) == (95, {"r": 95}, 1)
     assert a.free_blocks() == 90
     assert view.requests["r"].instance_id == "a"
     check(view)
@@ -111,6 +112,30 @@ def test_preempted_request_waits_again() -> None:
     report(view, "a", {}, {"r": 35}, 0)
     assert list(view.instances["a"].waiting) == ["r"]
     check(view)
+
+
+def test_a_prompt_under_way_still_counts_as_queued() -> None:
+    """A request that runs but has no new token is being computed; its first new token ends that, a preemption begins it again."""
+    view = books("a")
+    arrive(view, "r", 30, "a")
+    a = view.instances["a"]
+    report(view, "a", {"r": 30}, {}, 4)
+    assert (a.starting, a.waiting) == ({"r": 30}, {})
+    report(view, "a", {"r": 31}, {}, 4)
+    assert (a.starting, a.queue) == ({}, 0.0)
+    report(view, "a", {}, {"r": 44}, 0)
+    assert a.starting == {"r": 44}
+    check(view)
+
+
+def test_urgency_changes_prices() -> None:
+    """How much the wait for the first token counts may follow the workload."""
+    view = books("a")
+    arrive(view, "r", 100, "a")
+    before = view.instances["a"].price
+    view.set_urgency(1.0)
+    report(view, "a", {"r": 100}, {}, 10)
+    assert abs(view.instances["a"].price - before - 2 * 0.5 * 0.2) < 1e-9
 
 
 def test_migration_counts_at_both_ends() -> None:

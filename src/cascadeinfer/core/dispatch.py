@@ -23,7 +23,7 @@ _load = attrgetter("load")
 _price = attrgetter("price")
 
 TYPICAL_OUTPUT_TOKENS: Final = 128
-"""Over so many tokens a newcomer spreads the wait for the queue before it; public chat traces have harmonic means of 100 to 500."""
+"""Over so many tokens a newcomer spreads the wait for its first, until the workload tells better; traces have harmonic means of 10 to 500."""
 NOMINAL_KV_SHARE: Final = 2.0
 """Reading a full KV cache against a step with nothing in it: 30 to 120 GB of cache, 15 to 140 GB of weights."""
 NOMINAL_PREFILL_SHARE: Final = 0.005
@@ -33,9 +33,20 @@ NOMINAL_PREFILL_SHARE: Final = 0.005
 def pricing_of(model: StepModel | None, capacity: InstanceCapacity) -> Pricing:
     """What a step costs by a cost model; without one by nominal proportions."""
     if model is None:
-        return Pricing(1.0, 0.0, NOMINAL_KV_SHARE / capacity.kv_tokens, NOMINAL_PREFILL_SHARE / TYPICAL_OUTPUT_TOKENS)
-    queued_s = model.compute_per_prefill_token_s / TYPICAL_OUTPUT_TOKENS
-    return Pricing(model.base_s, model.per_decode_s, model.per_kv_token_s, queued_s)
+        return Pricing(
+            base=1.0,
+            per_token=NOMINAL_KV_SHARE / capacity.kv_tokens,
+            per_queued_token=NOMINAL_PREFILL_SHARE,
+            urgency=1.0 / TYPICAL_OUTPUT_TOKENS,
+        )
+    return Pricing(
+        base=model.base_s,
+        per_request=model.per_decode_s,
+        per_token=model.per_kv_token_s,
+        per_queued_token=model.compute_per_prefill_token_s,
+        per_queued_pair=model.per_prefill_attention_s / 2.0,
+        urgency=1.0 / TYPICAL_OUTPUT_TOKENS,
+    )
 
 
 def load_of(instance: InstanceView) -> float:

@@ -6,13 +6,11 @@ an instance's load is corrected by what was dispatched to it, moved and finished
 land on the instance that was idle at the last report. Dicts keep insertion order and ids are sorted where order matters: no decision
 depends on hashing.
 
-Everything that is read per decision is kept up to date, not computed when asked: an event costs O(1), a report O(requests there) in
-C loops (`dict.update`, `sum`), and looking at the load of an instance one attribute. Lengths live with the instance (`request_ids`),
-because a report brings them all at once.
+The numbers of one instance are in `core/instance.py`. An event costs O(1), a report O(requests there) in C loops.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
 from cascadeinfer.core.effects import Dispatch, Effect, Reject, StartMigration
@@ -21,7 +19,6 @@ from cascadeinfer.core.events import (
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
-    InstanceReport,
     InstanceReported,
     MessageReceived,
     MigrationEnded,
@@ -31,168 +28,10 @@ from cascadeinfer.core.events import (
     RequestFinished,
     TimerFired,
 )
+from cascadeinfer.core.instance import InstanceView, Pricing
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 
-
-@dataclass(frozen=True, slots=True)
-class Pricing:
-    """
-    What a step of an instance costs its requests: `price = (requests + 1) * (base + per_request * requests + per_token * tokens +
-    per_queued_token * queued)`, the seconds that all requests there and one more wait for one token.
-
-    Units are those of `base`. The queue counts because prompts that wait will be computed before or beside the next tokens.
-
-    Attributes:
-        base: A step with nothing in it.
-        per_request: Each request.
-        per_token: Each token of their lengths.
-        per_queued_token: Each token of requests that wait, spread over the tokens that a newcomer will produce.
-    """
-
-    base: float = 1.0
-    per_request: float = 0.0
-    per_token: float = 0.0
-    per_queued_token: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class InstanceView:
-    """
-    What a policy knows of one instance.
-
-    Attributes:
-        request_ids: Requests placed here, waiting or running, with their lengths in tokens at the last report, in order of placement.
-        kv_tokens: Sum of their lengths.
-        waiting: Requests that waited at the last report or were placed since, so have not been seen running.
-        inbound: Requests on their way here by migration, with their lengths in tokens.
-        inbound_tokens: Sum of those.
-        outbound: Migrations that leave here.
-        blocks_committed: Blocks in use at the last report, and what waits here, came since or is on its way here will need; less
-            what has left since.
-        step_s: Mean step time at the last report that had one, 0.0 before.
-        queued_tokens: Sum of the lengths of `waiting`.
-        load: The larger of its KV share and its batch share, with everything here and on its way here; 1.0 is full.
-        price: See `Pricing`.
-    """
-
-    instance_id: InstanceId
-    capacity: InstanceCapacity
-    pricing: Pricing = Pricing()
-    draining: bool = False
-    request_ids: dict[RequestId, int] = field(default_factory=dict)
-    kv_tokens: int = 0
-    waiting: dict[RequestId, None] = field(default_factory=dict)
-    inbound: dict[MigrationId, int] = field(default_factory=dict)
-    inbound_tokens: int = 0
-    outbound: dict[MigrationId, None] = field(default_factory=dict)
-    blocks_committed: int = 0
-    step_s: float = 0.0
-    queued_tokens: int = 0
-    load: float = 0.0
-    price: float = 0.0
-    _per_token: float = field(init=False, repr=False)
-    _per_request: float = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        """Prepare what `load` is computed from."""
-        self._per_token = 1.0 / self.capacity.kv_tokens
-        self._per_request = 1.0 / self.capacity.max_num_seqs
-        self._weigh()
-
-    @property
-    def migrations(self) -> int:
-        """Migrations this instance takes part in, either way."""
-        return len(self.inbound) + len(self.outbound)
-
-    @property
-    def committed_kv_tokens(self) -> int:
-        """Tokens here or on their way here."""
-        return self.kv_tokens + self.inbound_tokens
-
-    @property
-    def committed_requests(self) -> int:
-        """Requests here or on their way here."""
-        return len(self.request_ids) + len(self.inbound)
-
-    def price_with(self, more_requests: int, more_tokens: int) -> float:
-        """The price with so much more on its way here."""
-        pricing = self.pricing
-        requests = self.committed_requests + more_requests
-        step = (
-            pricing.base + pricing.per_request * requests + pricing.per_token * (self.committed_kv_tokens + more_tokens)
-        )
-        return (requests + 1) * (step + pricing.per_queued_token * self.queued_tokens)
-
-    def free_blocks(self) -> int:
-        """Blocks that nothing here or on its way here will need as it is; negative when overcommitted."""
-        return self.capacity.kv_blocks - self.blocks_committed
-
-    def _weigh(self) -> None:
-        """Bring `load` and `price` up to date; called after every change."""
-        by_tokens = (self.kv_tokens + self.inbound_tokens) * self._per_token
-        by_requests = (len(self.request_ids) + len(self.inbound)) * self._per_request
-        self.load = max(by_requests, by_tokens)
-        self.price = self.price_with(0, 0)
-
-    def _add(self, request_id: RequestId, tokens: int, *, waits: bool) -> None:
-        self.request_ids[request_id] = tokens
-        if waits:
-            self.waiting[request_id] = None
-            self.queued_tokens += tokens
-        self.kv_tokens += tokens
-        self.blocks_committed += self.capacity.blocks_for(tokens)
-        self._weigh()
-
-    def _drop(self, request_id: RequestId) -> int:
-        tokens = self.request_ids.pop(request_id)
-        if request_id in self.waiting:
-            del self.waiting[request_id]
-            self.queued_tokens -= tokens
-        self.kv_tokens -= tokens
-        self.blocks_committed -= self.capacity.blocks_for(tokens)
-        self._weigh()
-        return tokens
-
-    def _expect(self, migration_id: MigrationId, tokens: int) -> None:
-        self.inbound[migration_id] = tokens
-        self.inbound_tokens += tokens
-        self.blocks_committed += self.capacity.blocks_for(tokens)
-        self._weigh()
-
-    def _expect_no_more(self, migration_id: MigrationId) -> None:
-        tokens = self.inbound.pop(migration_id, None)
-        if tokens is not None:
-            self.inbound_tokens -= tokens
-            self.blocks_committed -= self.capacity.blocks_for(tokens)
-            self._weigh()
-
-    def _follow(self, report: InstanceReport) -> None:
-        """Take over a report. Requests it names that are not here (any more) are left out."""
-        lengths = self.request_ids
-        known = len(lengths)
-        lengths.update(zip(report.running_ids, report.running_tokens, strict=True))
-        if report.waiting_ids:
-            lengths.update(zip(report.waiting_ids, report.waiting_tokens, strict=True))
-        while len(lengths) > known:  # a dict keeps its order: strangers came in last
-            lengths.popitem()
-        self.kv_tokens = sum(lengths.values())
-        # Blocks of requests on their way here are reserved, so in use, when the ask for room has been granted, which takes
-        # milliseconds: the report counts them.
-        self.blocks_committed = report.kv_blocks_used
-        if self.waiting or report.waiting_ids:
-            self._follow_queue(report)
-        if report.step_s > 0.0:
-            self.step_s = report.step_s
-        self._weigh()
-
-    def _follow_queue(self, report: InstanceReport) -> None:
-        running = set(report.running_ids)
-        waiting = {request_id: None for request_id in self.waiting if request_id not in running}
-        waiting.update({request_id: None for request_id in report.waiting_ids if request_id in self.request_ids})
-        self.waiting = waiting
-        lengths = [self.request_ids[request_id] for request_id in waiting]
-        self.queued_tokens = sum(lengths)
-        self.blocks_committed += sum(map(self.capacity.blocks_for, lengths))
+__all__ = ["ClusterView", "InstanceView", "Pricing", "RequestView"]
 
 
 @dataclass(slots=True, eq=False)
@@ -240,7 +79,8 @@ class ClusterView:
         Args:
             pricing: What a step of an instance costs, for `InstanceView.price`; None: prices only count requests.
         """
-        self._pricing = pricing
+        self._make_pricing = pricing
+        self._pricings: dict[InstanceCapacity, Pricing] = {}
         self.instances: dict[InstanceId, InstanceView] = {}
         self.requests: dict[RequestId, RequestView] = {}
         self._available: list[InstanceView] = []
@@ -264,7 +104,7 @@ class ClusterView:
         match event:
             case InstanceReported():
                 if (instance := self.instances.get(event.instance_id)) is not None:
-                    instance._follow(event.report)  # noqa: SLF001 - one writer, this module
+                    instance.follow(event.report)
             case MessageReceived() | TimerFired():
                 return
             case RequestArrived():
@@ -274,7 +114,7 @@ class ClusterView:
             case MigrationEnded():
                 self._end_migration(event)
             case InstanceJoined():
-                pricing = Pricing() if self._pricing is None else self._pricing(event.capacity)
+                pricing = self._pricing_for(event.capacity)
                 self.instances[event.instance_id] = InstanceView(event.instance_id, event.capacity, pricing)
                 self._find_available()
             case InstanceDraining():
@@ -293,6 +133,16 @@ class ClusterView:
                 self._start_migration(effect)
             elif isinstance(effect, Reject):
                 self._remove(effect.request_id)
+
+    def set_urgency(self, urgency: float) -> None:
+        """Change how much waiting for the first token counts (`Pricing.urgency`); prices follow as instances change."""
+        for pricing in self._pricings.values():
+            pricing.urgency = urgency
+
+    def _pricing_for(self, capacity: InstanceCapacity) -> Pricing:
+        if capacity not in self._pricings:
+            self._pricings[capacity] = Pricing() if self._make_pricing is None else self._make_pricing(capacity)
+        return self._pricings[capacity]
 
     def _find_available(self) -> None:
         self._available = [i for _, i in sorted(self.instances.items()) if not i.draining]
@@ -320,12 +170,12 @@ class ClusterView:
         if request.place is not None:
             self._take_away(request)
         self._unplaced.pop(request_id, None)
-        instance._add(request_id, request.settled_tokens, waits=waits)  # noqa: SLF001 - one writer, this module
+        instance.add(request_id, request.settled_tokens, waits=waits)
         request.place = instance
 
     def _take_away(self, request: RequestView) -> None:
         if request.place is not None:
-            request.settled_tokens = request.place._drop(request.request_id)  # noqa: SLF001 - one writer
+            request.settled_tokens = request.place.drop(request.request_id)
             request.place = None
         self._unplaced[request.request_id] = request
 
@@ -358,13 +208,13 @@ class ClusterView:
         if source is not None:
             source.outbound[effect.migration_id] = None
         if target is not None and request is not None:
-            target._expect(effect.migration_id, request.tokens)  # noqa: SLF001 - one writer, this module
+            target.expect(effect.migration_id, request.tokens)
 
     def _end_migration(self, event: MigrationEnded) -> None:
         if (source := self.instances.get(event.source_id)) is not None:
             source.outbound.pop(event.migration_id, None)
         if (target := self.instances.get(event.target_id)) is not None:
-            target._expect_no_more(event.migration_id)  # noqa: SLF001 - one writer, this module
+            target.expect_no_more(event.migration_id)
         request = self.requests.get(event.request_id)
         if request is None or request.migration_id != event.migration_id:
             return

@@ -154,7 +154,7 @@ sys.path[:0] = ["tests", "tests/core/policies"]
 from test_policy_contract import MAKERS, run
 for name in MAKERS:
     rng = random.Random(7)
-    steps = [(rng.randrange(100), rng.randrange(10**6), rng.randrange(10**6)) for _ in range(400)]
+    steps = [(rng.randrange(100), rng.randrange(10**6), rng.randrange(10**6)) for _ in range(200)]
     print(name, hashlib.sha256(repr(run(name, steps).log).encode()).hexdigest())
 """
 

@@ -27,7 +27,7 @@ from cascadeinfer.core.balance.recent import RecentWorkload
 from cascadeinfer.core.balance.refine import BoundaryRefiner, Neighbours, RefineSettings, outlook
 from cascadeinfer.core.balance.roster import Roster
 from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.dispatch import cheapest, cheapest_with_room, pricing_of
+from cascadeinfer.core.dispatch import TYPICAL_OUTPUT_TOKENS, cheapest, cheapest_with_room, pricing_of
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import (
     Event,
@@ -109,6 +109,8 @@ class Cascade:
         self._workloads = [self._recent] if refine and step_model is not None else []
         if self._replanner is not None:
             self._workloads.append(self._replanner.workload)
+        self._urgency = 1.0 / TYPICAL_OUTPUT_TOKENS
+        self._finished = 0
         self._incarnations: dict[InstanceId, int] = {}
         self._wakes: list[tuple[float, InstanceId]] = []
         self._wake_of: dict[InstanceId, float] = {}
@@ -207,6 +209,7 @@ class Cascade:
             return
         for workload in self._workloads:
             workload.note_finished(request.prompt_tokens, event.output_tokens)
+        self._learn_urgency(event.output_tokens)
         place = request.place
         self.view.apply(event)
         if place is not None and (agent := self.agents.get(place.instance_id)) is not None:
@@ -215,6 +218,13 @@ class Cascade:
             self._carry_out(place.instance_id, agent, out, event.cause, effects)
         if self._max_queued is not None:
             self._place_waiting(event.cause, effects)
+
+    def _learn_urgency(self, output_tokens: int) -> None:
+        """The wait for the first token weighs one over the output's length: follow its mean."""
+        self._finished += 1
+        self._urgency += (1.0 / max(1, output_tokens) - self._urgency) / min(self._finished + 50, 1000)
+        if self._finished % 50 == 0:
+            self.view.set_urgency(self._urgency)
 
     # --- agents ---------------------------------------------------------------------------------------------------------
 

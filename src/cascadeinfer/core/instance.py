@@ -1,0 +1,193 @@
+"""
+One instance in a policy's books: what is there, what it weighs, what its next step costs.
+
+Everything that is read per decision is kept up to date, not computed when asked: a change costs O(1), a report O(requests there) in
+C loops (`dict.update`, `sum`), and looking at the load of an instance one attribute. Lengths live here (`request_ids`), because a report
+brings them all at once. Only `ClusterView` (`core/view.py`) calls what changes an instance.
+"""
+
+from dataclasses import dataclass, field
+
+from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
+
+
+@dataclass(slots=True)
+class Pricing:
+    """
+    What a step of an instance costs its requests: `price = (requests + 1) * (base + per_request * requests + per_token * tokens +
+    urgency * queue)`, the seconds that all requests there and one more wait for one token, its share of the wait for the first included.
+
+    `queue` is the time it takes to compute what does not decode yet, `sum(per_queued_token * tokens + per_queued_pair * tokens^2)`.
+    Units of time are those of `base`.
+
+    Attributes:
+        base: A step with nothing in it.
+        per_request: Each request.
+        per_token: Each token of their lengths.
+        per_queued_token: Each token to be computed.
+        per_queued_pair: Half of what the attention of a token to another costs when it is computed.
+        urgency: Share of that wait that counts per token of a newcomer: one over the tokens that it will produce. May change.
+    """
+
+    base: float = 1.0
+    per_request: float = 0.0
+    per_token: float = 0.0
+    per_queued_token: float = 0.0
+    per_queued_pair: float = 0.0
+    urgency: float = 0.0
+
+    def queue_of(self, tokens: int) -> float:
+        """Time to compute a sequence of this length."""
+        return tokens * (self.per_queued_token + self.per_queued_pair * tokens)
+
+
+@dataclass(slots=True, eq=False)
+class InstanceView:
+    """
+    What a policy knows of one instance.
+
+    Attributes:
+        request_ids: Requests placed here, waiting or running, with their lengths in tokens at the last report, in order of placement.
+        kv_tokens: Sum of their lengths.
+        waiting: Requests that waited at the last report or were placed since, so have not been seen running.
+        inbound: Requests on their way here by migration, with their lengths in tokens.
+        inbound_tokens: Sum of those.
+        outbound: Migrations that leave here.
+        blocks_committed: Blocks in use at the last report, and what waits here, came since or is on its way here will need; less
+            what has left since.
+        step_s: Mean step time at the last report that had one, 0.0 before.
+        starting: Requests not known to decode yet, with the length at which they were placed: they wait, or are being computed.
+        queue: Time to compute those, see `Pricing`.
+        load: The larger of its KV share and its batch share, with everything here and on its way here; 1.0 is full.
+        price: See `Pricing`.
+    """
+
+    instance_id: InstanceId
+    capacity: InstanceCapacity
+    pricing: Pricing = field(default_factory=Pricing)
+    draining: bool = False
+    request_ids: dict[RequestId, int] = field(default_factory=dict)
+    kv_tokens: int = 0
+    waiting: dict[RequestId, None] = field(default_factory=dict)
+    inbound: dict[MigrationId, int] = field(default_factory=dict)
+    inbound_tokens: int = 0
+    outbound: dict[MigrationId, None] = field(default_factory=dict)
+    blocks_committed: int = 0
+    step_s: float = 0.0
+    starting: dict[RequestId, int] = field(default_factory=dict)
+    queue: float = 0.0
+    load: float = 0.0
+    price: float = 0.0
+    _per_token: float = field(init=False, repr=False)
+    _per_request: float = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Prepare what `load` is computed from."""
+        self._per_token = 1.0 / self.capacity.kv_tokens
+        self._per_request = 1.0 / self.capacity.max_num_seqs
+        self._weigh()
+
+    @property
+    def migrations(self) -> int:
+        """Migrations this instance takes part in, either way."""
+        return len(self.inbound) + len(self.outbound)
+
+    @property
+    def committed_kv_tokens(self) -> int:
+        """Tokens here or on their way here."""
+        return self.kv_tokens + self.inbound_tokens
+
+    @property
+    def committed_requests(self) -> int:
+        """Requests here or on their way here."""
+        return len(self.request_ids) + len(self.inbound)
+
+    def price_with(self, more_requests: int, more_tokens: int) -> float:
+        """The price with so much more on its way here."""
+        pricing = self.pricing
+        requests = self.committed_requests + more_requests
+        step = (
+            pricing.base + pricing.per_request * requests + pricing.per_token * (self.committed_kv_tokens + more_tokens)
+        )
+        return (requests + 1) * (step + pricing.urgency * self.queue)
+
+    def free_blocks(self) -> int:
+        """Blocks that nothing here or on its way here will need as it is; negative when overcommitted."""
+        return self.capacity.kv_blocks - self.blocks_committed
+
+    def _weigh(self) -> None:
+        """Bring `load` and `price` up to date; called after every change."""
+        by_tokens = (self.kv_tokens + self.inbound_tokens) * self._per_token
+        by_requests = (len(self.request_ids) + len(self.inbound)) * self._per_request
+        self.load = max(by_requests, by_tokens)
+        self.price = self.price_with(0, 0)
+
+    def add(self, request_id: RequestId, tokens: int, *, waits: bool) -> None:
+        """A request was placed here; one that moved here decodes, any other waits first."""
+        self.request_ids[request_id] = tokens
+        if waits:
+            self.waiting[request_id] = None
+            self.starting[request_id] = tokens
+            self.queue += self.pricing.queue_of(tokens)
+        self.kv_tokens += tokens
+        self.blocks_committed += self.capacity.blocks_for(tokens)
+        self._weigh()
+
+    def drop(self, request_id: RequestId) -> int:
+        """A request is here no more. Returns its length."""
+        tokens = self.request_ids.pop(request_id)
+        self.waiting.pop(request_id, None)
+        if (placed_tokens := self.starting.pop(request_id, None)) is not None:
+            self.queue -= self.pricing.queue_of(placed_tokens)
+        self.kv_tokens -= tokens
+        self.blocks_committed -= self.capacity.blocks_for(tokens)
+        self._weigh()
+        return tokens
+
+    def expect(self, migration_id: MigrationId, tokens: int) -> None:
+        """A request is on its way here."""
+        self.inbound[migration_id] = tokens
+        self.inbound_tokens += tokens
+        self.blocks_committed += self.capacity.blocks_for(tokens)
+        self._weigh()
+
+    def expect_no_more(self, migration_id: MigrationId) -> None:
+        """It is here, or will not come."""
+        tokens = self.inbound.pop(migration_id, None)
+        if tokens is not None:
+            self.inbound_tokens -= tokens
+            self.blocks_committed -= self.capacity.blocks_for(tokens)
+            self._weigh()
+
+    def follow(self, report: InstanceReport) -> None:
+        """Take over a report. Requests it names that are not here (any more) are left out."""
+        lengths = self.request_ids
+        known = len(lengths)
+        lengths.update(zip(report.running_ids, report.running_tokens, strict=True))
+        if report.waiting_ids:
+            lengths.update(zip(report.waiting_ids, report.waiting_tokens, strict=True))
+        while len(lengths) > known:  # a dict keeps its order: strangers came in last
+            lengths.popitem()
+        self.kv_tokens = sum(lengths.values())
+        # Blocks of requests on their way here are reserved, so in use, when the ask for room has been granted, which takes
+        # milliseconds: the report counts them.
+        self.blocks_committed = report.kv_blocks_used
+        if self.starting or report.waiting_ids:
+            self._follow_queue(report)
+        if report.step_s > 0.0:
+            self.step_s = report.step_s
+        self._weigh()
+
+    def _follow_queue(self, report: InstanceReport) -> None:
+        running = set(report.running_ids)
+        waiting = {request_id: None for request_id in self.waiting if request_id not in running}
+        waiting.update({request_id: None for request_id in report.waiting_ids if request_id in self.request_ids})
+        self.waiting = waiting
+        blocks_for = self.capacity.blocks_for
+        self.blocks_committed += sum([blocks_for(self.request_ids[request_id]) for request_id in waiting])
+        starting = {r: placed for r, placed in self.starting.items() if r in waiting or self.request_ids[r] <= placed}
+        for request_id in waiting:  # one that ran before is computed anew with all it has
+            starting.setdefault(request_id, self.request_ids[request_id])
+        self.starting = starting
+        self.queue = sum(map(self.pricing.queue_of, starting.values()))
