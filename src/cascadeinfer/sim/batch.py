@@ -181,5 +181,6 @@ class DecodeBatch:
         self.refresh()
         if self.steps < self.finish_min:
             return []
-        over = np.flatnonzero(self.finish[: len(self.members)] == self.steps).tolist()
-        return sorted((self.members[i] for i in over), key=lambda request: request.admission)
+        ends = self.finish[: len(self.members)].tolist()
+        over = [member for member, end in zip(self.members, ends, strict=True) if end == self.steps]
+        return sorted(over, key=lambda request: request.admission) if len(over) > 1 else over

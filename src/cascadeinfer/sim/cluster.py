@@ -7,6 +7,7 @@ see `kernel.Priority`. The order of events around a death and an end is the runt
 `InstanceLost` or `RequestFinished` that brought it about.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import assert_never
@@ -82,6 +83,7 @@ class SimCluster:
         self._rng = np.random.default_rng(config.seed)
         self._progress_s = 0.0
         self._to_come = len(trace)
+        self._stop_s = math.inf if config.stop_s is None else config.stop_s
         self._stages: dict[InstanceId, int] = {}
         self._inbox: deque[Event] = deque()
         self._handling = False
@@ -106,13 +108,7 @@ class SimCluster:
         Returns:
             False when the run is over, by itself or by `stop_s`.
         """
-        if not (self._to_come or self.live):
-            return False
-        next_s = self.kernel.next_s()
-        if next_s is None or (self.config.stop_s is not None and next_s > self.config.stop_s):
-            return False
-        self.kernel.step()
-        return True
+        return bool(self._to_come or self.live) and self.kernel.step(self._stop_s)
 
     def settle(self) -> None:
         """Bring everything up to now: for the records of a run that was stopped."""
@@ -262,18 +258,19 @@ class SimCluster:
     # --- the policy --------------------------------------------------------------------------------------------------
 
     def _emit(self, event: Event) -> None:
-        self._inbox.append(event)
         if self._handling:
+            self._inbox.append(event)
             return
         self._handling = True
         now_s = self.kernel.now_s
-        while self._inbox:
-            event = self._inbox.popleft()
-            effects = self._policy.handle(event, now_s)
+        waiting: Event | None = event
+        while waiting is not None:
+            effects = self._policy.handle(waiting, now_s)
             if self._observer is not None:
-                self._observer(now_s, event, effects)
+                self._observer(now_s, waiting, effects)
             for effect in effects:
                 self._carry_out(effect)
+            waiting = self._inbox.popleft() if self._inbox else None
         self._handling = False
         timer_s = self._policy.next_timer_s()
         if timer_s != self._timer_s:

@@ -226,26 +226,31 @@ class SimInstance:
         """The load now, between two steps."""
         scheduler = self.scheduler
         batch = scheduler.batch
-        decoding = len(batch.members)
         if self._ids_of_change != batch.changes:
             self._ids = tuple([request.request_id for request in batch.members])
             self._ids_of_change = batch.changes
         ids = self._ids
-        tokens = tuple((batch.base[:decoding] + batch.steps).tolist())
+        steps = batch.steps
+        tokens = tuple([request.base + steps for request in batch.members])
         if scheduler.prefilling or scheduler.joining:
             others = [*scheduler.prefilling, *scheduler.joining]
             ids += tuple([request.request_id for request in others])
             tokens += tuple([request.settled_tokens for request in others])
-        queue = [entry[2] for entry in sorted(scheduler.waiting, key=lambda entry: entry[:2])]
-        steps = self.steps_done - self._reported_steps
-        step_s = (self.busy_s - self._reported_busy_s) / steps if steps else 0.0
+        waiting_ids: tuple[RequestId, ...] = ()
+        waiting_tokens: tuple[int, ...] = ()
+        if scheduler.waiting:
+            queue = [entry[2] for entry in sorted(scheduler.waiting, key=lambda entry: entry[:2])]
+            waiting_ids = tuple([request.request_id for request in queue])
+            waiting_tokens = tuple([request.settled_tokens for request in queue])
+        done = self.steps_done - self._reported_steps
+        step_s = (self.busy_s - self._reported_busy_s) / done if done else 0.0
         self._reported_steps = self.steps_done
         self._reported_busy_s = self.busy_s
         return InstanceReport(
             ids,
             tokens,
-            tuple([request.request_id for request in queue]),
-            tuple([request.settled_tokens for request in queue]),
+            waiting_ids,
+            waiting_tokens,
             scheduler.kv.blocks - scheduler.kv.free_blocks,
             step_s,
         )

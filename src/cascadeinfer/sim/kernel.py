@@ -70,9 +70,18 @@ class Kernel:
         stepping = self._stepping
         return self.now_s if stepping is None or stepping >= order else math.nextafter(self.now_s, -math.inf)
 
-    def step(self) -> None:
-        """Move the clock to the next action and run it."""
-        self.now_s, priority, order, _, action, argument = heappop(self._heap)
+    def step(self, until_s: float = math.inf) -> bool:
+        """
+        Move the clock to the next action and run it.
+
+        Returns:
+            False when there is none, or none until `until_s` (inclusive); the clock stays.
+        """
+        heap = self._heap
+        if not heap or heap[0][0] > until_s:
+            return False
+        self.now_s, priority, order, _, action, argument = heappop(heap)
         self._stepping = order if priority == _STEP else None
         self.events += 1
         action(argument)
+        return True
