@@ -143,3 +143,26 @@ def test_reports_say_what_is_so_between_two_steps() -> None:
     assert result.samples.mean_tokens[0] == 108
     assert result.samples.running[0] == 1
     assert result.samples.kv_use[0] == pytest.approx(7 / 4096)
+
+
+@pytest.mark.parametrize("load", [0.2, 0.5, 0.7])
+def test_steady_state_has_the_closed_form(load: float) -> None:
+    """
+    With `step = base + w * requests` and R tokens/s of demand, Little's law gives `step = base / (1 - w * R)`.
+
+    Arrivals find that (they are Poisson) and add themselves: a token's step is `base / (1 - w * R) + w` long.
+    """
+    rng = np.random.default_rng(0)
+    n, output, base_s, per_decode_s = 2000, 200, 0.010, 0.0005
+    rate_rps = load / (per_decode_s * output)
+    model = StepModel(
+        base_s=base_s,
+        per_decode_s=per_decode_s,
+        per_kv_token_s=0.0,
+        per_prefill_token_s=0.0,
+        per_prefill_attention_s=0.0,
+    )
+    trace = Trace.from_columns(np.full(n, 4), np.full(n, output), np.cumsum(rng.exponential(1.0 / rate_rps, n)))
+    result = simulate(trace, policy_named("least_loaded", 1), config(instances=1, step_model=model))
+    settled = result.requests.arrived_in(0.1 * trace.duration_s, trace.duration_s)
+    assert np.mean(settled.tpot_s) == pytest.approx(base_s / (1.0 - load) + per_decode_s, rel=0.03)
