@@ -41,6 +41,9 @@ COMMANDS: Final[dict[str, Command]] = {
     "demo": Command("cascadeinfer.cli.demo", "Show it: two instances, real chat requests that move between them."),
     "plan": Command("cascadeinfer.cli.plan", "Plan length stages for a workload."),
     "simulate": Command("cascadeinfer.cli.simulate", "Simulate a workload under several policies."),
+    "sweep": Command(
+        "cascadeinfer.cli.sweep", "Simulate policies over a range of rates; the highest rate within an SLO."
+    ),
     "model": Command("cascadeinfer.cli.model", "Prepare models that need no hub."),
 }
 

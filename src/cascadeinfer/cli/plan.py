@@ -1,10 +1,18 @@
 """`cascadeinfer plan`: the best stages for a workload, with reasons."""
 
-import json
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from cascadeinfer.cli import experiment_options as options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cascadeinfer.core.plan.planner import Plan, StagePrediction
+    from cascadeinfer.evaluation.setting import Setting
 
 
 def register(app: typer.Typer, name: str, help_text: str) -> None:
@@ -14,38 +22,105 @@ def register(app: typer.Typer, name: str, help_text: str) -> None:
 
 def plan(
     *,
-    profile: Annotated[str, typer.Option(help="Cost profile: a shipped name or a JSON file.")],
-    trace: Annotated[Path, typer.Option(help="Trace file (.csv or .jsonl, also .gz); its lengths count.")],
-    rate: Annotated[float, typer.Option(help="Requests per second.")],
-    instances: Annotated[int, typer.Option(help="Instances to place.")],
-    margin: Annotated[float, typer.Option(help="Gain that several stages must bring over one.")] = 0.05,
-    context: Annotated[int, typer.Option(help="Longest sequence; longer requests are cut, and counted.")] = 131_072,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the plan here.")] = None,
+    profile: options.Profile,
+    trace: options.TraceFile,
+    rate: options.Rate,
+    instances: options.Instances,
+    objective: options.ObjectiveName = "latency",
+    margin: options.Margin = options.DEFAULT_MARGIN,
+    ttft_slo: options.TtftSlo = 2.0,
+    tpot_slo: options.TpotSlo = 0.1,
+    context: options.Context = options.DEFAULT_CONTEXT,
+    plot: Annotated[Path | None, typer.Option(help="Draw work over length with the stages (PNG).")] = None,
+    json_file: options.JsonFile = None,
 ) -> None:
     """Plan stages for the lengths of a trace at a rate, and say why."""
-    from cascadeinfer.cli.workload_options import load_workload
-    from cascadeinfer.core.plan.explain import explain
+    from cascadeinfer.cli.tables import console
+    from cascadeinfer.core.plan.explain import reasons
+    from cascadeinfer.evaluation.setting import check_rate, load_setting
 
-    workload = load_workload(profile, trace, rate, instances, context)
-    best = workload.plan(margin)
-    for note in workload.notes():
-        typer.echo(f"note: {note}", err=True)
-    typer.echo(explain(best))
-    boundaries = (0, *best.boundaries_tokens)
-    ends = (*best.boundaries_tokens, None)
-    stages: list[dict[str, Any]] = [
-        {"lo_tokens": lo, "hi_tokens": hi, "instances": n}
-        for lo, hi, n in zip(boundaries, ends, best.instances, strict=True)
-    ]
-    flag = ",".join(f"{s['lo_tokens']}-{s['hi_tokens'] or ''}:{s['instances']}" for s in stages)
+    goal = options.objective_of(objective, options.slo_of(ttft_slo, tpot_slo))
+    check_rate(rate)
+    options.check_outputs(plot, json_file, matplotlib=plot is not None)
+    setting = load_setting(profile, trace, instances, context, goal, margin)
+    best = setting.plan(rate)
+    options.tell_notes(setting)
+    out = console()
+    out.print(_stage_table(best))
+    out.print(_comparison(best), highlight=False)
+    typer.echo("\n".join(["", *reasons(best)]))
+    stages = [_as_dict(stage) for stage in best.stages]
+    flag = ",".join(f"{stage.range}:{stage.n_instances}" for stage in best.stages)
     typer.echo(f"\nfor the server: --instances {instances} --stages {flag}")
     if json_file is not None:
-        content = {
-            "profile": workload.profile.name,
-            "trace": str(trace),
-            "rate_per_s": rate,
-            "stages": stages,
-            "predicted": best.cost,
-            "predicted_one_stage": best.one_stage_cost,
-        }
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+        options.write_json(json_file, _content(setting, best, rate, stages))
+    if plot is not None:
+        from cascadeinfer.observe.figures import save
+        from cascadeinfer.observe.plan_figure import plan_figure
+
+        save(plan_figure(best, f"{setting.profile.name}, {trace.name}, {rate:g} requests/s"), plot)
+
+
+def _stage_table(best: "Plan") -> "Table":
+    from rich.table import Table
+
+    table = Table(title=f"{len(best.stages)} stage{'s' if len(best.stages) > 1 else ''}, predicted")
+    for heading in (
+        "lengths", "instances", "requests", "tokens", "utilisation", "batch", "step ms", "KV use", "TTFT s", "handed in/s"
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for stage in best.stages:
+        service = stage.service
+        table.add_row(
+            str(stage.range),
+            str(stage.n_instances),
+            f"{stage.share_of_requests:.1%}",
+            f"{stage.share_of_steps:.1%}",
+            f"{service.utilisation:.0%}",
+            f"{service.batch:.1f}",
+            f"{1e3 * service.step_s:.2f}",
+            f"{service.kv_use:.0%}",
+            f"{service.ttft_s:.3f}",
+            f"{stage.hand_overs_per_s:.2f}",
+        )
+    return table
+
+
+def _comparison(best: "Plan") -> str:
+    """Predicted QoE of the plan and of one stage."""
+    describe = best.problem.objective.describe
+    one = describe(best.one_stage_cost) if math.isfinite(best.one_stage_cost) else "cannot carry the load"
+    return f"predicted: this plan {describe(best.cost)}; one stage {one}"
+
+
+def _as_dict(stage: "StagePrediction") -> dict[str, Any]:
+    from cascadeinfer.core.types import UNBOUNDED_TOKENS
+
+    hi = stage.range.hi_tokens
+    return {
+        "lo_tokens": stage.range.lo_tokens,
+        "hi_tokens": None if hi >= UNBOUNDED_TOKENS else hi,
+        "instances": stage.n_instances,
+        "share_of_requests": stage.share_of_requests,
+        "share_of_steps": stage.share_of_steps,
+        "share_of_work": stage.share_of_work,
+        "hand_overs_per_s": stage.hand_overs_per_s,
+        **stage.service._asdict(),
+    }
+
+
+def _content(setting: "Setting", best: "Plan", rate_rps: float, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    from cascadeinfer.evaluation.provenance import provenance
+
+    return {
+        "provenance": provenance(setting.profile, []),
+        "rate_per_s": rate_rps,
+        "instances": setting.n_instances,
+        "context_tokens": setting.context_tokens,
+        "prompts_cut": setting.capped.prompts_cut,
+        "outputs_cut": setting.capped.outputs_cut,
+        "stages": stages,
+        "predicted": best.cost,
+        "predicted_one_stage": best.one_stage_cost,
+        "predicted_by_stages": best.cost_by_stages,
+    }

@@ -5,33 +5,20 @@ Every policy sees the same requests at the same times for each seed. Lengths are
 Poisson at the given rate. All figures are simulated; the cost profile says what its step times rest on.
 """
 
-import json
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cascadeinfer.cli import experiment_options as options
+
 if TYPE_CHECKING:
-    from rich.table import Table
+    from cascadeinfer.evaluation.runs import RunOutcome, RunSpec
+    from cascadeinfer.evaluation.setting import Setting
 
-    from cascadeinfer.cli.workload_options import Workload
-    from cascadeinfer.core.policy import Policy
-    from cascadeinfer.observe.summary import RunSummary
-
-COLUMNS = (
-    ("TTFT s", "ttft_s_mean"),
-    ("TPOT s", "tpot_s_mean"),
-    ("norm. latency s", "normalised_latency_s_mean"),
-    ("e2e mean s", "e2e_s_mean"),
-    ("e2e p99 s", "e2e_s_p99"),
-    ("tokens/s", "throughput_tokens_per_s"),
-    ("SLO", "slo_attainment"),
-    ("moves", "migrations"),
-    ("preempted", "preemptions"),
-)
+DEFAULT_REQUESTS = 2000
 
 
 def register(app: typer.Typer, name: str, help_text: str) -> None:
@@ -41,131 +28,187 @@ def register(app: typer.Typer, name: str, help_text: str) -> None:
 
 def simulate(
     *,
-    profile: Annotated[str, typer.Option(help="Cost profile: a shipped name or a JSON file.")],
-    trace: Annotated[Path, typer.Option(help="Trace file (.csv or .jsonl, also .gz); its lengths count.")],
-    rate: Annotated[float, typer.Option(help="Requests per second.")],
-    instances: Annotated[int, typer.Option(help="Instances.")],
-    policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "cascade,least_loaded,round_robin",
-    seeds: Annotated[int, typer.Option(help="Runs per policy, with seeds 0, 1, ...")] = 3,
-    requests: Annotated[int, typer.Option(help="Requests per run.")] = 2000,
-    ttft_slo: Annotated[float, typer.Option(help="SLO: most seconds to the first token.")] = 2.0,
-    tpot_slo: Annotated[float, typer.Option(help="SLO: most seconds per token after it.")] = 0.1,
-    margin: Annotated[float, typer.Option(help="Gain that several stages must bring over one.")] = 0.05,
-    context: Annotated[int, typer.Option(help="Longest sequence; longer requests are cut, and counted.")] = 131_072,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every run's figures here.")] = None,
+    profile: options.Profile,
+    trace: options.TraceFile,
+    rate: options.Rate,
+    instances: options.Instances,
+    policy: options.Policies = options.DEFAULT_POLICIES,
+    seeds: options.Seeds = 3,
+    requests: options.Requests = None,
+    duration_s: options.DurationS = None,
+    warm_up: options.WarmUp = 0.1,
+    objective: options.ObjectiveName = "latency",
+    margin: options.Margin = options.DEFAULT_MARGIN,
+    ttft_slo: options.TtftSlo = 2.0,
+    tpot_slo: options.TpotSlo = 0.1,
+    context: options.Context = options.DEFAULT_CONTEXT,
+    overload: Annotated[
+        bool, typer.Option("--overload", help="Run a rate above capacity, with the plan for what can be served.")
+    ] = False,
+    jobs: options.Jobs = 1,
+    plot: Annotated[
+        str | None, typer.Option(help="Prefix of PNG files: PREFIX-cdf.png, PREFIX-timeline-POLICY.png.")
+    ] = None,
+    json_file: options.JsonFile = None,
+    parquet: Annotated[Path | None, typer.Option(help="Write one row per request, policy and seed (Parquet).")] = None,
 ) -> None:
-    """Simulate a workload under several policies and compare them."""
-    from rich.console import Console
+    """Simulate a workload under several policies, by default 2,000 requests per run, and compare them."""
+    from cascadeinfer.cli.tables import console, policy_table
+    from cascadeinfer.evaluation.pool import check_jobs
+    from cascadeinfer.evaluation.runs import RunSpec
+    from cascadeinfer.evaluation.setting import check_rate, check_served, load_setting
+    from cascadeinfer.evaluation.variants import check_policies
 
-    from cascadeinfer import __version__
-    from cascadeinfer.cli.workload_options import load_workload
-    from cascadeinfer.core.errors import ConfigError
-    from cascadeinfer.core.policies import POLICIES
-
-    names = [name.strip() for name in policy.split(",")]
-    for name in names:
-        if name not in POLICIES:
-            raise ConfigError(f"no policy {name!r}", option="--policy", fix=f"one of {', '.join(sorted(POLICIES))}")
-    for value, option in ((seeds, "--seeds"), (requests, "--requests")):
-        if value < 1:
-            raise ConfigError(f"{value} is not at least 1", option=option)
-    workload = load_workload(profile, trace, rate, instances, context)
-    runs = _run_all(workload, names, seeds, requests, (ttft_slo, tpot_slo), margin)
-    for note in workload.notes():
-        typer.echo(f"note: {note}", err=True)
-    Console(width=None if sys.stdout.isatty() else 160).print(_table(runs))
-    if json_file is not None:
-        content = {
-            "simulated": True,
-            "version": __version__,
-            "profile": workload.profile.name,
-            "trace": str(trace),
-            "rate_per_s": rate,
-            "instances": instances,
-            "requests": requests,
-            "slo": {"ttft_s": ttft_slo, "tpot_s": tpot_slo},
-            "runs": {name: [asdict(run) for run in per_seed] for name, per_seed in runs.items()},
-        }
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _run_all(
-    workload: "Workload", names: Sequence[str], seeds: int, requests: int, slo: tuple[float, float], margin: float
-) -> dict[str, list["RunSummary"]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    runs: dict[str, list[RunSummary]] = {name: [] for name in names}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("simulating", total=len(names) * seeds * requests)
-        for seed in range(seeds):
-            for name in names:
-                done_before = progress.tasks[task].completed
-
-                def tell(_: float, over: int, before: float = done_before) -> None:
-                    progress.update(task, completed=before + over)
-
-                runs[name].append(_run(workload, name, seed, requests, slo, margin, tell))
-                progress.update(task, completed=done_before + requests)
-    return runs
-
-
-def _run(
-    workload: "Workload",
-    name: str,
-    seed: int,
-    requests: int,
-    slo: tuple[float, float],
-    margin: float,
-    tell: Any,
-) -> "RunSummary":
-    import numpy as np
-
-    from cascadeinfer.observe.summary import Slo, summarise
-    from cascadeinfer.sim.run import simulate as run_simulation
-    from cascadeinfer.sim.settings import NetworkConfig, SimConfig
-    from cascadeinfer.workload.arrivals import poisson_arrivals
-
-    rng = np.random.default_rng(seed)
-    lengths = workload.trace.resample(requests, rng)
-    trace = lengths.with_arrivals(poisson_arrivals(workload.rate_per_s, requests, rng))
-    profile = workload.profile
-    config = SimConfig(
-        instances=workload.n_instances,
-        capacity=profile.capacity,
-        step_model=profile.step_model,
-        kv_bytes_per_token=profile.kv_bytes_per_token,
-        context_tokens=workload.context_tokens,
-        network=NetworkConfig(link_bytes_per_s=profile.transfer_bytes_per_s),
-        seed=seed,
+    names = options.words_of(policy)
+    check_policies(names)
+    check_rate(rate)
+    options.share(warm_up, "--warm-up")
+    count = options.requests_of(requests, duration_s, rate, default=DEFAULT_REQUESTS)
+    options.at_least_one(seeds=seeds)
+    check_jobs(jobs)
+    options.check_outputs(
+        None if plot is None else Path(plot),
+        json_file,
+        parquet,
+        matplotlib=plot is not None,
+        pyarrow=parquet is not None,
     )
-    result = run_simulation(trace, _policy(workload, name, margin), config, progress=tell)
-    return summarise(result.requests, result.end_s, Slo(*slo))
+    slo = options.slo_of(ttft_slo, tpot_slo)
+    setting = load_setting(profile, trace, instances, context, options.objective_of(objective, slo), margin)
+    if not overload:
+        check_served(setting, [rate])
+    first = RunSpec(names[0], rate, 0, count, slo, warm_up=warm_up, allow_overload=overload)
+    specs = [replace(first, policy=name, seed=seed) for seed in range(seeds) for name in names]
+    outcomes = _run_all(setting, specs, jobs, timelines=plot is not None)
+    options.tell_notes(setting)
+    options.tell_short_runs(rate, count, max(o.summary.e2e_s_mean for o in outcomes))
+    runs = {name: [o for o in outcomes if o.spec.policy == name] for name in names}
+    title = f"{setting.profile.name}, {trace.name}, {rate:g} requests/s, {instances} instances, {count} requests"
+    console().print(policy_table({name: [o.summary for o in per_seed] for name, per_seed in runs.items()}, title))
+    _write(_content(setting, trace, first, seeds), runs, json_file, parquet)
+    if plot is not None:
+        _draw(plot, runs, title)
 
 
-def _policy(workload: "Workload", name: str, margin: float) -> "Policy":
-    """A fresh policy; those with stages start with the planned ones."""
-    from cascadeinfer.core.policies import POLICIES
-    from cascadeinfer.sim.settings import instance_ids
+@dataclass(frozen=True)
+class _Task:
+    """A run for another process."""
 
-    if name not in {"cascade", "static_stages"}:
-        return POLICIES[name]()
-    layout = workload.plan(margin).layout(instance_ids(workload.n_instances))
-    if name == "cascade":
-        return POLICIES[name](layout=layout, step_model=workload.profile.step_model)
-    return POLICIES[name](layout=layout)
+    setting: "Setting"
+    spec: "RunSpec"
+    keep_samples: bool
 
 
-def _table(runs: dict[str, list["RunSummary"]]) -> "Table":
-    from rich.table import Table
+def _do(task: _Task) -> "RunOutcome":
+    from cascadeinfer.evaluation.runs import run_once
 
-    from cascadeinfer.observe.summary import interval
+    return run_once(task.setting, task.spec, keep_samples=task.keep_samples)
 
-    table = Table(title="simulated; mean over seeds +- 95 % confidence", caption="lower is better up to e2e")
-    table.add_column("policy")
-    for heading, _ in COLUMNS:
-        table.add_column(heading, justify="right")
+
+def _run_all(setting: "Setting", specs: Sequence["RunSpec"], jobs: int, *, timelines: bool) -> list["RunOutcome"]:
+    """All runs in order; samples of the first seed are kept where timelines are wanted."""
+    from cascadeinfer.cli.tables import progress_bar
+    from cascadeinfer.evaluation.pool import map_in_processes
+    from cascadeinfer.evaluation.runs import run_once
+
+    outcomes: dict[int, RunOutcome] = {}
+    with progress_bar() as progress:
+        bar = progress.add_task("simulating", total=sum(spec.requests for spec in specs))
+        tasks = [_Task(setting, spec, timelines and spec.seed == 0) for spec in specs]
+        if jobs > 1:
+            for number, outcome in map_in_processes(_do, tasks, jobs):
+                outcomes[number] = outcome
+                progress.advance(bar, outcome.spec.requests)
+            return [outcomes[i] for i in range(len(specs))]
+        done = 0
+        for number, task in enumerate(tasks):
+            progress.update(bar, description=f"{task.spec.policy}, seed {task.spec.seed}")
+
+            def tell(_: float, over: int, before: int = done) -> None:
+                progress.update(bar, completed=before + over)
+
+            outcomes[number] = run_once(setting, task.spec, keep_samples=task.keep_samples, progress=tell)
+            done += task.spec.requests
+            progress.update(bar, completed=done)
+    return [outcomes[i] for i in range(len(specs))]
+
+
+def _content(setting: "Setting", trace: Path, spec: "RunSpec", seeds: int) -> dict[str, Any]:
+    from cascadeinfer.evaluation.provenance import provenance
+
+    return {
+        "provenance": provenance(setting.profile, range(seeds)),
+        "trace": str(trace),
+        "rate_per_s": spec.rate_rps,
+        "instances": setting.n_instances,
+        "requests": spec.requests,
+        "warm_up": spec.warm_up,
+        "context_tokens": setting.context_tokens,
+        "prompts_cut": setting.capped.prompts_cut,
+        "outputs_cut": setting.capped.outputs_cut,
+        "slo": asdict(spec.slo),
+    }
+
+
+def _write(
+    header: dict[str, Any], runs: dict[str, list["RunOutcome"]], json_file: Path | None, parquet: Path | None
+) -> None:
+    if json_file is not None:
+        options.write_json(
+            json_file, {**header, "runs": {name: [_figures(o) for o in per_seed] for name, per_seed in runs.items()}}
+        )
+    if parquet is not None:
+        _write_parquet(parquet, [outcome for per_seed in runs.values() for outcome in per_seed], header)
+
+
+def _figures(outcome: "RunOutcome") -> dict[str, Any]:
+    layouts = [_layout(since_s, layout) for since_s, layout in outcome.layouts]
+    return {"seed": outcome.spec.seed, **asdict(outcome.summary), "end_s": outcome.end_s, "layouts": layouts}
+
+
+def _layout(since_s: float, layout: Any) -> dict[str, Any]:
+    return {
+        "since_s": since_s,
+        "boundaries_tokens": list(layout.boundaries_tokens),
+        "instances": [len(stage.instance_ids) for stage in layout.stages],
+    }
+
+
+def _write_parquet(file: Path, outcomes: Sequence["RunOutcome"], header: dict[str, Any]) -> None:
+    """Columns of `RequestRecords` with policy and seed; the provenance is in the schema's metadata under `cascadeinfer`."""
+    import json
+    from dataclasses import fields
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = []
+    for outcome in outcomes:
+        n = len(outcome.requests)
+        columns = {
+            "policy": pa.array([outcome.spec.policy] * n).dictionary_encode(),
+            "seed": pa.array([outcome.spec.seed] * n),
+        }
+        columns |= {f.name: pa.array(getattr(outcome.requests, f.name)) for f in fields(outcome.requests)}
+        tables.append(pa.table(columns))
+    metadata = {"cascadeinfer": json.dumps(header)}
+    pq.write_table(
+        pa.concat_tables(tables, promote_options="default").unify_dictionaries().replace_schema_metadata(metadata), file
+    )
+
+
+def _draw(prefix: str, runs: dict[str, list["RunOutcome"]], title: str) -> None:
+    """Distributions over all seeds, and the first seed's timelines."""
+    from cascadeinfer.observe.figures import latency_cdfs, save
+    from cascadeinfer.observe.timelines import stage_timelines
+
+    save(
+        latency_cdfs({name: [o.counted for o in per_seed] for name, per_seed in runs.items()}, title),
+        Path(f"{prefix}-cdf.png"),
+    )
     for name, per_seed in runs.items():
-        table.add_row(name, *(str(interval([getattr(run, field) for run in per_seed])) for _, field in COLUMNS))
-    return table
+        first = per_seed[0]
+        if first.samples is not None and len(first.samples):
+            save(
+                stage_timelines(first.samples, first.layouts, f"{name}: {title}"), Path(f"{prefix}-timeline-{name}.png")
+            )

@@ -6,7 +6,7 @@ over several seeds is Student's t on the seeds' means, since requests of one run
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -89,6 +89,28 @@ def summarise(records: RequestRecords, duration_s: float, slo: Slo) -> RunSummar
         goodput_rps=n_kept / duration_s,
         migrations=int(records.migrations.sum()),
         preemptions=int(records.preemptions.sum()),
+    )
+
+
+def summarise_between(records: RequestRecords, start_s: float, end_s: float, slo: Slo) -> RunSummary:
+    """
+    Figures of a part of a run: latencies of requests that arrived in it, throughput of what finished in it.
+
+    Args:
+        records: All requests of the run.
+        start_s: Where the part begins; leaves out the time in which the cluster fills.
+        end_s: Where it ends; leaves out the time in which it empties.
+        slo: What counts as good.
+
+    Raises:
+        ValueError: Nothing arrived in it.
+    """
+    finished = records.rows((records.finish_s >= start_s) & (records.finish_s < end_s))
+    span_s = end_s - start_s
+    return replace(
+        summarise(records.arrived_in(start_s, end_s), span_s, slo),
+        throughput_rps=len(finished) / span_s,
+        throughput_tokens_per_s=float(finished.produced_tokens.sum()) / span_s,
     )
 
 

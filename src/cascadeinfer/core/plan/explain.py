@@ -20,6 +20,11 @@ def explain(plan: Plan) -> str:
     return "\n".join([*_decision(plan), "", *_table(plan), "", *_reasons(plan), "", *_sensitivity(plan)])
 
 
+def reasons(plan: Plan) -> list[str]:
+    """Lines of the same without the table, for who draws an own one."""
+    return [*_decision(plan), "", *_reasons(plan), "", *_sensitivity(plan)]
+
+
 def _decision(plan: Plan) -> list[str]:
     problem = plan.problem
     describe = problem.objective.describe

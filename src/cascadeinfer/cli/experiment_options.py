@@ -1,0 +1,233 @@
+"""What `plan`, `simulate` and `sweep` share: declared options, the words they take, and the checks that need more than typer's bounds."""
+
+import importlib
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from cascadeinfer.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cascadeinfer.core.plan.objective import Objective
+    from cascadeinfer.evaluation.setting import Setting
+    from cascadeinfer.observe.summary import Slo
+
+Profile = Annotated[str, typer.Option(help="Cost profile: a shipped name or a JSON file.")]
+TraceFile = Annotated[Path, typer.Option(help="Trace file (.csv or .jsonl, also .gz); its lengths count.")]
+Rate = Annotated[float, typer.Option(help="Requests per second.")]
+Instances = Annotated[int, typer.Option(help="Instances of the model.")]
+ObjectiveName = Annotated[
+    str,
+    typer.Option(
+        help="What plans minimise: `latency` (mean normalised latency), `ttft-tpot` (TTFT + 10 x TPOT), `slo` (misses)."
+    ),
+]
+Margin = Annotated[float, typer.Option(help="Gain that several stages must bring over one; 0.03 is 3 %.")]
+Context = Annotated[int, typer.Option(help="Longest sequence; longer requests are cut, and counted.")]
+TtftSlo = Annotated[float, typer.Option(help="SLO: most seconds to the first token.")]
+TpotSlo = Annotated[float, typer.Option(help="SLO: most seconds per token after it.")]
+Policies = Annotated[
+    str, typer.Option(help="Policies, separated by commas; cascade-no-refine and the like switch a part off.")
+]
+Seeds = Annotated[int, typer.Option(help="Runs per policy, with seeds 0, 1, ...")]
+Requests = Annotated[int | None, typer.Option(help="Requests per run.")]
+DurationS = Annotated[float | None, typer.Option(help="Seconds of arrivals per run, instead of --requests.")]
+WarmUp = Annotated[
+    float, typer.Option(help="Share of the requests, the first, that no figure counts (the cluster fills).")
+]
+Jobs = Annotated[int, typer.Option(help="Processes; at most as many as processors.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write all figures here.")]
+
+DEFAULT_CONTEXT: Final = 131_072
+DEFAULT_MARGIN: Final = 0.03
+DEFAULT_POLICIES: Final = "cascade,least_loaded,round_robin"
+TTFT_WEIGHT: Final = 1.0
+TPOT_WEIGHT: Final = 10.0
+
+
+def slo_of(ttft_s: float, tpot_s: float) -> "Slo":
+    """
+    The SLO.
+
+    Raises:
+        ConfigError: A limit is not positive and finite.
+    """
+    from cascadeinfer.observe.summary import Slo
+
+    for value, option in ((ttft_s, "--ttft-slo"), (tpot_s, "--tpot-slo")):
+        if not (math.isfinite(value) and value > 0.0):
+            raise ConfigError(f"{value} is not a positive number", option=option, fix="seconds")
+    return Slo(ttft_s, tpot_s)
+
+
+def objective_of(name: str, slo: "Slo") -> "Objective":
+    """
+    The objective of this name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    from cascadeinfer.core.plan.objective import MeanNormalizedLatency, SloAttainment, WeightedLatency
+
+    match name:
+        case "latency":
+            return MeanNormalizedLatency()
+        case "ttft-tpot":
+            return WeightedLatency(TTFT_WEIGHT, TPOT_WEIGHT)
+        case "slo":
+            return SloAttainment(slo.ttft_s, slo.tpot_s)
+        case _:
+            raise ConfigError(f"no objective {name!r}", option="--objective", fix="latency, ttft-tpot or slo")
+
+
+def at_least_one(**options: int) -> None:
+    """
+    Refuse counts below 1; keywords are the options' names.
+
+    Raises:
+        ConfigError: One is.
+    """
+    for name, value in options.items():
+        if value < 1:
+            raise ConfigError(f"{value} is not at least 1", option=f"--{name.replace('_', '-')}")
+
+
+def not_negative(**options: int) -> None:
+    """
+    Refuse negative counts; keywords are the options' names.
+
+    Raises:
+        ConfigError: One is.
+    """
+    for name, value in options.items():
+        if value < 0:
+            raise ConfigError(f"{value} is negative", option=f"--{name.replace('_', '-')}")
+
+
+def share(value: float, option: str) -> None:
+    """
+    Refuse what is no share in [0, 1).
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not (math.isfinite(value) and 0.0 <= value < 1.0):
+        raise ConfigError(f"{value} is not in [0, 1)", option=option)
+
+
+def requests_of(requests: int | None, duration_s: float | None, rate_rps: float, *, default: int) -> int:
+    """
+    Requests of a run from their number or from how long they come.
+
+    Raises:
+        ConfigError: Both are given, or one is out of bounds.
+    """
+    if duration_s is not None:
+        if requests is not None:
+            raise ConfigError("a run has a number of requests or a duration, not both", option="--duration-s")
+        if not (math.isfinite(duration_s) and duration_s > 0.0):
+            raise ConfigError(f"{duration_s} is not a positive number", option="--duration-s", fix="seconds")
+        return max(1, round(rate_rps * duration_s))
+    count = default if requests is None else requests
+    at_least_one(requests=count)
+    return count
+
+
+def words_of(text: str) -> list[str]:
+    """Words between commas, without empty ones."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def rates_of(text: str) -> list[float]:
+    """
+    Rates from `lo:hi:n` (n rates at equal distances, both ends included) or from a list with commas; increasing.
+
+    Raises:
+        ConfigError: It is neither, or a rate is not positive and finite.
+    """
+    fix = "lo:hi:n, e.g. 5:40:8, or a list, e.g. 5,10,20"
+    try:
+        if ":" in text:
+            low, high, count = text.split(":")
+            n = int(count)
+            if n < 2:
+                raise ConfigError(f"{n} rates between two ends", option="--rates", fix="at least 2")
+            ends = (float(low), float(high))
+            rates = [ends[0] + (ends[1] - ends[0]) * i / (n - 1) for i in range(n)]
+        else:
+            rates = [float(word) for word in words_of(text)]
+    except ValueError:
+        raise ConfigError(f"{text!r} are no rates", option="--rates", fix=fix) from None
+    if not rates:
+        raise ConfigError("no rates", option="--rates", fix=fix)
+    for rate in rates:
+        if not (math.isfinite(rate) and rate > 0.0):
+            raise ConfigError(f"{rate} is not a positive number", option="--rates", fix=fix)
+    if any(b <= a for a, b in itertools.pairwise(rates)):
+        raise ConfigError(f"{text!r} does not increase", option="--rates", fix=fix)
+    return rates
+
+
+def check_outputs(*files: Path | None, **packages: bool) -> None:
+    """
+    Refuse output files that could not be written, before anything is computed.
+
+    Args:
+        files: Whose folder has to exist.
+        packages: Whether each package is needed to write them.
+
+    Raises:
+        ConfigError: A folder is missing.
+        ModuleNotFoundError: A package is not installed; the entry point names the extra.
+    """
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"there is no folder {file.parent}", fix=f"make it, or write {file.name} elsewhere")
+    for package, needed in packages.items():
+        if needed:
+            importlib.import_module(package)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """One indented object; NaN and infinities, which JSON lacks, become null."""
+    file.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+SHORT_RUN: Final = 3.0
+"""A run shorter than so many mean latencies is hardly ever as full as it would get."""
+
+
+def tell_short_runs(rate_rps: float, requests: int, slowest_e2e_s: float) -> None:
+    """On standard error: that a run ended before the cluster was as full as it would get."""
+    if requests < SHORT_RUN * rate_rps * slowest_e2e_s:
+        typer.echo(
+            f"note: requests came for {requests / rate_rps:.3g} s at {rate_rps:g}/s and took up to {slowest_e2e_s:.3g} s on average: "
+            "in a run this short the cluster does not fill; raise --requests or --duration-s",
+            err=True,
+        )
+
+
+def tell_notes(setting: "Setting") -> None:
+    """On standard error: what was cut, and whether the profile was measured."""
+    for note in setting.notes():
+        typer.echo(f"note: {note}", err=True)
+    if setting.profile.derived:
+        typer.echo(
+            f"note: profile {setting.profile.name} is derived: a main part of it was not measured on {setting.profile.device}",
+            err=True,
+        )

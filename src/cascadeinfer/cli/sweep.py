@@ -1,0 +1,162 @@
+"""
+`cascadeinfer sweep`: policies over a range of rates, and the highest rate at which each keeps an SLO.
+
+Rates above capacity are run too: that is where the curves turn up. Plans are then made for what could be served.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from cascadeinfer.cli import experiment_options as options
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cascadeinfer.evaluation.search import HighestRate
+    from cascadeinfer.evaluation.sweeps import Curves, Sweep
+
+DEFAULT_DURATION_S: Final = 60.0
+
+
+def register(app: typer.Typer, name: str, help_text: str) -> None:
+    """Add the command."""
+    app.command(name, help=help_text)(sweep)
+
+
+def sweep(
+    *,
+    profile: options.Profile,
+    trace: options.TraceFile,
+    rates: Annotated[str, typer.Option(help="Requests per second: lo:hi:n, or a list with commas.")],
+    instances: options.Instances,
+    policy: options.Policies = options.DEFAULT_POLICIES,
+    seeds: options.Seeds = 2,
+    requests: options.Requests = None,
+    duration_s: options.DurationS = None,
+    warm_up: options.WarmUp = 0.1,
+    objective: options.ObjectiveName = "latency",
+    margin: options.Margin = options.DEFAULT_MARGIN,
+    ttft_slo: options.TtftSlo = 2.0,
+    tpot_slo: options.TpotSlo = 0.1,
+    attain: Annotated[float, typer.Option(help="Share of requests that must keep the SLO.")] = 0.9,
+    bisections: Annotated[int, typer.Option(help="Halvings in the search for the highest rate; 0 leaves it out.")] = 6,
+    context: options.Context = options.DEFAULT_CONTEXT,
+    jobs: options.Jobs = 1,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves (PNG).")] = None,
+    json_file: options.JsonFile = None,
+) -> None:
+    """Simulate policies over rates, by default for 60 s each; find the highest rate that keeps an SLO."""
+    from cascadeinfer.cli.tables import console
+    from cascadeinfer.evaluation.pool import check_jobs
+    from cascadeinfer.evaluation.runs import RunSpec
+    from cascadeinfer.evaluation.setting import load_setting
+    from cascadeinfer.evaluation.sweeps import Sweep
+    from cascadeinfer.evaluation.variants import check_policies
+
+    names = options.words_of(policy)
+    check_policies(names)
+    wanted = options.rates_of(rates)
+    options.share(warm_up, "--warm-up")
+    options.share(attain, "--attain")
+    options.at_least_one(seeds=seeds)
+    options.not_negative(bisections=bisections)
+    span_s = DEFAULT_DURATION_S if requests is None and duration_s is None else duration_s
+    count = options.requests_of(requests, span_s, wanted[0], default=1)
+    check_jobs(jobs)
+    options.check_outputs(plot, json_file, matplotlib=plot is not None)
+    slo = options.slo_of(ttft_slo, tpot_slo)
+    goal = options.objective_of(objective, slo)
+    setting = load_setting(profile, trace, instances, context, goal, margin)
+    spec = RunSpec(names[0], wanted[0], 0, count, slo, warm_up=warm_up, allow_overload=True)
+    what = Sweep(setting, spec, seeds, span_s)
+    curves, found = _run(what, names, wanted, attain, bisections, jobs)
+    options.tell_notes(setting)
+    title = f"{setting.profile.name}, {trace.name}, {instances} instances"
+    out = console()
+    out.print(_curve_table(curves, wanted, title))
+    if found:
+        out.print(_rate_table(found, attain, slo.ttft_s, slo.tpot_s))
+    slowest_s = max(run.e2e_s_mean for curve in curves.values() for run in curve[0])
+    options.tell_short_runs(wanted[0], what.at(names[0], wanted[0], 0).requests, slowest_s)
+    if json_file is not None:
+        options.write_json(json_file, _content(what, trace, wanted, curves, found, attain))
+    if plot is not None:
+        from cascadeinfer.observe.figures import save
+        from cascadeinfer.observe.rate_figures import rate_curves
+
+        save(rate_curves(curves, wanted, title), plot)
+
+
+def _run(
+    what: "Sweep", names: Sequence[str], rates: Sequence[float], attain: float, bisections: int, jobs: int
+) -> tuple["Curves", dict[str, "HighestRate"]]:
+    from cascadeinfer.cli.tables import progress_bar
+    from cascadeinfer.evaluation.sweeps import curves_of, highest_rates
+
+    with progress_bar() as progress:
+        bar = progress.add_task("curves", total=len(names) * len(rates) * what.seeds)
+        curves = curves_of(what, names, rates, jobs, lambda: progress.advance(bar))
+        if not bisections:
+            return curves, {}
+        search = progress.add_task("highest rates", total=len(names))
+        return curves, highest_rates(what, curves, rates, attain, bisections, jobs, lambda: progress.advance(search))
+
+
+def _curve_table(curves: "Curves", rates: Sequence[float], title: str) -> "Table":
+    from rich.table import Table
+
+    from cascadeinfer.cli.tables import shown
+    from cascadeinfer.evaluation.sweeps import mean_attainment
+    from cascadeinfer.observe.summary import interval
+
+    table = Table(title=title, caption="simulated; normalised latency in ms over seeds; share within the SLO")
+    table.add_column("requests/s", justify="right")
+    for name in curves:
+        table.add_column(name, justify="right")
+    for i, rate in enumerate(rates):
+        cells = [
+            f"{shown(interval([1e3 * run.normalised_latency_s_mean for run in curve[i]]))}; {mean_attainment(curve[i]):.0%}"
+            for curve in curves.values()
+        ]
+        table.add_row(f"{rate:.5g}", *cells)
+    return table
+
+
+def _rate_table(found: dict[str, "HighestRate"], attain: float, ttft_s: float, tpot_s: float) -> "Table":
+    from rich.table import Table
+
+    table = Table(caption=f"highest rate with {attain:.0%} of requests within TTFT {ttft_s:g} s and TPOT {tpot_s:g} s")
+    table.add_column("policy")
+    table.add_column("requests/s", justify="right")
+    for name, result in found.items():
+        rate = f"{result.rate_rps:.4g}" if result.rate_rps else "below the lowest rate"
+        table.add_row(name, rate if result.limited else f"{rate} or more")
+    return table
+
+
+def _content(
+    what: "Sweep",
+    trace: Path,
+    rates: Sequence[float],
+    curves: "Curves",
+    found: dict[str, "HighestRate"],
+    attain: float,
+) -> dict[str, Any]:
+    from cascadeinfer.evaluation.provenance import provenance
+
+    return {
+        "provenance": provenance(what.setting.profile, range(what.seeds)),
+        "trace": str(trace),
+        "instances": what.setting.n_instances,
+        "requests": what.spec.requests if what.duration_s is None else None,
+        "duration_s": what.duration_s,
+        "warm_up": what.spec.warm_up,
+        "slo": {**asdict(what.spec.slo), "share": attain},
+        "rates_per_s": list(rates),
+        "curves": {name: [[asdict(run) for run in runs] for runs in curve] for name, curve in curves.items()},
+        "highest_rate_per_s": {name: asdict(result) for name, result in found.items()},
+    }

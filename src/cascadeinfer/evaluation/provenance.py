@@ -1,0 +1,56 @@
+"""Where a result comes from: program, version, commit, command line, profile, seeds. Goes into every output file."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cascadeinfer import __version__
+from cascadeinfer.core.cost.profile import CostProfile
+
+
+def provenance(profile: CostProfile, seeds: Sequence[int], words: Sequence[str] | None = None) -> dict[str, Any]:
+    """
+    What is needed to get the result again.
+
+    Args:
+        profile: That the step times come from.
+        seeds: Of the runs.
+        words: The command line; this process's by default.
+    """
+    return {
+        "simulated": True,
+        "version": __version__,
+        "commit": commit_of(Path(__file__).parent),
+        "python": sys.version.split()[0],
+        "numpy": np.__version__,
+        "command": list(sys.argv if words is None else words),
+        "seeds": list(seeds),
+        "profile": profile.name,
+        "profile_derived": profile.derived,
+        "profile_command": profile.provenance.command,
+    }
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of the checkout that holds this folder, with `+changes` when files differ from it; None outside of one."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(  # noqa: S603 - fixed words
+                ["git", "-C", str(folder), *words],  # noqa: S607 - found on the path, as the user's shell would
+                capture_output=True, text=True, timeout=10, check=False,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "provenance.py") is None:
+        return None  # a checkout of somebody else's that happens to lie around this installation
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return f"{commit}+changes" if git("status", "--porcelain", "--untracked-files=no", ":/src") else commit

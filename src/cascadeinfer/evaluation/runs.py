@@ -1,0 +1,151 @@
+"""
+One run: a policy, a rate, a seed, in a setting. The same seed gives every policy the same requests at the same times.
+
+Lengths are drawn with replacement from the trace, arrivals are Poisson. Figures may leave out the first part of the run, in which the
+cluster fills (`warm_up`), and the last, in which it empties (`cool_down`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.plan.planner import Plan
+from cascadeinfer.evaluation.setting import Setting
+from cascadeinfer.evaluation.variants import make_policy, starts_with_plan
+from cascadeinfer.observe.records import InstanceSamples, MigrationRecords, RequestRecords
+from cascadeinfer.observe.summary import RunSummary, Slo, summarise, summarise_between
+from cascadeinfer.sim.run import simulate
+from cascadeinfer.sim.settings import NetworkConfig, SimConfig
+from cascadeinfer.workload.arrivals import poisson_arrivals
+from cascadeinfer.workload.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """
+    What is run.
+
+    Attributes:
+        policy: Its name (`evaluation/variants.py`).
+        rate_rps: Requests per second.
+        seed: Of lengths, arrivals and the network.
+        requests: How many arrive.
+        slo: What counts as good.
+        warm_up: Share of the requests, the first, that no figure counts.
+        cool_down: Share of the requests, the last, that no figure counts.
+        allow_overload: Plan for what could be served when the rate is above capacity, instead of refusing.
+    """
+
+    policy: str
+    rate_rps: float
+    seed: int
+    requests: int
+    slo: Slo
+    warm_up: float = 0.0
+    cool_down: float = 0.0
+    allow_overload: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunOutcome:
+    """
+    What a run left behind.
+
+    Attributes:
+        summary: Figures of the counted part.
+        requests: All requests.
+        migrations: Those that began and are over.
+        samples: Reports of instances; None when they were not to be kept.
+        layouts: Stage layouts with the time from which each was in force.
+        end_s: Virtual time at the end.
+    """
+
+    spec: RunSpec
+    summary: RunSummary
+    requests: RequestRecords
+    migrations: MigrationRecords
+    samples: InstanceSamples | None
+    layouts: tuple[tuple[float, StageLayout], ...]
+    end_s: float
+
+    @property
+    def counted(self) -> RequestRecords:
+        """Requests that the figures count."""
+        return self.requests.arrived_in(*counted_span_s(self.spec, self.requests))
+
+
+def workload_of(setting: Setting, spec: RunSpec) -> Trace:
+    """The run's requests: a function of trace, seed, number and rate, not of the policy."""
+    rng = np.random.default_rng(spec.seed)
+    lengths = setting.trace.resample(spec.requests, rng)
+    return lengths.with_arrivals(poisson_arrivals(spec.rate_rps, spec.requests, rng))
+
+
+def plan_for(setting: Setting, spec: RunSpec) -> Plan | None:
+    """
+    The layout the run starts with, or None for a policy without one.
+
+    Raises:
+        PlanError: The rate is above capacity, and that is not allowed.
+    """
+    if not starts_with_plan(spec.policy):
+        return None
+    return setting.plan_within_capacity(spec.rate_rps) if spec.allow_overload else setting.plan(spec.rate_rps)
+
+
+def run_once(
+    setting: Setting,
+    spec: RunSpec,
+    *,
+    keep_samples: bool = False,
+    progress: Callable[[float, int], None] | None = None,
+) -> RunOutcome:
+    """
+    Run it.
+
+    Args:
+        setting: Where.
+        spec: What.
+        keep_samples: Keep the instances' reports, for timelines.
+        progress: Called now and then with the virtual time and the number of requests that are over.
+
+    Raises:
+        PlanError: The rate is above capacity, the policy needs a plan, and `allow_overload` is off.
+    """
+    profile = setting.profile
+    config = SimConfig(
+        instances=setting.n_instances,
+        capacity=profile.capacity,
+        step_model=profile.step_model,
+        kv_bytes_per_token=profile.kv_bytes_per_token,
+        context_tokens=setting.context_tokens,
+        network=NetworkConfig(link_bytes_per_s=profile.transfer_bytes_per_s),
+        seed=spec.seed,
+    )
+    policy = make_policy(spec.policy, setting, plan_for(setting, spec))
+    result = simulate(workload_of(setting, spec), policy, config, progress=progress)
+    records = result.requests
+    if spec.warm_up or spec.cool_down:
+        summary = summarise_between(records, *counted_span_s(spec, records), spec.slo)
+    else:
+        summary = summarise(records, result.end_s, spec.slo)
+    return RunOutcome(
+        spec,
+        summary,
+        records,
+        result.migrations,
+        result.samples if keep_samples else None,
+        result.layouts,
+        result.end_s,
+    )
+
+
+def counted_span_s(spec: RunSpec, records: RequestRecords) -> tuple[float, float]:
+    """From which arrival (included) to which (excluded) requests count."""
+    arrivals = records.arrival_s
+    n = len(arrivals)
+    first = int(spec.warm_up * n)
+    last = n - int(spec.cool_down * n)  # excluded
+    return float(arrivals[first]), float(arrivals[last]) if last < n else float(np.nextafter(arrivals[-1], np.inf))

@@ -1,0 +1,165 @@
+"""
+A setting: one model on one device, a workload's lengths, a number of instances, and what is planned for.
+
+The trace gives lengths; arrivals are drawn by each run at its rate. Requests longer than the context, or than an instance's KV cache,
+are cut and counted.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+from cascadeinfer.config.profiles import load_profile
+from cascadeinfer.config.traces import load_trace
+from cascadeinfer.core.cost.profile import CostProfile
+from cascadeinfer.core.errors import ConfigError, PlanError
+from cascadeinfer.core.plan.histogram import LengthHistogram
+from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
+from cascadeinfer.core.plan.planner import Plan, capacity_rate, solve
+from cascadeinfer.core.plan.problem import DEFAULT_MARGIN, HandOverCost, PlanProblem
+from cascadeinfer.workload.trace import CappedTrace, Trace
+
+DEFAULT_CONTEXT_TOKENS: Final = 131_072
+OVERLOAD_SHARE: Final = 0.9
+"""Share of the capacity that is planned for when the demand is above it; what the policy does at run time (`replanning.py`)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    Attributes:
+        profile: Model and device.
+        capped: The trace, cut to `context_tokens`, with the counts of what was cut.
+        context_tokens: Longest sequence.
+        n_instances: How many instances share the work.
+        objective: What plans minimise.
+        margin: Gain that several stages must bring over one.
+    """
+
+    profile: CostProfile
+    capped: CappedTrace
+    context_tokens: int
+    n_instances: int
+    objective: Objective = field(default_factory=MeanNormalizedLatency)
+    margin: float = DEFAULT_MARGIN
+
+    @property
+    def trace(self) -> Trace:
+        """The trace that is used."""
+        return self.capped.trace
+
+    @cached_property
+    def histogram(self) -> LengthHistogram:
+        """Lengths of the whole trace."""
+        return LengthHistogram.from_requests(self.trace.prompt_tokens, self.trace.output_tokens)
+
+    @property
+    def hand_over(self) -> HandOverCost:
+        """Price of a hand-over over this profile's links."""
+        profile = self.profile
+        return HandOverCost(pause_per_token_s=profile.kv_bytes_per_token / profile.transfer_bytes_per_s)
+
+    @cached_property
+    def one_stage_capacity_rps(self) -> float:
+        """Requests per second that plain load balancing carries in steady state: what loads are fractions of."""
+        return capacity_rate(self.histogram, self.profile.step_model, self.profile.capacity, self.n_instances)
+
+    def problem(self, rate_rps: float) -> PlanProblem:
+        """What is planned at this rate."""
+        return PlanProblem(
+            self.histogram,
+            self.profile.step_model,
+            self.profile.capacity,
+            rate_rps,
+            self.n_instances,
+            objective=self.objective,
+            margin=self.margin,
+            hand_over=self.hand_over,
+        )
+
+    def plan(self, rate_rps: float) -> Plan:
+        """
+        The best layout at this rate.
+
+        Raises:
+            PlanError: The rate is above the capacity of every layout; the message says what could be served.
+        """
+        return solve(self.problem(rate_rps))
+
+    def plan_within_capacity(self, rate_rps: float) -> Plan:
+        """
+        The best layout at this rate, or at `OVERLOAD_SHARE` of the capacity where the rate is above it.
+
+        Raises:
+            PlanError: Not even that can be planned.
+        """
+        try:
+            return self.plan(rate_rps)
+        except PlanError as error:
+            if not error.capacity_per_s:
+                raise
+            return self.plan(OVERLOAD_SHARE * error.capacity_per_s)
+
+    def notes(self) -> list[str]:
+        """What was cut, in words; empty when nothing was."""
+        cut = (("prompts", self.capped.prompts_cut), ("outputs", self.capped.outputs_cut))
+        return [
+            f"{n} of {len(self.trace)} {what} were cut to a context of {self.context_tokens} tokens"
+            for what, n in cut
+            if n
+        ]
+
+
+def load_setting(
+    profile: str,
+    trace: Path,
+    instances: int,
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    objective: Objective | None = None,
+    margin: float = DEFAULT_MARGIN,
+) -> Setting:
+    """
+    Load and check.
+
+    Raises:
+        ConfigError: A number is out of bounds, or the trace file cannot be read.
+        ProfileError: There is no such profile; the message lists those that exist.
+        TraceError: The trace is malformed; the message has the line.
+    """
+    if instances < 1:
+        raise ConfigError(f"{instances} is not at least 1", option="--instances")
+    if context_tokens < 2:
+        raise ConfigError(f"{context_tokens} is not at least 2", option="--context")
+    if not (math.isfinite(margin) and 0.0 <= margin < 1.0):
+        raise ConfigError(f"{margin} is not in [0, 1)", option="--margin", fix="0.03 is 3 %")
+    loaded = load_profile(profile)
+    fitting = min(context_tokens, loaded.capacity.kv_tokens)
+    whole = load_trace(trace)
+    if not len(whole):
+        raise ConfigError(f"{trace} has no requests", option="--trace")
+    return Setting(loaded, whole.capped(fitting), fitting, instances, objective or MeanNormalizedLatency(), margin)
+
+
+def check_rate(rate_rps: float, option: str = "--rate") -> None:
+    """
+    Refuse what is no rate.
+
+    Raises:
+        ConfigError: It is not positive and finite.
+    """
+    if not (math.isfinite(rate_rps) and rate_rps > 0.0):
+        raise ConfigError(f"{rate_rps} is not a positive number", option=option, fix="requests per second")
+
+
+def check_served(setting: Setting, rates_rps: Sequence[float]) -> None:
+    """
+    Refuse rates that no layout can carry.
+
+    Raises:
+        PlanError: One is above capacity; the message says what could be served.
+    """
+    for rate_rps in rates_rps:
+        setting.plan(rate_rps)

@@ -1,0 +1,117 @@
+"""Policies over a range of rates, and the highest rate at which each keeps an SLO."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from cascadeinfer.evaluation.pool import map_in_processes
+from cascadeinfer.evaluation.runs import RunSpec, run_once
+from cascadeinfer.evaluation.search import HighestRate, highest_rate
+from cascadeinfer.evaluation.setting import Setting
+from cascadeinfer.observe.summary import RunSummary
+
+Curves = dict[str, list[list[RunSummary]]]
+"""Per policy and rate: one summary per seed."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """
+    What all runs of a sweep have in common.
+
+    Attributes:
+        setting: Where.
+        spec: Policy, rate, seed and number of requests are replaced for each run.
+        seeds: Runs per policy and rate, with seeds 0, 1, ...
+        duration_s: How long requests come in each run; None: `spec.requests` of them.
+    """
+
+    setting: Setting
+    spec: RunSpec
+    seeds: int
+    duration_s: float | None
+
+    def at(self, policy: str, rate_rps: float, seed: int) -> RunSpec:
+        """One run."""
+        count = self.spec.requests if self.duration_s is None else max(1, round(rate_rps * self.duration_s))
+        return replace(self.spec, policy=policy, rate_rps=rate_rps, seed=seed, requests=count)
+
+
+@dataclass(frozen=True)
+class _Run:
+    setting: Setting
+    spec: RunSpec
+
+
+@dataclass(frozen=True)
+class _Search:
+    sweep: Sweep
+    policy: str
+    known: dict[float, float]
+    low_rps: float
+    high_rps: float
+    share: float
+    steps: int
+
+
+def curves_of(
+    sweep: Sweep, policies: Sequence[str], rates_rps: Sequence[float], jobs: int, on_run: Callable[[], None]
+) -> Curves:
+    """Run every policy at every rate with every seed; `on_run` is called after each."""
+    tasks = [
+        _Run(sweep.setting, sweep.at(policy, rate_rps, seed))
+        for rate_rps in rates_rps
+        for policy in policies
+        for seed in range(sweep.seeds)
+    ]
+    done: dict[int, RunSummary] = {}
+    for number, summary in map_in_processes(_run, tasks, jobs):
+        done[number] = summary
+        on_run()
+    curves: Curves = {policy: [[] for _ in rates_rps] for policy in policies}
+    for number, task in enumerate(tasks):
+        curves[task.spec.policy][rates_rps.index(task.spec.rate_rps)].append(done[number])
+    return curves
+
+
+def highest_rates(
+    sweep: Sweep,
+    curves: Curves,
+    rates_rps: Sequence[float],
+    share: float,
+    steps: int,
+    jobs: int,
+    on_policy: Callable[[], None],
+) -> dict[str, HighestRate]:
+    """For each policy, bisect between the two rates of its curve between which it stops to keep the SLO; see `highest_rate`."""
+    tasks = []
+    for policy, curve in curves.items():
+        known = {rate_rps: mean_attainment(runs) for rate_rps, runs in zip(rates_rps, curve, strict=True)}
+        failed = next((i for i, rate_rps in enumerate(rates_rps) if known[rate_rps] < share), len(rates_rps) - 1)
+        low_rps = rates_rps[max(0, failed - 1)]
+        tasks.append(_Search(sweep, policy, known, low_rps, rates_rps[failed], share, steps))
+    found: dict[str, HighestRate] = {}
+    for number, result in map_in_processes(_search, tasks, jobs):
+        found[tasks[number].policy] = result
+        on_policy()
+    return {policy: found[policy] for policy in curves}
+
+
+def mean_attainment(runs: Sequence[RunSummary]) -> float:
+    """Share of requests within the SLO, mean over seeds."""
+    return sum(run.slo_attainment for run in runs) / len(runs)
+
+
+def _run(task: _Run) -> RunSummary:
+    return run_once(task.setting, task.spec).summary
+
+
+def _search(task: _Search) -> HighestRate:
+    def attainment_at(rate_rps: float) -> float:
+        if rate_rps in task.known:
+            return task.known[rate_rps]
+        sweep = task.sweep
+        return mean_attainment(
+            [run_once(sweep.setting, sweep.at(task.policy, rate_rps, seed)).summary for seed in range(sweep.seeds)]
+        )
+
+    return highest_rate(attainment_at, task.low_rps, task.high_rps, task.share, task.steps)

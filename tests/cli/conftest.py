@@ -1,0 +1,12 @@
+"""Fixtures of the command line's tests."""
+
+from pathlib import Path
+
+import pytest
+from experiment_words import mixed_trace
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """Short requests, long ones, and some that grow long."""
+    return mixed_trace(tmp_path)

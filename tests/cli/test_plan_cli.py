@@ -1,0 +1,133 @@
+"""`cascadeinfer plan`: results, files and bad input."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from experiment_words import run, words_for
+
+PNG = b"\x89PNG"
+
+
+def test_plan_says_stages_and_writes_them(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mixed workload gets more than one stage, all instances are placed, and the file says the same as the text."""
+    out = tmp_path / "plan.json"
+    assert run(*words_for("plan", trace), "--json", str(out)) == 0
+    content = json.loads(out.read_text())
+    stages = content["stages"]
+    assert len(stages) > 1
+    assert sum(stage["instances"] for stage in stages) == 8
+    assert stages[0]["lo_tokens"] == 0
+    assert stages[-1]["hi_tokens"] is None
+    assert all(a["hi_tokens"] == b["lo_tokens"] for a, b in pairwise(stages))
+    assert content["predicted"] < content["predicted_one_stage"]
+    text = capsys.readouterr().out
+    assert f"{len(stages)} stages" in text
+    assert f"{1e3 * content['predicted_one_stage']:.2f} ms per output token" in text
+    assert f"--instances 8 --stages 0-{stages[0]['hi_tokens']}:{stages[0]['instances']}," in text
+
+
+def test_plan_file_says_where_it_comes_from(trace: Path, tmp_path: Path) -> None:
+    """Profile, version and command are in the file."""
+    out = tmp_path / "plan.json"
+    assert run(*words_for("plan", trace), "--json", str(out)) == 0
+    source = json.loads(out.read_text())["provenance"]
+    assert source["simulated"] is True
+    assert source["profile"] == "h100-llama-3.1-8b"
+    assert {"version", "commit", "command", "seeds"} <= set(source)
+
+
+def test_margin_keeps_one_stage(trace: Path, tmp_path: Path) -> None:
+    """A margin above the gain ends in one stage; the prediction for one stage stays what it was."""
+    files = [tmp_path / name for name in ("default.json", "wide.json")]
+    assert run(*words_for("plan", trace), "--json", str(files[0])) == 0
+    assert run(*words_for("plan", trace, margin="0.99"), "--json", str(files[1])) == 0
+    default, wide = (json.loads(file.read_text()) for file in files)
+    assert len(wide["stages"]) == 1
+    assert wide["predicted"] == wide["predicted_one_stage"] == default["predicted_one_stage"]
+
+
+def test_objectives_are_not_all_the_same(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each objective is told in its own unit."""
+    told = {}
+    for name in ("latency", "ttft-tpot", "slo"):
+        assert run(*words_for("plan", trace, objective=name)) == 0
+        told[name] = capsys.readouterr().out
+    assert "ms per output token" in told["latency"]
+    assert "TTFT + 10 x TPOT" in " ".join(told["ttft-tpot"].split())
+    assert "requests within TTFT 2 s" in " ".join(told["slo"].split())
+
+
+def test_plan_is_drawn(trace: Path, tmp_path: Path) -> None:
+    """`--plot` writes a PNG."""
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "plan.png"
+    assert run(*words_for("plan", trace, plot=str(picture))) == 0
+    assert picture.read_bytes().startswith(PNG)
+
+
+def test_derived_profile_is_told(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Figures that rest on a derived profile come with a note; measured ones do not."""
+    assert run(*words_for("plan", trace, profile="l40-llama-3.1-8b", rate="8")) == 0
+    assert "is derived" in capsys.readouterr().err
+    assert run(*words_for("plan", trace)) == 0
+    assert "is derived" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"profile": "h900-llama"}, "h100-llama-3.1-8b"),
+        ({"rate": "-1"}, "--rate"),
+        ({"rate": "0"}, "--rate"),
+        ({"rate": "nan"}, "--rate"),
+        ({"rate": "inf"}, "--rate"),
+        ({"rate": "100000"}, "capacity of 8 instances"),
+        ({"instances": "0"}, "--instances"),
+        ({"margin": "nan"}, "--margin"),
+        ({"margin": "1.5"}, "--margin"),
+        ({"objective": "joy"}, "latency, ttft-tpot or slo"),
+        ({"ttft_slo": "0"}, "--ttft-slo"),
+        ({"context": "1"}, "--context"),
+        ({"trace": "/nowhere.csv"}, "/nowhere.csv"),
+        ({"json": "/nowhere/plan.json"}, "/nowhere"),
+        ({"plot": "/nowhere/plan.png"}, "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(
+    trace: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str], says: str
+) -> None:
+    """Each mistake ends in exit code 2 and one line that names it; an unknown profile lists those that exist."""
+    assert run(*words_for("plan", trace, **changes)) == 2
+    output = capsys.readouterr()
+    assert says in output.err
+    assert len(output.err.strip().splitlines()) == 1
+    assert output.out == ""
+
+
+def test_capacity_is_told(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rate that is named as capacity can be planned, twice it cannot."""
+    assert run(*words_for("plan", trace, rate="100000")) == 2
+    told = float(capsys.readouterr().err.split("about")[1].split()[0])
+    assert run(*words_for("plan", trace, rate=str(0.95 * told))) == 0
+    assert run(*words_for("plan", trace, rate=str(2 * told))) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "line"), [(",many,5", "line 4"), (",5", "line 4"), (",0,5", "line 4"), (",nan,5", "line 4")]
+)
+def test_malformed_trace_names_its_line(trace: Path, capsys: pytest.CaptureFixture[str], row: str, line: str) -> None:
+    """A bad row in the trace is told with its line."""
+    lines = trace.read_text().splitlines()
+    lines[3] = row
+    trace.write_text("\n".join(lines) + "\n")
+    assert run(*words_for("plan", trace)) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_empty_trace_is_refused(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trace with a header and no rows is no workload."""
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n")
+    assert run(*words_for("plan", trace)) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

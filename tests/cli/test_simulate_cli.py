@@ -1,0 +1,160 @@
+"""`cascadeinfer simulate`: the comparison, its files and bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+from experiment_words import run, words_for
+
+from cascadeinfer.cli import simulate as command
+
+PNG = b"\x89PNG"
+
+
+def small(trace_file: Path, **changes: str) -> list[str]:
+    """A quick comparison."""
+    return words_for(
+        "simulate", trace_file, **({"policy": "cascade,least_loaded", "seeds": "2", "requests": "150"} | changes)
+    )
+
+
+def test_policies_are_compared_on_the_same_requests(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each policy has a row and a run per seed; the same command gives the same figures; stages make requests move."""
+    words = small(trace, policy="cascade,static_stages,least_loaded", warm_up="0")
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    assert run(*words, "--json", str(first)) == 0
+    assert run(*words, "--json", str(second)) == 0
+    runs = json.loads(first.read_text())["runs"]
+    assert runs == json.loads(second.read_text())["runs"]
+    assert {name: len(per_seed) for name, per_seed in runs.items()} == {
+        "cascade": 2, "static_stages": 2, "least_loaded": 2,
+    }  # fmt: skip
+    assert all(r["requests"] == 150 and r["unfinished"] == 0 for per_seed in runs.values() for r in per_seed)
+    moves = {name: sum(r["migrations"] for r in per_seed) for name, per_seed in runs.items()}
+    assert moves["static_stages"] > 0
+    assert moves["least_loaded"] == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in runs)
+
+
+def test_warm_up_is_not_counted(trace: Path, tmp_path: Path) -> None:
+    """With a warm-up of a fifth, four fifths of the requests have figures."""
+    out = tmp_path / "a.json"
+    assert run(*small(trace, warm_up="0.2", json=str(out))) == 0
+    content = json.loads(out.read_text())
+    assert content["requests"] == 150
+    assert all(r["requests"] == 120 for per_seed in content["runs"].values() for r in per_seed)
+
+
+def test_ablations_switch_parts_off(trace: Path, tmp_path: Path) -> None:
+    """Without migration nothing moves, though the layout has several stages; a cold start begins with one."""
+    out = tmp_path / "a.json"
+    names = "cascade,cascade-no-migrate,cascade-cold"
+    assert run(*small(trace, policy=names, seeds="1", requests="400", json=str(out))) == 0
+    runs = {name: per_seed[0] for name, per_seed in json.loads(out.read_text())["runs"].items()}
+    assert runs["cascade"]["migrations"] > 0
+    assert runs["cascade-no-migrate"]["migrations"] == 0
+    stages_at_start = {
+        name: max(len(layout["instances"]) for layout in one["layouts"] if layout["since_s"] == 0.0)
+        for name, one in runs.items()
+    }
+    assert stages_at_start["cascade"] == stages_at_start["cascade-no-migrate"] > 1
+    assert stages_at_start["cascade-cold"] == 1
+
+
+def test_duration_says_how_many_requests_come(trace: Path, tmp_path: Path) -> None:
+    """Four seconds at 40 requests per second are 160 requests."""
+    out = tmp_path / "a.json"
+    words = words_for("simulate", trace, policy="round_robin", seeds="1", duration_s="4", json=str(out))
+    assert run(*words) == 0
+    assert json.loads(out.read_text())["requests"] == 160
+
+
+def test_processes_make_no_difference(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes give the figures of one."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    contents = []
+    for jobs in ("1", "2"):
+        out = tmp_path / f"{jobs}.json"
+        assert run(*small(trace, jobs=jobs, json=str(out))) == 0
+        contents.append(json.loads(out.read_text())["runs"])
+    assert contents[0] == contents[1]
+
+
+def test_pictures_and_rows_are_written(trace: Path, tmp_path: Path) -> None:
+    """Distributions, a timeline per policy, and a Parquet row per request, policy and seed with the provenance beside them."""
+    pytest.importorskip("matplotlib")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = tmp_path / "rows.parquet"
+    assert run(*small(trace, plot=str(tmp_path / "x"), parquet=str(rows))) == 0
+    for name in ("cdf", "timeline-cascade", "timeline-least_loaded"):
+        assert (tmp_path / f"x-{name}.png").read_bytes().startswith(PNG)
+    table = parquet.read_table(rows)
+    assert table.num_rows == 2 * 2 * 150
+    assert set(table.column("policy").to_pylist()) == {"cascade", "least_loaded"}
+    finished = table.to_pydict()
+    assert all(
+        a < f < e
+        for a, f, e in zip(finished["arrival_s"], finished["first_token_s"], finished["finish_s"], strict=True)
+    )
+    assert json.loads(table.schema.metadata[b"cascadeinfer"])["provenance"]["seeds"] == [0, 1]
+
+
+def test_rate_above_capacity_needs_a_word(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A demand above capacity is refused, with the capacity; `--overload` runs it all the same."""
+    words = small(trace, rate="5000", policy="cascade,round_robin", seeds="1")
+    assert run(*words) == 2
+    assert "capacity of 8 instances" in capsys.readouterr().err
+    assert run(*words, "--overload") == 0
+
+
+def test_short_run_is_told(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that ends before the cluster can fill comes with a note, a long one without."""
+    assert run(*small(trace, policy="round_robin", seeds="1", requests="60")) == 0
+    assert "does not fill" in capsys.readouterr().err
+    assert run(*small(trace, policy="round_robin", seeds="1", requests="700")) == 0
+    assert "does not fill" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"policy": "magic"}, "least_loaded"),
+        ({"policy": ""}, "--policy"),
+        ({"policy": "cascade,cascade"}, "named twice"),
+        ({"profile": "h900-llama"}, "h100-llama-3.1-8b"),
+        ({"rate": "nan"}, "--rate"),
+        ({"rate": "0"}, "--rate"),
+        ({"instances": "0"}, "--instances"),
+        ({"seeds": "0"}, "--seeds"),
+        ({"requests": "0"}, "--requests"),
+        ({"duration_s": "5"}, "not both"),
+        ({"jobs": "0"}, "--jobs"),
+        ({"jobs": "100000"}, "--jobs"),
+        ({"warm_up": "1"}, "--warm-up"),
+        ({"tpot_slo": "inf"}, "--tpot-slo"),
+        ({"parquet": "/nowhere/rows"}, "/nowhere"),
+        ({"plot": "/nowhere/x"}, "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(
+    trace: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str], says: str
+) -> None:
+    """Each mistake ends in exit code 2 and one line, before anything is simulated."""
+    assert run(*small(trace, **changes)) == 2
+    output = capsys.readouterr()
+    assert says in output.err
+    assert len(output.err.strip().splitlines()) == 1
+    assert output.out == ""
+
+
+def test_missing_package_is_told_before_the_runs(
+    trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without matplotlib `--plot` names the extra at once."""
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setattr(command, "_run_all", lambda *_args, **_options: pytest.fail("simulated"))
+    assert run(*small(trace, plot="x")) == 2
+    assert "pip install 'cascadeinfer[figures]'" in capsys.readouterr().err
