@@ -76,20 +76,27 @@ def test_pick_leaves_the_draining_out() -> None:
 
 def test_price_counts_what_a_step_costs_everybody() -> None:
     """Of two instances with as many tokens, the one with fewer requests is cheaper; load, here, does not tell them apart."""
-    view = cluster({"a": [300, 300], "b": [600]})
+    view = cluster({"a": [290, 290], "b": [580]})
     assert name(least_loaded(view.available())) == "a"
     assert name(cheapest(view.available())) == "b"
     b = view.instances["b"]
-    queued_s = 600 * 5e-5 / 128
-    assert abs(b.price - 2 * (0.01 + 1e-4 + 600 * 1e-6 + queued_s)) < 1e-12
+    queued_s = 580 * 5e-5 / 128
+    assert abs(b.price - 2 * (0.01 + 1e-4 + 580 * 1e-6 + queued_s)) < 1e-12
+
+
+def test_crowded_instances_are_dear() -> None:
+    """Beyond 60 % of the KV cache the price rises, to the fivefold at full."""
+    view = cluster({"a": [1000], "b": [590]})
+    plain = 2 * (0.01 + 1e-4 + 1000 * 1e-6 + 1000 * 5e-5 / 128)
+    assert abs(view.instances["a"].price - 5.0 * plain) < 1e-12
 
 
 def test_cheapest_with_room_passes_over() -> None:
     """The cheapest that has room, or nobody."""
-    view = cluster({"a": [950], "b": [400, 400]})
+    view = cluster({"a": [590], "b": [200, 200]})
     assert name(cheapest(view.available())) == "a"
-    assert name(cheapest_with_room(view.available(), 100)) == "b"
-    assert cheapest_with_room(view.available(), 500) is None
+    assert name(cheapest_with_room(view.available(), 500)) == "b"
+    assert cheapest_with_room(view.available(), 700) is None
 
 
 def test_without_a_model_prices_follow_proportions() -> None:

@@ -54,7 +54,8 @@ def check(view: ClusterView) -> None:
         n = len(instance.request_ids) + len(instance.inbound)
         assert abs(instance.load - max(tokens / 1000, n / 20)) < 1e-12
         step = 1.0 + 0.1 * n + 0.01 * tokens + 0.5 * instance.queue
-        assert abs(instance.price - (n + 1) * step) < 1e-9
+        crowding = 1.0 + 4.0 * (max(0.0, tokens / 1000 - 0.6) / 0.4) ** 2
+        assert abs(instance.price - (n + 1) * step * crowding) < 1e-9 * instance.price
         for request_id in instance.request_ids:
             assert view.requests[request_id].place is instance
     placed = {r for instance in view.instances.values() for r in instance.request_ids}

@@ -7,16 +7,23 @@ brings them all at once. Only `ClusterView` (`core/view.py`) calls what changes 
 """
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
+
+CROWDED: Final = 0.6
+"""Share of the KV cache from which an instance gets dearer than its steps: requests grow, and a full cache preempts."""
+CROWDING: Final = 4.0
+"""Price of a full instance over its price by steps alone, less one. In simulation at 90 % of capacity a third fewer preemptions."""
 
 
 @dataclass(slots=True)
 class Pricing:
     """
     What a step of an instance costs its requests: `price = (requests + 1) * (base + per_request * requests + per_token * tokens +
-    urgency * queue)`, the seconds that all requests there and one more wait for one token, its share of the wait for the first included.
+    urgency * queue) * crowding`, the seconds that all requests there and one more wait for one token, its share of the wait for the first
+    included; `crowding = 1 + CROWDING * (excess of the KV share over CROWDED, as a share of what is left)^2`.
 
     `queue` is the time it takes to compute what does not decode yet, `sum(per_queued_token * tokens + per_queued_pair * tokens^2)`.
     Units of time are those of `base`.
@@ -106,11 +113,14 @@ class InstanceView:
     def price_with(self, more_requests: int, more_tokens: int) -> float:
         """The price with so much more on its way here."""
         pricing = self.pricing
-        requests = self.committed_requests + more_requests
-        step = (
-            pricing.base + pricing.per_request * requests + pricing.per_token * (self.committed_kv_tokens + more_tokens)
-        )
-        return (requests + 1) * (step + pricing.urgency * self.queue)
+        requests = len(self.request_ids) + len(self.inbound) + more_requests
+        tokens = self.kv_tokens + self.inbound_tokens + more_tokens
+        step = pricing.base + pricing.per_request * requests + pricing.per_token * tokens
+        price = (requests + 1) * (step + pricing.urgency * self.queue)
+        excess = tokens * self._per_token - CROWDED
+        if excess > 0.0:
+            price *= 1.0 + CROWDING * (excess / (1.0 - CROWDED)) ** 2
+        return price
 
     def free_blocks(self) -> int:
         """Blocks that nothing here or on its way here will need as it is; negative when overcommitted."""
