@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 from zoo import DEADLINE_S, SETTLE_S, eventually
 
 from cascadeinfer.core.effects import Effect
+from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.migration import Action
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.types import InstanceId
@@ -120,10 +121,15 @@ class Cluster:
 
     async def settled(self, deadline_s: float = SETTLE_S) -> None:
         """All instances are up and nothing is held anywhere: in the engines, the runtime, the policy's books."""
-        await self.all_up()
         held: dict[str, Any] = {}
 
         async def nothing() -> bool:
+            await self.all_up()
+            with contextlib.suppress(EngineError):  # one has died, and the runtime has not noticed yet
+                return await held_nowhere()
+            return False
+
+        async def held_nowhere() -> bool:
             held.clear()
             for engine in self.runtime.live_engines():
                 report, counters = await engine.report()

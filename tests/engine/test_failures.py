@@ -89,8 +89,8 @@ async def test_kill_during_a_migration(
     with cluster.on_action(action, strike, before=before) as struck:
         assert await outputs(cluster, PROMPT, OTHER_PROMPT) == expected
     assert struck
-    await cluster.all_up()
-    assert restarts(cluster) == restarted + 1
+    # On a busy machine the death may be noticed after the request's end.
+    await eventually(lambda: restarts(cluster) == restarted + 1, "one restart")
 
 
 async def test_restarted_instance_takes_part_again(cluster: Cluster, kill: Kill) -> None:
@@ -175,8 +175,7 @@ async def test_hung_instance(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, 
     await eventually(lambda: cluster.runtime.engine(victim) is not hung, "noticed")
     monkeypatch.undo()
     assert await running == expected
-    await cluster.all_up()
-    assert restarts(cluster) == restarted + 1
+    await eventually(lambda: restarts(cluster) == restarted + 1, "one restart")
     assert "hung" in supervisor.last_error
 
 

@@ -314,23 +314,29 @@ def test_client_disconnects(client: openai.OpenAI, server: ServerProcess) -> Non
     assert server.metric("cascadeinfer_requests_total", outcome="aborted") == before + 5
 
 
-@pytest.mark.parametrize("whose", ["engine", "worker"])
-def test_instance_is_killed(client: openai.OpenAI, server: ServerProcess, whose: str) -> None:
-    """`kill -9` of an instance, or of its worker process, in mid-stream: the same text, no error; it comes back."""
-    expected = complete(client, n_tokens=400).choices[0].text
-    stream = complete(client, n_tokens=400, stream=True)
+def test_both_instances_are_killed(client: openai.OpenAI, server: ServerProcess) -> None:
+    """
+    `kill -9` of the instance that has the request, then of the other one's worker process, both in mid-stream.
+
+    The client sees a pause, no error, and the same text; both instances come back and take part again.
+    """
+    expected = complete(client, n_tokens=900).choices[0].text
+    before = {instance["id"]: instance for instance in server.admin()["instances"]}
+    stream = complete(client, n_tokens=900, stream=True)
     text = "".join(next(stream).choices[0].text for _ in range(100))
-    [victim] = [instance for instance in server.admin()["instances"] if instance["requests"]]
-    pid = victim["pid"]
-    if whose == "worker":
-        [pid] = [child.pid for child in psutil.Process(pid).children() if "Worker" in " ".join(child.cmdline())]
-    os.kill(pid, signal.SIGKILL)
+    [first] = [instance for instance in server.admin()["instances"] if instance["requests"]]
+    os.kill(first["pid"], signal.SIGKILL)
+    text += "".join(next(stream).choices[0].text for _ in range(100))
+    [second] = [instance for instance in server.admin()["instances"] if instance["requests"]]
+    assert second["id"] != first["id"]
+    [worker] = [c for c in psutil.Process(second["pid"]).children() if "Worker" in " ".join(c.cmdline())]
+    worker.kill()
     text += "".join(chunk.choices[0].text for chunk in stream)
     assert text == expected
 
     def restarted() -> bool:
-        [now] = [instance for instance in server.admin()["instances"] if instance["id"] == victim["id"]]
-        return bool(now["up"]) and now["restarts"] == victim["restarts"] + 1
+        now = server.admin()["instances"]
+        return all(i["up"] and i["restarts"] == before[i["id"]]["restarts"] + 1 for i in now)
 
     server.poll(restarted, "restarted", 240)
     moved = server.metric("cascadeinfer_migrations_total", outcome="moved")
