@@ -110,7 +110,7 @@ def test_operating_page_has_every_field_of_the_snapshot() -> None:
     streams = StreamTable()
     streams.place(streams.open(EngineRequest("r", [1, 2], 3, None)), "0")
     supervisor = Supervisor("0", lambda _: pytest.fail("started"), None, SupervisionTimes())  # type: ignore[arg-type]
-    shown = snapshot({"0": InstanceState("0")}, {"0": supervisor}, StageLayout.single(("0",)), streams, 0, {"moved": 1})
+    shown = snapshot([InstanceState(supervisor)], StageLayout.single(("0",)), streams, 0, {"moved": 1})
     section = page("operating.md").partition("### The fields of")[2].partition("\n## ")[0]
     explained = set(re.findall(r"[a-z_]+", " ".join(re.findall(r"`([^`]+)`", section))))
     assert set(keys_of(shown)) <= explained

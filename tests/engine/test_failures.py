@@ -164,7 +164,7 @@ async def test_hung_instance(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, 
     """An instance that does not answer any more is killed and its requests go on elsewhere."""
     expected = await references(cluster, PROMPT, OTHER_PROMPT)
     restarted = restarts(cluster)
-    supervisor = cluster.runtime._supervisors[victim]
+    supervisor = cluster.runtime.fleet[victim].supervisor
     hung = cluster.instance(victim)
     assert hung.pid is not None
     running = asyncio.ensure_future(outputs(cluster, PROMPT, OTHER_PROMPT))

@@ -309,7 +309,7 @@ class Cluster:
         assert self.runtime.n_live_requests == 0
         assert len(self.runtime._migrator) == 0
         assert not self.runtime._streams._by_attempt
-        assert not self.runtime._rejected
+        assert not self.runtime._performer.rejected
         for engine in self.runtime.live_engines():
             assert isinstance(engine, SimulatedEngine)
             core = engine.core

@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 
 import pytest
-from runtime_cluster import Cluster, ScriptedPolicy
+from runtime_cluster import MIGRATION, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.effects import Dispatch, Effect, MigrationReason, Reject, StartMigration
 from cascadeinfer.core.errors import RequestRejectedError
@@ -57,7 +57,7 @@ async def test_requests_climb_the_stages() -> None:
         assert len(moved) >= 8
         assert {(e.source_id, e.target_id) for e in moved} == {("a", "b"), ("b", "c")}
         assert sum(cluster[name].core.pulls for name in "abc") == len(moved)
-        assert cluster.runtime.layout == stages().layout
+        assert cluster.runtime.fleet.layout == stages().layout
 
 
 @virtual_time
@@ -206,6 +206,23 @@ async def test_no_move_to_an_instance_that_is_down() -> None:
         assert [(e.outcome, e.detail) for e in policy.ended_migrations()] == [("stayed", "room_refused:target_down")]
         await client.until_end()
         await cluster.all_up()
+
+
+@virtual_time
+@pytest.mark.parametrize("cut_takes_effect", [False, True])
+async def test_a_cut_that_took_too_long_is_named(cut_takes_effect: bool) -> None:
+    """Undone or taken back, the migration says that the cut timed out, not how it was undone."""
+    policy = ScriptedPolicy({"r": "a"})
+    async with Cluster(policy, supervision=SupervisionTimes(hang_s=60.0)) as cluster:
+        client = await cluster.submit("r", 50, 60)
+        await client.until_tokens(10)
+        cluster["a"].hold_outputs() if cut_takes_effect else cluster["a"].pause()
+        cluster.move("r", "b")
+        await asyncio.sleep(MIGRATION.cut_s + 1)
+        cluster["a"].unpause()
+        cluster["a"].release_outputs()
+        await client.until_end()
+        assert [(e.outcome, e.detail) for e in policy.ended_migrations()] == [("stayed", "timed_out")]
 
 
 @virtual_time

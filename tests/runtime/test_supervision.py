@@ -205,7 +205,7 @@ async def test_one_that_cannot_connect_stops_all() -> None:
         engine.refuse_connection()
         return engine
 
-    supervisor = cluster.runtime._supervisors["c"]
+    supervisor = cluster.runtime.fleet["c"].supervisor
     make = supervisor._make_engine
     supervisor._make_engine = refusing
     with pytest.raises(EngineError, match="handshake"):
@@ -217,7 +217,7 @@ async def test_one_that_cannot_connect_stops_all() -> None:
 async def test_an_engine_that_cannot_be_made_is_tried_again() -> None:
     """When making an engine for a restart fails (no port is left, say) the next try comes after the back-off."""
     async with Cluster() as cluster:
-        supervisor = cluster.runtime._supervisors["c"]
+        supervisor = cluster.runtime.fleet["c"].supervisor
         make = supervisor._make_engine
 
         def sometimes(n_start: int) -> object:

@@ -6,10 +6,9 @@ its own; its answer is one more happening, ignored when the migration is over by
 """
 
 import asyncio
-import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from cascadeinfer.core.effects import MigrationReason, StartMigration
 from cascadeinfer.core.errors import EngineError
@@ -17,9 +16,8 @@ from cascadeinfer.core.events import MigrationOutcome
 from cascadeinfer.core.migration import Action, Happening, Migration, State
 from cascadeinfer.core.types import InstanceId, MigrationId
 from cascadeinfer.engines.protocol import Engine, KvTicket, Resume
+from cascadeinfer.runtime.commands import Commands
 from cascadeinfer.runtime.streams import Stream, StreamTable
-
-logger = logging.getLogger(__name__)
 
 ROOM_SLACK_TOKENS = 64
 """Room asked for beyond the length now: the request grows while the migration is under way."""
@@ -67,6 +65,13 @@ class MigrationRecord:
     timer: asyncio.TimerHandle | None = None
 
 
+def _explains(before: State, happening: Happening) -> bool:
+    """Whether what happened says why a migration ends as it does, and is no mere answer to what was asked for."""
+    if before is State.WITHDRAWING:  # why it withdraws is known; the source's answers add nothing
+        return happening in {Happening.REQUEST_ENDED, Happening.CLIENT_LEFT, Happening.SOURCE_LOST}
+    return happening not in {Happening.ROOM_GRANTED, Happening.CUT_DONE, Happening.FIRST_TOKEN}
+
+
 class EngineDirectory(Protocol):
     """Where the migrator finds live engines."""
 
@@ -97,7 +102,7 @@ class Migrator:
         self._on_ended = on_ended
         self._times = times
         self._records: dict[MigrationId, MigrationRecord] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._commands = Commands("a migration command")
 
     def __len__(self) -> int:
         """Migrations under way."""
@@ -132,7 +137,7 @@ class Migrator:
         migration = record.migration
         before = migration.state
         actions = migration.handle(happening)
-        if detail or happening not in {Happening.ROOM_GRANTED, Happening.CUT_DONE, Happening.FIRST_TOKEN}:
+        if migration.state is not before and _explains(before, happening):
             record.detail = f"{happening.value}:{detail}" if detail else happening.value
         for action in actions:
             self._act(record, action)
@@ -176,10 +181,7 @@ class Migrator:
                 record.timer.cancel()
             record.stream.migration = None  # its tokens may still come
         self._records.clear()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._commands.stop()
 
     def _end(self, record: MigrationRecord, outcome: MigrationOutcome) -> None:
         if record.timer is not None:
@@ -215,7 +217,7 @@ class Migrator:
             case Action.ABORT_AT_TARGET | Action.ABORT_AT_SOURCE:
                 self._abort(record, action)
             case _:
-                self._spawn(self._command(record, action))
+                self._commands.send(self._command(record, action))
 
     def _add(self, record: MigrationRecord, instance_id: InstanceId, ticket: KvTicket | None) -> None:
         engine = self._engines.engine(instance_id)
@@ -227,7 +229,7 @@ class Migrator:
             ticket,
             record.migration.migration_id if ticket is not None else None,
         )
-        self._spawn(engine.add(engine_request_id, record.stream.request, resume))
+        self._commands.send(engine.add(engine_request_id, record.stream.request, resume))
 
     def _abort(self, record: MigrationRecord, action: Action) -> None:
         stream = record.stream
@@ -239,7 +241,7 @@ class Migrator:
         engine = self._engines.engine(instance_id)
         self._streams.displace(stream)
         if engine is not None and engine_request_id is not None:
-            self._spawn(engine.abort([engine_request_id]))
+            self._commands.send(engine.abort([engine_request_id]))
 
     async def _command(self, record: MigrationRecord, action: Action) -> None:
         """One command to one engine; a dead engine answers nothing, its loss is a happening of its own."""
@@ -277,13 +279,3 @@ class Migrator:
                 await engine.release_pin(record.source_request_id)
             case _:
                 raise AssertionError(action)
-
-    def _spawn(self, command: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(command)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a migration command failed", exc_info=error)

@@ -8,37 +8,32 @@ ids are the request's own.
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, assert_never
+from typing import Any
 
-from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
-from cascadeinfer.core.errors import EngineError, RequestRejectedError
+from cascadeinfer.core.errors import RequestRejectedError
 from cascadeinfer.core.events import (
+    Event,
     InstanceJoined,
     InstanceLost,
     InstanceReport,
     InstanceReported,
-    MessageReceived,
-    MigrationEnded,
-    MigrationOutcome,
     RequestArrived,
     RequestFinished,
 )
 from cascadeinfer.core.migration import Happening
-from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
-from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, Resume, StepOutputs
+from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, StepOutputs
 from cascadeinfer.runtime.driver import PolicyDriver
+from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
-from cascadeinfer.runtime.migrate import MigrationRecord, MigrationTimes, Migrator
+from cascadeinfer.runtime.migrate import MigrationTimes
+from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.streams import Stream, StreamTable
-from cascadeinfer.runtime.supervise import SupervisionTimes, Supervisor
-from cascadeinfer.runtime.view import InstanceState, snapshot
-
-logger = logging.getLogger(__name__)
+from cascadeinfer.runtime.supervise import SupervisionTimes
+from cascadeinfer.runtime.view import snapshot
 
 DROPPED_GRACE_S = 10.0
 """How long a request that its instance gave up waits for the instance's death."""
@@ -67,22 +62,14 @@ class Runtime:
             clock: The time in seconds (not the loop's own: uvloop's counts whole milliseconds).
         """
         self._clock = clock
-        self._driver = PolicyDriver(policy, self._carry_out, clock)
         self._streams = StreamTable()
-        self._instances = {instance_id: InstanceState(instance_id) for instance_id in make_engines}
-        self._supervisors = {
-            instance_id: Supervisor(instance_id, make, self, supervision or SupervisionTimes())
-            for instance_id, make in make_engines.items()
-        }
-        self._migrator = Migrator(self, self._streams, self._migration_ended, migration or MigrationTimes())
-        self.layout: StageLayout | None = None
-        self.metrics = make_metrics(self._gauges)
+        self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes())
+        self.metrics = make_metrics(self.fleet.gauges)
+        self._performer = Performer(self.fleet, self._streams, self.metrics, self._emit, migration or MigrationTimes())
+        self._migrator = self._performer.migrator
+        self._driver = PolicyDriver(policy, self._performer.carry_out, clock)
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
-        self._rejected: dict[RequestId, Reject] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._grace_timers: list[asyncio.TimerHandle] = []
-        self._joining = asyncio.Lock()
-        self._migration_counts: dict[str, int] = {}
 
     # --- for the front end -------------------------------------------------------------------------------------------
 
@@ -94,14 +81,7 @@ class Runtime:
             EngineError: One did not start; all others have been stopped.
         """
         try:
-            starts = [asyncio.ensure_future(supervisor.start()) for supervisor in self._supervisors.values()]
-            try:
-                await asyncio.gather(*starts)
-            finally:
-                for start in starts:
-                    start.cancel()
-            for state in self._instances.values():
-                await state.first_up()
+            await self.fleet.start()
         except BaseException:  # a signal during the start included
             await self.stop(timeout_s=0.0)
             raise
@@ -116,7 +96,7 @@ class Runtime:
         stream = self._streams.open(request)
         if request.pin_reason is not None:
             self.metrics.pinned_requests.labels(request.pin_reason.value).inc()
-        self._driver.emit(
+        self._emit(
             RequestArrived(
                 request.request_id,
                 request.request_id,
@@ -126,7 +106,7 @@ class Runtime:
                 priority=request.priority,
             )
         )
-        if (reject := self._rejected.pop(request.request_id, None)) is not None:
+        if (reject := self._performer.rejected.pop(request.request_id, None)) is not None:
             self._finish(stream, "rejected")
             raise RequestRejectedError(reject.reason, reject.retry_after_s)
 
@@ -138,10 +118,8 @@ class Runtime:
                 continue
             if stream.migration is not None:
                 self._migrator.happen(stream.migration.migration_id, Happening.CLIENT_LEFT)
-            elif stream.instance_id is not None and stream.engine_request_id is not None:
-                engine = self.engine(stream.instance_id)
-                if engine is not None:
-                    self._spawn(engine.abort([stream.engine_request_id]))
+            else:
+                self._performer.abort(stream)
             self._finish(stream, "aborted")
 
     async def next_outputs(self) -> StepOutputs:
@@ -151,12 +129,12 @@ class Runtime:
     def snapshot(self) -> dict[str, Any]:
         """What `/admin/instances` shows."""
         return snapshot(
-            self._instances, self._supervisors, self.layout, self._streams, len(self._migrator), self._migration_counts
+            self.fleet, self.fleet.layout, self._streams, len(self._migrator), self._performer.migration_counts
         )
 
     def live_engines(self) -> list[Engine]:
-        """Engines that are up, in order of instance id."""
-        return [state.engine for state in self._instances.values() if state.engine is not None]
+        """Engines that are up, in the order in which they were made known."""
+        return self.fleet.live_engines()
 
     @property
     def n_live_requests(self) -> int:
@@ -168,34 +146,16 @@ class Runtime:
         self._driver.stop()
         for timer in self._grace_timers:
             timer.cancel()
-        await self._migrator.stop()
-        await asyncio.gather(*(s.stop(timeout_s) for s in self._supervisors.values()))
-        for task in list(self._tasks):
-            task.cancel()
+        await self._performer.stop()
+        await self.fleet.stop(timeout_s)
         self.metrics.close()
-
-    # --- EngineDirectory ---------------------------------------------------------------------------------------------
-
-    def engine(self, instance_id: InstanceId) -> Engine | None:
-        """The engine when it is up."""
-        return self._instances[instance_id].engine
 
     # --- Listener: what instances tell -------------------------------------------------------------------------------
 
     async def instance_up(self, engine: Engine, capacity: InstanceCapacity) -> None:
         """Connect it to all that are up, then let the policy use it."""
-        async with self._joining:
-            for peer in self.live_engines():
-                try:
-                    await engine.connect([peer])
-                except EngineError:
-                    if self.engine(peer.instance_id) is peer:
-                        raise  # the peer lives: the fault is on this side
-            state = self._instances[engine.instance_id]
-            state.engine = engine
-            state.capacity = capacity
-            state.settled.set()
-        self._driver.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, capacity))
+        await self.fleet.join(engine, capacity)
+        self._emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, capacity))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop the words of old attempts; hide the finishes of cuts."""
@@ -236,13 +196,13 @@ class Runtime:
 
     def instance_reported(self, engine: Engine, report: InstanceReport, counters: EngineCounters) -> None:
         """Translate attempt ids to request ids and tell the policy."""
-        state = self._instances[engine.instance_id]
+        state = self.fleet[engine.instance_id]
         if state.engine is not engine:
             return  # it is being connected
         state.report, state.counters = report, counters
         running = self._known(report.running_ids, report.running_tokens)
         waiting = self._known(report.waiting_ids, report.waiting_tokens)
-        self._driver.emit(
+        self._emit(
             InstanceReported(
                 f"report:{engine.instance_id}:{counters.steps}",
                 engine.instance_id,
@@ -255,18 +215,14 @@ class Runtime:
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         """Its requests are orphans; the policy places them anew and they go on from prompt and output so far."""
-        state = self._instances[instance_id]
-        state.engine = None
-        state.last_error = why
-        state.forget_load()
-        state.settled.set()
+        self.fleet[instance_id].went_down(why)
         self._migrator.instance_lost(instance_id)
         orphans = self._streams.on_instance(instance_id)
         for stream in orphans:
             self._streams.displace(stream)
             exact = "yes" if stream.request.pin_reason is None else "no"
             self.metrics.recovered.labels(exact).inc()
-        self._driver.emit(
+        self._emit(
             InstanceLost(
                 f"down:{instance_id}",
                 instance_id,
@@ -275,74 +231,10 @@ class Runtime:
             )
         )
 
-    # --- the policy --------------------------------------------------------------------------------------------------
+    # --- the steps behind them ---------------------------------------------------------------------------------------
 
-    def _carry_out(self, effect: Effect) -> None:
-        match effect:
-            case Dispatch():
-                self._dispatch(effect)
-            case Reject():
-                self._rejected[effect.request_id] = effect
-            case StartMigration():
-                self._start_migration(effect)
-            case SendMessage():
-                message = MessageReceived(effect.cause, effect.sender_id, effect.recipient_id, effect.message)
-                asyncio.get_running_loop().call_soon(self._driver.emit, message)
-            case PublishLayout():
-                self.layout = effect.layout
-            case _:
-                assert_never(effect)
-
-    def _dispatch(self, effect: Dispatch) -> None:
-        stream = self._streams.get(effect.request_id)
-        if stream is None:
-            return  # its client left while it waited
-        resume = Resume(list(stream.output_token_ids)) if stream.output_token_ids else None
-        engine_request_id = self._streams.place(stream, effect.instance_id)
-        engine = self.engine(effect.instance_id)
-        if engine is not None:  # else its loss is an event on the way, and the request an orphan
-            self._spawn(engine.add(engine_request_id, stream.request, resume))
-
-    def _start_migration(self, effect: StartMigration) -> None:
-        stream = self._streams.get(effect.request_id)
-        if stream is None or stream.migration is not None or stream.instance_id != effect.source_id:
-            # The request ended or was moved by a death since the policy's last look: the migration ends before it began.
-            outcome = MigrationOutcome.ENDED if stream is None else MigrationOutcome.STAYED
-            self._emit_migration_ended(effect, outcome, "stale")
-            return
-        self._migrator.start(effect, stream)
-
-    def _migration_ended(self, record: MigrationRecord, outcome: MigrationOutcome) -> None:
-        migration = record.migration
-        detail = record.detail if outcome is not MigrationOutcome.MOVED else ""
-        if record.pause_s is not None and outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
-            self.metrics.pause.labels(outcome.value).observe(record.pause_s)
-        effect = StartMigration(
-            record.cause,
-            migration.migration_id,
-            migration.request_id,
-            migration.source_id,
-            migration.target_id,
-            record.reason,
-        )
-        self._emit_migration_ended(effect, outcome, detail)
-
-    def _emit_migration_ended(self, effect: StartMigration, outcome: MigrationOutcome, detail: str) -> None:
-        self.metrics.migrations.labels(outcome.value, effect.reason.value, detail).inc()
-        self._migration_counts[outcome.value] = self._migration_counts.get(outcome.value, 0) + 1
-        self._driver.emit(
-            MigrationEnded(
-                effect.cause,
-                effect.migration_id,
-                effect.request_id,
-                effect.source_id,
-                effect.target_id,
-                outcome,
-                detail,
-            )
-        )
-
-    # --- the steps behind them ----------------------------------------------------------------------------------------
+    def _emit(self, event: Event) -> None:
+        self._driver.emit(event)
 
     def _deliver(self, engine: Engine, stream: Stream, delta: Any, now_s: float) -> None:
         if stream.attempts > 1:
@@ -370,7 +262,7 @@ class Runtime:
         self._streams.close(stream)
         self.metrics.requests.labels(outcome).inc()
         request_id = stream.request.request_id
-        self._driver.emit(RequestFinished(request_id, request_id, len(stream.output_token_ids)))
+        self._emit(RequestFinished(request_id, request_id, len(stream.output_token_ids)))
 
     def _known(self, ids: tuple[str, ...], lengths: tuple[int, ...]) -> dict[RequestId, int]:
         known = {}
@@ -379,19 +271,3 @@ class Runtime:
             if stream is not None:
                 known[stream.request.request_id] = tokens
         return known
-
-    def _gauges(self) -> list[InstanceGauges]:
-        return [
-            state.gauges(self.layout, self._supervisors[instance_id].restarts)
-            for instance_id, state in self._instances.items()
-        ]
-
-    def _spawn(self, command: Any) -> None:
-        task = asyncio.get_running_loop().create_task(command)
-        self._tasks.add(task)
-        task.add_done_callback(self._command_done)
-
-    def _command_done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a command to an instance failed", exc_info=error)

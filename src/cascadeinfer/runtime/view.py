@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ class InstanceState:
         settled: Set once it has come up, or failed to, for the first time.
     """
 
-    instance_id: InstanceId
+    supervisor: Supervisor
     engine: Engine | None = None
     capacity: InstanceCapacity | None = None
     report: InstanceReport = IDLE
@@ -38,16 +38,30 @@ class InstanceState:
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     last_error: str = ""
 
+    @property
+    def instance_id(self) -> InstanceId:
+        """Its name."""
+        return self.supervisor.instance_id
+
     async def first_up(self) -> None:
         """Wait until it is up for the first time. Raises EngineError when it has failed to come up."""
         await self.settled.wait()
         if self.engine is None:
             raise EngineError(f"did not come up: {self.last_error}", instance_id=self.instance_id)
 
-    def forget_load(self) -> None:
-        """It went down: what it reported holds no more."""
+    def came_up(self, engine: Engine, capacity: InstanceCapacity) -> None:
+        """It is ready to take requests."""
+        self.engine = engine
+        self.capacity = capacity
+        self.settled.set()
+
+    def went_down(self, why: str) -> None:
+        """It is gone: what it reported holds no more."""
+        self.engine = None
+        self.last_error = why
         self.report = IDLE
         self.counters = EngineCounters()
+        self.settled.set()
 
     def stage_index(self, layout: StageLayout | None) -> int | None:
         """Its stage's number."""
@@ -57,7 +71,7 @@ class InstanceState:
         """Share of its KV blocks in use."""
         return 0.0 if self.capacity is None else self.report.kv_blocks_used / self.capacity.kv_blocks
 
-    def gauges(self, layout: StageLayout | None, restarts: int) -> InstanceGauges:
+    def gauges(self, layout: StageLayout | None) -> InstanceGauges:
         """Its gauges for Prometheus."""
         stage = self.stage_index(layout)
         return InstanceGauges(
@@ -70,13 +84,12 @@ class InstanceState:
             kv_pulls=self.counters.pulls,
             failed_pulls=self.counters.failed_pulls,
             pinned=self.counters.pinned,
-            restarts=restarts,
+            restarts=self.supervisor.restarts,
         )
 
 
 def snapshot(
-    instances: Mapping[InstanceId, InstanceState],
-    supervisors: Mapping[InstanceId, Supervisor],
+    instances: Iterable[InstanceState],
     layout: StageLayout | None,
     streams: StreamTable,
     n_migrations: int,
@@ -93,13 +106,13 @@ def snapshot(
         ],
         "instances": [
             {
-                "id": instance_id,
+                "id": state.instance_id,
                 "stage": state.stage_index(layout),
                 "up": state.engine is not None,
                 "pid": state.engine.pid if state.engine is not None else None,
-                "restarts": supervisors[instance_id].restarts,
+                "restarts": state.supervisor.restarts,
                 "last_error": state.last_error or None,
-                "requests": on_instance.get(instance_id, 0),
+                "requests": on_instance.get(state.instance_id, 0),
                 "running": len(state.report.running_ids),
                 "waiting": len(state.report.waiting_ids),
                 "lengths": sorted(state.report.running_tokens),
@@ -112,7 +125,7 @@ def snapshot(
                 "pinned": state.counters.pinned,
                 "reserved": state.counters.reserved,
             }
-            for instance_id, state in instances.items()
+            for state in instances
         ],
         "requests": {
             "live": len(streams),

@@ -1,0 +1,129 @@
+"""Carries out what the policy wants done. Each effect ends in an event, as `core/effects.py` promises."""
+
+import asyncio
+from collections.abc import Callable
+from typing import assert_never
+
+from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.events import Event, MessageReceived, MigrationEnded, MigrationOutcome
+from cascadeinfer.core.types import RequestId
+from cascadeinfer.engines.protocol import Resume
+from cascadeinfer.runtime.commands import Commands
+from cascadeinfer.runtime.fleet import Fleet
+from cascadeinfer.runtime.metrics import RuntimeMetrics
+from cascadeinfer.runtime.migrate import MigrationRecord, MigrationTimes, Migrator
+from cascadeinfer.runtime.streams import Stream, StreamTable
+
+
+class Performer:
+    """
+    The runtime's hands.
+
+    Attributes:
+        migrator: The migrations under way.
+        migration_counts: Migrations that have ended, by outcome.
+        rejected: Requests that the policy has refused and whose senders do not know it yet.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        streams: StreamTable,
+        metrics: RuntimeMetrics,
+        emit: Callable[[Event], None],
+        times: MigrationTimes,
+    ) -> None:
+        """
+        Args:
+            fleet: Where the engines are.
+            streams: The live requests.
+            metrics: Where ended migrations are counted.
+            emit: Takes the events in which effects end.
+            times: Time limits for migrations.
+        """
+        self._fleet = fleet
+        self._streams = streams
+        self._metrics = metrics
+        self._emit = emit
+        self._commands = Commands("a command to an instance")
+        self.migrator = Migrator(fleet, streams, self._migration_ended, times)
+        self.migration_counts: dict[str, int] = {}
+        self.rejected: dict[RequestId, Reject] = {}
+
+    def carry_out(self, effect: Effect) -> None:
+        """Begin with an effect; never waits."""
+        match effect:
+            case Dispatch():
+                self._dispatch(effect)
+            case Reject():
+                self.rejected[effect.request_id] = effect
+            case StartMigration():
+                self._start_migration(effect)
+            case SendMessage():
+                message = MessageReceived(effect.cause, effect.sender_id, effect.recipient_id, effect.message)
+                asyncio.get_running_loop().call_soon(self._emit, message)
+            case PublishLayout():
+                self._fleet.layout = effect.layout
+            case _:
+                assert_never(effect)
+
+    def abort(self, stream: Stream) -> None:
+        """A request's client left: stop it on its instance. One in a migration is the migrator's to stop."""
+        if stream.instance_id is not None and stream.engine_request_id is not None:
+            engine = self._fleet.engine(stream.instance_id)
+            if engine is not None:
+                self._commands.send(engine.abort([stream.engine_request_id]))
+
+    async def stop(self) -> None:
+        """Cancel everything under way; for shutdown, after the last request."""
+        await self.migrator.stop()
+        await self._commands.stop()
+
+    def _dispatch(self, effect: Dispatch) -> None:
+        stream = self._streams.get(effect.request_id)
+        if stream is None:
+            return  # its client left while it waited
+        resume = Resume(list(stream.output_token_ids)) if stream.output_token_ids else None
+        engine_request_id = self._streams.place(stream, effect.instance_id)
+        engine = self._fleet.engine(effect.instance_id)
+        if engine is not None:  # else its loss is an event on the way, and the request an orphan
+            self._commands.send(engine.add(engine_request_id, stream.request, resume))
+
+    def _start_migration(self, effect: StartMigration) -> None:
+        stream = self._streams.get(effect.request_id)
+        if stream is None or stream.migration is not None or stream.instance_id != effect.source_id:
+            # The request ended or was moved by a death since the policy's last look: the migration ends before it began.
+            outcome = MigrationOutcome.ENDED if stream is None else MigrationOutcome.STAYED
+            self._emit_migration_ended(effect, outcome, "stale")
+            return
+        self.migrator.start(effect, stream)
+
+    def _migration_ended(self, record: MigrationRecord, outcome: MigrationOutcome) -> None:
+        migration = record.migration
+        detail = record.detail if outcome is not MigrationOutcome.MOVED else ""
+        if record.pause_s is not None and outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
+            self._metrics.pause.labels(outcome.value).observe(record.pause_s)
+        effect = StartMigration(
+            record.cause,
+            migration.migration_id,
+            migration.request_id,
+            migration.source_id,
+            migration.target_id,
+            record.reason,
+        )
+        self._emit_migration_ended(effect, outcome, detail)
+
+    def _emit_migration_ended(self, effect: StartMigration, outcome: MigrationOutcome, detail: str) -> None:
+        self._metrics.migrations.labels(outcome.value, effect.reason.value, detail).inc()
+        self.migration_counts[outcome.value] = self.migration_counts.get(outcome.value, 0) + 1
+        self._emit(
+            MigrationEnded(
+                effect.cause,
+                effect.migration_id,
+                effect.request_id,
+                effect.source_id,
+                effect.target_id,
+                outcome,
+                detail,
+            )
+        )
