@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from cascadeinfer.core.balance.recent import RecentWorkload
+from cascadeinfer.core.balance.recent import RecentWorkload, Unfinished
 
 
 def test_too_little_is_nothing() -> None:
@@ -12,7 +13,7 @@ def test_too_little_is_nothing() -> None:
     recent = RecentWorkload(60.0, 10_000)
     assert recent.look(5.0, 1) is None
     recent.note_arrival(10.0)
-    recent.note_finished(100, 10)
+    recent.note_finished(100, 10, 10.0)
     assert recent.look(10.0, 1) is None
     assert recent.look(11.0, 2) is None
 
@@ -22,25 +23,25 @@ def test_rate_and_lengths() -> None:
     recent = RecentWorkload(60.0, 10_000)
     for number in range(100):
         recent.note_arrival(0.5 * number)
-        recent.note_finished(100, 10 + number % 2)
+        recent.note_finished(100, 10 + number % 2, 0.5 * number)
     seen = recent.look(50.0, 50)
     assert seen is not None
     lengths, rate_per_s = seen
     assert rate_per_s == pytest.approx(2.0)
     assert lengths.mean_prompt_tokens == pytest.approx(100.0)
-    assert lengths.mean_output_tokens == pytest.approx(10.5)
+    assert lengths.mean_output_tokens == pytest.approx(10.5, rel=0.01)
 
 
 def test_the_past_fades() -> None:
-    """After one time constant the old lengths weigh 1/e, and the rate follows the new arrivals."""
+    """After one time constant old lengths weigh 1/e of what they did, whenever they finished; the rate follows the new arrivals."""
     recent = RecentWorkload(60.0, 10_000)
-    for number in range(100):
-        recent.note_arrival(0.6 * number)
-        recent.note_finished(100, 10)
+    for _ in range(100):
+        recent.note_arrival(0.0)
+        recent.note_finished(100, 10, 60.0)
     recent.look(60.0, 1)
     for number in range(300):
         recent.note_arrival(60.0 + 0.2 * number)
-        recent.note_finished(1000, 10)
+        recent.note_finished(1000, 10, 120.0)
     seen = recent.look(120.0, 1)
     assert seen is not None
     lengths, rate_per_s = seen
@@ -54,9 +55,55 @@ def test_aborted_and_endless_requests_are_left_out() -> None:
     """A request without output, and one beyond the longest sequence, are no lengths to plan for."""
     recent = RecentWorkload(60.0, 1000)
     recent.note_arrival(0.0)
-    recent.note_finished(500, 0)
-    recent.note_finished(500, 500)
-    recent.note_finished(500, 499)
+    recent.note_finished(500, 0, 1.0)
+    recent.note_finished(500, 500, 1.0)
+    recent.note_finished(500, 499, 1.0)
     seen = recent.look(1.0, 1)
     assert seen is not None
-    assert seen[0].requests == 1
+    assert seen[0].requests == pytest.approx(1.0)
+
+
+def test_requests_that_still_run_count_as_what_they_may_become() -> None:
+    """
+    Ten seconds after a start, half of the requests (the long ones) run: those that finished alone give half of the mean output.
+
+    With the running ones at what finished requests teach, and beyond that at the length that they may reach, the mean is nearly right.
+    """
+    rng = np.random.default_rng(3)
+    recent = RecentWorkload(300.0, 1 << 20)
+    tokens_per_s = 50.0
+    arrived = np.sort(rng.uniform(0.0, 40.0, 4000))
+    outputs = np.where(rng.random(4000) < 0.9, rng.integers(1, 200, 4000), rng.integers(500, 1500, 4000))
+    running = []
+    for at_s, output in zip(arrived, outputs, strict=True):
+        recent.note_arrival(float(at_s))
+        if at_s + output / tokens_per_s <= 40.0:
+            recent.note_finished(100, int(output), float(at_s))
+        else:
+            running.append((at_s, int((40.0 - at_s) * tokens_per_s)))
+    at_s, so_far = (np.array(column) for column in zip(*running, strict=True))
+    n = len(running)
+    unfinished = Unfinished(at_s, np.full(n, 100), so_far.astype(np.int64), np.full(n, 100_000))
+    seen = recent.look(40.0, 1, unfinished)
+    assert seen is not None
+    finished_only = float(np.mean([o for a, o in zip(arrived, outputs, strict=True) if a + o / tokens_per_s <= 40.0]))
+    error = seen[0].mean_output_tokens / float(outputs.mean()) - 1.0
+    assert finished_only / float(outputs.mean()) - 1.0 < -0.2
+    assert abs(error) < 0.08
+    assert seen[0].mean_prompt_tokens == pytest.approx(100.0)
+
+
+def test_a_request_that_runs_is_never_taken_for_shorter_than_it_is() -> None:
+    """Whatever has finished, a running request's output in the histogram is longer than what it has, and within its own cap."""
+    recent = RecentWorkload(60.0, 10_000)
+    for _ in range(50):
+        recent.note_arrival(0.0)
+        recent.note_finished(10, 5, 0.0)
+    seen = recent.look(1.0, 1, Unfinished(np.array([1.0]), np.array([10]), np.array([700]), np.array([800])))
+    assert seen is not None
+    lengths, _ = seen
+    assert 10 + 700 < lengths.longest_tokens < 10 + 800 + 50
+    assert (
+        recent.look(2.0, 1, Unfinished(np.array([1.0]), np.array([9000]), np.array([999]), np.array([5000])))
+        is not None
+    )

@@ -69,7 +69,7 @@ def follow(boundary: int, scales: list[float], rate_per_s: float, seed: int = 0)
         n = int(rng.poisson(rate_per_s * SETTINGS.interval_s))
         for prompt, output in zip(*requests(rng, n, scale), strict=True):
             recent.note_arrival(now_s)
-            recent.note_finished(int(prompt), int(output))
+            recent.note_finished(int(prompt), int(output), now_s)
         seen = recent.look(now_s + SETTINGS.interval_s, SETTINGS.min_requests)
         around = Neighbours(0, None, 0.4, 0.5)
         gain_of = None if seen is None else outlook(problem_of(*seen), boundary, around, INSTANCES)

@@ -186,13 +186,13 @@ def test_replanner_waits_for_enough() -> None:
     assert not replanner.is_due(9.9)
     for number in range(4):
         replanner.workload.note_arrival(float(number))
-    replanner.workload.note_finished(10, 10)
+    replanner.workload.note_finished(10, 10, 0.0)
     assert replanner.is_due(10.0)
     assert replanner.propose(current, LARGE, ("a", "b"), 10.0) is None
     assert asked == []
     assert not replanner.is_due(10.0)
     for _ in range(3):
-        replanner.workload.note_finished(10, 10)
+        replanner.workload.note_finished(10, 10, 0.0)
     assert replanner.propose(current, LARGE, ("a", "b"), 20.0) is None
     assert len(asked) == 1
     assert asked[0] > 0.0

@@ -1,13 +1,50 @@
 """
-The workload of late: lengths of what has finished, and how much has arrived; the past fades exponentially.
+The workload of late: the lengths of what has arrived, and how much; the past fades exponentially.
 
-Requests that run for long have not finished when the first looks are taken, so early looks see too many short ones; later ones mend
-that. Finished requests are gathered in a list and enter the histogram at the next look: a finish costs next to nothing.
+Each request counts by the age of its arrival, whether it has finished or not, so that the window holds whole cohorts: counting only
+what has finished would see too few long requests while they run, for minutes after a start or a change. A request that still runs
+enters with its prompt and with outputs that it may yet reach (`survival.py`), learnt from those that finished.
+
+Finished requests are gathered in a list and enter the histogram at the next look: a finish costs next to nothing.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
+from cascadeinfer.core.balance.survival import OutputSurvival
 from cascadeinfer.core.plan.histogram import HistogramBuilder, LengthHistogram
+
+QUANTILES: Final = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
+"""A running request enters once for each, in equal parts, with that quantile of the outputs it may reach."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unfinished:
+    """
+    Requests that have arrived and not ended, in columns.
+
+    Attributes:
+        arrived_s: When.
+        prompt_tokens: Of the request.
+        output_tokens: So far, 0 and more.
+        max_output_tokens: Its own cap, >= 1.
+    """
+
+    arrived_s: NDArray[np.float64]
+    prompt_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    max_output_tokens: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.arrived_s)
+
+
+NOBODY: Final = Unfinished(np.empty(0), *(np.empty(0, dtype=np.int64) for _ in range(3)))
 
 
 class RecentWorkload:
@@ -22,7 +59,9 @@ class RecentWorkload:
         self._memory_s = memory_s
         self._max_tokens = max_tokens
         self._builder = HistogramBuilder(max_tokens=max_tokens)
-        self._finished: list[tuple[int, int]] = []
+        self._survival = OutputSurvival(max_tokens)
+        self._finished: list[tuple[int, int, float]] = []
+        self._seen = 0.0
         self._new_arrivals = 0
         self._arrivals = 0.0
         self._watched_s = 0.0
@@ -34,18 +73,21 @@ class RecentWorkload:
             self._since_s = now_s
         self._new_arrivals += 1
 
-    def note_finished(self, prompt_tokens: int, output_tokens: int) -> None:
+    def note_finished(self, prompt_tokens: int, output_tokens: int, arrived_s: float) -> None:
         """A request ended; one without output is no length to plan for."""
         if output_tokens >= 1 and prompt_tokens + output_tokens < self._max_tokens:
-            self._finished.append((prompt_tokens, output_tokens))
+            self._finished.append((prompt_tokens, output_tokens, arrived_s))
 
-    def look(self, now_s: float, min_requests: float) -> tuple[LengthHistogram, float] | None:
+    def look(
+        self, now_s: float, min_requests: float, unfinished: Unfinished = NOBODY
+    ) -> tuple[LengthHistogram, float] | None:
         """
         What the workload is now.
 
         Args:
             now_s: The time; not before that of the last look.
-            min_requests: Fewest finished requests to say anything from.
+            min_requests: Fewest finished requests (fading) to say anything from.
+            unfinished: What runs or waits now.
 
         Returns:
             Lengths, and requests per second (positive); None when too little has been seen.
@@ -55,14 +97,43 @@ class RecentWorkload:
         span_s = now_s - self._since_s
         self._since_s = now_s
         fade = math.exp(-span_s / self._memory_s)
-        self._builder.decay(fade)
-        if self._finished:
-            prompts, outputs = zip(*self._finished, strict=True)
-            self._builder.add_many(prompts, outputs)
-            self._finished.clear()
+        self._take_in(fade, now_s)
         self._arrivals = fade * self._arrivals + self._new_arrivals
         self._watched_s = fade * self._watched_s + span_s
         self._new_arrivals = 0
-        if self._builder.requests < max(min_requests, 1.0) or self._arrivals <= 0.0:
+        if self._seen < max(min_requests, 1.0) or self._arrivals <= 0.0:
             return None
-        return self._builder.snapshot(), self._arrivals / self._watched_s
+        whole = HistogramBuilder(max_tokens=self._max_tokens)
+        whole.merge(self._builder)
+        self._foresee(whole, now_s, unfinished)
+        if not whole.requests > 0.0:
+            return None  # what has finished arrived so long ago that it weighs nothing
+        return whole.snapshot(), self._arrivals / self._watched_s
+
+    def _take_in(self, fade: float, now_s: float) -> None:
+        self._builder.decay(fade)
+        self._survival.decay(fade)
+        self._seen = fade * self._seen + len(self._finished)
+        if self._finished:
+            prompts, outputs, arrived_s = (np.array(column) for column in zip(*self._finished, strict=True))
+            weights = self._weights(now_s, arrived_s)
+            self._builder.add_many(prompts, outputs, weights)
+            self._survival.add(outputs, weights)
+            self._finished.clear()
+
+    def _foresee(self, whole: HistogramBuilder, now_s: float, unfinished: Unfinished) -> None:
+        """Add what has not ended, with the outputs it may reach."""
+        fits = unfinished.prompt_tokens + unfinished.output_tokens + 1 < self._max_tokens
+        if not np.any(fits):
+            return
+        prompts = unfinished.prompt_tokens[fits]
+        so_far = unfinished.output_tokens[fits]
+        weights = self._weights(now_s, unfinished.arrived_s[fits])
+        most = np.minimum(unfinished.max_output_tokens[fits], self._max_tokens - 1 - prompts)
+        for outputs in self._survival.quantiles(so_far, weights, QUANTILES):
+            whole.add_many(
+                prompts, np.maximum(np.minimum(outputs, most), np.maximum(1, so_far)), weights / len(QUANTILES)
+            )
+
+    def _weights(self, now_s: float, arrived_s: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(np.exp((arrived_s - now_s) / self._memory_s))

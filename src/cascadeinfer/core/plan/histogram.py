@@ -105,6 +105,7 @@ def _add_requests(
     edges: NDArray[np.int64],
     prompts: NDArray[np.int64],
     outputs: NDArray[np.int64],
+    weights: NDArray[np.float64],
     sums: NDArray[np.float64],  # (N_COLUMNS, n_buckets)
 ) -> None:
     """Add requests to the sums of each bucket they pass through."""
@@ -113,15 +114,16 @@ def _add_requests(
         o = float(outputs[i])
         a = p * (p + 1.0) / 2.0
         decodes = o > 1.0
-        by_output = 1.0 / o
-        by_steps = 1.0 / (o - 1.0) if decodes else 0.0
+        w = weights[i]
+        by_output = w / o
+        by_steps = w / (o - 1.0) if decodes else 0.0
         first = np.searchsorted(edges, prompts[i], side="right") - 1
-        sums[Column.STARTS, first] += 1.0
-        sums[Column.PROMPT, first] += p
-        sums[Column.ATTENTION, first] += a
-        sums[Column.PROMPT_SQ, first] += p * p
-        sums[Column.PROMPT_ATTENTION, first] += p * a
-        sums[Column.ATTENTION_SQ, first] += a * a
+        sums[Column.STARTS, first] += w
+        sums[Column.PROMPT, first] += w * p
+        sums[Column.ATTENTION, first] += w * a
+        sums[Column.PROMPT_SQ, first] += w * p * p
+        sums[Column.PROMPT_ATTENTION, first] += w * p * a
+        sums[Column.ATTENTION_SQ, first] += w * a * a
         sums[Column.STARTS_NL, first] += by_output
         sums[Column.PROMPT_NL, first] += p * by_output
         sums[Column.ATTENTION_NL, first] += a * by_output
@@ -136,16 +138,16 @@ def _add_requests(
             high = min(end, edges[bucket + 1])
             steps = float(high - low)
             kv = steps * (low + high - 1) / 2.0
-            sums[Column.STEPS, bucket] += steps
-            sums[Column.KV_STEPS, bucket] += kv
+            sums[Column.STEPS, bucket] += w * steps
+            sums[Column.KV_STEPS, bucket] += w * kv
             sums[Column.STEPS_NL, bucket] += steps * by_output
             sums[Column.KV_STEPS_NL, bucket] += kv * by_output
             sums[Column.STEPS_TPOT, bucket] += steps * by_steps
             low = high
-        sums[Column.LAST_STEPS, bucket] += 1.0
+        sums[Column.LAST_STEPS, bucket] += w
         sums[Column.LAST_STEPS_NL, bucket] += by_output if decodes else 0.0
         sums[Column.LAST_STEPS_TPOT, bucket] += by_steps
-        sums[Column.ENDS, bucket if end < edges[bucket + 1] else bucket + 1] += 1.0
+        sums[Column.ENDS, bucket if end < edges[bucket + 1] else bucket + 1] += w
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -263,6 +265,7 @@ class HistogramBuilder:
         self._max_tokens = max_tokens
         self._prompt = np.zeros(1, dtype=np.int64)
         self._output = np.zeros(1, dtype=np.int64)
+        self._weight = np.ones(1)
 
     @property
     def requests(self) -> float:
@@ -282,14 +285,16 @@ class HistogramBuilder:
             self.add_many([prompt], [output])  # which says what is wrong
             return
         self._prompt[0], self._output[0] = prompt, output  # once per request: no arrays built
-        _add_requests(self.edges_tokens, self._prompt, self._output, self.sums)
+        _add_requests(self.edges_tokens, self._prompt, self._output, self._weight, self.sums)
 
-    def add_many(self, prompt_tokens: ArrayLike, output_tokens: ArrayLike) -> None:
+    def add_many(
+        self, prompt_tokens: ArrayLike, output_tokens: ArrayLike, weights: NDArray[np.float64] | None = None
+    ) -> None:
         """
-        Add requests; nothing is added when one of them is refused.
+        Add requests, each with its weight (1 by default); nothing is added when one of them is refused.
 
         Raises:
-            PlanError: Columns of different length, lengths that are not whole numbers >= 1, or sums beyond `max_tokens`.
+            PlanError: Columns of different length, weights that are not finite and >= 0, lengths that are not whole numbers >= 1, or sums beyond `max_tokens`.
         """
         prompts = _whole(prompt_tokens, "prompt_tokens")
         outputs = _whole(output_tokens, "output_tokens")
@@ -301,7 +306,10 @@ class HistogramBuilder:
             raise PlanError(
                 f"request {i}: {prompts[i]} + {outputs[i]} tokens is longer than the histogram's {self._max_tokens} tokens"
             )
-        _add_requests(self.edges_tokens, prompts, outputs, self.sums)
+        each = np.ones(len(prompts)) if weights is None else weights
+        if each.shape != prompts.shape or not np.all(np.isfinite(each) & (each >= 0.0)):
+            raise PlanError("weights are finite numbers >= 0, one per request")
+        _add_requests(self.edges_tokens, prompts, outputs, each, self.sums)
 
     def decay(self, factor: float) -> None:
         """

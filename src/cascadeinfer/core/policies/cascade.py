@@ -26,6 +26,7 @@ from cascadeinfer.core.balance.handover import HandoverRules
 from cascadeinfer.core.balance.recent import RecentWorkload
 from cascadeinfer.core.balance.refine import BoundaryRefiner, Neighbours, RefineSettings, outlook
 from cascadeinfer.core.balance.roster import Roster
+from cascadeinfer.core.balance.watch import WorkloadWatch
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.dispatch import TYPICAL_OUTPUT_TOKENS, cheapest, cheapest_with_room, pricing_of
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
@@ -106,9 +107,10 @@ class Cascade:
         self._planning = planning
         self._replanner = Replanner(planner, planning) if replan and planner is not None else None
         self._recent = RecentWorkload(self._refinement.memory_s, planning.max_tokens)
-        self._workloads = [self._recent] if refine and step_model is not None else []
+        workloads = [self._recent] if refine and step_model is not None else []
         if self._replanner is not None:
-            self._workloads.append(self._replanner.workload)
+            workloads.append(self._replanner.workload)
+        self._watch = WorkloadWatch(workloads)
         self._urgency = 1.0 / TYPICAL_OUTPUT_TOKENS
         self._finished = 0
         self._incarnations: dict[InstanceId, int] = {}
@@ -135,8 +137,7 @@ class Cascade:
                 self._wake(event.cause, now_s, effects)
             case RequestArrived():
                 self.view.apply(event)
-                for workload in self._workloads:
-                    workload.note_arrival(now_s)
+                self._watch.arrived(event.request_id, now_s)
                 self._place_waiting(event.cause, effects)
                 self._refuse(event, effects)
             case RequestFinished():
@@ -201,14 +202,14 @@ class Cascade:
             return
         refused = Reject(event.cause, event.request_id, "queue_full", self._retry_after_s)
         self.view.carry_out([refused])
+        self._watch.refused(event.request_id)
         effects.append(refused)
 
     def _finish(self, event: RequestFinished, effects: list[Effect]) -> None:
         request = self.view.requests.get(event.request_id)
         if request is None:
             return
-        for workload in self._workloads:
-            workload.note_finished(request.prompt_tokens, event.output_tokens)
+        self._watch.finished(request, event.output_tokens)
         self._learn_urgency(event.output_tokens)
         place = request.place
         self.view.apply(event)
@@ -309,7 +310,9 @@ class Cascade:
                 instance.instance_id for members in self._members for instance in sorted(members, key=_mean_tokens)
             ]
             capacity = self._members[0][0].capacity
-            proposed = self._replanner.propose(layout, capacity, ranked, now_s)
+            proposed = self._replanner.propose(
+                layout, capacity, ranked, now_s, self._watch.unfinished(self.view.requests.values())
+            )
             if proposed is not None:
                 self.roster.adopt(proposed)
                 self._refiners.clear()
@@ -346,7 +349,11 @@ class Cascade:
 
     def _recent_problem(self, now_s: float) -> PlanProblem | None:
         """The recent workload as the planner sees it; None without a cost model, or when too little has been seen."""
-        seen = self._recent.look(now_s, self._refinement.min_requests) if self._model is not None else None
+        seen = (
+            self._recent.look(now_s, self._refinement.min_requests, self._watch.unfinished(self.view.requests.values()))
+            if self._model is not None
+            else None
+        )
         if self._model is None or seen is None:
             return None
         capacity = self._members[0][0].capacity

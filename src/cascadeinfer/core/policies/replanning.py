@@ -9,7 +9,7 @@ capacity, the plan is made for what could be served.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from cascadeinfer.core.balance.recent import RecentWorkload
+from cascadeinfer.core.balance.recent import NOBODY, RecentWorkload, Unfinished
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.plan.histogram import LengthHistogram
@@ -148,7 +148,12 @@ class Replanner:
         return now_s >= self._next_s
 
     def propose(
-        self, current: StageLayout, capacity: InstanceCapacity, ranked_ids: Sequence[InstanceId], now_s: float
+        self,
+        current: StageLayout,
+        capacity: InstanceCapacity,
+        ranked_ids: Sequence[InstanceId],
+        now_s: float,
+        unfinished: Unfinished = NOBODY,
     ) -> StageLayout | None:
         """
         Ask the planner.
@@ -158,12 +163,13 @@ class Replanner:
             capacity: Of each instance.
             ranked_ids: The instances in the order in which stages are dealt out, shortest stage first.
             now_s: The time.
+            unfinished: What runs or waits now.
 
         Returns:
             A layout that is better by the margin, or None.
         """
         self._next_s = now_s + self._settings.interval_s
-        seen = self.workload.look(now_s, self._settings.min_requests)
+        seen = self.workload.look(now_s, self._settings.min_requests, unfinished)
         if seen is None:
             return None
         proposed = self._planner(*seen, capacity, len(ranked_ids), current)

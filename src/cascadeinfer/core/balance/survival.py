@@ -1,0 +1,85 @@
+"""
+How long outputs get, from requests that finished and requests that still run: the estimator of Kaplan and Meier.
+
+Source: E. L. Kaplan, P. Meier, *Nonparametric estimation from incomplete observations*, JASA 53 (1958). In each bucket of output lengths the
+hazard is the weight of those that ended there over the weight of those that got there; running requests got as far as they are. Beyond
+the longest that has finished nothing is known but that requests run there: survival is taken to fall as one over the length (a Pareto tail of
+index 1: a request there lasts as long again, on the median).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascadeinfer.core.plan.histogram import DEFAULT_BUCKETS_PER_OCTAVE, log_edges
+
+MOST_FACTOR: Final = 8.0
+"""Outputs are not taken to get longer than so many times the longest known, or the request's own so far."""
+
+
+class OutputSurvival:
+    """Weights of ended requests by output length; ages by `decay`."""
+
+    def __init__(self, max_tokens: int) -> None:
+        """
+        Args:
+            max_tokens: Longest output.
+        """
+        self._edges = log_edges(max_tokens, DEFAULT_BUCKETS_PER_OCTAVE)
+        self._ended = np.zeros(len(self._edges) - 1)
+
+    def add(self, output_tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
+        """Requests that ended."""
+        np.add.at(self._ended, self._bucket_of(output_tokens), weights)
+
+    def decay(self, factor: float) -> None:
+        """Multiply the weight of everything so far."""
+        self._ended *= factor
+
+    def quantiles(
+        self, so_far_tokens: NDArray[np.int64], weights: NDArray[np.float64], levels: Sequence[float]
+    ) -> Iterator[NDArray[np.int64]]:
+        """
+        Outputs that running requests may reach.
+
+        Args:
+            so_far_tokens: Output of each so far.
+            weights: Of each, in the estimate.
+            levels: Quantiles wanted, in (0, 1).
+
+        Yields:
+            Per level, the output length of each request at that quantile of its future; more than it has.
+        """
+        running = np.zeros_like(self._ended)
+        bucket = self._bucket_of(so_far_tokens)
+        np.add.at(running, bucket, weights)
+        at_risk = np.cumsum((self._ended + running)[::-1])[::-1] - 0.5 * running
+        hazard = np.divide(self._ended, at_risk, out=np.zeros_like(at_risk), where=at_risk > 0.0)
+        survival = np.concatenate(([1.0], np.cumprod(1.0 - np.minimum(hazard, 1.0))))  # at each edge
+        fallen = -survival  # increasing
+        reached = survival[bucket]
+        least = survival[-1]
+        ended = np.flatnonzero(self._ended)
+        tail_tokens = np.maximum(so_far_tokens, self._edges[ended[-1] + 1] if len(ended) else 0).astype(np.float64)
+        for level in levels:
+            target = (1.0 - level) * reached
+            index = np.minimum(np.searchsorted(fallen, -target, side="left"), len(self._edges) - 1)
+            known = self._within(survival, index, target)
+            factor = np.divide(least, target, out=np.full_like(target, 1.0 / (1.0 - level)), where=target > 0.0)
+            outputs = np.where(target > least, known, tail_tokens * np.minimum(factor, MOST_FACTOR))
+            yield np.maximum(np.rint(outputs).astype(np.int64), so_far_tokens + 1)
+
+    def _within(
+        self, survival: NDArray[np.float64], index: NDArray[np.int64], target: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Lengths at which survival falls to the targets, linear inside of buckets; `index` is the first edge at or below."""
+        below = np.maximum(index - 1, 0)
+        drop = survival[below] - survival[index]
+        part = np.divide(survival[below] - target, drop, out=np.ones_like(target), where=drop > 0.0)
+        edges = self._edges.astype(np.float64)
+        return np.asarray(edges[below] + part * (edges[index] - edges[below]))
+
+    def _bucket_of(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.asarray(np.clip(np.searchsorted(self._edges, tokens, side="right") - 1, 0, len(self._ended) - 1))
