@@ -40,9 +40,12 @@ class Logged:
         return self.policy.next_timer_s()
 
 
+LAYOUT = StageLayout.from_boundaries((100, 200), (("a",), ("b",), ("c",)))
+
+
 def stages() -> StaticStages:
     """Three stages of one instance each."""
-    return StaticStages(layout=StageLayout.from_boundaries((100, 200), (("a",), ("b",), ("c",))))
+    return StaticStages(layout=LAYOUT)
 
 
 @virtual_time
@@ -57,7 +60,7 @@ async def test_requests_climb_the_stages() -> None:
         assert len(moved) >= 8
         assert {(e.source_id, e.target_id) for e in moved} == {("a", "b"), ("b", "c")}
         assert sum(cluster[name].core.pulls for name in "abc") == len(moved)
-        assert cluster.runtime.fleet.layout == stages().layout
+        assert cluster.runtime.fleet.layout == LAYOUT
 
 
 @virtual_time

@@ -1,10 +1,12 @@
 """Each baseline follows its formula, on examples small enough to reckon by hand."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadeinfer.core.effects import MigrationReason, StartMigration
+from cascadeinfer.core.effects import MigrationReason, PublishLayout, StartMigration
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.events import (
     InstanceDraining,
@@ -13,6 +15,7 @@ from cascadeinfer.core.events import (
     InstanceReport,
     InstanceReported,
     MigrationOutcome,
+    PinReason,
     RequestArrived,
 )
 from cascadeinfer.core.plan.layout import StageLayout
@@ -342,9 +345,55 @@ def test_static_stages_hands_over_and_drains() -> None:
     world.report("i0")
     world.grow("i0", 1)
     world.report("i0")
-    (drained,) = world.drain("i0")
+    (published, drained) = world.drain("i0")
+    assert isinstance(published, PublishLayout)
+    assert [stage.instance_ids for stage in published.layout.stages] == [("i1",), ("i2",)]
     assert isinstance(drained, StartMigration)
     assert (drained.target_id, drained.reason) == ("i1", MigrationReason.DRAIN)
+
+
+def test_static_stages_follow_who_is_there() -> None:
+    """A stage without instances is served by the next longer one; an instance that nobody named takes its place."""
+    layout = StageLayout.from_boundaries((500, 900), (("i0",), ("i1",), ("i2",)))
+    world = World(StaticStages(layout=layout))
+    world.join("i0", "i1", "i2")
+    world.drain("i1")
+    world.lose("i1")
+    world.arrive("r", 600)
+    assert world.requests["r"].instance_id == "i2"
+    (published,) = world.join("i9")
+    assert isinstance(published, PublishLayout)
+    assert [stage.instance_ids for stage in published.layout.stages] == [("i0",), ("i9",), ("i2",)]
+    world.arrive("s", 600)
+    assert world.requests["s"].instance_id == "i9"
+
+
+@pytest.mark.parametrize("make", [LeastLoaded, RoundRobin, VllmDp, PrefixAware, StaticLength])
+def test_simple_policies_empty_a_draining_instance(make: Callable[[], Policy]) -> None:
+    """Running requests move off it, the longest first, three at once; one that could not move is tried again; pinned ones stay."""
+    world = World(make())
+    world.join("a")
+    lengths = {"r0": 100, "r1": 200, "r2": 300, "r3": 400, "pinned": 500}
+    for name, tokens in lengths.items():
+        world.arrive(name, tokens, pin_reason=PinReason.LORA if name == "pinned" else None)
+    world.report("a")
+    world.grow("a", 1)
+    world.report("a")
+    world.join("b")
+    moves = world.drain("a")
+    assert [m.request_id for m in moves if isinstance(m, StartMigration)] == ["r3", "r2", "r1"]
+    assert {m.reason for m in moves if isinstance(m, StartMigration)} == {MigrationReason.DRAIN}
+    world.end("drain1", MigrationOutcome.STAYED)
+    (second,) = world.report("a")
+    assert isinstance(second, StartMigration)
+    assert second.request_id == "r0"
+    for migration_id in list(world.moves):
+        world.end(migration_id, MigrationOutcome.MOVED)
+    assert world.report("a") == []
+    world.advance(1.0)
+    (again,) = world.report("a")
+    assert isinstance(again, StartMigration)
+    assert again.request_id == "r3"
 
 
 def test_draining_twice_is_once() -> None:

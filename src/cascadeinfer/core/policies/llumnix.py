@@ -28,6 +28,8 @@ from cascadeinfer.core.view import InstanceView, RequestView
 class Llumnix(PlacingPolicy):
     """Freeness dispatch and pairwise migration."""
 
+    evacuates = False
+
     def __init__(
         self,
         *,

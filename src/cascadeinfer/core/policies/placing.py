@@ -1,33 +1,53 @@
 """
-The part that every policy without migration shares: keep the books, place what waits, place orphans anew.
+The part that simple policies share: keep the books, place what waits, place orphans anew, empty an instance that drains.
 
 A subclass says only which instance takes a request (`choose`).
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from cascadeinfer.core.effects import Dispatch, Effect
-from cascadeinfer.core.events import Event, InstanceJoined, InstanceLost, RequestArrived
+from cascadeinfer.core.events import (
+    Event,
+    InstanceDraining,
+    InstanceJoined,
+    InstanceLost,
+    InstanceReported,
+    RequestArrived,
+)
+from cascadeinfer.core.policies.evacuation import Evacuation
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
 
 
 class PlacingPolicy(ABC):
-    """Dispatches each request once and never moves it."""
+    """Dispatches each request once and moves it only when its instance drains."""
+
+    evacuates: ClassVar[bool] = True
+    """Whether requests are moved off a draining instance here; a policy with migrations of its own does it itself."""
 
     def __init__(self) -> None:
         """Start with empty books."""
         self.view = ClusterView()
+        self._evacuation = Evacuation(self.view)
 
     @abstractmethod
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
         """The instance that takes the request; `candidates` is not empty and sorted by id."""
 
-    def handle(self, event: Event, now_s: float) -> list[Effect]:  # noqa: ARG002 - these policies do not look at time
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
         """See `Policy.handle`."""
         self.view.apply(event)
         if isinstance(event, RequestArrived | InstanceJoined | InstanceLost):
             return self.place_waiting(event.cause)
+        if not self.evacuates:
+            return []
+        self._evacuation.note(event, now_s)
+        if isinstance(event, InstanceReported | InstanceDraining):
+            source = self.view.instances.get(event.instance_id)
+            if source is not None and source.draining:
+                return list(self._evacuation.moves(source, event.cause, now_s))
         return []
 
     def next_timer_s(self) -> float | None:

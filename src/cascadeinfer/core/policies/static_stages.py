@@ -5,34 +5,37 @@ Dispatch: by prompt length to its stage, least loaded inside. Hand-over: a reque
 to the stage of its length as soon as an instance there has room; until then it decodes on where it is and is tried again
 after `retry_s`. At most `max_migrations` per instance at once, either way (paper: 3).
 
-Inputs read: reports (lengths, load), the layout. Edge cases: a stage whose instances are all gone or draining is served by the
-nearest stage that has any (shorter one first at equal distance); a request above `max_tokens` left is not worth a move when it
-has fewer than `min_remaining_tokens` to go; a pinned request stays. Source: arXiv 2512.19179, with fixed ranges.
+Inputs read: reports (lengths, load), the layout. Edge cases: who serves a stage whose instances are all gone or draining, and which stage
+takes an instance that the configuration does not name, is the same as for the cascade (`core/balance/roster.py`); a request is not worth a
+move when it has fewer than `min_remaining_tokens` to go; a pinned request stays. Source: arXiv 2512.19179, with fixed ranges.
 """
 
 from collections.abc import Sequence
 
+from cascadeinfer.core.balance.roster import Roster
 from cascadeinfer.core.dispatch import has_room, least_loaded, pick
 from cascadeinfer.core.effects import Effect, MigrationReason, PublishLayout, StartMigration
 from cascadeinfer.core.events import (
     Event,
     InstanceDraining,
+    InstanceJoined,
+    InstanceLost,
     InstanceReported,
     MigrationEnded,
     MigrationOutcome,
     RequestFinished,
 )
 from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.policies.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.core.view import InstanceView, RequestView
 
-MAX_MIGRATIONS_PER_INSTANCE = 3
-"""Paper, section on load balance: more at once slows decoding on both sides."""
-
 
 class StaticStages(PlacingPolicy):
     """Fixed length ranges with live hand-over."""
+
+    evacuates = False
 
     def __init__(
         self,
@@ -51,18 +54,18 @@ class StaticStages(PlacingPolicy):
 
         """
         super().__init__()
-        self.layout = layout
+        self._roster = Roster(layout)
         self._max_migrations = max_migrations
         self._retry_s = retry_s
         self._min_remaining_tokens = min_remaining_tokens
         self._not_before_s: dict[RequestId, float] = {}
-        self._published = False
         self._migrations_started = 0
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """See `Policy.handle`."""
-        effects: list[Effect] = [] if self._published else [PublishLayout(event.cause, self.layout)]
-        self._published = True
+        effects: list[Effect] = []
+        if isinstance(event, InstanceJoined | InstanceDraining | InstanceLost):
+            effects += self._follow_roster(event)
         effects += super().handle(event, now_s)
         if isinstance(event, MigrationEnded) and event.outcome is MigrationOutcome.STAYED:
             self._not_before_s[event.request_id] = now_s + self._retry_s
@@ -73,23 +76,26 @@ class StaticStages(PlacingPolicy):
         return effects
 
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
-        """The least loaded instance of the request's stage, or of the nearest stage that has any."""
-        by_stage = self._candidates_by_distance(request.tokens, candidates)
-        chosen = pick(by_stage, request.tokens)
-        assert chosen is not None  # candidates is not empty
+        """The least loaded instance of the request's stage."""
+        chosen = pick(self._in_stage(self._stage_of(request), candidates), request.tokens)
+        assert chosen is not None  # every stage in force has an instance that takes requests
         return chosen
 
-    def _candidates_by_distance(self, length_tokens: int, candidates: Sequence[InstanceView]) -> Sequence[InstanceView]:
-        wanted = self.layout.stage_index_of(length_tokens)
-        distance_of: dict[InstanceId, tuple[int, int]] = {}
-        for candidate in candidates:
-            index = self.layout.stage_index_of_instance(candidate.instance_id)
-            if index is not None:
-                distance_of[candidate.instance_id] = (abs(index - wanted), index)
-        if not distance_of:
-            return candidates
-        nearest = min(distance_of.values())
-        return [c for c in candidates if distance_of.get(c.instance_id) == nearest]
+    def _follow_roster(self, event: InstanceJoined | InstanceDraining | InstanceLost) -> list[Effect]:
+        """Bring the stages into force with the instances that take requests from now on."""
+        there = {instance.instance_id for instance in self.view.available()} - {event.instance_id}
+        if isinstance(event, InstanceJoined):
+            there.add(event.instance_id)
+        changed = self._roster.follow(sorted(there))
+        layout = self._roster.layout
+        return [PublishLayout(event.cause, layout)] if changed and layout is not None else []
+
+    def _stage_of(self, request: RequestView) -> int:
+        assert self._roster.layout is not None  # somebody takes requests
+        return self._roster.layout.stage_index_of(request.tokens)
+
+    def _in_stage(self, stage: int, candidates: Sequence[InstanceView]) -> list[InstanceView]:
+        return [c for c in candidates if self._roster.stage_of.get(c.instance_id) == stage]
 
     def _hand_over(self, source_id: InstanceId, cause: str, now_s: float) -> list[Effect]:
         source = self.view.instances.get(source_id)
@@ -127,11 +133,12 @@ class StaticStages(PlacingPolicy):
         remaining = request.prompt_tokens + request.max_output_tokens - request.tokens
         if remaining < self._min_remaining_tokens:
             return None
-        home = self.layout.stage_index_of_instance(source.instance_id)
-        if not source.draining and home is not None and request.tokens < self.layout.stages[home].range.hi_tokens:
+        candidates = self.view.available()
+        if not candidates:
             return None
-        candidates = [i for i in self.view.available() if i.instance_id != source.instance_id]
-        nearest = self._candidates_by_distance(request.tokens, candidates)
-        if not source.draining and home is not None:
-            nearest = [i for i in nearest if (self.layout.stage_index_of_instance(i.instance_id) or 0) > home]
-        return least_loaded(i for i in nearest if i.migrations < self._max_migrations and has_room(i, request.tokens))
+        home = self._roster.stage_of.get(source.instance_id)  # None when it drains
+        wanted = self._stage_of(request)
+        if home is not None and wanted <= home:
+            return None
+        members = self._in_stage(wanted, candidates)
+        return least_loaded(i for i in members if i.migrations < self._max_migrations and has_room(i, request.tokens))

@@ -1,0 +1,72 @@
+"""
+Empties a draining instance, for policies that never move a request otherwise.
+
+Running requests go to the least loaded instance with room, the longest first (it would hold the instance up longest), at most
+`max_migrations` per instance at once, either way. What waits there runs first and moves then; what is pinned, or about to end, ends there.
+A request whose move failed is tried again after `retry_s`.
+"""
+
+from cascadeinfer.core.balance.handover import HandoverRules, movable
+from cascadeinfer.core.dispatch import has_room, least_loaded
+from cascadeinfer.core.effects import MigrationReason, StartMigration
+from cascadeinfer.core.events import Event, MigrationEnded, MigrationOutcome, RequestFinished
+from cascadeinfer.core.types import RequestId
+from cascadeinfer.core.view import ClusterView, InstanceView
+
+MAX_MIGRATIONS_PER_INSTANCE = 3
+"""Paper, section on load balance: more at once slows decoding on both sides."""
+
+
+class Evacuation:
+    """See the module header."""
+
+    def __init__(
+        self, view: ClusterView, *, max_migrations: int = MAX_MIGRATIONS_PER_INSTANCE, retry_s: float = 0.5
+    ) -> None:
+        """
+        Args:
+            view: The policy's books.
+            max_migrations: Per instance, both directions together.
+            retry_s: Pause of a request after a move that ended where it began.
+        """
+        self._view = view
+        self._max_migrations = max_migrations
+        self._retry_s = retry_s
+        self._rules = HandoverRules()
+        self._not_before_s: dict[RequestId, float] = {}
+        self._started = 0
+
+    def note(self, event: Event, now_s: float) -> None:
+        """Remember which moves failed, as long as it matters."""
+        if isinstance(event, MigrationEnded) and event.outcome is MigrationOutcome.STAYED:
+            if event.request_id in self._view.requests:
+                self._not_before_s[event.request_id] = now_s + self._retry_s
+        elif isinstance(event, RequestFinished):
+            self._not_before_s.pop(event.request_id, None)
+
+    def moves(self, source: InstanceView, cause: str, now_s: float) -> list[StartMigration]:
+        """Moves to begin now; they are noted in the books."""
+        begun: list[StartMigration] = []
+        ready = movable(source, self._view.requests, self._rules)
+        for request in sorted(ready, key=lambda request: (-request.tokens, request.arrival)):
+            if source.migrations >= self._max_migrations:
+                break
+            if now_s < self._not_before_s.get(request.request_id, 0.0):
+                continue
+            target = least_loaded(
+                i for i in self._view.available() if i.migrations < self._max_migrations and has_room(i, request.tokens)
+            )
+            if target is None:
+                continue
+            self._started += 1
+            move = StartMigration(
+                cause,
+                f"drain{self._started}",
+                request.request_id,
+                source.instance_id,
+                target.instance_id,
+                MigrationReason.DRAIN,
+            )
+            self._view.carry_out([move])
+            begun.append(move)
+        return begun
