@@ -158,3 +158,61 @@ def test_missing_package_is_told_before_the_runs(
     monkeypatch.setattr(command, "_run_all", lambda *_args, **_options: pytest.fail("simulated"))
     assert run(*small(trace, plot="x")) == 2
     assert "pip install 'cascadeinfer[figures]'" in capsys.readouterr().err
+
+
+def timed_trace(folder: Path) -> Path:
+    """400 requests that come in bursts of ten."""
+    file = folder / "timed.csv"
+    file.write_text(
+        "arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{i // 10},{500 + i},50\n" for i in range(400))
+    )
+    return file
+
+
+def test_arrivals_follow_the_law_that_is_named(tmp_path: Path) -> None:
+    """Bursts wait longer than a Poisson stream of the same rate; a recorded stretch gives other figures than either."""
+    seen = {}
+    trace = timed_trace(tmp_path)
+    for law in ("poisson", "gamma:5", "recorded"):
+        out = tmp_path / "a.json"
+        assert run(*small(trace, policy="least_loaded", seeds="3", requests="300", arrivals=law, json=str(out))) == 0
+        content = json.loads(out.read_text())
+        assert content["arrivals"]["kind"] == law.partition(":")[0]
+        seen[law] = sum(r["ttft_s_mean"] for r in content["runs"]["least_loaded"])
+    assert seen["gamma:5"] > seen["poisson"]
+    assert len(set(seen.values())) == 3
+
+
+@pytest.mark.parametrize("law", ["often", "gamma", "gamma:0", "gamma:-1", "gamma:nan", "poisson:2"])
+def test_unknown_laws_of_arrivals_are_refused(trace: Path, law: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The message names the option and the laws there are."""
+    assert run(*small(trace, arrivals=law)) == 2
+    assert "--arrivals" in capsys.readouterr().err
+
+
+def test_recorded_arrivals_need_enough_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trace without times, or with fewer requests than wanted, cannot be replayed."""
+    assert run(*small(timed_trace(tmp_path), arrivals="recorded", requests="100000")) == 2
+    assert "recorded requests are wanted" in capsys.readouterr().err
+    timeless = tmp_path / "timeless.csv"
+    timeless.write_text("arrival_s,prompt_tokens,output_tokens\n" + ",100,10\n" * 200)
+    assert run(*small(timeless, arrivals="recorded")) == 2
+    assert "no arrival times" in capsys.readouterr().err
+
+
+def test_prefixes_are_shared_when_the_trace_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With hashes a repeated prompt is computed once, so first tokens come sooner; without hashes the option is refused."""
+    lengths = tmp_path / "trace.csv"
+    lengths.write_text(
+        "arrival_s,prompt_tokens,output_tokens,row_id\n" + "".join(f"{i},4096,20,{i}\n" for i in range(300))
+    )
+    hashes = tmp_path / "hashes.jsonl"
+    hashes.write_text("".join(json.dumps({"row_id": i, "hash_ids": list(range(8))}) + "\n" for i in range(300)))
+    ttft_s = {}
+    for name, words in {"computed": {}, "shared": {"prefix_hashes": str(hashes)}}.items():
+        out = tmp_path / f"{name}.json"
+        assert run(*small(lengths, policy="least_loaded", seeds="1", json=str(out), **words)) == 0
+        ttft_s[name] = json.loads(out.read_text())["runs"]["least_loaded"][0]["ttft_s_mean"]
+    assert ttft_s["shared"] < 0.7 * ttft_s["computed"]
+    assert run(*small(lengths), "--prefix-caching") == 2
+    assert "--prefix-hashes" in capsys.readouterr().err

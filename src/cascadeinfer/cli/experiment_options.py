@@ -14,6 +14,7 @@ from cascadeinfer.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from cascadeinfer.core.plan.objective import Objective
+    from cascadeinfer.evaluation.runs import ArrivalLaw
     from cascadeinfer.evaluation.setting import Setting
     from cascadeinfer.observe.summary import Slo
 
@@ -39,6 +40,18 @@ Requests = Annotated[int | None, typer.Option(help="Requests per run.")]
 DurationS = Annotated[float | None, typer.Option(help="Seconds of arrivals per run, instead of --requests.")]
 WarmUp = Annotated[
     float, typer.Option(help="Share of the requests, the first, that no figure counts (the cluster fills).")
+]
+Arrivals = Annotated[
+    str,
+    typer.Option(
+        help="When requests come: `poisson`, `gamma:CV` (bursts above 1), or `recorded` (the trace's own times at --rate)."
+    ),
+]
+PrefixCaching = Annotated[
+    bool, typer.Option("--prefix-caching", help="Prompts share KV blocks by the trace's prefix hashes.")
+]
+PrefixHashes = Annotated[
+    Path | None, typer.Option(help="JSONL file with `row_id` and `hash_ids` for a CSV trace; implies --prefix-caching.")
 ]
 Jobs = Annotated[int, typer.Option(help="Processes; at most as many as processors.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write all figures here.")]
@@ -136,6 +149,44 @@ def requests_of(requests: int | None, duration_s: float | None, rate_rps: float,
     count = default if requests is None else requests
     at_least_one(requests=count)
     return count
+
+
+def arrivals_of(text: str) -> "ArrivalLaw":
+    """
+    The law of arrivals.
+
+    Raises:
+        ConfigError: There is none of this name, or its number is wrong.
+    """
+    from cascadeinfer.evaluation.runs import ArrivalLaw
+
+    kind, _, number = text.partition(":")
+    if text in {"poisson", "recorded"}:
+        return ArrivalLaw("poisson" if text == "poisson" else "recorded")
+    try:
+        cv = float(number)
+    except ValueError:
+        cv = math.nan
+    if kind != "gamma" or not (math.isfinite(cv) and cv > 0.0):
+        raise ConfigError(
+            f"{text!r} is no law of arrivals", option="--arrivals", fix="poisson, recorded, or e.g. gamma:2"
+        )
+    return ArrivalLaw("gamma", cv)
+
+
+def check_prefixes(setting: "Setting", *, wanted: bool) -> None:
+    """
+    Refuse prefix caching without hashes.
+
+    Raises:
+        ConfigError: The trace has none.
+    """
+    if wanted and setting.trace.prefix_hashes is None:
+        raise ConfigError(
+            "the trace has no prefix hashes",
+            option="--prefix-caching",
+            fix="name them with --prefix-hashes, or use Mooncake's JSONL",
+        )
 
 
 def words_of(text: str) -> list[str]:

@@ -2,7 +2,7 @@
 `cascadeinfer simulate`: one workload through several policies, side by side.
 
 Every policy sees the same requests at the same times for each seed. Lengths are drawn with replacement from the trace and arrivals are
-Poisson at the given rate. All figures are simulated; the cost profile says what its step times rest on.
+Poisson at the given rate, unless --arrivals says otherwise. All figures are simulated; the cost profile says what its step times rest on.
 """
 
 from collections.abc import Sequence
@@ -42,6 +42,9 @@ def simulate(
     ttft_slo: options.TtftSlo = 2.0,
     tpot_slo: options.TpotSlo = 0.1,
     context: options.Context = options.DEFAULT_CONTEXT,
+    arrivals: options.Arrivals = "poisson",
+    prefix_caching: options.PrefixCaching = False,
+    prefix_hashes: options.PrefixHashes = None,
     overload: Annotated[
         bool, typer.Option("--overload", help="Run a rate above capacity, with the plan for what can be served.")
     ] = False,
@@ -74,10 +77,16 @@ def simulate(
         pyarrow=parquet is not None,
     )
     slo = options.slo_of(ttft_slo, tpot_slo)
-    setting = load_setting(profile, trace, instances, context, options.objective_of(objective, slo), margin)
+    law = options.arrivals_of(arrivals)
+    goal = options.objective_of(objective, slo)
+    setting = load_setting(profile, trace, instances, context, goal, margin, prefix_hashes)
+    prefixes = prefix_caching or prefix_hashes is not None
+    options.check_prefixes(setting, wanted=prefixes)
     if not overload:
         check_served(setting, [rate])
-    first = RunSpec(names[0], rate, 0, count, slo, warm_up=warm_up, allow_overload=overload)
+    first = RunSpec(
+        names[0], rate, 0, count, slo, warm_up, allow_overload=overload, arrivals=law, prefix_caching=prefixes
+    )
     specs = [replace(first, policy=name, seed=seed) for seed in range(seeds) for name in names]
     outcomes = _run_all(setting, specs, jobs, timelines=plot is not None)
     options.tell_notes(setting)
@@ -143,6 +152,8 @@ def _content(setting: "Setting", trace: Path, spec: "RunSpec", seeds: int) -> di
         "instances": setting.n_instances,
         "requests": spec.requests,
         "warm_up": spec.warm_up,
+        "arrivals": asdict(spec.arrivals),
+        "prefix_caching": spec.prefix_caching,
         "context_tokens": setting.context_tokens,
         "prompts_cut": setting.capped.prompts_cut,
         "outputs_cut": setting.capped.outputs_cut,

@@ -45,6 +45,7 @@ def sweep(
     attain: Annotated[float, typer.Option(help="Share of requests that must keep the SLO.")] = 0.9,
     bisections: Annotated[int, typer.Option(help="Halvings in the search for the highest rate; 0 leaves it out.")] = 6,
     context: options.Context = options.DEFAULT_CONTEXT,
+    arrivals: options.Arrivals = "poisson",
     jobs: options.Jobs = 1,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves (PNG).")] = None,
     json_file: options.JsonFile = None,
@@ -70,8 +71,9 @@ def sweep(
     options.check_outputs(plot, json_file, matplotlib=plot is not None)
     slo = options.slo_of(ttft_slo, tpot_slo)
     goal = options.objective_of(objective, slo)
+    law = options.arrivals_of(arrivals)
     setting = load_setting(profile, trace, instances, context, goal, margin)
-    spec = RunSpec(names[0], wanted[0], 0, count, slo, warm_up=warm_up, allow_overload=True)
+    spec = RunSpec(names[0], wanted[0], 0, count, slo, warm_up=warm_up, allow_overload=True, arrivals=law)
     what = Sweep(setting, spec, seeds, span_s)
     curves, found = _run(what, names, wanted, attain, bisections, jobs)
     options.tell_notes(setting)
@@ -155,6 +157,7 @@ def _content(
         "requests": what.spec.requests if what.duration_s is None else None,
         "duration_s": what.duration_s,
         "warm_up": what.spec.warm_up,
+        "arrivals": asdict(what.spec.arrivals),
         "slo": {**asdict(what.spec.slo), "share": attain},
         "rates_per_s": list(rates),
         "curves": {name: [[asdict(run) for run in runs] for runs in curve] for name, curve in curves.items()},

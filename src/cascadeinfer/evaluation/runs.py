@@ -1,15 +1,18 @@
 """
 One run: a policy, a rate, a seed, in a setting. The same seed gives every policy the same requests at the same times.
 
-Lengths are drawn with replacement from the trace, arrivals are Poisson. Figures may leave out the first part of the run, in which the
+Lengths are drawn with replacement from the trace and arrivals from a law; or a stretch of the trace is replayed as it was recorded, at the
+run's rate. Figures may leave out the first part of the run, in which the
 cluster fills (`warm_up`), and the last, in which it empties (`cool_down`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
+from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.evaluation.setting import Setting
@@ -18,8 +21,23 @@ from cascadeinfer.observe.records import InstanceSamples, MigrationRecords, Requ
 from cascadeinfer.observe.summary import RunSummary, Slo, summarise, summarise_between
 from cascadeinfer.sim.run import simulate
 from cascadeinfer.sim.settings import NetworkConfig, SimConfig
-from cascadeinfer.workload.arrivals import poisson_arrivals
+from cascadeinfer.workload.arrivals import gamma_arrivals, poisson_arrivals
 from cascadeinfer.workload.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivalLaw:
+    """
+    When requests come.
+
+    Attributes:
+        kind: `poisson`; `gamma`, gaps with the coefficient of variation `cv`; `recorded`, a stretch of the trace with its own times, lengths
+            and order, sped up or slowed down to the rate.
+        cv: Of gamma gaps, > 0.
+    """
+
+    kind: Literal["poisson", "gamma", "recorded"] = "poisson"
+    cv: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +54,8 @@ class RunSpec:
         warm_up: Share of the requests, the first, that no figure counts.
         cool_down: Share of the requests, the last, that no figure counts.
         allow_overload: Plan for what could be served when the rate is above capacity, instead of refusing.
+        arrivals: When requests come.
+        prefix_caching: Whether prompts share blocks by the trace's prefix hashes.
     """
 
     policy: str
@@ -46,6 +66,8 @@ class RunSpec:
     warm_up: float = 0.0
     cool_down: float = 0.0
     allow_overload: bool = False
+    arrivals: ArrivalLaw = field(default_factory=ArrivalLaw)
+    prefix_caching: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,10 +99,34 @@ class RunOutcome:
 
 
 def workload_of(setting: Setting, spec: RunSpec) -> Trace:
-    """The run's requests: a function of trace, seed, number and rate, not of the policy."""
+    """
+    The run's requests: a function of trace, seed, number, rate and law, not of the policy.
+
+    Raises:
+        ConfigError: Recorded arrivals are wanted, and the trace has none, or too few.
+    """
     rng = np.random.default_rng(spec.seed)
+    if spec.arrivals.kind == "recorded":
+        return _stretch(setting.trace, spec, rng)
     lengths = setting.trace.resample(spec.requests, rng)
+    if spec.arrivals.kind == "gamma":
+        return lengths.with_arrivals(gamma_arrivals(spec.rate_rps, spec.arrivals.cv, spec.requests, rng))
     return lengths.with_arrivals(poisson_arrivals(spec.rate_rps, spec.requests, rng))
+
+
+def _stretch(trace: Trace, spec: RunSpec, rng: np.random.Generator) -> Trace:
+    """Consecutive requests of the trace, from a place that the seed decides; times are scaled by the whole trace's mean rate."""
+    if not trace.has_arrivals:
+        raise ConfigError("the trace has no arrival times", option="--arrivals", fix="poisson, or gamma:CV")
+    if spec.requests > len(trace):
+        raise ConfigError(
+            f"{spec.requests} recorded requests are wanted, the trace has {len(trace)}",
+            option="--arrivals",
+            fix=f"--requests {len(trace)} at most, or --arrivals poisson",
+        )
+    first = int(rng.integers(len(trace) - spec.requests + 1))
+    part = trace.at_rate(spec.rate_rps).rows(np.arange(first, first + spec.requests))
+    return part.with_arrivals(part.arrival_s - part.arrival_s[0])
 
 
 def plan_for(setting: Setting, spec: RunSpec) -> Plan | None:
@@ -122,6 +168,7 @@ def run_once(
         kv_bytes_per_token=profile.kv_bytes_per_token,
         context_tokens=setting.context_tokens,
         network=NetworkConfig(link_bytes_per_s=profile.transfer_bytes_per_s),
+        prefix_caching=spec.prefix_caching,
         seed=spec.seed,
     )
     policy = make_policy(spec.policy, setting, plan_for(setting, spec))

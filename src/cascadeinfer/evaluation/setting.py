@@ -120,6 +120,7 @@ def load_setting(
     context_tokens: int = DEFAULT_CONTEXT_TOKENS,
     objective: Objective | None = None,
     margin: float = DEFAULT_MARGIN,
+    hashes: Path | None = None,
 ) -> Setting:
     """
     Load and check.
@@ -137,7 +138,7 @@ def load_setting(
         raise ConfigError(f"{margin} is not in [0, 1)", option="--margin", fix="0.03 is 3 %")
     loaded = load_profile(profile)
     fitting = min(context_tokens, loaded.capacity.kv_tokens)
-    whole = load_trace(trace)
+    whole = load_trace(trace, hashes_path=hashes)
     if not len(whole):
         raise ConfigError(f"{trace} has no requests", option="--trace")
     return Setting(loaded, whole.capped(fitting), fitting, instances, objective or MeanNormalizedLatency(), margin)
