@@ -53,6 +53,12 @@ PrefixCaching = Annotated[
 PrefixHashes = Annotated[
     Path | None, typer.Option(help="JSONL file with `row_id` and `hash_ids` for a CSV trace; implies --prefix-caching.")
 ]
+Overload = Annotated[
+    bool, typer.Option("--overload", help="Run a rate above capacity, with the plan for what can be served.")
+]
+PlotPrefix = Annotated[
+    str | None, typer.Option(help="Prefix of PNG files: PREFIX-cdf.png, PREFIX-timeline-POLICY.png.")
+]
 Jobs = Annotated[int, typer.Option(help="Processes; at most as many as processors.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write all figures here.")]
 
@@ -174,19 +180,17 @@ def arrivals_of(text: str) -> "ArrivalLaw":
     return ArrivalLaw("gamma", cv)
 
 
-def check_prefixes(setting: "Setting", *, wanted: bool) -> None:
+def prefixes_of(setting: "Setting", wanted: bool, hashes: Path | None) -> bool:
     """
-    Refuse prefix caching without hashes.
+    Whether prompts share prefixes.
 
     Raises:
-        ConfigError: The trace has none.
+        ConfigError: They should, and the trace has no hashes.
     """
     if wanted and setting.trace.prefix_hashes is None:
-        raise ConfigError(
-            "the trace has no prefix hashes",
-            option="--prefix-caching",
-            fix="name them with --prefix-hashes, or use Mooncake's JSONL",
-        )
+        fix = "name them with --prefix-hashes, or use Mooncake's JSONL"
+        raise ConfigError("the trace has no prefix hashes", option="--prefix-caching", fix=fix)
+    return wanted or hashes is not None
 
 
 def words_of(text: str) -> list[str]:

@@ -45,13 +45,9 @@ def simulate(
     arrivals: options.Arrivals = "poisson",
     prefix_caching: options.PrefixCaching = False,
     prefix_hashes: options.PrefixHashes = None,
-    overload: Annotated[
-        bool, typer.Option("--overload", help="Run a rate above capacity, with the plan for what can be served.")
-    ] = False,
+    overload: options.Overload = False,
     jobs: options.Jobs = 1,
-    plot: Annotated[
-        str | None, typer.Option(help="Prefix of PNG files: PREFIX-cdf.png, PREFIX-timeline-POLICY.png.")
-    ] = None,
+    plot: options.PlotPrefix = None,
     json_file: options.JsonFile = None,
     parquet: Annotated[Path | None, typer.Option(help="Write one row per request, policy and seed (Parquet).")] = None,
 ) -> None:
@@ -69,24 +65,16 @@ def simulate(
     count = options.requests_of(requests, duration_s, rate, default=DEFAULT_REQUESTS)
     options.at_least_one(seeds=seeds)
     check_jobs(jobs)
-    options.check_outputs(
-        None if plot is None else Path(plot),
-        json_file,
-        parquet,
-        matplotlib=plot is not None,
-        pyarrow=parquet is not None,
-    )
+    drawn = None if plot is None else Path(plot)
+    options.check_outputs(drawn, json_file, parquet, matplotlib=plot is not None, pyarrow=parquet is not None)
     slo = options.slo_of(ttft_slo, tpot_slo)
-    law = options.arrivals_of(arrivals)
     goal = options.objective_of(objective, slo)
     setting = load_setting(profile, trace, instances, context, goal, margin, prefix_hashes)
-    prefixes = prefix_caching or prefix_hashes is not None
-    options.check_prefixes(setting, wanted=prefixes)
+    prefixes = options.prefixes_of(setting, prefix_caching, prefix_hashes)
     if not overload:
         check_served(setting, [rate])
-    first = RunSpec(
-        names[0], rate, 0, count, slo, warm_up, allow_overload=overload, arrivals=law, prefix_caching=prefixes
-    )
+    law = options.arrivals_of(arrivals)
+    first = RunSpec(names[0], rate, 0, count, slo, warm_up, 0.0, overload, law, prefixes)
     specs = [replace(first, policy=name, seed=seed) for seed in range(seeds) for name in names]
     outcomes = _run_all(setting, specs, jobs, timelines=plot is not None)
     options.tell_notes(setting)

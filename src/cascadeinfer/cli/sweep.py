@@ -70,10 +70,9 @@ def sweep(
     check_jobs(jobs)
     options.check_outputs(plot, json_file, matplotlib=plot is not None)
     slo = options.slo_of(ttft_slo, tpot_slo)
-    goal = options.objective_of(objective, slo)
+    setting = load_setting(profile, trace, instances, context, options.objective_of(objective, slo), margin)
     law = options.arrivals_of(arrivals)
-    setting = load_setting(profile, trace, instances, context, goal, margin)
-    spec = RunSpec(names[0], wanted[0], 0, count, slo, warm_up=warm_up, allow_overload=True, arrivals=law)
+    spec = RunSpec(names[0], wanted[0], 0, count, slo, warm_up, allow_overload=True, arrivals=law)
     what = Sweep(setting, spec, seeds, span_s)
     curves, found = _run(what, names, wanted, attain, bisections, jobs)
     options.tell_notes(setting)
@@ -82,8 +81,7 @@ def sweep(
     out.print(_curve_table(curves, wanted, title))
     if found:
         out.print(_rate_table(found, attain, slo.ttft_s, slo.tpot_s))
-    slowest_s = max(run.e2e_s_mean for curve in curves.values() for run in curve[0])
-    options.tell_short_runs(wanted[0], what.at(names[0], wanted[0], 0).requests, slowest_s)
+    _tell_short_runs(what, curves, wanted[0])
     if json_file is not None:
         options.write_json(json_file, _content(what, trace, wanted, curves, found, attain))
     if plot is not None:
@@ -91,6 +89,11 @@ def sweep(
         from cascadeinfer.observe.rate_figures import rate_curves
 
         save(rate_curves(curves, wanted, title), plot)
+
+
+def _tell_short_runs(what: "Sweep", curves: "Curves", lowest_rps: float) -> None:
+    slowest_s = max(run.e2e_s_mean for curve in curves.values() for run in curve[0])
+    options.tell_short_runs(lowest_rps, what.at(what.spec.policy, lowest_rps, 0).requests, slowest_s)
 
 
 def _run(
