@@ -18,7 +18,7 @@ from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes, Supervisor
-from cascadeinfer.runtime.view import InstanceState, snapshot
+from cascadeinfer.runtime.view import Departed, Drain, InstanceState, snapshot
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -110,7 +110,15 @@ def test_operating_page_has_every_field_of_the_snapshot() -> None:
     streams = StreamTable()
     streams.place(streams.open(EngineRequest("r", [1, 2], 3, None)), "0")
     supervisor = Supervisor("0", lambda _: pytest.fail("started"), None, SupervisionTimes())  # type: ignore[arg-type]
-    shown = snapshot([InstanceState(supervisor)], StageLayout.single(("0",)), streams, 0, {"moved": 1})
+    shown = snapshot(
+        [InstanceState(supervisor, drain=Drain(0.0, 1.0, 1))],
+        [Departed("1", "drained", None, 0.0)],
+        StageLayout.single(("0",)),
+        streams,
+        0,
+        {"moved": 1},
+        0.0,
+    )
     section = page("operating.md").partition("### The fields of")[2].partition("\n## ")[0]
     explained = set(re.findall(r"[a-z_]+", " ".join(re.findall(r"`([^`]+)`", section))))
     assert set(keys_of(shown)) <= explained

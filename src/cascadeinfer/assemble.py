@@ -13,7 +13,7 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.engines.vllm.instance import VllmInstance
-from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories, parse_engine_args
+from cascadeinfer.engines.vllm.launch import KvTransferSettings, VllmSource, parse_engine_args
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
 from cascadeinfer.frontend.server import StopSignals, bind, serve
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
@@ -62,9 +62,9 @@ def make_runtime(
         ConfigError: An option is wrong; nothing has been started.
     """
     policy = make_policy(options)
-    factories = make_factories(
+    source = VllmSource(
         engine_args,
-        options.instance_ids,
+        options.instances,
         KvTransferSettings(lease_s=options.kv_lease_s),
         log_stats=log_stats,
         extra_environment=extra_environment,
@@ -74,11 +74,12 @@ def make_runtime(
         return RuntimeMetrics(REGISTRY, read)
 
     return Runtime(
-        factories,
+        {instance_id: source.place(instance_id) for instance_id in options.instance_ids},
         policy,
         make_metrics,
         supervision=SupervisionTimes(report_s=options.report_interval_s, hang_s=options.hang_timeout_s),
         migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
+        source=source,
     )
 
 

@@ -3,14 +3,23 @@
 import os
 import socket
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadeinfer.cluster.local import LOOPBACK, ProcessStart, free_port, split_cores, split_devices
-from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.cluster.local import (
+    LOOPBACK,
+    ProcessStart,
+    core_places,
+    device_places,
+    free_port,
+    split_cores,
+    split_devices,
+)
+from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 
 
 def cores_of(binding: str) -> list[int]:
@@ -51,6 +60,46 @@ def test_no_core_is_an_error() -> None:
 def test_devices_are_shared_out(n_instances: int, each: int, visible: str, expected: list[str]) -> None:
     """Instances get devices in order; a single device is shared by all."""
     assert split_devices(n_instances, each, list(visible)) == expected
+
+
+def test_added_instances_get_what_is_free() -> None:
+    """A place that was left comes first, then devices that nobody has had; then there is none."""
+    places = device_places(2, 2, list("0123456"))
+    assert [places.take(name) for name in "ab"] == ["0,1", "2,3"]
+    places.give_back("a")
+    assert [places.take(name) for name in "cd"] == ["0,1", "4,5"]
+    with pytest.raises(ScalingRefusedError, match="no device left: 0,1, 2,3, 4,5 have an instance each"):
+        places.take("e")
+    places.give_back("b")
+    assert places.take("f") == "2,3"
+
+
+def test_added_instances_share_the_only_device() -> None:
+    """As those of the start do."""
+    places = device_places(2, 1, ["5"])
+    assert [places.take(name) for name in "abc"] == ["5", "5", "5"]
+
+
+@given(st.integers(1, 6), st.integers(0, 20), st.lists(st.integers(0, 5), max_size=30))
+def test_cores_stay_shared_out(n_instances: int, more_cores: int, changes: list[int]) -> None:
+    """Whoever comes and goes: a newcomer gets as many cores as the others, and joins somebody only while no place is free."""
+    n_cores = n_instances + more_cores
+    each = n_cores // n_instances
+    places = core_places(n_instances, range(n_cores))
+    there = {str(number): places.take(str(number)) for number in range(n_instances)}
+    assert list(there.values()) == split_cores(n_instances, range(n_cores))
+    for number, change in enumerate(changes):
+        if change < 3 and there:
+            name = list(there)[change % len(there)]
+            places.give_back(name)
+            del there[name]
+            continue
+        users = Counter(there.values())
+        place = places.take(f"new{number}")
+        assert len(cores_of(place)) == each
+        assert users[place] == 0 or len(users) == n_cores // each
+        assert users[place] == min([*users.values(), users[place]])
+        there[f"new{number}"] = place
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,10 @@ class ServerProcess:
         body = {"content": content} if isinstance(content, bytes) else {"json": content}
         return httpx.post(self.url + path, headers=headers, timeout=120, **body)
 
+    def delete(self, path: str, *, key: str | None = API_KEY) -> httpx.Response:
+        """A DELETE with the API key."""
+        return httpx.delete(self.url + path, headers=_bearer(key), timeout=60)
+
     def admin(self) -> dict[str, Any]:
         """`/admin/instances`."""
         return self.get("/admin/instances").json()

@@ -344,9 +344,57 @@ def test_both_instances_are_killed(client: openai.OpenAI, server: ServerProcess)
     assert server.metric("cascadeinfer_migrations_total", outcome="moved") >= moved + 2
 
 
-def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
-    """After SIGTERM the running stream goes on to its end, new connections are refused, and the exit code is 0."""
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [({"count": 0}, 400), ({"count": 65}, 400), ({"count": "many"}, 400), ({"number": 1}, 400), (b"{", 400)],
+)
+def test_bad_bodies_of_adding(server: ServerProcess, body: Any, status: int) -> None:
+    """They are refused with a reason and nothing is added."""
+    answer = server.post("/admin/instances", body)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+    assert [instance["id"] for instance in server.admin()["instances"]] == ["0", "1"]
+
+
+def test_an_instance_is_replaced(client: openai.OpenAI, server: ServerProcess) -> None:
+    """Added while a stream runs and drained under another: the streams are as ever, metrics and layout follow, errors are clear."""
     expected = complete(client, n_tokens=900).choices[0].text
+    assert server.post("/admin/instances", {}, key=None).status_code == 401
+    assert server.delete("/admin/instances/1", key=None).status_code == 401
+    assert server.delete("/admin/instances/7").status_code == 404
+    assert server.delete("/admin/instances/1?timeout_s=-1").status_code == 400
+    assert server.post("/admin/instances", {}).json() == {"added": ["2"]}
+    assert streamed(client, n_tokens=900) == expected
+    server.poll(lambda: server.get("/admin/instances/2").json()["phase"] == "up", "up", 240)
+    assert server.admin()["stages"][1]["instances"] == ["1", "2"]
+
+    stream = complete(client, n_tokens=900, stream=True)
+    text = "".join(next(stream).choices[0].text for _ in range(150))
+    place = server.admin()["requests"]["oldest"][0]["instance"]
+    assert place in {"1", "2"}
+    other = {"1": "2", "2": "1"}[place]
+    moved = server.metric("cascadeinfer_migrations_total", outcome="moved", reason="drain")
+    assert server.delete(f"/admin/instances/{place}").json() == {"draining": place}
+    refused = server.delete(f"/admin/instances/{place}")
+    assert (refused.status_code, "drains already" in refused.text) in {(409, True), (404, False)}
+    for chunk in stream:
+        text += chunk.choices[0].text
+    assert text == expected
+    assert server.metric("cascadeinfer_migrations_total", outcome="moved", reason="drain") == moved + 1
+    server.poll(lambda: server.get(f"/admin/instances/{place}").json().get("how") == "drained", "drained")
+    assert server.get("/health/ready", key=None).json()["instances"] == ["0", other]
+    assert server.admin()["stages"][1]["instances"] == [other]
+    shown = server.get("/metrics").text
+    assert f'engine="{other}"' in shown
+    assert f'engine="{place}"' not in shown
+    assert f'instance="{place}"' not in shown
+    assert server.metric("vllm:generation_tokens_total", engine=other) > 0
+
+
+def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
+    """After SIGTERM, with an instance just being added, the running stream goes on to its end, new connections are refused, and all end."""
+    expected = complete(client, n_tokens=900).choices[0].text
+    assert server.post("/admin/instances", {}).status_code == 202
     everyone = server.processes()
     assert len(everyone) >= 5  # the server, two engines, two workers
     stream = complete(client, n_tokens=900, stream=True)

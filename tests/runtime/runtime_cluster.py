@@ -14,6 +14,7 @@ from typing import Any, Self
 from prometheus_client import CollectorRegistry
 
 from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
+from cascadeinfer.core.errors import ScalingRefusedError
 from cascadeinfer.core.events import Event, MigrationEnded, PinReason, TimerFired
 from cascadeinfer.core.migration import Happening, Migration, State
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
@@ -26,6 +27,7 @@ from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes
+from cascadeinfer.runtime.view import Departed
 from support.virtual_time import VirtualTimeLoop
 
 CAPACITY = InstanceCapacity(kv_blocks=128, block_size_tokens=16, max_num_seqs=8, max_batched_tokens=64)
@@ -126,6 +128,7 @@ class Cluster:
         supervision: SupervisionTimes = SUPERVISION,
         migration: MigrationTimes = MIGRATION,
         start_error: Callable[[str, int], str | None] = lambda _id, _n: None,
+        max_instances: int = 8,
     ) -> None:
         """
         Args:
@@ -136,6 +139,7 @@ class Cluster:
             supervision: Limits and intervals.
             migration: Time limits.
             start_error: Why an instance's n-th start fails, or None.
+            max_instances: How many there is a place for.
         """
         self.policy = policy or ScriptedPolicy()
         self.registry = CollectorRegistry()
@@ -144,25 +148,21 @@ class Cluster:
         self.pairs: list[tuple[State, Happening]] = []
         self.defects: list[str] = []
         self._start_error = start_error
+        self._max_instances = max_instances
+        self.placed = set(self.engines)
+        self._capacity = capacity
+        self._times = times
         self._pump: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._numbers = 0
 
-        def factory(instance_id: str) -> Callable[[int], SimulatedEngine]:
-            def make(n_start: int) -> SimulatedEngine:
-                error = self._start_error(instance_id, n_start)
-                engine = SimulatedEngine(instance_id, n_start, capacity, times=times, start_error=error)
-                self.engines[instance_id].append(engine)
-                return engine
-
-            return make
-
         self.runtime = Runtime(
-            {instance_id: factory(instance_id) for instance_id in self.engines},
+            {instance_id: self._factory(instance_id) for instance_id in self.engines},
             self.policy,
             lambda read: RuntimeMetrics(self.registry, read),
             supervision=supervision,
             migration=migration,
+            source=self,
             clock=lambda: asyncio.get_running_loop().time(),
         )
         happen = self.runtime._migrator.happen
@@ -174,6 +174,28 @@ class Cluster:
             happen(migration_id, happening, detail)
 
         self.runtime._migrator.happen = watched  # type: ignore[method-assign]
+
+    def place(self, instance_id: str) -> Callable[[int], SimulatedEngine]:
+        """See EngineSource."""
+        if len(self.placed) >= self._max_instances:
+            raise ScalingRefusedError("no place left")
+        assert instance_id not in self.engines, "an id is used twice"
+        self.placed.add(instance_id)
+        self.engines[instance_id] = []
+        return self._factory(instance_id)
+
+    def release(self, instance_id: str) -> None:
+        """See EngineSource."""
+        self.placed.remove(instance_id)
+
+    def _factory(self, instance_id: str) -> Callable[[int], SimulatedEngine]:
+        def make(n_start: int) -> SimulatedEngine:
+            error = self._start_error(instance_id, n_start)
+            engine = SimulatedEngine(instance_id, n_start, self._capacity, times=self._times, start_error=error)
+            self.engines[instance_id].append(engine)
+            return engine
+
+        return make
 
     def __getitem__(self, instance_id: str) -> SimulatedEngine:
         """The engine of an instance's latest start."""
@@ -299,7 +321,12 @@ class Cluster:
 
     async def all_up(self) -> None:
         """Wait until every instance is up."""
-        await self.until(lambda: len(self.runtime.live_engines()) == len(self.engines), "all instances up")
+        await self.until(lambda: len(self.runtime.live_engines()) == len(self.runtime.fleet.states), "all instances up")
+
+    async def gone(self, instance_id: str) -> Departed:
+        """Wait until an instance has been removed; what became of it."""
+        await self.until(lambda: instance_id not in self.runtime.fleet.states, f"{instance_id} is gone")
+        return next(d for d in self.runtime.fleet.departed if d.instance_id == instance_id)
 
     async def settled(self) -> None:
         """After the last request's end nothing is left, within `GRACE_S`."""
@@ -307,6 +334,7 @@ class Cluster:
         await asyncio.sleep(GRACE_S)
         self.check_pump()
         assert self.runtime.n_live_requests == 0
+        assert self.placed == set(self.runtime.fleet.states), "a place was not given back"
         assert len(self.runtime._migrator) == 0
         assert not self.runtime._streams._by_attempt
         assert not self.runtime._performer.rejected

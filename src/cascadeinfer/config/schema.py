@@ -42,7 +42,10 @@ class ServeOptions:
         60.0, "An instance silent for this long is killed and restarted; above its longest step.", low=1.0, high=3600.0
     )
     drain_timeout_s: float = _option(
-        600.0, "After SIGTERM, seconds that running requests may take to finish.", low=0.0, high=86400.0
+        600.0,
+        "Seconds that running requests may take to finish after SIGTERM, or to leave an instance that is drained.",
+        low=0.0,
+        high=86400.0,
     )
     kv_lease_s: int = _option(
         10, "Seconds that a moving request's KV cache stays pinned at its source.", low=5, high=300

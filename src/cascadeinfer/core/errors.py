@@ -77,6 +77,17 @@ class EngineError(CascadeError):
         super().__init__(f"instance {instance_id}: {message}")
 
 
+class UnknownInstanceError(CascadeError):
+    """There is no instance with this id (any more)."""
+
+    def __init__(self, instance_id: str) -> None:
+        super().__init__(f"there is no instance {instance_id}; GET /admin/instances lists them")
+
+
+class ScalingRefusedError(CascadeError):
+    """An instance cannot be added or drained now; the message says why and what to do."""
+
+
 class RequestRejectedError(CascadeError):
     """
     The policy refused a request for now.

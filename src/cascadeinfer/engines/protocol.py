@@ -7,7 +7,7 @@ moves is a new attempt at the target), so that late words of an old attempt cann
 All methods are called from one event loop. Commands are carried out in the order of the calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -167,4 +167,24 @@ class Engine(Protocol):
 
     async def stop(self, timeout_s: float) -> None:
         """Stop the instance; kill it after the timeout. Stopping twice is harmless."""
+        ...
+
+
+class EngineSource(Protocol):
+    """Makes engines for instances that are added while others run."""
+
+    def place(self, instance_id: InstanceId) -> Callable[[int], Engine]:
+        """
+        Find a place (cores, devices, memory) for one more instance.
+
+        Returns:
+            What makes its engine for the n-th start.
+
+        Raises:
+            ScalingRefusedError: There is no place left.
+        """
+        ...
+
+    def release(self, instance_id: InstanceId) -> None:
+        """The instance is gone for good: its place is free again."""
         ...

@@ -1,21 +1,41 @@
-"""Routes beside vLLM's own: `/admin/instances`, `/health/live`, `/health/ready`; and `Retry-After` on 429."""
+"""
+Routes beside vLLM's own: `/admin/instances` (look, add, drain), `/health/live`, `/health/ready`; and `Retry-After` on 429.
 
+Adding and draining are begun here and answered with 202; `GET` shows how they go on.
+"""
+
+import contextlib
 import math
 from argparse import Namespace
+from collections.abc import Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
 from vllm import envs
 from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
+from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.frontend.engine_client import OverloadedError
 from cascadeinfer.runtime.shell import Runtime
 
 
-def attach_admin_routes(app: FastAPI, runtime: Runtime, args: Namespace) -> None:
-    """Add the routes to vLLM's app; the admin ones ask for the same API keys as `/v1`."""
+class AddInstances(BaseModel):
+    """The body of `POST /admin/instances`; it may be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+    count: int = Field(1, ge=1, le=64)
+
+
+def attach_admin_routes(app: FastAPI, runtime: Runtime, args: Namespace, *, drain_timeout_s: float) -> None:
+    """
+    Add the routes to vLLM's app; the admin ones ask for the same API keys as `/v1`.
+
+    Args:
+        drain_timeout_s: For instances that are drained without a time-out of their own.
+    """
     keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     verifier = AuthenticationMiddleware(app, keys) if keys else None
 
@@ -23,19 +43,55 @@ def attach_admin_routes(app: FastAPI, runtime: Runtime, args: Namespace) -> None
         if verifier is not None and not verifier.verify_token(request.headers):
             raise HTTPException(HTTPStatus.UNAUTHORIZED, "Unauthorized")
 
-    router = APIRouter()
+    key_needed = [Depends(require_key)]
+    app.include_router(_instance_routes(runtime, drain_timeout_s), dependencies=key_needed)
+    app.include_router(_health_routes(runtime))
+    app.add_exception_handler(OverloadedError, _say_when_to_come_again)
 
-    @router.get("/admin/instances", dependencies=[Depends(require_key)])
+
+def _instance_routes(runtime: Runtime, drain_timeout_s: float) -> APIRouter:
+    router = APIRouter(prefix="/admin/instances")
+
+    @router.get("")
     async def instances() -> dict[str, Any]:
         """Stages, instances, load and migrations now."""
         return runtime.snapshot()
 
-    @router.get("/health/live")
+    @router.get("/{instance_id}")
+    async def instance(instance_id: str) -> dict[str, Any]:
+        """One instance, also one that is gone since a while."""
+        everything = runtime.snapshot()
+        for shown in everything["instances"] + everything["departed"]:
+            if shown["id"] == instance_id:
+                return dict(shown)
+        raise HTTPException(HTTPStatus.NOT_FOUND, str(UnknownInstanceError(instance_id)))
+
+    @router.post("", status_code=HTTPStatus.ACCEPTED)
+    async def add(wanted: AddInstances | None = None) -> dict[str, Any]:
+        """Start more instances."""
+        with _refusals_as_http():
+            return {"added": runtime.elastic.add(wanted.count if wanted is not None else 1)}
+
+    @router.delete("/{instance_id}", status_code=HTTPStatus.ACCEPTED)
+    async def drain(
+        instance_id: str, timeout_s: Annotated[float, Query(ge=0.0, le=86400.0)] = drain_timeout_s
+    ) -> dict[str, Any]:
+        """Have an instance hand its requests over, then stop it."""
+        with _refusals_as_http():
+            return {"draining": runtime.elastic.drain(instance_id, timeout_s).instance_id}
+
+    return router
+
+
+def _health_routes(runtime: Runtime) -> APIRouter:
+    router = APIRouter(prefix="/health")
+
+    @router.get("/live")
     async def live() -> dict[str, str]:
         """The front end answers."""
         return {"status": "live"}
 
-    @router.get("/health/ready")
+    @router.get("/ready")
     async def ready() -> dict[str, Any]:
         """At least one instance is up."""
         up = [engine.instance_id for engine in runtime.live_engines()]
@@ -43,8 +99,17 @@ def attach_admin_routes(app: FastAPI, runtime: Runtime, args: Namespace) -> None
             raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "no instance is up")
         return {"status": "ready", "instances": up}
 
-    app.include_router(router)
-    app.add_exception_handler(OverloadedError, _say_when_to_come_again)
+    return router
+
+
+@contextlib.contextmanager
+def _refusals_as_http() -> Iterator[None]:
+    try:
+        yield
+    except UnknownInstanceError as unknown:
+        raise HTTPException(HTTPStatus.NOT_FOUND, str(unknown)) from unknown
+    except ScalingRefusedError as refused:
+        raise HTTPException(HTTPStatus.CONFLICT, str(refused)) from refused
 
 
 async def _say_when_to_come_again(request: Request, error: Exception) -> Response:

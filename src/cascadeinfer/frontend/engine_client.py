@@ -26,6 +26,7 @@ from cascadeinfer.core.errors import RequestRejectedError
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.frontend.pins import pin_reason_of
+from cascadeinfer.frontend.stats import ElasticStatLogger, StatsFollower
 from cascadeinfer.runtime.shell import Runtime
 
 TO_ALL_INSTANCES = (
@@ -82,11 +83,12 @@ class CascadeEngineClient(EngineCoreClient):
         """
         self._runtime = runtime
         self._vllm_config = vllm_config
-        self._movable = all(instance.hello["movable"] for instance in self._instances())
-        self.engine_ranks_managed = [instance.index for instance in self._instances()]
+        self._movable = all(instance.hello["movable"] for instance in self.instances())
+        self.engine_ranks_managed = [instance.index for instance in self.instances()]
         self.resources = Liveness()
 
-    def _instances(self) -> list[VllmInstance]:
+    def instances(self) -> list[VllmInstance]:
+        """Those that are up."""
         instances = []
         for engine in self._runtime.live_engines():
             assert isinstance(engine, VllmInstance)
@@ -124,7 +126,7 @@ class CascadeEngineClient(EngineCoreClient):
 
     async def get_supported_tasks_async(self) -> Any:
         """Tasks of the model; every instance serves the same one."""
-        return await self._instances()[0].client.get_supported_tasks_async()
+        return await self.instances()[0].client.get_supported_tasks_async()
 
     async def call_utility_async(self, method: str, *args: Any) -> Any:
         """A utility call to every instance."""
@@ -132,7 +134,7 @@ class CascadeEngineClient(EngineCoreClient):
 
     async def to_all(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call every instance that is up; the first answer, after checking that the others are the same."""
-        instances = self._instances()
+        instances = self.instances()
         if not instances:
             raise EngineDeadError
         answers = await asyncio.gather(*(getattr(i.client, method)(*args, **kwargs) for i in instances))
@@ -200,6 +202,9 @@ def make_llm(runtime: Runtime, vllm_config: VllmConfig, *, log_stats: bool, log_
             log_stats,
             usage_context=UsageContext.OPENAI_API_SERVER,
             log_requests=log_requests,
+            stat_loggers=[ElasticStatLogger] if log_stats else None,
         )
     llm.runtime = runtime
+    if llm.logger_manager is not None:
+        runtime.fleet.watchers.append(StatsFollower(llm.logger_manager, vllm_config, client.instances()))
     return llm

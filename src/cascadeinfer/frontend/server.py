@@ -105,7 +105,7 @@ async def serve(
     supported_tasks = await llm.get_supported_tasks()
     app = build_app(args, supported_tasks, llm.model_config)
     await init_app_state(llm, app.state, args, supported_tasks)
-    attach_admin_routes(app, runtime, args)
+    attach_admin_routes(app, runtime, args, drain_timeout_s=drain_timeout_s)
     server = NoSignalServer(_uvicorn_config(app, args, drain_timeout_s))
     app.state.server = server
     signals.drain(server)

@@ -1,11 +1,14 @@
 """
 The directory of instances: each one's supervisor and what is known of it, the stages they form; how a new one is connected to the others.
 
-An instance is in the directory from before its start until it is taken away; it has an engine here only while it is up and connected.
+An instance is in the directory from before its start until it is removed; it has an engine here only while it is up and connected. Those
+that were removed, or were added and did not start, are remembered for a while (`departed`), so that operators can see what became of them.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.plan.layout import StageLayout
@@ -13,7 +16,21 @@ from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.runtime.metrics import InstanceGauges
 from cascadeinfer.runtime.supervise import Listener, SupervisionTimes, Supervisor
-from cascadeinfer.runtime.view import InstanceState
+from cascadeinfer.runtime.view import Departed, InstanceState
+
+DEPARTED_REMEMBERED = 32
+
+
+class FleetWatcher(Protocol):
+    """Who must know which instances there are."""
+
+    def instance_joins(self, engine: Engine) -> None:
+        """It is about to take requests, for the first time or again."""
+        ...
+
+    def instance_left(self, instance_id: InstanceId) -> None:
+        """It was removed for good; its id is never used again."""
+        ...
 
 
 class Fleet:
@@ -22,7 +39,9 @@ class Fleet:
 
     Attributes:
         states: What is known of each.
+        departed: The last ones that are gone for good.
         layout: The stages in force, as the policy has published them.
+        watchers: Told of everyone that joins and leaves.
     """
 
     def __init__(
@@ -37,10 +56,13 @@ class Fleet:
             listener: Who is told what happens to them.
             times: Limits and intervals of their supervision.
         """
-        self.states = {
-            instance_id: InstanceState(Supervisor(instance_id, make, listener, times))
-            for instance_id, make in make_engines.items()
-        }
+        self._listener = listener
+        self._times = times
+        self.states: dict[InstanceId, InstanceState] = {}
+        for instance_id, make in make_engines.items():
+            self.add(instance_id, make)
+        self.departed: deque[Departed] = deque(maxlen=DEPARTED_REMEMBERED)
+        self.watchers: list[FleetWatcher] = []
         self.layout: StageLayout | None = None
         self._joining = asyncio.Lock()
 
@@ -51,6 +73,20 @@ class Fleet:
     def __getitem__(self, instance_id: InstanceId) -> InstanceState:
         """What is known of an instance."""
         return self.states[instance_id]
+
+    def add(self, instance_id: InstanceId, make_engine: Callable[[int], Engine]) -> InstanceState:
+        """One more; it is not started here."""
+        assert instance_id not in self.states, f"instance {instance_id} is there already"
+        state = InstanceState(Supervisor(instance_id, make_engine, self._listener, self._times))
+        self.states[instance_id] = state
+        return state
+
+    def remove(self, instance_id: InstanceId, how: str, error: str | None, now_s: float) -> None:
+        """One that has been stopped is gone for good."""
+        del self.states[instance_id]
+        self.departed.append(Departed(instance_id, how, error, now_s))
+        for watcher in self.watchers:
+            watcher.instance_left(instance_id)
 
     def engine(self, instance_id: InstanceId) -> Engine | None:
         """The engine when it is up."""
@@ -95,7 +131,12 @@ class Fleet:
                 except EngineError:
                     if self.engine(peer.instance_id) is peer:
                         raise  # the peer lives: the fault is on this side
-            self.states[engine.instance_id].came_up(engine, capacity)
+            state = self.states[engine.instance_id]
+            if state.drain is not None:
+                raise EngineError("is being removed", instance_id=engine.instance_id)
+            for watcher in self.watchers:
+                watcher.instance_joins(engine)
+            state.came_up(engine, capacity)
 
     async def stop(self, timeout_s: float) -> None:
         """Stop all for good."""

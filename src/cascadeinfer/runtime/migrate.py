@@ -108,6 +108,12 @@ class Migrator:
         """Migrations under way."""
         return len(self._records)
 
+    def involves(self, instance_id: InstanceId) -> bool:
+        """Whether an instance has a part in a migration under way."""
+        return any(
+            instance_id in {record.migration.source_id, record.migration.target_id} for record in self._records.values()
+        )
+
     def start(self, effect: StartMigration, stream: Stream) -> None:
         """Begin; the stream must run on the effect's source and not be in a migration."""
         assert stream.migration is None

@@ -25,8 +25,9 @@ from cascadeinfer.core.events import (
 from cascadeinfer.core.migration import Happening
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
-from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, StepOutputs
+from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, EngineSource, StepOutputs
 from cascadeinfer.runtime.driver import PolicyDriver
+from cascadeinfer.runtime.elastic import Elasticity
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationTimes
@@ -50,6 +51,7 @@ class Runtime:
         *,
         supervision: SupervisionTimes | None = None,
         migration: MigrationTimes | None = None,
+        source: EngineSource | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -59,6 +61,7 @@ class Runtime:
             make_metrics: Makes the metrics from what reads the gauges.
             supervision: Limits and intervals for instances.
             migration: Time limits for migrations.
+            source: Makes engines of instances that are added later; None: none can be.
             clock: The time in seconds (not the loop's own: uvloop's counts whole milliseconds).
         """
         self._clock = clock
@@ -67,6 +70,7 @@ class Runtime:
         self.metrics = make_metrics(self.fleet.gauges)
         self._performer = Performer(self.fleet, self._streams, self.metrics, self._emit, migration or MigrationTimes())
         self._migrator = self._performer.migrator
+        self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self._emit, clock, source)
         self._driver = PolicyDriver(policy, self._performer.carry_out, clock)
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
         self._grace_timers: list[asyncio.TimerHandle] = []
@@ -129,7 +133,13 @@ class Runtime:
     def snapshot(self) -> dict[str, Any]:
         """What `/admin/instances` shows."""
         return snapshot(
-            self.fleet, self.fleet.layout, self._streams, len(self._migrator), self._performer.migration_counts
+            self.fleet,
+            self.fleet.departed,
+            self.fleet.layout,
+            self._streams,
+            len(self._migrator),
+            self._performer.migration_counts,
+            self._clock(),
         )
 
     def live_engines(self) -> list[Engine]:
@@ -146,6 +156,7 @@ class Runtime:
         self._driver.stop()
         for timer in self._grace_timers:
             timer.cancel()
+        await self.elastic.stop()
         await self._performer.stop()
         await self.fleet.stop(timeout_s)
         self.metrics.close()
@@ -200,6 +211,7 @@ class Runtime:
         if state.engine is not engine:
             return  # it is being connected
         state.report, state.counters = report, counters
+        self.elastic.look(state)
         running = self._known(report.running_ids, report.running_tokens)
         waiting = self._known(report.waiting_ids, report.waiting_tokens)
         self._emit(
@@ -215,7 +227,9 @@ class Runtime:
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         """Its requests are orphans; the policy places them anew and they go on from prompt and output so far."""
-        self.fleet[instance_id].went_down(why)
+        state = self.fleet[instance_id]
+        state.went_down(why)
+        self.elastic.look(state)
         self._migrator.instance_lost(instance_id)
         orphans = self._streams.on_instance(instance_id)
         for stream in orphans:

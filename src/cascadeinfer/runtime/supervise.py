@@ -82,6 +82,7 @@ class Supervisor:
         self._times = times
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._retired = False
         self.engine: Engine | None = None
         self.restarts = 0
         self.last_error = ""
@@ -94,6 +95,10 @@ class Supervisor:
         self._task = asyncio.get_running_loop().create_task(
             self._live(engine, capacity), name=f"instance-{self.instance_id}"
         )
+
+    def retire(self) -> None:
+        """When it goes down from now on, it is not started again."""
+        self._retired = True
 
     async def stop(self, timeout_s: float) -> None:
         """Stop the instance for good."""
@@ -113,6 +118,9 @@ class Supervisor:
             self.last_error = why
             logger.error("instance %s is down: %s", self.instance_id, why)
             self._listener.instance_down(self.instance_id, why)
+            if self._retired:
+                await engine.stop(0.0)
+                return
             failures = 0 if loop.time() - born_s > self._times.steady_s else failures
             started: InstanceCapacity | None = None
             while started is None:

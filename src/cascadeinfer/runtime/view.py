@@ -21,6 +21,41 @@ MAX_LISTED_REQUESTS = 1000
 
 
 @dataclass(slots=True)
+class Drain:
+    """
+    An instance is being emptied.
+
+    Attributes:
+        began_s: When it began.
+        ends_s: When its time is up.
+        n_requests: Requests that were there when it began.
+        news: Set when it may be empty.
+    """
+
+    began_s: float
+    ends_s: float
+    n_requests: int
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Departed:
+    """
+    What became of an instance that is gone for good.
+
+    Attributes:
+        how: In a few words: `drained`, `did not start`, and so on.
+        error: What went wrong on the way, or None.
+        at_s: When.
+    """
+
+    instance_id: InstanceId
+    how: str
+    error: str | None
+    at_s: float
+
+
+@dataclass(slots=True)
 class InstanceState:
     """
     One instance as the runtime knows it.
@@ -28,6 +63,7 @@ class InstanceState:
     Attributes:
         engine: Its engine while it is up, else None.
         settled: Set once it has come up, or failed to, for the first time.
+        drain: Set while it is being emptied or removed.
     """
 
     supervisor: Supervisor
@@ -37,11 +73,21 @@ class InstanceState:
     counters: EngineCounters = field(default_factory=EngineCounters)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     last_error: str = ""
+    drain: Drain | None = None
 
     @property
     def instance_id(self) -> InstanceId:
         """Its name."""
         return self.supervisor.instance_id
+
+    @property
+    def phase(self) -> str:
+        """Where it is in its life: `starting`, `up`, `down` (being restarted) or `draining`."""
+        if self.drain is not None:
+            return "draining"
+        if self.engine is not None:
+            return "up"
+        return "down" if self.settled.is_set() else "starting"
 
     async def first_up(self) -> None:
         """Wait until it is up for the first time. Raises EngineError when it has failed to come up."""
@@ -90,10 +136,12 @@ class InstanceState:
 
 def snapshot(
     instances: Iterable[InstanceState],
+    departed: Iterable[Departed],
     layout: StageLayout | None,
     streams: StreamTable,
     n_migrations: int,
     migration_counts: Mapping[str, int],
+    now_s: float,
 ) -> dict[str, Any]:
     """The JSON of `/admin/instances`; the fields are documented in `docs/operating.md`."""
     on_instance: dict[InstanceId | None, int] = {}
@@ -104,28 +152,10 @@ def snapshot(
             {"range": str(stage.range), "instances": list(stage.instance_ids)}
             for stage in (layout.stages if layout is not None else ())
         ],
-        "instances": [
-            {
-                "id": state.instance_id,
-                "stage": state.stage_index(layout),
-                "up": state.engine is not None,
-                "pid": state.engine.pid if state.engine is not None else None,
-                "restarts": state.supervisor.restarts,
-                "last_error": state.last_error or None,
-                "requests": on_instance.get(state.instance_id, 0),
-                "running": len(state.report.running_ids),
-                "waiting": len(state.report.waiting_ids),
-                "lengths": sorted(state.report.running_tokens),
-                "kv_usage": round(state.kv_usage(), 4),
-                "kv_blocks": state.capacity.kv_blocks if state.capacity is not None else None,
-                "kv_blocks_used": state.report.kv_blocks_used,
-                "kv_pulls": state.counters.pulls,
-                "pulled_tokens": state.counters.pulled_tokens,
-                "failed_pulls": state.counters.failed_pulls,
-                "pinned": state.counters.pinned,
-                "reserved": state.counters.reserved,
-            }
-            for state in instances
+        "instances": [snapshot_of(state, layout, on_instance.get(state.instance_id, 0), now_s) for state in instances],
+        "departed": [
+            {"id": gone.instance_id, "how": gone.how, "error": gone.error, "seconds_ago": round(now_s - gone.at_s, 1)}
+            for gone in departed
         ],
         "requests": {
             "live": len(streams),
@@ -142,4 +172,36 @@ def snapshot(
             ],
         },
         "migrations": {"under_way": n_migrations, "ended": dict(sorted(migration_counts.items()))},
+    }
+
+
+def snapshot_of(state: InstanceState, layout: StageLayout | None, n_requests: int, now_s: float) -> dict[str, Any]:
+    """One instance of the JSON."""
+    drain = state.drain
+    return {
+        "id": state.instance_id,
+        "phase": state.phase,
+        "stage": state.stage_index(layout),
+        "up": state.engine is not None,
+        "pid": state.engine.pid if state.engine is not None else None,
+        "restarts": state.supervisor.restarts,
+        "last_error": state.last_error or None,
+        "drain": drain
+        and {
+            "since_s": round(now_s - drain.began_s, 1),
+            "time_left_s": round(max(0.0, drain.ends_s - now_s), 1),
+            "requests_at_start": drain.n_requests,
+        },
+        "requests": n_requests,
+        "running": len(state.report.running_ids),
+        "waiting": len(state.report.waiting_ids),
+        "lengths": sorted(state.report.running_tokens),
+        "kv_usage": round(state.kv_usage(), 4),
+        "kv_blocks": state.capacity.kv_blocks if state.capacity is not None else None,
+        "kv_blocks_used": state.report.kv_blocks_used,
+        "kv_pulls": state.counters.pulls,
+        "pulled_tokens": state.counters.pulled_tokens,
+        "failed_pulls": state.counters.failed_pulls,
+        "pinned": state.counters.pinned,
+        "reserved": state.counters.reserved,
     }

@@ -117,8 +117,8 @@ class VllmInstance:
     async def start(self) -> InstanceCapacity:
         """Start the process, wait until it is ready, learn its capacity."""
         try:
-            self._client = await asyncio.to_thread(self._create)
-            self.hello = await self._client.call_utility_async("cascade_hello")
+            await asyncio.to_thread(self._create)
+            self.hello = await self.client.call_utility_async("cascade_hello")
         except Exception as error:
             raise EngineError(f"did not start: {error}", instance_id=self.instance_id) from error
         return InstanceCapacity(
@@ -128,12 +128,21 @@ class VllmInstance:
             max_batched_tokens=self.hello["max_batched_tokens"],
         )
 
-    def _create(self) -> InstanceClient:
-        """In a thread: start the process and wait for it. Ends early by an error when `stop` is called meanwhile."""
+    def _create(self) -> None:
+        """
+        In a thread: start the process and wait for it. Ends early by an error when `stop` is called meanwhile.
+
+        The client is kept here, not by whoever waits: that may have been cancelled, and `stop` must find the process.
+        """
         try:
-            return InstanceClient(self.vllm_config, self._process_start, self._processes_run, log_stats=self._log_stats)
+            self._client = InstanceClient(
+                self.vllm_config, self._process_start, self._processes_run, log_stats=self._log_stats
+            )
         finally:
             self._starting = None
+        if self._stopped:
+            self._client.shutdown(0.0)
+            raise RuntimeError("stopped while starting")
 
     def _processes_run(self, client: InstanceClient) -> None:
         if self._stopped:

@@ -12,7 +12,6 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import psutil
 import pydantic
@@ -21,8 +20,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
-from cascadeinfer.cluster.local import LOOPBACK, free_port, split_cores, split_devices
-from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.cluster.local import LOOPBACK, Places, core_places, device_places, free_port
+from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.instance import VllmInstance
 
@@ -93,19 +92,100 @@ def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, setti
     return own_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
 
-def instance_environments(engine_args: AsyncEngineArgs, n_instances: int) -> list[dict[str, str]]:
-    """Which cores or devices each instance gets; what the operator has set in the environment wins."""
+def places_for(engine_args: AsyncEngineArgs, n_instances: int) -> Places:
+    """Cores or devices for so many instances, and for those that are added later."""
     if current_platform.is_cpu():
-        cores = split_cores(n_instances, sorted(os.sched_getaffinity(0)))
-        environments = [{"VLLM_CPU_OMP_THREADS_BIND": own, "UCX_TLS": CPU_UCX_TRANSPORTS} for own in cores]
-    else:
-        each = engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
-            str(i) for i in range(current_platform.device_count())
-        )
-        devices = split_devices(n_instances, each, visible.split(","))
-        return [{"CUDA_VISIBLE_DEVICES": own} for own in devices]
-    return [{k: v for k, v in e.items() if k not in os.environ} for e in environments]
+        return core_places(n_instances, sorted(os.sched_getaffinity(0)))
+    each = engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(i) for i in range(current_platform.device_count()))
+    return device_places(n_instances, each, visible.split(","))
+
+
+def environment_of(place: str) -> dict[str, str]:
+    """What an instance's processes get so that they use their place; on a CPU what the operator has set wins."""
+    if not current_platform.is_cpu():
+        return {"CUDA_VISIBLE_DEVICES": place}
+    ours = {"VLLM_CPU_OMP_THREADS_BIND": place, "UCX_TLS": CPU_UCX_TRANSPORTS}
+    return {name: value for name, value in ours.items() if name not in os.environ}
+
+
+class VllmSource:
+    """Makes the engines of one server's instances. See `cascadeinfer.engines.protocol.EngineSource`."""
+
+    def __init__(
+        self,
+        engine_args: AsyncEngineArgs,
+        n_instances: int,
+        settings: KvTransferSettings,
+        *,
+        log_stats: bool,
+        extra_environment: dict[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            engine_args: The operator's, for all instances alike.
+            n_instances: How many there are at first; the machine is shared out among them.
+            settings: Of the KV transfer.
+            log_stats: Whether steps carry statistics for vLLM's metrics.
+            extra_environment: More variables for the instances' processes.
+
+        Raises:
+            ConfigError: vLLM refuses the arguments (an unknown model folder, an impossible length), or ours contradict them.
+        """
+        check_engine_args(engine_args)
+        self._engine_args = with_cpu_kv_share(engine_args, n_instances)
+        self._settings = settings
+        self._log_stats = log_stats
+        self._extra_environment = extra_environment or {}
+        self._n_first = n_instances
+        self._n_placed = 0
+        self._places = places_for(engine_args, n_instances)
+        with _refusals():
+            self._first_config: VllmConfig | None = instance_config(self._engine_args, "first", settings)
+
+    def place(self, instance_id: InstanceId) -> Callable[[int], VllmInstance]:
+        """See EngineSource."""
+        if self._n_placed >= self._n_first:
+            self._check_memory()
+        index = int(instance_id) if instance_id.isdecimal() else self._n_placed
+        environment = {**environment_of(self._places.take(instance_id)), **self._extra_environment}
+        self._n_placed += 1
+        checked, self._first_config = self._first_config, None
+
+        def make(start: int) -> VllmInstance:
+            config = checked if checked is not None and start == 0 else self._config_of(instance_id)
+            return VllmInstance(
+                instance_id,
+                index,
+                config,
+                {
+                    **environment,
+                    "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
+                    "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+                },
+                log_stats=self._log_stats,
+            )
+
+        return make
+
+    def release(self, instance_id: InstanceId) -> None:
+        """See EngineSource."""
+        self._places.give_back(instance_id)
+
+    def _config_of(self, instance_id: InstanceId) -> VllmConfig:
+        return instance_config(self._engine_args, instance_id, self._settings)
+
+    def _check_memory(self) -> None:
+        """On a CPU a further instance must find its KV blocks' memory free; a device checks by itself."""
+        if not current_platform.is_cpu():
+            return
+        wanted = self._engine_args.kv_cache_memory_bytes or 2**30 * float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0)
+        available = psutil.virtual_memory().available
+        if available < wanted:
+            raise ScalingRefusedError(
+                f"no memory left: an instance needs {wanted / 2**30:.1f} GiB for KV blocks alone, {available / 2**30:.1f} GiB are free "
+                "(drain one, or start the server with a smaller --kv-cache-memory-bytes)"
+            )
 
 
 def make_factories(
@@ -117,32 +197,15 @@ def make_factories(
     extra_environment: dict[str, str] | None = None,
 ) -> dict[InstanceId, Callable[[int], VllmInstance]]:
     """
-    Per instance, what makes its engine for the n-th start.
+    Per instance, what makes its engine for the n-th start; for a fixed set of instances.
 
     Raises:
-        ConfigError: vLLM refuses the arguments (an unknown model folder, an impossible length), or ours contradict them.
+        ConfigError: See VllmSource.
     """
-    check_engine_args(engine_args)
-    engine_args = with_cpu_kv_share(engine_args, len(instance_ids))
-    environments = instance_environments(engine_args, len(instance_ids))
-    with _refusals():
-        first_config = instance_config(engine_args, instance_ids[0], settings)
-
-    def factory(index: int, instance_id: InstanceId) -> Callable[[int], VllmInstance]:
-        def make(start: int) -> VllmInstance:
-            fresh = start > 0 or index > 0
-            config = instance_config(engine_args, instance_id, settings) if fresh else first_config
-            environment: dict[str, Any] = {
-                **environments[index],
-                **(extra_environment or {}),
-                "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
-                "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-            }
-            return VllmInstance(instance_id, index, config, environment, log_stats=log_stats)
-
-        return make
-
-    return {instance_id: factory(index, instance_id) for index, instance_id in enumerate(instance_ids)}
+    source = VllmSource(
+        engine_args, len(instance_ids), settings, log_stats=log_stats, extra_environment=extra_environment
+    )
+    return {instance_id: source.place(instance_id) for instance_id in instance_ids}
 
 
 def parse_engine_args(namespace: argparse.Namespace) -> AsyncEngineArgs:

@@ -1,0 +1,198 @@
+"""
+Adds and drains instances while the others serve.
+
+An added instance starts in the background and joins like any other: it is connected to all that are up, then the policy may use it. One
+whose first start fails is given up, its place is free again, and `Fleet.departed` says why. Ids are never used twice.
+
+A drained instance takes no new request; the policy moves its running ones elsewhere, live, and what cannot move ends there. When nothing
+is left, or the time is up, it is stopped and forgotten. What is still there when the time is up goes on elsewhere from prompt and output
+so far, as after a death. One that dies on the way is not started again. One that is starting, or down, is removed at once.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
+from cascadeinfer.core.events import Event, InstanceDraining
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.protocol import EngineSource
+from cascadeinfer.runtime.fleet import Fleet
+from cascadeinfer.runtime.migrate import Migrator
+from cascadeinfer.runtime.streams import StreamTable
+from cascadeinfer.runtime.supervise import Listener
+from cascadeinfer.runtime.view import Drain, InstanceState
+
+logger = logging.getLogger(__name__)
+
+MAX_INSTANCES = 1024
+STOP_TIMEOUT_S = 5.0
+"""For the process of an instance that has nothing left to do; then it is killed."""
+
+
+class Elasticity:
+    """See the module header."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        streams: StreamTable,
+        migrator: Migrator,
+        listener: Listener,
+        emit: Callable[[Event], None],
+        clock: Callable[[], float],
+        source: EngineSource | None,
+    ) -> None:
+        """
+        Args:
+            fleet: The instances.
+            streams: The live requests.
+            migrator: The migrations under way.
+            listener: Told when an instance is taken from its requests.
+            emit: Takes events for the policy.
+            clock: The time in seconds.
+            source: Makes engines of added instances; None: none can be added.
+        """
+        self._fleet = fleet
+        self._streams = streams
+        self._migrator = migrator
+        self._listener = listener
+        self._emit = emit
+        self._clock = clock
+        self._source = source
+        self._numbers = itertools.count(len(fleet.states))
+        self._tasks: dict[InstanceId, asyncio.Task[None]] = {}
+        self._stopping = False
+
+    def add(self, count: int = 1) -> list[InstanceId]:
+        """
+        Add instances; they start in the background.
+
+        Returns:
+            Their ids.
+
+        Raises:
+            ScalingRefusedError: There is no place for so many; none was added.
+        """
+        self._refuse_when_stopping()
+        if self._source is None:
+            raise ScalingRefusedError("instances cannot be added to this server")
+        if len(self._fleet.states) + count > MAX_INSTANCES:
+            raise ScalingRefusedError(f"{len(self._fleet.states)} instances and {count} more are above {MAX_INSTANCES}")
+        placed: dict[InstanceId, Callable[[int], Any]] = {}
+        try:
+            for _ in range(count):
+                instance_id = str(next(self._numbers))
+                placed[instance_id] = self._source.place(instance_id)
+        except BaseException:
+            for instance_id in placed:
+                self._source.release(instance_id)
+            raise
+        for instance_id, make in placed.items():
+            self._spawn(instance_id, self._start(self._fleet.add(instance_id, make)))
+        return list(placed)
+
+    def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceState:
+        """
+        Empty an instance, then stop and remove it.
+
+        Args:
+            instance_id: Which.
+            timeout_s: Then its requests go on elsewhere, computed anew.
+
+        Raises:
+            UnknownInstanceError: There is no such instance.
+            ScalingRefusedError: It drains already, or is the last one that could serve.
+        """
+        self._refuse_when_stopping()
+        state = self._fleet.states.get(instance_id)
+        if state is None:
+            raise UnknownInstanceError(instance_id)
+        if state.drain is not None:
+            raise ScalingRefusedError(f"instance {instance_id} drains already")
+        others = [s for s in self._fleet if s is not state and s.engine is not None and s.drain is None]
+        if state.settled.is_set() and not others:
+            raise ScalingRefusedError(
+                f"no instance but {instance_id} is up: its requests would have nowhere to go (add one, wait until it is up)"
+            )
+        now_s = self._clock()
+        state.drain = Drain(now_s, now_s + timeout_s, len(self._streams.on_instance(instance_id)))
+        state.supervisor.retire()
+        if (start := self._tasks.get(instance_id)) is not None:
+            start.cancel()
+        if state.engine is not None:
+            self._emit(InstanceDraining(f"drain:{instance_id}", instance_id))
+        self._spawn(instance_id, self._empty(state, state.drain, timeout_s))
+        return state
+
+    def look(self, state: InstanceState) -> None:
+        """An instance has reported or gone down: if it drains, it may be empty now."""
+        if state.drain is not None:
+            state.drain.news.set()
+
+    async def stop(self) -> None:
+        """Give up what is under way; the fleet stops all instances."""
+        self._stopping = True
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _refuse_when_stopping(self) -> None:
+        if self._stopping:
+            raise ScalingRefusedError("the server is stopping")
+
+    async def _start(self, state: InstanceState) -> None:
+        try:
+            await state.supervisor.start()
+        except Exception as error:  # whatever it is, it must not harm the others
+            logger.exception("added instance %s did not start", state.instance_id)
+            await state.supervisor.stop(0.0)
+            self._remove(state, "did not start", str(error))
+
+    async def _empty(self, state: InstanceState, drain: Drain, timeout_s: float) -> None:
+        was_up, error = state.engine is not None, None
+        how = "drained" if was_up else "removed while down" if state.settled.is_set() else "removed before it was up"
+        try:
+            async with asyncio.timeout(timeout_s):
+                while state.engine is not None and not self._is_empty(state):
+                    drain.news.clear()
+                    await drain.news.wait()
+        except TimeoutError:
+            left = len(self._streams.on_instance(state.instance_id))
+            error = f"time-out after {timeout_s:g} s: {left} requests were computed anew elsewhere"
+            logger.warning("instance %s: drain %s", state.instance_id, error)
+        if state.engine is not None:
+            self._listener.instance_down(state.instance_id, how)
+        elif was_up:
+            how, error = "died while it drained", state.last_error
+        await state.supervisor.stop(STOP_TIMEOUT_S)
+        self._remove(state, how, error)
+
+    def _is_empty(self, state: InstanceState) -> bool:
+        report = state.report
+        return not (
+            report.running_ids
+            or report.waiting_ids
+            or self._streams.on_instance(state.instance_id)
+            or self._migrator.involves(state.instance_id)
+        )
+
+    def _remove(self, state: InstanceState, how: str, error: str | None) -> None:
+        instance_id = state.instance_id
+        self._fleet.remove(instance_id, how, error, self._clock())
+        if self._source is not None:
+            self._source.release(instance_id)
+        logger.warning("instance %s is gone: %s", instance_id, how if error is None else f"{how} ({error})")
+
+    def _spawn(self, instance_id: InstanceId, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=f"scaling-{instance_id}")
+        self._tasks[instance_id] = task
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks = {instance_id: other for instance_id, other in self._tasks.items() if other is not task}
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("internal error while an instance was added or drained", exc_info=error)
