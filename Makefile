@@ -1,12 +1,12 @@
 # Everything a checkout needs: `make demo` and `make test` work on a bare machine with Python >= 3.11 and a network for pip.
 # The virtual environment is made once; pip runs again only when pyproject.toml has changed.
 #
-#   make demo | test | lint | types | contracts | check | install | clean | distclean
+#   make demo | test | lint | types | contracts | check | figures | install | clean | distclean
 #
 #   ENGINE=gpu     install vLLM for an NVIDIA GPU instead of the CPU build (another engine than before: a new environment)
 #   PYTHON=...     the interpreter to make the environment with
 #   VENV=...       where it lies (.venv)
-#   ARGS=...       further arguments of pytest or of the demo, e.g. make test ARGS='-m "not engine"'
+#   ARGS=...       further arguments of pytest, of the demo or of the figures, e.g. make test ARGS='-m "not engine"'
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -31,7 +31,7 @@ INSTALLED := $(VENV)/.installed-$(ENGINE)
 VENV_IS_OURS = [[ ! -e $(VENV) || -f $(VENV)/pyvenv.cfg ]] || \
 	{ echo "make: VENV=$(VENV) exists and is no virtual environment (name another)" >&2; exit 2; }
 
-.PHONY: help install demo test lint types contracts check clean distclean
+.PHONY: help install demo test lint types contracts check figures clean distclean
 
 help:
 	@sed -n '/^#   make/,/^#   ARGS/s/^# *//p' $(firstword $(MAKEFILE_LIST))
@@ -83,6 +83,10 @@ types: $(INSTALLED)
 
 contracts: $(INSTALLED)
 	@$(BIN)/lint-imports
+
+# The paper's evaluation, simulated: docs/evaluation.md. One to two hours; goes on where it was interrupted.
+figures: $(INSTALLED)
+	@$(BIN)/python benchmarks/evaluation/run.py $(ARGS)
 
 # What CI runs, the quick parts first.
 check: lint types contracts test

@@ -156,6 +156,17 @@ def test_planner_takes_what_gains_and_keeps_what_is_as_good() -> None:
     assert len(back.stages) == 1
 
 
+def test_a_small_sample_has_to_promise_more() -> None:
+    """What a new plan must gain falls with the root of the requests seen, towards the hysteresis; it is what decides."""
+    settings = PlanSettings(hysteresis=0.06)
+    assert settings.needed_gain(1000.0) == pytest.approx(0.12)
+    assert settings.needed_gain(4000.0) == pytest.approx(0.09)
+    assert settings.needed_gain(1e9) == pytest.approx(0.06, rel=1e-2)
+    single = StageLayout.single(tuple(f"i{number}" for number in range(8)))
+    assert ModelPlanner(MODEL, settings)(MIXED, 100.0, LARGE, 8, single) is not None
+    assert ModelPlanner(MODEL, PlanSettings(hysteresis=0.9))(MIXED, 100.0, LARGE, 8, single) is None
+
+
 def test_planner_above_capacity_plans_for_what_can_be_served() -> None:
     """A demand that no layout can carry is planned as a share of what one can."""
     single = StageLayout.single(tuple(f"i{number}" for number in range(8)))

@@ -1,13 +1,16 @@
 """
 When to plan anew, from what, and whether to take the new plan.
 
-The workload is what has finished (lengths) and arrived (rate) of late (`core/balance/recent.py`). Every `interval_s` the planner is asked; its plan is taken when it gains `margin` over the layout in force, predicted by the same model on
-the same workload (hysteresis: a plan that is as good as the one in force changes nothing). When the demand is above every layout's
+The workload is what has arrived of late, finished or not (`core/balance/recent.py`). Every `interval_s` the planner is asked; its plan is taken when
+it gains enough over the layout in force, predicted by the same model on the same workload: more from a small sample than from a large one
+(hysteresis: a plan that may be as good as the one in force changes nothing). When the demand is above every layout's
 capacity, the plan is made for what could be served.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from cascadeinfer.core.balance.recent import NOBODY, RecentWorkload, Unfinished
 from cascadeinfer.core.cost.latency import StepModel
@@ -24,6 +27,10 @@ Planner = Callable[[LengthHistogram, float, InstanceCapacity, int, StageLayout],
 result count only by their number: `Replanner` deals out the instances."""
 
 
+SURE_REQUESTS: Final = 1000.0
+"""From so many requests on, the sample is less of an error than the model."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
     """
@@ -33,7 +40,8 @@ class PlanSettings:
         interval_s: Between two plans.
         memory_s: Time constant with which the past fades.
         min_requests: Fewest finished requests to plan from.
-        margin: What a new plan must gain over the layout in force, and several stages over one.
+        margin: What several stages must gain over one.
+        hysteresis: What a new plan must gain over the layout in force, when very many requests have been seen; see `needed_gain`.
         overload_share: Share of the capacity to plan for when the demand is above it.
         objective: What to minimise.
         hand_over: Price of a hand-over.
@@ -46,12 +54,22 @@ class PlanSettings:
     memory_s: float = 300.0
     min_requests: int = 200
     margin: float = DEFAULT_MARGIN
+    hysteresis: float = 0.06
     overload_share: float = 0.9
     objective: Objective = field(default_factory=MeanNormalizedLatency)
     hand_over: HandOverCost = field(default_factory=HandOverCost)
     floor: ServiceFloor = field(default_factory=ServiceFloor)
     max_stages: int = DEFAULT_MAX_STAGES
     max_tokens: int = 131_072
+
+    def needed_gain(self, requests: float) -> float:
+        """
+        What a new plan must gain over the layout in force, from a workload of so many requests (fading).
+
+        A prediction is off by its model, and by the sample it is made from, which shrinks with the root of the sample: near capacity,
+        800 requests of a workload of alike lengths were seen to promise 6 % to a layout that was 3 % worse (simulated).
+        """
+        return self.hysteresis * (1.0 + math.sqrt(SURE_REQUESTS / max(1.0, requests)))
 
     def problem(
         self,
@@ -109,7 +127,9 @@ class ModelPlanner:
         instances = tuple(len(stage.instance_ids) for stage in current.stages)
         if (best.boundaries_tokens, best.instances) == (current.boundaries_tokens, instances):
             return None
-        if settings.objective.gain(self._cost_of(problem, current, instances), best.cost) < settings.margin:
+        if settings.objective.gain(self._cost_of(problem, current, instances), best.cost) < settings.needed_gain(
+            workload.requests
+        ):
             return None
         return layout_of(best)
 

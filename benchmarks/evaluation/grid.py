@@ -1,0 +1,65 @@
+"""
+Which cells the evaluation has.
+
+- The paper's two clusters, 16 H20 and 16 L40: every trace, loads from light to above what plain load balancing carries. 16 H100 and 16 A100 at two loads.
+- Llama-3.1-70B with tensor parallel 4 on four instances of H20 (the paper's large model).
+- The cascade with parts switched off.
+"""
+
+from itertools import product
+from typing import Final
+
+from cells import Cell
+
+TRACES: Final = (
+    "sharegpt_v3_firstturn_llama3",
+    "sharegpt_8k_llama2",
+    "azure_2023_conv",
+    "servegen_deepseek_r1_1h",
+    "mooncake_synthetic",
+    "arxiv_summarization_llama2",
+    "bwb_llama2",
+)
+PAPER_GPUS: Final = ("h20-141gb-llama-3.1-8b", "l40-llama-3.1-8b")
+OTHER_GPUS: Final = ("h100-llama-3.1-8b", "a100-llama-3.1-8b")
+LARGE: Final = ("h20-141gb-llama-3.1-70b-tp4", 4)
+PROFILES: Final = (*PAPER_GPUS, *OTHER_GPUS)
+
+LOADS: Final = (0.3, 0.6, 0.85, 0.95)
+OVERLOAD: Final = 1.15
+FEWER_LOADS: Final = (0.6, 0.85)
+CASCADE: Final = "cascade"
+BASELINES: Final = ("round_robin", "least_loaded", "vllm_dp", "llumnix", "prefix_aware", "static_length")
+POOLS: Final = "static_length"
+POOLS_LOADS: Final = (0.3, 0.6)
+"""Fixed pools overflow above that: at 85 % load they are several times as slow as anything else."""
+FEWER_BASELINES: Final = ("round_robin", "least_loaded", "vllm_dp", "llumnix")
+SEEDS: Final = (0, 1)
+
+ABLATIONS: Final = (
+    "cascade-no-refine",
+    "cascade-no-rebalance",
+    "cascade-no-replan",
+    "cascade-static",
+    "cascade-no-migrate",
+    "cascade-cold",
+)
+ABLATION_TRACES: Final = ("sharegpt_v3_firstturn_llama3", "sharegpt_8k_llama2", "servegen_deepseek_r1_1h")
+ABLATION_LOADS: Final = (0.6, 0.85)
+
+
+def cells() -> list[Cell]:
+    """All, in the order in which they are run: what the most tables need comes first."""
+    main = product(PAPER_GPUS, TRACES, (*LOADS, OVERLOAD), (CASCADE, *BASELINES))
+    other = product(OTHER_GPUS, TRACES, FEWER_LOADS, (CASCADE, *FEWER_BASELINES))
+    ablations = product(PAPER_GPUS, ABLATION_TRACES, ABLATION_LOADS, ABLATIONS)
+    found = [
+        Cell(profile, trace, load, policy, seed)
+        for part in (main, ablations, other)
+        for profile, trace, load, policy in part
+        if policy != POOLS or load in POOLS_LOADS
+        for seed in SEEDS
+    ]
+    profile, instances = LARGE
+    large = product((profile,), TRACES[:2], (*FEWER_LOADS, OVERLOAD), (CASCADE, *FEWER_BASELINES))
+    return found + [Cell(*what, seed, instances) for what in large for seed in SEEDS]
