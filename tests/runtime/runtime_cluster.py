@@ -23,6 +23,7 @@ from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import InstanceView, RequestView
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams, SimulatedTimes, generate
+from cascadeinfer.runtime.driver import Observer
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.shell import Runtime
@@ -129,6 +130,7 @@ class Cluster:
         migration: MigrationTimes = MIGRATION,
         start_error: Callable[[str, int], str | None] = lambda _id, _n: None,
         max_instances: int = 8,
+        observer: Observer | None = None,
     ) -> None:
         """
         Args:
@@ -140,6 +142,7 @@ class Cluster:
             migration: Time limits.
             start_error: Why an instance's n-th start fails, or None.
             max_instances: How many there is a place for.
+            observer: Sees events and effects.
         """
         self.policy = policy or ScriptedPolicy()
         self.registry = CollectorRegistry()
@@ -163,6 +166,7 @@ class Cluster:
             supervision=supervision,
             migration=migration,
             source=self,
+            observer=observer,
             clock=lambda: asyncio.get_running_loop().time(),
         )
         happen = self.runtime._migrator.happen

@@ -1,9 +1,8 @@
 """The policy's driver: order of events and effects, and its timer."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import pytest
 from runtime_cluster import Cluster, ScriptedPolicy
 
 from cascadeinfer.core.balance.messages import Ask
@@ -81,19 +80,47 @@ async def test_an_event_on_the_way_waits_its_turn() -> None:
 
 @virtual_time
 async def test_an_error_does_not_jam_the_driver() -> None:
-    """After a policy has raised, later events still reach it."""
+    """A policy that raises hurts neither the caller nor later events; who watches and who mends are told of the event."""
+    placed = Dispatch("good", "r", "a")
 
     def answer(event: Event) -> list[Effect]:
         if event.cause == "bad":
             raise LookupError
-        return []
+        return [placed]
 
     policy = Scripted(answer)
-    driver = PolicyDriver(policy, lambda _: None, now_s)
-    with pytest.raises(LookupError):
-        driver.emit(RequestFinished("bad", "r", 0))
+    seen: list[tuple[str, tuple[Effect, ...], str | None]] = []
+    failed: list[str] = []
+
+    def watch(_: float, event: Event, effects: Sequence[Effect], failure: str | None = None) -> None:
+        seen.append((event.cause, tuple(effects), failure))
+
+    driver = PolicyDriver(policy, lambda _: None, now_s, failed=lambda e: failed.append(e.cause), observer=watch)
+    driver.emit(RequestFinished("bad", "r", 0))
     driver.emit(RequestFinished("good", "r", 0))
     assert [event.cause for _, event in policy.seen] == ["bad", "good"]
+    assert seen == [("bad", (), "LookupError"), ("good", (placed,), None)]
+    assert failed == ["bad"]
+
+
+@virtual_time
+async def test_an_effect_that_cannot_be_carried_out_costs_no_other() -> None:
+    """One effect that raises as it is begun is a failure at its event; those after it are carried out."""
+    begun: list[str] = []
+    failed: list[Event] = []
+
+    def perform(effect: Effect) -> None:
+        assert isinstance(effect, Dispatch)
+        begun.append(effect.instance_id)
+        if effect.instance_id == "nowhere":
+            raise KeyError(effect.instance_id)
+
+    places = ("a", "nowhere", "b")
+    policy = Scripted(lambda event: [Dispatch(event.cause, "r", place) for place in places])
+    driver = PolicyDriver(policy, perform, now_s, failed=failed.append)
+    driver.emit(event := RequestFinished("c", "r", 0))
+    assert begun == ["a", "nowhere", "b"]
+    assert failed == [event]
 
 
 @virtual_time

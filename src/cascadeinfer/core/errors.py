@@ -45,6 +45,10 @@ class ProfileError(CascadeError):
     """A cost profile is unknown, malformed, or belongs to another model or device."""
 
 
+class EventLogError(CascadeError):
+    """An event log cannot be read, or not by this program, or not in full; the sentence names file and line."""
+
+
 class PlanError(CascadeError):
     """
     No stage layout can be planned: an empty histogram, no instances, or a demand above capacity.
@@ -60,7 +64,7 @@ class PlanError(CascadeError):
 
 
 class PolicyError(CascadeError):
-    """A policy asked for something impossible, or forgot requests: a bug of the policy."""
+    """A policy asked for something impossible, forgot requests, or failed at one: a bug of the policy."""
 
 
 class EngineError(CascadeError):

@@ -156,6 +156,10 @@ class Engine(Protocol):
         """Whether this final output means that the engine gave the request up (it is being shut down), unasked."""
         ...
 
+    def failure_of(self, request_id: RequestId) -> StepOutputs:
+        """Outputs that end this request with an error, for the front end. Asks nothing of the instance, which may be dead."""
+        ...
+
     @property
     def pid(self) -> int | None:
         """Process id of the instance, None when it has none (any more)."""

@@ -22,7 +22,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
-from cascadeinfer.core.errors import RequestRejectedError
+from cascadeinfer.core.errors import PolicyError, RequestRejectedError
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.frontend.pins import pin_reason_of
@@ -119,6 +119,8 @@ class CascadeEngineClient(EngineCoreClient):
             )
         except RequestRejectedError as rejected:
             raise OverloadedError(rejected) from rejected
+        except PolicyError as failed:
+            raise GracefulHTTPError(str(failed), HTTPStatus.INTERNAL_SERVER_ERROR) from failed
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Forget requests: their clients left, or a stop string ended them."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cascadeinfer.core.types import InstanceId
@@ -42,14 +42,21 @@ class InstanceGauges:
 class RuntimeMetrics(Collector):
     """Everything the runtime counts."""
 
-    def __init__(self, registry: CollectorRegistry, read: Callable[[], list[InstanceGauges]]) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        read: Callable[[], list[InstanceGauges]],
+        dropped_events: Callable[[], int] = lambda: 0,
+    ) -> None:
         """
         Args:
             registry: Where to register; vLLM's `/metrics` shows the process's default registry.
             read: Called at every scrape.
+            dropped_events: Events that are not in the event log, because its writer could not keep up or the disk failed.
         """
         self._registry = registry
         self._read = read
+        self._dropped_events = dropped_events
         self.requests = Counter("cascadeinfer_requests", "Requests that ended, by how.", ["outcome"], registry=registry)
         self.migrations = Counter(
             "cascadeinfer_migrations",
@@ -76,6 +83,12 @@ class RuntimeMetrics(Collector):
             ["exact"],
             registry=registry,
         )
+        self.policy_failures = Counter(
+            "cascadeinfer_policy_failures",
+            "Events at which the policy raised an exception, by event; see the server's log.",
+            ["event"],
+            registry=registry,
+        )
         registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
@@ -97,6 +110,11 @@ class RuntimeMetrics(Collector):
                 family.add_metric([gauge.instance_id, gauge.stage], value_of(gauge))
             yield family
         yield from self._by_stage(gauges)
+        yield CounterMetricFamily(
+            "cascadeinfer_event_log_dropped",
+            "Events that are missing from the event log.",
+            value=self._dropped_events(),
+        )
 
     @staticmethod
     def _by_stage(gauges: list[InstanceGauges]) -> Iterable[Metric]:
@@ -114,6 +132,6 @@ class RuntimeMetrics(Collector):
     def close(self) -> None:
         """Unregister everything, so that another runtime of this process can register."""
         for collector in (
-            self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered
+            self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered, self.policy_failures
         ):  # fmt: skip
             self._registry.unregister(collector)

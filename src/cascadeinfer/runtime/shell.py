@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cascadeinfer.core.errors import RequestRejectedError
+from cascadeinfer.core.errors import PolicyError, RequestRejectedError
 from cascadeinfer.core.events import (
     Event,
     InstanceJoined,
@@ -26,12 +26,13 @@ from cascadeinfer.core.migration import Happening
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, EngineSource, StepOutputs
-from cascadeinfer.runtime.driver import PolicyDriver
+from cascadeinfer.runtime.driver import Observer, PolicyDriver
 from cascadeinfer.runtime.elastic import Elasticity
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.perform import Performer
+from cascadeinfer.runtime.recovery import Recovery
 from cascadeinfer.runtime.streams import Stream, StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes
 from cascadeinfer.runtime.view import snapshot
@@ -52,6 +53,7 @@ class Runtime:
         supervision: SupervisionTimes | None = None,
         migration: MigrationTimes | None = None,
         source: EngineSource | None = None,
+        observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -62,16 +64,20 @@ class Runtime:
             supervision: Limits and intervals for instances.
             migration: Time limits for migrations.
             source: Makes engines of instances that are added later; None: none can be.
+            observer: Sees every event with its effects: the event log.
             clock: The time in seconds (not the loop's own: uvloop's counts whole milliseconds).
         """
         self._clock = clock
         self._streams = StreamTable()
         self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes())
         self.metrics = make_metrics(self.fleet.gauges)
-        self._performer = Performer(self.fleet, self._streams, self.metrics, self._emit, migration or MigrationTimes())
+        self._performer = Performer(self.fleet, self._streams, self.metrics, self.emit, migration or MigrationTimes())
         self._migrator = self._performer.migrator
-        self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self._emit, clock, source)
-        self._driver = PolicyDriver(policy, self._performer.carry_out, clock)
+        self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self.emit, clock, source)
+        self._recovery = Recovery(self.fleet, self._streams, self.metrics, self)
+        self._driver = PolicyDriver(
+            policy, self._performer.carry_out, clock, failed=self._recovery.policy_failed, observer=observer
+        )
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
         self._grace_timers: list[asyncio.TimerHandle] = []
 
@@ -96,11 +102,12 @@ class Runtime:
 
         Raises:
             RequestRejectedError: The policy refused it.
+            PolicyError: The policy failed at it.
         """
         stream = self._streams.open(request)
         if request.pin_reason is not None:
             self.metrics.pinned_requests.labels(request.pin_reason.value).inc()
-        self._emit(
+        self.emit(
             RequestArrived(
                 request.request_id,
                 request.request_id,
@@ -110,9 +117,13 @@ class Runtime:
                 priority=request.priority,
             )
         )
-        if (reject := self._performer.rejected.pop(request.request_id, None)) is not None:
-            self._finish(stream, "rejected")
+        reject = self._performer.rejected.get(request.request_id)
+        if (refusal := self.refusal(stream)) is None:
+            return
+        self._finish(stream, refusal)
+        if reject is not None:
             raise RequestRejectedError(reject.reason, reject.retry_after_s)
+        raise PolicyError(f"the scheduling policy failed at request {request.request_id}; the log says how")
 
     def abort(self, request_ids: list[RequestId]) -> None:
         """Forget these requests, wherever they are; ids that are not live are ignored."""
@@ -154,6 +165,7 @@ class Runtime:
     async def stop(self, timeout_s: float) -> None:
         """Stop everything. Requests that still live get no more tokens."""
         self._driver.stop()
+        self._recovery.stop()
         for timer in self._grace_timers:
             timer.cancel()
         await self.elastic.stop()
@@ -166,7 +178,11 @@ class Runtime:
     async def instance_up(self, engine: Engine, capacity: InstanceCapacity) -> None:
         """Connect it to all that are up, then let the policy use it."""
         await self.fleet.join(engine, capacity)
-        self._emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, capacity))
+        if self._streams.on_instance(engine.instance_id):
+            self.announce_loss(
+                engine.instance_id
+            )  # the policy, which failed at its loss, has sent requests to the dead
+        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, capacity))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop the words of old attempts; hide the finishes of cuts."""
@@ -214,7 +230,7 @@ class Runtime:
         self.elastic.look(state)
         running = self._known(report.running_ids, report.running_tokens)
         waiting = self._known(report.waiting_ids, report.waiting_tokens)
-        self._emit(
+        self.emit(
             InstanceReported(
                 f"report:{engine.instance_id}:{counters.steps}",
                 engine.instance_id,
@@ -231,12 +247,18 @@ class Runtime:
         state.went_down(why)
         self.elastic.look(state)
         self._migrator.instance_lost(instance_id)
+        self.announce_loss(instance_id)
+
+    # --- the steps behind them ---------------------------------------------------------------------------------------
+
+    def announce_loss(self, instance_id: InstanceId) -> None:
+        """Tell the policy that an instance is gone, with what was there."""
         orphans = self._streams.on_instance(instance_id)
         for stream in orphans:
             self._streams.displace(stream)
             exact = "yes" if stream.request.pin_reason is None else "no"
             self.metrics.recovered.labels(exact).inc()
-        self._emit(
+        self.emit(
             InstanceLost(
                 f"down:{instance_id}",
                 instance_id,
@@ -245,10 +267,25 @@ class Runtime:
             )
         )
 
-    # --- the steps behind them ---------------------------------------------------------------------------------------
-
-    def _emit(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
+        """Hand the policy an event."""
         self._driver.emit(event)
+
+    def refusal(self, stream: Stream) -> str | None:
+        """How a request that was just announced ended (a metric label), or None when the policy took it."""
+        request_id = stream.request.request_id
+        if self._performer.rejected.pop(request_id, None) is not None:
+            return "rejected"
+        if request_id in self._recovery.failed_arrivals:
+            self._recovery.failed_arrivals.discard(request_id)
+            return "failed"
+        return None
+
+    def end_with_error(self, stream: Stream, outcome: str) -> None:
+        """Its client gets an error; `outcome` is a metric label."""
+        engine = next(s.supervisor.engine for s in self.fleet if s.supervisor.engine is not None)
+        self._outputs.put_nowait(engine.failure_of(stream.request.request_id))
+        self._finish(stream, outcome)
 
     def _deliver(self, engine: Engine, stream: Stream, delta: Any, now_s: float) -> None:
         if stream.attempts > 1:
@@ -276,7 +313,7 @@ class Runtime:
         self._streams.close(stream)
         self.metrics.requests.labels(outcome).inc()
         request_id = stream.request.request_id
-        self._emit(RequestFinished(request_id, request_id, len(stream.output_token_ids)))
+        self.emit(RequestFinished(request_id, request_id, len(stream.output_token_ids)))
 
     def _known(self, ids: tuple[str, ...], lengths: tuple[int, ...]) -> dict[RequestId, int]:
         known = {}

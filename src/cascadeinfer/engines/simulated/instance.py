@@ -17,7 +17,7 @@ from typing import Any
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
-from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 from cascadeinfer.engines.protocol import (
     Engine,
     EngineCounters,
@@ -175,6 +175,10 @@ class SimulatedEngine:
     def has_dropped(self, delta: TokenDelta) -> bool:
         """See Engine.has_dropped."""
         return bool(delta.finish_reason == "abort")
+
+    def failure_of(self, request_id: RequestId) -> SimulatedOutputs:
+        """See Engine.failure_of."""
+        return SimulatedOutputs([SimulatedDelta(request_id, [], "error")])
 
     @property
     def pid(self) -> int | None:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
@@ -24,7 +24,7 @@ from vllm.v1.executor import Executor
 from cascadeinfer.cluster.local import ProcessStart
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
-from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 from cascadeinfer.engines.protocol import (
     Engine,
     EngineCounters,
@@ -258,6 +258,12 @@ class VllmInstance:
     def has_dropped(self, delta: TokenDelta) -> bool:
         """See Engine.has_dropped: an EngineCore that gets SIGTERM aborts its requests before it ends."""
         return bool(delta.finish_reason == FinishReason.ABORT)
+
+    def failure_of(self, request_id: RequestId) -> EngineCoreOutputs:
+        """See Engine.failure_of; vLLM answers it with HTTP 500."""
+        return EngineCoreOutputs(
+            engine_index=self.index, outputs=[EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)]
+        )
 
     def kill(self) -> None:
         """See Engine.kill."""

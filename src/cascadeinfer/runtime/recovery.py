@@ -1,0 +1,152 @@
+"""
+What becomes of the requests when the policy fails at an event.
+
+The policy's books may then say that a request was placed, or an instance taken into use, while nothing of it was done. So that nobody waits
+for ever:
+
+- A request that the policy fails at as it arrives is refused with an error at once.
+- A while after any failure every request that has no place is announced anew: its end, then its arrival as a prompt of its length so far. It
+  goes on where the policy then puts it. One that the policy fails at again, or refuses, gets an error.
+- An instance whose coming the policy failed at is announced anew, and so is the loss of one, as long as it is so.
+- That a request or a migration ended, or an instance drains, is told a second time, so that the books do not count it for ever.
+
+What remains is a migration that the policy counts and that never began, because it failed with it on its lips: that ends with its request.
+"""
+
+import asyncio
+from typing import Final, Protocol
+
+from cascadeinfer.core.events import (
+    Event,
+    InstanceDraining,
+    InstanceJoined,
+    InstanceLost,
+    MigrationEnded,
+    RequestArrived,
+    RequestFinished,
+)
+from cascadeinfer.core.types import InstanceId, RequestId
+from cascadeinfer.runtime.fleet import Fleet
+from cascadeinfer.runtime.metrics import RuntimeMetrics
+from cascadeinfer.runtime.streams import Stream, StreamTable
+
+REPAIR_AFTER_S: Final = 1.0
+"""From a failure to the repair: a policy that fails at everything is not asked faster than that."""
+
+
+class Host(Protocol):
+    """The runtime, as far as it is needed here."""
+
+    def emit(self, event: Event) -> None:
+        """Hand the policy an event."""
+        ...
+
+    def announce_loss(self, instance_id: InstanceId) -> None:
+        """Tell the policy that an instance is gone, with what was there."""
+        ...
+
+    def refusal(self, stream: Stream) -> str | None:
+        """How a request that was just announced ended (a metric label), or None when the policy took it."""
+        ...
+
+    def end_with_error(self, stream: Stream, outcome: str) -> None:
+        """Its client gets an error; `outcome` is a metric label."""
+        ...
+
+
+class Recovery:
+    """
+    See the module header.
+
+    Attributes:
+        failed_arrivals: Requests at whose arrival the policy has failed and whose senders do not know it yet.
+    """
+
+    def __init__(self, fleet: Fleet, streams: StreamTable, metrics: RuntimeMetrics, host: Host) -> None:
+        """
+        Args:
+            fleet: The instances.
+            streams: The live requests.
+            metrics: Where failures are counted.
+            host: The runtime.
+        """
+        self.failed_arrivals: set[RequestId] = set()
+        self._fleet = fleet
+        self._streams = streams
+        self._metrics = metrics
+        self._host = host
+        self._joins: dict[InstanceId, InstanceJoined] = {}
+        self._losses: set[InstanceId] = set()
+        self._untold: list[Event] = []
+        self._repairing = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def policy_failed(self, event: Event) -> None:
+        """The policy failed at this event: see to it that the requests go on."""
+        self._metrics.policy_failures.labels(type(event).__name__).inc()
+        match event:
+            case RequestArrived():
+                self.failed_arrivals.add(event.request_id)
+            case InstanceJoined():
+                self._joins[event.instance_id] = event
+            case InstanceLost():
+                self._losses.add(event.instance_id)
+            case RequestFinished() | MigrationEnded() | InstanceDraining() if not self._repairing:
+                self._untold.append(event)
+            case _:
+                pass
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(REPAIR_AFTER_S, self._repair)
+
+    def stop(self) -> None:
+        """No more repairs."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _repair(self) -> None:
+        self._timer = None
+        self._repairing = True
+        try:
+            self._tell_again()
+            self._place_again()
+        finally:
+            self._repairing = False
+
+    def _tell_again(self) -> None:
+        losses, self._losses = self._losses, set()
+        joins, self._joins = self._joins, {}
+        untold, self._untold = self._untold, []
+        for event in untold:
+            if not (
+                isinstance(event, RequestFinished) and self._streams.get(event.request_id)
+            ):  # its id is not in use again
+                self._host.emit(event)
+        for instance_id in sorted(losses):
+            if self._fleet.engine(instance_id) is None:
+                self._host.announce_loss(instance_id)
+        for instance_id, joined in joins.items():
+            if self._fleet.engine(instance_id) is not None:
+                self._host.emit(InstanceLost(joined.cause, instance_id))  # whatever the policy has noted of it
+                self._host.emit(joined)
+
+    def _place_again(self) -> None:
+        for stream in self._streams:
+            if stream.instance_id is None and stream.migration is None:
+                self._announce_anew(stream)
+
+    def _announce_anew(self, stream: Stream) -> None:
+        request = stream.request
+        request_id, n_output = request.request_id, len(stream.output_token_ids)
+        self._host.emit(RequestFinished(request_id, request_id, n_output))
+        self._host.emit(
+            RequestArrived(
+                request_id,
+                request_id,
+                stream.n_tokens,
+                max(1, request.max_output_tokens - n_output),
+                pin_reason=request.pin_reason,
+                priority=request.priority,
+            )
+        )
+        if (outcome := self._host.refusal(stream)) is not None:
+            self._host.end_with_error(stream, outcome)
