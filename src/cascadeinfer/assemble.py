@@ -2,7 +2,8 @@
 
 import contextlib
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -10,12 +11,14 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.errors import ConfigError
-from cascadeinfer.core.policies import POLICIES
+from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.launch import KvTransferSettings, VllmSource, parse_engine_args
+from cascadeinfer.evaluation.provenance import commit_of
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
 from cascadeinfer.frontend.server import StopSignals, bind, serve
+from cascadeinfer.observe.event_log import EventLog, header_of
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.shell import Runtime
@@ -28,9 +31,9 @@ LEASE_MARGIN_S = 3.0
 STOP_TIMEOUT_S = 5.0
 
 
-def make_policy(options: ServeOptions) -> Policy:
+def policy_spec(options: ServeOptions) -> PolicySpec:
     """
-    The policy that the options name.
+    What makes the policy that the options name.
 
     Raises:
         ConfigError: Stages are given to a policy that has none.
@@ -38,14 +41,49 @@ def make_policy(options: ServeOptions) -> Policy:
     name = options.policy_name()
     layout = options.layout()
     if name in POLICIES_WITH_STAGES:
-        return POLICIES[name](layout=layout)
+        return PolicySpec(name, {"layout": layout})
     if options.stages is not None:
         raise ConfigError(
             f"policy {name} has no stages",
             option="--stages",
             fix=f"leave it out, or use --policy {' or '.join(POLICIES_WITH_STAGES)}",
         )
-    return POLICIES[name]()
+    return PolicySpec(name)
+
+
+def make_policy(options: ServeOptions) -> Policy:
+    """
+    The policy that the options name.
+
+    Raises:
+        ConfigError: Stages are given to a policy that has none.
+    """
+    return policy_spec(options).make()
+
+
+@contextlib.contextmanager
+def event_log_of(options: ServeOptions) -> Iterator[EventLog | None]:
+    """
+    The event log that the options ask for, until the server has stopped; None when they ask for none.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    if options.event_log is None:
+        yield None
+        return
+    header = header_of(
+        policy_spec(options),
+        source="runtime",
+        instances=options.instance_ids,
+        commit=commit_of(Path(__file__).parent / "evaluation"),
+    )
+    path = Path(options.event_log)
+    log = EventLog(path, header, max_bytes=options.event_log_mb * 1_000_000, files=options.event_log_files)
+    try:
+        yield log
+    finally:
+        log.close()
 
 
 def make_runtime(
@@ -54,6 +92,7 @@ def make_runtime(
     *,
     log_stats: bool = True,
     extra_environment: dict[str, str] | None = None,
+    event_log: EventLog | None = None,
 ) -> Runtime:
     """
     A runtime over vLLM instances, not started yet.
@@ -71,7 +110,7 @@ def make_runtime(
     )
 
     def make_metrics(read: Callable[[], list[InstanceGauges]]) -> RuntimeMetrics:
-        return RuntimeMetrics(REGISTRY, read)
+        return RuntimeMetrics(REGISTRY, read, lambda: 0 if event_log is None else event_log.dropped)
 
     return Runtime(
         {instance_id: source.place(instance_id) for instance_id in options.instance_ids},
@@ -80,6 +119,7 @@ def make_runtime(
         supervision=SupervisionTimes(report_s=options.report_interval_s, hang_s=options.hang_timeout_s),
         migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
         source=source,
+        observer=event_log,
     )
 
 
@@ -108,9 +148,13 @@ async def run_server(args: Namespace, options: ServeOptions) -> None:
     Raises:
         ConfigError: An option is wrong; nothing is left running.
     """
-    with contextlib.closing(bind(args.host or LOOPBACK, args.port)) as listener, StopSignals() as signals:
+    with (
+        contextlib.closing(bind(args.host or LOOPBACK, args.port)) as listener,
+        StopSignals() as signals,
+        event_log_of(options) as event_log,
+    ):
         engine_args = parse_engine_args(args)
         log_stats = not args.disable_log_stats
-        runtime = make_runtime(engine_args, options, log_stats=log_stats)
+        runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
         async with running_llm(runtime, log_stats=log_stats, log_requests=engine_args.enable_log_requests) as llm:
             await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s)

@@ -60,6 +60,12 @@ PlotPrefix = Annotated[
     str | None, typer.Option(help="Prefix of PNG files: PREFIX-cdf.png, PREFIX-timeline-POLICY.png.")
 ]
 Jobs = Annotated[int, typer.Option(help="Processes; at most as many as processors.")]
+EventLogFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write each run's event log here, for `replay`; with several runs as NAME-POLICY-SEED. A name in .gz is compressed."
+    ),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write all figures here.")]
 
 DEFAULT_CONTEXT: Final = 131_072

@@ -25,7 +25,7 @@ from typing import Annotated, Final, NamedTuple
 import typer
 
 from cascadeinfer import __version__
-from cascadeinfer.core.errors import ConfigError, EngineError, PlanError, ProfileError, TraceError
+from cascadeinfer.core.errors import ConfigError, EngineError, EventLogError, PlanError, ProfileError, TraceError
 
 
 class Command(NamedTuple):
@@ -44,10 +44,13 @@ COMMANDS: Final[dict[str, Command]] = {
     "sweep": Command(
         "cascadeinfer.cli.sweep", "Simulate policies over a range of rates; the highest rate within an SLO."
     ),
+    "replay": Command(
+        "cascadeinfer.cli.replay", "Read an event log: summary, a request's story, the same decisions again?"
+    ),
     "model": Command("cascadeinfer.cli.model", "Prepare models that need no hub."),
 }
 
-OPERATOR_ERRORS: Final = (ConfigError, PlanError, ProfileError, TraceError)
+OPERATOR_ERRORS: Final = (ConfigError, EventLogError, PlanError, ProfileError, TraceError)
 EXIT_OPERATOR: Final = 2
 EXIT_FAILURE: Final = 1
 

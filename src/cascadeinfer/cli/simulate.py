@@ -5,7 +5,7 @@ Every policy sees the same requests at the same times for each seed. Lengths are
 Poisson at the given rate, unless --arrivals says otherwise. All figures are simulated; the cost profile says what its step times rest on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +48,7 @@ def simulate(
     overload: options.Overload = False,
     jobs: options.Jobs = 1,
     plot: options.PlotPrefix = None,
+    event_log: options.EventLogFile = None,
     json_file: options.JsonFile = None,
     parquet: Annotated[Path | None, typer.Option(help="Write one row per request, policy and seed (Parquet).")] = None,
 ) -> None:
@@ -58,15 +59,16 @@ def simulate(
     from cascadeinfer.evaluation.setting import check_rate, check_served, load_setting
     from cascadeinfer.evaluation.variants import check_policies
 
-    names = options.words_of(policy)
-    check_policies(names)
+    check_policies(names := options.words_of(policy))
     check_rate(rate)
     options.share(warm_up, "--warm-up")
     count = options.requests_of(requests, duration_s, rate, default=DEFAULT_REQUESTS)
     options.at_least_one(seeds=seeds)
     check_jobs(jobs)
     drawn = None if plot is None else Path(plot)
-    options.check_outputs(drawn, json_file, parquet, matplotlib=plot is not None, pyarrow=parquet is not None)
+    options.check_outputs(
+        drawn, event_log, json_file, parquet, matplotlib=plot is not None, pyarrow=parquet is not None
+    )
     slo = options.slo_of(ttft_slo, tpot_slo)
     goal = options.objective_of(objective, slo)
     setting = load_setting(profile, trace, instances, context, goal, margin, prefix_hashes)
@@ -76,12 +78,13 @@ def simulate(
     law = options.arrivals_of(arrivals)
     first = RunSpec(names[0], rate, 0, count, slo, warm_up, 0.0, overload, law, prefixes)
     specs = [replace(first, policy=name, seed=seed) for seed in range(seeds) for name in names]
-    outcomes = _run_all(setting, specs, jobs, timelines=plot is not None)
+    tasks = [_Task(setting, s, plot is not None and s.seed == 0, _log_of(event_log, s, len(specs))) for s in specs]
+    outcomes = _run_all(tasks, jobs)
     options.tell_notes(setting)
     options.tell_short_runs(rate, count, max(o.summary.e2e_s_mean for o in outcomes))
     runs = {name: [o for o in outcomes if o.spec.policy == name] for name in names}
     title = f"{setting.profile.name}, {trace.name}, {rate:g} requests/s, {instances} instances, {count} requests"
-    console().print(policy_table({name: [o.summary for o in per_seed] for name, per_seed in runs.items()}, title))
+    console().print(policy_table({name: [o.summary for o in done] for name, done in runs.items()}, title))
     _write(_content(setting, trace, first, seeds), runs, json_file, parquet)
     if plot is not None:
         _draw(plot, runs, title)
@@ -94,29 +97,42 @@ class _Task:
     setting: "Setting"
     spec: "RunSpec"
     keep_samples: bool
+    event_log: Path | None
+
+    def run(self, progress: Callable[[float, int], None] | None = None) -> "RunOutcome":
+        """Run it."""
+        from cascadeinfer.evaluation.runs import run_once
+
+        return run_once(
+            self.setting, self.spec, keep_samples=self.keep_samples, progress=progress, event_log=self.event_log
+        )
+
+
+def _log_of(event_log: Path | None, spec: "RunSpec", n_runs: int) -> Path | None:
+    """The file of one run's event log."""
+    if event_log is None or n_runs == 1:
+        return event_log
+    stem, dot, suffixes = event_log.name.partition(".")
+    return event_log.with_name(f"{stem}-{spec.policy}-{spec.seed}{dot}{suffixes}")
 
 
 def _do(task: _Task) -> "RunOutcome":
-    from cascadeinfer.evaluation.runs import run_once
-
-    return run_once(task.setting, task.spec, keep_samples=task.keep_samples)
+    return task.run()
 
 
-def _run_all(setting: "Setting", specs: Sequence["RunSpec"], jobs: int, *, timelines: bool) -> list["RunOutcome"]:
-    """All runs in order; samples of the first seed are kept where timelines are wanted."""
+def _run_all(tasks: Sequence[_Task], jobs: int) -> list["RunOutcome"]:
+    """All runs in order."""
     from cascadeinfer.cli.tables import progress_bar
     from cascadeinfer.evaluation.pool import map_in_processes
-    from cascadeinfer.evaluation.runs import run_once
 
     outcomes: dict[int, RunOutcome] = {}
     with progress_bar() as progress:
-        bar = progress.add_task("simulating", total=sum(spec.requests for spec in specs))
-        tasks = [_Task(setting, spec, timelines and spec.seed == 0) for spec in specs]
+        bar = progress.add_task("simulating", total=sum(task.spec.requests for task in tasks))
         if jobs > 1:
             for number, outcome in map_in_processes(_do, tasks, jobs):
                 outcomes[number] = outcome
                 progress.advance(bar, outcome.spec.requests)
-            return [outcomes[i] for i in range(len(specs))]
+            return [outcomes[i] for i in range(len(tasks))]
         done = 0
         for number, task in enumerate(tasks):
             progress.update(bar, description=f"{task.spec.policy}, seed {task.spec.seed}")
@@ -124,10 +140,10 @@ def _run_all(setting: "Setting", specs: Sequence["RunSpec"], jobs: int, *, timel
             def tell(_: float, over: int, before: int = done) -> None:
                 progress.update(bar, completed=before + over)
 
-            outcomes[number] = run_once(setting, task.spec, keep_samples=task.keep_samples, progress=tell)
+            outcomes[number] = task.run(tell)
             done += task.spec.requests
             progress.update(bar, completed=done)
-    return [outcomes[i] for i in range(len(specs))]
+    return [outcomes[i] for i in range(len(tasks))]
 
 
 def _content(setting: "Setting", trace: Path, spec: "RunSpec", seeds: int) -> dict[str, Any]:

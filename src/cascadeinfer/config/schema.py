@@ -50,6 +50,15 @@ class ServeOptions:
     kv_lease_s: int = _option(
         10, "Seconds that a moving request's KV cache stays pinned at its source.", low=5, high=300
     )
+    event_log: str | None = _option(
+        None,
+        "Write every event and what was decided to this file, for `cascadeinfer replay`; ids and lengths only.",
+        metavar="PATH",
+    )
+    event_log_mb: int = _option(
+        256, "Size in MB at which a file of the event log is compressed and a new one begun.", low=1, high=65536
+    )
+    event_log_files: int = _option(8, "Files of the event log that are kept; the oldest is deleted.", low=2, high=1000)
 
     def __post_init__(self) -> None:
         """Check every bound; raises ConfigError naming the option."""

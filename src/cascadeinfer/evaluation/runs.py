@@ -6,8 +6,10 @@ run's rate. Figures may leave out the first part of the run, in which the
 cluster fills (`warm_up`), and the last, in which it empties (`cool_down`).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,12 +17,16 @@ import numpy as np
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.plan.planner import Plan
+from cascadeinfer.core.policies.spec import PolicySpec
+from cascadeinfer.evaluation.provenance import commit_of
 from cascadeinfer.evaluation.setting import Setting
-from cascadeinfer.evaluation.variants import make_policy, starts_with_plan
+from cascadeinfer.evaluation.variants import policy_spec, starts_with_plan
+from cascadeinfer.observe.event_log import header_of, write_log_file
 from cascadeinfer.observe.records import InstanceSamples, MigrationRecords, RequestRecords
 from cascadeinfer.observe.summary import RunSummary, Slo, summarise, summarise_between
+from cascadeinfer.sim.cluster import Observer
 from cascadeinfer.sim.run import simulate
-from cascadeinfer.sim.settings import NetworkConfig, SimConfig
+from cascadeinfer.sim.settings import NetworkConfig, SimConfig, instance_ids
 from cascadeinfer.workload.arrivals import gamma_arrivals, poisson_arrivals
 from cascadeinfer.workload.trace import Trace
 
@@ -147,6 +153,7 @@ def run_once(
     *,
     keep_samples: bool = False,
     progress: Callable[[float, int], None] | None = None,
+    event_log: Path | None = None,
 ) -> RunOutcome:
     """
     Run it.
@@ -156,8 +163,10 @@ def run_once(
         spec: What.
         keep_samples: Keep the instances' reports, for timelines.
         progress: Called now and then with the virtual time and the number of requests that are over.
+        event_log: Where to write each event with its effects, for `cascadeinfer replay`; a name in `.gz` is compressed.
 
     Raises:
+        ConfigError: The event log cannot be written.
         PlanError: The rate is above capacity, the policy needs a plan, and `allow_overload` is off.
     """
     profile = setting.profile
@@ -171,8 +180,10 @@ def run_once(
         prefix_caching=spec.prefix_caching,
         seed=spec.seed,
     )
-    policy = make_policy(spec.policy, setting, plan_for(setting, spec))
-    result = simulate(workload_of(setting, spec), policy, config, progress=progress)
+    chosen = policy_spec(spec.policy, setting, plan_for(setting, spec))
+    workload = workload_of(setting, spec)
+    with _logging(event_log, setting, spec, chosen) as observer:
+        result = simulate(workload, chosen.make(), config, progress=progress, observer=observer)
     records = result.requests
     if spec.warm_up or spec.cool_down:
         summary = summarise_between(records, *counted_span_s(spec, records), spec.slo)
@@ -187,6 +198,29 @@ def run_once(
         result.layouts,
         result.end_s,
     )
+
+
+@contextlib.contextmanager
+def _logging(path: Path | None, setting: Setting, spec: RunSpec, policy: PolicySpec) -> Iterator[Observer | None]:
+    """Write the run's event log, when there shall be one."""
+    if path is None:
+        yield None
+        return
+    header = header_of(
+        policy,
+        source="simulator",
+        instances=instance_ids(setting.n_instances),
+        commit=commit_of(Path(__file__).parent),
+        profile=setting.profile.name,
+        about={
+            "variant": spec.policy,
+            "rate_per_s": spec.rate_rps,
+            "seed": spec.seed,
+            "requests": spec.requests,
+        },
+    )
+    with write_log_file(path, header) as observer:
+        yield observer
 
 
 def counted_span_s(spec: RunSpec, records: RequestRecords) -> tuple[float, float]:

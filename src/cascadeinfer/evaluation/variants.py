@@ -13,7 +13,7 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.replanning import PlanSettings
-from cascadeinfer.core.policy import Policy
+from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.evaluation.setting import Setting
 from cascadeinfer.sim.settings import instance_ids
 
@@ -38,7 +38,7 @@ WITH_LAYOUT: Final = frozenset({"static_stages"})
 
 
 def policy_names() -> list[str]:
-    """Every name that `make_policy` takes, sorted."""
+    """Every name that `policy_spec` takes, sorted."""
     return sorted({*POLICIES, *CASCADE_VARIANTS})
 
 
@@ -63,9 +63,9 @@ def starts_with_plan(name: str) -> bool:
     return name in WITH_LAYOUT or (name in CASCADE_VARIANTS and name != COLD)
 
 
-def make_policy(name: str, setting: Setting, plan: Plan | None) -> Policy:
+def policy_spec(name: str, setting: Setting, plan: Plan | None) -> PolicySpec:
     """
-    A fresh policy.
+    What makes the policy.
 
     Args:
         name: One of `policy_names()`.
@@ -76,13 +76,12 @@ def make_policy(name: str, setting: Setting, plan: Plan | None) -> Policy:
     if plan is not None and starts_with_plan(name):
         options["layout"] = plan.layout(instance_ids(setting.n_instances))
     if name not in CASCADE_VARIANTS:
-        return POLICIES[name](**options)
+        return PolicySpec(name, options)
     planning = PlanSettings(
         objective=setting.objective,
         margin=setting.margin,
         hand_over=setting.hand_over,
         max_tokens=setting.context_tokens + 1,
     )
-    return POLICIES[CASCADE](
-        **options, **CASCADE_VARIANTS[name], step_model=setting.profile.step_model, planning=planning
-    )
+    options |= {**CASCADE_VARIANTS[name], "step_model": setting.profile.step_model, "planning": planning}
+    return PolicySpec(CASCADE, options)

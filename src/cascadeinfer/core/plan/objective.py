@@ -7,7 +7,7 @@ All are "lower is better"; `describe` says in which unit.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,6 +165,10 @@ class SloAttainment:
     def describe(self, value: float) -> str:
         """Per cent of requests."""
         return f"{100.0 * max(0.0, 1.0 - value):.1f} % of requests within TTFT {self.ttft_slo_s:g} s and TPOT {self.tpot_slo_s:g} s"
+
+
+BuiltInObjective: TypeAlias = MeanNormalizedLatency | WeightedLatency | SloAttainment
+"""The objectives that can be written down (in an event log)."""
 
 
 def relative_gain(one_stage: float, other: float) -> float:

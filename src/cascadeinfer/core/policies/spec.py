@@ -1,0 +1,24 @@
+"""What makes a policy, as a value: its name and its options. Whoever has it can make the same policy again, as a replay does."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cascadeinfer.core.policies import POLICIES
+from cascadeinfer.core.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySpec:
+    """
+    Attributes:
+        name: In `POLICIES`.
+        options: Keywords of its constructor.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def make(self) -> Policy:
+        """A fresh policy."""
+        return POLICIES[self.name](**self.options)
