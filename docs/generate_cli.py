@@ -77,6 +77,9 @@ def _typed_sections(name: str, module: str, help_text: str) -> Iterator[str]:
         yield from _command(command.callback)
     for group in app.registered_groups:
         assert group.typer_instance is not None
+        if group.typer_instance.registered_callback is not None:
+            assert group.typer_instance.registered_callback.callback is not None
+            yield from _command(group.typer_instance.registered_callback.callback)
         for command in group.typer_instance.registered_commands:
             assert command.callback is not None
             yield f"### cascadeinfer {name} {command.name}\n\n"
@@ -94,6 +97,8 @@ def _command(callback: Callable[..., Any]) -> Iterator[str]:
 def _parameter_rows(callback: Callable[..., Any]) -> Iterator[tuple[str, str, str, str]]:
     hints = typing.get_type_hints(callback, include_extras=True)
     for name, parameter in inspect.signature(callback).parameters.items():
+        if hints[name] is typer.Context:
+            continue
         kind, info = typing.get_args(hints[name])[:2]
         assert isinstance(info, ArgumentInfo | OptionInfo), name
         # In an annotation typer takes the first declared name for a default.
@@ -113,7 +118,7 @@ def _values(kind: Any, info: ArgumentInfo | OptionInfo) -> str:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     if info.min is not None or info.max is not None:
         return f"{info.min:g} to {info.max:g}" if info.max is not None else f"{info.min:g} or more"
-    names = {bool: "flag", Path: "path", str: "text", int: "whole number", float: "number"}
+    names = {bool: "flag", Path: "path", str: "text", int: "whole number", float: "number", list[Path]: "paths"}
     return names.get(kind) or str(kind)
 
 

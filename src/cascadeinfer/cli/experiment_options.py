@@ -14,9 +14,9 @@ from cascadeinfer.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from cascadeinfer.core.plan.objective import Objective
-    from cascadeinfer.evaluation.runs import ArrivalLaw
     from cascadeinfer.evaluation.setting import Setting
     from cascadeinfer.observe.summary import Slo
+    from cascadeinfer.workload.drawing import ArrivalLaw
 
 Profile = Annotated[str, typer.Option(help="Cost profile: a shipped name or a JSON file.")]
 TraceFile = Annotated[Path, typer.Option(help="Trace file (.csv or .jsonl, also .gz); its lengths count.")]
@@ -134,6 +134,17 @@ def not_negative(**options: int) -> None:
             raise ConfigError(f"{value} is negative", option=f"--{name.replace('_', '-')}")
 
 
+def positive(value: float, option: str) -> None:
+    """
+    Refuse what is no positive finite number.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not (math.isfinite(value) and value > 0.0):
+        raise ConfigError(f"{value} is not a positive number", option=option)
+
+
 def share(value: float, option: str) -> None:
     """
     Refuse what is no share in [0, 1).
@@ -170,7 +181,7 @@ def arrivals_of(text: str) -> "ArrivalLaw":
     Raises:
         ConfigError: There is none of this name, or its number is wrong.
     """
-    from cascadeinfer.evaluation.runs import ArrivalLaw
+    from cascadeinfer.workload.drawing import ArrivalLaw
 
     kind, _, number = text.partition(":")
     if text in {"poisson", "recorded"}:

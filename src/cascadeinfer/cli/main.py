@@ -47,6 +47,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "replay": Command(
         "cascadeinfer.cli.replay", "Read an event log: summary, a request's story, the same decisions again?"
     ),
+    "bench": Command("cascadeinfer.cli.bench", "Replay a trace on a live OpenAI server; compare such runs."),
     "model": Command("cascadeinfer.cli.model", "Prepare models that need no hub."),
 }
 
@@ -65,6 +66,7 @@ EXTRAS: Final = {
     "nixl": "cpu",
     "matplotlib": "figures",
     "pyarrow": "figures",
+    "aiohttp": "bench",
     "ray": "ray",
 }
 """Packages that come with an extra: what to install when one is missing."""

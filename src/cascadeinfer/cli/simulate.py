@@ -218,7 +218,7 @@ def _draw(prefix: str, runs: dict[str, list["RunOutcome"]], title: str) -> None:
     from cascadeinfer.observe.timelines import stage_timelines
 
     save(
-        latency_cdfs({name: [o.counted for o in per_seed] for name, per_seed in runs.items()}, title),
+        latency_cdfs({name: [o.counted for o in per_seed] for name, per_seed in runs.items()}, f"{title} (simulated)"),
         Path(f"{prefix}-cdf.png"),
     )
     for name, per_seed in runs.items():

@@ -10,11 +10,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.core.policies.spec import PolicySpec
@@ -27,23 +25,8 @@ from cascadeinfer.observe.summary import RunSummary, Slo, summarise, summarise_b
 from cascadeinfer.sim.cluster import Observer
 from cascadeinfer.sim.run import simulate
 from cascadeinfer.sim.settings import NetworkConfig, SimConfig, instance_ids
-from cascadeinfer.workload.arrivals import gamma_arrivals, poisson_arrivals
+from cascadeinfer.workload.drawing import ArrivalLaw, draw_requests
 from cascadeinfer.workload.trace import Trace
-
-
-@dataclass(frozen=True, slots=True)
-class ArrivalLaw:
-    """
-    When requests come.
-
-    Attributes:
-        kind: `poisson`; `gamma`, gaps with the coefficient of variation `cv`; `recorded`, a stretch of the trace with its own times, lengths
-            and order, sped up or slowed down to the rate.
-        cv: Of gamma gaps, > 0.
-    """
-
-    kind: Literal["poisson", "gamma", "recorded"] = "poisson"
-    cv: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,28 +94,7 @@ def workload_of(setting: Setting, spec: RunSpec) -> Trace:
     Raises:
         ConfigError: Recorded arrivals are wanted, and the trace has none, or too few.
     """
-    rng = np.random.default_rng(spec.seed)
-    if spec.arrivals.kind == "recorded":
-        return _stretch(setting.trace, spec, rng)
-    lengths = setting.trace.resample(spec.requests, rng)
-    if spec.arrivals.kind == "gamma":
-        return lengths.with_arrivals(gamma_arrivals(spec.rate_rps, spec.arrivals.cv, spec.requests, rng))
-    return lengths.with_arrivals(poisson_arrivals(spec.rate_rps, spec.requests, rng))
-
-
-def _stretch(trace: Trace, spec: RunSpec, rng: np.random.Generator) -> Trace:
-    """Consecutive requests of the trace, from a place that the seed decides; times are scaled by the whole trace's mean rate."""
-    if not trace.has_arrivals:
-        raise ConfigError("the trace has no arrival times", option="--arrivals", fix="poisson, or gamma:CV")
-    if spec.requests > len(trace):
-        raise ConfigError(
-            f"{spec.requests} recorded requests are wanted, the trace has {len(trace)}",
-            option="--arrivals",
-            fix=f"--requests {len(trace)} at most, or --arrivals poisson",
-        )
-    first = int(rng.integers(len(trace) - spec.requests + 1))
-    part = trace.at_rate(spec.rate_rps).rows(np.arange(first, first + spec.requests))
-    return part.with_arrivals(part.arrival_s - part.arrival_s[0])
+    return draw_requests(setting.trace, spec.arrivals, spec.requests, spec.rate_rps, np.random.default_rng(spec.seed))
 
 
 def plan_for(setting: Setting, spec: RunSpec) -> Plan | None:

@@ -79,13 +79,13 @@ def save(figure: Figure, file: Path) -> None:
 
 def latency_cdfs(runs: Mapping[str, Sequence[RequestRecords]], title: str) -> Figure:
     """
-    Share of the finished requests within each latency, one curve per policy.
+    Share of the finished requests within each latency, one curve per policy or server.
 
     Args:
-        runs: Per policy, the counted requests of each seed; seeds are pooled.
-        title: Above all.
+        runs: Per policy or server, the counted requests of each seed or run, which are pooled.
+        title: Above all; says whether this was simulated or measured.
     """
-    figure, axes = grid_figure(2, 2, f"{title} (simulated)")
+    figure, axes = grid_figure(2, 2, title)
     for axis, (label, field) in zip(axes, LATENCIES, strict=True):
         for number, (name, per_seed) in enumerate(runs.items()):
             values, shares = distribution(np.concatenate([getattr(records, field) for records in per_seed]))

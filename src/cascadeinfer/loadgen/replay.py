@@ -1,0 +1,116 @@
+"""
+Replay of a trace on a live server, in open loop: requests are sent at their times, however the server does.
+
+A closed loop, in which the next request waits for an answer, sends less to a slow server and so hides that it is slow. Latencies count from
+the time at which a request was due, so that a client too slow to send it does not hide that either; how late it was is recorded
+(`dispatched_s`).
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from cascadeinfer.loadgen.client import Answer, OpenAiClient
+from cascadeinfer.loadgen.prompts import PromptMaker
+from cascadeinfer.observe.records import RequestRecords
+from cascadeinfer.workload.trace import Trace
+
+LEAD_S: Final = 0.2
+"""From the start of the replay to the trace's time 0, so that its first requests are not late."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replay:
+    """
+    What a replay leaves.
+
+    Attributes:
+        records: One row per request.
+        errors: Per request what went wrong, `kind: detail`; empty when nothing did.
+        ended_early: Requests that the server ended before their length (it does not know `ignore_eos`); their own length counts.
+        off_prompts: Requests whose prompt the server counts otherwise than the trace.
+        counted_by_chunks: Requests for which the server sent no usage.
+    """
+
+    records: RequestRecords
+    errors: tuple[str, ...]
+    ended_early: int
+    off_prompts: int
+    counted_by_chunks: int
+
+
+async def replay(
+    trace: Trace,
+    client: OpenAiClient,
+    prompts: PromptMaker,
+    *,
+    timeout_s: float,
+    name: str,
+    on_end: Callable[[Answer], None] = lambda _: None,
+) -> Replay:
+    """
+    Send every request of the trace at its time and wait for all to end.
+
+    Args:
+        trace: With arrival times.
+        client: Of the server.
+        prompts: Of this trace.
+        timeout_s: After which a request's client leaves.
+        name: Of the run; begins the request ids.
+        on_end: Called with each answer, for progress.
+    """
+    trace.require_arrivals()
+    loop = asyncio.get_running_loop()
+    answers: list[Answer] = [Answer() for _ in range(len(trace))]
+    start_s = loop.time() + LEAD_S
+
+    def now_s() -> float:
+        return loop.time() - start_s
+
+    async def one(row: int, body: bytes, output_tokens: int) -> None:
+        answers[row] = await client.stream(body, output_tokens, now_s, timeout_s=timeout_s, request_id=f"{name}-{row}")
+        on_end(answers[row])
+
+    async with asyncio.TaskGroup() as group:
+        for row in range(len(trace)):
+            output_tokens = int(trace.output_tokens[row])
+            body = client.body(prompts.prompt(row), output_tokens)
+            await asyncio.sleep(float(trace.arrival_s[row]) - now_s())
+            group.create_task(one(row, body, output_tokens))
+    return _collect(trace, answers)
+
+
+def _collect(trace: Trace, answers: Sequence[Answer]) -> Replay:
+    """Answers as columns."""
+    n = len(answers)
+    good = np.array([not a.error for a in answers])
+    produced = np.array([a.produced_tokens for a in answers], dtype=np.int64)
+    counted = np.array([a.prompt_tokens for a in answers], dtype=np.int64)
+    early = good & (produced < trace.output_tokens)
+    last = np.array([a.last_token_s for a in answers], dtype=np.float64)
+    records = RequestRecords(
+        arrival_s=np.array(trace.arrival_s),
+        dispatched_s=np.array([a.sent_s for a in answers], dtype=np.float64),
+        scheduled_s=np.full(n, np.nan),
+        first_token_s=np.array([a.first_token_s for a in answers], dtype=np.float64),
+        finish_s=np.where(good, last, np.nan),
+        prompt_tokens=np.where(counted > 0, counted, trace.prompt_tokens),
+        output_tokens=np.where(early, np.maximum(produced, 1), trace.output_tokens),
+        produced_tokens=produced,
+        migrations=np.zeros(n, dtype=np.int64),
+        preemptions=np.zeros(n, dtype=np.int64),
+        recomputed_tokens=np.zeros(n, dtype=np.int64),
+        prefix_hit_tokens=np.array([a.cached_tokens for a in answers], dtype=np.int64),
+        rejected=np.array([a.refused for a in answers], dtype=np.bool_),
+        aborted=np.array([a.error.startswith("timed out") for a in answers], dtype=np.bool_),
+    )
+    return Replay(
+        records,
+        tuple(a.error for a in answers),
+        ended_early=int(early.sum()),
+        off_prompts=int(np.count_nonzero((counted > 0) & (counted != trace.prompt_tokens))),
+        counted_by_chunks=int(sum(a.counted_by_chunks for a in answers if not a.error)),
+    )

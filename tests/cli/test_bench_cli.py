@@ -1,0 +1,196 @@
+"""`cascadeinfer bench`: a run against a server on the loopback, its files, comparisons of record files, bad input."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from experiment_words import run
+
+from cascadeinfer.observe.record_files import read_records, write_records
+from cascadeinfer.observe.records import RequestRecords
+
+PNG = b"\x89PNG"
+LOADGEN = Path(__file__).parent.parent / "loadgen"
+sys.path.insert(0, str(LOADGEN))
+sys.path.insert(0, str(LOADGEN.parent / "observe"))
+
+from fake_openai import Behaviour, FakeServer, running  # noqa: E402 - beside the load generator's tests
+from record_rows import live_records  # noqa: E402 - beside the records' tests
+
+HEADER = {"label": "one", "slo": {"ttft_s": 0.5, "tpot_s": 0.1}}
+
+
+def trace_file(folder: Path, *, timed: bool = True) -> Path:
+    """Twelve requests within some milliseconds, one of them long."""
+    path = folder / "trace.csv"
+    rows = [f"{0.001 * i if timed else ''},{400 if i == 11 else 10},{3 + i % 2}" for i in range(12)]
+    path.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows]) + "\n")
+    return path
+
+
+async def bench(server: FakeServer, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, since the server runs in this one."""
+    async with running(server):
+        command = [sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "bench", "--url", server.url]
+        process = await asyncio.create_subprocess_exec(
+            *command, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "COLUMNS": "200"}
+        )
+        out, error = await process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode or 0, out.decode(), error.decode())
+
+
+async def test_a_run_leaves_records_figures_and_plots(tmp_path: Path) -> None:
+    """Records as the trace has them, a summary by group, three figures; failures are on standard error and in the table."""
+    server = FakeServer(lambda number: Behaviour(status=429) if number == 5 else Behaviour())
+    files = {name: tmp_path / name for name in ("a.parquet", "a.json")}
+    done = await bench(
+        server, "--trace", str(trace_file(tmp_path)), "--warm-up", "0", "--label", "fake", "--long-tokens", "100",
+        "--out", str(files["a.parquet"]), "--json", str(files["a.json"]), "--plot", str(tmp_path / "a"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 of 12 requests failed, e.g. HTTP 429" in done.stderr
+    assert "fake" in done.stdout
+    read = read_records(files["a.parquet"])
+    assert read.label == "fake"
+    assert int(read.records.finished.sum()) == 11
+    assert read.records.prompt_tokens[-1] == 400
+    content = json.loads(files["a.json"].read_text())
+    assert content["labels"]["fake"]["errors"] == {"HTTP 429": 1}
+    groups = content["labels"]["fake"]["runs"][0]
+    assert {name: group["requests"] for name, group in groups.items()} == {"all": 12, "short": 11, "long": 1}
+    assert all((tmp_path / f"a-{group}.png").read_bytes().startswith(PNG) for group in ("all", "short", "long"))
+
+
+async def test_nothing_but_failures_is_a_failure(tmp_path: Path) -> None:
+    """When no request succeeds the exit code is 1, and the figures are dashes, not an error."""
+    done = await bench(FakeServer(lambda _: Behaviour(status=500)), "--trace", str(trace_file(tmp_path)))
+    assert done.returncode == 1
+    assert "12 of 12 requests failed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def test_arrivals_can_be_drawn(tmp_path: Path) -> None:
+    """A trace without times needs a law and a rate, and gives as many requests as are asked for."""
+    words = ("--trace", str(trace_file(tmp_path, timed=False)))
+    refused = await bench(FakeServer(), *words)
+    assert refused.returncode == 2
+    assert "--arrivals" in refused.stderr
+    out = tmp_path / "a.parquet"
+    server = FakeServer()
+    done = await bench(server, *words, "--arrivals", "poisson", "--rate", "500", "--requests", "20", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert len(read_records(out).records) == len(server.asked) == 20
+
+
+def synthetic(scale: float, seed: int) -> RequestRecords:
+    """A run whose latencies are `scale` times those of the run with scale 1 and the same seed."""
+    rng = np.random.default_rng(seed)
+    n = 200
+    e2e_s = scale * rng.gamma(4.0, 0.5, n)
+    return live_records(
+        np.cumsum(rng.exponential(0.1, n)), 0.1 * e2e_s, e2e_s, np.where(rng.random(n) < 0.2, 2000, 50), [20] * n
+    )
+
+
+def write(folder: Path, name: str, label: str, scale: float, seed: int) -> str:
+    """A record file."""
+    file = folder / name
+    write_records(file, synthetic(scale, seed), [""] * 200, {**HEADER, "label": label})
+    return str(file)
+
+
+def test_compare_finds_the_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A label twice as slow in each of two runs shows ratio 2.00 with no spread, and the faster one's figures are bold or first."""
+    files = [
+        write(tmp_path, f"{label}{seed}.parquet", label, scale, seed)
+        for label, scale in (("one", 1.0), ("two", 2.0))
+        for seed in (0, 1)
+    ]
+    out = tmp_path / "c.json"
+    assert (
+        run(
+            "bench",
+            "compare",
+            *files,
+            "--warm-up",
+            "0",
+            "--long-tokens",
+            "1000",
+            "--json",
+            str(out),
+            "--plot",
+            str(tmp_path / "c"),
+        )
+        == 0
+    )
+    text = capsys.readouterr().out
+    ratios = text[text.index("times one") :]
+    assert "2.00 ±0.00" in ratios
+    content = json.loads(out.read_text())
+    assert [len(content["labels"][label]["runs"]) for label in ("one", "two")] == [2, 2]
+    for group in ("all", "short", "long"):
+        one, two = (
+            content["labels"][label]["runs"][0][group]["figures"]["e2e_s_p99"]["value"] for label in ("one", "two")
+        )
+        assert two == pytest.approx(2 * one)
+        assert (tmp_path / f"c-{group}.png").read_bytes().startswith(PNG)
+
+
+def test_records_survive_their_file(tmp_path: Path) -> None:
+    """Written and read back, records, errors and header are the same."""
+    records = synthetic(1.0, 0)
+    file = tmp_path / "a.parquet"
+    write_records(file, records, ["x: y"] + [""] * 199, HEADER)
+    read = read_records(file)
+    np.testing.assert_array_equal(read.records.e2e_s, records.e2e_s)
+    assert read.errors[:2] == ("x: y", "")
+    assert read.header == HEADER
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--trace", "t.csv"], "--url"),
+        (["--url", "http://127.0.0.1:9"], "--trace"),
+        (["--url", "http://127.0.0.1:9", "--trace", "missing.csv"], "missing.csv"),
+        (["--url", "http://127.0.0.1:9", "--trace", "TRACE"], "--url: no server answers"),
+        (["--url", "x", "--trace", "TRACE", "--api", "grpc"], "--api"),
+        (["--url", "x", "--trace", "TRACE", "--rate", "0"], "--rate"),
+        (["--url", "x", "--trace", "TRACE", "--timeout-s", "-1"], "--timeout-s"),
+        (["--url", "x", "--trace", "TRACE", "--long-tokens", "0"], "--long-tokens"),
+        (["--url", "x", "--trace", "TRACE", "--max-context", "1"], "--max-context"),
+        (["--url", "x", "--trace", "TRACE", "--out", "/nowhere/a.parquet"], "/nowhere"),
+        (["compare", "missing.parquet"], "missing.parquet"),
+        (["compare", "TRACE"], "cannot read"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str],
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each mistake is exit code 2 and one line that names option or file."""
+    monkeypatch.chdir(tmp_path)
+    path = trace_file(tmp_path)
+    assert run("bench", *(str(path) if word == "TRACE" else word for word in words)) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_another_parquet_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Parquet file of something else is told apart."""
+    file = tmp_path / "a.parquet"
+    write_records(file, synthetic(1.0, 0), [""] * 200, HEADER)
+    table = pq.read_table(file)
+    pq.write_table(table.drop_columns(["error"]), file)
+    assert run("bench", "compare", str(file)) == 2
+    assert "is no record file" in capsys.readouterr().err
