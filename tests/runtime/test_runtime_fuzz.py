@@ -1,11 +1,12 @@
 """
-Random lives: requests come and leave, instances die, hang, stall and return, policies move requests to and fro.
+Random lives: requests come and leave, instances die, hang, stall, return, are added and drained, policies move requests to and fro.
 
 Everything is drawn from one seed and happens in virtual time, so a seed that fails fails again: it is in the test's name and in the error.
 The checks are `Cluster`'s: each token once and in order, nothing left at the end, no attempt that nobody hears.
 """
 
 import asyncio
+import contextlib
 import random
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ import pytest
 from runtime_cluster import CAPACITY, SUPERVISION, TIMES, Client, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
+from cascadeinfer.core.errors import ScalingRefusedError
 from cascadeinfer.core.events import Event, InstanceReported
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.policies import POLICIES
@@ -23,6 +25,8 @@ from support.virtual_time import virtual_time
 
 CASES = [("restless", seed) for seed in range(6)] + [(name, 6) for name in sorted(POLICIES)]
 LIVE_S = 15.0
+N_INSTANCES = 4
+"""At first, and about so many later."""
 LIMITS = MigrationTimes(ask_s=0.5, cut_s=0.3, resume_s=0.8)
 SMALL = replace(CAPACITY, kv_blocks=60, max_num_seqs=5)
 """Requests wait, are preempted, and find no room."""
@@ -103,9 +107,19 @@ TROUBLES = (stall, late_outputs, late_answers, terminate, at_once, at_once, at_o
 
 async def trouble(cluster: Cluster, rng: random.Random) -> None:
     """One fault of an instance, if it is up."""
-    engine = rng.choice(list(cluster.engines.values()))[-1]
-    if engine.serves:
-        await rng.choice(TROUBLES)(engine, rng)
+    engines = rng.choice(list(cluster.engines.values()))
+    if engines and engines[-1].serves:
+        await rng.choice(TROUBLES)(engines[-1], rng)
+
+
+def scale(cluster: Cluster, rng: random.Random) -> None:
+    """An instance more or one less, whatever state it is in, when that is allowed."""
+    there = list(cluster.runtime.fleet.states)
+    with contextlib.suppress(ScalingRefusedError):
+        if rng.random() < (0.7 if len(there) < N_INSTANCES else 0.3):
+            cluster.runtime.elastic.add()
+        else:
+            cluster.runtime.elastic.drain(rng.choice(there), rng.choice((0.0, 0.5, 60.0)))
 
 
 async def live(cluster: Cluster, rng: random.Random) -> None:
@@ -116,7 +130,7 @@ async def live(cluster: Cluster, rng: random.Random) -> None:
     while asyncio.get_running_loop().time() < end_s:
         await asyncio.sleep(rng.expovariate(12.0))
         cluster.check_pump()
-        match rng.choices(("arrive", "leave", "trouble"), (8, 1, 1))[0]:
+        match rng.choices(("arrive", "leave", "trouble", "scale"), (8, 1, 1, 0.5))[0]:
             case "arrive" if cluster.runtime.n_live_requests < 24:
                 n_output = rng.randint(1, 120)
                 stop_at = rng.randint(1, n_output) if rng.random() < 0.3 else None
@@ -127,6 +141,8 @@ async def live(cluster: Cluster, rng: random.Random) -> None:
                     cluster.abort(rng.choice(here))
             case "trouble":
                 troubles.append(asyncio.create_task(trouble(cluster, rng)))
+            case "scale":
+                scale(cluster, rng)
             case _:
                 continue
     await asyncio.gather(*troubles)
@@ -158,7 +174,7 @@ async def test_random_life(name: str, seed: int) -> None:
             times=replace(TIMES, start_s=0.3),
             supervision=replace(SUPERVISION, report_s=0.05, hang_s=1.0, backoff_first_s=0.1, backoff_max_s=1.0),
             migration=LIMITS,
-            start_error=lambda _, n: "bad luck" if n > 0 and rng.random() < 0.2 else None,
+            start_error=lambda name, n: "bad luck" if (n > 0 or name.isdecimal()) and rng.random() < 0.2 else None,
         ) as cluster:
             await live(cluster, rng)
     except BaseException as error:

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
+from cascadeinfer.core.errors import EngineError, ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import Event, InstanceDraining
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.protocol import EngineSource
@@ -148,7 +148,8 @@ class Elasticity:
         try:
             await state.supervisor.start()
         except Exception as error:  # whatever it is, it must not harm the others
-            logger.exception("added instance %s did not start", state.instance_id)
+            if not isinstance(error, EngineError):
+                logger.exception("added instance %s did not start", state.instance_id)
             await state.supervisor.stop(0.0)
             self._remove(state, "did not start", str(error))
 

@@ -132,6 +132,9 @@ class Supervisor:
                     engine = self._make_engine(self.restarts)
                     self.engine = engine
                     started = await engine.start()
+                except EngineError as error:
+                    self.last_error = str(error)
+                    logger.error("instance %s did not restart: %s", self.instance_id, error)  # noqa: TRY400 - no bug of ours
                 except Exception as error:  # no port left, no memory, our own bug: the next try may do better
                     self.last_error = str(error)
                     logger.exception("instance %s did not restart", self.instance_id)

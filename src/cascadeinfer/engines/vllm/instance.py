@@ -38,6 +38,8 @@ from cascadeinfer.engines.vllm.connector.ticket import CUT, resume_params
 
 HANDSHAKE_POLL_S = 0.05
 HANDSHAKE_TIMEOUT_S = 30.0
+REAP_TIMEOUT_S = 5.0
+START_POLL_S = 2.0
 
 
 class InstanceClient(AsyncMPClient):
@@ -57,6 +59,10 @@ class InstanceClient(AsyncMPClient):
         process_start.enter()
         try:
             super().__init__(vllm_config, Executor.get_class(vllm_config), log_stats)
+        except BaseException:
+            if (resources := getattr(self, "resources", None)) is not None:
+                resources.ctx.destroy(linger=0)  # else its threads and sockets live until a garbage collection
+            raise
         finally:
             process_start.leave()
 
@@ -95,6 +101,7 @@ class VllmInstance:
         self._client: InstanceClient | None = None
         #: The client whose processes run but are not ready yet.
         self._starting: InstanceClient | None = None
+        self._creation: asyncio.Future[None] | None = None
         self._stopped = False
         self.hello: dict[str, Any] = {}
         self._steps_at_report = 0
@@ -116,8 +123,9 @@ class VllmInstance:
 
     async def start(self) -> InstanceCapacity:
         """Start the process, wait until it is ready, learn its capacity."""
+        self._creation = asyncio.ensure_future(asyncio.to_thread(self._create))
         try:
-            await asyncio.to_thread(self._create)
+            await self._until_created(self._creation)
             self.hello = await self.client.call_utility_async("cascade_hello")
         except Exception as error:
             raise EngineError(f"did not start: {error}", instance_id=self.instance_id) from error
@@ -127,6 +135,22 @@ class VllmInstance:
             max_num_seqs=self.hello["max_num_seqs"],
             max_batched_tokens=self.hello["max_batched_tokens"],
         )
+
+    async def _until_created(self, creation: asyncio.Future[None]) -> None:
+        """
+        Wait for the thread that starts the process.
+
+        vLLM does not look at the process between its last word of the start and its first of the service: one that dies there would be
+        waited for until `VLLM_ENGINE_READY_TIMEOUT_S`, ten minutes. The thread is; we are not.
+        """
+        was_dead = False
+        while not (await asyncio.wait([creation], timeout=START_POLL_S))[0]:
+            manager = self._starting.resources.engine_manager if self._starting is not None else None
+            is_dead = manager is not None and not all(process.is_alive() for process in manager.processes)
+            if is_dead and was_dead:
+                raise EngineError("its process died while it started", instance_id=self.instance_id)
+            was_dead = is_dead
+        creation.result()
 
     def _create(self) -> None:
         """
@@ -279,8 +303,13 @@ class VllmInstance:
         if client is not None:
             await asyncio.to_thread(client.shutdown, timeout_s)
             self._fail_pending_calls(client)  # one that hung: nobody hears `next_outputs` any more
-        elif starting is not None and starting.resources.engine_manager is not None:
-            await asyncio.to_thread(starting.resources.engine_manager.shutdown, 0.0)
+        elif starting is not None and (manager := starting.resources.engine_manager) is not None:
+            await asyncio.to_thread(manager.shutdown, 0.0)
+            for process in manager.processes:
+                await asyncio.to_thread(process.join, REAP_TIMEOUT_S)  # vLLM does not wait for what it has killed
+        if self._creation is not None:
+            await asyncio.wait([self._creation], timeout=REAP_TIMEOUT_S)
+            self._creation.add_done_callback(lambda ended: ended.exception())  # nobody else may be there to look
 
     @staticmethod
     def _fail_pending_calls(client: InstanceClient) -> None:
