@@ -67,10 +67,18 @@ class SendMessage:
 
 @dataclass(frozen=True, slots=True)
 class PublishLayout:
-    """The stage layout in force has changed: show it to operators and metrics."""
+    """
+    The stage layout in force: show it to operators and metrics.
+
+    Attributes:
+        why: What it was changed for, for people; empty when instances came or went.
+        failure: What kept the policy from changing it; the layout is then the one before.
+    """
 
     cause: str
     layout: StageLayout
+    why: str = ""
+    failure: str = ""
 
 
 Effect: TypeAlias = Dispatch | Reject | StartMigration | SendMessage | PublishLayout

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from cascadeinfer.core.balance.messages import BalanceMessage
+from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 
 
@@ -60,6 +61,7 @@ class InstanceReport:
     Attributes:
         kv_blocks_used: Blocks in use (not free and not merely cached).
         step_s: Mean duration of the steps since the last report in seconds, 0.0 when there was none.
+        steps: Those steps, each with what was in it, as the engine timed them; empty when it does not.
 
     """
 
@@ -69,6 +71,7 @@ class InstanceReport:
     waiting_tokens: tuple[int, ...]
     kv_blocks_used: int
     step_s: float = 0.0
+    steps: tuple[StepSample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,11 @@ class InstanceView:
         self.load = max(by_requests, by_tokens)
         self.price = self.price_with(0, 0)
 
+    def reprice(self) -> None:
+        """The price list has changed."""
+        self.queue = sum(map(self.pricing.queue_of, self.starting.values()))
+        self._weigh()
+
     def add(self, request_id: RequestId, tokens: int, *, waits: bool) -> None:
         """A request was placed here; one that moved here decodes, any other waits first."""
         self.request_ids[request_id] = tokens

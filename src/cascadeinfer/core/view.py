@@ -134,6 +134,17 @@ class ClusterView:
             elif isinstance(effect, Reject):
                 self._remove(effect.request_id)
 
+    def reprice(self, pricing: Callable[[InstanceCapacity], Pricing]) -> None:
+        """Use another price list; prices follow as instances change, and how much a first token's wait counts stays."""
+        self._make_pricing = pricing
+        for capacity, old in self._pricings.items():
+            new = pricing(capacity)
+            for name in Pricing.__slots__:
+                if name != "urgency":
+                    setattr(old, name, getattr(new, name))
+        for instance in self.instances.values():
+            instance.reprice()
+
     def set_urgency(self, urgency: float) -> None:
         """Change how much waiting for the first token counts (`Pricing.urgency`); prices follow as instances change."""
         for pricing in self._pricings.values():

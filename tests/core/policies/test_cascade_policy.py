@@ -1,10 +1,15 @@
 """The cascade as a whole: dispatch by stage, spilling, queueing, planning, ablations."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
-from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
+from cascadeinfer.core.cost.learning import LearningSettings
+from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.effects import Dispatch, PublishLayout, Reject, SendMessage, StartMigration
-from cascadeinfer.core.events import MigrationOutcome
+from cascadeinfer.core.events import InstanceReport, InstanceReported, MigrationOutcome, RequestFinished
 from cascadeinfer.core.plan.histogram import LengthHistogram
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.plan.problem import ServiceFloor
@@ -239,3 +244,95 @@ def test_dispatch_effects_name_their_event() -> None:
     world = staged()
     world.arrive("r", 50)
     assert [effect.cause for effect in world.log if isinstance(effect, Dispatch)] == ["r"]
+
+
+def timed_steps(model: StepModel, n: int) -> tuple[StepSample, ...]:
+    """Steps that take what a model says, with and without prompts in them."""
+    rng = np.random.default_rng(0)
+    found = []
+    for number in range(n):
+        lengths = rng.integers(50, 3000, int(rng.integers(1, 30)))
+        prefill = int(rng.integers(20, 500)) if number % 4 == 0 else 0
+        batch = BatchFeatures(
+            len(lengths), int(lengths.sum()), int(lengths.max()), prefill, prefill * (prefill + 1) / 2
+        )
+        found.append(StepSample(batch, model.step_s(batch)))
+    return tuple(found)
+
+
+def learnt(world: World) -> StepModel | None:
+    """The cost model that the policy uses now."""
+    policy = world.policy
+    assert isinstance(policy, Cascade)
+    return policy._adaptation.model
+
+
+def report_steps(world: World, steps: tuple[StepSample, ...]) -> None:
+    """A report of an idle instance that has timed these steps."""
+    world.emit(InstanceReported("steps", "a", InstanceReport((), (), (), (), 0, 0.01, steps)))
+
+
+def test_costs_are_learnt_from_nothing_and_stages_follow() -> None:
+    """With one stage and no cost model, reported steps give a model, and the workload then gives stages; the reason is told."""
+    planning = PlanSettings(interval_s=15.0, min_requests=100)
+    world = World(Cascade(learning=LearningSettings(interval_s=5.0), planning=planning), LARGE)
+    world.join(*(f"i{number}" for number in range(6)), "a", "b")
+    assert learnt(world) is None
+    for number in range(4000):
+        world.arrive(f"r{number}", 8000 if number % 10 == 0 else 100)
+        world.advance(0.01)
+        if number % 20 == 0:
+            report_steps(world, timed_steps(MODEL, 5))
+        del world.requests[f"r{number}"]
+        world.emit(RequestFinished("end", f"r{number}", 400 if number % 10 == 0 else 200))
+    while world.now_s < 46.0:
+        world.advance(0.5)
+        report_steps(world, timed_steps(MODEL, 5))
+    model = learnt(world)
+    assert model is not None
+    assert model.per_kv_token_s == pytest.approx(MODEL.per_kv_token_s, rel=0.05)
+    published = [effect for effect in world.log if isinstance(effect, PublishLayout) and effect.why]
+    assert len(published[0].layout.stages) > 1
+    assert "predicted gain" in published[0].why
+
+
+def test_prices_follow_what_is_learnt() -> None:
+    """A queue of prompts weighs what the learnt model says, not what was assumed before; urgency stays."""
+    world = World(Cascade(step_model=MODEL, learning=LearningSettings(interval_s=1.0)), LARGE)
+    world.join("a", "b")
+    world.arrive("r", 2000)
+    policy = world.policy
+    assert isinstance(policy, Cascade)
+    home = policy.view.requests["r"].place
+    assert home is not None
+    before, urgency = home.queue, home.pricing.urgency
+    slow = replace(MODEL, per_prefill_token_s=3 * MODEL.per_prefill_token_s)
+    for _ in range(20):
+        world.advance(0.3)
+        report_steps(world, timed_steps(slow, 100))
+    assert home.pricing.per_queued_token == pytest.approx(3 * MODEL.per_prefill_token_s, rel=0.1)
+    assert home.queue > 2 * before
+    assert home.pricing.urgency == urgency
+
+
+def test_a_fault_in_planning_leaves_the_layout_and_is_told() -> None:
+    """A planner that raises costs nothing but the plan: the layout stays, is published with the failure, and it is asked again."""
+    asked = []
+
+    def planner(*arguments: object) -> StageLayout | None:
+        asked.append(arguments)
+        raise RuntimeError("no such thing")
+
+    world = World(Cascade(layout=LAYOUT, planner=planner, planning=PlanSettings(interval_s=1.0, min_requests=1)), LARGE)
+    world.join("a", "b", "c")
+    for number in range(8):
+        world.arrive(f"r{number}", 50)
+        del world.requests[f"r{number}"]
+        world.emit(RequestFinished("end", f"r{number}", 5))
+        world.advance(0.6)
+        world.report("a")
+    failures = [effect for effect in world.log if isinstance(effect, PublishLayout) and effect.failure]
+    assert len(asked) >= 2
+    assert len(failures) == len(asked)
+    assert "no such thing" in failures[0].failure
+    assert failures[0].layout == LAYOUT

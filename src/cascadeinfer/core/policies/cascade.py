@@ -23,11 +23,10 @@ from heapq import heappop, heappush
 from cascadeinfer.core.balance.agent import Agent
 from cascadeinfer.core.balance.bidask import NEVER, BidAskSettings, Outbox
 from cascadeinfer.core.balance.handover import HandoverRules
-from cascadeinfer.core.balance.recent import RecentWorkload
-from cascadeinfer.core.balance.refine import BoundaryRefiner, Neighbours, RefineSettings, outlook
+from cascadeinfer.core.balance.refine import RefineSettings
 from cascadeinfer.core.balance.roster import Roster
-from cascadeinfer.core.balance.watch import WorkloadWatch
 from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.cost.learning import LearningSettings, StepLearner
 from cascadeinfer.core.dispatch import TYPICAL_OUTPUT_TOKENS, cheapest, cheapest_with_room, pricing_of
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import (
@@ -43,8 +42,8 @@ from cascadeinfer.core.events import (
     TimerFired,
 )
 from cascadeinfer.core.plan.layout import StageLayout
-from cascadeinfer.core.plan.problem import PlanProblem
-from cascadeinfer.core.policies.replanning import ModelPlanner, Planner, PlanSettings, Replanner
+from cascadeinfer.core.policies.adaptation import Adaptation
+from cascadeinfer.core.policies.replanning import Planner, PlanSettings
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
 
@@ -58,6 +57,7 @@ class Cascade:
         layout: StageLayout | None = None,
         step_model: StepModel | None = None,
         planner: Planner | None = None,
+        learning: LearningSettings | None = None,
         refine: bool = True,
         rebalance: bool = True,
         replan: bool = True,
@@ -75,6 +75,7 @@ class Cascade:
             step_model: Cost of a step, for planning and refinement. Without it there is no planning (unless `planner` is given), and
                 boundaries balance load.
             planner: Instead of the one that `step_model` gives.
+            learning: Follow the steps that instances report, from `step_model` or from nothing; None: `step_model` stays as it is.
             refine: Whether boundaries move between plans.
             rebalance: Whether overloaded instances move requests to stage peers.
             replan: Whether to plan at run time.
@@ -96,21 +97,18 @@ class Cascade:
         self._retry_after_s = retry_after_s
         self._balance = balance or BidAskSettings()
         self._handover = handover or HandoverRules()
-        self._refinement = refinement or RefineSettings()
-        self._refines = refine
-        self._model = step_model
-        self._refiners: dict[int, BoundaryRefiner] = {}
-        self._next_refine_s = 0.0
-        planning = planning or PlanSettings()
-        if planner is None and step_model is not None:
-            planner = ModelPlanner(step_model, planning)
-        self._planning = planning
-        self._replanner = Replanner(planner, planning) if replan and planner is not None else None
-        self._recent = RecentWorkload(self._refinement.memory_s, planning.max_tokens)
-        workloads = [self._recent] if refine and step_model is not None else []
-        if self._replanner is not None:
-            workloads.append(self._replanner.workload)
-        self._watch = WorkloadWatch(workloads)
+        self._adaptation = Adaptation(
+            self.roster,
+            self.view,
+            model=step_model,
+            planner=planner,
+            learner=None if learning is None else StepLearner(step_model, learning),
+            refine=refine,
+            replan=replan,
+            refinement=refinement or RefineSettings(),
+            planning=planning or PlanSettings(),
+        )
+        self._watch = self._adaptation.watch
         self._urgency = 1.0 / TYPICAL_OUTPUT_TOKENS
         self._finished = 0
         self._incarnations: dict[InstanceId, int] = {}
@@ -123,6 +121,7 @@ class Cascade:
         match event:
             case InstanceReported():
                 self.view.apply(event)
+                self._adaptation.observe(event.report.steps)
                 self._review(event.instance_id, event.cause, now_s, effects)
                 self._adapt(event.cause, now_s, effects)
                 if self._max_queued is not None and self.view.waits():
@@ -290,7 +289,7 @@ class Cascade:
         if isinstance(event, InstanceDraining):
             self._review(instance_id, event.cause, now_s, effects)
 
-    def _follow_roster(self, cause: str, effects: list[Effect]) -> None:
+    def _follow_roster(self, cause: str, effects: list[Effect], why: str = "") -> None:
         """Bring the wanted layout into force with the instances that are there."""
         available = self.view.available()
         changed = self.roster.follow([instance.instance_id for instance in available])
@@ -298,68 +297,17 @@ class Cascade:
         stages = () if layout is None else layout.stages
         self._members = [[self.view.instances[i] for i in stage.instance_ids] for stage in stages]
         if changed and layout is not None:
-            effects.append(PublishLayout(cause, layout))
+            effects.append(PublishLayout(cause, layout, why))
 
     def _adapt(self, cause: str, now_s: float, effects: list[Effect]) -> None:
-        """Plan anew, or move boundaries, when it is time."""
-        layout = self.roster.layout
-        if layout is None:
+        """Learn, plan anew, or move boundaries, when it is time."""
+        if self.roster.layout is None:
             return
-        if self._replanner is not None and self._replanner.is_due(now_s):
-            ranked = [
-                instance.instance_id for members in self._members for instance in sorted(members, key=_mean_tokens)
-            ]
-            capacity = self._members[0][0].capacity
-            proposed = self._replanner.propose(
-                layout, capacity, ranked, now_s, self._watch.unfinished(self.view.requests.values())
-            )
-            if proposed is not None:
-                self.roster.adopt(proposed)
-                self._refiners.clear()
-                self._follow_roster(cause, effects)
-        elif self._refines and now_s >= self._next_refine_s:
-            self._next_refine_s = now_s + self._refinement.interval_s
-            if len(self._members) > 1:
-                self._refine(cause, now_s, effects)
-
-    def _refine(self, cause: str, now_s: float, effects: list[Effect]) -> None:
-        problem = self._recent_problem(now_s)
-        loads = [sum(member.load for member in members) / len(members) for members in self._members]
-        moved = False
-        for stage, plan_stage in enumerate(self.roster.plan_stage[:-1]):
-            boundaries = self.roster.boundaries_tokens
-            before = boundaries[plan_stage]
-            around = Neighbours(
-                below_tokens=boundaries[plan_stage - 1] if plan_stage else 0,
-                above_tokens=boundaries[plan_stage + 1] if plan_stage + 1 < len(boundaries) else None,
-                lower_load=loads[stage],
-                upper_load=loads[stage + 1],
-            )
-            gain_of = None
-            if problem is not None:
-                instances = (len(self._members[stage]), len(self._members[stage + 1]))
-                gain_of = outlook(problem, before, around, instances)
-            refiner = self._refiners.setdefault(plan_stage, BoundaryRefiner(self._refinement))
-            after = refiner.step(before, around, gain_of)
-            if after != before:
-                self.roster.move_boundary(plan_stage, after)
-                moved = True
-        if moved:
-            self._follow_roster(cause, effects)
-
-    def _recent_problem(self, now_s: float) -> PlanProblem | None:
-        """The recent workload as the planner sees it; None without a cost model, or when too little has been seen."""
-        seen = (
-            self._recent.look(now_s, self._refinement.min_requests, self._watch.unfinished(self.view.requests.values()))
-            if self._model is not None
-            else None
-        )
-        if self._model is None or seen is None:
-            return None
-        capacity = self._members[0][0].capacity
-        return self._planning.problem(self._model, *seen, capacity, len(self.roster.stage_of))
-
-
-def _mean_tokens(instance: InstanceView) -> tuple[float, InstanceId]:
-    """Mean length of the requests there; then the id."""
-    return instance.kv_tokens / max(1, len(instance.request_ids)), instance.instance_id
+        adapted = self._adaptation.step(self._members, now_s)
+        if adapted.model and self._adaptation.model is not None:
+            model = self._adaptation.model
+            self.view.reprice(partial(pricing_of, model))
+        if adapted.failure:
+            effects.append(PublishLayout(cause, self.roster.layout, failure=adapted.failure))
+        if adapted.layout:
+            self._follow_roster(cause, effects, adapted.layout)

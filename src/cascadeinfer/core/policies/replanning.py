@@ -100,10 +100,17 @@ class PlanSettings:
 
 
 class ModelPlanner:
-    """The planner of `core/plan` on a cost model, with hysteresis; a `Planner`."""
+    """
+    The planner of `core/plan` on a cost model, with hysteresis; a `Planner`.
 
-    def __init__(self, model: StepModel, settings: PlanSettings) -> None:
-        self._model = model
+    Attributes:
+        model: The cost model; without one there is no plan.
+        why: What the last layout that was proposed gains.
+    """
+
+    def __init__(self, model: StepModel | None, settings: PlanSettings) -> None:
+        self.model = model
+        self.why = ""
         self._settings = settings
 
     def __call__(
@@ -116,7 +123,9 @@ class ModelPlanner:
     ) -> StageLayout | None:
         """See `Planner`."""
         settings = self._settings
-        problem = settings.problem(self._model, workload, rate_per_s, capacity, n_instances)
+        if self.model is None:
+            return None
+        problem = settings.problem(self.model, workload, rate_per_s, capacity, n_instances)
         try:
             best = solve(problem)
         except PlanError as error:
@@ -127,10 +136,10 @@ class ModelPlanner:
         instances = tuple(len(stage.instance_ids) for stage in current.stages)
         if (best.boundaries_tokens, best.instances) == (current.boundaries_tokens, instances):
             return None
-        if settings.objective.gain(self._cost_of(problem, current, instances), best.cost) < settings.needed_gain(
-            workload.requests
-        ):
+        gain = settings.objective.gain(self._cost_of(problem, current, instances), best.cost)
+        if gain < settings.needed_gain(workload.requests):
             return None
+        self.why = f"planned from {workload.requests:.0f} requests at {rate_per_s:.3g}/s: predicted gain over the layout before {gain:.0%}"
         return layout_of(best)
 
     @staticmethod

@@ -1,0 +1,211 @@
+"""
+Step times learnt while serving: a cost model that follows the engine it runs on.
+
+The time of a step has five parts (`PARTS`): what it costs with nothing in it, its decoding requests, their attention, the dense layers
+of prompts, the prompts' attention. A start model, from a profile, says how each part depends on the batch; what is learnt is a factor
+for each, so that a device that is slower, shared or otherwise set up is followed without measuring a grid. Without a start model the
+parts are linear in the batch and the factors are the coefficients.
+
+Factors are non-negative least squares of the *relative* residual, as in `fit.py`, over sums that fade with time; a step that takes
+ten times as long as any other (compilation, a disturbance) then hardly counts. A start model counts like `LearningSettings.prior_steps`
+steps that agree with it, which keeps parts that no step shows where they were, and no factor leaves its bounds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import exp
+from typing import Final
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from scipy.optimize import lsq_linear
+
+from cascadeinfer.core.cost.fit import StepSamples, predict_s
+from cascadeinfer.core.cost.latency import StepModel, decode_attention_s
+from cascadeinfer.core.cost.samples import StepSample
+
+PARTS: Final = ("step", "decodes", "decode attention", "prompts", "prompt attention")
+_UNIT: Final = StepModel(
+    base_s=1.0, per_decode_s=1.0, per_kv_token_s=1.0, per_prefill_token_s=1.0, per_prefill_attention_s=1.0
+)
+"""What factors multiply when nothing is known."""
+MOST_WAITING: Final = 8192
+"""Steps kept between two updates; more say nothing new."""
+LEAST_SHARE: Final = 1e-3
+"""A part that makes up less of a step than this is not learnt: it stays as the start has it."""
+PROMPT_STEPS: Final = 10.0
+"""Steps with prompt tokens, and steps without, that must have been seen before a model without a start is trusted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearningSettings:
+    """
+    How a model follows its engine.
+
+    Attributes:
+        interval_s: Between two updates.
+        memory_s: Time constant with which steps fade.
+        prior_steps: How many steps the start model is worth.
+        most_change: No factor goes above this, or below one over it.
+        tolerance: A new model is taken when it predicts the recent steps differently by so much (mean relative difference).
+        min_steps: Fewest steps to learn a model without a start from.
+        most_error: Mean relative error up to which such a model is taken.
+    """
+
+    interval_s: float = 10.0
+    memory_s: float = 600.0
+    prior_steps: float = 50.0
+    most_change: float = 5.0
+    tolerance: float = 0.02
+    min_steps: int = 300
+    most_error: float = 0.3
+
+
+class StepLearner:
+    """
+    Follows the steps of alike instances.
+
+    Attributes:
+        model: The model to use now; None before enough has been seen without a start.
+        error: Mean relative error of `model` (or, before there is one, of the candidate) on the steps of the last update; NaN before.
+    """
+
+    def __init__(self, start: StepModel | None, settings: LearningSettings | None = None) -> None:
+        """
+        Args:
+            start: Of a profile; None to learn from nothing.
+            settings: How.
+        """
+        self.model = start
+        self.error = float("nan")
+        self._settings = settings or LearningSettings()
+        self._reference = start or _UNIT
+        self._candidate: StepModel | None = None
+        self._gram = np.zeros((len(PARTS), len(PARTS)))
+        self._aim = np.zeros(len(PARTS))
+        self._steps = 0.0
+        self._prompt_steps = 0.0
+        self._waiting: list[StepSample] = []
+        self._next_s: float | None = None
+        self._updated_s = 0.0
+
+    def observe(self, steps: Sequence[StepSample]) -> None:
+        """Note steps; they are learnt from at the next update."""
+        if len(self._waiting) < MOST_WAITING:
+            self._waiting.extend(steps)
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether `update` should be called; the first time one interval after the first question."""
+        if self._next_s is None:
+            self._next_s = now_s + self._settings.interval_s
+            self._updated_s = now_s
+        return now_s >= self._next_s
+
+    def update(self, now_s: float) -> bool:
+        """
+        Learn from what was noted.
+
+        Returns:
+            Whether `model` is another one now.
+        """
+        settings = self._settings
+        self._next_s = now_s + settings.interval_s
+        steps = [step for step in self._waiting if step.step_s > 0.0]
+        self._waiting.clear()
+        if not steps:
+            return False
+        samples = StepSamples.of([step.batch for step in steps], [step.step_s for step in steps])
+        judged = self.model or self._candidate
+        if judged is not None:
+            self.error = _mean_error(judged, samples)
+        self._take_in(samples, exp(-max(0.0, now_s - self._updated_s) / settings.memory_s))
+        self._updated_s = now_s
+        found = self._solve()
+        if self.model is None:
+            trusted = self._candidate is not None and self._seen_enough() and self.error <= settings.most_error
+            self._candidate = found
+            self.model = found if trusted else None
+            return trusted
+        if _difference(self.model, found, samples) < settings.tolerance:
+            return False
+        self.model = found
+        return True
+
+    def _seen_enough(self) -> bool:
+        plain = self._steps - self._prompt_steps
+        return self._steps >= self._settings.min_steps and min(self._prompt_steps, plain) >= PROMPT_STEPS
+
+    def _take_in(self, samples: StepSamples, fade: float) -> None:
+        parts = _parts(
+            self._reference.coefficients(),
+            samples.n_decode, samples.kv_tokens, samples.kv_tokens_max, samples.prefill_tokens, samples.prefill_attention_tokens,
+        ) / samples.step_s[:, None]  # fmt: skip
+        self._gram = fade * self._gram + parts.T @ parts
+        self._aim = fade * self._aim + parts.sum(axis=0)
+        self._steps = fade * self._steps + len(samples)
+        self._prompt_steps = fade * self._prompt_steps + float(np.count_nonzero(samples.prefill_tokens))
+
+    def _solve(self) -> StepModel:
+        """Factors that fit best within their bounds, as a model."""
+        known = self._reference is not _UNIT
+        shown = np.diag(self._gram) / self._steps  # mean square of each part's share of a step
+        weight = self._settings.prior_steps * np.maximum(shown, LEAST_SHARE**2) if known else 1e-9 * np.diag(self._gram)
+        gram = self._gram + np.diag(np.maximum(weight, 1e-300))
+        aim = self._aim + (weight if known else 0.0)
+        scale = np.sqrt(np.diag(gram))
+        root = np.linalg.cholesky(gram / np.outer(scale, scale) + 1e-12 * np.eye(len(PARTS)))
+        most = self._settings.most_change
+        bounds = (scale / most, scale * most) if known else (0.0, np.inf)
+        solved = lsq_linear(root.T, np.linalg.solve(root, aim / scale), bounds=bounds)
+        return _scaled(self._reference, solved.x / scale)
+
+
+@njit(cache=True)
+def _parts(
+    coefficients: NDArray[np.float64],
+    n_decode: NDArray[np.float64],
+    kv: NDArray[np.float64],
+    kv_max: NDArray[np.float64],
+    prefill: NDArray[np.float64],
+    attention: NDArray[np.float64],
+) -> NDArray[np.float64]:  # (samples, 5)
+    """What each part of each step takes by a model, in seconds; they sum up to `step_time_s`."""
+    parts = np.empty((len(n_decode), 5))
+    for i in range(len(n_decode)):
+        tokens = n_decode[i] + prefill[i]
+        dense_s = coefficients[7] * max(0.0, tokens - coefficients[6])
+        if coefficients[8] > 0.0:
+            dense_s += coefficients[8] * (1.0 - coefficients[9] ** tokens)
+        parts[i, 0] = coefficients[0]
+        parts[i, 1] = coefficients[1] * n_decode[i]
+        parts[i, 2] = decode_attention_s(coefficients, n_decode[i], kv[i], kv_max[i]) if n_decode[i] > 0.0 else 0.0
+        parts[i, 3] = dense_s + coefficients[3] * prefill[i]
+        parts[i, 4] = coefficients[4] * attention[i]
+    return parts
+
+
+def _scaled(reference: StepModel, factors: NDArray[np.float64]) -> StepModel:
+    step, decodes, attention, prompts, prompt_attention = (float(factor) for factor in factors)
+    return replace(
+        reference,
+        base_s=reference.base_s * step,
+        per_decode_s=reference.per_decode_s * decodes,
+        per_kv_token_s=reference.per_kv_token_s * attention,
+        straggler_per_kv_token_s=reference.straggler_per_kv_token_s * attention,
+        split_s=reference.split_s * attention,
+        per_prefill_token_s=reference.per_prefill_token_s * prompts,
+        per_dense_token_s=reference.per_dense_token_s * prompts,
+        experts_s=reference.experts_s * prompts,
+        per_prefill_attention_s=reference.per_prefill_attention_s * prompt_attention,
+    )
+
+
+def _mean_error(model: StepModel, samples: StepSamples) -> float:
+    """Mean relative error, each at most 1."""
+    return float(np.minimum(np.abs(predict_s(model, samples) / samples.step_s - 1.0), 1.0).mean())
+
+
+def _difference(model: StepModel, other: StepModel, samples: StepSamples) -> float:
+    """Mean relative difference of what they predict for these batches."""
+    return float(np.abs(predict_s(other, samples) / predict_s(model, samples) - 1.0).mean())
