@@ -35,7 +35,11 @@ class Dispatch:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Refuse a request that waits for dispatch; its client may come again after `retry_after_s` seconds (HTTP 429)."""
+    """
+    Refuse a request, at its arrival or later; its client may come again after `retry_after_s` seconds.
+
+    Before its first token the client gets HTTP 429, after it an error in the stream; wherever it runs it is stopped.
+    """
 
     cause: str
     request_id: RequestId

@@ -23,6 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from cascadeinfer.core.errors import PolicyError, RequestRejectedError
+from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.frontend.pins import pin_reason_of
@@ -86,6 +87,8 @@ class CascadeEngineClient(EngineCoreClient):
         self._movable = all(instance.hello["movable"] for instance in self.instances())
         self.engine_ranks_managed = [instance.index for instance in self.instances()]
         self.resources = Liveness()
+        #: Has `AsyncLLM` forget a request that it had noted before it handed it over here; vLLM leaves it in its books.
+        self.forget: Callable[[RequestId], None] = lambda _: None
 
     def instances(self) -> list[VllmInstance]:
         """Those that are up."""
@@ -118,8 +121,10 @@ class CascadeEngineClient(EngineCoreClient):
                 )
             )
         except RequestRejectedError as rejected:
+            self.forget(request.request_id)
             raise OverloadedError(rejected) from rejected
         except PolicyError as failed:
+            self.forget(request.request_id)
             raise GracefulHTTPError(str(failed), HTTPStatus.INTERNAL_SERVER_ERROR) from failed
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
@@ -176,6 +181,26 @@ class CascadeLLM(AsyncLLM):
         if self.errored or not self.runtime.live_engines():
             raise EngineDeadError
 
+    def forget_request(self, request_id: RequestId) -> None:
+        """
+        Drop a request that was refused from the books, and its siblings (`n` > 1) with it: their client gets the refusal.
+
+        What it puts into the client's queue on the way is not seen when an exception is there already.
+        """
+        state = self.output_processor.request_states.get(request_id)
+        parent = None if state is None else state.parent_req
+        dropped = self.output_processor.abort_requests([request_id], internal=True)
+        if parent is not None:
+            dropped += self.output_processor.abort_requests([parent.request_id], internal=True)
+        self.runtime.abort(dropped)
+
+    def refuse_late(self, request_id: RequestId, rejected: RequestRejectedError) -> None:
+        """A request that waits for its first token is refused: its client gets the HTTP 429 that it would have got at once."""
+        state = self.output_processor.request_states.get(request_id)
+        if state is not None and state.queue is not None:
+            state.queue.put(OverloadedError(rejected))
+        self.forget_request(request_id)
+
 
 @contextlib.contextmanager
 def _as_engine_core_client(client: CascadeEngineClient) -> Iterator[None]:
@@ -207,6 +232,8 @@ def make_llm(runtime: Runtime, vllm_config: VllmConfig, *, log_stats: bool, log_
             stat_loggers=[ElasticStatLogger] if log_stats else None,
         )
     llm.runtime = runtime
+    client.forget = llm.forget_request
+    runtime.on_late_refusal = llm.refuse_late
     if llm.logger_manager is not None:
         runtime.fleet.watchers.append(StatsFollower(llm.logger_manager, vllm_config, client.instances()))
     return llm

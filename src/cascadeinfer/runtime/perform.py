@@ -22,7 +22,8 @@ class Performer:
     Attributes:
         migrator: The migrations under way.
         migration_counts: Migrations that have ended, by outcome.
-        rejected: Requests that the policy has refused and whose senders do not know it yet.
+        arriving: Requests whose senders wait to hear whether the policy takes them.
+        rejected: Those among them that the policy has refused.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Performer:
         streams: StreamTable,
         metrics: RuntimeMetrics,
         emit: Callable[[Event], None],
+        refuse_late: Callable[[Reject], None],
         times: MigrationTimes,
     ) -> None:
         """
@@ -39,15 +41,18 @@ class Performer:
             streams: The live requests.
             metrics: Where ended migrations are counted.
             emit: Takes the events in which effects end.
+            refuse_late: Ends a request that the policy refuses after it has taken it.
             times: Time limits for migrations.
         """
         self._fleet = fleet
         self._streams = streams
         self._metrics = metrics
         self._emit = emit
+        self._refuse_late = refuse_late
         self._commands = Commands("a command to an instance")
         self.migrator = Migrator(fleet, streams, self._migration_ended, times)
         self.migration_counts: dict[str, int] = {}
+        self.arriving: set[RequestId] = set()
         self.rejected: dict[RequestId, Reject] = {}
 
     def carry_out(self, effect: Effect) -> None:
@@ -55,8 +60,10 @@ class Performer:
         match effect:
             case Dispatch():
                 self._dispatch(effect)
-            case Reject():
+            case Reject() if effect.request_id in self.arriving:
                 self.rejected[effect.request_id] = effect
+            case Reject():
+                self._refuse_late(effect)
             case StartMigration():
                 self._start_migration(effect)
             case SendMessage():

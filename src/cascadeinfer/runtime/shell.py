@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cascadeinfer.core.effects import Reject
 from cascadeinfer.core.errors import PolicyError, RequestRejectedError
 from cascadeinfer.core.events import (
     Event,
@@ -71,7 +72,9 @@ class Runtime:
         self._streams = StreamTable()
         self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes())
         self.metrics = make_metrics(self.fleet.gauges)
-        self._performer = Performer(self.fleet, self._streams, self.metrics, self.emit, migration or MigrationTimes())
+        self._performer = Performer(
+            self.fleet, self._streams, self.metrics, self.emit, self._refuse_late, migration or MigrationTimes()
+        )
         self._migrator = self._performer.migrator
         self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self.emit, clock, source)
         self._recovery = Recovery(self.fleet, self._streams, self.metrics, self)
@@ -80,6 +83,8 @@ class Runtime:
         )
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
         self._grace_timers: list[asyncio.TimerHandle] = []
+        #: Told of a request that is refused after `submit` has returned and before its first token; None: it ends with an error.
+        self.on_late_refusal: Callable[[RequestId, RequestRejectedError], None] | None = None
 
     # --- for the front end -------------------------------------------------------------------------------------------
 
@@ -107,6 +112,7 @@ class Runtime:
         stream = self._streams.open(request)
         if request.pin_reason is not None:
             self.metrics.pinned_requests.labels(request.pin_reason.value).inc()
+        self._performer.arriving.add(request.request_id)
         self.emit(
             RequestArrived(
                 request.request_id,
@@ -117,6 +123,7 @@ class Runtime:
                 priority=request.priority,
             )
         )
+        self._performer.arriving.discard(request.request_id)
         reject = self._performer.rejected.get(request.request_id)
         if (refusal := self.refusal(stream)) is None:
             return
@@ -131,10 +138,7 @@ class Runtime:
             stream = self._streams.get(request_id)
             if stream is None:
                 continue
-            if stream.migration is not None:
-                self._migrator.happen(stream.migration.migration_id, Happening.CLIENT_LEFT)
-            else:
-                self._performer.abort(stream)
+            self._stop_computing(stream)
             self._finish(stream, "aborted")
 
     async def next_outputs(self) -> StepOutputs:
@@ -286,6 +290,25 @@ class Runtime:
         engine = next(s.supervisor.engine for s in self.fleet if s.supervisor.engine is not None)
         self._outputs.put_nowait(engine.failure_of(stream.request.request_id))
         self._finish(stream, outcome)
+
+    def _refuse_late(self, reject: Reject) -> None:
+        """The policy refuses a request that it had taken; nothing to do when its client has left."""
+        stream = self._streams.get(reject.request_id)
+        if stream is None:
+            return
+        self._stop_computing(stream)
+        if self.on_late_refusal is None or stream.output_token_ids:
+            self.end_with_error(stream, "rejected")
+            return
+        self._finish(stream, "rejected")
+        self.on_late_refusal(reject.request_id, RequestRejectedError(reject.reason, reject.retry_after_s))
+
+    def _stop_computing(self, stream: Stream) -> None:
+        """Nobody waits for the rest of it: stop it wherever it is."""
+        if stream.migration is not None:
+            self._migrator.happen(stream.migration.migration_id, Happening.CLIENT_LEFT)
+        else:
+            self._performer.abort(stream)
 
     def _deliver(self, engine: Engine, stream: Stream, delta: Any, now_s: float) -> None:
         if stream.attempts > 1:
