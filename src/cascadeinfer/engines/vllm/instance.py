@@ -309,7 +309,8 @@ class VllmInstance:
                 await asyncio.to_thread(process.join, REAP_TIMEOUT_S)  # vLLM does not wait for what it has killed
         if self._creation is not None:
             await asyncio.wait([self._creation], timeout=REAP_TIMEOUT_S)
-            self._creation.add_done_callback(lambda ended: ended.exception())  # nobody else may be there to look
+            # Its error has to be looked at by somebody, and whoever waited for it may have been cancelled.
+            self._creation.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     @staticmethod
     def _fail_pending_calls(client: InstanceClient) -> None:
