@@ -82,8 +82,8 @@ def test_compressed_logs_are_read_by_content(good: Path, tmp_path: Path) -> None
             r"line 1: Object contains unknown field `ran`",
         ),
         (
-            lambda lines: [*lines[:2], lines[2].replace(b'"hi_tokens":60', b'"hi_tokens":0'), *lines[2:]],
-            r"line 3",
+            lambda lines: [*lines[:2], lines[2].replace(b"[0,60]", b"[0,0]"), *lines[3:]],
+            r"line 3: length range \[0, 0\) is empty",
         ),
     ],
 )
@@ -107,7 +107,7 @@ def test_no_file_is_told(tmp_path: Path) -> None:
         (b'"policy":"static_stages"', b'"policy":"magic"', "no policy 'magic'"),
         (b'"retry_s":0.1', b'"retry_hours":0.1', "no option retry_hours"),
         (b'"retry_s":0.1', b'"retry_s":"soon"', "option retry_s: "),
-        (b'"hi_tokens":60', b'"hi_tokens":61', "overlap between stages"),
+        (b"[0,60]", b"[0,61]", "overlap between stages"),
     ],
 )
 def test_unknown_policies_and_options_are_told(

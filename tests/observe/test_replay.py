@@ -63,7 +63,7 @@ def test_another_option_is_a_difference(tmp_path: Path) -> None:
     path = tmp_path / "log"
     simulated_log(path, SPECS["static_stages"])
     lines = lines_of(path)
-    changed = lines[0].replace(b'"hi_tokens":60', b'"hi_tokens":80').replace(b'"lo_tokens":60', b'"lo_tokens":80')
+    changed = lines[0].replace(b"[0,60]", b"[0,80]").replace(b"[60,140]", b"[80,140]")
     write_lines(path, [changed, *lines[1:]])
     assert replay(open_log(path)).difference is not None
 
@@ -89,6 +89,19 @@ def test_a_log_without_its_beginning_is_not_replayed(tmp_path: Path) -> None:
     with pytest.raises(EventLogError, match=r"begins with part 2.*--event-log-files"):
         replay(open_log(path))
     assert summarise_log(open_log(path)).events["RequestArrived"] > 0
+
+
+@pytest.mark.parametrize("options", [b"{}", b'{"layout":null}', b'{"boundaries_tokens":[9,3]}'])
+def test_a_policy_that_cannot_be_made_is_told(tmp_path: Path, options: bytes) -> None:
+    """Options that are missing, or contradict one another, are errors of line 1, not tracebacks."""
+    path = tmp_path / "log"
+    name = "static_length" if b"boundaries" in options else "static_stages"
+    simulated_log(path, SPECS["round_robin"], requests=5)
+    lines = lines_of(path)
+    head = lines[0].replace(b'"options":{}', b'"options":' + options).replace(b"round_robin", name.encode())
+    write_lines(path, [head, *lines[1:]])
+    with pytest.raises(EventLogError, match="line 1: policy"):
+        replay(open_log(path))
 
 
 def test_a_failure_is_replayed_as_a_failure(tmp_path: Path) -> None:

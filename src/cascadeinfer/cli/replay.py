@@ -140,8 +140,10 @@ def _show_changes(summary: "LogSummary") -> None:
     start_s = summary.first_s or 0.0
     if summary.layouts:
         typer.echo(f"\nlayouts: {len(summary.layouts)}, the last of them")
-        for at_s, layout in summary.layouts[-LAYOUTS_SHOWN:]:
-            typer.echo(f"  from {at_s - start_s:10.3f} s  {_layout(layout)}")
+        for at_s, published in summary.layouts[-LAYOUTS_SHOWN:]:
+            reasons = "; ".join(part for part in (published.why, published.failure) if part)
+            why = f"  ({reasons})" if reasons else ""
+            typer.echo(f"  from {at_s - start_s:10.3f} s  {_layout(published.layout)}{why}")
     if summary.memberships:
         typer.echo(f"\ninstances: {len(summary.memberships)} changes, the last of them")
         for at_s, what, instance_id in summary.memberships[-MEMBERSHIPS_SHOWN:]:

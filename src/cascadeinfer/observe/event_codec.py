@@ -3,7 +3,7 @@ Values of the core as JSON and back: events, effects, and the options that polic
 
 Everything is derived from the dataclasses of `core`: for each the codec makes a `msgspec.Struct` with the same fields, so that a new event or
 field is in the log without a line here. Members of a union (the events, the effects, the bid-ask messages, the planner's objectives) carry their
-class's name as `type`. A dataclass that is the item of a tuple is written as an array: there may be many. Numbers that JSON lacks are
+class's name as `type`. A dataclass that is the item of a tuple is written as an array, with all that is in it: there may be many. Numbers that JSON lacks are
 written as the words `Infinity`, `-Infinity` and `NaN`.
 """
 
@@ -87,7 +87,7 @@ def _float_back(value: float | str) -> float:
 
 def _wire_of_dataclass(cls: Any, tagged: bool, as_array: bool) -> Wire:
     hints = typing.get_type_hints(cls)
-    columns = [(field, wire_of(hints[field.name])) for field in dataclasses.fields(cls)]
+    columns = [(field, wire_of(hints[field.name], as_array=as_array)) for field in dataclasses.fields(cls)]
     struct = msgspec.defstruct(
         cls.__name__,
         [_struct_field(field, wire) for field, wire in columns],

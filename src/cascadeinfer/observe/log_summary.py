@@ -13,7 +13,6 @@ from cascadeinfer.core.events import (
     RequestArrived,
     RequestFinished,
 )
-from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.types import InstanceId, MigrationId
 from cascadeinfer.observe.event_reader import Gap, LogReader
 
@@ -30,7 +29,7 @@ class LogSummary:
         migrations: Those that ended, by reason, outcome and detail. The reason is `unknown` where the log does not have the beginning.
         messages: Bid-ask messages sent, by kind.
         memberships: What became of instances: time, what, instance.
-        layouts: With the time from which each was in force.
+        layouts: With the time from which each was in force, and why.
     """
 
     first_s: float | None = None
@@ -45,7 +44,7 @@ class LogSummary:
     migrations: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
     memberships: list[tuple[float, str, InstanceId]] = field(default_factory=list)
-    layouts: list[tuple[float, StageLayout]] = field(default_factory=list)
+    layouts: list[tuple[float, PublishLayout]] = field(default_factory=list)
     _reasons: dict[MigrationId, str] = field(default_factory=dict)
 
     @property
@@ -98,7 +97,7 @@ class LogSummary:
             case SendMessage():
                 self.messages[type(effect.message).__name__] += 1
             case PublishLayout():
-                self.layouts.append((at_s, effect.layout))
+                self.layouts.append((at_s, effect))
 
 
 def summarise_log(log: LogReader) -> LogSummary:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cascadeinfer.core.effects import Effect
-from cascadeinfer.core.errors import EventLogError
+from cascadeinfer.core.errors import CascadeError, EventLogError
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.observe.event_reader import Gap, LoggedEvent, LogReader
 
@@ -58,7 +58,11 @@ def replay(log: LogReader) -> Replay:
             f"{log.paths[0]}: the log begins with part {log.header.part}, the parts before it were rotated away: it cannot be "
             "replayed (a larger --event-log-mb or --event-log-files keeps more)"
         )
-    policy = log.spec().make()
+    spec = log.spec()
+    try:
+        policy = spec.make()
+    except (TypeError, ValueError, CascadeError) as error:
+        raise EventLogError(f"{log.paths[0]}, line 1: policy {spec.name} cannot be made: {error}") from error
     before: deque[LoggedEvent] = deque(maxlen=CONTEXT_EVENTS)
     n_events = n_effects = 0
     for entry in log:
