@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ sys.path.insert(0, str(LOADGEN.parent / "observe"))
 from fake_openai import Behaviour, FakeServer, running  # noqa: E402 - beside the load generator's tests
 from record_rows import live_records  # noqa: E402 - beside the records' tests
 
+COMMAND = (sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "bench")
 HEADER = {"label": "one", "slo": {"ttft_s": 0.5, "tpot_s": 0.1}}
 
 
@@ -37,7 +39,7 @@ def trace_file(folder: Path, *, timed: bool = True) -> Path:
 async def bench(server: FakeServer, *words: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, since the server runs in this one."""
     async with running(server):
-        command = [sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "bench", "--url", server.url]
+        command = [*COMMAND, "--url", server.url]
         process = await asyncio.create_subprocess_exec(
             *command, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "COLUMNS": "200"}
         )
@@ -73,6 +75,29 @@ async def test_nothing_but_failures_is_a_failure(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "12 of 12 requests failed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+async def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+    """After Ctrl-C with one answer still open: exit code 130, and the records hold all requests sent, the open one as interrupted."""
+    gate = asyncio.Event()
+    server = FakeServer(lambda number: Behaviour(wait_for=gate) if number == 11 else Behaviour())
+    out = tmp_path / "a.parquet"
+    async with running(server):
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND, "--url", server.url, "--trace", str(trace_file(tmp_path)), "--out", str(out), stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        async with server.arrived:
+            await server.arrived.wait_for(lambda: server.answered == 11 and len(server.asked) == 12)
+        process.send_signal(signal.SIGINT)
+        _, error = await process.communicate()
+        gate.set()
+    assert process.returncode == 130, error
+    read = read_records(out)
+    interrupted = [text.startswith("interrupted") for text in read.errors]
+    assert len(interrupted) == 12
+    assert any(interrupted)
+    assert read.records.finished.tolist() == [not cut for cut in interrupted]
 
 
 async def test_arrivals_can_be_drawn(tmp_path: Path) -> None:

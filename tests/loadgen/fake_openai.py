@@ -51,6 +51,7 @@ class FakeServer:
     has_tokenize: bool = True
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
+    answered: int = 0
     arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
     vocabulary: dict[str, int] = field(default_factory=dict)
 
@@ -94,6 +95,9 @@ class FakeServer:
         if behaviour.wait_for is not None:
             await behaviour.wait_for.wait()
         await self._stream(response, content, behaviour)
+        async with self.arrived:
+            self.answered += 1
+            self.arrived.notify_all()
         return response
 
     async def _stream(self, response: web.StreamResponse, content: dict[str, Any], behaviour: Behaviour) -> None:

@@ -33,6 +33,7 @@ Value = TypeVar("Value")
 
 APIS: Final[tuple["Api", ...]] = ("completions", "chat")
 PROMPT_KINDS: Final[tuple["PromptKind", ...]] = ("ids", "text", "words")
+EXIT_INTERRUPTED: Final = 130
 KEY_VARIABLE: Final = "OPENAI_API_KEY"
 LATE_S: Final = 0.02
 """A client that sends so much later than due, at the 99th percentile, adds visibly to the latencies it measures."""
@@ -118,6 +119,8 @@ def bench(
         write_records(out, result.records, result.errors, header)
     _tell_notes(result)
     _show([RecordFile(result.records, result.errors, header)], slo, warm_up, long_tokens, json_file, plot)
+    if result.interrupted:
+        sys.exit(EXIT_INTERRUPTED)
     if not result.records.finished.any():
         sys.exit(1)
 
@@ -262,6 +265,7 @@ def _tell_notes(result: "Replay") -> None:
     lateness_s = result.records.dispatched_s - result.records.arrival_s
     late_s = float(np.nanpercentile(lateness_s, 99)) if np.isfinite(lateness_s).any() else 0.0
     notes = {
+        f"interrupted: the figures are those of the first {n} requests": result.interrupted,
         f"requests were sent {late_s:.3f} s late (99th percentile): the client's machine is too busy": late_s > LATE_S,
         f"{result.ended_early} of {n} answers ended before their length: the server does not know `ignore_eos`": result.ended_early,
         f"the server counts {result.off_prompts} of {n} prompts otherwise than the trace; its counts are recorded": result.off_prompts,

@@ -8,7 +8,7 @@ the time at which a request was due, so that a client too slow to send it does n
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -20,6 +20,7 @@ from cascadeinfer.workload.trace import Trace
 
 LEAD_S: Final = 0.2
 """From the start of the replay to the trace's time 0, so that its first requests are not late."""
+INTERRUPTED: Final = "interrupted: the replay was ended before its answer was complete"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +34,7 @@ class Replay:
         ended_early: Requests that the server ended before their length (it does not know `ignore_eos`); their own length counts.
         off_prompts: Requests whose prompt the server counts otherwise than the trace.
         counted_by_chunks: Requests for which the server sent no usage.
+        interrupted: Whether the operator ended it; the rows are then the requests that had been sent.
     """
 
     records: RequestRecords
@@ -40,6 +42,7 @@ class Replay:
     ended_early: int
     off_prompts: int
     counted_by_chunks: int
+    interrupted: bool = False
 
 
 async def replay(
@@ -54,6 +57,8 @@ async def replay(
     """
     Send every request of the trace at its time and wait for all to end.
 
+    A cancellation (Ctrl-C) ends it early with what there is: hours of measurement are not lost for their last minute.
+
     Args:
         trace: With arrival times.
         client: Of the server.
@@ -64,7 +69,7 @@ async def replay(
     """
     trace.require_arrivals()
     loop = asyncio.get_running_loop()
-    answers: list[Answer] = [Answer() for _ in range(len(trace))]
+    answers: list[Answer] = []
     start_s = loop.time() + LEAD_S
 
     def now_s() -> float:
@@ -74,13 +79,20 @@ async def replay(
         answers[row] = await client.stream(body, output_tokens, now_s, timeout_s=timeout_s, request_id=f"{name}-{row}")
         on_end(answers[row])
 
-    async with asyncio.TaskGroup() as group:
-        for row in range(len(trace)):
-            output_tokens = int(trace.output_tokens[row])
-            body = client.body(prompts.prompt(row), output_tokens)
-            await asyncio.sleep(float(trace.arrival_s[row]) - now_s())
-            group.create_task(one(row, body, output_tokens))
-    return _collect(trace, answers)
+    interrupted = False
+    try:
+        async with asyncio.TaskGroup() as group:
+            for row in range(len(trace)):
+                output_tokens = int(trace.output_tokens[row])
+                body = client.body(prompts.prompt(row), output_tokens)
+                await asyncio.sleep(float(trace.arrival_s[row]) - now_s())
+                answers.append(Answer(sent_s=now_s(), error=INTERRUPTED))  # until it ends
+                group.create_task(one(row, body, output_tokens))
+    except asyncio.CancelledError:
+        if not answers:
+            raise
+        interrupted = True
+    return replace(_collect(trace.rows(np.arange(len(answers))), answers), interrupted=interrupted)
 
 
 def _collect(trace: Trace, answers: Sequence[Answer]) -> Replay:
