@@ -1,0 +1,210 @@
+"""
+Ours against what people use today, on the same engines and the same traces, interleaved.
+
+    python benchmarks/peers/run.py measure --model tiny --rounds 3 [--starts 1] [--only vllm-dp,servers] [--workloads mixed]
+    python benchmarks/peers/run.py report
+
+A cell is one system, one workload, one round: a trace replayed with `cascadeinfer bench`. Finished cells are kept in out/peers and not measured
+again, so a run may be interrupted, or cut into slices with `--starts` and `--budget-s` (servers started, seconds after which no cell is begun;
+exit code 3 while cells are missing, 0 when none is). All systems of a round get the same lengths and arrivals, with different words, so that nothing lies in a prefix cache from the
+system before. The order of the systems rotates from round to round.
+
+Beside each cell stand the load average and the share of the machine's processor time that went to other work while it ran.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import psutil
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+
+import peer_tables  # noqa: E402 - beside this file, needs the folder above
+from processes import FailedError, Service  # noqa: E402
+from systems import Group, Setup, entry_of, groups_for, running  # noqa: E402
+from workloads import CASES, write_trace  # noqa: E402
+
+from cascadeinfer.engines.models import embedded  # noqa: E402
+from cascadeinfer.engines.models.tiny import make_tiny_llama  # noqa: E402
+
+OUT = ROOT / "out" / "peers"
+VENV = ROOT / "out" / "peers-venv"
+REQUIREMENTS = HERE / "requirements.txt"
+INCOMPLETE = 3
+CELL_TIMEOUT_S = 400
+CLIENT_NICENESS = -10
+WARM_UP_REQUESTS = 12
+WARM_UP_RATE_RPS = 4.0
+
+
+def install_routers() -> Path:
+    """The routers' own virtual environment; made once, again when the requirements have changed."""
+    stamp = VENV / ".installed"
+    wanted = REQUIREMENTS.read_text()
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
+        pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--requirement", str(REQUIREMENTS)]
+        subprocess.run(pip, check=True)
+        stamp.write_text(wanted)
+    return VENV / "bin"
+
+
+def model_folder(name: str) -> Path:
+    """The model, made if need be."""
+    return embedded.prepare() if name == "smollm2" else make_tiny_llama(OUT / "models" / "tiny")
+
+
+def cell_file(model: str, workload: str, system: str, number: int) -> Path:
+    """Where a cell's records go; a JSON file of the same name has what was beside it."""
+    return OUT / model / workload / f"{system.replace(' ', '_').replace(':', '-')}.{number}.parquet"
+
+
+def replay(model: str, workload: str, system: str, number: int, services: list[Service], engine_url: str) -> None:
+    """One cell."""
+    case = CASES[model]
+    file = cell_file(model, workload, system, number)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    trace = file.parent / f"trace.{number}.jsonl"
+    write_trace(case.workloads[workload], number, trace)
+    before = (time.monotonic(), sum(s.cpu_s() for s in services), sum(_busy()), psutil.Process().cpu_times())
+    done = bench(
+        services[0].url, engine_url, trace, zlib.crc32(f"{system}/{number}".encode()),
+        "--label", system, "--out", str(file.with_suffix(".part")), "--long-tokens", str(case.long_tokens),
+        "--ttft-slo", str(case.ttft_slo_s), "--tpot-slo", str(case.tpot_slo_s),
+    )  # fmt: skip
+    wall_s = time.monotonic() - before[0]
+    now = psutil.Process().cpu_times()
+    client_s = now.children_user + now.children_system - before[3].children_user - before[3].children_system
+    servers_s = sum(s.cpu_s() for s in services) - before[1]
+    all_s = sum(_busy()) - before[2]
+    capacity_s = wall_s * (psutil.cpu_count() or 1)
+    beside = {
+        "at": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "wall_s": wall_s,
+        "load_1min": os.getloadavg()[0],
+        "servers_cpu_share": servers_s / capacity_s,
+        "client_cpu_share": client_s / capacity_s,
+        "others_cpu_share": max(0.0, all_s - servers_s - client_s) / capacity_s,
+        "notes": [line for line in done.stderr.splitlines() if line.strip()],
+    }
+    file.with_suffix(".json").write_text(json.dumps(beside, indent=2) + "\n")
+    file.with_suffix(".part").rename(file)
+    print(
+        f"{model} {workload} round {number} {system}: {wall_s:.0f} s, load {beside['load_1min']:.1f}", file=sys.stderr
+    )
+
+
+def client_first() -> list[str]:
+    """Where it is allowed, the generator goes before other processes: it needs little, and its waiting would count as the server's."""
+    return ["nice", "-n", str(CLIENT_NICENESS)] if os.geteuid() == 0 else []
+
+
+def bench(url: str, engine_url: str, trace: Path, seed: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """`cascadeinfer bench` in a process of its own; requests may fail, the generator may not."""
+    command = [
+        *client_first(), sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "bench", "--url", url, "--tokenize-url",
+        engine_url, "--trace", str(trace), "--model", "bench", "--seed", str(seed), "--prompts", "text", *words,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=CELL_TIMEOUT_S, check=False)
+    if done.returncode not in {0, 1} or "Traceback" in done.stderr:
+        raise FailedError(f"bench ended with {done.returncode}:\n{done.stderr}")
+    return done
+
+
+def _busy() -> tuple[float, ...]:
+    """Processor time of the machine that was not idle."""
+    times = psutil.cpu_times()
+    return times.user, times.nice, times.system, times.irq, times.softirq
+
+
+def warm_up(model: str, workload: str, entry: Service, engine_url: str) -> None:
+    """Requests of every kind, not measured: first contact, compilation, allocator."""
+    trace = OUT / model / "warm-up.jsonl"
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    write_trace(CASES[model].workloads[workload], 10_000, trace)
+    words = [
+        "--requests",
+        str(WARM_UP_REQUESTS),
+        "--rate",
+        str(min(WARM_UP_RATE_RPS, CASES[model].workloads[workload].rate_rps)),
+    ]
+    bench(entry.url, engine_url, trace, 10_000 + os.getpid(), *words)
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Measure what is missing; the exit code."""
+    setup = Setup(CASES[options.model], model_folder(options.model), install_routers(), OUT / "logs")
+    setup.logs.mkdir(parents=True, exist_ok=True)
+    chosen = [g for g in groups_for(setup.case) if not options.only or g.name in options.only.split(",")]
+    workloads = options.workloads.split(",")
+    started = 0
+    deadline_s = time.monotonic() + options.budget_s if options.budget_s else float("inf")
+    for number in range(options.rounds):
+        turn = number % len(chosen)
+        for group in chosen[turn:] + chosen[:turn]:
+            missing = _missing(options.model, workloads, group, number)
+            if not missing:
+                continue
+            if (options.starts and started == options.starts) or time.monotonic() > deadline_s:
+                return INCOMPLETE
+            started += 1
+            _measure_group(options.model, group, missing, number, setup, deadline_s)
+    left = [_missing(options.model, workloads, group, n) for n in range(options.rounds) for group in chosen]
+    return INCOMPLETE if any(left) else 0
+
+
+def _missing(model: str, workloads: list[str], group: Group, number: int) -> list[tuple[str, str]]:
+    """(workload, system) pairs without a finished cell, systems rotated."""
+    turn = number % len(group.systems)
+    systems = group.systems[turn:] + group.systems[:turn]
+    return [(w, s) for w in workloads for s in systems if not cell_file(model, w, s, number).is_file()]
+
+
+def _measure_group(
+    model: str, group: Group, missing: list[tuple[str, str]], number: int, setup: Setup, deadline_s: float
+) -> None:
+    with running(group, setup) as servers:
+        # An engine's first requests are its slowest; each server gets its own, routers or not.
+        for server in servers:
+            warm_up(model, missing[0][0], server, servers[0].url)
+        for workload, system in missing:
+            if time.monotonic() > deadline_s:
+                return
+            with entry_of(system, servers, setup) as services:
+                replay(model, workload, system, number, services, servers[0].url)
+
+
+def main() -> None:
+    """Parse and do."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure", help="measure missing cells")
+    measuring.add_argument("--model", choices=sorted(CASES), default="tiny")
+    measuring.add_argument("--workloads", default="mixed,equal")
+    measuring.add_argument("--rounds", type=int, default=3)
+    measuring.add_argument("--only", help="groups, separated by commas")
+    measuring.add_argument("--starts", type=int, default=0, help="server starts in this call, 0 for all")
+    measuring.add_argument("--budget-s", type=float, default=0.0, help="begin no cell after so long, 0 for no limit")
+    commands.add_parser("report", help="tables from the cells that are there")
+    options = parser.parse_args()
+    if options.command == "report":
+        peer_tables.write(OUT)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
+    try:
+        sys.exit(measure(options))
+    except FailedError as error:
+        sys.exit(f"peers: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""
+The workloads: lengths drawn once per round from plain laws, so that anyone can make them again.
+
+`mixed` is the case operators complain about: chat turns, chats that have gone on for long, and documents to be read, all to one model.
+`equal` has requests of one length and so nothing that a scheduler could tell apart. Arrivals are Poisson. Lengths and rates are per model, since
+what a core of a processor does in a second differs by two orders of magnitude between the two.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cascadeinfer.config.traces import save_trace
+from cascadeinfer.workload.arrivals import poisson_arrivals
+from cascadeinfer.workload.trace import Trace
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    One kind of request.
+
+    Attributes:
+        share: Of all requests.
+        prompt: Lowest and highest prompt length, uniform between.
+        output: The same of the answer.
+    """
+
+    name: str
+    share: float
+    prompt: tuple[int, int]
+    output: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    Attributes:
+        rate_rps: Mean arrival rate.
+        duration_s: Of the arrivals.
+    """
+
+    kinds: tuple[Kind, ...]
+    rate_rps: float
+    duration_s: float
+
+    def trace(self, seed: int) -> Trace:
+        """A trace; each kind has its exact share, in random order."""
+        rng = np.random.default_rng(seed)
+        n = max(1, round(self.rate_rps * self.duration_s))
+        counts = [round(kind.share * n) for kind in self.kinds[1:]]
+        counts = [n - sum(counts), *counts]
+        prompts = [rng.integers(k.prompt[0], k.prompt[1] + 1, c) for k, c in zip(self.kinds, counts, strict=True)]
+        outputs = [rng.integers(k.output[0], k.output[1] + 1, c) for k, c in zip(self.kinds, counts, strict=True)]
+        order = rng.permutation(n)
+        return Trace.from_columns(
+            np.concatenate(prompts)[order], np.concatenate(outputs)[order], poisson_arrivals(self.rate_rps, n, rng)
+        )
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """
+    A model with its engine options and workloads.
+
+    Attributes:
+        max_model_len: Context.
+        kv_blocks: Per instance.
+        stages: Of our fixed layout: short requests, long ones.
+        long_tokens: Total length from which a request counts as long; the boundary of the stages.
+        ttft_slo_s: SLO.
+        tpot_slo_s: SLO.
+    """
+
+    max_model_len: int
+    kv_blocks: int
+    stages: str
+    long_tokens: int
+    ttft_slo_s: float
+    tpot_slo_s: float
+    workloads: dict[str, Workload]
+
+
+BLOCK_TOKENS = 32
+CASES = {
+    "tiny": ModelCase(
+        max_model_len=4608, kv_blocks=1024, stages="0-1024:1,1024-:1", long_tokens=1024, ttft_slo_s=1.0, tpot_slo_s=0.05,
+        workloads={
+            "mixed": Workload(
+                (
+                    Kind("chat turn", 0.75, (40, 320), (20, 100)),
+                    Kind("long chat", 0.10, (700, 980), (80, 200)),
+                    Kind("document", 0.15, (2600, 4000), (20, 100)),
+                ),
+                rate_rps=4.0, duration_s=15.0,
+            ),
+            "equal": Workload((Kind("equal", 1.0, (256, 256), (64, 64)),), rate_rps=4.0, duration_s=15.0),
+        },
+    ),
+    "smollm2": ModelCase(
+        max_model_len=1024, kv_blocks=256, stages="0-192:1,192-:1", long_tokens=192, ttft_slo_s=4.0, tpot_slo_s=0.5,
+        workloads={
+            "mixed": Workload(
+                (
+                    Kind("chat turn", 0.75, (20, 60), (8, 16)),
+                    Kind("long chat", 0.10, (150, 185), (16, 32)),
+                    Kind("document", 0.15, (300, 400), (8, 16)),
+                ),
+                rate_rps=0.3, duration_s=50.0,
+            ),
+            "equal": Workload((Kind("equal", 1.0, (64, 64), (16, 16)),), rate_rps=0.3, duration_s=50.0),
+        },
+    ),
+}  # fmt: skip
+
+
+def write_trace(workload: Workload, seed: int, file: Path) -> None:
+    """The trace as a file for `cascadeinfer bench`."""
+    save_trace(workload.trace(seed), file)
