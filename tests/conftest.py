@@ -7,6 +7,14 @@ settings.register_profile("ci", derandomize=True, deadline=None, suppress_health
 settings.load_profile("ci")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long, and in which way, the chaos test goes on; where its figures go."""
+    group = parser.getgroup("chaos")
+    group.addoption("--chaos-s", type=float, default=None, help="seconds of the chaos test; without it, it is skipped")
+    group.addoption("--chaos-seed", type=int, default=1, help="seed of the chaos test")
+    group.addoption("--chaos-report", default=None, help="file for the figures of the chaos test, as JSON")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def forked_engines_start() -> None:
     """

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ MODEL = "tiny"
 class ServerProcess:
     """A real server on a free port: two instances, two stages, an API key."""
 
-    def __init__(self, model: Path, log: Path, *arguments: str) -> None:
-        """Start it."""
+    def __init__(self, model: Path, log: Path, *arguments: str, program: Sequence[str] | None = None) -> None:
+        """Start it: `cascadeinfer`, unless another program is named."""
         self.port = free_port()
         self.url = f"http://{LOOPBACK}:{self.port}"
         self.log = log
@@ -34,15 +35,15 @@ class ServerProcess:
         words += ["--max-model-len", "1024", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
         self._log_file = log.open("w")
         self.process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "cascadeinfer"), *words, *arguments],
+            [*(program or (str(Path(sys.executable).parent / "cascadeinfer"),)), *words, *arguments],
             stdout=self._log_file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **QUICK_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         )
 
-    def wait_until_ready(self) -> None:
-        """Until `/health/ready` says so with both instances."""
-        self.poll(lambda: len(self.get("/health/ready").json()["instances"]) == 2, "ready", START_DEADLINE_S)
+    def wait_until_ready(self, n_instances: int = 2) -> None:
+        """Until `/health/ready` says so with all instances."""
+        self.poll(lambda: len(self.get("/health/ready").json()["instances"]) == n_instances, "ready", START_DEADLINE_S)
 
     def poll(self, condition: Any, what: str, deadline_s: float = 60.0) -> None:
         """Until the condition holds; a refused connection is not an answer yet."""
@@ -91,6 +92,22 @@ class ServerProcess:
         """The server and everything it has started."""
         own = psutil.Process(self.process.pid)
         return [own, *own.children(recursive=True)]
+
+    def resources(self) -> dict[str, int]:
+        """
+        What the server's own process has: processes below it, threads of ZMQ, open files, listening ports.
+
+        Other threads do not count: Python's executor starts some of its few when they are first needed. Threads and files of a dead
+        instance's client may wait for a garbage collection.
+        """
+        own = psutil.Process(self.process.pid)
+        names = [Path(f"/proc/{own.pid}/task/{thread.id}/comm").read_text() for thread in own.threads()]
+        return {
+            "processes": len(own.children(recursive=True)),
+            "zmq threads": sum("ZMQ" in name for name in names),
+            "files": own.num_fds(),
+            "ports": sum(c.status == psutil.CONN_LISTEN for c in own.net_connections(kind="inet")),
+        }
 
     def idle(self) -> bool:
         """Whether no instance holds anything and all are up."""

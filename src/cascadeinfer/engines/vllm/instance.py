@@ -300,13 +300,15 @@ class VllmInstance:
         self._stopped = True
         starting, client = self._starting, self._client
         self._client = None
+        some = client or starting
+        manager = some.resources.engine_manager if some is not None else None
         if client is not None:
             await asyncio.to_thread(client.shutdown, timeout_s)
             self._fail_pending_calls(client)  # one that hung: nobody hears `next_outputs` any more
-        elif starting is not None and (manager := starting.resources.engine_manager) is not None:
+        elif manager is not None:
             await asyncio.to_thread(manager.shutdown, 0.0)
-            for process in manager.processes:
-                await asyncio.to_thread(process.join, REAP_TIMEOUT_S)  # vLLM does not wait for what it has killed
+        for process in getattr(manager, "processes", []):
+            await asyncio.to_thread(process.join, REAP_TIMEOUT_S)  # vLLM does not wait for what it has killed: a zombie
         if self._creation is not None:
             await asyncio.wait([self._creation], timeout=REAP_TIMEOUT_S)
             # Its error has to be looked at by somebody, and whoever waited for it may have been cancelled.

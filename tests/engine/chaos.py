@@ -1,0 +1,342 @@
+"""
+Chaos on a real server: clients of all kinds, and somebody who kills, drains and adds instances under them.
+
+What each request must answer is learned first, one request at a time, each kept on a single instance (`prompt_logprobs` pins it and does
+not change its text). Then `n_clients` clients send requests at random: short and long ones, streamed and not, read slowly, left in the
+middle, with stop strings, grammars, penalties, seeds. Meanwhile instances are killed (SIGKILL), drained and
+added at random. The seed decides what is done; the machine decides when it takes effect.
+
+Every request that its client has not left must end once, with the answer learned. A request that is pinned by its sampling state may go on
+with other tokens after its instance has died, as documented: of those the length is checked.
+"""
+
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import psutil
+from server_process import API_KEY, MODEL, ServerProcess
+
+N_CLIENTS = 6
+LEAVE_SHARE = 0.15
+SLOW_SHARE = 0.15
+SLOW_S = 0.03
+ALL_DOWN_SHARE = 0.2
+"""How often the last instance that is up is killed too, when its turn comes."""
+MIN_INSTANCES, MAX_INSTANCES = 2, 4
+DRAIN_TIMEOUT_S = 20.0
+ACTIONS = ("kill", "drain", "add", "kill", "drain", "add", "kill any")
+PACE_S = 4.0
+"""Mean time between two actions."""
+TEXT = "the quick brown fox jumps over a lazy dog and then some more words of no great meaning follow "
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    A kind of request.
+
+    Attributes:
+        options: Beyond prompt and length.
+        movable: Whether it may move, so that its answer is the same whatever happens.
+    """
+
+    name: str
+    prompt_words: int
+    n_tokens: int
+    options: dict[str, Any] = field(default_factory=dict)
+    movable: bool = True
+
+    def body(self, *, stream: bool) -> dict[str, Any]:
+        """What is sent."""
+        body = {
+            "model": MODEL,
+            "prompt": " ".join((TEXT * 40).split()[len(self.name) % 7 :][: self.prompt_words]),
+            "max_tokens": self.n_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": stream,
+            **self.options,
+        }
+        return body | {"stream_options": {"include_usage": True}} if stream else body
+
+
+KINDS = (
+    Kind("short", 4, 30),
+    Kind("chat", 12, 150),
+    Kind("story", 20, 600),
+    Kind("document", 180, 60),
+    Kind("long document", 220, 400),
+    Kind("logprobs", 8, 120, {"logprobs": 2}),
+    Kind("repetition penalty", 10, 160, {"repetition_penalty": 1.2}),
+    Kind("regex", 6, 120, {"structured_outputs": {"regex": "[a-d ]{200,220}"}}),
+    Kind("minimum", 16, 200, {"min_tokens": 180}),
+    Kind("two answers", 10, 90, {"n": 2, "temperature": 0.8, "seed": 3}, movable=False),
+    Kind("seed", 8, 120, {"temperature": 0.9, "seed": 7}, movable=False),
+    Kind("presence penalty", 14, 140, {"presence_penalty": 0.5}, movable=False),
+)
+
+
+@dataclass
+class Answer:
+    """What came back: text per choice, why each ended, tokens in all."""
+
+    texts: dict[int, str] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    n_tokens: int = 0
+
+    def take(self, part: dict[str, Any]) -> None:
+        """A chunk of a stream, or the whole answer."""
+        for choice in part["choices"]:
+            index = choice["index"]
+            assert index not in self.reasons, f"words after the last word of choice {index}"
+            self.texts[index] = self.texts.get(index, "") + choice["text"]
+            if choice["finish_reason"] is not None:
+                self.reasons[index] = choice["finish_reason"]
+        if part.get("usage"):
+            self.n_tokens = part["usage"]["completion_tokens"]
+
+
+@dataclass
+class Report:
+    """The figures of a run."""
+
+    seconds: float
+    seed: int
+    requests: Counter[str] = field(default_factory=Counter)
+    actions: Counter[str] = field(default_factory=Counter)
+    gaps_s: list[float] = field(default_factory=list)
+    moves: dict[str, int] = field(default_factory=dict)
+    recovered: dict[str, int] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    def figures(self) -> dict[str, Any]:
+        """As JSON."""
+        gaps = sorted(self.gaps_s) or [0.0]
+        return {
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "requests": dict(sorted(self.requests.items())),
+            "actions": dict(sorted(self.actions.items())),
+            "moves": self.moves,
+            "recovered": self.recovered,
+            "longest_gap_of_a_stream_s": {
+                "p50": round(gaps[len(gaps) // 2], 3),
+                "p99": round(gaps[int(len(gaps) * 0.99)], 3),
+                "max": round(gaps[-1], 3),
+            },
+            "errors": self.errors,
+        }
+
+
+class Chaos:
+    """See the module header."""
+
+    def __init__(self, server: ServerProcess, seconds: float, seed: int) -> None:
+        """
+        Args:
+            server: A server that is ready and idle.
+            seconds: How long to go on; then everything may end and settle.
+            seed: Of all choices.
+        """
+        self.server = server
+        self.report = Report(seconds, seed)
+        self._rng = random.Random(seed)
+        self._kinds: dict[str, Kind] = {}
+        self._expected: dict[str, Answer] = {}
+        self._end_s = 0.0
+
+    async def run(self) -> Report:
+        """Learn, torment, wait for the last answer."""
+        before = self._counted()
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        headers = {"Authorization": f"Bearer {API_KEY}"}
+        async with httpx.AsyncClient(base_url=self.server.url, headers=headers, timeout=300, limits=limits) as http:
+            await self._learn(http)
+            self._end_s = time.monotonic() + self.report.seconds
+            async with asyncio.TaskGroup() as group:
+                for number in range(N_CLIENTS):
+                    group.create_task(self._client(http, random.Random(self._rng.random() + number)))
+                group.create_task(self._torment(http))
+        after = self._counted()
+        for name, count in (after - before).items():
+            metric, _, label = name.partition(" ")
+            (self.report.moves if metric == "moves" else self.report.recovered)[label] = count
+        return self.report
+
+    def _counted(self) -> Counter[str]:
+        shown = Counter[str]()
+        for outcome in ("moved", "recomputed", "stayed", "ended", "lost"):
+            shown[f"moves {outcome}"] = int(self.server.metric("cascadeinfer_migrations_total", outcome=outcome))
+        for exact in ("yes", "no"):
+            shown[f"recovered {exact}"] = int(self.server.metric("cascadeinfer_recovered_requests_total", exact=exact))
+        return shown
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    async def _learn(self, http: httpx.AsyncClient) -> None:
+        for kind in KINDS:
+            body = kind.body(stream=False)
+            if kind.movable:
+                body["prompt_logprobs"] = 0
+            self._keep(kind, await self._whole(http, body))
+        story = next(kind for kind in KINDS if kind.name == "story")
+        text = self._expected["story"].texts[0]
+        stop = text[len(text) // 2 :][:8]
+        stopped = Kind("stop string", story.prompt_words, story.n_tokens, {"stop": [stop]})
+        body = stopped.body(stream=False) | {"prompt": story.body(stream=False)["prompt"]}
+        self._keep(
+            Kind(stopped.name, story.prompt_words, story.n_tokens, {"stop": [stop], "prompt": body["prompt"]}),
+            await self._whole(http, body | {"prompt_logprobs": 0}),
+        )
+        assert self._expected["stop string"].texts[0] == text[: text.index(stop)]
+
+    def _keep(self, kind: Kind, answer: Answer) -> None:
+        self._kinds[kind.name] = kind
+        self._expected[kind.name] = answer
+
+    async def _client(self, http: httpx.AsyncClient, rng: random.Random) -> None:
+        while time.monotonic() < self._end_s:
+            kind = self._kinds[rng.choice(list(self._kinds))]
+            leaves_after = rng.randrange(1, kind.n_tokens) if rng.random() < LEAVE_SHARE else None
+            slow_s = SLOW_S if rng.random() < SLOW_SHARE else 0.0
+            try:
+                if leaves_after is not None or rng.random() < 0.7:
+                    answer = await self._streamed(http, kind.body(stream=True), leaves_after, slow_s)
+                else:
+                    answer = await self._whole(http, kind.body(stream=False))
+            except (httpx.HTTPError, AssertionError, json.JSONDecodeError) as error:
+                self._failed(kind, repr(error))
+                continue
+            if answer is None:
+                self.report.requests["left by their client"] += 1
+            else:
+                self._check(kind, answer)
+
+    async def _whole(self, http: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
+        response = await http.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        answer = Answer()
+        answer.take(response.json())
+        return answer
+
+    async def _streamed(
+        self, http: httpx.AsyncClient, body: dict[str, Any], leaves_after: int | None, slow_s: float
+    ) -> Answer | None:
+        answer = Answer()
+        n_chunks = 0
+        last_s, longest_s = None, 0.0
+        async with http.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                raise AssertionError((await response.aread()).decode())
+            async for part in _events(response):
+                now_s = time.monotonic()
+                longest_s = longest_s if last_s is None else max(longest_s, now_s - last_s - slow_s)
+                last_s = now_s
+                answer.take(part)
+                n_chunks += 1
+                if leaves_after is not None and n_chunks >= leaves_after:
+                    return None
+                if slow_s:
+                    await asyncio.sleep(slow_s)
+        self.report.gaps_s.append(longest_s)
+        return answer
+
+    def _check(self, kind: Kind, answer: Answer) -> None:
+        expected = self._expected[kind.name]
+        if (answer.reasons, answer.n_tokens) != (expected.reasons, expected.n_tokens):
+            self._failed(kind, f"{answer.n_tokens} tokens, {answer.reasons}; not {expected}")
+        elif answer.texts == expected.texts:
+            self.report.requests["right"] += 1
+        elif kind.movable:
+            self._failed(kind, f"other text: {answer.texts}, not {expected.texts}")
+        else:
+            self.report.requests["right length, sampling state lost"] += 1
+
+    def _failed(self, kind: Kind, why: str) -> None:
+        self.report.requests["failed"] += 1
+        self.report.errors.append(f"{kind.name}: {why[:500]}")
+
+    # --- instances ---------------------------------------------------------------------------------------------------
+
+    async def _torment(self, http: httpx.AsyncClient) -> None:
+        """One thing after another; every kind of action before any comes again."""
+        while True:
+            for action in self._rng.sample(ACTIONS, len(ACTIONS)):
+                await asyncio.sleep(self._rng.uniform(0.5, 1.5) * PACE_S)
+                if time.monotonic() >= self._end_s:
+                    return
+                await self._do(http, action)
+
+    async def _do(self, http: httpx.AsyncClient, action: str) -> None:
+        seen = (await http.get("/admin/instances")).json()["instances"]
+        staying = [instance for instance in seen if instance["phase"] != "draining"]
+        n_up = sum(instance["phase"] == "up" for instance in seen)
+        if action == "drain" and len(staying) <= MIN_INSTANCES:
+            action = "add"
+        elif action == "add" and len(seen) >= MAX_INSTANCES:
+            action = "drain" if len(staying) > MIN_INSTANCES else "kill"
+        if action == "add":
+            answer = await http.post("/admin/instances")
+        elif action == "drain":
+            victim = self._rng.choice(staying)
+            path = f"/admin/instances/{victim['id']}"
+            answer = await http.delete(path, params={"timeout_s": DRAIN_TIMEOUT_S})
+            action = f"drain, {victim['phase']}"
+        else:
+            if n_up > 1 or self._rng.random() < ALL_DOWN_SHARE:
+                self._kill(seen, whoever=action == "kill any")
+            return
+        if answer.status_code == 202:
+            self.report.actions[action] += 1
+        elif answer.status_code == 409:
+            self.report.actions[f"{action}: refused"] += 1
+        else:
+            self.report.errors.append(f"{action}: {answer.status_code} {answer.text}")
+
+    def _kill(self, seen: list[dict[str, Any]], *, whoever: bool) -> None:
+        """SIGKILL to an instance in service, or to any process of any, one that just starts for instance."""
+        cores = [(i["pid"], f"kill, {i['phase']}") for i in seen if i["pid"] is not None]
+        others = [
+            (process.pid, "kill, any process")
+            for process in self.server.processes()[1:]
+            if "resource_tracker" not in _command(process)
+        ]
+        candidates = others if whoever else cores
+        if not candidates:
+            return
+        pid, name = self._rng.choice(sorted(candidates))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).send_signal(signal.SIGKILL)
+            self.report.actions[name] += 1
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The parts of a stream; it must end as it should."""
+    done = False
+    async for line in response.aiter_lines():
+        if not line.startswith("data: "):
+            continue
+        assert not done, "words after [DONE]"
+        if line == "data: [DONE]":
+            done = True
+            continue
+        part = json.loads(line.removeprefix("data: "))
+        assert "error" not in part, part
+        yield part
+    assert done, "the stream broke off"
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return "resource_tracker"

@@ -1,0 +1,77 @@
+"""A real server under kills, drains, adds and impatient clients; `make chaos` goes on for five minutes."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chaos import Chaos
+from server_process import ServerProcess
+
+pytestmark = pytest.mark.engine
+
+QUICK_SERVER = (sys.executable, str(Path(__file__).parent / "quick_server.py"))
+N_INSTANCES = 3
+UNCOLLECTED = 3
+"""Clients that may wait for a garbage collection, however many instances have died."""
+
+
+@pytest.fixture
+def seconds(request: pytest.FixtureRequest) -> float:
+    """How long it goes on."""
+    chosen: float | None = request.config.getoption("--chaos-s")
+    if chosen is None:
+        pytest.skip("only with --chaos-s SECONDS, as in `make chaos`")
+    return chosen
+
+
+@pytest.fixture
+def server(
+    seconds: float,  # noqa: ARG001 - first of all, whether it is to be run
+    tiny_model: Path,
+    tmp_path: Path,
+) -> Iterator[ServerProcess]:
+    """A server of its own, whose instances start quickly: two in the stage of the long ones."""
+    options = ("--instances", str(N_INSTANCES), "--stages", "0-64:1,64-:2", "--distributed-executor-backend", "uni")
+    server = ServerProcess(tiny_model, tmp_path / "log", *options, program=QUICK_SERVER)
+    try:
+        server.wait_until_ready(N_INSTANCES)
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.mark.timeout(1500)
+def test_chaos(server: ServerProcess, seconds: float, request: pytest.FixtureRequest) -> None:
+    """Every answer is whole and right; afterwards nothing is held by an instance, and nothing is left in or below the server."""
+    server.poll(server.idle, "idle")
+    before = server.resources()
+    chaos = Chaos(server, seconds, request.config.getoption("--chaos-seed"))
+    try:
+        report = asyncio.run(chaos.run())
+    finally:
+        if (path := request.config.getoption("--chaos-report")) is not None:
+            Path(path).write_text(json.dumps(chaos.report.figures(), indent=2) + "\n")
+    assert report.errors == []
+    assert report.requests["right"] > seconds / 10
+    assert sum(n for action, n in report.actions.items() if "kill" in action) > seconds / 30
+
+    server.poll(server.idle, "all up and nothing held", 120)
+    there = server.admin()["instances"]
+    for instance in there[N_INSTANCES:]:
+        assert server.delete(f"/admin/instances/{instance['id']}").status_code == 202
+    for _ in range(N_INSTANCES - len(there)):
+        assert server.post("/admin/instances", {}).status_code == 202
+    server.poll(lambda: len(server.admin()["instances"]) == N_INSTANCES and server.idle(), "as many as before", 120)
+    try:
+        server.poll(lambda: not more(server.resources(), before), "no more than before", 20)
+    except AssertionError:
+        pytest.fail(f"more than before: {more(server.resources(), before)}")
+
+
+def more(now: dict[str, int], before: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """What there is more of, but for what the clients of a few dead instances hold until they are garbage collected."""
+    slack = {"zmq threads": 3 * UNCOLLECTED, "files": 12 * UNCOLLECTED}
+    return {name: (before[name], count) for name, count in now.items() if count > before[name] + slack.get(name, 0)}
