@@ -65,6 +65,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "unknown policy": (["TINY", "--policy", "luck"], ["--policy", "static_stages"]),
     "report interval": (["TINY", "--report-interval-s", "0"], ["--report-interval-s"]),
     "lease": (["TINY", "--kv-lease-s", "1"], ["--kv-lease-s", "between 5 and 300"]),
+    "event log nowhere": (["TINY", "--event-log", "/no/such/log"], ["--event-log", "/no/such/log"]),
     "unknown dtype": (["TINY", "--dtype", "float7"], ["--dtype", "float7"]),
     "too long for the model": (["TINY", "--max-model-len", "999999"], ["max_model_len", "999999"]),
     "no tensor parallel": (["TINY", "--tensor-parallel-size", "0"], ["--tensor-parallel-size", "greater than"]),
