@@ -1,6 +1,7 @@
 """Commands to a real instance: what is refused and why, reservations, pins and leases, undoing a cut, the load report."""
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import psutil
@@ -9,6 +10,7 @@ from zoo import (
     BLOCK,
     KINDS,
     KV_BLOCKS,
+    MAX_BATCHED_TOKENS,
     MAX_MODEL_LEN,
     MAX_SEQS,
     Attempt,
@@ -18,6 +20,7 @@ from zoo import (
     random_prompt,
 )
 
+from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.engines.vllm.instance import VllmInstance
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
@@ -365,6 +368,43 @@ async def test_load_report(zoo: Zoo, name: str) -> None:
     assert report.step_s >= 0.0
     await instance.abort([attempt.engine_request_id for attempt in (*attempts, waiting)])
     await instance.release_reservation(rest)
+
+
+@each_kind
+async def test_steps_are_timed(zoo: Zoo, name: str) -> None:
+    """Each step is reported once, with what was in it; the seconds of a busy instance are no more than the time that passed."""
+    instance = zoo.instances[name]
+    before = await zoo.counters(instance)
+    begun_s = time.monotonic()
+    await (await zoo.start(instance, random_prompt(300, 11), greedy(20))).until_end()
+    steps: list[StepSample] = []
+
+    async def all_reported() -> bool:
+        report, counters = await instance.report()
+        steps.extend(report.steps)
+        return not report.running_ids and len(steps) == counters.steps - before.steps
+
+    await eventually(all_reported, "every step reported")
+    passed_s = time.monotonic() - begun_s
+    chunks = [s.batch.prefill_tokens for s in steps if s.batch.prefill_tokens]
+    assert chunks == [MAX_BATCHED_TOKENS, 300 - MAX_BATCHED_TOKENS]
+    assert sum(s.batch.prefill_attention_tokens for s in steps) == 300 * 301 / 2
+    lengths = [s.batch.decode_kv_tokens for s in steps if s.batch.n_decode]
+    assert lengths[:19] == list(range(301, 320))
+    assert all(s.batch.n_decode == 1 and s.batch.decode_kv_tokens_max == s.batch.decode_kv_tokens for s in steps[2:])
+    assert 0.0 < sum(s.step_s for s in steps) <= passed_s
+
+
+async def test_identity(zoo: Zoo) -> None:
+    """An instance says what it is, as far as step times depend on it: the tiny model's sizes, the processor, the backend."""
+    told = await zoo.instances["sync"].identity()
+    engine = told.engine
+    assert (engine.layers, engine.hidden_size, engine.query_heads, engine.kv_heads) == (3, 128, 4, 2)
+    assert (engine.dtype, engine.attention_backend, engine.threads) == ("float32", "CPU_ATTN", 1)
+    assert (engine.tensor_parallel, engine.eager, engine.asynchronous) == (1, True, False)
+    assert told.kv_bytes_per_token == 2 * 3 * 2 * engine.head_size * 4  # K and V, layers, KV heads, float32
+    assert told.multiprocessors is None
+    assert (await zoo.instances["async"].identity()).engine.asynchronous
 
 
 async def test_idle_instances_sleep(zoo: Zoo) -> None:

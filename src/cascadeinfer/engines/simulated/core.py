@@ -10,10 +10,13 @@ gives every running request its tokens within the budget (long prompts in chunks
 admits waiting requests in order.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from cascadeinfer.core.cost.latency import BatchFeatures
+from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.protocol import EngineCounters, EngineRequest, KvTicket, Resume
@@ -97,6 +100,8 @@ class SimulatedCore:
     pulled_tokens: int = 0
     failed_pulls: int = 0
     preemptions: int = 0
+    step_s: float = 0.0
+    samples: deque[StepSample] = field(default_factory=lambda: deque(maxlen=1024))
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -182,7 +187,9 @@ class SimulatedCore:
             waiting_tokens=tuple(len(s.token_ids) for s in self.waiting),
             kv_blocks_used=self.capacity.kv_blocks - self.free_blocks(),
             step_s=self.times.step_s if self.running else 0.0,
+            steps=tuple(self.samples),
         )
+        self.samples.clear()
         counters = EngineCounters(
             steps=self.steps,
             scheduled_tokens=self.scheduled_tokens,
@@ -245,6 +252,7 @@ class SimulatedCore:
         scheduled, budget = self._schedule_running()
         if self.preemptions == preemptions:
             scheduled += self._admit(budget, now_s)
+        self._time(scheduled)
         deltas: list[SimulatedDelta] = []
         for sequence, n_new in scheduled:
             new_ids = sequence.token_ids[sequence.computed : sequence.computed + n_new]
@@ -254,6 +262,22 @@ class SimulatedCore:
             if sequence.computed == len(sequence.token_ids):
                 deltas.append(self._sample(sequence, now_s))
         return deltas
+
+    def _time(self, scheduled: list[tuple[Sequence, int]]) -> None:
+        """Say how long a step with this in it takes, and remember it for the next report."""
+        decoding = [s.computed + 1 for s, n_new in scheduled if s.n_output > 0 and n_new == 1]
+        prompts = [(s.computed, n_new) for s, n_new in scheduled if s.n_output == 0 or n_new > 1]
+        batch = BatchFeatures(
+            n_decode=len(decoding),
+            decode_kv_tokens=sum(decoding),
+            decode_kv_tokens_max=max(decoding, default=0),
+            prefill_tokens=sum(n for _, n in prompts),
+            prefill_attention_tokens=sum(n * done + n * (n + 1) / 2 for done, n in prompts),
+        )
+        model = self.times.step_model
+        self.step_s = self.times.step_s if model is None else model.step_s(batch)
+        if scheduled:
+            self.samples.append(StepSample(batch, self.step_s))
 
     def _renew_leases(self, now_s: float) -> None:
         for sequence in self.waiting:

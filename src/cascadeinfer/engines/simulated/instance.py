@@ -277,7 +277,12 @@ class SimulatedEngine:
         while True:
             while self._inbox:
                 self._carry_out(self._inbox.popleft())
-            if self._steps and self.core.has_work():
+            if self._steps and self.core.has_work() and self.times.step_model is not None:
+                # How long it takes depends on what is in it: computed first, then waited for, before anybody hears of it.
+                deltas = self.core.step(self._now_s())
+                await asyncio.sleep(self.core.step_s)
+                self._emit(deltas)
+            elif self._steps and self.core.has_work():
                 await asyncio.sleep(self.times.step_s)
                 if self._steps:
                     self._emit(self.core.step(self._now_s()))

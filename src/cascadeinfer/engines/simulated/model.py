@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from cascadeinfer.core.cost.latency import StepModel
+
 VOCABULARY: Final = 32_000
 _MASK: Final = (1 << 64) - 1
 _MULTIPLIER: Final = 0x9E3779B97F4A7C15
@@ -65,7 +67,8 @@ class SimulatedTimes:
     Seconds.
 
     Attributes:
-        step_s: One step.
+        step_s: One step, unless there is a `step_model`.
+        step_model: What a step takes, by what is in it; None: `step_s`.
         start_s: From start to ready.
         pull_s: A pull, whatever its size.
         lease_s: How long a cut request's blocks stay pinned unless the puller renews the lease.
@@ -77,3 +80,4 @@ class SimulatedTimes:
     pull_s: float = 0.015
     lease_s: float = 10.0
     notice_s: float = 0.02
+    step_model: StepModel | None = None

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
@@ -22,6 +22,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
 from cascadeinfer.cluster.local import ProcessStart
+from cascadeinfer.core.cost.identity import EngineIdentity
+from cascadeinfer.core.cost.latency import BatchFeatures
+from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
@@ -40,6 +43,14 @@ HANDSHAKE_POLL_S = 0.05
 HANDSHAKE_TIMEOUT_S = 30.0
 REAP_TIMEOUT_S = 5.0
 START_POLL_S = 2.0
+
+
+class InstanceIdentity(NamedTuple):
+    """An engine's identity, bytes of a token's KV (all devices), multiprocessors of a device (None on a processor)."""
+
+    engine: EngineIdentity
+    kv_bytes_per_token: int
+    multiprocessors: int | None
 
 
 class InstanceClient(AsyncMPClient):
@@ -173,6 +184,11 @@ class VllmInstance:
             raise RuntimeError("stopped while starting")
         self._starting = client
 
+    async def identity(self) -> InstanceIdentity:
+        """What runs here, for cost profiles: to make one, or to check that one is of this engine."""
+        told = await self._call("cascade_identity")
+        return InstanceIdentity(EngineIdentity(**told["identity"]), told["kv_bytes_per_token"], told["multiprocessors"])
+
     async def connect(self, peers: Sequence[Engine]) -> None:
         """Handshake with each peer, both ways, and wait until all are done."""
         both_ways = []
@@ -251,6 +267,7 @@ class VllmInstance:
             waiting_tokens=tuple(r[1] for r in load["waiting"]),
             kv_blocks_used=load["kv_blocks_used"],
             step_s=step_s,
+            steps=tuple(StepSample(BatchFeatures(*row[:5]), row[5]) for row in load["timed_steps"]),
         )
         counters = EngineCounters(
             steps=load["steps"],

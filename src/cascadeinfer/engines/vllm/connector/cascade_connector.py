@@ -2,6 +2,7 @@
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPullConnector
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -32,3 +33,9 @@ class CascadeConnector(NixlPullConnector):
         """Keep the block pool in reach: reservations and the load report need it."""
         if self.connector_scheduler is not None:
             self.connector_scheduler.bind(kv_cache_manager)
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Beside the scheduler this is called once at the end of each step, with the step's output taken in."""
+        if self.connector_scheduler is not None:
+            self.connector_scheduler.step_ended()
+        return super().get_kv_connector_stats()

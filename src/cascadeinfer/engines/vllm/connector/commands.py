@@ -12,6 +12,7 @@ from typing import Any
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
+from cascadeinfer.engines.vllm.connector.identity import identity_of, kv_bytes_per_token
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker, release_on_worker
 
@@ -44,6 +45,12 @@ def cascade_hello(core: EngineCore) -> dict[str, Any]:
         "max_model_len": side.max_model_len,
         "movable": side.movable,
     }
+
+
+def cascade_identity(core: EngineCore) -> dict[str, Any]:
+    """What this instance is, for cost profiles; asks a worker, so not for every report."""
+    bytes_per_token = kv_bytes_per_token(core.scheduler.kv_cache_config, core.vllm_config)
+    return {**identity_of(core), "kv_bytes_per_token": bytes_per_token}
 
 
 def cascade_handshake(core: EngineCore, engine_id: str, host: str, port: int, tp_size: int) -> bool:
@@ -88,7 +95,7 @@ def cascade_release_pin(core: EngineCore, request_id: str) -> bool:
 
 
 def cascade_load(core: EngineCore) -> dict[str, Any]:
-    """The instance's load now: lengths by request, blocks, counters."""
+    """The instance's load now: lengths by request, blocks, counters, and the steps since this was last asked."""
     side = _side(core)
     running: list[tuple[str, int]] = []
     waiting: list[tuple[str, int]] = []
@@ -106,6 +113,7 @@ def cascade_load(core: EngineCore) -> dict[str, Any]:
         "reserved": side.n_reserved(),
         "pinned": list(side.pinned),
         "steps": side.steps,
+        "timed_steps": side.timer.take(),
         "scheduled_tokens": side.scheduled_tokens,
         "pulls": side.pulls,
         "pulled_tokens": side.pulled_tokens,
@@ -115,6 +123,7 @@ def cascade_load(core: EngineCore) -> dict[str, Any]:
 
 COMMANDS = (
     cascade_hello,
+    cascade_identity,
     cascade_handshake,
     cascade_cut,
     cascade_undo_cut,

@@ -31,6 +31,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
+from cascadeinfer.engines.vllm.connector.step_timer import StepTimer
 from cascadeinfer.engines.vllm.connector.ticket import CUT, PROMPT_TOKENS, RESERVATION, TransferParams, is_resumed
 
 RESERVATION_LIFE_S = 60.0
@@ -84,6 +85,9 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         )
         #: Cut requests whose blocks are pinned until they are pulled, released or their lease ends.
         self.pinned: dict[str, None] = {}
+        #: Requests that are neither finished nor aborted: with any left, the next step follows at once.
+        self._live: set[str] = set()
+        self.timer = StepTimer()
         self.steps = 0
         self.scheduled_tokens = 0
         self.pulls = 0
@@ -169,6 +173,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
 
     def on_new_request(self, request: Request) -> None:
         """Split a resumed request back into prompt and output, and hand it its reserved blocks."""
+        self._live.add(request.request_id)
         params = request.kv_transfer_params
         if is_resumed(params):
             assert params is not None
@@ -222,12 +227,17 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """Count the step, and tell the V1 model runner of resumed requests in its own terms."""
+        self.timer.scheduled(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens > 0:
             self.steps += 1
             self.scheduled_tokens += scheduler_output.total_num_scheduled_tokens
         if self._is_v1_runner and self._brought_tokens:
             self._rewrite_for_v1(scheduler_output)
         return super().build_connector_meta(scheduler_output)
+
+    def step_ended(self) -> None:
+        """The scheduler has taken a step's output in."""
+        self.timer.ended(busy=bool(self._live))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Forget pins whose blocks the worker has let go, and count pulls that failed."""
@@ -286,6 +296,9 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         )
 
     def _forget(self, request_id: str) -> None:
+        self._live.discard(request_id)
+        if not self._live:
+            self.timer.idle()
         self._grammars_to_replay.discard(request_id)
         self._brought_tokens.pop(request_id, None)
         self._unseen.pop(request_id, None)

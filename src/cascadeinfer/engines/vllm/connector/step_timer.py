@@ -1,0 +1,93 @@
+"""
+The duration of each step, taken where the steps are made, with what was in it.
+
+A step begins when it is scheduled and ends when its output has been taken in. Where the engine was busy before, it begins at the end of the
+step before it: the work between two steps (messages, serialisation) is part of what a step costs, and with asynchronous scheduling, where a
+step is scheduled while another runs, the time from end to end is what the device took for it. So the seconds of a busy engine add up to
+wall time, and idle time is in none of them.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final, NamedTuple
+
+from vllm.v1.core.sched.output import SchedulerOutput
+
+STEPS_KEPT: Final = 4096
+"""Steps between two reports beyond which the oldest are dropped; a report takes them all."""
+
+
+class TimedStep(NamedTuple):
+    """A step: the fields of `BatchFeatures`, and seconds."""
+
+    n_decode: int
+    kv_tokens: int
+    kv_tokens_max: int
+    prefill_tokens: int
+    prefill_attention_tokens: float
+    step_s: float
+
+
+class StepTimer:
+    """Steps in the order in which they are scheduled, which is that in which they end."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """No step yet; `clock` gives seconds."""
+        self._clock = clock
+        self._under_way: deque[tuple[float, bool, tuple[int, int, int, int, float]]] = deque()
+        self._ended: deque[TimedStep] = deque(maxlen=STEPS_KEPT)
+        self._last_end_s = 0.0
+        self._was_busy = False
+
+    def scheduled(self, output: SchedulerOutput) -> None:
+        """A step has been scheduled, empty ones included."""
+        self._under_way.append(
+            (self._clock(), self._was_busy or bool(self._under_way), features_of(entries_of(output)))
+        )
+
+    def ended(self, *, busy: bool) -> None:
+        """The output of the oldest step under way has been taken in; `busy`: requests are left, so that the next step follows at once."""
+        if not self._under_way:
+            return
+        scheduled_s, followed, features = self._under_way.popleft()
+        now_s = self._clock()
+        begun_s = self._last_end_s if followed else scheduled_s
+        if features[0] or features[3]:
+            self._ended.append(TimedStep(*features, now_s - begun_s))
+        self._last_end_s, self._was_busy = now_s, busy
+
+    def idle(self) -> None:
+        """No request is left: what comes next does not follow on the last step."""
+        self._was_busy = False
+
+    def take(self) -> list[TimedStep]:
+        """The steps that have ended since they were last taken."""
+        steps = list(self._ended)
+        self._ended.clear()
+        return steps
+
+
+def entries_of(output: SchedulerOutput) -> Iterator[tuple[int, int]]:
+    """Per request scheduled: tokens computed before, tokens computed now."""
+    counts = output.num_scheduled_tokens
+    for request in output.scheduled_new_reqs:
+        yield request.num_computed_tokens, counts[request.req_id]
+    cached = output.scheduled_cached_reqs
+    for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+        yield computed, counts[request_id]
+
+
+def features_of(entries: Iterable[tuple[int, int]]) -> tuple[int, int, int, int, float]:
+    """The fields of `BatchFeatures` from (computed before, computed now); one token is a decode, more are a chunk of a prompt."""
+    n_decode = kv_tokens = kv_tokens_max = prefill_tokens = 0
+    attention = 0.0
+    for computed, new in entries:
+        if new == 1:
+            n_decode += 1
+            kv_tokens += computed + 1
+            kv_tokens_max = max(kv_tokens_max, computed + 1)
+        else:
+            prefill_tokens += new
+            attention += new * computed + new * (new + 1) / 2
+    return n_decode, kv_tokens, kv_tokens_max, prefill_tokens, attention

@@ -1,0 +1,125 @@
+"""Steps as the engine times them: what was in them, and seconds that add up to the wall time of a busy engine."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascadeinfer.engines.vllm.connector.step_timer import STEPS_KEPT, StepTimer, features_of
+
+
+class Clock:
+    """A clock that tests move."""
+
+    def __init__(self) -> None:
+        """At zero."""
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        """Seconds."""
+        return self.now_s
+
+
+def output(new: dict[str, tuple[int, int]], cached: dict[str, tuple[int, int]] | None = None) -> Any:
+    """A scheduler output, as far as the timer looks: per request (computed before, computed now)."""
+    cached = cached or {}
+    return SimpleNamespace(
+        num_scheduled_tokens={name: now for name, (_, now) in (new | cached).items()},
+        scheduled_new_reqs=[SimpleNamespace(req_id=n, num_computed_tokens=before) for n, (before, _) in new.items()],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=list(cached), num_computed_tokens=[before for before, _ in cached.values()]
+        ),
+    )
+
+
+def test_a_step_carries_what_was_in_it() -> None:
+    """Decodes count one each with the KV they read; chunks count their tokens and the context of each."""
+    timer = StepTimer(Clock())
+    timer.scheduled(output({"new": (0, 100), "late": (50, 10)}, {"a": (19, 1), "b": (299, 1)}))
+    timer.ended(busy=False)
+    (step,) = timer.take()
+    assert step[:5] == (2, 20 + 300, 300, 110, 100 * 101 / 2 + 10 * 50 + 10 * 11 / 2)
+    assert timer.take() == []
+
+
+def test_busy_steps_follow_each_other() -> None:
+    """While requests are left a step begins where the one before ended; after idling it begins when it is scheduled."""
+    clock = Clock()
+    timer = StepTimer(clock)
+    one = output({}, {"a": (9, 1)})
+    for scheduled_s, ended_s, busy in ((1.0, 1.5, True), (1.6, 2.0, False), (7.0, 7.25, False)):
+        clock.now_s = scheduled_s
+        timer.scheduled(one)
+        clock.now_s = ended_s
+        timer.ended(busy=busy)
+    assert [step.step_s for step in timer.take()] == pytest.approx([0.5, 0.5, 0.25])
+
+
+def test_asynchronous_steps_are_timed_end_to_end() -> None:
+    """A step scheduled while another runs begins when that one ends, so that overlapping steps are not counted twice."""
+    clock = Clock()
+    timer = StepTimer(clock)
+    timer.scheduled(output({"a": (0, 64)}))
+    clock.now_s = 0.1
+    timer.scheduled(output({}, {"a": (64, 1)}))
+    clock.now_s = 1.0
+    timer.ended(busy=True)
+    clock.now_s = 1.01
+    timer.scheduled(output({}, {"a": (65, 1)}))
+    for ended_s in (1.3, 1.6):
+        clock.now_s = ended_s
+        timer.ended(busy=True)
+    steps = timer.take()
+    assert [step.step_s for step in steps] == pytest.approx([1.0, 0.3, 0.3])
+    assert [step.prefill_tokens for step in steps] == [64, 0, 0]
+
+
+def test_the_last_request_aborted_ends_the_busy_time() -> None:
+    """When what was left is aborted between two steps, the time until the next request is idle."""
+    clock = Clock()
+    timer = StepTimer(clock)
+    one = output({}, {"a": (9, 1)})
+    timer.scheduled(one)
+    timer.ended(busy=True)
+    timer.idle()
+    clock.now_s = 100.0
+    timer.scheduled(one)
+    clock.now_s = 100.5
+    timer.ended(busy=False)
+    assert timer.take()[-1].step_s == pytest.approx(0.5)
+
+
+def test_empty_steps_are_no_samples() -> None:
+    """A step that computes nothing (it waits for KV to arrive) is not a sample, and its time is in none."""
+    clock = Clock()
+    timer = StepTimer(clock)
+    timer.scheduled(output({}))
+    clock.now_s = 1.0
+    timer.ended(busy=True)
+    timer.ended(busy=True)  # an end without a beginning is ignored
+    timer.scheduled(output({}, {"a": (9, 1)}))
+    clock.now_s = 1.5
+    timer.ended(busy=True)
+    assert [step.step_s for step in timer.take()] == pytest.approx([0.5])
+
+
+def test_memory_is_bounded() -> None:
+    """Nobody asks: the newest steps are kept."""
+    timer = StepTimer(Clock())
+    for i in range(STEPS_KEPT + 10):
+        timer.scheduled(output({}, {"a": (i, 1)}))
+        timer.ended(busy=True)
+    steps = timer.take()
+    assert len(steps) == STEPS_KEPT
+    assert steps[-1].kv_tokens == STEPS_KEPT + 10
+
+
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 512)), max_size=20))
+def test_features_count_every_token(entries: list[tuple[int, int]]) -> None:
+    """Decodes and prompt tokens add up to the tokens scheduled, and the longest is no longer than all."""
+    n_decode, kv, longest, prefill, attention = features_of(entries)
+    assert n_decode + prefill == sum(new for _, new in entries)
+    assert longest <= kv
+    assert attention >= prefill
