@@ -1,18 +1,31 @@
 """The composition root: the only module that knows every layer."""
 
 import contextlib
+import logging
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from cascadeinfer.cluster.local import LOOPBACK
+from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.schema import ServeOptions
+from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
+from cascadeinfer.core.cost.learning import LearningSettings, StepLearner
+from cascadeinfer.core.cost.samples import StepSample
+from cascadeinfer.core.cost.suitability import check_suits
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.plan.histogram import DEFAULT_MAX_TOKENS, LengthHistogram
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.plan.problem import HandOverCost
+from cascadeinfer.core.policies.replanning import ModelPlanner, PlanSettings
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.policy import Policy
+from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.launch import KvTransferSettings, VllmSource, parse_engine_args
 from cascadeinfer.evaluation.provenance import commit_of
@@ -24,6 +37,9 @@ from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes
 
+logger = logging.getLogger(__name__)
+
+CASCADE = "cascade"
 POLICIES_WITH_STAGES = ("cascade", "static_length", "static_stages")
 """Policies that take a layout; without `--stages` it is one stage."""
 LEASE_MARGIN_S = 3.0
@@ -36,10 +52,17 @@ def policy_spec(options: ServeOptions) -> PolicySpec:
     What makes the policy that the options name.
 
     Raises:
-        ConfigError: Stages are given to a policy that has none.
+        ConfigError: Stages or a profile are given to a policy that has none.
+        ProfileError: The profile does not exist or cannot be read.
     """
     name = options.policy_name()
     layout = options.layout()
+    if options.profile is not None and name != CASCADE:
+        raise ConfigError(
+            f"policy {name} needs no profile", option="--profile", fix=f"leave it out, or use --policy {CASCADE}"
+        )
+    if name == CASCADE:
+        return _cascade_spec(options, layout)
     if name in POLICIES_WITH_STAGES:
         return PolicySpec(name, {"layout": layout})
     if options.stages is not None:
@@ -51,12 +74,54 @@ def policy_spec(options: ServeOptions) -> PolicySpec:
     return PolicySpec(name)
 
 
+def _cascade_spec(options: ServeOptions, layout: StageLayout) -> PolicySpec:
+    """The cascade as it serves: it learns what steps cost, from the profile if there is one, and plans from what it sees."""
+    planning = PlanSettings(max_tokens=DEFAULT_MAX_TOKENS)
+    found: dict[str, Any] = {"layout": layout, "learning": LearningSettings(), "planning": planning}
+    if options.profile is not None:
+        profile = load_profile(options.profile)
+        pause = HandOverCost(pause_per_token_s=profile.kv_bytes_per_token / profile.transfer_bytes_per_s)
+        found |= {"step_model": profile.step_model, "planning": replace(planning, hand_over=pause)}
+    return PolicySpec(CASCADE, found)
+
+
+async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
+    """
+    Compare the profile with the engine that runs.
+
+    Raises:
+        ProfileError: It is of another model or set-up.
+    """
+    if options.profile is None:
+        if options.policy_name() == CASCADE:
+            logger.info("no profile: one stage until what steps cost has been learnt")
+        return
+    first = runtime.live_engines()[0]
+    assert isinstance(first, VllmInstance)
+    told = await first.identity()
+    for doubt in check_suits(load_profile(options.profile), told.engine, told.kv_bytes_per_token):
+        logger.warning("profile %s is a start value: %s", options.profile, doubt)
+
+
+def warm_up_planner() -> None:
+    """Load, or compile, what planning needs: seconds that must not come upon a server that serves."""
+    capacity = InstanceCapacity(kv_blocks=10_000, block_size_tokens=16, max_num_seqs=256, max_batched_tokens=2048)
+    model = StepModel(base_s=0.01, per_decode_s=1e-5, per_kv_token_s=1e-7, per_prefill_token_s=1e-5, per_prefill_attention_s=1e-10)  # fmt: skip
+    planner = ModelPlanner(model, PlanSettings(max_tokens=DEFAULT_MAX_TOKENS))
+    workload = LengthHistogram.from_requests([100, 100, 4000], [50, 500, 300], max_tokens=DEFAULT_MAX_TOKENS)
+    planner(workload, 10.0, capacity, 4, StageLayout.single(("0", "1", "2", "3")))
+    learner = StepLearner(model)
+    learner.observe([StepSample(BatchFeatures(1, 10, 10), 0.01)])
+    learner.update(1.0)
+
+
 def make_policy(options: ServeOptions) -> Policy:
     """
     The policy that the options name.
 
     Raises:
-        ConfigError: Stages are given to a policy that has none.
+        ConfigError: Stages or a profile are given to a policy that has none.
+        ProfileError: The profile does not exist or cannot be read.
     """
     return policy_spec(options).make()
 
@@ -101,6 +166,8 @@ def make_runtime(
         ConfigError: An option is wrong; nothing has been started.
     """
     policy = make_policy(options)
+    if options.policy_name() == CASCADE:
+        warm_up_planner()
     source = VllmSource(
         engine_args,
         options.instances,
@@ -157,4 +224,5 @@ async def run_server(args: Namespace, options: ServeOptions) -> None:
         log_stats = not args.disable_log_stats
         runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
         async with running_llm(runtime, log_stats=log_stats, log_requests=engine_args.enable_log_requests) as llm:
+            await check_profile(runtime, options)
             await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s)

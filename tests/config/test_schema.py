@@ -32,12 +32,12 @@ def parsed(*arguments: str) -> ServeOptions:
 
 
 def test_defaults() -> None:
-    """Without arguments: two instances, one stage, least loaded; the same from the command line as from Python."""
+    """Without arguments: two instances, one stage to begin with, the cascade; the same from the command line as from Python."""
     options = ServeOptions()
     assert parsed() == options
     assert options.instance_ids == ("0", "1")
     assert options.layout() == StageLayout.single(("0", "1"))
-    assert options.policy_name() == "least_loaded"
+    assert options.policy_name() == "cascade"
 
 
 def test_stages_make_stages_the_policy() -> None:

@@ -4,6 +4,7 @@
 The parser is vLLM's own with our options added, so every vLLM flag works and `--help` shows both.
 """
 
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -61,7 +62,17 @@ def parse(argv: list[str]) -> Namespace:
     except (KeyError, TypeError, ValueError, VLLMClientError) as error:
         raise ConfigError(str(error.args[0]).removeprefix("Error: ")) from error
     configure_logging_from_args(args)
+    _log_as_vllm_does()
     return args
+
+
+def _log_as_vllm_does() -> None:
+    """Our messages go where vLLM's go, at its level: why stages change, instances that die."""
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("cascadeinfer")
+    if theirs.handlers:
+        ours.handlers = theirs.handlers
+        ours.setLevel(theirs.level)
+        ours.propagate = False
 
 
 def _import_parser_plugins(args: Namespace) -> None:

@@ -34,8 +34,13 @@ class ServeOptions:
     )
     policy: str | None = _option(
         None,
-        "Scheduling policy. Default: static_stages when --stages is given, else least_loaded.",
+        "Scheduling policy. Default: static_stages when --stages is given, else cascade, which plans its stages itself.",
         choices=tuple(sorted(POLICIES)),
+    )
+    profile: str | None = _option(
+        None,
+        "Cost profile that the cascade starts from: a shipped name or a file. Without it, costs are learnt from nothing first.",
+        metavar="PROFILE",
     )
     report_interval_s: float = _option(0.1, "Seconds between load reports of an instance.", low=0.01, high=5.0)
     hang_timeout_s: float = _option(
@@ -102,7 +107,7 @@ class ServeOptions:
 
     def policy_name(self) -> str:
         """The policy asked for, or the default."""
-        return self.policy or ("static_stages" if self.stages is not None else "least_loaded")
+        return self.policy or ("static_stages" if self.stages is not None else "cascade")
 
 
 def flag_of(name: str) -> str:

@@ -89,6 +89,11 @@ class RuntimeMetrics(Collector):
             ["event"],
             registry=registry,
         )
+        self.plan_failures = Counter(
+            "cascadeinfer_plan_failures",
+            "Plans that a fault prevented: the stages stayed as they were; see the server's log.",
+            registry=registry,
+        )
         registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
@@ -132,6 +137,7 @@ class RuntimeMetrics(Collector):
     def close(self) -> None:
         """Unregister everything, so that another runtime of this process can register."""
         for collector in (
-            self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered, self.policy_failures
+            self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered, self.policy_failures,
+            self.plan_failures,
         ):  # fmt: skip
             self._registry.unregister(collector)

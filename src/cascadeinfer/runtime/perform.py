@@ -1,6 +1,7 @@
 """Carries out what the policy wants done. Each effect ends in an event, as `core/effects.py` promises."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import assert_never
 
@@ -13,6 +14,8 @@ from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationRecord, MigrationTimes, Migrator
 from cascadeinfer.runtime.streams import Stream, StreamTable
+
+logger = logging.getLogger(__name__)
 
 
 class Performer:
@@ -70,9 +73,17 @@ class Performer:
                 message = MessageReceived(effect.cause, effect.sender_id, effect.recipient_id, effect.message)
                 asyncio.get_running_loop().call_soon(self._emit, message)
             case PublishLayout():
-                self._fleet.layout = effect.layout
+                self._publish(effect)
             case _:
                 assert_never(effect)
+
+    def _publish(self, effect: PublishLayout) -> None:
+        self._fleet.layout = effect.layout
+        if effect.failure:
+            self._metrics.plan_failures.inc()
+            logger.error("stages stay as they are (%s): %s", effect.layout, effect.failure)
+        else:
+            logger.info("stages: %s (%s)", effect.layout, effect.why or "instances came or went")
 
     def abort(self, stream: Stream) -> None:
         """A request's client left: stop it on its instance. One in a migration is the migrator's to stop."""

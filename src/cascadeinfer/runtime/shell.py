@@ -240,7 +240,7 @@ class Runtime:
                 engine.instance_id,
                 InstanceReport(
                     tuple(running), tuple(running.values()), tuple(waiting), tuple(waiting.values()),
-                    report.kv_blocks_used, report.step_s,
+                    report.kv_blocks_used, report.step_s, report.steps,
                 ),
             )
         )  # fmt: skip

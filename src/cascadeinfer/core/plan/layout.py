@@ -85,6 +85,11 @@ class StageLayout:
         """The inner boundaries, one fewer than stages."""
         return tuple(stage.range.lo_tokens for stage in self.stages[1:])
 
+    def __str__(self) -> str:
+        """E.g. `0-512: 2 instances, 512-: 1 instance`."""
+        counts = [(stage.range, len(stage.instance_ids)) for stage in self.stages]
+        return ", ".join(f"{lengths}: {n} instance{'s' if n > 1 else ''}" for lengths, n in counts)
+
     def stage_index_of(self, length_tokens: int) -> int:
         """Index of the stage that a sequence of this length belongs to."""
         return bisect_right(self.boundaries_tokens, length_tokens)

@@ -1,0 +1,40 @@
+"""A profile of another model is refused, with what differs; one of another device is told."""
+
+from dataclasses import replace
+
+import pytest
+
+from cascadeinfer.config.profiles import load_profile
+from cascadeinfer.core.cost.identity import EngineIdentity
+from cascadeinfer.core.cost.suitability import check_suits
+from cascadeinfer.core.errors import ProfileError
+
+PROFILE = load_profile("h100-llama-3.1-8b")
+ENGINE = EngineIdentity(
+    engine="vllm", engine_version="0.32.0", model="meta-llama/Llama-3.1-8B", architecture="LlamaForCausalLM", layers=32,
+    hidden_size=4096, query_heads=32, kv_heads=8, head_size=128, vocabulary=128_256, experts=0, dtype="bfloat16",
+    kv_cache_dtype="auto", quantization="none", tensor_parallel=1, pipeline_parallel=1, device="NVIDIA L40S", threads=0,
+    attention_backend="FLASH_ATTN_2", eager=False, asynchronous=True,
+)  # fmt: skip
+
+
+def test_the_same_model_on_another_device_is_told() -> None:
+    """It may be used to start from; the device and the backend are named."""
+    (doubt,) = check_suits(PROFILE, ENGINE, PROFILE.kv_bytes_per_token)
+    assert "H100" in doubt
+    assert "NVIDIA L40S" in doubt
+
+
+def test_another_model_is_refused() -> None:
+    """The KV cache of a token says that it is another model."""
+    with pytest.raises(ProfileError, match="another model"):
+        check_suits(PROFILE, ENGINE, 2 * PROFILE.kv_bytes_per_token)
+
+
+def test_another_split_over_devices_is_refused() -> None:
+    """Step times of two devices are not those of one."""
+    from msgspec.structs import replace as changed
+
+    with pytest.raises(ProfileError, match="1 device"):
+        check_suits(PROFILE, changed(ENGINE, tensor_parallel=2), PROFILE.kv_bytes_per_token)
+    assert check_suits(replace(PROFILE, tensor_parallel=2), changed(ENGINE, tensor_parallel=2), PROFILE.kv_bytes_per_token)
