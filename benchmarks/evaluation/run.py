@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cells import Cell, Figures, Results, append, fingerprint, read, run_cell, write
 from grid import cells
-from report import write_report
+from page import write_report
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -90,7 +90,7 @@ def test_the_rate_within_a_limit_lies_between_the_loads_that_were_run(script: An
 
 def test_the_page_holds_the_results_and_keeps_its_words(script: Any, tmp_path: Path) -> None:
     """Tables are put between the markers, with the ratio of the point that was run and `-` for all others; points above 1 are named."""
-    cells, compare, grid, report = script("cells"), script("compare"), script("grid"), script("report")
+    cells, compare, grid, page_of = script("cells"), script("compare"), script("grid"), script("page")
     page = tmp_path / "evaluation.md"
     page.write_text(PAGE)
     point = compare.Point(grid.PAPER_GPUS[0], grid.TRACES[0], grid.LOADS[2])
@@ -99,7 +99,7 @@ def test_the_page_holds_the_results_and_keeps_its_words(script: Any, tmp_path: P
         for policy, norm in (("cascade", 12.0), ("llumnix", 10.0), ("round_robin", 40.0))
         for seed in grid.SEEDS
     }
-    report.write_report(results, page)
+    page_of.write_report(results, page)
     text = page.read_text()
     assert text.startswith("# Words")
     assert text.endswith("more words\n")
@@ -109,4 +109,4 @@ def test_the_page_holds_the_results_and_keeps_its_words(script: Any, tmp_path: P
     assert (tmp_path / "figures").is_dir()
     page.write_text("no markers")
     with pytest.raises(ValueError, match="tables"):
-        report.write_report(results, page)
+        page_of.write_report(results, page)

@@ -37,4 +37,6 @@ def test_another_split_over_devices_is_refused() -> None:
 
     with pytest.raises(ProfileError, match="1 device"):
         check_suits(PROFILE, changed(ENGINE, tensor_parallel=2), PROFILE.kv_bytes_per_token)
-    assert check_suits(replace(PROFILE, tensor_parallel=2), changed(ENGINE, tensor_parallel=2), PROFILE.kv_bytes_per_token)
+    assert check_suits(
+        replace(PROFILE, tensor_parallel=2), changed(ENGINE, tensor_parallel=2), PROFILE.kv_bytes_per_token
+    )
