@@ -52,17 +52,23 @@ def policy_spec(options: ServeOptions) -> PolicySpec:
     What makes the policy that the options name.
 
     Raises:
-        ConfigError: Stages or a profile are given to a policy that has none.
+        ConfigError: Stages, a profile or a bound of the queue are given to a policy that has none.
         ProfileError: The profile does not exist or cannot be read.
     """
     name = options.policy_name()
     layout = options.layout()
-    if options.profile is not None and name != CASCADE:
+    if name == CASCADE:
+        return _cascade_spec(options, layout)
+    if options.profile is not None:
         raise ConfigError(
             f"policy {name} needs no profile", option="--profile", fix=f"leave it out, or use --policy {CASCADE}"
         )
-    if name == CASCADE:
-        return _cascade_spec(options, layout)
+    if options.max_queued_requests != ServeOptions().max_queued_requests:
+        raise ConfigError(
+            f"policy {name} has no queue: its instances queue without a bound",
+            option="--max-queued-requests",
+            fix=f"leave it out, or use --policy {CASCADE}",
+        )
     if name in POLICIES_WITH_STAGES:
         return PolicySpec(name, {"layout": layout})
     if options.stages is not None:
@@ -77,7 +83,12 @@ def policy_spec(options: ServeOptions) -> PolicySpec:
 def _cascade_spec(options: ServeOptions, layout: StageLayout) -> PolicySpec:
     """The cascade as it serves: it learns what steps cost, from the profile if there is one, and plans from what it sees."""
     planning = PlanSettings(max_tokens=DEFAULT_MAX_TOKENS)
-    found: dict[str, Any] = {"layout": layout, "learning": LearningSettings(), "planning": planning}
+    found: dict[str, Any] = {
+        "layout": layout,
+        "learning": LearningSettings(),
+        "planning": planning,
+        "max_queued": options.max_queued_requests,
+    }
     if options.profile is not None:
         profile = load_profile(options.profile)
         pause = HandOverCost(pause_per_token_s=profile.kv_bytes_per_token / profile.transfer_bytes_per_s)

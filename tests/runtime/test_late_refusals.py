@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
-from runtime_cluster import Cluster, ScriptedPolicy
+import pytest
+from runtime_cluster import Client, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.effects import Effect, Reject
 from cascadeinfer.core.errors import RequestRejectedError
 from cascadeinfer.core.events import Event, RequestArrived, RequestFinished
+from cascadeinfer.core.policies.cascade import Cascade
 from support.virtual_time import virtual_time
 
 
@@ -109,3 +111,38 @@ async def test_a_refusal_of_somebody_unknown_is_nothing() -> None:
         refuse(cluster, "held")
         assert not cluster.runtime._performer.rejected
         assert cluster.runtime.n_live_requests == 0
+
+
+@virtual_time
+async def test_urgent_requests_push_waiting_ones_out_and_overload_passes() -> None:
+    """
+    Far more requests than fit: at most so many wait, urgent newcomers take the place of waiting ones, whose clients are told, every
+    other one ends whole, and afterwards requests are taken again.
+    """
+    policy = Cascade(max_queued=6)
+    async with Cluster(policy, "ab") as cluster:
+        heard = listen(cluster)
+        taken: list[Client] = []
+        refused = 0
+        for number in range(60):
+            try:
+                taken.append(await cluster.submit(f"r{number}", 60, 80, priority=5))
+            except RequestRejectedError:
+                refused += 1
+                cluster.clients.pop(f"r{number}")
+            assert policy.view.waits() <= 6
+        assert refused > 0
+        assert not heard()
+        urgent = [await cluster.submit(f"urgent{number}", 60, 80) for number in range(4)]
+        assert len(heard()) == 4
+        assert policy.view.waits() == 6
+        for client in taken + urgent:
+            await client.until_end()
+        whole = [client.request.request_id for client in taken + urgent if client.finish_reason == "length"]
+        assert sorted(whole + list(heard())) == sorted(c.request.request_id for c in taken + urgent)
+        assert all(client.finish_reason == "length" for client in urgent)
+        again = await cluster.submit("again", 60, 80, priority=9)
+        await again.until_end()
+        assert again.finish_reason == "length"
+        rejected = cluster.registry.get_sample_value("cascadeinfer_requests_total", {"outcome": "rejected"})
+        assert rejected == pytest.approx(refused + 4)

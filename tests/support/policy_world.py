@@ -131,12 +131,13 @@ class World:
         *,
         pin_reason: PinReason | None = None,
         prefix_hashes: Sequence[int] = (),
+        priority: int = 0,
     ) -> list[Effect]:
         """A request comes."""
         request = WorldRequest(request_id, prompt_tokens, max_output_tokens, pin_reason, prompt_tokens)
         self.requests[request_id] = request
         event = RequestArrived(
-            request_id, request_id, prompt_tokens, max_output_tokens, tuple(prefix_hashes), pin_reason
+            request_id, request_id, prompt_tokens, max_output_tokens, tuple(prefix_hashes), pin_reason, priority
         )
         effects = self.emit(event)
         self._check_placed()

@@ -42,6 +42,12 @@ class ServeOptions:
         "Cost profile that the cascade starts from: a shipped name or a file. Without it, costs are learnt from nothing first.",
         metavar="PROFILE",
     )
+    max_queued_requests: int = _option(
+        1024,
+        "Requests that may wait for room in front of the instances (policy cascade); more get HTTP 429.",
+        low=1,
+        high=1_000_000,
+    )
     report_interval_s: float = _option(0.1, "Seconds between load reports of an instance.", low=0.01, high=5.0)
     hang_timeout_s: float = _option(
         60.0, "An instance silent for this long is killed and restarted; above its longest step.", low=1.0, high=3600.0

@@ -92,8 +92,8 @@ class ClusterView:
         return self._available
 
     def unplaced(self) -> list[RequestView]:
-        """Requests that wait for a dispatch, in order of arrival."""
-        return sorted(self._unplaced.values(), key=attrgetter("arrival"))
+        """Requests that wait for a dispatch, in the order in which they should run: by priority, then arrival."""
+        return sorted(self._unplaced.values(), key=attrgetter("priority", "arrival"))
 
     def waits(self) -> int:
         """How many requests wait for a dispatch."""

@@ -10,8 +10,8 @@ load balancing by price and, between overloaded and idle instances, by migration
 When the layout changes nothing is moved at once: requests that are now too long for their instance's stage are handed over like all
 others, at most `max_migrations` per instance at a time; those that are too short stay.
 
-Overload: with `max_queued` set, requests that fit nowhere wait here, at most so many; more are refused with `retry_after_s`. Without it
-the engines queue, as with every other policy.
+Overload: with `max_queued` set, requests that fit nowhere wait here, by priority and then arrival, at most so many; of more the one that would
+run last is refused, with the time that the queue takes to drain (`core/admission.py`). Without it the engines queue, as with every other policy.
 
 Inputs read: reports, messages, the cost model when there is one. Source: arXiv 2512.19179. Options for ablations: `refine`, `rebalance`,
 `replan`, `migrate`.
@@ -20,6 +20,7 @@ Inputs read: reports, messages, the cost model when there is one. Source: arXiv 
 from functools import partial
 from heapq import heappop, heappush
 
+from cascadeinfer.core.admission import DrainRate, to_refuse
 from cascadeinfer.core.balance.agent import Agent
 from cascadeinfer.core.balance.bidask import NEVER, BidAskSettings, Outbox
 from cascadeinfer.core.balance.handover import HandoverRules
@@ -81,7 +82,7 @@ class Cascade:
             replan: Whether to plan at run time.
             migrate: Whether requests move at all.
             max_queued: Most requests that wait here for room; None: they do not wait here.
-            retry_after_s: Told to refused clients.
+            retry_after_s: Told to refused clients while no rate is known at which requests end.
             balance: Numbers of the bid-ask protocol.
             handover: When a request is handed over.
             refinement: How boundaries move.
@@ -95,6 +96,7 @@ class Cascade:
         self._migrate = migrate
         self._max_queued = max_queued
         self._retry_after_s = retry_after_s
+        self._drain = DrainRate()
         self._balance = balance or BidAskSettings()
         self._handover = handover or HandoverRules()
         self._adaptation = Adaptation(
@@ -138,9 +140,9 @@ class Cascade:
                 self.view.apply(event)
                 self._watch.arrived(event.request_id, now_s)
                 self._place_waiting(event.cause, effects)
-                self._refuse(event, effects)
+                self._refuse(event.cause, now_s, effects)
             case RequestFinished():
-                self._finish(event, effects)
+                self._finish(event, now_s, effects)
             case MigrationEnded():
                 self.view.apply(event)
                 for instance_id in (event.source_id, event.target_id):
@@ -161,7 +163,7 @@ class Cascade:
     # --- placing --------------------------------------------------------------------------------------------------------
 
     def _place_waiting(self, cause: str, effects: list[Effect]) -> None:
-        """Dispatch what waits, in order of arrival; a request that fits nowhere holds up only those of its stage."""
+        """Dispatch what waits, by priority and then arrival; what fits nowhere holds up only requests of its stage."""
         if not self.view.waits() or not self._members:
             return
         stuck: set[int] = set()
@@ -192,25 +194,33 @@ class Cascade:
             for index in (home + distance, home - distance)[: 2 if distance else 1]:
                 if 0 <= index < n and (chosen := cheapest_with_room(members[index], tokens)) is not None:
                     return chosen
-        return cheapest(members[home]) if self._max_queued is None else None
+        if self._max_queued is None:
+            return cheapest(members[home])
+        # One as long as the whole cache never has the spare block that `has_room` asks for: an idle instance takes it.
+        return next((i for i in self.view.available() if not i.committed_requests and not i.outbound), None)
 
-    def _refuse(self, event: RequestArrived, effects: list[Effect]) -> None:
-        """A request that could not be placed, with too many before it, is refused."""
-        request = self.view.requests[event.request_id]
-        if self._max_queued is None or request.place is not None or self.view.waits() <= self._max_queued:
+    def _refuse(self, cause: str, now_s: float, effects: list[Effect]) -> None:
+        """With too many that wait, the one that would run last is refused."""
+        if self._max_queued is None or self.view.waits() <= self._max_queued:
             return
-        refused = Reject(event.cause, event.request_id, "queue_full", self._retry_after_s)
+        last = to_refuse(self.view.unplaced())
+        if last is None:
+            return
+        retry_after_s = self._drain.retry_after_s(self._max_queued, now_s, self._retry_after_s)
+        refused = Reject(cause, last.request_id, "queue_full", retry_after_s)
         self.view.carry_out([refused])
-        self._watch.refused(event.request_id)
+        self._watch.refused(last.request_id)
         effects.append(refused)
 
-    def _finish(self, event: RequestFinished, effects: list[Effect]) -> None:
+    def _finish(self, event: RequestFinished, now_s: float, effects: list[Effect]) -> None:
         request = self.view.requests.get(event.request_id)
         if request is None:
             return
         self._watch.finished(request, event.output_tokens)
         self._learn_urgency(event.output_tokens)
         place = request.place
+        if place is not None:
+            self._drain.note_end(now_s)
         self.view.apply(event)
         if place is not None and (agent := self.agents.get(place.instance_id)) is not None:
             out = Outbox()

@@ -1,0 +1,30 @@
+"""`--max-queued-requests`: reaches the policy that has a queue, and is refused for those that have none."""
+
+import pytest
+
+from cascadeinfer.assemble import policy_spec
+from cascadeinfer.config.schema import ServeOptions
+from cascadeinfer.core.errors import ConfigError
+
+
+@pytest.mark.parametrize(("given", "bound"), [({}, 1024), ({"max_queued_requests": 7}, 7)])
+def test_the_bound_reaches_the_cascade(given: dict[str, int], bound: int) -> None:
+    """The cascade's queue is bounded, by default too."""
+    spec = policy_spec(ServeOptions(policy="cascade", **given))  # type: ignore[arg-type]
+    assert spec.options["max_queued"] == bound
+    spec.make()
+
+
+@pytest.mark.parametrize("name", ["least_loaded", "round_robin"])
+def test_a_policy_without_a_queue_refuses_a_bound(name: str) -> None:
+    """A bound that nobody would keep is an error that names the option and the way out; the default is none."""
+    policy_spec(ServeOptions(policy=name))
+    with pytest.raises(ConfigError, match="has no queue") as raised:
+        policy_spec(ServeOptions(policy=name, max_queued_requests=7))
+    assert raised.value.option == "--max-queued-requests"
+
+
+def test_no_queue_at_all_is_out_of_bounds() -> None:
+    """At least one request may wait."""
+    with pytest.raises(ConfigError):
+        ServeOptions(max_queued_requests=0)
