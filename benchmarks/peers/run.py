@@ -9,7 +9,7 @@ again, so a run may be interrupted, or cut into slices with `--starts` and `--bu
 exit code 3 while cells are missing, 0 when none is). All systems of a round get the same lengths and arrivals, with different words, so that nothing lies in a prefix cache from the
 system before. The order of the systems rotates from round to round.
 
-Beside each cell stand the load average and the share of the machine's processor time that went to other work while it ran.
+A cell in which the client came late is not kept. Beside each cell stand the load average and the share of the machine's processor time that went to other work while it ran.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 HERE = Path(__file__).parent
@@ -35,6 +36,7 @@ from workloads import CASES, write_trace  # noqa: E402
 
 from cascadeinfer.engines.models import embedded  # noqa: E402
 from cascadeinfer.engines.models.tiny import make_tiny_llama  # noqa: E402
+from cascadeinfer.observe.record_files import read_records  # noqa: E402
 
 OUT = ROOT / "out" / "peers"
 VENV = ROOT / "out" / "peers-venv"
@@ -42,6 +44,8 @@ REQUIREMENTS = HERE / "requirements.txt"
 INCOMPLETE = 3
 CELL_TIMEOUT_S = 400
 CLIENT_NICENESS = -10
+LATE_S = 0.25
+"""A cell whose requests went out later than this (99th percentile) says more about the client than about the system: it is measured again."""
 WARM_UP_REQUESTS = 12
 WARM_UP_RATE_RPS = 4.0
 
@@ -96,6 +100,15 @@ def replay(model: str, workload: str, system: str, number: int, services: list[S
         "others_cpu_share": max(0.0, all_s - servers_s - client_s) / capacity_s,
         "notes": [line for line in done.stderr.splitlines() if line.strip()],
     }
+    records = read_records(file.with_suffix(".part")).records
+    late_s = float(np.nanpercentile(records.dispatched_s - records.arrival_s, 99))
+    if late_s > LATE_S:
+        file.with_suffix(".part").unlink()
+        print(
+            f"{model} {workload} round {number} {system}: not kept, requests were sent {late_s:.2f} s late",
+            file=sys.stderr,
+        )
+        return
     file.with_suffix(".json").write_text(json.dumps(beside, indent=2) + "\n")
     file.with_suffix(".part").rename(file)
     print(

@@ -52,6 +52,7 @@ class FakeServer:
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     answered: int = 0
+    kept_connections: int = 0
     arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
     vocabulary: dict[str, int] = field(default_factory=dict)
 
@@ -85,6 +86,7 @@ class FakeServer:
         """POST /v1/completions and /v1/chat/completions."""
         content = await request.json()
         behaviour = self.behave(len(self.asked))
+        self.kept_connections += int(request.keep_alive)
         async with self.arrived:
             self.asked.append(content)
             self.arrived.notify_all()

@@ -60,6 +60,13 @@ async def test_times_are_in_order_and_count_from_the_due_time() -> None:
     assert records.ttft_s.tolist() == (records.first_token_s - TRACE.arrival_s).tolist()
 
 
+async def test_no_connection_is_used_twice() -> None:
+    """Requests ask for no keep-alive: a server that closes an idle connection just then would look as if it had failed."""
+    server = FakeServer()
+    await replayed(server)
+    assert server.kept_connections == 0
+
+
 async def test_arrivals_do_not_wait_for_answers() -> None:
     """While the server holds every answer back, all requests reach it: the loop is open."""
     gate = asyncio.Event()
