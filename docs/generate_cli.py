@@ -20,7 +20,9 @@ import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from cascadeinfer.cli.main import COMMANDS
-from cascadeinfer.config.schema import ServeOptions, flag_of
+from cascadeinfer.config.options import flag_of
+from cascadeinfer.config.profile_schema import ProfileOptions
+from cascadeinfer.config.schema import ServeOptions
 
 PAGE = Path(__file__).parent / "cli.md"
 HEAD = """\
@@ -38,6 +40,10 @@ Beside these, every engine and server option of vLLM's `vllm serve` works, `--dt
 is served (127.0.0.1); `--data-parallel-size` and `--kv-transfer-config` are refused, since `--instances` and live migration take their
 place.
 """
+PROFILE_NOTE = """\
+Beside these, every engine option of `vllm serve` works and has the same meaning (`cascadeinfer profile --help` lists them): give those that
+you will serve with. [profiling.md](profiling.md) says what is measured and what the numbers mean.
+"""
 
 
 def render() -> str:
@@ -51,21 +57,31 @@ def render() -> str:
             sections.append(
                 "`cascadeinfer serve [MODEL] [OPTIONS]`; without MODEL the embedded SmolLM2-135M-Instruct.\n\n"
             )
-            sections += [_table(_serve_rows()), "\n", SERVE_NOTE, "\n"]
+            sections += [_table(_schema_rows(ServeOptions)), "\n", SERVE_NOTE, "\n"]
+        elif name == "profile":
+            sections.append(
+                "`cascadeinfer profile [MODEL] [OPTIONS]`; without MODEL the embedded SmolLM2-135M-Instruct.\n\n"
+            )
+            sections += [_table(_schema_rows(ProfileOptions)), "\n", PROFILE_NOTE, "\n"]
     return "".join(sections).rstrip("\n") + "\n"
 
 
-def _serve_rows() -> Iterator[tuple[str, str, str, str]]:
-    for option in fields(ServeOptions):
+def _schema_rows(schema: type[Any]) -> Iterator[tuple[str, str, str, str]]:
+    for option in fields(schema):
         data = option.metadata
         if "choices" in data:
             values = ", ".join(f"`{choice}`" for choice in data["choices"])
         elif data["low"] is not None:
             values = f"{data['low']:g} to {data['high']:g}"
         else:
-            values = "text"
-        default = "" if option.default is None else f"`{option.default:g}`"
-        yield f"`{flag_of(option.name)}`", values, default, data["text"]
+            values = "flag" if isinstance(option.default, bool) else "text"
+        yield f"`{flag_of(option.name)}`", values, _default(option.default), data["text"]
+
+
+def _default(value: Any) -> str:
+    if value is None or value is False:
+        return ""
+    return f"`{value}`" if isinstance(value, str) else f"`{value:g}`"
 
 
 def _typed_sections(name: str, module: str, help_text: str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The composition root: the only module that knows every layer."""
 
+import asyncio
 import contextlib
 import logging
 from argparse import Namespace
@@ -27,11 +28,13 @@ from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.vllm.instance import VllmInstance
-from cascadeinfer.engines.vllm.launch import KvTransferSettings, VllmSource, parse_engine_args
+from cascadeinfer.engines.vllm.launch import KvTransferSettings, VllmSource, make_factories, parse_engine_args
+from cascadeinfer.engines.vllm.plain_request import make_plain_request
 from cascadeinfer.evaluation.provenance import commit_of
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
 from cascadeinfer.frontend.server import StopSignals, bind, serve
 from cascadeinfer.observe.event_log import EventLog, header_of
+from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.shell import Runtime
@@ -45,6 +48,8 @@ POLICIES_WITH_STAGES = ("cascade", "static_length", "static_stages")
 LEASE_MARGIN_S = 3.0
 """A pull must be over this long before the lease ends: clocks, a slow step, a late message."""
 STOP_TIMEOUT_S = 5.0
+PROFILE_LEASE_S = 30
+"""Of pulls that are measured: nobody waits for their blocks."""
 
 
 def policy_spec(options: ServeOptions) -> PolicySpec:
@@ -237,3 +242,38 @@ async def run_server(args: Namespace, options: ServeOptions) -> None:
         async with running_llm(runtime, log_stats=log_stats, log_requests=engine_args.enable_log_requests) as llm:
             await check_profile(runtime, options)
             await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s)
+
+
+@contextlib.asynccontextmanager
+async def running_subjects(args: Namespace, n_instances: int) -> AsyncIterator[list[Subject]]:
+    """
+    Engines to profile, started and connected; stopped at the end.
+
+    Raises:
+        ConfigError: An option of vLLM's is wrong; nothing has been started.
+        EngineError: An engine did not start.
+    """
+    names = tuple(str(i) for i in range(n_instances))
+    settings = KvTransferSettings(lease_s=PROFILE_LEASE_S)
+    factories = make_factories(parse_engine_args(args), names, settings, log_stats=False)
+    engines = [make(0) for make in factories.values()]
+    try:
+        capacities = await asyncio.gather(*(engine.start() for engine in engines))
+        for number, engine in enumerate(engines):
+            await engine.connect(engines[:number])
+        yield [await _subject(engine, capacity) for engine, capacity in zip(engines, capacities, strict=True)]
+    finally:
+        await asyncio.gather(*(engine.stop(STOP_TIMEOUT_S) for engine in engines), return_exceptions=True)
+
+
+async def _subject(engine: VllmInstance, capacity: InstanceCapacity) -> Subject:
+    told = await engine.identity()
+    return Subject(
+        engine=engine,
+        capacity=capacity,
+        max_model_tokens=engine.hello["max_model_len"],
+        identity=told.engine,
+        kv_bytes_per_token=told.kv_bytes_per_token,
+        make_request=make_plain_request,
+        multiprocessors=told.multiprocessors,
+    )

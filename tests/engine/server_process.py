@@ -45,7 +45,7 @@ class ServerProcess:
         """Until `/health/ready` says so with all instances."""
         self.poll(lambda: len(self.get("/health/ready").json()["instances"]) == n_instances, "ready", START_DEADLINE_S)
 
-    def poll(self, condition: Any, what: str, deadline_s: float = 60.0) -> None:
+    def poll(self, condition: Any, what: str, deadline_s: float = 120.0) -> None:
         """Until the condition holds; a refused connection is not an answer yet."""
         end_s = time.monotonic() + deadline_s
         while True:

@@ -400,7 +400,8 @@ async def test_identity(zoo: Zoo) -> None:
     told = await zoo.instances["sync"].identity()
     engine = told.engine
     assert (engine.layers, engine.hidden_size, engine.query_heads, engine.kv_heads) == (3, 128, 4, 2)
-    assert (engine.dtype, engine.attention_backend, engine.threads) == ("float32", "CPU_ATTN", 1)
+    assert (engine.dtype, engine.attention_backend) == ("float32", "CPU_ATTN")
+    assert engine.threads >= 1
     assert (engine.tensor_parallel, engine.eager, engine.asynchronous) == (1, True, False)
     assert told.kv_bytes_per_token == 2 * 3 * 2 * engine.head_size * 4  # K and V, layers, KV heads, float32
     assert told.multiprocessors is None

@@ -84,8 +84,12 @@ def test_models(client: openai.OpenAI) -> None:
 def test_completion_moves_and_stream_agrees(client: openai.OpenAI, server: ServerProcess) -> None:
     """A completion moves between the stages on its way, and its stream has the same text."""
     moved = server.metric("cascadeinfer_migrations_total", outcome="moved", reason="outgrew_stage")
-    completion = complete(client)
-    assert server.metric("cascadeinfer_migrations_total", outcome="moved") > moved
+    for _ in range(5):  # on a busy machine one may end before the server has looked at it
+        completion = complete(client)
+        if server.metric("cascadeinfer_migrations_total", outcome="moved", reason="outgrew_stage") > moved:
+            break
+    else:
+        pytest.fail("none of five completions moved")
     assert completion.usage.completion_tokens == N_TOKENS
     assert completion.choices[0].finish_reason == "length"
     assert streamed(client) == completion.choices[0].text

@@ -39,6 +39,9 @@ class Command(NamedTuple):
 COMMANDS: Final[dict[str, Command]] = {
     "serve": Command("cascadeinfer.cli.serve", "Serve a model on several vLLM instances (OpenAI API).", "serve"),
     "demo": Command("cascadeinfer.cli.demo", "Show it: two instances, real chat requests that move between them."),
+    "profile": Command(
+        "cascadeinfer.cli.profile", "Measure a model's step times on this machine; writes a cost profile.", "profile"
+    ),
     "plan": Command("cascadeinfer.cli.plan", "Plan length stages for a workload."),
     "simulate": Command("cascadeinfer.cli.simulate", "Simulate a workload under several policies."),
     "sweep": Command(

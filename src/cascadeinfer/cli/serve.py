@@ -6,9 +6,7 @@ The parser is vLLM's own with our options added, so every vLLM flag works and `-
 
 import logging
 import os
-import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import NoReturn
 
 from cascadeinfer.core.errors import ConfigError
@@ -44,6 +42,7 @@ def parse(argv: list[str]) -> Namespace:
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from cascadeinfer.cli.model_argument import EMBEDDED_NAME, model_of
     from cascadeinfer.config.schema import add_arguments
 
     parser = FlexibleArgumentParser(
@@ -54,7 +53,9 @@ def parse(argv: list[str]) -> Namespace:
     make_arg_parser(parser)
     add_arguments(parser)
     args: Namespace = parser.parse_args(argv)
-    args.model = _model_of(args, argv)
+    args.model, named = model_of(args, argv, "serving")
+    if not named:
+        args.served_model_name = args.served_model_name or [EMBEDDED_NAME]
     try:
         validate_parsed_serve_args(args)
         _import_parser_plugins(args)
@@ -88,22 +89,3 @@ def _import_parser_plugins(args: Namespace) -> None:
 
 def _refuse(message: str) -> NoReturn:
     raise ConfigError(message, fix="cascadeinfer serve --help lists the options")
-
-
-def _model_of(args: Namespace, argv: list[str]) -> str:
-    """The model named on the command line, or the embedded one."""
-    named = args.model_tag or (args.model if any(a == "--model" or a.startswith("--model=") for a in argv) else None)
-    if named is None:
-        from cascadeinfer.engines.models.embedded import prepare
-
-        sys.stderr.write("no model given: serving the embedded SmolLM2-135M-Instruct\n")
-        args.served_model_name = args.served_model_name or ["smollm2-135m-instruct"]
-        return str(prepare())
-    looks_like_path = named.startswith((".", "/", "~"))
-    if looks_like_path and not (Path(named).expanduser() / "config.json").is_file():
-        raise ConfigError(
-            f"{named} is not a model folder (it has no config.json)",
-            option="MODEL",
-            fix="name a Hugging Face folder or repository, or give none for the embedded model",
-        )
-    return str(Path(named).expanduser()) if looks_like_path else named

@@ -7,19 +7,15 @@ anything starts. A TOML file given as `--stages file.toml` holds `[[stages]]` ta
 
 import argparse
 import tomllib
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from cascadeinfer.config.options import add_options, check_bounds, options_from
+from cascadeinfer.config.options import option as _option
 from cascadeinfer.core.errors import ConfigError, PlanError
 from cascadeinfer.core.plan.layout import Stage, StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.types import InstanceId, LengthRange
-
-
-def _option(default: Any, text: str, *, low: float | None = None, high: float | None = None, **extra: Any) -> Any:
-    """A field with documentation and inclusive bounds."""
-    return field(default=default, metadata={"text": text, "low": low, "high": high, **extra})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +69,7 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         """Check every bound; raises ConfigError naming the option."""
-        for option in fields(self):
-            value, low, high = getattr(self, option.name), option.metadata["low"], option.metadata["high"]
-            if value is None or low is None:
-                continue
-            if not low <= value <= high:
-                raise ConfigError(f"{value} is not between {low} and {high}", option=flag_of(option.name))
+        check_bounds(self)
 
     @property
     def instance_ids(self) -> tuple[InstanceId, ...]:
@@ -116,27 +107,14 @@ class ServeOptions:
         return self.policy or ("static_stages" if self.stages is not None else "cascade")
 
 
-def flag_of(name: str) -> str:
-    """The command-line flag of a field."""
-    return "--" + name.replace("_", "-")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options to a parser, as a group of their own."""
-    group = parser.add_argument_group("CascadeInfer")
-    for option in fields(ServeOptions):
-        keywords: dict[str, Any] = {"default": option.default, "help": option.metadata["text"], "dest": option.name}
-        if "choices" in option.metadata:
-            keywords["choices"] = option.metadata["choices"]
-        else:
-            assert option.default is not MISSING
-            keywords["type"] = type(option.default) if option.default is not None else str
-        group.add_argument(flag_of(option.name), **keywords)
+    add_options(parser, ServeOptions)
 
 
 def options_of(namespace: argparse.Namespace) -> ServeOptions:
     """The checked options of a parsed command line."""
-    return ServeOptions(**{option.name: getattr(namespace, option.name) for option in fields(ServeOptions)})
+    return options_from(namespace, ServeOptions)
 
 
 def _stages_of_text(text: str) -> list[tuple[LengthRange, int]]:

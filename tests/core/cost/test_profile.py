@@ -117,7 +117,9 @@ def test_weights_that_do_not_fit_are_an_error() -> None:
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
 def test_other_schema_versions_are_refused_before_anything_else(version: int) -> None:
     """A file of another version is refused for that, whatever else is in it."""
-    with pytest.raises(ProfileError, match=rf"x\.json: schema version {version}, this program reads {SCHEMA_VERSION}"):
+    with pytest.raises(
+        ProfileError, match=rf"x\.json: schema version {version}, this program reads 1 and {SCHEMA_VERSION}"
+    ):
         decoded({"schema_version": version, "new_field": 1})
 
 

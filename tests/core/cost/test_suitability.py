@@ -40,3 +40,16 @@ def test_another_split_over_devices_is_refused() -> None:
     assert check_suits(
         replace(PROFILE, tensor_parallel=2), changed(ENGINE, tensor_parallel=2), PROFILE.kv_bytes_per_token
     )
+
+
+def test_a_measured_profile_is_for_its_engine() -> None:
+    """What differs by factors is refused with both values; another release is only told; the same engine is fine."""
+    from msgspec.structs import replace as changed
+
+    measured = replace(PROFILE, engine=ENGINE)
+    kv_bytes = PROFILE.kv_bytes_per_token
+    assert check_suits(measured, ENGINE, kv_bytes) == ()
+    (doubt,) = check_suits(measured, changed(ENGINE, engine_version="0.33.0"), kv_bytes)
+    assert "engine_version" in doubt
+    with pytest.raises(ProfileError, match="layers: 32 in the profile, 80 in the engine"):
+        check_suits(measured, changed(ENGINE, layers=80), kv_bytes)

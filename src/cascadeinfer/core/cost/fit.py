@@ -181,18 +181,33 @@ def residuals(model: StepModel, samples: StepSamples) -> tuple[RegionError, ...]
     Raises:
         ProfileError: There are no samples.
     """
+    return regions_of(samples, predict_s(model, samples))
+
+
+def regions_of(samples: StepSamples, predicted_s: Column) -> tuple[RegionError, ...]:
+    """
+    As `residuals`, for predictions made in any way, e.g. each by a model that has not seen the sample.
+
+    Raises:
+        ProfileError: There are no samples.
+    """
     if not len(samples):
         raise ProfileError("no samples to compare with")
-    error = predict_s(model, samples) / samples.step_s - 1.0
+    error = predicted_s / samples.step_s - 1.0
+    regions = region_masks(samples)
+    return (_region("all", error), *(_region(name, error[mask]) for name, mask in regions.items() if mask.any()))
+
+
+def region_masks(samples: StepSamples) -> dict[str, NDArray[np.bool_]]:
+    """Which samples are of each region of batches; every sample is of one."""
     decode, prefill = samples.n_decode > 0, samples.prefill_tokens > 0
     mixed = samples.kv_tokens_max * samples.n_decode > 1.5 * samples.kv_tokens
-    regions = {
+    return {
         "decode, like lengths": decode & ~prefill & ~mixed,
         "decode, mixed lengths": decode & ~prefill & mixed,
         "prefill": prefill & ~decode,
         "decode with prefill": prefill & decode,
     }
-    return (_region("all", error), *(_region(name, error[mask]) for name, mask in regions.items() if mask.any()))
 
 
 def hold_out(samples: StepSamples, share: float, rng: np.random.Generator) -> tuple[StepSamples, StepSamples]:

@@ -7,7 +7,10 @@ a KV capacity that does not follow from the memory figures are refused with the 
 `SCHEMA_VERSION` with every change of meaning; `CostProfile` is what the rest of the project sees.
 
 KV capacity as vLLM reckons it: what `gpu_memory_utilization` of the device leaves after weights and working memory, in whole
-blocks; tensor parallelism splits weights and KV heads over its devices.
+blocks; tensor parallelism splits weights and KV heads over its devices. A measured profile has the capacity that the engine itself said.
+
+Version 2 adds what a measured profile carries: the engine it is valid for, how it was measured, how transfers were. Version 1 files have
+none of it and load unchanged.
 """
 
 import math
@@ -16,11 +19,13 @@ from typing import Annotated, Final
 
 import msgspec
 
+from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.cost.latency import FIELDS, StepModel
 from cascadeinfer.core.errors import ProfileError
 from cascadeinfer.core.types import InstanceCapacity
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+READ_VERSIONS: Final = (1, 2)
 
 Positive = Annotated[float, msgspec.Meta(gt=0.0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0.0)]
@@ -76,6 +81,53 @@ class FitError(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """False: the samples are derived or simulated, not measured on this device."""
 
 
+class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """
+    How the steps were measured.
+
+    Attributes:
+        batches: Kinds of batch that were run.
+        left_out: Kinds that the engine could hold but the time did not allow.
+        rounds: How often, at most, each was run.
+        steps: Steps measured.
+        outliers: Steps left out: far longer than others of the same batch (compilation, a disturbance).
+        samples: Medians of like steps, which the coefficients are fitted to.
+        measuring_s: Seconds of measuring, the engine's start apart.
+        step_share: Sum of the steps' seconds over the wall time in which they ran.
+        max_decodes, max_kv_tokens, max_length_tokens, max_prefill_tokens: Largest values in a step; beyond them the model extrapolates.
+    """
+
+    batches: Count
+    left_out: Annotated[int, msgspec.Meta(ge=0)]
+    rounds: Count
+    steps: Count
+    outliers: Annotated[int, msgspec.Meta(ge=0)]
+    samples: Count
+    measuring_s: Positive
+    step_share: Positive
+    max_decodes: Annotated[int, msgspec.Meta(ge=0)]
+    max_kv_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    max_length_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    max_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class TransferMeasurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """
+    How the transfer of KV between two instances was measured.
+
+    Attributes:
+        pulls: Transfers measured.
+        longest_tokens: Tokens of the longest.
+        fixed_s: What a transfer takes beside its bytes.
+        spread: Half the distance of the quartiles of the rate over the rate.
+    """
+
+    pulls: Count
+    longest_tokens: Count
+    fixed_s: NotNegative
+    spread: NotNegative
+
+
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
     Where the numbers come from.
@@ -104,11 +156,15 @@ class ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     tensor_parallel: Count
     derived: bool
     coefficients: dict[str, Coefficient]
-    memory: Memory
     capacity: Limits
     transfer_bytes_per_s: Positive
     fit_errors: tuple[FitError, ...]
     provenance: Provenance
+    memory: Memory | None = None
+    kv_bytes_per_token: Count | None = None
+    engine: EngineIdentity | None = None
+    measurement: Measurement | None = None
+    transfer: TransferMeasurement | None = None
 
 
 class _Versioned(msgspec.Struct):
@@ -127,6 +183,10 @@ class CostProfile:
         transfer_bytes_per_s: Effective rate at which KV moves to another instance.
         derived: A main part was not measured on this device; `provenance.notes` says which.
         coefficient_errors: Standard errors of the fitted coefficients, in their units.
+        memory: What the capacity follows from; None when the engine said it.
+        engine: The engine it was measured on; None for one that was not measured on a running engine.
+        measurement: How; None likewise.
+        transfer: How transfers were measured; None: `transfer_bytes_per_s` is assumed.
     """
 
     name: str
@@ -141,8 +201,11 @@ class CostProfile:
     derived: bool
     coefficient_errors: dict[str, float]
     fit_errors: tuple[FitError, ...]
-    memory: Memory
+    memory: Memory | None
     provenance: Provenance
+    engine: EngineIdentity | None = None
+    measurement: Measurement | None = None
+    transfer: TransferMeasurement | None = None
 
     def transfer_s(self, tokens: int) -> float:
         """Seconds to move the KV of this many tokens to another instance, undisturbed."""
@@ -180,8 +243,9 @@ def decode_profile(raw: bytes, *, origin: str = "profile") -> CostProfile:
     """
     try:
         version = msgspec.json.decode(raw, type=_Versioned).schema_version
-        if version != SCHEMA_VERSION:
-            raise ProfileError(f"{origin}: schema version {version}, this program reads {SCHEMA_VERSION}")
+        if version not in READ_VERSIONS:
+            known = " and ".join(map(str, READ_VERSIONS))
+            raise ProfileError(f"{origin}: schema version {version}, this program reads {known}")
         file = msgspec.json.decode(raw, type=ProfileFile)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProfileError(f"{origin}: {error}") from None
@@ -204,9 +268,7 @@ def _checked(file: ProfileFile, origin: str) -> CostProfile:
     if file.coefficients["base_s"].value <= 0.0:
         raise ProfileError(f"{origin}: coefficients.base_s is zero: no step is free")
     limits, parallel = file.capacity, file.tensor_parallel
-    expected = kv_capacity_blocks(file.memory, tensor_parallel=parallel, block_size_tokens=limits.block_size_tokens)
-    if limits.kv_blocks != expected:
-        raise ProfileError(f"{origin}: capacity.kv_blocks is {limits.kv_blocks}, memory gives {expected}")
+    kv_bytes_per_token = _kv_bytes_per_token(file, origin)
     return CostProfile(
         name=file.name,
         model=file.model,
@@ -220,14 +282,39 @@ def _checked(file: ProfileFile, origin: str) -> CostProfile:
             max_num_seqs=limits.max_num_seqs,
             max_batched_tokens=limits.max_batched_tokens,
         ),
-        kv_bytes_per_token=file.memory.kv_bytes_per_token,
+        kv_bytes_per_token=kv_bytes_per_token,
         transfer_bytes_per_s=file.transfer_bytes_per_s,
         derived=file.derived,
         coefficient_errors={n: c.std_error for n, c in file.coefficients.items() if c.std_error is not None},
         fit_errors=file.fit_errors,
         memory=file.memory,
         provenance=file.provenance,
+        engine=file.engine,
+        measurement=file.measurement,
+        transfer=file.transfer,
     )
+
+
+def _kv_bytes_per_token(file: ProfileFile, origin: str) -> int:
+    """Bytes of a token's KV; refuses a capacity that memory figures contradict, and a file that tells too little or too much."""
+    measured = (file.engine, file.measurement, file.transfer, file.kv_bytes_per_token)
+    if file.schema_version == 1 and any(part is not None for part in measured):
+        raise ProfileError(f"{origin}: engine, measurement, transfer and kv_bytes_per_token came with schema version 2")
+    if file.engine is not None and file.engine.tensor_parallel != file.tensor_parallel:
+        raise ProfileError(f"{origin}: tensor_parallel is {file.tensor_parallel}, engine.tensor_parallel differs")
+    if file.memory is None:
+        if file.engine is None or file.kv_bytes_per_token is None:
+            raise ProfileError(f"{origin}: without memory, engine and kv_bytes_per_token are needed")
+        return file.kv_bytes_per_token
+    if file.kv_bytes_per_token not in {None, file.memory.kv_bytes_per_token}:
+        raise ProfileError(f"{origin}: kv_bytes_per_token differs from memory.kv_bytes_per_token")
+    limits = file.capacity
+    expected = kv_capacity_blocks(
+        file.memory, tensor_parallel=file.tensor_parallel, block_size_tokens=limits.block_size_tokens
+    )
+    if limits.kv_blocks != expected:
+        raise ProfileError(f"{origin}: capacity.kv_blocks is {limits.kv_blocks}, memory gives {expected}")
+    return file.memory.kv_bytes_per_token
 
 
 def encode_profile(profile: CostProfile) -> bytes:
@@ -256,5 +343,9 @@ def encode_profile(profile: CostProfile) -> bytes:
         transfer_bytes_per_s=profile.transfer_bytes_per_s,
         fit_errors=profile.fit_errors,
         provenance=profile.provenance,
+        kv_bytes_per_token=None if profile.memory is not None else profile.kv_bytes_per_token,
+        engine=profile.engine,
+        measurement=profile.measurement,
+        transfer=profile.transfer,
     )
     return msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"

@@ -6,7 +6,7 @@ A profile of another model is not slightly wrong but wrong by factors. One that 
 of a token and the split over devices must be the engine's, and what else differs is told, since it is a start value that is learnt from.
 """
 
-from cascadeinfer.core.cost.identity import EngineIdentity
+from cascadeinfer.core.cost.identity import EngineIdentity, foreign, stale
 from cascadeinfer.core.cost.profile import CostProfile
 from cascadeinfer.core.errors import ProfileError
 
@@ -26,6 +26,10 @@ def check_suits(profile: CostProfile, engine: EngineIdentity, kv_bytes_per_token
     Raises:
         ProfileError: It is of another model, or of another set-up.
     """
+    if profile.engine is not None:
+        if differences := foreign(profile.engine, engine):
+            raise ProfileError(f"profile {profile.name} is of another engine: {'; '.join(differences)}")
+        return stale(profile.engine, engine)
     if profile.tensor_parallel != engine.tensor_parallel:
         raise ProfileError(
             f"profile {profile.name} is of {profile.tensor_parallel} device(s) per instance, the engine has {engine.tensor_parallel}"

@@ -53,14 +53,6 @@ class InstanceIdentity(NamedTuple):
     multiprocessors: int | None
 
 
-class InstanceIdentity(NamedTuple):
-    """An engine's identity, bytes of a token's KV (all devices), multiprocessors of a device (None on a processor)."""
-
-    engine: EngineIdentity
-    kv_bytes_per_token: int
-    multiprocessors: int | None
-
-
 class InstanceClient(AsyncMPClient):
     """vLLM's client, told when its processes have been started."""
 

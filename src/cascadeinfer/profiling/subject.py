@@ -1,0 +1,32 @@
+"""What the profiler needs to know of the engine that it measures, beside the engine protocol."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cascadeinfer.core.cost.identity import EngineIdentity
+from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.engines.protocol import Engine, EngineRequest
+
+MakeRequest = Callable[[str, list[int], int], EngineRequest]
+"""From (request id, prompt token ids, output tokens): a request that ends at so many tokens and not before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """
+    A started engine.
+
+    Attributes:
+        capacity: What it said when it started.
+        max_model_tokens: Longest sequence it takes.
+        kv_bytes_per_token: Of the whole instance, all its devices together.
+        multiprocessors: Streaming multiprocessors of a device, which split rules of attention reckon with; None on a processor.
+    """
+
+    engine: Engine
+    capacity: InstanceCapacity
+    max_model_tokens: int
+    identity: EngineIdentity
+    kv_bytes_per_token: int
+    make_request: MakeRequest
+    multiprocessors: int | None = None

@@ -1,0 +1,108 @@
+"""Choosing and fitting the step model: split rules, noise, held-out errors, transfers."""
+
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+from profiled_engine import IDENTITY, TRUTH
+
+from cascadeinfer.core.cost.fit import StepSamples
+from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
+from cascadeinfer.profiling.fitting import fit_points, split_structure
+from cascadeinfer.profiling.log import PullRun
+from cascadeinfer.profiling.statistics import Points
+from cascadeinfer.profiling.transfer import rate_of
+
+H100 = msgspec.structs.replace(
+    IDENTITY, attention_backend="FLASH_ATTN_3", device="NVIDIA H100", layers=32, query_heads=32, kv_heads=8
+)
+MULTIPROCESSORS = 132
+
+
+def points(model: StepModel, noise: float, *, seed: int = 0, wild: int = 0) -> Points:
+    """Samples of forty kinds of batch with noise; the first `wild` are ten times too long."""
+    rng = np.random.default_rng(seed)
+    batches: list[BatchFeatures] = []
+    kinds: list[str] = []
+    for n in (1, 4, 16, 64):
+        for mean in (100, 1_000, 8_000):
+            for stretch in (1, 1, 6):
+                longest = min(mean * n, mean * stretch)
+                batches.append(BatchFeatures(n, mean * n, longest))
+                kinds.append(f"decode {n} {mean} {stretch}")
+    for chunk in (16, 64, 256, 1024, 4096):
+        for n, done in ((0, 0), (0, 8_000), (16, 0)):
+            batches.append(BatchFeatures(n, 500 * n, 500 if n else 0, chunk, chunk * done + chunk * (chunk + 1) / 2))
+            kinds.append(f"prompt {chunk} {n} {done}")
+    seconds = np.array([model.step_s(b) for b in batches]) * (1 + noise * rng.standard_normal(len(batches)))
+    seconds[:wild] *= 10.0
+    samples = StepSamples.of(batches, seconds)
+    ones = np.ones(len(samples), dtype=np.int64)
+    return Points(samples, tuple(kinds), ones, np.zeros(len(samples)), len(samples), 0, None)
+
+
+def test_held_out_error_is_the_noise() -> None:
+    """With 3 % noise the held-out error is about that of the noise: neither fitted away nor added to."""
+    fit = fit_points(points(TRUTH, 0.03))
+    assert fit.held_out[0].median == pytest.approx(0.67 * 0.03, rel=0.5)
+    assert fit.result.model.base_s == pytest.approx(TRUTH.base_s, rel=0.1)
+
+
+def test_wild_single_steps_are_left_out() -> None:
+    """Single steps ten times too long are counted as outliers and do not move the model."""
+    fit = fit_points(points(TRUTH, 0.01, wild=2))
+    assert fit.outliers == 2
+    assert fit.result.model.base_s == pytest.approx(TRUTH.base_s, rel=0.05)
+
+
+def test_split_rule_of_the_backend_is_used() -> None:
+    """On a device whose attention splits long requests, the form with its rule is chosen and predicts mixed batches."""
+    rule = split_structure(H100, MULTIPROCESSORS)
+    assert rule is not None
+    truth = replace(
+        rule,
+        base_s=7e-3,
+        per_decode_s=1e-5,
+        per_kv_token_s=4e-8,
+        per_prefill_token_s=2e-5,
+        per_prefill_attention_s=2e-10,
+        straggler_per_kv_token_s=1e-6,
+    )
+    fit = fit_points(points(truth, 0.002), rule)
+    assert fit.form.endswith("split")
+    assert fit.result.model.straggler_per_kv_token_s == pytest.approx(1e-6, rel=0.1)
+    assert fit.held_out[0].median < 0.01
+
+
+@pytest.mark.parametrize("backend", ["CPU_ATTN", "TRITON_ATTN", "FLASH_ATTN_4", "FLASH_ATTN"])
+def test_unknown_rules_are_not_guessed(backend: str) -> None:
+    """A backend whose split rule is not known gets none, and neither does a processor."""
+    assert split_structure(msgspec.structs.replace(H100, attention_backend=backend), MULTIPROCESSORS) is None
+    assert split_structure(H100, None) is None
+
+
+def pulls(per_token_s: float, fixed_s: float, noise_s: float = 0.0) -> list[PullRun]:
+    """Seven pulls of each of four lengths."""
+    rng = np.random.default_rng(0)
+    return [
+        PullRun(pulled_tokens=n, pull_s=max(0.0, fixed_s + per_token_s * n + noise_s * float(rng.standard_normal())))
+        for _ in range(7)
+        for n in (1_000, 2_000, 3_000, 4_000)
+    ]
+
+
+def test_rate_is_the_slope() -> None:
+    """A transfer that takes 2 us per token of 1000 bytes moves 500 MB/s, whatever it takes beside."""
+    rate = rate_of(pulls(2e-6, 0.02, 1e-4), 1_000)
+    assert rate.bytes_per_s == pytest.approx(5e8, rel=0.1)
+    assert rate.measurement.fixed_s == pytest.approx(0.02, rel=0.1)
+    assert rate.measurement.longest_tokens == 4_000
+    assert "slope" in rate.note
+
+
+def test_rate_of_pulls_that_hardly_grow_is_a_lower_bound() -> None:
+    """Where the time does not grow with the length, the longest pulls' whole time counts, and the note says so."""
+    rate = rate_of(pulls(0.0, 0.02, 2e-3), 1_000)
+    assert rate.bytes_per_s == pytest.approx(4_000 * 1_000 / 0.02, rel=0.2)
+    assert "faster than this" in rate.note

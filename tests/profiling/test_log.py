@@ -1,0 +1,122 @@
+"""The file of samples: what is in it survives an interruption, and is of one engine."""
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from profiled_engine import IDENTITY
+
+from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.profiling.log import BatchRun, Header, MeasuredStep, PullRun, SampleLog
+
+HEADER = Header(
+    log_version=1, engine=IDENTITY, kv_blocks=10, max_num_seqs=4, max_batched_tokens=64, max_model_tokens=256
+)
+RUN = BatchRun(kind="decode 1 x 16", round=0, wall_s=0.5, steps=[MeasuredStep(1, 17, 17, 0, 0.0, 0.01)])
+PULL = PullRun(pulled_tokens=100, pull_s=0.02)
+
+
+def written(path: Path, *runs: BatchRun | PullRun) -> bytes:
+    """A log with these runs; its bytes."""
+    with SampleLog(path) as log:
+        log.open(HEADER)
+        for run in runs:
+            log.add_pull(run) if isinstance(run, PullRun) else log.add(run)
+    return path.read_bytes()
+
+
+def read(path: Path, header: Header = HEADER) -> SampleLog:
+    """The log as a later run finds it."""
+    log = SampleLog(path)
+    log.open(header)
+    log.close()
+    return log
+
+
+def test_what_was_added_is_found_again(tmp_path: Path) -> None:
+    """Batches and transfers come back as they were, and more can be added."""
+    path = tmp_path / "p.samples.jsonl"
+    written(path, RUN, PULL)
+    with SampleLog(path) as log:
+        log.open(HEADER)
+        log.add(RUN)
+    assert read(path).runs == [RUN, RUN]
+    assert read(path).pulls == [PULL]
+
+
+@given(st.integers(0, 400))
+def test_a_cut_file_keeps_its_whole_lines(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    """Wherever the end of the file is lost, the runs before it are kept, and the next one is whole."""
+    path = tmp_path_factory.mktemp("cut") / "p.samples.jsonl"
+    raw = written(path, RUN, RUN, RUN)
+    header_ends = raw.index(b"\n") + 1
+    left = raw[: max(header_ends, len(raw) - cut)]
+    path.write_bytes(left)
+    whole = left.count(b"\n") - 1
+    with SampleLog(path) as log:
+        log.open(HEADER)
+        assert log.runs == [RUN] * whole
+        log.add(RUN)
+    assert read(path).runs == [RUN] * (whole + 1)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (msgspec.structs.replace(HEADER, engine=msgspec.structs.replace(IDENTITY, layers=80)), "layers: 2 .*80"),
+        (msgspec.structs.replace(HEADER, engine=msgspec.structs.replace(IDENTITY, eager=False)), "eager: True"),
+        (msgspec.structs.replace(HEADER, max_model_tokens=512), "max_model_tokens: 256 then, 512 now"),
+    ],
+)
+def test_steps_of_another_engine_are_refused(tmp_path: Path, header: Header, message: str) -> None:
+    """Going on with steps of another model or another configuration is an error that says what differs."""
+    written(tmp_path / "p.samples.jsonl", RUN)
+    with pytest.raises(ConfigError, match=f"--resume: .*of another engine .*{message}"):
+        read(tmp_path / "p.samples.jsonl", header)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    """A file that is no log is neither used nor overwritten."""
+    path = tmp_path / "p.samples.jsonl"
+    path.write_text("dear diary\n")
+    with pytest.raises(ConfigError, match="no file of steps"):
+        read(path)
+    assert path.read_text() == "dear diary\n"
+
+
+def test_resume_has_to_be_asked_for(tmp_path: Path) -> None:
+    """Steps that are there are neither overwritten nor added to unless asked, and asking without any is an error."""
+    path = tmp_path / "p.samples.jsonl"
+    with pytest.raises(ConfigError, match="--resume: there are no steps"):
+        SampleLog(path).check(resume=True)
+    SampleLog(path).check(resume=False)
+    assert not path.exists()
+    written(path, RUN)
+    with pytest.raises(ConfigError, match=r"--output: .*earlier run .*--resume"):
+        SampleLog(path).check(resume=False)
+    SampleLog(path).check(resume=True)
+    assert read(path).runs == [RUN]
+
+
+def test_a_file_that_cannot_be_written_is_found_before(tmp_path: Path) -> None:
+    """The check before measuring tries to write."""
+    with pytest.raises(ConfigError, match=r"--output: .*cannot be written"):
+        SampleLog(tmp_path / "no" / "p.samples.jsonl").check(resume=False)
+
+
+def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
+    """A disk that takes no more ends the run with how to go on; the log stays usable for reading."""
+    log = SampleLog(tmp_path / "p.samples.jsonl")
+    log.open(HEADER)
+    log.add(RUN)
+    assert log._descriptor is not None
+    with Path("/dev/full").open("wb") as full:
+        os.dup2(full.fileno(), log._descriptor)
+    with pytest.raises(ConfigError, match=r"No space left on device; 1 batches are kept .*--resume"):
+        log.add(RUN)
+    log.close()
+    assert log.runs == [RUN]
+    assert read(log.path).runs == [RUN]
