@@ -107,3 +107,18 @@ def test_a_request_that_runs_is_never_taken_for_shorter_than_it_is() -> None:
         recent.look(2.0, 1, Unfinished(np.array([1.0]), np.array([9000]), np.array([999]), np.array([5000])))
         is not None
     )
+
+
+def test_a_window_in_which_hardly_anything_long_has_ended_says_nothing() -> None:
+    """While most requests have outlived all that finished (a start, long outputs), lengths would be guesses: nothing is said."""
+    recent = RecentWorkload(300.0, 1 << 17)
+    for _ in range(500):
+        recent.note_arrival(0.0)
+    for _ in range(200):
+        recent.note_finished(100, 50, 0.0)
+    running = Unfinished(np.zeros(300), np.full(300, 100), np.full(300, 900), np.full(300, 10_000))
+    assert recent.look(30.0, 100, running) is None
+    for _ in range(290):
+        recent.note_finished(100, 1000, 0.0)
+    few = Unfinished(np.zeros(10), np.full(10, 100), np.full(10, 1100), np.full(10, 10_000))
+    assert recent.look(40.0, 100, few) is not None

@@ -123,7 +123,7 @@ def test_a_new_layout_moves_nothing_at_once() -> None:
         names = tuple(str(number) for number in range(n))
         return StageLayout.from_boundaries((50,), (names[:1], names[1:])) if len(calls) == 1 else None
 
-    settings = PlanSettings(interval_s=1.0, min_requests=1)
+    settings = PlanSettings(interval_s=1.0, min_requests=1, most_unknown=1.0)
     world = World(Cascade(planner=planner, planning=settings, rebalance=False, refine=False), LARGE)
     world.join("a", "b", "c")
     for number in range(18):
@@ -221,7 +221,9 @@ def test_instances_keep_their_order_when_stages_are_dealt_out() -> None:
         names = tuple(str(number) for number in range(n))
         return StageLayout.from_boundaries((500,), (names[:1], names[1:]))
 
-    world = World(Cascade(planner=planner, planning=PlanSettings(interval_s=1.0, min_requests=1)), LARGE)
+    world = World(
+        Cascade(planner=planner, planning=PlanSettings(interval_s=1.0, min_requests=1, most_unknown=1.0)), LARGE
+    )
     world.join("a")
     world.arrive("long", 4000)
     world.join("b", "c")
@@ -323,7 +325,12 @@ def test_a_fault_in_planning_leaves_the_layout_and_is_told() -> None:
         asked.append(arguments)
         raise RuntimeError("no such thing")
 
-    world = World(Cascade(layout=LAYOUT, planner=planner, planning=PlanSettings(interval_s=1.0, min_requests=1)), LARGE)
+    world = World(
+        Cascade(
+            layout=LAYOUT, planner=planner, planning=PlanSettings(interval_s=1.0, min_requests=1, most_unknown=1.0)
+        ),
+        LARGE,
+    )
     world.join("a", "b", "c")
     for number in range(8):
         world.arrive(f"r{number}", 50)

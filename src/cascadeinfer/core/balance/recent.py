@@ -44,6 +44,9 @@ class Unfinished:
         return len(self.arrived_s)
 
 
+MOST_UNKNOWN: Final = 0.1
+"""Share of requests that may outlive all that have finished; above, the window is too young to plan from (a start, all outputs long)."""
+
 NOBODY: Final = Unfinished(np.empty(0), *(np.empty(0, dtype=np.int64) for _ in range(3)))
 
 
@@ -79,7 +82,11 @@ class RecentWorkload:
             self._finished.append((prompt_tokens, output_tokens, arrived_s))
 
     def look(
-        self, now_s: float, min_requests: float, unfinished: Unfinished = NOBODY
+        self,
+        now_s: float,
+        min_requests: float,
+        unfinished: Unfinished = NOBODY,
+        most_unknown: float = MOST_UNKNOWN,
     ) -> tuple[LengthHistogram, float] | None:
         """
         What the workload is now.
@@ -88,9 +95,10 @@ class RecentWorkload:
             now_s: The time; not before that of the last look.
             min_requests: Fewest finished requests (fading) to say anything from.
             unfinished: What runs or waits now.
+            most_unknown: Share of requests that may outlive all that have finished.
 
         Returns:
-            Lengths, and requests per second (positive); None when too little has been seen.
+            Lengths, and requests per second (positive); None when too little has been seen, of requests or of how long they get.
         """
         if self._since_s is None or now_s <= self._since_s:
             return None
@@ -102,6 +110,9 @@ class RecentWorkload:
         self._watched_s = fade * self._watched_s + span_s
         self._new_arrivals = 0
         if self._seen < max(min_requests, 1.0) or self._arrivals <= 0.0:
+            return None
+        ages = self._weights(now_s, unfinished.arrived_s)
+        if self._survival.unknown(unfinished.output_tokens, ages) > most_unknown:
             return None
         whole = HistogramBuilder(max_tokens=self._max_tokens)
         whole.merge(self._builder)

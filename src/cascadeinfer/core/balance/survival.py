@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cascadeinfer.core.plan.histogram import DEFAULT_BUCKETS_PER_OCTAVE, log_edges
 
-MOST_FACTOR: Final = 8.0
+MOST_FACTOR: Final = 2.0
 """Outputs are not taken to get longer than so many times the longest known, or the request's own so far."""
 
 
@@ -52,12 +52,8 @@ class OutputSurvival:
         Yields:
             Per level, the output length of each request at that quantile of its future; more than it has.
         """
-        running = np.zeros_like(self._ended)
+        survival = self._survival(so_far_tokens, weights)
         bucket = self._bucket_of(so_far_tokens)
-        np.add.at(running, bucket, weights)
-        at_risk = np.cumsum((self._ended + running)[::-1])[::-1] - 0.5 * running
-        hazard = np.divide(self._ended, at_risk, out=np.zeros_like(at_risk), where=at_risk > 0.0)
-        survival = np.concatenate(([1.0], np.cumprod(1.0 - np.minimum(hazard, 1.0))))  # at each edge
         fallen = -survival  # increasing
         reached = survival[bucket]
         least = survival[-1]
@@ -70,6 +66,24 @@ class OutputSurvival:
             factor = np.divide(least, target, out=np.full_like(target, 1.0 / (1.0 - level)), where=target > 0.0)
             outputs = np.where(target > least, known, tail_tokens * np.minimum(factor, MOST_FACTOR))
             yield np.maximum(np.rint(outputs).astype(np.int64), so_far_tokens + 1)
+
+    def unknown(self, so_far_tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> float:
+        """
+        Share of requests that outlive all that is known: whatever is said of their lengths is a guess. 1.0 when nothing has ended.
+
+        Args:
+            so_far_tokens: Output so far of each request that runs.
+            weights: Of each.
+        """
+        return float(self._survival(so_far_tokens, weights)[-1])
+
+    def _survival(self, so_far_tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Share of requests that get as far as each edge."""
+        running = np.zeros_like(self._ended)
+        np.add.at(running, self._bucket_of(so_far_tokens), weights)
+        at_risk = np.cumsum((self._ended + running)[::-1])[::-1] - 0.5 * running
+        hazard = np.divide(self._ended, at_risk, out=np.zeros_like(at_risk), where=at_risk > 0.0)
+        return np.concatenate(([1.0], np.cumprod(1.0 - np.minimum(hazard, 1.0))))
 
     def _within(
         self, survival: NDArray[np.float64], index: NDArray[np.int64], target: NDArray[np.float64]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from cascadeinfer.core.balance.recent import NOBODY, RecentWorkload, Unfinished
+from cascadeinfer.core.balance.recent import MOST_UNKNOWN, NOBODY, RecentWorkload, Unfinished
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.plan.histogram import LengthHistogram
@@ -40,6 +40,7 @@ class PlanSettings:
         interval_s: Between two plans.
         memory_s: Time constant with which the past fades.
         min_requests: Fewest finished requests to plan from.
+        most_unknown: Share of requests that may outlive all that have finished; above, lengths are guesses and nothing is planned.
         margin: What several stages must gain over one.
         hysteresis: What a new plan must gain over the layout in force, when very many requests have been seen; see `needed_gain`.
         overload_share: Share of the capacity to plan for when the demand is above it.
@@ -53,6 +54,7 @@ class PlanSettings:
     interval_s: float = 30.0
     memory_s: float = 300.0
     min_requests: int = 200
+    most_unknown: float = MOST_UNKNOWN
     margin: float = DEFAULT_MARGIN
     hysteresis: float = 0.06
     overload_share: float = 0.9
@@ -198,7 +200,7 @@ class Replanner:
             A layout that is better by the margin, or None.
         """
         self._next_s = now_s + self._settings.interval_s
-        seen = self.workload.look(now_s, self._settings.min_requests, unfinished)
+        seen = self.workload.look(now_s, self._settings.min_requests, unfinished, self._settings.most_unknown)
         if seen is None:
             return None
         proposed = self._planner(*seen, capacity, len(ranked_ids), current)
