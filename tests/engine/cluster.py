@@ -104,7 +104,7 @@ class Cluster:
 
     def instance(self, instance_id: InstanceId) -> Engine:
         """A live engine."""
-        engine = self.runtime.engine(instance_id)
+        engine = self.runtime.fleet.engine(instance_id)
         assert engine is not None
         return engine
 

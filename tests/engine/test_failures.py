@@ -98,7 +98,7 @@ async def test_restarted_instance_takes_part_again(cluster: Cluster, kill: Kill)
     [expected] = await references(cluster, PROMPT)
     before = cluster.instance("1")
     kill("1")
-    await eventually(lambda: cluster.runtime.engine("1") is None, "noticed")
+    await eventually(lambda: cluster.runtime.fleet.engine("1") is None, "noticed")
     await cluster.all_up()
     assert cluster.instance("1") is not before
     moves = cluster.migrations("moved")
@@ -136,7 +136,7 @@ async def test_kill_under_load(cluster: Cluster, kill: Kill) -> None:
     for instance_id in ("1", "0", "2"):
         seen = cluster.migrations()
         await eventually(lambda seen=seen: running.done() or cluster.migrations() > seen, "some migration")
-        if cluster.runtime.engine(instance_id) is not None:
+        if cluster.runtime.fleet.engine(instance_id) is not None:
             kill(instance_id)
     assert await running == expected
 
@@ -172,7 +172,7 @@ async def test_hung_instance(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(supervisor, "_times", dataclasses.replace(supervisor._times, hang_s=1.0))
     await asyncio.sleep(2 * supervisor._times.report_s)  # the question under way has the old limit
     os.kill(hung.pid, signal.SIGSTOP)
-    await eventually(lambda: cluster.runtime.engine(victim) is not hung, "noticed")
+    await eventually(lambda: cluster.runtime.fleet.engine(victim) is not hung, "noticed")
     monkeypatch.undo()
     assert await running == expected
     await eventually(lambda: restarts(cluster) == restarted + 1, "one restart")

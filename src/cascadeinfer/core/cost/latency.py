@@ -107,12 +107,15 @@ def decode_attention_s(
             split_s = coefficients[10]
     if coefficients[16] > 0.0 and n_decode > coefficients[17]:
         alike = kv_tokens / (n_decode * kv_tokens_max)
-        waves = n_decode / coefficients[17]
-        last = waves - math.floor(waves)
-        if last > 0.0:
-            idle = max(0.0, straggler_s - last * coefficients[17] * coefficients[2] * kv_tokens_max)
-            balanced_s += alike * alike * idle
-        overlap = coefficients[16] * (1.0 - alike) * (1.0 - 1.0 / waves)
+        hidden = 1.0
+        if coefficients[17] > 0.0:
+            waves = n_decode / coefficients[17]
+            hidden = 1.0 - 1.0 / waves
+            last = waves - math.floor(waves)
+            if last > 0.0:
+                idle = max(0.0, straggler_s - last * coefficients[17] * coefficients[2] * kv_tokens_max)
+                balanced_s += alike * alike * idle
+        overlap = coefficients[16] * (1.0 - alike) * hidden
         return float(max(balanced_s, straggler_s) + overlap * min(balanced_s, straggler_s) + split_s)
     return float(max(balanced_s, straggler_s) + split_s)
 
