@@ -32,11 +32,11 @@ if __name__ == "__main__":
     measuring.quiet_environment()
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
 
     from cascadeinfer.engines.protocol import EngineRequest, KvTicket, Resume
     from cascadeinfer.engines.vllm.instance import VllmInstance
     from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
+    from cascadeinfer.engines.vllm.plain_request import request_with
 
 TOKENS_BEFORE = 24
 """At the source, after which it is cut; enough for a median of the time between tokens."""
@@ -63,11 +63,7 @@ def request_of(request_id: str, prompt: list[int]) -> EngineRequest:
     n_tokens = TOKENS_BEFORE + TOKENS_AFTER + 2  # the cut takes effect one or two tokens after it was asked for
     sampling = SamplingParams(temperature=0, max_tokens=n_tokens, ignore_eos=True)
     sampling.update_from_generation_config({}, None)
-    core = EngineCoreRequest(
-        request_id=request_id, prompt_token_ids=prompt, mm_features=None, sampling_params=sampling, pooling_params=None,
-        arrival_time=time.time(), lora_request=None, cache_salt=None, data_parallel_rank=None,
-    )  # fmt: skip
-    return EngineRequest(request_id, prompt, n_tokens, core)
+    return request_with(request_id, prompt, sampling)
 
 
 async def run_once(source: VllmInstance, target: VllmInstance, request_id: str, prompt: list[int], way: str) -> Run:

@@ -40,6 +40,7 @@ def main() -> int:
         if not options.traces.is_dir():
             parser.error(f"--traces: there is no folder {options.traces}")
         fill(results, options)
+        write(RESULTS, results, cells())
     order = [cell for cell in cells() if cell in results]
     if not order:
         parser.error("there are no results to report")
@@ -50,15 +51,10 @@ def main() -> int:
 
 
 def fill(results: Results, options: argparse.Namespace) -> None:
-    """Run the missing cells; each is kept as soon as it is there."""
+    """Run the missing cells; each is kept as soon as it is there, and what older code made until then."""
     code = fingerprint()
     wanted = [cell for cell in cells() if options.only in name_of(cell)]
     todo = [cell for cell in wanted if cell not in results or (results[cell].code != code and not options.keep)]
-    stale = [cell for cell in todo if cell in results]
-    for cell in stale:
-        del results[cell]
-    if stale:
-        write(RESULTS, results, results)
     columns = (
         TextColumn("simulating"),
         BarColumn(),

@@ -30,7 +30,7 @@ from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.launch import KvTransferSettings, VllmSource, make_factories, parse_engine_args
 from cascadeinfer.engines.vllm.plain_request import make_plain_request
-from cascadeinfer.evaluation.provenance import commit_of
+from cascadeinfer.evaluation.provenance import own_commit
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
 from cascadeinfer.frontend.server import StopSignals, bind, serve
 from cascadeinfer.observe.event_log import EventLog, header_of
@@ -96,7 +96,7 @@ def _cascade_spec(options: ServeOptions, layout: StageLayout) -> PolicySpec:
     }
     if options.profile is not None:
         profile = load_profile(options.profile)
-        pause = HandOverCost(pause_per_token_s=profile.kv_bytes_per_token / profile.transfer_bytes_per_s)
+        pause = HandOverCost(pause_per_token_s=profile.transfer_s(1))
         found |= {"step_model": profile.step_model, "planning": replace(planning, hand_over=pause)}
     return PolicySpec(CASCADE, found)
 
@@ -157,7 +157,7 @@ def event_log_of(options: ServeOptions) -> Iterator[EventLog | None]:
         policy_spec(options),
         source="runtime",
         instances=options.instance_ids,
-        commit=commit_of(Path(__file__).parent / "evaluation"),
+        commit=own_commit(),
     )
     path = Path(options.event_log)
     log = EventLog(path, header, max_bytes=options.event_log_mb * 1_000_000, files=options.event_log_files)

@@ -66,25 +66,15 @@ class VllmMaker:
     ) -> EngineRequest:
         """See Maker."""
         from vllm.sampling_params import SamplingParams
-        from vllm.v1.engine import EngineCoreRequest
+
+        from cascadeinfer.engines.vllm.plain_request import request_with
 
         prompt = [3 + (17 * i * i + 5 * i) % 500 for i in range(n_prompt)]
         params = SamplingParams(
             temperature=0.0, max_tokens=max_output_tokens, ignore_eos=True, stop_token_ids=list(stop_token_ids)
         )
         params.update_from_generation_config({}, 2)
-        payload = EngineCoreRequest(
-            request_id=request_id,
-            prompt_token_ids=prompt,
-            mm_features=None,
-            sampling_params=params,
-            pooling_params=None,
-            arrival_time=0.0,
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-        )
-        return EngineRequest(request_id, prompt, max_output_tokens, payload)
+        return request_with(request_id, prompt, params)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from conftest import QUICK_ENVIRONMENT
 START_DEADLINE_S = 240.0
 API_KEY = "sesame"
 MODEL = "tiny"
+OTHERS_WORDS = re.compile(r"\((EngineCore|Worker)|.*\"(GET|POST|DELETE) ")
+"""Lines of the log that are not the front end's own."""
 
 
 class ServerProcess:
@@ -54,9 +56,14 @@ class ServerProcess:
                     return
             except (httpx.TransportError, KeyError):
                 pass
-            assert self.process.poll() is None, f"the server ended: {self.log.read_text()[-2000:]}"
-            assert time.monotonic() < end_s, f"not within {deadline_s:g} s: {what}; {self.log.read_text()[-2000:]}"
+            assert self.process.poll() is None, f"the server ended: {self.story()}"
+            assert time.monotonic() < end_s, f"not within {deadline_s:g} s: {what}; {self.story()}"
             time.sleep(0.05)
+
+    def story(self, n_lines: int = 60) -> str:
+        """The end of the log without the engines' own words and the access log."""
+        lines = [line for line in self.log.read_text().splitlines() if not OTHERS_WORDS.match(line)]
+        return "\n".join(line[:300] for line in lines[-n_lines:])
 
     def get(self, path: str, *, key: str | None = API_KEY) -> httpx.Response:
         """A GET with the API key."""

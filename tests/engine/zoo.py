@@ -204,21 +204,9 @@ class Zoo:
     ) -> Attempt:
         """Send a new request."""
         request_id = request_id or f"r{next(self._numbers)}"
-        from vllm.v1.engine import EngineCoreRequest
+        from cascadeinfer.engines.vllm.plain_request import request_with
 
-        payload = EngineCoreRequest(
-            request_id=request_id,
-            prompt_token_ids=list(prompt),
-            mm_features=None,
-            sampling_params=params,
-            pooling_params=None,
-            arrival_time=time.time(),
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-        )
-        assert params.max_tokens is not None
-        request = EngineRequest(request_id, list(prompt), params.max_tokens, payload)
+        request = request_with(request_id, list(prompt), params)
         return await self._add(Attempt(instance, request_id, request), None)
 
     async def resume(

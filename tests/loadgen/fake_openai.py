@@ -86,9 +86,9 @@ class FakeServer:
         """POST /v1/completions and /v1/chat/completions."""
         content = await request.json()
         behaviour = self.behave(len(self.asked))
+        self.asked.append(content)  # before anything is waited for: no two requests have the same number
         self.kept_connections += int(request.keep_alive)
         async with self.arrived:
-            self.asked.append(content)
             self.arrived.notify_all()
         if behaviour.status != 200:
             return web.json_response({"error": {"message": "told to fail"}}, status=behaviour.status)

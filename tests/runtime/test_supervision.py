@@ -90,6 +90,23 @@ async def test_back_off_doubles_and_starts_anew() -> None:
 
 
 @virtual_time
+async def test_dead_instance_that_cannot_be_stopped() -> None:
+    """What goes wrong when a dead engine is put away is logged, and the instance is started again all the same."""
+    async with Cluster() as cluster:
+        engine, stop = cluster["a"], cluster["a"].stop
+
+        async def fail(timeout_s: float) -> None:
+            await stop(timeout_s)
+            raise ProcessLookupError("no such process")
+
+        engine.stop = fail  # type: ignore[method-assign]
+        engine.kill()
+        await cluster.until(lambda: len(cluster.engines["a"]) == 2)
+        await cluster.all_up()
+        assert "internal error while instance a was stopped" in cluster.defects.pop()
+
+
+@virtual_time
 async def test_hung_instance_is_replaced() -> None:
     """An instance that answers nothing for `hang_s` is killed and restarted; its requests go on elsewhere."""
     policy = ScriptedPolicy({"r": "a"})

@@ -242,7 +242,7 @@ async def _replay(
 
 def _header(label: str, slo: "Slo", warm_up: float, long_tokens: int | None, **more: Any) -> dict[str, Any]:
     from cascadeinfer import __version__
-    from cascadeinfer.evaluation.provenance import commit_of
+    from cascadeinfer.evaluation.provenance import own_commit
 
     return {
         "label": label,
@@ -250,7 +250,7 @@ def _header(label: str, slo: "Slo", warm_up: float, long_tokens: int | None, **m
         "warm_up": warm_up,
         "long_tokens": long_tokens,
         "version": __version__,
-        "commit": commit_of(Path(__file__).parent.parent / "evaluation"),
+        "commit": own_commit(),
         "command": sys.argv,
         "load_average": os.getloadavg()[0],
         **more,

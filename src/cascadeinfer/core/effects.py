@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from cascadeinfer.core.balance.messages import BalanceMessage
+from cascadeinfer.core.events import MigrationEnded, MigrationOutcome
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
 
@@ -57,6 +58,12 @@ class StartMigration:
     source_id: InstanceId
     target_id: InstanceId
     reason: MigrationReason
+
+    def ended(self, outcome: MigrationOutcome, detail: str) -> MigrationEnded:
+        """The event in which it ends."""
+        return MigrationEnded(
+            self.cause, self.migration_id, self.request_id, self.source_id, self.target_id, outcome, detail
+        )
 
 
 @dataclass(frozen=True, slots=True)

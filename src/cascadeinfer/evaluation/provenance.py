@@ -24,7 +24,7 @@ def provenance(profile: CostProfile, seeds: Sequence[int], words: Sequence[str] 
     return {
         "simulated": True,
         "version": __version__,
-        "commit": commit_of(Path(__file__).parent),
+        "commit": own_commit(),
         "python": sys.version.split()[0],
         "numpy": np.__version__,
         "command": list(sys.argv if words is None else words),
@@ -35,13 +35,13 @@ def provenance(profile: CostProfile, seeds: Sequence[int], words: Sequence[str] 
     }
 
 
-def commit_of(folder: Path) -> str | None:
-    """The commit of the checkout that holds this folder, with `+changes` when files differ from it; None outside of one."""
+def own_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with `+changes` when files differ from it; None outside of one."""
 
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(  # noqa: S603 - fixed words
-                ["git", "-C", str(folder), *words],  # noqa: S607 - found on the path, as the user's shell would
+                ["git", "-C", str(Path(__file__).parent), *words],  # noqa: S607 - found on the path, as the user's shell would
                 capture_output=True, text=True, timeout=10, check=False,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired):

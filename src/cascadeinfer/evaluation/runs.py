@@ -16,7 +16,7 @@ import numpy as np
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.core.policies.spec import PolicySpec
-from cascadeinfer.evaluation.provenance import commit_of
+from cascadeinfer.evaluation.provenance import own_commit
 from cascadeinfer.evaluation.setting import Setting
 from cascadeinfer.evaluation.variants import policy_spec, starts_with_plan
 from cascadeinfer.observe.event_log import header_of, write_log_file
@@ -172,7 +172,7 @@ def _logging(path: Path | None, setting: Setting, spec: RunSpec, policy: PolicyS
         policy,
         source="simulator",
         instances=instance_ids(setting.n_instances),
-        commit=commit_of(Path(__file__).parent),
+        commit=own_commit(),
         profile=setting.profile.name,
         about={
             "variant": spec.policy,

@@ -59,8 +59,7 @@ class Setting:
     @property
     def hand_over(self) -> HandOverCost:
         """Price of a hand-over over this profile's links."""
-        profile = self.profile
-        return HandOverCost(pause_per_token_s=profile.kv_bytes_per_token / profile.transfer_bytes_per_s)
+        return HandOverCost(pause_per_token_s=self.profile.transfer_s(1))
 
     @cached_property
     def one_stage_capacity_rps(self) -> float:

@@ -169,8 +169,10 @@ class Elasticity:
             self._listener.instance_down(state.instance_id, how)
         elif was_up:
             how, error = "died while it drained", state.last_error
-        await state.supervisor.stop(STOP_TIMEOUT_S)
-        self._remove(state, how, error)
+        try:
+            await state.supervisor.stop(STOP_TIMEOUT_S)
+        finally:
+            self._remove(state, how, error)
 
     def _is_empty(self, state: InstanceState) -> bool:
         report = state.report

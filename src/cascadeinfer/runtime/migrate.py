@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from cascadeinfer.core.effects import MigrationReason, StartMigration
+from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import MigrationOutcome
 from cascadeinfer.core.migration import Action, Happening, Migration, State
@@ -46,6 +46,7 @@ class MigrationRecord:
     A migration and what is known of it.
 
     Attributes:
+        effect: What the policy asked for.
         source_request_id: The attempt's id at the source, for abort and unpin.
         ticket: The source's ticket, once cut.
         cut_s: When the cut took effect, on the loop's clock.
@@ -54,8 +55,7 @@ class MigrationRecord:
 
     migration: Migration
     stream: Stream
-    reason: MigrationReason
-    cause: str
+    effect: StartMigration
     source_request_id: str
     started_s: float
     ticket: KvTicket | None = None
@@ -125,8 +125,7 @@ class Migrator:
         record = MigrationRecord(
             migration,
             stream,
-            effect.reason,
-            effect.cause,
+            effect,
             stream.engine_request_id,
             asyncio.get_running_loop().time(),
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
-from cascadeinfer.core.events import Event, MessageReceived, MigrationEnded, MigrationOutcome
+from cascadeinfer.core.events import Event, MessageReceived, MigrationOutcome
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import Resume
 from cascadeinfer.runtime.commands import Commands
@@ -112,36 +112,17 @@ class Performer:
         if stream is None or stream.migration is not None or stream.instance_id != effect.source_id:
             # The request ended or was moved by a death since the policy's last look: the migration ends before it began.
             outcome = MigrationOutcome.ENDED if stream is None else MigrationOutcome.STAYED
-            self._emit_migration_ended(effect, outcome, "stale")
+            self._end_migration(effect, outcome, "stale")
             return
         self.migrator.start(effect, stream)
 
     def _migration_ended(self, record: MigrationRecord, outcome: MigrationOutcome) -> None:
-        migration = record.migration
         detail = record.detail if outcome is not MigrationOutcome.MOVED else ""
         if record.pause_s is not None and outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
             self._metrics.pause.labels(outcome.value).observe(record.pause_s)
-        effect = StartMigration(
-            record.cause,
-            migration.migration_id,
-            migration.request_id,
-            migration.source_id,
-            migration.target_id,
-            record.reason,
-        )
-        self._emit_migration_ended(effect, outcome, detail)
+        self._end_migration(record.effect, outcome, detail)
 
-    def _emit_migration_ended(self, effect: StartMigration, outcome: MigrationOutcome, detail: str) -> None:
+    def _end_migration(self, effect: StartMigration, outcome: MigrationOutcome, detail: str) -> None:
         self._metrics.migrations.labels(outcome.value, effect.reason.value, detail).inc()
         self.migration_counts[outcome.value] = self.migration_counts.get(outcome.value, 0) + 1
-        self._emit(
-            MigrationEnded(
-                effect.cause,
-                effect.migration_id,
-                effect.request_id,
-                effect.source_id,
-                effect.target_id,
-                outcome,
-                detail,
-            )
-        )
+        self._emit(effect.ended(outcome, detail))

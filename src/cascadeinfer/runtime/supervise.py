@@ -119,12 +119,12 @@ class Supervisor:
             logger.error("instance %s is down: %s", self.instance_id, why)
             self._listener.instance_down(self.instance_id, why)
             if self._retired:
-                await engine.stop(0.0)
+                await self._put_away(engine)
                 return
             failures = 0 if loop.time() - born_s > self._times.steady_s else failures
             started: InstanceCapacity | None = None
             while started is None:
-                await engine.stop(0.0)
+                await self._put_away(engine)
                 await asyncio.sleep(min(self._times.backoff_first_s * 2**failures, self._times.backoff_max_s))
                 failures += 1
                 self.restarts += 1
@@ -139,6 +139,13 @@ class Supervisor:
                     self.last_error = str(error)
                     logger.exception("instance %s did not restart", self.instance_id)
             capacity = started
+
+    async def _put_away(self, engine: Engine) -> None:
+        """What is left of a dead engine must not keep the next one from starting."""
+        try:
+            await engine.stop(0.0)
+        except Exception:
+            logger.exception("internal error while instance %s was stopped", self.instance_id)
 
     async def _one_life(self, engine: Engine, capacity: InstanceCapacity) -> str:
         """From up to down; returns why it went down."""

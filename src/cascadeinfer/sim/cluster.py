@@ -24,7 +24,6 @@ from cascadeinfer.core.events import (
     InstanceReport,
     InstanceReported,
     MessageReceived,
-    MigrationEnded,
     MigrationOutcome,
     RequestArrived,
     RequestFinished,
@@ -250,7 +249,7 @@ class SimCluster:
         """Record it and tell the policy."""
         detail = move.detail if outcome is not MigrationOutcome.MOVED else ""
         self.recorder.migration(move, outcome, detail, self.fleet.numbers)
-        self._emit_migration_ended(move.effect, outcome, detail)
+        self._emit(move.effect.ended(outcome, detail))
         for instance_id in (move.migration.source_id, move.migration.target_id):
             if instance_id in self.fleet.draining and (instance := self.instance(instance_id)) is not None:
                 self.kernel.at(self.kernel.now_s, Priority.CONTROL, self._leave_if_empty, instance)
@@ -334,22 +333,9 @@ class SimCluster:
         ):
             # The request ended or was moved by a death since the policy's last look: the migration ends before it began.
             outcome = MigrationOutcome.ENDED if request is None else MigrationOutcome.STAYED
-            self._emit_migration_ended(effect, outcome, "stale")
+            self._emit(effect.ended(outcome, "stale"))
             return
         self.migrator.start(effect, request, source.scheduler.length_of(request))
-
-    def _emit_migration_ended(self, effect: StartMigration, outcome: MigrationOutcome, detail: str) -> None:
-        self._emit(
-            MigrationEnded(
-                effect.cause,
-                effect.migration_id,
-                effect.request_id,
-                effect.source_id,
-                effect.target_id,
-                outcome,
-                detail,
-            )
-        )
 
     def _send(self, effect: SendMessage) -> None:
         self.messages_sent += 1

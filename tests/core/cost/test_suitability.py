@@ -1,21 +1,18 @@
 """A profile of another model is refused, with what differs; one of another device is told."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from cascadeinfer.config.profiles import load_profile
-from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.cost.suitability import check_suits
 from cascadeinfer.core.errors import ProfileError
+from support.engine_identity import engine_identity
 
 PROFILE = load_profile("h100-llama-3.1-8b")
-ENGINE = EngineIdentity(
-    engine="vllm", engine_version="0.32.0", model="meta-llama/Llama-3.1-8B", architecture="LlamaForCausalLM", layers=32,
-    hidden_size=4096, query_heads=32, kv_heads=8, head_size=128, vocabulary=128_256, experts=0, dtype="bfloat16",
-    kv_cache_dtype="auto", quantization="none", tensor_parallel=1, pipeline_parallel=1, device="NVIDIA L40S", threads=0,
-    attention_backend="FLASH_ATTN_2", eager=False, asynchronous=True,
-)  # fmt: skip
+engine = partial(engine_identity, device="NVIDIA L40S", attention_backend="FLASH_ATTN_2")
+ENGINE = engine()
 
 
 def test_the_same_model_on_another_device_is_told() -> None:
@@ -33,23 +30,17 @@ def test_another_model_is_refused() -> None:
 
 def test_another_split_over_devices_is_refused() -> None:
     """Step times of two devices are not those of one."""
-    from msgspec.structs import replace as changed
-
     with pytest.raises(ProfileError, match="1 device"):
-        check_suits(PROFILE, changed(ENGINE, tensor_parallel=2), PROFILE.kv_bytes_per_token)
-    assert check_suits(
-        replace(PROFILE, tensor_parallel=2), changed(ENGINE, tensor_parallel=2), PROFILE.kv_bytes_per_token
-    )
+        check_suits(PROFILE, engine(tensor_parallel=2), PROFILE.kv_bytes_per_token)
+    assert check_suits(replace(PROFILE, tensor_parallel=2), engine(tensor_parallel=2), PROFILE.kv_bytes_per_token)
 
 
 def test_a_measured_profile_is_for_its_engine() -> None:
     """What differs by factors is refused with both values; another release is only told; the same engine is fine."""
-    from msgspec.structs import replace as changed
-
     measured = replace(PROFILE, engine=ENGINE)
     kv_bytes = PROFILE.kv_bytes_per_token
     assert check_suits(measured, ENGINE, kv_bytes) == ()
-    (doubt,) = check_suits(measured, changed(ENGINE, engine_version="0.33.0"), kv_bytes)
+    (doubt,) = check_suits(measured, engine(engine_version="0.33.0"), kv_bytes)
     assert "engine_version" in doubt
     with pytest.raises(ProfileError, match="layers: 32 in the profile, 80 in the engine"):
-        check_suits(measured, changed(ENGINE, layers=80), kv_bytes)
+        check_suits(measured, engine(layers=80), kv_bytes)

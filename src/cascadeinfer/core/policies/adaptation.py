@@ -29,12 +29,12 @@ class Adapted:
 
     Attributes:
         layout: Why the roster's wish is another one; empty when it is not.
-        model: There is another cost model.
+        model: The cost model from now on; None when it is the same.
         failure: Why nothing could be planned; empty when all went well.
     """
 
     layout: str = ""
-    model: bool = False
+    model: StepModel | None = None
     failure: str = ""
 
 
@@ -85,11 +85,11 @@ class Adaptation:
         self._refiners: dict[int, BoundaryRefiner] = {}
         self._next_refine_s = 0.0
         self._recent = RecentWorkload(refinement.memory_s, planning.max_tokens)
-        self._planner = None if planner is not None else ModelPlanner(self.model, planning)
         has_model = model is not None or learner is not None
         workloads = [self._recent] if refine and has_model else []
-        planner = planner or self._planner if replan and (planner is not None or has_model) else None
-        self._replanner = None if planner is None else Replanner(planner, planning)
+        self._planner = ModelPlanner(model, planning) if planner is None and has_model else None
+        asked = planner or self._planner
+        self._replanner = Replanner(asked, planning) if replan and asked is not None else None
         if self._replanner is not None:
             workloads.append(self._replanner.workload)
         self.watch = WorkloadWatch(workloads)
@@ -113,7 +113,7 @@ class Adaptation:
             self.model = self._learner.model
             if self._planner is not None:
                 self._planner.model = self.model
-            return Adapted(model=True)
+            return Adapted(model=self.model)
         if self._replanner is not None and self._replanner.is_due(now_s):
             return self._plan(self._replanner, members, now_s)
         if self._refines and now_s >= self._next_refine_s:

@@ -314,9 +314,8 @@ class Cascade:
         if self.roster.layout is None:
             return
         adapted = self._adaptation.step(self._members, now_s)
-        if adapted.model and self._adaptation.model is not None:
-            model = self._adaptation.model
-            self.view.reprice(partial(pricing_of, model))
+        if adapted.model is not None:
+            self.view.reprice(partial(pricing_of, adapted.model))
         if adapted.failure:
             effects.append(PublishLayout(cause, self.roster.layout, failure=adapted.failure))
         if adapted.layout:

@@ -1,4 +1,4 @@
-"""Requests that are made here and not by vLLM's front end: token ids in, a given number of greedy tokens out."""
+"""Requests that are made here and not by vLLM's front end: for profiles, benchmarks and tests. Token ids in, token ids out."""
 
 import time
 
@@ -18,6 +18,12 @@ def make_plain_request(request_id: str, prompt_token_ids: list[int], max_output_
         output_kind=RequestOutputKind.DELTA,
     )
     params.update_from_generation_config({}, None)
+    return request_with(request_id, prompt_token_ids, params)
+
+
+def request_with(request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> EngineRequest:
+    """A request of text with these sampling parameters, `max_tokens` among them."""
+    assert params.max_tokens is not None
     payload = EngineCoreRequest(
         request_id=request_id,
         prompt_token_ids=prompt_token_ids,
@@ -29,4 +35,4 @@ def make_plain_request(request_id: str, prompt_token_ids: list[int], max_output_
         cache_salt=None,
         data_parallel_rank=None,
     )
-    return EngineRequest(request_id, prompt_token_ids, max_output_tokens, payload)
+    return EngineRequest(request_id, prompt_token_ids, params.max_tokens, payload)

@@ -58,7 +58,7 @@ def identity_of(core: EngineCore) -> dict[str, Any]:
             "threads": worker["threads"],
             "attention_backend": worker["attention_backend"],
             "eager": bool(model.enforce_eager),
-            "asynchronous": bool(config.scheduler_config.async_scheduling),
+            "asynchronous": core.async_scheduling,  # what the core was made with; it completes its configuration anew afterwards
         },
         "multiprocessors": worker["multiprocessors"],
     }

@@ -1,0 +1,64 @@
+"""Stopping a vLLM instance whose processes end by themselves at the same moment."""
+
+import multiprocessing
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from cascadeinfer.engines.vllm import instance
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+class Client:
+    """A client whose engine is a sleeping process, and whose shutdown fails as vLLM's does when a worker ends meanwhile."""
+
+    def __init__(self) -> None:
+        """Start the process."""
+        process = SPAWN.Process(target=time.sleep, args=(600,), daemon=True)
+        process.start()
+        self.process = process
+        self.n_manager_shutdowns = 0
+        self.is_cleaned = False
+        self.resources: Any = self
+
+    def __call__(self) -> None:
+        """Of the resources: close sockets."""
+        self.is_cleaned = True
+
+    @property
+    def engine_manager(self) -> Any:
+        """Of the resources."""
+        return SimpleNamespace(processes=[self.process], shutdown=self._manager_shutdown)
+
+    def shutdown(self, timeout_s: float) -> None:
+        """Fails half-way."""
+        assert timeout_s == 0.0
+        raise psutil.NoSuchProcess(1)
+
+    def _manager_shutdown(self, timeout_s: float) -> None:
+        assert timeout_s == 0.0
+        self.n_manager_shutdowns += 1
+
+
+def test_shutdown_is_brought_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is dead afterwards, even if a second try to kill it fails as the first did, and the client's sockets are closed."""
+    client = Client()
+    kill = instance.kill_process_tree
+    tries: list[int] = []
+
+    def kill_later(pid: int) -> None:
+        tries.append(pid)
+        if len(tries) == 1:
+            raise psutil.NoSuchProcess(pid)
+        kill(pid)
+
+    monkeypatch.setattr(instance, "kill_process_tree", kill_later)
+    instance._shut_down(client, 0.0)  # type: ignore[arg-type]
+    assert tries == [client.process.pid] * 2
+    assert not client.process.is_alive()
+    assert client.n_manager_shutdowns == 1
+    assert client.is_cleaned
