@@ -108,7 +108,7 @@ def keys_of(value: Any) -> Iterator[str]:
 def test_operating_page_has_every_field_of_the_snapshot() -> None:
     """Each field of `/admin/instances` is explained in docs/operating.md."""
     streams = StreamTable()
-    streams.place(streams.open(EngineRequest("r", [1, 2], 3, None)), "0")
+    streams.place(streams.open(EngineRequest("r", [1, 2], 3, None), 0.0), "0")
     supervisor = Supervisor("0", lambda _: pytest.fail("started"), None, SupervisionTimes())  # type: ignore[arg-type]
     shown = snapshot(
         [InstanceState(supervisor, drain=Drain(0.0, 1.0, 1))],

@@ -2,15 +2,22 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
+import math
+import multiprocessing
+import socket
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, MutableSequence
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import uvloop
 from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.logger import configure_logging_from_args
 
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.config.profiles import load_profile
@@ -23,16 +30,37 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.plan.histogram import DEFAULT_MAX_TOKENS, LengthHistogram
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.plan.problem import HandOverCost
+from cascadeinfer.core.policies.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.policies.replanning import ModelPlanner, PlanSettings
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
 from cascadeinfer.engines.vllm.instance import VllmInstance
-from cascadeinfer.engines.vllm.launch import KvTransferSettings, VllmSource, make_factories, parse_engine_args
+from cascadeinfer.engines.vllm.launch import (
+    KvTransferSettings,
+    VllmSource,
+    attached_factories,
+    make_factories,
+    parse_engine_args,
+)
 from cascadeinfer.engines.vllm.plain_request import make_plain_request
 from cascadeinfer.evaluation.provenance import own_commit
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
-from cascadeinfer.frontend.server import StopSignals, bind, serve
+from cascadeinfer.frontend.processes.board import Board
+from cascadeinfer.frontend.processes.channel import Channel
+from cascadeinfer.frontend.processes.follower import Follower
+from cascadeinfer.frontend.processes.messages import FromOwner
+from cascadeinfer.frontend.processes.owner import NOT_ACCEPTING, FrontEnds
+from cascadeinfer.frontend.server import (
+    SharedServing,
+    StopSignals,
+    bind,
+    check_api_servers,
+    import_parser_plugins,
+    serve,
+    shared_metrics,
+)
 from cascadeinfer.observe.event_log import EventLog, header_of
 from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
@@ -50,11 +78,16 @@ LEASE_MARGIN_S = 3.0
 STOP_TIMEOUT_S = 5.0
 PROFILE_LEASE_S = 30
 """Of pulls that are measured: nobody waits for their blocks."""
+REATTACH_S = 0.05
+"""A follower waits for process 0's word that an instance is up again, not for its own back-off."""
 
 
-def policy_spec(options: ServeOptions) -> PolicySpec:
+def policy_spec(options: ServeOptions, *, follows: bool = False) -> PolicySpec:
     """
     What makes the policy that the options name.
+
+    Args:
+        follows: Whether another process plans for all: this one's stages are what that one says.
 
     Raises:
         ConfigError: Stages, a profile or a bound of the queue are given to a policy that has none.
@@ -63,7 +96,7 @@ def policy_spec(options: ServeOptions) -> PolicySpec:
     name = options.policy_name()
     layout = options.layout()
     if name == CASCADE:
-        return _cascade_spec(options, layout)
+        return _cascade_spec(options, layout, follows=follows)
     if options.profile is not None:
         raise ConfigError(
             f"policy {name} needs no profile", option="--profile", fix=f"leave it out, or use --policy {CASCADE}"
@@ -82,18 +115,22 @@ def policy_spec(options: ServeOptions) -> PolicySpec:
             option="--stages",
             fix=f"leave it out, or use --policy {' or '.join(POLICIES_WITH_STAGES)}",
         )
-    return PolicySpec(name)
+    return PolicySpec(name, {"clients": options.api_servers} if name == "vllm_dp" else {})
 
 
-def _cascade_spec(options: ServeOptions, layout: StageLayout) -> PolicySpec:
-    """The cascade as it serves: it learns what steps cost, from the profile if there is one, and plans from what it sees."""
+def _cascade_spec(options: ServeOptions, layout: StageLayout, *, follows: bool) -> PolicySpec:
+    """
+    The cascade as it serves: it learns what steps cost, from the profile if there is one, and plans from what it sees.
+
+    One that follows does neither. The queue in front of the instances is shared out among the processes.
+    """
     planning = PlanSettings(max_tokens=DEFAULT_MAX_TOKENS)
     found: dict[str, Any] = {
         "layout": layout,
-        "learning": LearningSettings(),
         "planning": planning,
-        "max_queued": options.max_queued_requests,
+        "max_queued": -(-options.max_queued_requests // options.api_servers),
     }
+    found |= {"refine": False, "replan": False} if follows else {"learning": LearningSettings()}
     if options.profile is not None:
         profile = load_profile(options.profile)
         pause = HandOverCost(pause_per_token_s=profile.transfer_s(1))
@@ -131,21 +168,27 @@ def warm_up_planner() -> None:
     learner.update(1.0)
 
 
-def make_policy(options: ServeOptions) -> Policy:
+def make_policy(options: ServeOptions, *, follows: bool = False) -> Policy:
     """
     The policy that the options name.
+
+    Args:
+        follows: See policy_spec.
 
     Raises:
         ConfigError: Stages or a profile are given to a policy that has none.
         ProfileError: The profile does not exist or cannot be read.
     """
-    return policy_spec(options).make()
+    return policy_spec(options, follows=follows).make()
 
 
 @contextlib.contextmanager
-def event_log_of(options: ServeOptions) -> Iterator[EventLog | None]:
+def event_log_of(options: ServeOptions, process: int = 0) -> Iterator[EventLog | None]:
     """
     The event log that the options ask for, until the server has stopped; None when they ask for none.
+
+    Args:
+        process: Which front-end process; a follower writes a file of its own beside that of process 0.
 
     Raises:
         ConfigError: It cannot be written.
@@ -154,17 +197,23 @@ def event_log_of(options: ServeOptions) -> Iterator[EventLog | None]:
         yield None
         return
     header = header_of(
-        policy_spec(options),
+        policy_spec(options, follows=process > 0),
         source="runtime",
         instances=options.instance_ids,
         commit=own_commit(),
     )
     path = Path(options.event_log)
+    if process > 0:
+        path = path.with_name(f"{path.stem}.process{process}{path.suffix}")
     log = EventLog(path, header, max_bytes=options.event_log_mb * 1_000_000, files=options.event_log_files)
     try:
         yield log
     finally:
         log.close()
+
+
+def _metrics_with(event_log: EventLog | None) -> Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics]:
+    return lambda read: RuntimeMetrics(REGISTRY, read, lambda: 0 if event_log is None else event_log.dropped)
 
 
 def make_runtime(
@@ -184,21 +233,22 @@ def make_runtime(
     policy = make_policy(options)
     if options.policy_name() == CASCADE:
         warm_up_planner()
+    several = options.api_servers > 1
+    if several:
+        engine_args = dataclasses.replace(engine_args, _api_process_count=options.api_servers)
     source = VllmSource(
         engine_args,
         options.instances,
-        KvTransferSettings(lease_s=options.kv_lease_s),
+        KvTransferSettings(options.kv_lease_s, MAX_MIGRATIONS_PER_INSTANCE if several else None),
         log_stats=log_stats,
         extra_environment=extra_environment,
+        n_clients=options.api_servers,
     )
-
-    def make_metrics(read: Callable[[], list[InstanceGauges]]) -> RuntimeMetrics:
-        return RuntimeMetrics(REGISTRY, read, lambda: 0 if event_log is None else event_log.dropped)
 
     return Runtime(
         {instance_id: source.place(instance_id) for instance_id in options.instance_ids},
         policy,
-        make_metrics,
+        _metrics_with(event_log),
         supervision=SupervisionTimes(report_s=options.report_interval_s, hang_s=options.hang_timeout_s),
         migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
         source=source,
@@ -231,15 +281,21 @@ async def run_server(args: Namespace, options: ServeOptions) -> None:
     Raises:
         ConfigError: An option is wrong; nothing is left running.
     """
+    check_api_servers(args, options.api_servers)
     with (
         contextlib.closing(bind(args.host or LOOPBACK, args.port)) as listener,
         StopSignals() as signals,
         event_log_of(options) as event_log,
     ):
         engine_args = parse_engine_args(args)
-        log_stats = not args.disable_log_stats
+        log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
+        if options.api_servers > 1:
+            with shared_metrics():
+                runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
+                await _serve_with_followers(runtime, args, options, listener, signals, log_requests=log_requests)
+            return
         runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
-        async with running_llm(runtime, log_stats=log_stats, log_requests=engine_args.enable_log_requests) as llm:
+        async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:
             await check_profile(runtime, options)
             await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s)
 
@@ -277,3 +333,113 @@ async def _subject(engine: VllmInstance, capacity: InstanceCapacity) -> Subject:
         make_request=make_plain_request,
         multiprocessors=told.multiprocessors,
     )
+
+
+async def _serve_with_followers(
+    runtime: Runtime,
+    args: Namespace,
+    options: ServeOptions,
+    listener: socket.socket,
+    signals: StopSignals,
+    *,
+    log_requests: bool,
+) -> None:
+    """Process 0 of several: start the others beside the instances, serve, drain all, stop."""
+    spawn = multiprocessing.get_context("spawn")
+    loads = spawn.RawArray("i", [NOT_ACCEPTING] * options.api_servers)
+
+    def start_process(index: int, channel_end: socket.socket) -> BaseProcess:
+        process = spawn.Process(
+            target=run_follower,
+            args=(args, options, index, listener, channel_end, loads),
+            name=f"front-end-{index}",
+        )
+        process.start()
+        return process
+
+    front_ends = FrontEnds(options.api_servers, runtime, start_process, loads)
+    signals.told.append(front_ends.tell_stop)
+    front_ends.start()
+    try:
+        async with running_llm(runtime, log_stats=not args.disable_log_stats, log_requests=log_requests) as llm:
+            await check_profile(runtime, options)
+            front_ends.instances_started()
+            shared = SharedServing(front_ends, (loads, 0))
+            try:
+                await serve(
+                    llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s, shared=shared
+                )
+            finally:
+                await front_ends.stop(options.drain_timeout_s)
+    finally:
+        front_ends.tell_stop(at_once=True)
+        await front_ends.stop(0.0)
+
+
+def run_follower(
+    args: Namespace,
+    options: ServeOptions,
+    index: int,
+    listener: socket.socket,
+    channel_end: socket.socket,
+    loads: MutableSequence[int],
+) -> None:
+    """
+    A follower, in a process of its own, until process 0 tells it to stop or is gone.
+
+    Args:
+        index: Its number, from 1.
+        listener: The listening socket, shared by all processes.
+        channel_end: This end of a socket pair with process 0.
+        loads: Open connections per process, shared.
+    """
+    end_with_parent("this front end")
+    configure_logging_from_args(args)
+    import_parser_plugins(args)
+    uvloop.run(_follow(args, options, index, listener, channel_end, (loads, index)))
+
+
+async def _follow(
+    args: Namespace,
+    options: ServeOptions,
+    index: int,
+    listener: socket.socket,
+    channel_end: socket.socket,
+    loads: tuple[MutableSequence[int], int],
+) -> None:
+    with (
+        contextlib.closing(listener),
+        StopSignals(second_is_at_once=False) as signals,
+        event_log_of(options, index) as event_log,
+    ):
+        engine_args = dataclasses.replace(
+            parse_engine_args(args), _api_process_count=options.api_servers, _api_process_rank=index
+        )
+        board = Board()
+        make_engine = attached_factories(engine_args, index, board.attach)
+        channel = await Channel[FromOwner].open(channel_end, FromOwner)
+        follower = Follower(channel, board, make_engine, signals.stop)
+        tasks = [follower.spawn(follower.listen())]
+        first_up = await follower.first_up()
+        runtime = Runtime(
+            {instance_id: make_engine(instance_id) for instance_id in first_up},
+            make_policy(options, follows=True),
+            _metrics_with(event_log),
+            supervision=SupervisionTimes(
+                report_s=options.report_interval_s,
+                hang_s=math.inf,  # process 0 finds out and tells
+                backoff_first_s=REATTACH_S,
+                backoff_max_s=REATTACH_S,
+            ),
+            migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
+            observer=event_log,
+        )
+        log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
+        async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:
+            follower.run(runtime)
+            tasks.append(follower.spawn(follower.tell()))
+            shared = SharedServing(follower, loads)
+            await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s, shared=shared)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -233,6 +233,26 @@ def test_books_balance(steps: list[tuple[int, int, int]]) -> None:
         check(view)
 
 
+def test_foreign_requests_are_load() -> None:
+    """What other front-end processes have on an instance counts in load, price, room and queue like the own, and is not ours to know."""
+    foreign, own = books("a"), books("a")
+    view = InstanceReport((), (), (), (), 30, 0.02, foreign_running_tokens=(100, 140), foreign_waiting_tokens=(50,))
+    foreign.apply(InstanceReported("c", "a", view))
+    for name, tokens in (("x", 100), ("y", 140), ("z", 50)):
+        arrive(own, name, tokens, "a")
+    report(own, "a", {"x": 101, "y": 141}, {"z": 50}, 30)
+    report(own, "a", {"x": 100, "y": 140}, {"z": 50}, 30)
+    seen, like = foreign.instances["a"], own.instances["a"]
+    assert (seen.load, seen.price) == (like.load, like.price)
+    assert seen.free_blocks() == like.free_blocks() == 100 - 30 - 5
+    assert seen.committed_requests == 3
+    assert seen.committed_kv_tokens == 290
+    assert not seen.request_ids
+    assert not foreign.requests
+    report(foreign, "a", {}, {}, 0)
+    assert (seen.load, seen.committed_requests, seen.free_blocks()) == (0.0, 0, 100)
+
+
 def test_views_compare_by_identity() -> None:
     """Two instances with equal numbers are two instances."""
     assert InstanceView("a", CAPACITY) != InstanceView("a", CAPACITY)

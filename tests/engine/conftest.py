@@ -106,6 +106,7 @@ async def started_zoo(
             (name,),
             KvTransferSettings(lease_s=kind.lease_s),
             log_stats=False,
+            n_clients=2,
             extra_environment={**FORK, "VLLM_CPU_OMP_THREADS_BIND": core},
         )
         instances[name] = factories[name](0)

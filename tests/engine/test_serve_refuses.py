@@ -45,6 +45,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "no such folder": (["/no/such/folder"], ["MODEL", "/no/such/folder"]),
     "no such repository": (["no-org/no-model"], ["MODEL", "no-org/no-model"]),
     "no instances": (["TINY", "--instances", "0"], ["--instances", "0 is not between 1"]),
+    "no front end": (["TINY", "--api-servers", "0"], ["--api-servers", "0 is not between 1"]),
+    "vLLM's front ends": (["TINY", "--api-server-count", "2"], ["--api-server-count", "use --api-servers"]),
     "instances in words": (["TINY", "--instances", "two"], ["--instances", "'two'"]),
     "overlapping stages": (["TINY", "--stages", "0-512:1,256-:1"], ["--stages", "overlap"]),
     "gap between stages": (["TINY", "--stages", "0-256:1,512-:1"], ["--stages", "gap"]),

@@ -44,6 +44,7 @@ def parse(argv: list[str]) -> Namespace:
 
     from cascadeinfer.cli.model_argument import EMBEDDED_NAME, model_of
     from cascadeinfer.config.schema import add_arguments
+    from cascadeinfer.frontend.server import import_parser_plugins
 
     parser = FlexibleArgumentParser(
         prog="cascadeinfer serve",
@@ -58,7 +59,7 @@ def parse(argv: list[str]) -> Namespace:
         args.served_model_name = args.served_model_name or [EMBEDDED_NAME]
     try:
         validate_parsed_serve_args(args)
-        _import_parser_plugins(args)
+        import_parser_plugins(args)
         validate_api_server_args(args)
     except (KeyError, TypeError, ValueError, VLLMClientError) as error:
         raise ConfigError(str(error.args[0]).removeprefix("Error: ")) from error
@@ -74,17 +75,6 @@ def _log_as_vllm_does() -> None:
         ours.handlers = theirs.handlers
         ours.setLevel(theirs.level)
         ours.propagate = False
-
-
-def _import_parser_plugins(args: Namespace) -> None:
-    """The operator's own tool and reasoning parsers, which options may name."""
-    from vllm.reasoning import ReasoningParserManager
-    from vllm.tool_parsers import ToolParserManager
-
-    if args.tool_parser_plugin:
-        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
-    if args.reasoning_parser_plugin:
-        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
 
 
 def _refuse(message: str) -> NoReturn:

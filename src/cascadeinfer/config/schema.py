@@ -44,6 +44,12 @@ class ServeOptions:
         low=1,
         high=1_000_000,
     )
+    api_servers: int = _option(
+        1,
+        "Front-end processes over the same instances; a process serves some thousand tokens per second.",
+        low=1,
+        high=64,
+    )
     report_interval_s: float = _option(0.1, "Seconds between load reports of an instance.", low=0.01, high=5.0)
     hang_timeout_s: float = _option(
         60.0, "An instance silent for this long is killed and restarted; above its longest step.", low=1.0, high=3600.0

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from cascadeinfer.core.balance.messages import BalanceMessage
 from cascadeinfer.core.cost.samples import StepSample
+from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 
 
@@ -62,6 +63,8 @@ class InstanceReport:
         kv_blocks_used: Blocks in use (not free and not merely cached).
         step_s: Mean duration of the steps since the last report in seconds, 0.0 when there was none.
         steps: Those steps, each with what was in it, as the engine timed them; empty when it does not.
+        foreign_running_tokens: Lengths of running requests that belong to other front-end processes: load here, but not ours to move.
+        foreign_waiting_tokens: Lengths of their waiting requests.
 
     """
 
@@ -72,6 +75,18 @@ class InstanceReport:
     kv_blocks_used: int
     step_s: float = 0.0
     steps: tuple[StepSample, ...] = ()
+    foreign_running_tokens: tuple[int, ...] = ()
+    foreign_waiting_tokens: tuple[int, ...] = ()
+
+    @property
+    def n_running(self) -> int:
+        """Requests that run, whosever they are."""
+        return len(self.running_ids) + len(self.foreign_running_tokens)
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait, whosever they are."""
+        return len(self.waiting_ids) + len(self.foreign_waiting_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +199,53 @@ class TimerFired:
     cause: str
 
 
+@dataclass(frozen=True, slots=True)
+class LayoutAnnounced:
+    """The front-end process that plans for all has put these stages in force; a policy that has stages follows."""
+
+    cause: str
+    layout: StageLayout
+
+
+@dataclass(frozen=True, slots=True)
+class SeenEnd:
+    """A request of another process that ended: its lengths in tokens, and when it came."""
+
+    prompt_tokens: int
+    output_tokens: int
+    arrived_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SeenLive:
+    """A request of another process that runs or waits: when it came, its lengths in tokens so far, its own cap on the output."""
+
+    arrived_s: float
+    prompt_tokens: int
+    output_tokens: int
+    max_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadSeen:
+    """
+    What another front-end process has seen since it last said so, for the one that plans for all. Times are on this policy's clock.
+
+    Attributes:
+        source: Which process.
+        n_arrived: Requests that came to it.
+        ended: Those that ended.
+        unfinished: Those that run or wait now.
+
+    """
+
+    cause: str
+    source: str
+    n_arrived: int
+    ended: tuple[SeenEnd, ...]
+    unfinished: tuple[SeenLive, ...]
+
+
 Event: TypeAlias = (
     RequestArrived
     | RequestFinished
@@ -193,5 +255,7 @@ Event: TypeAlias = (
     | InstanceLost
     | MigrationEnded
     | MessageReceived
+    | LayoutAnnounced
+    | WorkloadSeen
     | TimerFired
 )

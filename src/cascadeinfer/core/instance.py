@@ -61,12 +61,15 @@ class InstanceView:
         inbound: Requests on their way here by migration, with their lengths in tokens.
         inbound_tokens: Sum of those.
         outbound: Migrations that leave here.
+        foreign_requests: Requests here that belong to other front-end processes, at the last report.
+        foreign_tokens: Sum of their lengths.
+        foreign_queue: Time to compute those of them that wait, see `Pricing`.
         blocks_committed: Blocks in use at the last report, and what waits here, came since or is on its way here will need; less
             what has left since.
         step_s: Mean step time at the last report that had one, 0.0 before.
         starting: Requests not known to decode yet, with the length at which they were placed: they wait, or are being computed.
         queue: Time to compute those, see `Pricing`.
-        load: The larger of its KV share and its batch share, with everything here and on its way here; 1.0 is full.
+        load: The larger of its KV share and its batch share, with everything here (foreign or not) and on its way here; 1.0 is full.
         price: See `Pricing`.
     """
 
@@ -80,6 +83,9 @@ class InstanceView:
     inbound: dict[MigrationId, int] = field(default_factory=dict)
     inbound_tokens: int = 0
     outbound: dict[MigrationId, None] = field(default_factory=dict)
+    foreign_requests: int = 0
+    foreign_tokens: int = 0
+    foreign_queue: float = 0.0
     blocks_committed: int = 0
     step_s: float = 0.0
     starting: dict[RequestId, int] = field(default_factory=dict)
@@ -103,20 +109,20 @@ class InstanceView:
     @property
     def committed_kv_tokens(self) -> int:
         """Tokens here or on their way here."""
-        return self.kv_tokens + self.inbound_tokens
+        return self.kv_tokens + self.inbound_tokens + self.foreign_tokens
 
     @property
     def committed_requests(self) -> int:
         """Requests here or on their way here."""
-        return len(self.request_ids) + len(self.inbound)
+        return len(self.request_ids) + len(self.inbound) + self.foreign_requests
 
     def price_with(self, more_requests: int, more_tokens: int) -> float:
         """The price with so much more on its way here."""
         pricing = self.pricing
-        requests = len(self.request_ids) + len(self.inbound) + more_requests
-        tokens = self.kv_tokens + self.inbound_tokens + more_tokens
+        requests = len(self.request_ids) + len(self.inbound) + self.foreign_requests + more_requests
+        tokens = self.kv_tokens + self.inbound_tokens + self.foreign_tokens + more_tokens
         step = pricing.base + pricing.per_request * requests + pricing.per_token * tokens
-        price = (requests + 1) * (step + pricing.urgency * self.queue)
+        price = (requests + 1) * (step + pricing.urgency * (self.queue + self.foreign_queue))
         excess = tokens * self._per_token - CROWDED
         if excess > 0.0:
             price *= 1.0 + CROWDING * (excess / (1.0 - CROWDED)) ** 2
@@ -128,8 +134,8 @@ class InstanceView:
 
     def _weigh(self) -> None:
         """Bring `load` and `price` up to date; called after every change."""
-        by_tokens = (self.kv_tokens + self.inbound_tokens) * self._per_token
-        by_requests = (len(self.request_ids) + len(self.inbound)) * self._per_request
+        by_tokens = (self.kv_tokens + self.inbound_tokens + self.foreign_tokens) * self._per_token
+        by_requests = (len(self.request_ids) + len(self.inbound) + self.foreign_requests) * self._per_request
         self.load = max(by_requests, by_tokens)
         self.price = self.price_with(0, 0)
 
@@ -190,9 +196,18 @@ class InstanceView:
         self.blocks_committed = report.kv_blocks_used
         if self.starting or report.waiting_ids:
             self._follow_queue(report)
+        if self.foreign_requests or report.foreign_running_tokens or report.foreign_waiting_tokens:
+            self._follow_foreign(report.foreign_running_tokens, report.foreign_waiting_tokens)
         if report.step_s > 0.0:
             self.step_s = report.step_s
         self._weigh()
+
+    def _follow_foreign(self, running_tokens: tuple[int, ...], waiting_tokens: tuple[int, ...]) -> None:
+        """What other front-end processes have here; blocks of theirs that run are in the report's count already."""
+        self.foreign_requests = len(running_tokens) + len(waiting_tokens)
+        self.foreign_tokens = sum(running_tokens) + sum(waiting_tokens)
+        self.foreign_queue = sum(map(self.pricing.queue_of, waiting_tokens))
+        self.blocks_committed += sum(map(self.capacity.blocks_for, waiting_tokens))
 
     def _follow_queue(self, report: InstanceReport) -> None:
         running = set(report.running_ids)

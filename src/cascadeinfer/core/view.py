@@ -20,6 +20,7 @@ from cascadeinfer.core.events import (
     InstanceJoined,
     InstanceLost,
     InstanceReported,
+    LayoutAnnounced,
     MessageReceived,
     MigrationEnded,
     MigrationOutcome,
@@ -27,6 +28,7 @@ from cascadeinfer.core.events import (
     RequestArrived,
     RequestFinished,
     TimerFired,
+    WorkloadSeen,
 )
 from cascadeinfer.core.instance import InstanceView, Pricing
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
@@ -105,7 +107,7 @@ class ClusterView:
             case InstanceReported():
                 if (instance := self.instances.get(event.instance_id)) is not None:
                     instance.follow(event.report)
-            case MessageReceived() | TimerFired():
+            case MessageReceived() | LayoutAnnounced() | WorkloadSeen() | TimerFired():
                 return
             case RequestArrived():
                 self._arrive(event)

@@ -9,7 +9,7 @@ import math
 from argparse import Namespace
 from collections.abc import Iterator
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +18,7 @@ from vllm.entrypoints.serve.exception_handling.handlers.exception import excepti
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
+from cascadeinfer.core.types import InstanceId
 from cascadeinfer.frontend.engine_client import OverloadedError
 from cascadeinfer.runtime.shell import Runtime
 
@@ -29,11 +30,54 @@ class AddInstances(BaseModel):
     count: int = Field(1, ge=1, le=64)
 
 
-def attach_admin_routes(app: FastAPI, runtime: Runtime, args: Namespace, *, drain_timeout_s: float) -> None:
+class Admin(Protocol):
+    """Who knows and changes the instances: the runtime of this process, or of another one."""
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The JSON of `/admin/instances`."""
+        ...
+
+    async def add(self, count: int) -> list[InstanceId]:
+        """See Elasticity.add."""
+        ...
+
+    async def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceId:
+        """See Elasticity.drain."""
+        ...
+
+
+class OwnRuntime:
+    """The only process's runtime. See Admin."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        """
+        Args:
+            runtime: It owns the instances.
+        """
+        self._runtime = runtime
+
+    async def snapshot(self) -> dict[str, Any]:
+        """See Admin."""
+        return self._runtime.snapshot()
+
+    async def add(self, count: int) -> list[InstanceId]:
+        """See Admin."""
+        return self._runtime.elastic.add(count)
+
+    async def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceId:
+        """See Admin."""
+        return self._runtime.elastic.drain(instance_id, timeout_s).instance_id
+
+
+def attach_admin_routes(
+    app: FastAPI, runtime: Runtime, admin: Admin, args: Namespace, *, drain_timeout_s: float
+) -> None:
     """
     Add the routes to vLLM's app; the admin ones ask for the same API keys as `/v1`.
 
     Args:
+        runtime: This process's, for its health.
+        admin: For what concerns all processes.
         drain_timeout_s: For instances that are drained without a time-out of their own.
     """
     keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
@@ -44,23 +88,23 @@ def attach_admin_routes(app: FastAPI, runtime: Runtime, args: Namespace, *, drai
             raise HTTPException(HTTPStatus.UNAUTHORIZED, "Unauthorized")
 
     key_needed = [Depends(require_key)]
-    app.include_router(_instance_routes(runtime, drain_timeout_s), dependencies=key_needed)
+    app.include_router(_instance_routes(admin, drain_timeout_s), dependencies=key_needed)
     app.include_router(_health_routes(runtime))
     app.add_exception_handler(OverloadedError, _say_when_to_come_again)
 
 
-def _instance_routes(runtime: Runtime, drain_timeout_s: float) -> APIRouter:
+def _instance_routes(admin: Admin, drain_timeout_s: float) -> APIRouter:
     router = APIRouter(prefix="/admin/instances")
 
     @router.get("")
     async def instances() -> dict[str, Any]:
         """Stages, instances, load and migrations now."""
-        return runtime.snapshot()
+        return await admin.snapshot()
 
     @router.get("/{instance_id}")
     async def instance(instance_id: str) -> dict[str, Any]:
         """One instance, also one that is gone since a while."""
-        everything = runtime.snapshot()
+        everything = await admin.snapshot()
         for shown in everything["instances"] + everything["departed"]:
             if shown["id"] == instance_id:
                 return dict(shown)
@@ -70,7 +114,7 @@ def _instance_routes(runtime: Runtime, drain_timeout_s: float) -> APIRouter:
     async def add(wanted: AddInstances | None = None) -> dict[str, Any]:
         """Start more instances."""
         with _refusals_as_http():
-            return {"added": runtime.elastic.add(wanted.count if wanted is not None else 1)}
+            return {"added": await admin.add(wanted.count if wanted is not None else 1)}
 
     @router.delete("/{instance_id}", status_code=HTTPStatus.ACCEPTED)
     async def drain(
@@ -78,7 +122,7 @@ def _instance_routes(runtime: Runtime, drain_timeout_s: float) -> APIRouter:
     ) -> dict[str, Any]:
         """Have an instance hand its requests over, then stop it."""
         with _refusals_as_http():
-            return {"draining": runtime.elastic.drain(instance_id, timeout_s).instance_id}
+            return {"draining": await admin.drain(instance_id, timeout_s)}
 
     return router
 

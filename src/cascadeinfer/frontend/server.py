@@ -6,25 +6,75 @@ signal, or the drain time-out, ends it at once.
 """
 
 import asyncio
+import contextlib
 import logging
+import os
+import re
 import signal
 import socket
+import tempfile
 from argparse import Namespace
+from collections.abc import Callable, Iterator, MutableSequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, make_asgi_app, values
+from prometheus_client.multiprocess import MultiProcessCollector
+from starlette.routing import Mount
 from vllm import envs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import NoSignalServer
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
 
 from cascadeinfer.core.errors import ConfigError
-from cascadeinfer.frontend.admin import attach_admin_routes
+from cascadeinfer.frontend.admin import Admin, OwnRuntime, attach_admin_routes
 from cascadeinfer.frontend.engine_client import CascadeLLM
 from cascadeinfer.runtime.shell import Runtime
 
 logger = logging.getLogger(__name__)
+
+
+def import_parser_plugins(args: Namespace) -> None:
+    """The operator's own tool and reasoning parsers, which options may name."""
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+
+
+@contextlib.contextmanager
+def shared_metrics() -> Iterator[None]:
+    """Meanwhile Prometheus metrics made by this process, and by those it starts, are kept in files that all of them read."""
+    with tempfile.TemporaryDirectory(prefix="cascadeinfer-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        # The class was chosen by the environment when the module was imported; metrics ask for it when they are made.
+        values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            del os.environ["PROMETHEUS_MULTIPROC_DIR"]
+
+
+def check_api_servers(args: Namespace, n_processes: int) -> None:
+    """
+    Refuse what does not go with several front-end processes, or means something else.
+
+    Raises:
+        ConfigError: With the option and the fix.
+    """
+    if (args.api_server_count or 1) > 1:
+        raise ConfigError("is vLLM's own option", option="--api-server-count", fix="use --api-servers instead")
+    if n_processes > 1 and envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
+        raise ConfigError(
+            "several processes need request ids that no two of them give",
+            option="--api-servers",
+            fix="unset VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
+        )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -58,8 +108,15 @@ class StopSignals:
     Before the server serves, a signal cancels the start. While it serves, the first one drains and the second stops at once.
     """
 
-    def __init__(self) -> None:
-        """Nothing is installed yet."""
+    def __init__(self, *, second_is_at_once: bool = True) -> None:
+        """
+        Nothing is installed yet.
+
+        Args:
+            second_is_at_once: Whether a second signal stops at once; a follower may get one from the terminal and one from process 0.
+        """
+        self._second_is_at_once = second_is_at_once
+        self.told: list[Callable[[bool], None]] = []
         self._server: uvicorn.Server | None = None
         self._starting: asyncio.Task[Any] | None = None
 
@@ -80,16 +137,36 @@ class StopSignals:
         self._server = server
 
     def _on_signal(self) -> None:
+        self.stop(at_once=self._server is not None and self._server.should_exit and self._second_is_at_once)
+
+    def stop(self, at_once: bool) -> None:
+        """Drain, or end at once."""
+        for tell in self.told:
+            tell(at_once)
         if self._server is None:
             logger.warning("stopped while starting")
             assert self._starting is not None
             self._starting.cancel()
-        elif self._server.should_exit:
-            logger.warning("second signal: stopping at once")
-            self._server.force_exit = True
+        elif at_once:
+            logger.warning("stopping at once")
+            self._server.should_exit = self._server.force_exit = True
         else:
             logger.warning("draining: no new requests, running ones finish")
             self._server.should_exit = True
+
+
+@dataclass(frozen=True, slots=True)
+class SharedServing:
+    """
+    What a process that serves beside others needs.
+
+    Attributes:
+        admin: Answers for all processes.
+        loads: Open connections per process, shared, and this process's place among them.
+    """
+
+    admin: Admin
+    loads: tuple[MutableSequence[int], int]
 
 
 async def serve(
@@ -100,16 +177,35 @@ async def serve(
     signals: StopSignals,
     *,
     drain_timeout_s: float,
+    shared: SharedServing | None = None,
 ) -> None:
-    """Serve until a signal comes and the last request has finished (or the drain time-out has passed)."""
+    """
+    Serve until a signal comes and the last request has finished (or the drain time-out has passed).
+
+    Args:
+        shared: Given when several processes serve.
+    """
     supported_tasks = await llm.get_supported_tasks()
     app = build_app(args, supported_tasks, llm.model_config)
     await init_app_state(llm, app.state, args, supported_tasks)
-    attach_admin_routes(app, runtime, args, drain_timeout_s=drain_timeout_s)
-    server = NoSignalServer(_uvicorn_config(app, args, drain_timeout_s))
+    admin = OwnRuntime(runtime) if shared is None else shared.admin
+    attach_admin_routes(app, runtime, admin, args, drain_timeout_s=drain_timeout_s)
+    if shared is not None:
+        _show_metrics_of_all(app, runtime)
+    server = NoSignalServer(_uvicorn_config(app, args, drain_timeout_s), shared and shared.loads)
     app.state.server = server
     signals.drain(server)
     await server.serve(sockets=[listener])
+
+
+def _show_metrics_of_all(app: FastAPI, runtime: Runtime) -> None:
+    """`/metrics`: counters of all processes from their shared files, our gauges as this process sees them."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    registry.register(runtime.metrics)
+    route = Mount("/metrics", make_asgi_app(registry=registry))
+    route.path_regex = re.compile("^/metrics(?P<path>.*)$")  # else /metrics is redirected to /metrics/
+    app.routes.insert(0, route)
 
 
 def _uvicorn_config(app: Any, args: Namespace, drain_timeout_s: float) -> uvicorn.Config:

@@ -18,7 +18,7 @@ from typing import Any
 from cascadeinfer.core.errors import EngineError, ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import Event, InstanceDraining
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.engines.protocol import EngineSource
+from cascadeinfer.engines.protocol import Engine, EngineSource
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.migrate import Migrator
 from cascadeinfer.runtime.streams import StreamTable
@@ -93,6 +93,11 @@ class Elasticity:
         for instance_id, make in placed.items():
             self._spawn(instance_id, self._start(self._fleet.add(instance_id, make)))
         return list(placed)
+
+    def adopt(self, instance_id: InstanceId, make_engine: Callable[[int], Engine]) -> None:
+        """An instance that somebody else has added, or has started again: it joins when it is up."""
+        if not self._stopping:
+            self._spawn(instance_id, self._start(self._fleet.add(instance_id, make_engine)))
 
     def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceState:
         """
@@ -177,8 +182,8 @@ class Elasticity:
     def _is_empty(self, state: InstanceState) -> bool:
         report = state.report
         return not (
-            report.running_ids
-            or report.waiting_ids
+            report.n_running
+            or report.n_waiting
             or self._streams.on_instance(state.instance_id)
             or self._migrator.involves(state.instance_id)
         )

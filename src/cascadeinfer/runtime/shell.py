@@ -8,6 +8,7 @@ ids are the request's own.
 """
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,9 +35,9 @@ from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.recovery import Recovery
-from cascadeinfer.runtime.streams import Stream, StreamTable
+from cascadeinfer.runtime.streams import Seen, Stream, StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes
-from cascadeinfer.runtime.view import snapshot
+from cascadeinfer.runtime.view import snapshot, tally
 
 DROPPED_GRACE_S = 10.0
 """How long a request that its instance gave up waits for the instance's death."""
@@ -70,6 +71,7 @@ class Runtime:
         """
         self._clock = clock
         self._streams = StreamTable()
+        self.seen = Seen()
         self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes())
         self.metrics = make_metrics(self.fleet.gauges)
         self._performer = Performer(
@@ -109,7 +111,8 @@ class Runtime:
             RequestRejectedError: The policy refused it.
             PolicyError: The policy failed at it.
         """
-        stream = self._streams.open(request)
+        stream = self._streams.open(request, self._clock())
+        self.seen.n_arrived += 1
         if request.pin_reason is not None:
             self.metrics.pinned_requests.labels(request.pin_reason.value).inc()
         self._performer.arriving.add(request.request_id)
@@ -157,6 +160,17 @@ class Runtime:
             self._clock(),
         )
 
+    def tally(self) -> dict[str, Any]:
+        """The numbers in the snapshot that add up over several processes."""
+        return tally(self._streams, len(self._migrator), self._performer.migration_counts)
+
+    def unfinished(self) -> list[tuple[float, int, int, int]]:
+        """Of each live request, the fields of a SeenLive."""
+        return [
+            (s.arrived_s, len(s.request.prompt_token_ids), len(s.output_token_ids), s.request.max_output_tokens)
+            for s in self._streams
+        ]
+
     def live_engines(self) -> list[Engine]:
         """Engines that are up, in the order in which they were made known."""
         return self.fleet.live_engines()
@@ -192,9 +206,16 @@ class Runtime:
         """Deliver a step's tokens; drop the words of old attempts; hide the finishes of cuts."""
         now_s = self._clock()
         delivered = []
+        stream_of = self._streams.of_attempt
         for delta in outputs.outputs:
-            stream = self._streams.of_attempt(delta.request_id)
+            stream = stream_of(delta.request_id)
             if stream is None:
+                continue
+            if delta.finish_reason is None and stream.migration is None and stream.attempts == 1:  # nearly every token
+                if new_token_ids := delta.new_token_ids:
+                    stream.output_token_ids += new_token_ids
+                    stream.last_token_s = now_s
+                delivered.append(delta)
                 continue
             if delta.finish_reason is not None and engine.has_dropped(delta):
                 self._wait_for_death(stream, outputs, delta)
@@ -238,9 +259,10 @@ class Runtime:
             InstanceReported(
                 f"report:{engine.instance_id}:{counters.steps}",
                 engine.instance_id,
-                InstanceReport(
-                    tuple(running), tuple(running.values()), tuple(waiting), tuple(waiting.values()),
-                    report.kv_blocks_used, report.step_s, report.steps,
+                dataclasses.replace(
+                    report,
+                    running_ids=tuple(running), running_tokens=tuple(running.values()),
+                    waiting_ids=tuple(waiting), waiting_tokens=tuple(waiting.values()),
                 ),
             )
         )  # fmt: skip
@@ -336,7 +358,9 @@ class Runtime:
         self._streams.close(stream)
         self.metrics.requests.labels(outcome).inc()
         request_id = stream.request.request_id
-        self.emit(RequestFinished(request_id, request_id, len(stream.output_token_ids)))
+        n_output = len(stream.output_token_ids)
+        self.seen.note_end(len(stream.request.prompt_token_ids), n_output, stream.arrived_s)
+        self.emit(RequestFinished(request_id, request_id, n_output))
 
     def _known(self, ids: tuple[str, ...], lengths: tuple[int, ...]) -> dict[RequestId, int]:
         known = {}

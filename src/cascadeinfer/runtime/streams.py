@@ -6,7 +6,7 @@ attempt is in the table, so words of an old one (a token in flight when it was a
 output so far is kept here, because it is what a request needs to go on elsewhere.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cascadeinfer.core.migration import Migration
@@ -20,6 +20,7 @@ class Stream:
     One live request.
 
     Attributes:
+        arrived_s: When it came, on the runtime's clock.
         output_token_ids: Everything delivered so far.
         instance_id: Where its current attempt runs; None while it waits for a dispatch.
         engine_request_id: The current attempt's id there; None likewise.
@@ -29,6 +30,7 @@ class Stream:
     """
 
     request: EngineRequest
+    arrived_s: float
     output_token_ids: list[int] = field(default_factory=list)
     instance_id: InstanceId | None = None
     engine_request_id: str | None = None
@@ -42,6 +44,31 @@ class Stream:
         return len(self.request.prompt_token_ids) + len(self.output_token_ids)
 
 
+@dataclass(slots=True)
+class Seen:
+    """
+    What has come and ended since somebody last took it: what one process tells the one that plans for all.
+
+    Attributes:
+        n_arrived: Requests that came.
+        ended: Of each that ended, the fields of a SeenEnd; None: nobody wants to know.
+    """
+
+    n_arrived: int = 0
+    ended: list[tuple[int, int, float]] | None = None
+
+    def note_end(self, prompt_tokens: int, output_tokens: int, arrived_s: float) -> None:
+        """A request ended."""
+        if self.ended is not None:
+            self.ended.append((prompt_tokens, output_tokens, arrived_s))
+
+    def take(self) -> tuple[int, list[tuple[int, int, float]]]:
+        """Arrivals and ends since the last time; from now on ends are noted."""
+        taken = self.n_arrived, self.ended or []
+        self.n_arrived, self.ended = 0, []
+        return taken
+
+
 class StreamTable:
     """All live requests, by their own id and by their current attempt's."""
 
@@ -49,6 +76,8 @@ class StreamTable:
         """Start empty."""
         self._streams: dict[RequestId, Stream] = {}
         self._by_attempt: dict[str, Stream] = {}
+        #: The request whose current attempt has this id; None for words of an old attempt.
+        self.of_attempt: Callable[[str], Stream | None] = self._by_attempt.get
 
     def __len__(self) -> int:
         """Live requests."""
@@ -62,18 +91,14 @@ class StreamTable:
         """The live request with this id."""
         return self._streams.get(request_id)
 
-    def of_attempt(self, engine_request_id: str) -> Stream | None:
-        """The request whose current attempt has this id; None for words of an old attempt."""
-        return self._by_attempt.get(engine_request_id)
-
     def on_instance(self, instance_id: InstanceId) -> list[Stream]:
         """Requests whose current attempt runs there."""
         return [stream for stream in self._streams.values() if stream.instance_id == instance_id]
 
-    def open(self, request: EngineRequest) -> Stream:
+    def open(self, request: EngineRequest, now_s: float) -> Stream:
         """A new request arrives. Its id must not be live."""
         assert request.request_id not in self._streams, f"request {request.request_id} is live already"
-        stream = Stream(request)
+        stream = Stream(request, now_s)
         self._streams[request.request_id] = stream
         return stream
 

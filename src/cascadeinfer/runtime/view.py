@@ -124,14 +124,29 @@ class InstanceState:
             instance_id=self.instance_id,
             stage="" if stage is None else str(stage),
             up=self.engine is not None,
-            running=len(self.report.running_ids),
-            waiting=len(self.report.waiting_ids),
+            running=self.report.n_running,
+            waiting=self.report.n_waiting,
             kv_usage=self.kv_usage(),
             kv_pulls=self.counters.pulls,
             failed_pulls=self.counters.failed_pulls,
             pinned=self.counters.pinned,
             restarts=self.supervisor.restarts,
         )
+
+
+def tally(streams: StreamTable, n_migrations: int, migration_counts: Mapping[str, int]) -> dict[str, Any]:
+    """How many requests there are and where, in short."""
+    on_instance: dict[InstanceId | None, int] = {}
+    for stream in streams:
+        on_instance[stream.instance_id] = on_instance.get(stream.instance_id, 0) + 1
+    unplaced = on_instance.pop(None, 0)
+    return {
+        "live": len(streams),
+        "unplaced": unplaced,
+        "on_instance": on_instance,
+        "migrations_under_way": n_migrations,
+        "migrations_ended": dict(sorted(migration_counts.items())),
+    }
 
 
 def snapshot(
@@ -144,9 +159,8 @@ def snapshot(
     now_s: float,
 ) -> dict[str, Any]:
     """The JSON of `/admin/instances`; the fields are documented in `docs/operating.md`."""
-    on_instance: dict[InstanceId | None, int] = {}
-    for stream in streams:
-        on_instance[stream.instance_id] = on_instance.get(stream.instance_id, 0) + 1
+    short = tally(streams, n_migrations, migration_counts)
+    on_instance = short["on_instance"]
     return {
         "stages": [
             {"range": str(stage.range), "instances": list(stage.instance_ids)}
@@ -158,8 +172,8 @@ def snapshot(
             for gone in departed
         ],
         "requests": {
-            "live": len(streams),
-            "unplaced": on_instance.get(None, 0),
+            "live": short["live"],
+            "unplaced": short["unplaced"],
             "oldest": [
                 {
                     "id": stream.request.request_id,
@@ -171,7 +185,7 @@ def snapshot(
                 for stream in itertools.islice(streams, MAX_LISTED_REQUESTS)
             ],
         },
-        "migrations": {"under_way": n_migrations, "ended": dict(sorted(migration_counts.items()))},
+        "migrations": {"under_way": n_migrations, "ended": short["migrations_ended"]},
     }
 
 
@@ -193,9 +207,9 @@ def snapshot_of(state: InstanceState, layout: StageLayout | None, n_requests: in
             "requests_at_start": drain.n_requests,
         },
         "requests": n_requests,
-        "running": len(state.report.running_ids),
-        "waiting": len(state.report.waiting_ids),
-        "lengths": sorted(state.report.running_tokens),
+        "running": state.report.n_running,
+        "waiting": state.report.n_waiting,
+        "lengths": sorted(state.report.running_tokens + state.report.foreign_running_tokens),
         "kv_usage": round(state.kv_usage(), 4),
         "kv_blocks": state.capacity.kv_blocks if state.capacity is not None else None,
         "kv_blocks_used": state.report.kv_blocks_used,

@@ -9,7 +9,16 @@ from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
 from cascadeinfer.core.cost.learning import LearningSettings
 from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.effects import Dispatch, PublishLayout, Reject, SendMessage, StartMigration
-from cascadeinfer.core.events import InstanceReport, InstanceReported, MigrationOutcome, RequestFinished
+from cascadeinfer.core.events import (
+    InstanceReport,
+    InstanceReported,
+    LayoutAnnounced,
+    MigrationOutcome,
+    RequestFinished,
+    SeenEnd,
+    SeenLive,
+    WorkloadSeen,
+)
 from cascadeinfer.core.plan.histogram import LengthHistogram
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.plan.problem import ServiceFloor
@@ -144,6 +153,38 @@ def test_a_new_layout_moves_nothing_at_once() -> None:
     moves = [effect for effect in world.log if isinstance(effect, StartMigration)]
     assert len(moves) == 3
     assert {move.source_id for move in moves} == set(layouts[-1].stages[0].instance_ids)
+
+
+def test_a_follower_takes_over_the_stages_of_another_process() -> None:
+    """With neither planning nor refinement of its own the layout in force is the one announced, and requests go by it."""
+    world = staged(refine=False, replan=False)
+    world.emit(LayoutAnnounced("layout", StageLayout.from_boundaries((600,), (("a", "c"), ("b",)))))
+    layouts = [effect.layout for effect in world.log if isinstance(effect, PublishLayout)]
+    assert layouts[-1].boundaries_tokens == (600,)
+    world.arrive("short", 599)
+    world.arrive("long", 600)
+    assert place(world, "short") in {"a", "c"}
+    assert place(world, "long") == "b"
+
+
+def test_planning_sees_the_arrivals_of_other_processes() -> None:
+    """What another process says it has seen is in the workload that the planner gets: rate, lengths, what still runs."""
+    asked: list[tuple[LengthHistogram, float]] = []
+
+    def planner(workload: LengthHistogram, rate_per_s: float, *_: object) -> StageLayout | None:
+        asked.append((workload, rate_per_s))
+        return None
+
+    world = World(Cascade(planner=planner, planning=PlanSettings(interval_s=1.0, min_requests=10)), LARGE)
+    world.join("a", "b")
+    world.advance(0.5)
+    world.emit(WorkloadSeen("process:1", "1", 40, (SeenEnd(300, 50, 0.5),) * 20, (SeenLive(0.5, 3000, 400, 500),) * 20))
+    world.report("a")
+    world.advance(2.0)
+    world.report("a")
+    (workload, rate_per_s) = asked[-1]
+    assert rate_per_s == pytest.approx(40 / 2.0, rel=0.05)
+    assert workload.mean_prompt_tokens == pytest.approx(1650, rel=0.05)
 
 
 def test_planner_takes_what_gains_and_keeps_what_is_as_good() -> None:

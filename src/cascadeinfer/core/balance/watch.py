@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cascadeinfer.core.balance.recent import RecentWorkload, Unfinished
+from cascadeinfer.core.events import WorkloadSeen
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.core.view import RequestView
 
@@ -19,6 +21,7 @@ class WorkloadWatch:
         """
         self._workloads = tuple(workloads)
         self._arrived_s: dict[RequestId, float] = {}
+        self._elsewhere: dict[str, NDArray[np.float64]] = {}
 
     def arrived(self, request_id: RequestId, now_s: float) -> None:
         """A request came."""
@@ -38,14 +41,23 @@ class WorkloadWatch:
         """It will not run: it was demand, but has no length."""
         self._arrived_s.pop(request_id, None)
 
+    def seen_elsewhere(self, event: WorkloadSeen, now_s: float) -> None:
+        """Another process's arrivals and ends count like the own ones."""
+        for workload in self._workloads:
+            for _ in range(event.n_arrived):
+                workload.note_arrival(now_s)
+            for end in event.ended:
+                workload.note_finished(end.prompt_tokens, end.output_tokens, end.arrived_s)
+        rows = [(r.arrived_s, r.prompt_tokens, r.output_tokens, r.max_output_tokens) for r in event.unfinished]
+        self._elsewhere[event.source] = np.array(rows, dtype=np.float64).reshape(-1, 4)
+
     def unfinished(self, requests: Iterable[RequestView]) -> Unfinished:
-        """Those of these requests that have come and not ended."""
+        """Those of these requests that have come and not ended, and what other processes last said of theirs."""
         arrived_s = self._arrived_s
         here = [request for request in requests if request.request_id in arrived_s]
-        prompts = np.array([request.prompt_tokens for request in here], dtype=np.int64)
-        return Unfinished(
-            np.array([arrived_s[request.request_id] for request in here], dtype=np.float64),
-            prompts,
-            np.array([request.tokens for request in here], dtype=np.int64) - prompts,
-            np.array([request.max_output_tokens for request in here], dtype=np.int64),
-        )
+        own = [
+            (arrived_s[r.request_id], r.prompt_tokens, r.tokens - r.prompt_tokens, r.max_output_tokens) for r in here
+        ]
+        table = np.concatenate([np.array(own, dtype=np.float64).reshape(-1, 4), *self._elsewhere.values()])
+        prompts, outputs, caps = table[:, 1:].T.astype(np.int64)
+        return Unfinished(table[:, 0], prompts, outputs, caps)

@@ -174,4 +174,5 @@ class Adaptation:
 
 def _mean_tokens(instance: InstanceView) -> tuple[float, InstanceId]:
     """Mean length of the requests there; then the id."""
-    return instance.kv_tokens / max(1, len(instance.request_ids)), instance.instance_id
+    tokens = instance.kv_tokens + instance.foreign_tokens
+    return tokens / max(1, len(instance.request_ids) + instance.foreign_requests), instance.instance_id

@@ -36,11 +36,13 @@ from cascadeinfer.core.events import (
     InstanceJoined,
     InstanceLost,
     InstanceReported,
+    LayoutAnnounced,
     MessageReceived,
     MigrationEnded,
     RequestArrived,
     RequestFinished,
     TimerFired,
+    WorkloadSeen,
 )
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.policies.adaptation import Adaptation
@@ -117,7 +119,7 @@ class Cascade:
         self._wakes: list[tuple[float, InstanceId]] = []
         self._wake_of: dict[InstanceId, float] = {}
 
-    def handle(self, event: Event, now_s: float) -> list[Effect]:  # noqa: C901 - one arm per event
+    def handle(self, event: Event, now_s: float) -> list[Effect]:  # noqa: C901, PLR0912 - one arm per event
         """See `Policy.handle`."""
         effects: list[Effect] = []
         match event:
@@ -152,6 +154,11 @@ class Cascade:
             case InstanceJoined() | InstanceDraining() | InstanceLost():
                 self.view.apply(event)
                 self._follow_membership(event, now_s, effects)
+            case LayoutAnnounced():
+                self.roster.adopt(event.layout)
+                self._follow_roster(event.cause, effects)
+            case WorkloadSeen():
+                self._watch.seen_elsewhere(event, now_s)
         return effects
 
     def next_timer_s(self) -> float | None:

@@ -68,4 +68,4 @@ class PrefixAware(PlacingPolicy):
 
 
 def _queue(instance: InstanceView) -> int:
-    return len(instance.request_ids)
+    return len(instance.request_ids) + instance.foreign_requests

@@ -21,6 +21,7 @@ from cascadeinfer.core.events import (
     InstanceJoined,
     InstanceLost,
     InstanceReported,
+    LayoutAnnounced,
     MigrationEnded,
     MigrationOutcome,
     RequestFinished,
@@ -66,6 +67,9 @@ class StaticStages(PlacingPolicy):
         effects: list[Effect] = []
         if isinstance(event, InstanceJoined | InstanceDraining | InstanceLost):
             effects += self._follow_roster(event)
+        elif isinstance(event, LayoutAnnounced):
+            self._roster.adopt(event.layout)
+            effects += self._in_force(event.cause, [instance.instance_id for instance in self.view.available()])
         effects += super().handle(event, now_s)
         if isinstance(event, MigrationEnded) and event.outcome is MigrationOutcome.STAYED:
             self._not_before_s[event.request_id] = now_s + self._retry_s
@@ -86,9 +90,12 @@ class StaticStages(PlacingPolicy):
         there = {instance.instance_id for instance in self.view.available()} - {event.instance_id}
         if isinstance(event, InstanceJoined):
             there.add(event.instance_id)
-        changed = self._roster.follow(sorted(there))
+        return self._in_force(event.cause, sorted(there))
+
+    def _in_force(self, cause: str, there: list[InstanceId]) -> list[Effect]:
+        changed = self._roster.follow(there)
         layout = self._roster.layout
-        return [PublishLayout(event.cause, layout)] if changed and layout is not None else []
+        return [PublishLayout(cause, layout)] if changed and layout is not None else []
 
     def _stage_of(self, request: RequestView) -> int:
         assert self._roster.layout is not None  # somebody takes requests

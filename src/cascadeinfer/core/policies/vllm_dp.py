@@ -39,8 +39,8 @@ class VllmDp(PlacingPolicy):
         """See `Policy.handle`."""
         if isinstance(event, InstanceReported) and (instance := self.view.instances.get(event.instance_id)) is not None:
             report = event.report
-            self._waiting[event.instance_id] = len(report.waiting_ids)
-            self._running[event.instance_id] = len(report.running_ids)
+            self._waiting[event.instance_id] = report.n_waiting
+            self._running[event.instance_id] = report.n_running
             self._kv_use[event.instance_id] = report.kv_blocks_used / instance.capacity.kv_blocks
         elif isinstance(event, InstanceJoined | InstanceLost):
             for statistics in (self._waiting, self._running, self._kv_use):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import psutil
 from vllm.config import VllmConfig
+from vllm.utils.network_utils import get_open_zmq_ipc_path
 from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import AsyncMPClient
@@ -40,6 +41,7 @@ from cascadeinfer.engines.protocol import (
     TokenDelta,
 )
 from cascadeinfer.engines.vllm.connector.ticket import CUT, resume_params
+from cascadeinfer.engines.vllm.further_clients import Addresses, with_further_clients
 
 HANDSHAKE_POLL_S = 0.05
 HANDSHAKE_TIMEOUT_S = 30.0
@@ -66,25 +68,34 @@ class InstanceClient(AsyncMPClient):
         on_started: Callable[["InstanceClient"], None],
         *,
         log_stats: bool,
+        further_clients: Addresses = (),
     ) -> None:
         """Start the EngineCore and block until it is ready; `on_started` is called (in this thread) on the way."""
-        self._process_start = process_start
         self._on_started = on_started
+        self._until_started = contextlib.ExitStack()
+        self.ready_payload = b""
         process_start.enter()
+        self._until_started.callback(process_start.leave)
+        if further_clients:
+            self._until_started.enter_context(with_further_clients(further_clients))
         try:
-            super().__init__(vllm_config, Executor.get_class(vllm_config), log_stats)
+            with self._until_started:
+                super().__init__(vllm_config, Executor.get_class(vllm_config), log_stats)
         except BaseException:
             if (resources := getattr(self, "resources", None)) is not None:
                 resources.ctx.destroy(linger=0)  # else its threads and sockets live until a garbage collection
             raise
-        finally:
-            process_start.leave()
 
     def _start_mm_warmup(self) -> None:
         """Called by MPClient when the engine processes have been started and before it waits for them."""
-        self._process_start.leave()
+        self._until_started.close()
         self._on_started(self)
         super()._start_mm_warmup()
+
+    def _apply_ready_response(self, payload: bytes) -> None:
+        """Called with what the EngineCore says when it is ready; further clients need it too."""
+        self.ready_payload = payload
+        super()._apply_ready_response(payload)
 
 
 class VllmInstance:
@@ -98,6 +109,8 @@ class VllmInstance:
         environment: dict[str, str],
         *,
         log_stats: bool = True,
+        n_clients: int = 1,
+        max_migrations: int | None = None,
     ) -> None:
         """
         Args:
@@ -106,13 +119,19 @@ class VllmInstance:
             vllm_config: Its own configuration, with our connector in it.
             environment: Variables its processes get.
             log_stats: Whether its steps carry statistics for vLLM's metrics.
+            n_clients: Front-end processes that will use it, this one included.
+            max_migrations: It takes part in at once, over all processes; None: the only process keeps to its limit itself.
         """
         self.instance_id = instance_id
         self.index = index
         self.vllm_config = vllm_config
         self._process_start = ProcessStart(environment)
         self._log_stats = log_stats
-        self._client: InstanceClient | None = None
+        self._max_migrations = max_migrations
+        self._client: AsyncMPClient | None = None
+        self.further_clients: Addresses = tuple(
+            (get_open_zmq_ipc_path(), get_open_zmq_ipc_path()) for _ in range(n_clients - 1)
+        )
         #: The client whose processes run but are not ready yet.
         self._starting: InstanceClient | None = None
         self._creation: asyncio.Future[None] | None = None
@@ -122,7 +141,7 @@ class VllmInstance:
         self._reported_s = 0.0
 
     @property
-    def client(self) -> InstanceClient:
+    def client(self) -> AsyncMPClient:
         """The client of this instance, for what the runtime does not know (LoRA, sleep, profiling)."""
         if self._client is None:
             raise EngineError("not started", instance_id=self.instance_id)
@@ -141,8 +160,13 @@ class VllmInstance:
         try:
             await self._until_created(self._creation)
             self.hello = await self.client.call_utility_async("cascade_hello")
+            if self._max_migrations is not None:
+                await self.limit_migrations(self._max_migrations)
         except Exception as error:
             raise EngineError(f"did not start: {error}", instance_id=self.instance_id) from error
+        return self._capacity()
+
+    def _capacity(self) -> InstanceCapacity:
         return InstanceCapacity(
             kv_blocks=self.hello["kv_blocks"],
             block_size_tokens=self.hello["block_size"],
@@ -174,7 +198,11 @@ class VllmInstance:
         """
         try:
             self._client = InstanceClient(
-                self.vllm_config, self._process_start, self._processes_run, log_stats=self._log_stats
+                self.vllm_config,
+                self._process_start,
+                self._processes_run,
+                log_stats=self._log_stats,
+                further_clients=self.further_clients,
             )
         finally:
             self._starting = None
@@ -256,9 +284,17 @@ class VllmInstance:
         """See Engine.release_pin."""
         await self._call("cascade_release_pin", engine_request_id)
 
+    async def limit_migrations(self, max_migrations: int | None) -> None:
+        """It takes part in at most so many migrations at once, whoever starts them; None: no limit."""
+        await self._call("cascade_limit_migrations", max_migrations)
+
+    async def forget_client(self, client_index: int) -> int:
+        """A front-end process died: abort what it has here. Returns how many requests it had."""
+        return int(await self._call("cascade_forget_client", client_index))
+
     async def report(self) -> tuple[InstanceReport, EngineCounters]:
         """See Engine.report; `step_s` is the mean over wall time since the last report, idle time included."""
-        load = await self._call("cascade_load")
+        load = await self._call("cascade_load", self.client.client_index)
         now_s = time.monotonic()
         new_steps = load["steps"] - self._steps_at_report
         step_s = (now_s - self._reported_s) / new_steps if new_steps and self._reported_s else 0.0
@@ -271,6 +307,8 @@ class VllmInstance:
             kv_blocks_used=load["kv_blocks_used"],
             step_s=step_s,
             steps=tuple(StepSample(BatchFeatures(*row[:5]), row[5]) for row in load["timed_steps"]),
+            foreign_running_tokens=tuple(load["foreign_running"]),
+            foreign_waiting_tokens=tuple(load["foreign_waiting"]),
         )
         counters = EngineCounters(
             steps=load["steps"],
@@ -335,7 +373,7 @@ class VllmInstance:
             self._creation.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     @staticmethod
-    def _fail_pending_calls(client: InstanceClient) -> None:
+    def _fail_pending_calls(client: AsyncMPClient) -> None:
         """Wake whoever waits for an answer of a dead engine; vLLM leaves those futures unresolved."""
         for future in client.utility_results.values():
             if isinstance(future, asyncio.Future) and not future.done():
@@ -347,7 +385,7 @@ class VllmInstance:
         except EngineDeadError as error:
             raise EngineError("died", instance_id=self.instance_id) from error
 
-    async def _send(self, send: Callable[[InstanceClient], Awaitable[None]]) -> None:
+    async def _send(self, send: Callable[[AsyncMPClient], Awaitable[None]]) -> None:
         """Send to an engine that may have died or been stopped: its death is reported once, by `next_outputs`."""
         if self._client is None:
             return

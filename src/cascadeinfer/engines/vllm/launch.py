@@ -7,11 +7,12 @@ handshake anew instead of reading a dead process's memory.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import psutil
 import pydantic
@@ -23,6 +24,8 @@ from vllm.usage.usage_lib import UsageContext
 from cascadeinfer.cluster.local import LOOPBACK, Places, core_places, device_places, free_port
 from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.vllm.attached import AttachedInstance
+from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.instance import VllmInstance
 
 logger = logging.getLogger(__name__)
@@ -40,9 +43,12 @@ class KvTransferSettings:
 
     Attributes:
         lease_s: How long a cut request's blocks stay pinned at the source unless they are pulled before.
+        max_migrations: At once per instance, either way, where several front-end processes start them; None: one process does, and
+            its policy keeps to its own limit.
     """
 
     lease_s: int = 10
+    max_migrations: int | None = None
 
 
 def check_engine_args(engine_args: AsyncEngineArgs) -> None:
@@ -120,6 +126,7 @@ class VllmSource:
         *,
         log_stats: bool,
         extra_environment: dict[str, str] | None = None,
+        n_clients: int = 1,
     ) -> None:
         """
         Args:
@@ -128,6 +135,7 @@ class VllmSource:
             settings: Of the KV transfer.
             log_stats: Whether steps carry statistics for vLLM's metrics.
             extra_environment: More variables for the instances' processes.
+            n_clients: Front-end processes that will use the instances.
 
         Raises:
             ConfigError: vLLM refuses the arguments (an unknown model folder, an impossible length), or ours contradict them.
@@ -137,6 +145,7 @@ class VllmSource:
         self._settings = settings
         self._log_stats = log_stats
         self._extra_environment = extra_environment or {}
+        self._n_clients = n_clients
         self._n_first = n_instances
         self._n_placed = 0
         self._places = places_for(engine_args, n_instances)
@@ -164,6 +173,8 @@ class VllmSource:
                     "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
                 },
                 log_stats=self._log_stats,
+                n_clients=self._n_clients,
+                max_migrations=self._settings.max_migrations,
             )
 
         return make
@@ -195,6 +206,7 @@ def make_factories(
     *,
     log_stats: bool,
     extra_environment: dict[str, str] | None = None,
+    n_clients: int = 1,
 ) -> dict[InstanceId, Callable[[int], VllmInstance]]:
     """
     Per instance, what makes its engine for the n-th start; for a fixed set of instances.
@@ -203,9 +215,35 @@ def make_factories(
         ConfigError: See VllmSource.
     """
     source = VllmSource(
-        engine_args, len(instance_ids), settings, log_stats=log_stats, extra_environment=extra_environment
+        engine_args,
+        len(instance_ids),
+        settings,
+        log_stats=log_stats,
+        extra_environment=extra_environment,
+        n_clients=n_clients,
     )
     return {instance_id: source.place(instance_id) for instance_id in instance_ids}
+
+
+def attached_factories(
+    engine_args: AsyncEngineArgs,
+    client_index: int,
+    attach: Callable[[AttachedInstance], Awaitable[Attachment]],
+) -> Callable[[InstanceId], Callable[[int], AttachedInstance]]:
+    """
+    Per instance that another process owns, what makes a further client of it for the n-th time.
+
+    Args:
+        engine_args: The operator's; what an instance's start has changed in the configuration comes with the attachment.
+        client_index: This process's number among the clients.
+        attach: See AttachedInstance.
+    """
+    config = instance_config(engine_args, "attached", KvTransferSettings())
+
+    def make_maker(instance_id: InstanceId) -> Callable[[int], AttachedInstance]:
+        return lambda _: AttachedInstance(instance_id, copy.deepcopy(config), client_index, attach)
+
+    return make_maker
 
 
 def parse_engine_args(namespace: argparse.Namespace) -> AsyncEngineArgs:

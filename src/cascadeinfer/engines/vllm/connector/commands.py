@@ -18,6 +18,8 @@ from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker,
 
 ROOM_REFUSED_BLOCKS = "no_blocks"
 ROOM_REFUSED_SLOTS = "no_slots"
+REFUSED_MIGRATIONS = "migrations"
+"""As many migrations from or to this instance are under way as may be, those of all front-end processes together."""
 
 
 def _side(core: EngineCore) -> CascadeSchedulerSide:
@@ -61,8 +63,24 @@ def cascade_handshake(core: EngineCore, engine_id: str, host: str, port: int, tp
     return all(done)
 
 
+def cascade_limit_migrations(core: EngineCore, max_migrations: int | None) -> None:
+    """From now on at most so many at once, whoever starts them."""
+    _side(core).max_migrations = max_migrations
+
+
+def _too_many_migrations(core: EngineCore) -> bool:
+    """Whether the limit over all front-end processes is reached; a lone process keeps to it by itself and sets none."""
+    side = _side(core)
+    if side.max_migrations is None:
+        return False
+    pulling = [r for r in core.scheduler.requests.values() if r.status == RequestStatus.WAITING_FOR_REMOTE_KVS]
+    return side.n_leaving() + side.n_reserved() + len(pulling) >= side.max_migrations
+
+
 def cascade_cut(core: EngineCore, request_id: str) -> str | None:
     """Cut a running request; None, or why not (see `CascadeSchedulerSide.cut`)."""
+    if _too_many_migrations(core):
+        return REFUSED_MIGRATIONS
     return _side(core).cut(core.scheduler.requests.get(request_id))
 
 
@@ -73,6 +91,8 @@ def cascade_undo_cut(core: EngineCore, request_id: str) -> bool:
 
 def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int) -> str | None:
     """Reserve blocks and a slot for a request on its way; None, or why not."""
+    if _too_many_migrations(core):
+        return REFUSED_MIGRATIONS
     side = _side(core)
     scheduler = core.scheduler
     n_running, n_waiting = scheduler.get_request_counts()
@@ -94,26 +114,41 @@ def cascade_release_pin(core: EngineCore, request_id: str) -> bool:
     return True
 
 
-def cascade_load(core: EngineCore) -> dict[str, Any]:
-    """The instance's load now: lengths by request, blocks, counters, and the steps since this was last asked."""
+def cascade_forget_client(core: EngineCore, client_index: int) -> int:
+    """A front-end process died: abort its requests, give its reservations back. Returns how many requests there were."""
+    orphans = [r.request_id for r in core.scheduler.requests.values() if r.client_index == client_index]
+    core.abort_requests(orphans)
+    _side(core).release_reservations_of(client_index)
+    return len(orphans)
+
+
+def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
+    """The instance's load now as one front-end process sees it: lengths by request, foreign lengths, blocks, counters; to process 0 also the steps since it last asked."""
     side = _side(core)
     running: list[tuple[str, int]] = []
     waiting: list[tuple[str, int]] = []
+    foreign_running: list[int] = []
+    foreign_waiting: list[int] = []
     for request in core.scheduler.requests.values():
         if request.is_finished():
             continue
-        place = running if request.status == RequestStatus.RUNNING else waiting
-        place.append((request.request_id, request.num_tokens))
+        runs = request.status == RequestStatus.RUNNING
+        if request.client_index == client_index:
+            (running if runs else waiting).append((request.request_id, request.num_tokens))
+        else:
+            (foreign_running if runs else foreign_waiting).append(request.num_tokens)
     kv_blocks = core.vllm_config.cache_config.num_gpu_blocks - 1
     return {
         "running": running,
         "waiting": waiting,
+        "foreign_running": foreign_running,
+        "foreign_waiting": foreign_waiting,
         "kv_blocks": kv_blocks,
         "kv_blocks_used": kv_blocks - side.free_blocks(),
         "reserved": side.n_reserved(),
         "pinned": list(side.pinned),
         "steps": side.steps,
-        "timed_steps": side.timer.take(),
+        "timed_steps": side.timer.take() if client_index == 0 else [],  # who plans learns from them
         "scheduled_tokens": side.scheduled_tokens,
         "pulls": side.pulls,
         "pulled_tokens": side.pulled_tokens,
@@ -125,11 +160,13 @@ COMMANDS = (
     cascade_hello,
     cascade_identity,
     cascade_handshake,
+    cascade_limit_migrations,
     cascade_cut,
     cascade_undo_cut,
     cascade_reserve,
     cascade_release_reservation,
     cascade_release_pin,
+    cascade_forget_client,
     cascade_load,
 )
 

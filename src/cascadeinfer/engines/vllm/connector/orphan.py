@@ -14,7 +14,7 @@ import threading
 logger = logging.getLogger(__name__)
 
 
-def end_with_parent() -> None:
+def end_with_parent(what: str = "this engine") -> None:
     """From now on, end this process when the process that started it has ended. No parent: nothing to watch."""
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -22,7 +22,7 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         parent.join()
-        logger.error("the front end (pid %s) is gone: this engine ends", parent.pid)
+        logger.error("the front end (pid %s) is gone: %s ends", parent.pid, what)
         os.kill(os.getpid(), signal.SIGKILL)  # the engine's thread may be deep inside a step
 
     threading.Thread(target=watch, name="cascade-parent-watch", daemon=True).start()

@@ -32,7 +32,14 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from cascadeinfer.engines.vllm.connector.step_timer import StepTimer
-from cascadeinfer.engines.vllm.connector.ticket import CUT, PROMPT_TOKENS, RESERVATION, TransferParams, is_resumed
+from cascadeinfer.engines.vllm.connector.ticket import (
+    CUT,
+    PROMPT_TOKENS,
+    RESERVATION,
+    TransferParams,
+    is_resumed,
+    reservation_prefix,
+)
 
 RESERVATION_LIFE_S = 60.0
 """A reservation nobody claims (its controller died) ends by itself after this long, unless the transfer configuration says otherwise."""
@@ -83,6 +90,8 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         self._reservation_life_s = float(
             vllm_config.kv_transfer_config.get_from_extra_config("reservation_life_s", RESERVATION_LIFE_S)
         )
+        #: Migrations at once, of all front-end processes together; None: the only process keeps to its limit itself.
+        self.max_migrations: int | None = None
         #: Cut requests whose blocks are pinned until they are pulled, released or their lease ends.
         self.pinned: dict[str, None] = {}
         #: Requests that are neither finished nor aborted: with any left, the next step follows at once.
@@ -155,6 +164,16 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
             return False
         self._manager().block_pool.free_blocks(reservation.blocks)
         return True
+
+    def release_reservations_of(self, client_index: int) -> None:
+        """A front-end process is gone: nobody will claim what it reserved."""
+        prefix = reservation_prefix(client_index)
+        for reservation_id in [r for r in self._reservations if r.startswith(prefix)]:
+            self.release_reservation(reservation_id)
+
+    def n_leaving(self) -> int:
+        """Cut requests: those about to end here, and those whose blocks wait to be pulled."""
+        return len(self._cuts) + len(self.pinned)
 
     def n_reserved(self) -> int:
         """Reservations that hold blocks now."""

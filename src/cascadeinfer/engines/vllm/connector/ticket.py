@@ -42,3 +42,8 @@ def resume_params(
 def is_resumed(params: TransferParams | None) -> bool:
     """Whether these parameters belong to a request that has run elsewhere before."""
     return params is not None and PROMPT_TOKENS in params
+
+
+def reservation_prefix(client_index: int) -> str:
+    """How the reservation ids of a front-end process begin, so that two processes never mean the same one."""
+    return f"client{client_index}/"

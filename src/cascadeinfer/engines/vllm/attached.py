@@ -1,0 +1,207 @@
+"""
+An instance as a further front-end process sees it: a client of an EngineCore that another process has started and keeps alive.
+
+vLLM's EngineCore serves several clients: it connects to an input and an output socket of each, and answers the one that asked. The owner
+of the instance says where those sockets are to be bound (`Attachment`), with everything else a client learns at start. What differs
+from the owner's `VllmInstance`: nothing is started or killed here, peers are connected by the owner, and the owner tells of a death.
+
+A process that died is followed by another one at the same sockets. So an EngineCore's ready message may have gone to its
+predecessor (the attachment carries it), answers to the predecessor's calls may arrive (and find nobody), and whatever the predecessor
+left running is aborted first.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from vllm.config import VllmConfig
+from vllm.utils.network_utils import make_zmq_socket
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.engines.protocol import Engine, EngineRequest, Resume
+from cascadeinfer.engines.vllm.attachment import Attachment
+from cascadeinfer.engines.vllm.connector.ticket import reservation_prefix
+from cascadeinfer.engines.vllm.instance import InstanceClient, VllmInstance
+
+CONNECT_POLL_S = 0.02
+CONNECT_TIMEOUT_S = 30.0
+
+
+def attachments_of(instance: VllmInstance) -> list[Attachment]:
+    """Of a started instance, one for each further client."""
+    client = instance.client
+    assert isinstance(client, InstanceClient)
+    return [
+        Attachment(instance.index, instance.pid, instance.hello, client.ready_payload.hex(), *addresses)
+        for addresses in instance.further_clients
+    ]
+
+
+class _Answers(dict[int, Any]):
+    """Futures of calls under way; the answer to a call that this process never made is nobody's."""
+
+    def pop(self, call_id: int, *_: Any) -> Any:
+        """The future of a call."""
+        return super().pop(call_id, None) or Future()
+
+
+class AttachedClient(AsyncMPClient):
+    """
+    vLLM's client on sockets of its own, of an EngineCore that runs already.
+
+    `MPClient.__init__` cannot be used: it waits for the ready message, which comes only once per socket and EngineCore.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, attachment: Attachment, client_index: int) -> None:
+        """Bind the sockets; must be called in the event loop. `connected` waits for the EngineCore."""
+        self.vllm_config = vllm_config
+        self._renderer = None
+        self._effective_attention_block_sizes: set[int | None] = set()
+        self._kv_event_sources: dict[int, Any] = {}
+        self.stats_update_address = None
+        self.engines_running = False
+        context = zmq.Context(io_threads=2)
+        self.ctx = zmq.asyncio.Context(context)
+        self.resources = BackgroundResources(ctx=context)
+        self._finalizer = weakref.finalize(self, self.resources)
+        self.input_socket = self.resources.input_socket = make_zmq_socket(
+            self.ctx, attachment.input_address, zmq.ROUTER, bind=True
+        )
+        self.resources.output_socket = make_zmq_socket(self.ctx, attachment.output_address, zmq.PULL)
+        self.encoder = MsgpackEncoder()
+        self.decoder = MsgpackDecoder(EngineCoreOutputs)
+        self.engine_ranks_managed = [0]
+        self.core_engine = (0).to_bytes(2, "little")
+        self.core_engines = [self.core_engine]
+        self.utility_results = _Answers()
+        self.client_index = client_index
+        self.client_count = client_index + 1
+        self.outputs_queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._engine_status: dict[int, Any] = {}
+        self._apply_ready_response(bytes.fromhex(attachment.ready_payload))
+        self._ensure_output_queue_task()
+
+    async def connected(self) -> dict[str, Any]:
+        """
+        Wait until the EngineCore has connected; returns its hello.
+
+        Raises:
+            TimeoutError: It does not come.
+        """
+        end_s = time.monotonic() + CONNECT_TIMEOUT_S
+        self.input_socket.setsockopt(
+            zmq.ROUTER_MANDATORY, 1
+        )  # until it has come, sending fails instead of going nowhere
+        while True:
+            try:
+                async with asyncio.timeout(max(0.0, end_s - time.monotonic())):
+                    hello: dict[str, Any] = await self.call_utility_async("cascade_hello")
+                break
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                self.utility_results.clear()  # nobody will answer
+                if time.monotonic() >= end_s:
+                    raise TimeoutError("the instance does not connect") from error
+                await asyncio.sleep(CONNECT_POLL_S)
+        self.input_socket.setsockopt(zmq.ROUTER_MANDATORY, 0)  # a death is the owner's to tell, not the sender's
+        return hello
+
+    def engine_died(self) -> None:
+        """The owner says that the EngineCore is gone."""
+        self.resources.engine_dead = True
+        self.outputs_queue.put_nowait(EngineDeadError())
+
+
+class AttachedInstance(VllmInstance):
+    """See the module header, and `cascadeinfer.engines.protocol.Engine`."""
+
+    def __init__(
+        self,
+        instance_id: InstanceId,
+        vllm_config: VllmConfig,
+        client_index: int,
+        attach: Callable[["AttachedInstance"], Awaitable[Attachment]],
+    ) -> None:
+        """
+        Args:
+            instance_id: Its name.
+            vllm_config: As the owner's, for what the front end reads from it.
+            client_index: This process's number among the clients.
+            attach: Waits until the instance is up, and will call `died` when it is not any more.
+        """
+        super().__init__(instance_id, -1, vllm_config, {})
+        self._client_index = client_index
+        self._attach = attach
+        self._pid: int | None = None
+        self.stopped = False
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the EngineCore."""
+        return self._pid
+
+    async def start(self) -> InstanceCapacity:
+        """Wait until the instance is up and has connected to this process; abort what a predecessor left there."""
+        attachment = await self._attach(self)
+        self.index, self._pid, self.hello = attachment.index, attachment.pid, attachment.hello
+        client = AttachedClient(self.vllm_config, attachment, self._client_index)
+        self._client = client
+        try:
+            await client.connected()
+            await self.forget_client(self._client_index)
+        except (EngineDeadError, TimeoutError, zmq.ZMQError) as error:
+            raise EngineError(f"cannot be attached: {error}", instance_id=self.instance_id) from error
+        return self._capacity()
+
+    async def connect(self, peers: Sequence[Engine]) -> None:
+        """The owner has connected it to its peers before it said that it is up."""
+
+    async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
+        """See Engine.add."""
+        if resume is not None and resume.reservation_id is not None:
+            resume = dataclasses.replace(resume, reservation_id=self._own(resume.reservation_id))
+        await super().add(engine_request_id, request, resume)
+
+    async def reserve(self, reservation_id: str, n_tokens: int) -> str | None:
+        """See Engine.reserve."""
+        return await super().reserve(self._own(reservation_id), n_tokens)
+
+    async def release_reservation(self, reservation_id: str) -> None:
+        """See Engine.release_reservation."""
+        await super().release_reservation(self._own(reservation_id))
+
+    def _own(self, reservation_id: str) -> str:
+        """Another process may have a migration of the same name."""
+        return reservation_prefix(self._client_index) + reservation_id
+
+    def died(self) -> None:
+        """The owner says that it is gone."""
+        self._pid = None
+        if isinstance(self._client, AttachedClient):
+            self._client.engine_died()
+            self._fail_pending_calls(self._client)
+
+    def kill(self) -> None:
+        """Killing is the owner's: it finds out by itself that an instance hangs."""
+
+    async def stop(self, timeout_s: float) -> None:  # noqa: ARG002 - the protocol's
+        """Let go of the instance."""
+        self.stopped = True
+        client, self._client = self._client, None
+        if client is not None:
+            self._fail_pending_calls(client)
+            with contextlib.suppress(EngineError):
+                client.shutdown(0.0)

@@ -1,0 +1,55 @@
+"""What a follower knows of the instances: who is up, and the clients it has of them."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Protocol
+
+from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.vllm.attachment import Attachment
+
+
+class Attached(Protocol):
+    """A client of an instance that process 0 owns: `engines.vllm.attached.AttachedInstance`."""
+
+    instance_id: InstanceId
+    stopped: bool
+
+    def died(self) -> None:
+        """The owner says that the instance is gone."""
+        ...
+
+
+class Board:
+    """The owner's word on each instance, for those who wait for it."""
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._up: dict[InstanceId, Attachment] = {}
+        self._attached: dict[InstanceId, tuple[Attached, str]] = {}
+        self._news = asyncio.Event()
+
+    def follow(self, up: Mapping[InstanceId, Attachment]) -> None:
+        """These are up, and no others: who waits for one can go on, clients of a former life are told of its end."""
+        self._up = dict(up)
+        for instance_id, (instance, engine_id) in list(self._attached.items()):
+            attachment = up.get(instance_id)
+            if attachment is None or attachment.hello["engine_id"] != engine_id:
+                del self._attached[instance_id]
+                instance.died()
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def attach(self, instance: Attached) -> Attachment:
+        """
+        Wait until an instance is up; from then on the client is told when it is not any more.
+
+        Raises:
+            EngineError: The client was stopped meanwhile.
+        """
+        while (attachment := self._up.get(instance.instance_id)) is None:
+            await self._news.wait()
+        if instance.stopped:
+            raise EngineError("is not wanted any more", instance_id=instance.instance_id)
+        self._attached[instance.instance_id] = (instance, attachment.hello["engine_id"])
+        return attachment

@@ -1,0 +1,191 @@
+"""
+A follower's side: follows the news of process 0, tells it what this process has, asks it what only it knows.
+
+The other end is gone when process 0 is: then this process ends too, at once, since its instances do.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, assert_never
+
+from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
+from cascadeinfer.core.events import LayoutAnnounced
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.protocol import Engine
+from cascadeinfer.frontend.processes.board import Board
+from cascadeinfer.frontend.processes.channel import Channel
+from cascadeinfer.frontend.processes.messages import (
+    Answer,
+    FleetNews,
+    FromOwner,
+    LayoutNews,
+    Question,
+    Stop,
+    Summary,
+)
+from cascadeinfer.runtime.shell import Runtime
+
+logger = logging.getLogger(__name__)
+
+SUMMARY_S = 0.25
+ANSWER_TIMEOUT_S = 10.0
+UNSENT_MAX_BYTES = 1 << 16
+"""While so much waits for process 0 to read it, summaries wait too."""
+
+
+class Follower:
+    """See the module header, and `cascadeinfer.frontend.admin.Admin`."""
+
+    def __init__(
+        self,
+        channel: Channel[FromOwner],
+        board: Board,
+        make_engine: Callable[[InstanceId], Callable[[int], Engine]],
+        on_stop: Callable[[bool], None],
+    ) -> None:
+        """
+        Args:
+            channel: To process 0.
+            board: Told who is up.
+            make_engine: What makes the engine of an instance for its n-th attachment.
+            on_stop: Told to drain, or (True) to end at once.
+        """
+        self._channel = channel
+        self._board = board
+        self._make_engine = make_engine
+        self._on_stop = on_stop
+        self._runtime: Runtime | None = None
+        self._fleet_news: FleetNews | None = None
+        self._layout_news: LayoutNews | None = None
+        self._first_news = asyncio.Event()
+        self._answers: dict[int, asyncio.Future[Answer]] = {}
+        self._numbers = itertools.count()
+
+    async def first_up(self) -> list[InstanceId]:
+        """Wait for the first news; returns the instances to begin with."""
+        await self._first_news.wait()
+        assert self._fleet_news is not None
+        return [news.instance_id for news in self._fleet_news.instances if news.attachment is not None]
+
+    def run(self, runtime: Runtime) -> None:
+        """The runtime of this process has started: from now on it follows the news."""
+        self._runtime = runtime
+        self._follow_fleet()
+        self._follow_layout()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """A task without which this process is of no use: when it fails the process ends, and process 0 starts another one."""
+
+        def ended(task: "asyncio.Task[None]") -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.error("internal error: this front end ends", exc_info=error)
+                os._exit(1)
+
+        task = asyncio.get_running_loop().create_task(work)
+        task.add_done_callback(ended)
+        return task
+
+    async def listen(self) -> None:
+        """Follow process 0 until it is gone, then end this process."""
+        async for message in self._channel.messages():
+            match message:
+                case FleetNews():
+                    self._fleet_news = message
+                    self._board.follow(
+                        {n.instance_id: n.attachment for n in message.instances if n.attachment is not None}
+                    )
+                    if any(news.attachment is not None for news in message.instances):
+                        self._first_news.set()
+                    self._follow_fleet()
+                case LayoutNews():
+                    self._layout_news = message
+                    self._follow_layout()
+                case Stop():
+                    self._on_stop(message.at_once)
+                case Answer():
+                    if (waiting := self._answers.pop(message.number, None)) is not None and not waiting.done():
+                        waiting.set_result(message)
+                case _:
+                    assert_never(message)
+        logger.error("process 0 is gone: this front end ends")
+        os._exit(1)
+
+    async def tell(self) -> None:
+        """Tell process 0 every now and then what this process has."""
+        while True:
+            self._follow_fleet()  # what could not be done at once
+            if self._runtime is not None and self._channel.unsent_bytes < UNSENT_MAX_BYTES:
+                n_arrived, ended = self._runtime.seen.take()
+                self._channel.send(
+                    Summary(
+                        os.getpid(),
+                        **self._runtime.tally(),
+                        n_arrived=n_arrived,
+                        ended=ended,
+                        unfinished=self._runtime.unfinished(),
+                    )
+                )
+            await asyncio.sleep(SUMMARY_S)
+
+    def _follow_fleet(self) -> None:
+        """Instances that are new here are attached in the background; those that drain, or are gone, are emptied and left."""
+        if self._runtime is None or self._fleet_news is None:
+            return
+        states = self._runtime.fleet.states
+        news_of = {news.instance_id: news for news in self._fleet_news.instances}
+        for instance_id, news in news_of.items():
+            if instance_id not in states and news.drain_ends_s is None:
+                self._runtime.elastic.adopt(instance_id, self._make_engine(instance_id))
+            elif instance_id in states:
+                states[instance_id].supervisor.restarts = news.restarts
+                if news.drain_ends_s is not None:
+                    self._drain(instance_id, max(0.0, news.drain_ends_s - time.monotonic()))
+        for instance_id in [i for i in states if i not in news_of]:
+            self._drain(instance_id, 0.0)
+
+    def _follow_layout(self) -> None:
+        if self._runtime is not None and self._layout_news is not None:
+            self._runtime.emit(LayoutAnnounced("layout", self._layout_news.layout()))
+
+    def _drain(self, instance_id: InstanceId, timeout_s: float) -> None:
+        assert self._runtime is not None
+        if self._runtime.fleet[instance_id].drain is None:
+            with contextlib.suppress(ScalingRefusedError):  # nobody else is attached yet
+                self._runtime.elastic.drain(instance_id, timeout_s)
+
+    # --- Admin ---------------------------------------------------------------------------------------------------------
+
+    async def snapshot(self) -> dict[str, Any]:
+        """See FrontEnds.snapshot."""
+        everything: dict[str, Any] = await self._ask(Question(next(self._numbers), "look"))
+        return everything
+
+    async def add(self, count: int) -> list[InstanceId]:
+        """See Elasticity.add."""
+        added: list[InstanceId] = await self._ask(Question(next(self._numbers), "add", count=count))
+        return added
+
+    async def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceId:
+        """See Elasticity.drain."""
+        question = Question(next(self._numbers), "drain", instance_id=instance_id, timeout_s=timeout_s)
+        drained: InstanceId = await self._ask(question)
+        return drained
+
+    async def _ask(self, question: Question) -> Any:
+        waiting = self._answers[question.number] = asyncio.get_running_loop().create_future()
+        self._channel.send(question)
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                answer = await waiting
+        finally:
+            self._answers.pop(question.number, None)
+        if answer.unknown is not None:
+            raise UnknownInstanceError(answer.unknown)
+        if answer.refused is not None:
+            raise ScalingRefusedError(answer.refused)
+        return answer.content

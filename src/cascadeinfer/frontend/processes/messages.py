@@ -1,0 +1,109 @@
+"""
+What process 0 and a follower tell each other.
+
+News are whole states, not changes: the last one counts, a lost or merged one does no harm. Times are on the monotonic clock, which
+all processes of a machine share.
+"""
+
+from typing import Any, TypeAlias
+
+import msgspec
+
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.vllm.attachment import Attachment
+
+
+class InstanceNews(msgspec.Struct, frozen=True):
+    """
+    One instance.
+
+    Attributes:
+        attachment: What this follower needs to use it; None while it is not up.
+        restarts: Times it was restarted.
+        drain_ends_s: When the time is up that it has to hand its requests over; None when it does not drain.
+    """
+
+    instance_id: InstanceId
+    attachment: Attachment | None
+    restarts: int
+    drain_ends_s: float | None
+
+
+class FleetNews(msgspec.Struct, frozen=True, tag=True):
+    """All instances that there are, once those of the start are up."""
+
+    instances: list[InstanceNews]
+
+
+class LayoutNews(msgspec.Struct, frozen=True, tag=True):
+    """The stages that process 0 has put in force."""
+
+    boundaries_tokens: list[int]
+    groups: list[list[InstanceId]]
+
+    @classmethod
+    def of(cls, layout: StageLayout) -> "LayoutNews":
+        """The message for a layout."""
+        return cls(list(layout.boundaries_tokens), [list(stage.instance_ids) for stage in layout.stages])
+
+    def layout(self) -> StageLayout:
+        """The layout."""
+        return StageLayout.from_boundaries(tuple(self.boundaries_tokens), tuple(map(tuple, self.groups)))
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Drain and end; or end at once."""
+
+    at_once: bool
+
+
+class Answer(msgspec.Struct, frozen=True, tag=True):
+    """To a question; `unknown` or `refused` say why there is no content."""
+
+    number: int
+    content: Any = None
+    unknown: str | None = None
+    refused: str | None = None
+
+
+class Question(msgspec.Struct, frozen=True, tag=True):
+    """
+    Something that only process 0 knows or does, for `/admin/instances`.
+
+    Attributes:
+        what: `look`, `add` (so many) or `drain` (this instance).
+    """
+
+    number: int
+    what: str
+    count: int = 0
+    instance_id: InstanceId = ""
+    timeout_s: float = 0.0
+
+
+class Summary(msgspec.Struct, frozen=True, tag=True):
+    """
+    What a follower has now, and what it has seen since its last summary.
+
+    Attributes:
+        live: Requests that have not ended, of which `unplaced` are on no instance and the others `on_instance`.
+        migrations_ended: By outcome, since the process began.
+        n_arrived: Requests that came.
+        ended: The fields of a SeenEnd of each that ended.
+        unfinished: The fields of a SeenLive of each that runs or waits now.
+    """
+
+    pid: int
+    live: int
+    unplaced: int
+    on_instance: dict[InstanceId, int]
+    migrations_under_way: int
+    migrations_ended: dict[str, int]
+    n_arrived: int
+    ended: list[tuple[int, int, float]]
+    unfinished: list[tuple[float, int, int, int]]
+
+
+FromOwner: TypeAlias = FleetNews | LayoutNews | Stop | Answer
+FromFollower: TypeAlias = Question | Summary

@@ -1,0 +1,326 @@
+"""
+Process 0's side: starts the followers, keeps them alive, tells them of instances and stages, answers for all.
+
+A follower that dies takes its clients' connections with it. What it left in the instances is aborted, and another one is started in its
+place, after a pause that doubles with every failure in a row.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, MutableSequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from typing import Any, assert_never
+
+from prometheus_client import multiprocess
+
+from cascadeinfer.core.errors import EngineError, ScalingRefusedError, UnknownInstanceError
+from cascadeinfer.core.events import SeenEnd, SeenLive, WorkloadSeen
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.vllm.attached import attachments_of
+from cascadeinfer.engines.vllm.attachment import Attachment
+from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.frontend.processes.channel import Channel
+from cascadeinfer.frontend.processes.messages import (
+    Answer,
+    FleetNews,
+    FromFollower,
+    InstanceNews,
+    LayoutNews,
+    Question,
+    Stop,
+    Summary,
+)
+from cascadeinfer.runtime.shell import Runtime
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.05
+"""Between two looks at what has changed; so late may followers hear of a death."""
+BACKOFF_FIRST_S = 1.0
+BACKOFF_MAX_S = 30.0
+FORGET_TIMEOUT_S = 10.0
+HANG_S = 60.0
+"""A follower that has served and says nothing for so long is killed."""
+EXIT_TIMEOUT_S = 10.0
+"""For a follower that has drained, to end; then it is killed."""
+NOT_ACCEPTING = 2**31 - 1
+"""The load that vLLM's server takes for a process that accepts no connections."""
+
+
+@dataclass(slots=True)
+class FollowerState:
+    """
+    One follower.
+
+    Attributes:
+        index: Its number among the processes, from 1; also its client index at the instances.
+        summary: Its last one; None until the first, which it sends when it serves.
+        said: The last news sent to it.
+    """
+
+    index: int
+    process: BaseProcess | None = None
+    channel: Channel[FromFollower] | None = None
+    summary: Summary | None = None
+    heard_s: float = 0.0
+    restarts: int = 0
+    said: dict[type, Any] = field(default_factory=dict)
+
+
+class FrontEnds:
+    """All processes, as process 0 sees them. See `cascadeinfer.frontend.admin.Admin`."""
+
+    def __init__(
+        self,
+        n_processes: int,
+        runtime: Runtime,
+        start_process: Callable[[int, socket.socket], BaseProcess],
+        loads: MutableSequence[int],
+    ) -> None:
+        """
+        Args:
+            n_processes: All together.
+            runtime: Process 0's; it owns the instances. It need not be started yet.
+            start_process: Starts the follower of this number, with its end of a socket pair.
+            loads: Open connections per process, shared, by which the least loaded one accepts.
+        """
+        self._runtime = runtime
+        self._start_process = start_process
+        self._loads = loads
+        self._followers = [FollowerState(index) for index in range(1, n_processes)]
+        self._attachments: dict[InstanceId, tuple[VllmInstance, list[Attachment]]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._instances_started = False
+        self._stopping = False
+
+    def start(self) -> None:
+        """Start the followers; they wait until the instances are up."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._keep(follower)) for follower in self._followers]
+        self._tasks.append(loop.create_task(self._tell_news()))
+
+    def instances_started(self) -> None:
+        """Those of the start are up: followers may begin."""
+        self._instances_started = True
+
+    def tell_stop(self, at_once: bool) -> None:
+        """Have all followers drain, or end at once."""
+        self._stopping = True
+        for follower in self._followers:
+            if follower.channel is not None:
+                follower.channel.send(Stop(at_once))
+
+    async def stop(self, timeout_s: float) -> None:
+        """Wait until all followers have drained and ended; kill those that have not in time."""
+        self.tell_stop(at_once=False)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s + EXIT_TIMEOUT_S):
+                await asyncio.gather(*(_exit_of(f.process) for f in self._followers if f.process is not None))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for follower in self._followers:
+            if follower.process is not None:
+                follower.process.kill()
+                await asyncio.to_thread(follower.process.join)
+
+    # --- Admin ---------------------------------------------------------------------------------------------------------
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The JSON of `/admin/instances`, over all processes; what followers have is as old as their last summary."""
+        return self._snapshot()
+
+    async def add(self, count: int) -> list[InstanceId]:
+        """See Elasticity.add."""
+        return self._runtime.elastic.add(count)
+
+    async def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceId:
+        """See Elasticity.drain."""
+        return self._runtime.elastic.drain(instance_id, timeout_s).instance_id
+
+    def _snapshot(self) -> dict[str, Any]:
+        everything = self._runtime.snapshot()
+        front_ends = [_shown(0, os.getpid(), 0, self._own_summary())]
+        for follower in self._followers:
+            summary = follower.summary
+            pid = follower.process.pid if follower.process is not None else None
+            front_ends.append(_shown(follower.index, pid, follower.restarts, summary))
+            if summary is None:
+                continue
+            everything["requests"]["live"] += summary.live
+            everything["requests"]["unplaced"] += summary.unplaced
+            everything["migrations"]["under_way"] += summary.migrations_under_way
+            ended = everything["migrations"]["ended"]
+            for outcome, n in summary.migrations_ended.items():
+                ended[outcome] = ended.get(outcome, 0) + n
+            for instance in everything["instances"]:
+                instance["requests"] += summary.on_instance.get(instance["id"], 0)
+        return {**everything, "front_ends": front_ends}
+
+    def _own_summary(self) -> Summary:
+        return Summary(os.getpid(), **self._runtime.tally(), n_arrived=0, ended=[], unfinished=[])
+
+    # --- one follower --------------------------------------------------------------------------------------------------
+
+    async def _keep(self, follower: FollowerState) -> None:
+        """Start it again whenever it ends, until all stop."""
+        failures = 0
+        while not self._stopping:
+            try:
+                await self._one_life(follower)
+            except Exception:  # no process to be had, our own bug: the next life may do better
+                logger.exception("internal error; front-end process %s is started again", follower.index)
+                if follower.process is not None:
+                    follower.process.kill()
+            if self._stopping:
+                return
+            failures = 0 if follower.summary is not None else failures + 1
+            follower.summary = None
+            self._runtime.emit(WorkloadSeen(f"process:{follower.index}", str(follower.index), 0, (), ()))
+            logger.error("front-end process %s ended: its clients are disconnected, another one starts", follower.index)
+            await self._forget(follower.index)
+            await asyncio.sleep(min(BACKOFF_FIRST_S * 2**failures, BACKOFF_MAX_S))
+            follower.restarts += 1
+
+    async def _one_life(self, follower: FollowerState) -> None:
+        ours, its = socket.socketpair()
+        with its:
+            # In a thread: a spawned process is given all it needs before this returns.
+            follower.process = await asyncio.to_thread(self._start_process, follower.index, its)
+        follower.channel = await Channel[FromFollower].open(ours, FromFollower)
+        follower.said = {}
+        try:
+            async with asyncio.TaskGroup() as group:
+                listening = group.create_task(self._listen(follower, follower.channel))
+                await _exit_of(follower.process)
+                listening.cancel()
+        finally:
+            follower.channel.close()
+            follower.channel = None
+            self._loads[follower.index] = NOT_ACCEPTING
+        multiprocess.mark_process_dead(follower.process.pid)  # type: ignore[no-untyped-call]
+
+    async def _listen(self, follower: FollowerState, channel: Channel[FromFollower]) -> None:
+        async for message in channel.messages():
+            match message:
+                case Summary():
+                    follower.summary = message
+                    follower.heard_s = time.monotonic()
+                    self._runtime.emit(
+                        WorkloadSeen(
+                            f"process:{follower.index}",
+                            str(follower.index),
+                            message.n_arrived,
+                            tuple([SeenEnd(*end) for end in message.ended]),
+                            tuple([SeenLive(*live) for live in message.unfinished]),
+                        )
+                    )
+                case Question():
+                    channel.send(self._answer(message))
+                case _:
+                    assert_never(message)
+
+    def _answer(self, question: Question) -> Answer:
+        elastic = self._runtime.elastic
+        try:
+            match question.what:
+                case "look":
+                    content: Any = self._snapshot()
+                case "add":
+                    content = elastic.add(question.count)
+                case "drain":
+                    content = elastic.drain(question.instance_id, question.timeout_s).instance_id
+                case _:
+                    raise AssertionError(question)
+        except UnknownInstanceError:
+            return Answer(question.number, unknown=question.instance_id)
+        except ScalingRefusedError as refused:
+            return Answer(question.number, refused=str(refused))
+        return Answer(question.number, content)
+
+    async def _forget(self, index: int) -> None:
+        """Abort what a dead follower has left."""
+        for engine in self._runtime.live_engines():
+            assert isinstance(engine, VllmInstance)
+            try:
+                async with asyncio.timeout(FORGET_TIMEOUT_S):
+                    n_left = await engine.forget_client(index)
+            except (EngineError, TimeoutError) as error:  # it dies, or is found hung
+                logger.warning("instance %s does not forget process %s: %s", engine.instance_id, index, error)
+            else:
+                logger.warning("instance %s: %s requests of process %s aborted", engine.instance_id, n_left, index)
+
+    # --- news ----------------------------------------------------------------------------------------------------------
+
+    async def _tell_news(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                for follower in self._followers:
+                    if follower.channel is not None and self._instances_started:
+                        self._tell_news_to(follower)
+            except Exception:  # our own bug must not leave the followers without news for ever
+                logger.exception("internal error while followers were told the news")
+
+    def _tell_news_to(self, follower: FollowerState) -> None:
+        self._look_after(follower)
+        self._say(follower, FleetNews([self._news_of(state, follower.index) for state in self._runtime.fleet]))
+        if (layout := self._runtime.fleet.layout) is not None:
+            self._say(follower, LayoutNews.of(layout))
+
+    def _look_after(self, follower: FollowerState) -> None:
+        """One that hangs keeps its clients waiting, its requests running and its place on the listening socket."""
+        if follower.summary is None or follower.process is None:
+            return
+        if time.monotonic() - follower.heard_s > HANG_S:
+            logger.error("front-end process %s says nothing for %g s: it is killed", follower.index, HANG_S)
+            follower.summary = None
+            follower.process.kill()
+
+    @staticmethod
+    def _say(follower: FollowerState, news: FleetNews | LayoutNews) -> None:
+        if follower.channel is not None and follower.said.get(type(news)) != news:
+            follower.said[type(news)] = news
+            follower.channel.send(news)
+
+    def _news_of(self, state: Any, index: int) -> InstanceNews:
+        engine = state.engine
+        attachment = None
+        if engine is not None:
+            known = self._attachments.get(state.instance_id)
+            if known is None or known[0] is not engine:
+                assert isinstance(engine, VllmInstance)
+                known = self._attachments[state.instance_id] = (engine, attachments_of(engine))
+            attachment = known[1][index - 1]
+        drain_ends_s = None if state.drain is None else state.drain.ends_s
+        return InstanceNews(state.instance_id, attachment, state.supervisor.restarts, drain_ends_s)
+
+
+async def _exit_of(process: BaseProcess) -> None:
+    """Wait until a process has ended."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    watched = os.dup(process.sentinel)
+    loop.add_reader(watched, lambda: None if ended.done() else ended.set_result(None))
+    try:
+        await ended
+    finally:
+        loop.remove_reader(watched)
+        os.close(watched)
+
+
+def _shown(index: int, pid: int | None, restarts: int, summary: Summary | None) -> dict[str, Any]:
+    """A process in the JSON of `/admin/instances`."""
+    return {
+        "process": index,
+        "pid": pid,
+        "up": summary is not None,
+        "restarts": restarts,
+        "requests": 0 if summary is None else summary.live,
+        "migrations_under_way": 0 if summary is None else summary.migrations_under_way,
+    }

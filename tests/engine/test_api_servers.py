@@ -1,0 +1,144 @@
+"""
+Several front-end processes over the same instances: a real `cascadeinfer serve --api-servers 2`.
+
+The server is started once. The last test ends it.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from server_process import API_KEY, MODEL, ServerProcess
+
+pytestmark = pytest.mark.engine
+
+N_PROCESSES = 2
+N_REQUESTS = 8
+"""At once, each with a connection of its own: the processes share them."""
+PROMPT = [17, 42, 99, 7] * 5
+N_TOKENS = 120
+"""From a prompt of 20 this crosses the stage edge at 64 tokens."""
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The server with all its processes up."""
+    server = ServerProcess(tiny_model, tmp_path_factory.mktemp("server") / "log", "--api-servers", str(N_PROCESSES))
+    try:
+        server.wait_until_ready()
+        wait_until_all_serve(server)
+        yield server
+    finally:
+        server.stop()
+
+
+def wait_until_all_serve(server: ServerProcess, restarts: int = 0) -> None:
+    """Until every process serves, the second after so many restarts."""
+
+    def serve() -> bool:
+        front_ends = server.admin()["front_ends"]
+        return all(one["up"] for one in front_ends) and front_ends[1]["restarts"] == restarts
+
+    server.poll(serve, "all processes", 240)
+
+
+def complete(server: ServerProcess, n_tokens: int = N_TOKENS) -> str | None:
+    """A greedy completion on a connection of its own; None when the connection was lost."""
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True}
+    try:
+        response = server.post("/v1/completions", body)
+    except httpx.TransportError:
+        return None
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+def many(server: ServerProcess, executor: ThreadPoolExecutor, n_tokens: int) -> list[Any]:
+    """Requests that both processes share; returns when each process has some."""
+    futures = [executor.submit(complete, server, n_tokens) for _ in range(N_REQUESTS)]
+    server.poll(lambda: all(one["requests"] >= 2 for one in server.admin()["front_ends"]), "each process has requests")
+    return futures
+
+
+def test_processes_share_requests_and_instances(server: ServerProcess) -> None:
+    """Requests of both processes move between the same instances and give what one alone gives; every view adds up over the processes."""
+    alone = complete(server)
+    moved, requests = (
+        server.metric("cascadeinfer_migrations_total", outcome="moved"),
+        server.metric("cascadeinfer_requests_total"),
+    )
+    assert moved >= 1
+    with ThreadPoolExecutor(N_REQUESTS) as executor:
+        texts = [future.result() for future in many(server, executor, N_TOKENS)]
+    assert texts == [alone] * N_REQUESTS
+    server.poll(server.idle, "idle")
+    assert server.metric("cascadeinfer_requests_total") == requests + N_REQUESTS
+    after = server.metric("cascadeinfer_migrations_total", outcome="moved")
+    assert after >= moved + N_REQUESTS // 2
+    server.poll(lambda: server.admin()["migrations"]["ended"]["moved"] == after, "the summary of the second process")
+    for _ in range(4):  # whichever process answers
+        assert server.metric("cascadeinfer_instance_up") == 2
+        assert server.metric("vllm:generation_tokens_total") >= (N_REQUESTS + 1) * N_TOKENS
+
+
+def test_an_instance_dies_under_both_processes(server: ServerProcess) -> None:
+    """Requests of both processes go on elsewhere and end as if nothing had happened; both use the instance's next life."""
+    alone = complete(server, 300)
+    with ThreadPoolExecutor(N_REQUESTS) as executor:
+        futures = many(server, executor, 300)
+        os.kill(server.admin()["instances"][0]["pid"], signal.SIGKILL)
+        assert [future.result() for future in futures] == [alone] * N_REQUESTS
+    server.poll(server.idle, "idle", 240)
+    assert server.admin()["instances"][0]["restarts"] == 1
+    with ThreadPoolExecutor(N_REQUESTS) as executor:
+        assert [future.result() for future in many(server, executor, 300)] == [alone] * N_REQUESTS
+
+
+def test_a_process_dies(server: ServerProcess) -> None:
+    """Its clients are disconnected and its requests aborted, the others' go on; another process takes its place."""
+    alone = complete(server, 600)
+    with ThreadPoolExecutor(N_REQUESTS) as executor:
+        futures = many(server, executor, 600)
+        os.kill(server.admin()["front_ends"][1]["pid"], signal.SIGKILL)
+        texts = [future.result() for future in futures]
+    assert set(texts) == {None, alone}
+    wait_until_all_serve(server, restarts=1)
+    server.poll(server.idle, "idle")
+    with ThreadPoolExecutor(N_REQUESTS) as executor:
+        assert [future.result() for future in many(server, executor, 600)] == [alone] * N_REQUESTS
+
+
+def test_admin_on_any_process(server: ServerProcess) -> None:
+    """Whichever process is asked, the answer and the refusal are process 0's; keys are asked for by all."""
+    with ThreadPoolExecutor(N_REQUESTS) as executor:
+        answers = list(executor.map(lambda _: server.delete("/admin/instances/99"), range(N_REQUESTS)))
+        assert {answer.status_code for answer in answers} == {404}
+        assert len({answer.text for answer in answers}) == 1
+        seen = list(executor.map(lambda _: server.admin(), range(N_REQUESTS)))
+        assert {json.dumps([one["pid"] for one in answer["front_ends"]]) for answer in seen} == {
+            json.dumps([one["pid"] for one in seen[0]["front_ends"]])
+        }
+        refused = executor.map(lambda _: server.get("/admin/instances", key=None).status_code, range(N_REQUESTS))
+        assert set(refused) == {401}
+
+
+def test_sigterm_drains_all_processes(server: ServerProcess) -> None:
+    """Requests of both processes finish, no new one is taken, every process ends, the exit code is 0."""
+    everyone = server.processes()
+    alone = complete(server, 600)
+    with ThreadPoolExecutor(N_REQUESTS) as executor:
+        futures = many(server, executor, 600)
+        server.process.send_signal(signal.SIGTERM)
+        assert [future.result() for future in futures] == [alone] * N_REQUESTS
+    assert server.process.wait(timeout=60) == 0
+    _, alive = psutil.wait_procs(everyone, timeout=20)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert "Traceback" not in server.log.read_text()
+    assert API_KEY not in server.log.read_text()

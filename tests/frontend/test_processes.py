@@ -1,0 +1,299 @@
+"""Process 0 and a follower without processes: the channel, the board, a follower's runtime that keeps in step with the news."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any, Self
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
+from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.policies.static_stages import StaticStages
+from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.engines.protocol import EngineRequest
+from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams
+from cascadeinfer.engines.vllm.attachment import Attachment
+from cascadeinfer.frontend.processes import follower as follower_module
+from cascadeinfer.frontend.processes.board import Board
+from cascadeinfer.frontend.processes.channel import MAX_UNSENT_BYTES, Channel
+from cascadeinfer.frontend.processes.follower import Follower
+from cascadeinfer.frontend.processes.messages import (
+    Answer,
+    FleetNews,
+    FromFollower,
+    FromOwner,
+    InstanceNews,
+    LayoutNews,
+    Question,
+    Stop,
+    Summary,
+)
+from cascadeinfer.runtime.metrics import RuntimeMetrics
+from cascadeinfer.runtime.shell import Runtime
+from cascadeinfer.runtime.supervise import SupervisionTimes
+
+CAPACITY = InstanceCapacity(kv_blocks=128, block_size_tokens=16, max_num_seqs=8, max_batched_tokens=64)
+LAYOUT = StageLayout.from_boundaries((100,), (("a",), ("b",)))
+DEADLINE_S = 20.0
+
+
+def attachment(engine_id: str) -> Attachment:
+    """Of one life of an instance."""
+    return Attachment(0, 1, {"engine_id": engine_id}, "", "ipc://in", "ipc://out")
+
+
+class Attached(SimulatedEngine):
+    """A simulated engine that waits for the board's word, as a client of another process's instance does."""
+
+    def __init__(self, instance_id: str, board: Board, n_start: int) -> None:
+        super().__init__(instance_id, n_start, CAPACITY)
+        self.board = board
+        self.stopped = False
+        self.attachment: Attachment | None = None
+
+    async def start(self) -> InstanceCapacity:
+        """Attach."""
+        self.attachment = await self.board.attach(self)
+        return await super().start()
+
+    async def stop(self, timeout_s: float) -> None:
+        """Let go."""
+        self.stopped = True
+        await super().stop(timeout_s)
+
+    def died(self) -> None:
+        """The owner says so."""
+        self.kill()
+
+
+class Pair:
+    """A follower with its runtime, and process 0's end of its channel."""
+
+    def __init__(self) -> None:
+        """Nothing runs yet."""
+        self.board = Board()
+        self.engines: dict[str, list[Attached]] = {}
+        self.stops: list[bool] = []
+        self.heard: list[Question | Summary] = []
+
+    def make_engine(self, instance_id: str) -> Callable[[int], Attached]:
+        """See Follower."""
+
+        def make(n_start: int) -> Attached:
+            engine = Attached(instance_id, self.board, n_start)
+            self.engines.setdefault(instance_id, []).append(engine)
+            return engine
+
+        return make
+
+    async def __aenter__(self) -> Self:
+        """Open the channel; the follower waits for news."""
+        ours, its = socket.socketpair()
+        self.channel = await Channel[FromFollower].open(ours, FromFollower)
+        channel = await Channel[FromOwner].open(its, FromOwner)
+        self.follower = Follower(channel, self.board, self.make_engine, self.stops.append)
+        self.tasks = [asyncio.create_task(self.follower.listen()), asyncio.create_task(self._listen())]
+        self.runtime: Runtime | None = None
+        return self
+
+    async def serve(self) -> Runtime:
+        """The follower's runtime starts with the instances of the first news."""
+        first = await self.follower.first_up()
+        self.runtime = Runtime(
+            {instance_id: self.make_engine(instance_id) for instance_id in first},
+            StaticStages(layout=LAYOUT),
+            lambda read: RuntimeMetrics(CollectorRegistry(), read),
+            supervision=SupervisionTimes(report_s=0.01, backoff_first_s=0.01, backoff_max_s=0.01),
+        )
+        await self.runtime.start()
+        self.follower.run(self.runtime)
+        self.tasks.append(asyncio.create_task(self.follower.tell()))
+        return self.runtime
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop all."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        if self.runtime is not None:
+            await self.runtime.stop(0.0)
+        self.channel.close()
+
+    async def _listen(self) -> None:
+        async for message in self.channel.messages():
+            self.heard.append(message)
+
+    def tell(self, **engine_ids: str | None) -> None:
+        """News: who is up in which life, who is not."""
+        self.channel.send(
+            FleetNews([InstanceNews(i, e and attachment(e), 0, None) for i, e in sorted(engine_ids.items())])
+        )
+
+    def up(self) -> dict[str, str]:
+        """Instances that the follower's runtime uses, with the life it is attached to."""
+        assert self.runtime is not None
+        return {e.instance_id: e.attachment.hello["engine_id"] for e in self.runtime.live_engines()}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until it holds."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110 - many different conditions
+            await asyncio.sleep(0.002)
+
+
+@pytest.mark.asyncio
+async def test_channel_keeps_order_and_size() -> None:
+    """Messages of any size come as they were sent, in order; the end of the other side ends the listening."""
+    ours, its = socket.socketpair()
+    owner = await Channel[FromFollower].open(ours, FromFollower)
+    its_channel = await Channel[FromOwner].open(its, FromOwner)
+    sent = [Answer(number, content="x" * 3**number) for number in range(14)] + [Stop(at_once=True)]
+    for message in sent:
+        owner.send(message)
+    owner.close()
+    assert [message async for message in its_channel.messages()] == sent
+    its_channel.close()
+
+
+@pytest.mark.asyncio
+async def test_channel_gives_up_on_who_never_reads() -> None:
+    """Memory for what the other end does not take is bounded: the connection is closed."""
+    ours, its = socket.socketpair()
+    with its:
+        owner = await Channel[FromFollower].open(ours, FromFollower)
+        for _ in range(3):
+            owner.send(Answer(0, content="x" * (MAX_UNSENT_BYTES // 2 + 1)))
+        owner.send(Stop(at_once=False))
+        assert [message async for message in owner.messages()] == []
+
+
+@pytest.mark.asyncio
+async def test_follower_keeps_in_step_with_the_fleet() -> None:
+    """It begins with who is up, attaches who comes, is told of deaths, attaches the next life, leaves who is gone."""
+    async with Pair() as pair:
+        pair.tell(a="a1", b=None)
+        await pair.serve()
+        assert pair.up() == {"a": "a1"}
+        pair.tell(a="a1", b="b1")
+        await until(lambda: pair.up() == {"a": "a1", "b": "b1"})
+        pair.tell(a=None, b="b1")
+        await until(lambda: pair.up() == {"b": "b1"})
+        pair.tell(a="a2", b="b1")
+        await until(lambda: pair.up() == {"a": "a2", "b": "b1"})
+        pair.tell(a="a2", b="b2")  # so quick that the news of its death were merged with those of its next life
+        await until(lambda: pair.up() == {"a": "a2", "b": "b2"})
+        pair.tell(b="b2")
+        await until(lambda: pair.runtime is not None and list(pair.runtime.fleet.states) == ["b"])
+
+
+@pytest.mark.asyncio
+async def test_follower_empties_what_drains() -> None:
+    """An instance that drains takes no new request of the follower, and is left when the old ones have ended."""
+    async with Pair() as pair:
+        pair.tell(a="a1", b="b1")
+        runtime = await pair.serve()
+        pair.channel.send(
+            FleetNews([InstanceNews("a", attachment("a1"), 0, 1e9), InstanceNews("b", attachment("b1"), 0, None)])
+        )
+        await until(lambda: "a" not in runtime.fleet.states)
+        await runtime.submit(EngineRequest("r", [1] * 10, 5, SimulatedParams()))
+        assert runtime.tally()["on_instance"] == {"b": 1}
+
+
+@pytest.mark.asyncio
+async def test_follower_follows_the_layout() -> None:
+    """The stages in force are those of process 0, whether they come before or after its runtime has started."""
+    async with Pair() as pair:
+        pair.tell(a="a1", b="b1")
+        pair.channel.send(LayoutNews.of(StageLayout.from_boundaries((77,), (("b",), ("a",)))))
+        runtime = await pair.serve()
+        await until(lambda: runtime.fleet.layout is not None and runtime.fleet.layout.boundaries_tokens == (77,))
+        assert runtime.fleet.layout is not None
+        assert runtime.fleet.layout.stages[0].instance_ids == ("b",)
+        pair.channel.send(LayoutNews.of(StageLayout.from_boundaries((99,), (("a",), ("b",)))))
+        await until(lambda: runtime.fleet.layout is not None and runtime.fleet.layout.boundaries_tokens == (99,))
+
+
+@pytest.mark.asyncio
+async def test_follower_tells_what_it_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summaries add up to every arrival and every end, with lengths; what still runs is in each."""
+    monkeypatch.setattr(follower_module, "SUMMARY_S", 0.01)
+    async with Pair() as pair:
+        pair.tell(a="a1", b="b1")
+        runtime = await pair.serve()
+        for number in range(6):
+            await runtime.submit(EngineRequest(f"r{number}", [1] * (10 + number), 3, SimulatedParams()))
+        await runtime.submit(EngineRequest("long", [1] * 20, 100_000, SimulatedParams()))
+        await until(lambda: sum(len(s.ended) for s in pair.heard if isinstance(s, Summary)) == 6)
+        summaries = [message for message in pair.heard if isinstance(message, Summary)]
+        assert sum(summary.n_arrived for summary in summaries) == 7
+        ended = sorted((prompt, output) for summary in summaries for prompt, output, _ in summary.ended)
+        assert ended == [(10 + number, 3) for number in range(6)]
+        assert summaries[-1].live == 1
+        assert [(prompt, cap) for _, prompt, _, cap in summaries[-1].unfinished] == [(20, 100_000)]
+
+
+@pytest.mark.asyncio
+async def test_follower_asks_process_0() -> None:
+    """What only process 0 knows or may do is asked of it; its refusals arrive as the same errors."""
+    async with Pair() as pair:
+        pair.tell(a="a1", b="b1")
+        await pair.serve()
+
+        async def answered(work: Coroutine[Any, Any, Any], **answer: Any) -> Any:
+            task = asyncio.ensure_future(work)
+            await until(lambda: any(isinstance(m, Question) for m in pair.heard))
+            question = next(m for m in pair.heard if isinstance(m, Question))
+            pair.heard.remove(question)
+            pair.channel.send(Answer(question.number, **answer))
+            return await task
+
+        assert await answered(pair.follower.snapshot(), content={"instances": []}) == {"instances": []}
+        assert await answered(pair.follower.add(2), content=["5", "6"]) == ["5", "6"]
+        with pytest.raises(UnknownInstanceError, match="no instance 9"):
+            await answered(pair.follower.drain("9", 1.0), unknown="9")
+        with pytest.raises(ScalingRefusedError, match="the last one"):
+            await answered(pair.follower.drain("a", 1.0), refused="the last one")
+
+
+@pytest.mark.asyncio
+async def test_follower_stops_when_told() -> None:
+    """The word to drain, or to end at once, reaches the server."""
+    async with Pair() as pair:
+        pair.channel.send(Stop(at_once=False))
+        pair.channel.send(Stop(at_once=True))
+        await until(lambda: pair.stops == [False, True])
+
+
+@pytest.mark.asyncio
+async def test_follower_ends_when_it_cannot_go_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failure of what keeps it in step ends the process, so that process 0 starts another one."""
+    codes: list[int] = []
+    monkeypatch.setattr(follower_module.os, "_exit", codes.append)
+
+    async def fail() -> None:
+        raise RuntimeError("broken")
+
+    async with Pair() as pair:
+        with caplog.at_level(logging.ERROR):
+            pair.follower.spawn(fail())
+            await until(lambda: codes == [1])
+    assert "broken" in caplog.text
+
+
+@pytest.mark.asyncio
+async def test_follower_ends_with_process_0(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """When the other end is closed the process ends at once: its instances are gone too."""
+    codes: list[int] = []
+    monkeypatch.setattr(follower_module.os, "_exit", codes.append)
+    async with Pair() as pair:
+        with caplog.at_level(logging.ERROR):
+            pair.channel.close()
+            await until(lambda: codes == [1])
+    assert "process 0 is gone" in caplog.text
