@@ -178,7 +178,7 @@ def test_planning_sees_the_arrivals_of_other_processes() -> None:
     world = World(Cascade(planner=planner, planning=PlanSettings(interval_s=1.0, min_requests=10)), LARGE)
     world.join("a", "b")
     world.advance(0.5)
-    world.emit(WorkloadSeen("process:1", "1", 40, (SeenEnd(300, 50, 0.5),) * 20, (SeenLive(0.5, 3000, 400, 500),) * 20))
+    world.emit(WorkloadSeen("process:1", "1", 40, (SeenEnd(300, 50, 0.5),) * 20, (SeenLive(0.5, 3000, 40, 500),) * 20))
     world.report("a")
     world.advance(2.0)
     world.report("a")
