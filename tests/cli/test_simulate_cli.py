@@ -8,6 +8,7 @@ from experiment_words import run, words_for
 
 from cascadeinfer.cli import simulate as command
 
+TRACES = Path(__file__).parents[2].parent / "shared" / "data" / "traces"
 PNG = b"\x89PNG"
 
 
@@ -198,6 +199,20 @@ def test_recorded_arrivals_need_enough_of_them(tmp_path: Path, capsys: pytest.Ca
     timeless.write_text("arrival_s,prompt_tokens,output_tokens\n" + ",100,10\n" * 200)
     assert run(*small(timeless, arrivals="recorded")) == 2
     assert "no arrival times" in capsys.readouterr().err
+
+
+def test_conversations_return_to_their_cache(tmp_path: Path) -> None:
+    """On the trace that carries prefix hashes the affinity of the cascade shortens the wait for the first token by a tenth at least."""
+    out = tmp_path / "a.json"
+    hashes = str(TRACES / "mooncake_synthetic_hash_ids.jsonl.gz")
+    words = small(
+        TRACES / "mooncake_synthetic.csv.gz", policy="cascade,cascade-no-affinity", seeds="1", requests="1000",
+        rate="10", prefix_hashes=hashes, json=str(out),
+    )  # fmt: skip
+    assert run(*words) == 0
+    [[with_affinity], [without]] = json.loads(out.read_text())["runs"].values()
+    assert with_affinity["ttft_s_mean"] < 0.9 * without["ttft_s_mean"]
+    assert with_affinity["normalized_latency_s_mean"] < without["normalized_latency_s_mean"]
 
 
 def test_prefixes_are_shared_when_the_trace_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -271,12 +271,15 @@ class Cluster:
         stop_at: int | None = None,
         pin_reason: PinReason | None = None,
         priority: int = 0,
+        prefix_hashes: tuple[int, ...] = (),
     ) -> Client:
         """Send a request, whose prompt depends on its id; `stop_at` makes it end at that output token."""
         seed = sum(ord(c) * 31**i for i, c in enumerate(request_id))
         prompt = [(seed + 7 * i) % 32_000 for i in range(n_prompt)]
         stops = frozenset() if stop_at is None else frozenset({generate(prompt, stop_at)[-1]})
-        request = EngineRequest(request_id, prompt, n_output, SimulatedParams(stops), pin_reason, priority)
+        request = EngineRequest(
+            request_id, prompt, n_output, SimulatedParams(stops), pin_reason, priority, prefix_hashes
+        )
         client = self.clients[request_id] = Client(request)
         await self.runtime.submit(request)
         return client

@@ -128,6 +128,20 @@ class InstanceView:
             price *= 1.0 + CROWDING * (excess / (1.0 - CROWDED)) ** 2
         return price
 
+    def marginal_price(self, tokens: int, cached_tokens: int) -> float:
+        """
+        What one more request of this length, so many of its leading tokens cached here, costs all requests here and itself, per token.
+
+        Unlike `price` it can be compared between instances that hold requests of different lengths.
+        """
+        pricing = self.pricing
+        requests = self.committed_requests
+        more = pricing.per_request + pricing.per_token * tokens
+        step = pricing.base + pricing.per_request * requests + pricing.per_token * self.committed_kv_tokens
+        computed = pricing.queue_of(tokens) - pricing.queue_of(cached_tokens)
+        waited = self.queue + self.foreign_queue + (requests + 1) * computed
+        return step + (requests + 1) * more + pricing.urgency * waited
+
     def free_blocks(self) -> int:
         """Blocks that nothing here or on its way here will need as it is; negative when overcommitted."""
         return self.capacity.kv_blocks - self.blocks_committed

@@ -26,6 +26,7 @@ class EngineRequest:
     Attributes:
         pin_reason: Why it may not move, or None.
         payload: The engine's own form of it; opaque to the runtime.
+        prefix_hashes: Of the prompt's leading blocks, each covering all before it; empty when unknown.
     """
 
     request_id: RequestId
@@ -34,6 +35,7 @@ class EngineRequest:
     payload: Any
     pin_reason: PinReason | None = None
     priority: int = 0
+    prefix_hashes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ CASCADE_VARIANTS: Final[Mapping[str, Mapping[str, bool]]] = MappingProxyType(
         COLD: {},
         "cascade-no-refine": {"refine": False},
         "cascade-no-rebalance": {"rebalance": False},
+        "cascade-no-affinity": {"affinity": False},
         "cascade-no-replan": {"replan": False},
         "cascade-static": {"refine": False, "replan": False},
         "cascade-no-migrate": {"migrate": False},

@@ -27,6 +27,7 @@ from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.frontend.pins import pin_reason_of
+from cascadeinfer.frontend.prefixes import prefix_hashes_of
 from cascadeinfer.frontend.stats import ElasticStatLogger, StatsFollower
 from cascadeinfer.runtime.shell import Runtime
 
@@ -118,6 +119,7 @@ class CascadeEngineClient(EngineCoreClient):
                     request,
                     pin_reason_of(request, self._vllm_config, movable=self._movable),
                     request.priority,
+                    prefix_hashes_of(request, self._vllm_config),
                 )
             )
         except RequestRejectedError as rejected:

@@ -144,6 +144,7 @@ class Recovery:
                 request_id,
                 stream.n_tokens,
                 max(1, request.max_output_tokens - n_output),
+                request.prefix_hashes,
                 pin_reason=request.pin_reason,
                 priority=request.priority,
             )

@@ -122,7 +122,8 @@ class Runtime:
                 request.request_id,
                 len(request.prompt_token_ids),
                 request.max_output_tokens,
-                pin_reason=request.pin_reason,
+                request.prefix_hashes,
+                request.pin_reason,
                 priority=request.priority,
             )
         )

@@ -2,7 +2,8 @@
 CascadeInfer: length stages that plan themselves, hand-over by bid-ask, boundaries that follow the workload.
 
 What happens to a request: it is dispatched to the stage of its prompt length, the cheapest instance inside (`core/dispatch.py`);
-when nobody there has room, to the nearest stage with room, the longer one first. As it grows its instance's agent hands it over to the
+when nobody there has room, to the nearest stage with room, the longer one first. Where the beginning of its prompt is cached it goes instead
+when that is worth more (`core/policies/affinity.py`). As it grows its instance's agent hands it over to the
 next stage (`core/balance`), or moves it inside the stage when the instance is overloaded, or anywhere when it drains. Every `RefineSettings.interval_s`
 neighbouring stages move their boundary; every `PlanSettings.interval_s` the planner looks for a better layout. With one stage this is
 load balancing by price and, between overloaded and idle instances, by migration.
@@ -14,7 +15,7 @@ Overload: with `max_queued` set, requests that fit nowhere wait here, by priorit
 run last is refused, with the time that the queue takes to drain (`core/admission.py`). Without it the engines queue, as with every other policy.
 
 Inputs read: reports, messages, the cost model when there is one. Source: arXiv 2512.19179. Options for ablations: `refine`, `rebalance`,
-`replan`, `migrate`.
+`replan`, `migrate`, `affinity`.
 """
 
 from functools import partial
@@ -39,6 +40,7 @@ from cascadeinfer.core.events import (
     LayoutAnnounced,
     MessageReceived,
     MigrationEnded,
+    MigrationOutcome,
     RequestArrived,
     RequestFinished,
     TimerFired,
@@ -46,6 +48,7 @@ from cascadeinfer.core.events import (
 )
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.policies.adaptation import Adaptation
+from cascadeinfer.core.policies.affinity import PrefixAffinity
 from cascadeinfer.core.policies.replanning import Planner, PlanSettings
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
@@ -65,6 +68,7 @@ class Cascade:
         rebalance: bool = True,
         replan: bool = True,
         migrate: bool = True,
+        affinity: bool = True,
         max_queued: int | None = None,
         retry_after_s: float = 1.0,
         balance: BidAskSettings | None = None,
@@ -83,6 +87,7 @@ class Cascade:
             rebalance: Whether overloaded instances move requests to stage peers.
             replan: Whether to plan at run time.
             migrate: Whether requests move at all.
+            affinity: Whether requests go where their prompt's beginning is cached when that pays.
             max_queued: Most requests that wait here for room; None: they do not wait here.
             retry_after_s: Told to refused clients while no rate is known at which requests end.
             balance: Numbers of the bid-ask protocol.
@@ -96,6 +101,7 @@ class Cascade:
         self._members: list[list[InstanceView]] = []
         self._rebalance = rebalance
         self._migrate = migrate
+        self._affinity = PrefixAffinity() if affinity else None
         self._max_queued = max_queued
         self._retry_after_s = retry_after_s
         self._drain = DrainRate()
@@ -146,6 +152,7 @@ class Cascade:
             case RequestFinished():
                 self._finish(event, now_s, effects)
             case MigrationEnded():
+                self._note_move(event)
                 self.view.apply(event)
                 for instance_id in (event.source_id, event.target_id):
                     if (agent := self.agents.get(instance_id)) is not None:
@@ -179,12 +186,16 @@ class Cascade:
             if home in stuck:
                 continue
             chosen = self._choose(request, home)
+            if chosen is not None and self._affinity is not None and request.prefix_hashes:
+                chosen = self._affinity.choose(request, chosen, self.view.available())
             if chosen is None:
                 stuck.add(home)
                 if len(stuck) == len(self._members):
                     return
                 continue
             placed = Dispatch(cause, request.request_id, chosen.instance_id)
+            if self._affinity is not None:
+                self._affinity.note_place(request, chosen.instance_id)
             self.view.carry_out([placed])
             effects.append(placed)
 
@@ -205,6 +216,12 @@ class Cascade:
             return cheapest(members[home])
         # One as long as the whole cache never has the spare block that `has_room` asks for: an idle instance takes it.
         return next((i for i in self.view.available() if not i.committed_requests and not i.outbound), None)
+
+    def _note_move(self, event: MigrationEnded) -> None:
+        """A request that has moved took its cache along, and left it behind for others."""
+        request = self.view.requests.get(event.request_id)
+        if self._affinity is not None and request is not None and event.outcome is MigrationOutcome.MOVED:
+            self._affinity.note_place(request, event.target_id)
 
     def _refuse(self, cause: str, now_s: float, effects: list[Effect]) -> None:
         """With too many that wait, the one that would run last is refused."""
@@ -301,6 +318,8 @@ class Cascade:
         elif isinstance(event, InstanceLost):
             self.agents.pop(instance_id, None)
             self._wake_of.pop(instance_id, None)
+            if self._affinity is not None:
+                self._affinity.forget(instance_id)
         self._follow_roster(event.cause, effects)
         self._place_waiting(event.cause, effects)
         if isinstance(event, InstanceDraining):

@@ -40,6 +40,21 @@ class PrefixIndex:
             instance_id = next(reversed(node))
         return matched, instance_id
 
+    def matches(self, hashes: Sequence[int]) -> dict[InstanceId, int]:
+        """Per instance that has used any of it, the blocks of the longest prefix that it has used whole."""
+        matched: dict[InstanceId, int] = {}
+        holders: set[InstanceId] = set(self._nodes.get(hashes[0], ())) if hashes else set()
+        for depth, value in enumerate(hashes):
+            node = self._nodes.get(value, {})
+            gone = {instance_id for instance_id in holders if instance_id not in node}
+            if gone:
+                matched.update(dict.fromkeys(gone, depth))
+                holders -= gone
+            if not holders:
+                return matched
+        matched.update(dict.fromkeys(holders, len(hashes)))
+        return matched
+
     def add(self, hashes: Sequence[int], instance_id: InstanceId) -> None:
         """A prompt with these blocks went to this instance."""
         for value in reversed(hashes):
