@@ -212,7 +212,7 @@ def test_conversations_return_to_their_cache(tmp_path: Path) -> None:
     assert run(*words) == 0
     [[with_affinity], [without]] = json.loads(out.read_text())["runs"].values()
     assert with_affinity["ttft_s_mean"] < 0.9 * without["ttft_s_mean"]
-    assert with_affinity["normalized_latency_s_mean"] < without["normalized_latency_s_mean"]
+    assert with_affinity["normalised_latency_s_mean"] < without["normalised_latency_s_mean"]
 
 
 def test_prefixes_are_shared_when_the_trace_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

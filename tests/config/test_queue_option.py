@@ -2,7 +2,7 @@
 
 import pytest
 
-from cascadeinfer.assemble import policy_spec
+from cascadeinfer.config.policy import policy_spec
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.errors import ConfigError
 

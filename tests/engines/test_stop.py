@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cascadeinfer.engines.vllm import instance
+from cascadeinfer.engines.vllm import ending
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -47,7 +47,7 @@ class Client:
 def test_shutdown_is_brought_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine is dead afterwards, even if a second try to kill it fails as the first did, and the client's sockets are closed."""
     client = Client()
-    kill = instance.kill_process_tree
+    kill = ending.kill_process_tree
     tries: list[int] = []
 
     def kill_later(pid: int) -> None:
@@ -56,8 +56,8 @@ def test_shutdown_is_brought_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None
             raise psutil.NoSuchProcess(pid)
         kill(pid)
 
-    monkeypatch.setattr(instance, "kill_process_tree", kill_later)
-    instance._shut_down(client, 0.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(ending, "kill_process_tree", kill_later)
+    ending.shut_down(client, 0.0)  # type: ignore[arg-type]
     assert tries == [client.process.pid] * 2
     assert not client.process.is_alive()
     assert client.n_manager_shutdowns == 1

@@ -15,10 +15,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
-import psutil
 from vllm.config import VllmConfig
 from vllm.utils.network_utils import get_open_zmq_ipc_path
-from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -41,13 +39,12 @@ from cascadeinfer.engines.protocol import (
     TokenDelta,
 )
 from cascadeinfer.engines.vllm.connector.ticket import CUT, resume_params
+from cascadeinfer.engines.vllm.ending import REAP_TIMEOUT_S, kill, shut_down
 from cascadeinfer.engines.vllm.further_clients import Addresses, with_further_clients
 
 HANDSHAKE_POLL_S = 0.05
 HANDSHAKE_TIMEOUT_S = 30.0
-REAP_TIMEOUT_S = 5.0
 START_POLL_S = 2.0
-KILL_POLL_S = 0.1
 
 
 class InstanceIdentity(NamedTuple):
@@ -361,10 +358,10 @@ class VllmInstance:
         some = client or starting
         manager = some.resources.engine_manager if some is not None else None
         if client is not None:
-            await asyncio.to_thread(_shut_down, client, timeout_s)
+            await asyncio.to_thread(shut_down, client, timeout_s)
             self._fail_pending_calls(client)  # one that hung: nobody hears `next_outputs` any more
         elif manager is not None:
-            await asyncio.to_thread(_kill, manager)
+            await asyncio.to_thread(kill, manager)
         for process in getattr(manager, "processes", []):
             await asyncio.to_thread(process.join, REAP_TIMEOUT_S)  # vLLM does not wait for what it has killed: a zombie
         if self._creation is not None:
@@ -391,29 +388,3 @@ class VllmInstance:
             return
         with contextlib.suppress(EngineDeadError):
             await send(self._client)
-
-
-def _shut_down(client: InstanceClient, timeout_s: float) -> None:
-    """
-    The client's shutdown, to its end.
-
-    vLLM lists the processes below an EngineCore and asks each one's name before it kills it: one that ends in between (a worker of an engine
-    that is dying anyway) makes it raise, before the EngineCore is killed and the client's sockets are closed.
-    """
-    try:
-        client.shutdown(timeout_s)
-    except psutil.NoSuchProcess:
-        _kill(client.resources.engine_manager)
-        client.resources()
-
-
-def _kill(manager: Any) -> None:
-    """Kill the processes of an EngineCore, whatever ends by itself meanwhile."""
-    for process in getattr(manager, "processes", []):
-        end_s = time.monotonic() + REAP_TIMEOUT_S
-        while process.is_alive() and time.monotonic() < end_s:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                kill_process_tree(process.pid)
-            process.join(KILL_POLL_S)
-    if manager is not None:
-        manager.shutdown(0.0)
