@@ -7,6 +7,7 @@ The server is started once. The last test ends it.
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,9 +23,10 @@ pytestmark = pytest.mark.engine
 N_PROCESSES = 2
 N_REQUESTS = 8
 """At once, each with a connection of its own: the processes share them."""
+N_TRIES = 5
 PROMPT = [17, 42, 99, 7] * 5
-N_TOKENS = 120
-"""From a prompt of 20 this crosses the stage edge at 64 tokens."""
+N_TOKENS = 600
+"""From a prompt of 20 this crosses the stage edge at 64 tokens, and takes long enough to be seen in every process."""
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +63,18 @@ def complete(server: ServerProcess, n_tokens: int = N_TOKENS) -> str | None:
 
 
 def many(server: ServerProcess, executor: ThreadPoolExecutor, n_tokens: int) -> list[Any]:
-    """Requests that both processes share; returns when each process has some."""
-    futures = [executor.submit(complete, server, n_tokens) for _ in range(N_REQUESTS)]
-    server.poll(lambda: all(one["requests"] >= 2 for one in server.admin()["front_ends"]), "each process has requests")
-    return futures
+    """
+    Requests that both processes share; returns when each process has some.
+
+    A process that has never had a request is slow to take its first connection, and the other one takes all: then once more.
+    """
+    for _ in range(N_TRIES):
+        futures = [executor.submit(complete, server, n_tokens) for _ in range(N_REQUESTS)]
+        while not all(future.done() for future in futures):
+            if all(one["requests"] >= 1 for one in server.admin()["front_ends"]):
+                return futures
+            time.sleep(0.05)
+    pytest.fail("one process has all requests each time")
 
 
 def test_processes_share_requests_and_instances(server: ServerProcess) -> None:
@@ -79,7 +89,7 @@ def test_processes_share_requests_and_instances(server: ServerProcess) -> None:
         texts = [future.result() for future in many(server, executor, N_TOKENS)]
     assert texts == [alone] * N_REQUESTS
     server.poll(server.idle, "idle")
-    assert server.metric("cascadeinfer_requests_total") == requests + N_REQUESTS
+    assert server.metric("cascadeinfer_requests_total") >= requests + N_REQUESTS
     after = server.metric("cascadeinfer_migrations_total", outcome="moved")
     assert after >= moved + N_REQUESTS // 2
     server.poll(lambda: server.admin()["migrations"]["ended"]["moved"] == after, "the summary of the second process")
@@ -103,16 +113,16 @@ def test_an_instance_dies_under_both_processes(server: ServerProcess) -> None:
 
 def test_a_process_dies(server: ServerProcess) -> None:
     """Its clients are disconnected and its requests aborted, the others' go on; another process takes its place."""
-    alone = complete(server, 600)
+    alone = complete(server)
     with ThreadPoolExecutor(N_REQUESTS) as executor:
-        futures = many(server, executor, 600)
+        futures = many(server, executor, N_TOKENS)
         os.kill(server.admin()["front_ends"][1]["pid"], signal.SIGKILL)
         texts = [future.result() for future in futures]
     assert set(texts) == {None, alone}
     wait_until_all_serve(server, restarts=1)
     server.poll(server.idle, "idle")
     with ThreadPoolExecutor(N_REQUESTS) as executor:
-        assert [future.result() for future in many(server, executor, 600)] == [alone] * N_REQUESTS
+        assert [future.result() for future in many(server, executor, N_TOKENS)] == [alone] * N_REQUESTS
 
 
 def test_admin_on_any_process(server: ServerProcess) -> None:
@@ -132,9 +142,9 @@ def test_admin_on_any_process(server: ServerProcess) -> None:
 def test_sigterm_drains_all_processes(server: ServerProcess) -> None:
     """Requests of both processes finish, no new one is taken, every process ends, the exit code is 0."""
     everyone = server.processes()
-    alone = complete(server, 600)
+    alone = complete(server)
     with ThreadPoolExecutor(N_REQUESTS) as executor:
-        futures = many(server, executor, 600)
+        futures = many(server, executor, N_TOKENS)
         server.process.send_signal(signal.SIGTERM)
         assert [future.result() for future in futures] == [alone] * N_REQUESTS
     assert server.process.wait(timeout=60) == 0
