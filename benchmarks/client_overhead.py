@@ -178,23 +178,13 @@ def show(figures: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parse; as the parent run the rounds, as a child one side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="starts of each side")
-    parser.add_argument("--samples", type=int, default=5, help="samples per start")
-    parser.add_argument("--requests", type=int, default=48, help="requests of a sample")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens of each request")
-    parser.add_argument("--name", default="client_overhead", help="of the file of results")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser = measuring.sides_parser(__doc__, SIDES, name="client_overhead", rounds=3, samples=5, requests=48)
     options = parser.parse_args()
     if options.side is not None:
         print(RESULT_MARK + json.dumps(asyncio.run(sample_side(options.side, options))))
         return
     host = measuring.machine()
-    rounds = []
-    for number in range(options.rounds):
-        order = SIDES[number % len(SIDES) :] + SIDES[: number % len(SIDES)]
-        rounds.append({side: run_in_own_process(side, options) for side in order})
-        print(f"round {number + 1} of {options.rounds} done", file=sys.stderr)
+    rounds = measuring.rotating_rounds(SIDES, options.rounds, lambda side: run_in_own_process(side, options))
     figures = compare(rounds)
     show(figures)
     settings = {

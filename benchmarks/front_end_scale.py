@@ -222,25 +222,15 @@ def show(figures: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parse; as the parent run the rounds, as a child one side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="starts of each side")
-    parser.add_argument("--samples", type=int, default=4, help="samples per start")
-    parser.add_argument("--requests", type=int, default=64, help="requests of a sample")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens of each request")
+    parser = measuring.sides_parser(__doc__, SIDES, name="front_end_scale", rounds=2, samples=4, requests=64)
     parser.add_argument("--prefix", default="", help="command under which each side is started, such as a lock")
-    parser.add_argument("--name", default="front_end_scale", help="of the file of results")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     measuring.quiet_environment()
     if options.side is not None:
         print(RESULT_MARK + json.dumps(sample_side(options.side, options)))
         return
     host = measuring.machine()
-    rounds = []
-    for number in range(options.rounds):
-        order = SIDES[number % len(SIDES) :] + SIDES[: number % len(SIDES)]
-        rounds.append({side: run_in_own_process(side, options) for side in order})
-        print(f"round {number + 1} of {options.rounds} done", file=sys.stderr)
+    rounds = measuring.rotating_rounds(SIDES, options.rounds, lambda side: run_in_own_process(side, options))
     figures = compare(rounds)
     show(figures)
     settings = {key: getattr(options, key) for key in ("rounds", "samples", "requests", "tokens")} | {

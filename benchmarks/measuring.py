@@ -5,13 +5,14 @@ The tiny model keeps the engines' own work small, so that what is measured (a pa
 absolute times are those of the machine named in the results.
 """
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,30 @@ def tiny_engine_args(folder: Path, *, max_model_tokens: int, kv_blocks: int) -> 
         "num_gpu_blocks_override": kv_blocks,
         "seed": 0,
     }
+
+
+def sides_parser(
+    description: str | None, sides: Sequence[str], *, name: str, rounds: int, samples: int, requests: int
+) -> argparse.ArgumentParser:
+    """Options of a benchmark that compares sides, each started in a process of its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="starts of each side")
+    parser.add_argument("--samples", type=int, default=samples, help="samples per start")
+    parser.add_argument("--requests", type=int, default=requests, help="requests of a sample")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of each request")
+    parser.add_argument("--name", default=name, help="of the file of results")
+    parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    return parser
+
+
+def rotating_rounds(sides: Sequence[str], n_rounds: int, run: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """Per round what each side gave; the order of the sides rotates from round to round."""
+    rounds = []
+    for number in range(n_rounds):
+        turn = number % len(sides)
+        rounds.append({side: run(side) for side in (*sides[turn:], *sides[:turn])})
+        print(f"round {number + 1} of {n_rounds} done", file=sys.stderr)
+    return rounds
 
 
 def random_prompt(rng: np.random.Generator, n_tokens: int) -> list[int]:

@@ -106,3 +106,12 @@ def test_rate_of_pulls_that_hardly_grow_is_a_lower_bound() -> None:
     rate = rate_of(pulls(0.0, 0.02, 2e-3), 1_000)
     assert rate.bytes_per_s == pytest.approx(4_000 * 1_000 / 0.02, rel=0.2)
     assert "faster than this" in rate.note
+
+
+def test_rate_of_pulls_whose_growth_is_noise() -> None:
+    """Slopes that differ by more than themselves say nothing: the longest pulls' whole time counts, not their median."""
+    times = {1_000: (8, 12), 2_000: (6, 14), 3_000: (7, 24), 4_000: (9, 26)}
+    runs = [PullRun(pulled_tokens=n, pull_s=1e-3 * ms) for n, both in times.items() for ms in both]
+    rate = rate_of(runs, 1_000)
+    assert "not steadily" in rate.note
+    assert rate.bytes_per_s == pytest.approx(4_000 * 1_000 / 0.0175, rel=0.01)

@@ -27,6 +27,8 @@ TOKENS_BEFORE_CUT: Final = 4
 TOKENS_AFTER: Final = 8
 SLOPE_SHARE: Final = 0.2
 """Of the longest pull's time: a smaller part that grows with the length is not told from noise."""
+SLOPE_SPREAD: Final = 0.5
+"""Half the middle range of the slopes over their median: with a wider one the slope is noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,9 @@ def rate_of(pulls: list[PullRun], kv_bytes_per_token: int) -> TransferRate:
     slopes = np.array([(seconds[i] - seconds[j]) / (tokens[i] - tokens[j]) for i, j in pairs] or [0.0])
     slope = float(np.median(slopes))
     whole_s = float(np.median(seconds[near]))
-    if slope * float(tokens.max()) > SLOPE_SHARE * whole_s > 0.0:
-        low, high = np.quantile(slopes, (0.25, 0.75))
+    low, high = np.quantile(slopes, (0.25, 0.75))
+    grows = slope * float(tokens.max()) > SLOPE_SHARE * whole_s > 0.0
+    if grows and high - low <= 2.0 * SLOPE_SPREAD * slope:
         rate, spread = kv_bytes_per_token / slope, float(high - low) / 2.0 / slope
         fixed_s = max(0.0, float(np.median(seconds - slope * tokens)))
         note = "KV transfer: slope of pulls over their length, measured between two instances"
@@ -106,7 +109,7 @@ def rate_of(pulls: list[PullRun], kv_bytes_per_token: int) -> TransferRate:
         fixed_s = 0.0
         note = (
             "KV transfer: bytes of the longest pulls over their whole time, measured between two instances; the time "
-            "hardly grows with the length, so the link is faster than this"
+            "hardly grows with the length, or not steadily, so the link is faster than this"
         )
     found = TransferMeasurement(
         pulls=len(pulls), longest_tokens=int(tokens.max()), fixed_s=fixed_s, spread=max(0.0, spread)

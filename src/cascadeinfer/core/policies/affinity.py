@@ -64,7 +64,7 @@ class PrefixAffinity:
         if not matched:
             return right
         tokens = request.tokens
-        share = (tokens - 1) / len(request.prefix_hashes)  # the last token is always computed
+        share = min(request.prompt_tokens, tokens - 1) / len(request.prefix_hashes)  # the last token is always computed
         blocks_right = matched.get(right.instance_id, 0)
         cached_right = int(blocks_right * share)
         price_right = right.marginal_price(tokens, cached_right)
