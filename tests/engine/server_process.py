@@ -19,6 +19,8 @@ from conftest import QUICK_ENVIRONMENT
 START_DEADLINE_S = 240.0
 API_KEY = "sesame"
 MODEL = "tiny"
+QUICK_SERVER = (sys.executable, str(Path(__file__).parent / "quick_server.py"))
+"""A server whose instances start in a second or two; for tests that start many."""
 OTHERS_WORDS = re.compile(r"\((EngineCore|Worker)|.*\"(GET|POST|DELETE) ")
 """Lines of the log that are not the front end's own."""
 

@@ -1,26 +1,24 @@
 """The second turn of a conversation on real engines: it goes where the first one's KV cache is, past an instance that would come first."""
 
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from server_process import MODEL, ServerProcess
+from server_process import MODEL, QUICK_SERVER, ServerProcess
 from zoo import random_prompt
 
 pytestmark = pytest.mark.engine
 
 N_PROMPT = 1800
 HITS = "vllm:prefix_cache_hits_total"
-QUICK = (str(Path(__file__).parent / "quick_server.py"),)
 
 
 @pytest.fixture
 def server(tiny_model: Path, tmp_path: Path) -> Iterator[ServerProcess]:
     """Two instances in one stage."""
     words = ("--policy", "cascade", "--stages", "0-:2", "--max-model-len", "4096")
-    server = ServerProcess(tiny_model, tmp_path / "log", *words, program=(sys.executable, *QUICK))
+    server = ServerProcess(tiny_model, tmp_path / "log", *words, program=QUICK_SERVER)
     try:
         server.wait_until_ready()
         yield server

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from server_process import API_KEY, MODEL, ServerProcess
+from server_process import API_KEY, MODEL, QUICK_SERVER, ServerProcess
 
 pytestmark = pytest.mark.engine
 
@@ -32,7 +32,8 @@ N_TOKENS = 600
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The server with all its processes up."""
-    server = ServerProcess(tiny_model, tmp_path_factory.mktemp("server") / "log", "--api-servers", str(N_PROCESSES))
+    log = tmp_path_factory.mktemp("server") / "log"
+    server = ServerProcess(tiny_model, log, "--api-servers", str(N_PROCESSES), program=QUICK_SERVER)
     try:
         server.wait_until_ready()
         wait_until_all_serve(server)

@@ -2,17 +2,15 @@
 
 import asyncio
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from chaos import Chaos
-from server_process import ServerProcess
+from server_process import QUICK_SERVER, ServerProcess
 
 pytestmark = pytest.mark.engine
 
-QUICK_SERVER = (sys.executable, str(Path(__file__).parent / "quick_server.py"))
 N_INSTANCES = 3
 UNCOLLECTED = 3
 """Clients that may wait for a garbage collection, however many instances have died."""

@@ -40,20 +40,22 @@ async def second(zoo: Zoo) -> AsyncIterator[Zoo]:
         other._numbers = itertools.count(
             1_000_000
         )  # vLLM's front end gives each request an id that no process gives again
-        yield other
-        await other.settled()
-    for instance in mine.values():
-        await instance.stop(0.0)
+        try:
+            yield other
+            await other.settled()
+        finally:
+            for instance in mine.values():
+                await instance.stop(0.0)
 
 
 async def test_each_client_gets_its_own_tokens(zoo: Zoo, second: Zoo) -> None:
     """Two clients run and move requests on the same two instances at once; every output is what it is alone."""
     a, b = NAMES
-    cases = [(await zoo.window(n, 80)) for n in (33, 60, 90, 120)]
+    cases = [(await zoo.window(n, 180)) for n in (33, 60, 90, 120)]
     outputs = []
     for number, (prompt, _) in enumerate(cases):
         client = (zoo, second)[number % 2]
-        outputs.append((client, await client.start(client.instances[a], prompt, greedy(80))))
+        outputs.append((client, await client.start(client.instances[a], prompt, greedy(180))))
     for client, attempt in outputs:
         await attempt.until_output(10)
         assert attempt.engine_request_id in client._attempts

@@ -69,7 +69,6 @@ class ChatState:
         chunks: Arrival time (this process's monotonic clock) and answer tokens so far, per streamed chunk.
         places: Instances it was seen on, in order, each with its length in tokens at that moment.
         attempts: How often it was placed on an instance; a move is one more.
-        pinned: Why the server will not move it; empty when it may move.
         error: Why it failed; empty when it did not.
     """
 
@@ -83,7 +82,6 @@ class ChatState:
     text: str = ""
     places: list[tuple[str, int]] = field(default_factory=list)
     attempts: int = 0
-    pinned: str = ""
     finish_reason: str = ""
     error: str = ""
 
@@ -200,5 +198,4 @@ def take_placements(snapshot: dict[str, Any], states: list[ChatState]) -> list[s
             )
             state.places.append((instance_id, seen["tokens"]))
         state.attempts = seen["attempts"]
-        state.pinned = seen["pinned"] or ""
     return news
