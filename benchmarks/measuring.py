@@ -27,6 +27,7 @@ BLOCK_TOKENS = 32
 FIRST_TEXT_ID = 3
 """Ids below are special tokens of the tiny model."""
 BOOTSTRAP_SAMPLES = 10_000
+RESULT_MARK = "RESULT "
 
 
 def quiet_environment() -> None:
@@ -71,6 +72,27 @@ def rotating_rounds(sides: Sequence[str], n_rounds: int, run: Callable[[str], An
         rounds.append({side: run(side) for side in (*sides[turn:], *sides[:turn])})
         print(f"round {number + 1} of {n_rounds} done", file=sys.stderr)
     return rounds
+
+
+def run_in_own_process(
+    file: str, side: str, options: argparse.Namespace, *, prefix: Sequence[str] = (), timeout_s: float | None = None
+) -> list[dict[str, float]]:
+    """One start of one side: this benchmark again, as a child that prints its samples with `print_samples`."""
+    command = [
+        *prefix, sys.executable, file, "--side", side, "--samples", str(options.samples),
+        "--requests", str(options.requests), "--tokens", str(options.tokens),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT_MARK)]
+    if done.returncode != 0 or not lines:
+        sys.exit(f"{side} failed:\n{done.stdout}\n{done.stderr}")
+    samples: list[dict[str, float]] = json.loads(lines[-1].removeprefix(RESULT_MARK))
+    return samples
+
+
+def print_samples(samples: list[dict[str, float]]) -> None:
+    """What a child tells its parent."""
+    print(RESULT_MARK + json.dumps(samples))
 
 
 def random_prompt(rng: np.random.Generator, n_tokens: int) -> list[int]:

@@ -245,6 +245,10 @@ def test_foreign_requests_are_load() -> None:
     seen, like = foreign.instances["a"], own.instances["a"]
     assert (seen.load, seen.price) == (like.load, like.price)
     assert seen.free_blocks() == like.free_blocks() == 100 - 30 - 5
+    for one in (foreign, own):
+        one.reprice(lambda _: Pricing(base=0.01, per_token=1e-6, per_queued_token=1e-4, urgency=0.1))
+    assert seen.price == like.price
+    assert seen.queue == 0.0 < seen.foreign_queue == like.queue
     assert seen.committed_requests == 3
     assert seen.committed_kv_tokens == 290
     assert not seen.request_ids

@@ -65,12 +65,13 @@ def complete(server: ServerProcess, n_tokens: int = N_TOKENS) -> str | None:
 
 def many(server: ServerProcess, executor: ThreadPoolExecutor, n_tokens: int) -> list[Any]:
     """
-    Requests that both processes share; returns when each process has some.
+    Requests that both processes share; returns all that it has sent when each process has some.
 
     A process that has never had a request is slow to take its first connection, and the other one takes all: then once more.
     """
+    futures: list[Any] = []
     for _ in range(N_TRIES):
-        futures = [executor.submit(complete, server, n_tokens) for _ in range(N_REQUESTS)]
+        futures += [executor.submit(complete, server, n_tokens) for _ in range(N_REQUESTS)]
         while not all(future.done() for future in futures):
             if all(one["requests"] >= 1 for one in server.admin()["front_ends"]):
                 return futures
@@ -88,9 +89,9 @@ def test_processes_share_requests_and_instances(server: ServerProcess) -> None:
     assert moved >= 1
     with ThreadPoolExecutor(N_REQUESTS) as executor:
         texts = [future.result() for future in many(server, executor, N_TOKENS)]
-    assert texts == [alone] * N_REQUESTS
+    assert set(texts) == {alone}
     server.poll(server.idle, "idle")
-    assert server.metric("cascadeinfer_requests_total") >= requests + N_REQUESTS
+    assert server.metric("cascadeinfer_requests_total") == requests + len(texts)
     after = server.metric("cascadeinfer_migrations_total", outcome="moved")
     assert after >= moved + N_REQUESTS // 2
     server.poll(lambda: server.admin()["migrations"]["ended"]["moved"] == after, "the summary of the second process")
@@ -105,11 +106,11 @@ def test_an_instance_dies_under_both_processes(server: ServerProcess) -> None:
     with ThreadPoolExecutor(N_REQUESTS) as executor:
         futures = many(server, executor, 300)
         os.kill(server.admin()["instances"][0]["pid"], signal.SIGKILL)
-        assert [future.result() for future in futures] == [alone] * N_REQUESTS
+        assert {future.result() for future in futures} == {alone}
     server.poll(server.idle, "idle", 240)
     assert server.admin()["instances"][0]["restarts"] == 1
     with ThreadPoolExecutor(N_REQUESTS) as executor:
-        assert [future.result() for future in many(server, executor, 300)] == [alone] * N_REQUESTS
+        assert {future.result() for future in many(server, executor, 300)} == {alone}
 
 
 def test_a_process_dies(server: ServerProcess) -> None:
@@ -123,7 +124,7 @@ def test_a_process_dies(server: ServerProcess) -> None:
     wait_until_all_serve(server, restarts=1)
     server.poll(server.idle, "idle")
     with ThreadPoolExecutor(N_REQUESTS) as executor:
-        assert [future.result() for future in many(server, executor, N_TOKENS)] == [alone] * N_REQUESTS
+        assert {future.result() for future in many(server, executor, N_TOKENS)} == {alone}
 
 
 def test_admin_on_any_process(server: ServerProcess) -> None:
@@ -147,7 +148,7 @@ def test_sigterm_drains_all_processes(server: ServerProcess) -> None:
     with ThreadPoolExecutor(N_REQUESTS) as executor:
         futures = many(server, executor, N_TOKENS)
         server.process.send_signal(signal.SIGTERM)
-        assert [future.result() for future in futures] == [alone] * N_REQUESTS
+        assert {future.result() for future in futures} == {alone}
     assert server.process.wait(timeout=60) == 0
     _, alive = psutil.wait_procs(everyone, timeout=20)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -230,7 +230,13 @@ async def _check(
     with console.status(sentence) if console.is_terminal else contextlib.nullcontext():
         if not console.is_terminal:
             console.print(sentence, highlight=False)
-        await run_chat(client, server.model_name, again, STAYS)
+        sending = asyncio.ensure_future(run_chat(client, server.model_name, again, STAYS))
+        try:
+            while not sending.done():
+                await server.snapshot()  # raises when the server is gone
+                await asyncio.wait([sending], timeout=POLL_S)
+        finally:
+            sending.cancel()
     after = await server.text("/metrics")
     if again.error:
         raise ServerFailedError(f"the repetition of request {first.number} failed: {again.error}")
@@ -245,24 +251,15 @@ async def _check(
     )
 
 
-def total_of(metrics: str, sample_name: str) -> float:
-    """Sum over all labels of a counter's samples, from the text of `/metrics`."""
+def total_of(metrics: str, sample_name: str, **labels: str) -> float:
+    """Sum of the samples of this name that have these labels, from the text of `/metrics`."""
     from prometheus_client.parser import text_string_to_metric_families
 
     samples = (sample for family in text_string_to_metric_families(metrics) for sample in family.samples)
-    return sum(sample.value for sample in samples if sample.name == sample_name)
+    return sum(s.value for s in samples if s.name == sample_name and labels.items() <= s.labels.items())
 
 
 def pause_of(metrics: str) -> tuple[float, int]:
     """Sum in seconds and count of the pauses of moved requests, from the text of `/metrics`."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    sums = {
-        sample.name: sample.value
-        for family in text_string_to_metric_families(metrics)
-        if family.name == "cascadeinfer_migration_pause_seconds"
-        for sample in family.samples
-        if sample.labels.get("outcome") == "moved" and not sample.name.endswith("_bucket")
-    }
     name = "cascadeinfer_migration_pause_seconds"
-    return sums.get(f"{name}_sum", 0.0), int(sums.get(f"{name}_count", 0))
+    return total_of(metrics, f"{name}_sum", outcome="moved"), int(total_of(metrics, f"{name}_count", outcome="moved"))

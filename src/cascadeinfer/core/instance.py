@@ -63,7 +63,8 @@ class InstanceView:
         outbound: Migrations that leave here.
         foreign_requests: Requests here that belong to other front-end processes, at the last report.
         foreign_tokens: Sum of their lengths.
-        foreign_queue: Time to compute those of them that wait, see `Pricing`.
+        foreign_waiting_tokens: Lengths of those of them that wait.
+        foreign_queue: Time to compute those, see `Pricing`.
         blocks_committed: Blocks in use at the last report, and what waits here, came since or is on its way here will need; less
             what has left since.
         step_s: Mean step time at the last report that had one, 0.0 before.
@@ -85,6 +86,7 @@ class InstanceView:
     outbound: dict[MigrationId, None] = field(default_factory=dict)
     foreign_requests: int = 0
     foreign_tokens: int = 0
+    foreign_waiting_tokens: tuple[int, ...] = ()
     foreign_queue: float = 0.0
     blocks_committed: int = 0
     step_s: float = 0.0
@@ -156,6 +158,7 @@ class InstanceView:
     def reprice(self) -> None:
         """The price list has changed."""
         self.queue = sum(map(self.pricing.queue_of, self.starting.values()))
+        self.foreign_queue = sum(map(self.pricing.queue_of, self.foreign_waiting_tokens))
         self._weigh()
 
     def add(self, request_id: RequestId, tokens: int, *, waits: bool) -> None:
@@ -220,6 +223,7 @@ class InstanceView:
         """What other front-end processes have here; blocks of theirs that run are in the report's count already."""
         self.foreign_requests = len(running_tokens) + len(waiting_tokens)
         self.foreign_tokens = sum(running_tokens) + sum(waiting_tokens)
+        self.foreign_waiting_tokens = waiting_tokens
         self.foreign_queue = sum(map(self.pricing.queue_of, waiting_tokens))
         self.blocks_committed += sum(map(self.capacity.blocks_for, waiting_tokens))
 

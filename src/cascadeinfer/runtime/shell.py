@@ -212,12 +212,6 @@ class Runtime:
             stream = stream_of(delta.request_id)
             if stream is None:
                 continue
-            if delta.finish_reason is None and stream.migration is None and stream.attempts == 1:  # nearly every token
-                if new_token_ids := delta.new_token_ids:
-                    stream.output_token_ids += new_token_ids
-                    stream.last_token_s = now_s
-                delivered.append(delta)
-                continue
             if delta.finish_reason is not None and engine.has_dropped(delta):
                 self._wait_for_death(stream, outputs, delta)
                 continue

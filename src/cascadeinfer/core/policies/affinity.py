@@ -58,8 +58,6 @@ class PrefixAffinity:
             right: Where it would go without a cache.
             instances: Those of all stages.
         """
-        if not request.prefix_hashes:
-            return right
         matched = self._index.matches(request.prefix_hashes)
         if not matched:
             return right

@@ -261,6 +261,7 @@ class FrontEnds:
         while True:
             await asyncio.sleep(LOOK_S)
             try:
+                self._let_go_of_the_dead()
                 for follower in self._followers:
                     if follower.channel is not None and self._instances_started:
                         self._tell_news_to(follower)
@@ -272,6 +273,11 @@ class FrontEnds:
         self._say(follower, FleetNews([self._news_of(state, follower.index) for state in self._runtime.fleet]))
         if (layout := self._runtime.fleet.layout) is not None:
             self._say(follower, LayoutNews.of(layout))
+
+    def _let_go_of_the_dead(self) -> None:
+        """Engines that are no more must not be kept, with their sockets, for what was once said of them."""
+        living = {id(engine) for engine in self._runtime.live_engines()}
+        self._attachments = {i: known for i, known in self._attachments.items() if id(known[0]) in living}
 
     def _look_after(self, follower: FollowerState) -> None:
         """One that hangs keeps its clients waiting, its requests running and its place on the listening socket."""
