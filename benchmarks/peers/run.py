@@ -69,7 +69,7 @@ def model_folder(name: str) -> Path:
 
 def cell_file(model: str, workload: str, system: str, number: int) -> Path:
     """Where a cell's records go; a JSON file of the same name has what was beside it."""
-    return OUT / model / workload / f"{system.replace(' ', '_').replace(':', '-')}.{number}.parquet"
+    return OUT / model / workload / f"{system.replace(' ', '_').replace(':', '-').replace(',', '')}.{number}.parquet"
 
 
 def replay(model: str, workload: str, system: str, number: int, services: list[Service], engine_url: str) -> None:

@@ -17,6 +17,7 @@ from processes import FailedError, Service, stopped_at_end
 from workloads import BLOCK_TOKENS, ModelCase
 
 from cascadeinfer.cluster.local import free_port, split_cores
+from cascadeinfer.engines.vllm.connector.cores import NAP_S
 
 N_INSTANCES = 2
 MODEL_NAME = "bench"
@@ -25,6 +26,7 @@ ROUTER_TIMEOUT_S = 60.0
 MAX_NUM_SEQS = 64
 ROUTER_POLICIES = ("round_robin", "power_of_two", "cache_aware")
 SERVE = [sys.executable, str(Path(__file__).parent / "vllm_serve.py"), "serve"]
+NAPPING = {"PEERS_NAP_S": str(NAP_S)}
 OURS = [sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "serve"]
 
 
@@ -52,6 +54,7 @@ def groups_for(case: ModelCase) -> tuple[Group, ...]:
         Group("ours-least-loaded", ("cascadeinfer least_loaded",), ("--policy", "least_loaded")),
         Group("ours-round-robin", ("cascadeinfer round_robin",), ("--policy", "round_robin")),
         Group("vllm-dp", ("vllm data-parallel",)),
+        Group("vllm-dp-spinning", ("vllm data-parallel, spinning",)),
         Group("servers", routers),
     )
 
@@ -105,15 +108,15 @@ def running(group: Group, setup: Setup) -> Iterator[list[Service]]:
         if group.options is not None:
             words = ["--instances", str(N_INSTANCES), *group.options]
             services.append(start(group.name, [*OURS, *options, *words], {}))
-        elif group.name == "vllm-dp":
+        elif group.name.startswith("vllm-dp"):
             words = ["--data-parallel-size", str(N_INSTANCES)]
-            services.append(
-                start(group.name, [*SERVE, *options, *words], {"VLLM_CPU_OMP_THREADS_BIND": "|".join(cores)})
-            )
+            waiting = {} if group.name == "vllm-dp-spinning" else NAPPING
+            place = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(cores)}
+            services.append(start(group.name, [*SERVE, *options, *words], {**place, **waiting}))
         else:
             for number, own in enumerate(cores):
                 name = f"{group.name}-{number}"
-                services.append(start(name, [*SERVE, *options], {"VLLM_CPU_OMP_THREADS_BIND": own}))
+                services.append(start(name, [*SERVE, *options], {"VLLM_CPU_OMP_THREADS_BIND": own, **NAPPING}))
         for service in services:
             service.wait_ready("/health", READY_TIMEOUT_S)
         yield services

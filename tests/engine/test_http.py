@@ -253,6 +253,13 @@ def test_admin_instances(client: openai.OpenAI, server: ServerProcess) -> None:
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
+def test_each_instance_computes_on_its_own_cores(server: ServerProcess) -> None:
+    """The thread that computes the model stays where the instance was placed, though NIXL's connector moves it as it comes."""
+    workers = [process for process in server.processes() if process.name() == "VLLM::Worker"]
+    first, second = (set(worker.cpu_affinity()) for worker in workers)
+    assert first.isdisjoint(second) or len(os.sched_getaffinity(0)) < 2
+
+
 @pytest.mark.parametrize("key", [None, "wrong"])
 def test_api_key_is_needed(server: ServerProcess, key: str | None) -> None:
     """Without the key, or with another: 401, on the OpenAI and on the admin routes."""

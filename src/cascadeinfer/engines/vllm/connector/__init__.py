@@ -8,7 +8,7 @@ extends NIXL's pull connector in three places, none of which patches a vLLM file
 - `worker_side.py` runs beside the model runner: handshakes in advance, release of pinned blocks on command.
 - `commands.py` attaches the commands to `EngineCore`, where vLLM's utility calls find them; they run between two steps.
 
-`ticket.py` has the few words that travel between instances in `kv_transfer_params`.
+`cores.py` changes how these processes wait where model and everything else share the cores of a CPU; `ticket.py` has the few words that travel between instances in `kv_transfer_params`.
 """
 
 from cascadeinfer.engines.vllm.connector.cascade_connector import CascadeConnector

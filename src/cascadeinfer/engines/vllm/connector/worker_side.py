@@ -1,44 +1,17 @@
 """
-The connector's half in a worker: handshakes before they are needed, release of pinned blocks on command, an idle NIXL that sleeps.
+The connector's half in a worker: handshakes before they are needed, release of pinned blocks on command.
 
 `handshake` and `release` are called through the executor's collective RPC (see `commands.py`), between two steps, on every rank.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
-from vllm.platforms import current_platform
 
-PROGRESS_POLL_US = 1000
-"""How long NIXL's progress thread sleeps when UCX has no event for it, in microseconds."""
-
-
-@contextlib.contextmanager
-def _sleeping_progress_thread() -> Iterator[None]:
-    """
-    On a CPU, let the progress thread of agents made meanwhile sleep until there is an event.
-
-    NIXL's Python agent asks for a delay of 0 and offers no parameter for it: the thread then polls without a pause and takes a whole core
-    from the model, for each instance, idle or not. UCX's events still wake it at once. On machines with devices the core is not missed.
-    """
-    if not current_platform.is_cpu():
-        yield
-        return
-    from nixl import _api  # noqa: PLC0415 - only where an agent is about to be made
-
-    original: Any = _api.nixlBind.nixlAgentConfig
-    delay: Any = original.pthrDelay
-    patient = property(delay.__get__, lambda config, _: delay.__set__(config, PROGRESS_POLL_US))
-    _api.nixlBind.nixlAgentConfig = type("SleepingConfig", (original,), {"pthrDelay": patient})
-    try:
-        yield
-    finally:
-        _api.nixlBind.nixlAgentConfig = original
+from cascadeinfer.engines.vllm.connector.cores import kept_on_its_cores, sleeping_progress_thread
 
 
 class CascadeWorkerSide(NixlPullConnectorWorker):
@@ -46,7 +19,7 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """See NixlPullConnectorWorker."""
-        with _sleeping_progress_thread():
+        with sleeping_progress_thread(), kept_on_its_cores():
             super().__init__(*args, **kwargs)
         self._released: set[str] = set()
         #: To be released as soon as the scheduler's half has told us of the pin (with the next step).
