@@ -33,6 +33,7 @@ from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine, EngineRequest, Resume
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.connector.ticket import reservation_prefix
+from cascadeinfer.engines.vllm.ending import let_go
 from cascadeinfer.engines.vllm.instance import InstanceClient, VllmInstance
 
 CONNECT_POLL_S = 0.02
@@ -205,3 +206,4 @@ class AttachedInstance(VllmInstance):
             self._fail_pending_calls(client)
             with contextlib.suppress(EngineError):
                 client.shutdown(0.0)
+            let_go(client)

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import psutil
+from vllm.utils.network_utils import close_sockets
 from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.core_client import MPClient
 
@@ -24,6 +25,17 @@ def shut_down(client: MPClient, timeout_s: float) -> None:
     except psutil.NoSuchProcess:
         kill(client.resources.engine_manager)
         client.resources()
+
+
+def let_go(client: MPClient) -> None:
+    """
+    Close the sockets, files and threads of a client that has been shut down. Call it in the event loop's thread.
+
+    vLLM leaves the threads (three) and their files to Python's garbage collection, which in a process of this size does not come for a
+    long time: a client hangs in cycles with its tasks and their errors.
+    """
+    close_sockets([s for s in (client.resources.output_socket, client.resources.input_socket) if s is not None])
+    client.resources.ctx.destroy(linger=0)
 
 
 def kill(manager: Any) -> None:

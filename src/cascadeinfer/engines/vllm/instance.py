@@ -39,7 +39,7 @@ from cascadeinfer.engines.protocol import (
     TokenDelta,
 )
 from cascadeinfer.engines.vllm.connector.ticket import CUT, resume_params
-from cascadeinfer.engines.vllm.ending import REAP_TIMEOUT_S, kill, shut_down
+from cascadeinfer.engines.vllm.ending import REAP_TIMEOUT_S, kill, let_go, shut_down
 from cascadeinfer.engines.vllm.further_clients import Addresses, with_further_clients
 
 HANDSHAKE_POLL_S = 0.05
@@ -360,6 +360,7 @@ class VllmInstance:
         if client is not None:
             await asyncio.to_thread(shut_down, client, timeout_s)
             self._fail_pending_calls(client)  # one that hung: nobody hears `next_outputs` any more
+            let_go(client)
         elif manager is not None:
             await asyncio.to_thread(kill, manager)
         for process in getattr(manager, "processes", []):
