@@ -151,6 +151,20 @@ def test_disturbed_steps_hardly_count() -> None:
     assert worst_error(learner.model, TRUTH, rng) < 0.06
 
 
+@pytest.mark.parametrize("start", [None, TRUTH])
+def test_total_time_is_right_when_like_steps_differ(start: StepModel | None) -> None:
+    """Step times that vary by 30 %: predictions add up to what the steps took, where a fit of relative errors lies a sixth below."""
+    rng = np.random.default_rng(8)
+    learner = StepLearner(start)
+    for interval in range(1, 6):
+        learner.observe(steps(TRUTH, rng, 2000, noise=0.3))
+        learner.update(10.0 * interval)
+    assert learner.model is not None
+    seen = steps(TRUTH, rng, 20_000, noise=0.3)
+    predicted_s = sum(learner.model.step_s(step.batch) for step in seen)
+    assert predicted_s == pytest.approx(sum(step.step_s for step in seen), rel=0.03)
+
+
 def test_no_factor_leaves_its_bounds() -> None:
     """An engine a hundred times as slow as its profile is believed up to the bound."""
     rng = np.random.default_rng(7)

@@ -7,7 +7,9 @@ for each, so that a device that is slower, shared or otherwise set up is followe
 parts are linear in the batch and the factors are the coefficients.
 
 Factors are non-negative least squares of the *relative* residual, as in `fit.py`, over sums that fade with time; a step that takes
-ten times as long as any other (compilation, a disturbance) then hardly counts. A start model counts like `LearningSettings.prior_steps`
+ten times as long as any other (compilation, a disturbance) then hardly counts. Where steps of the same batch differ, such a fit lies below
+their mean (by twice the square of their coefficient of variation), and load is a sum of step times: one more factor for all parts makes predicted and
+measured time the same in total, outliers apart. A start model counts like `LearningSettings.prior_steps`
 steps that agree with it, which keeps parts that no step shows where they were, and no factor leaves its bounds.
 """
 
@@ -34,6 +36,8 @@ MOST_WAITING: Final = 8192
 """Steps kept between two updates; more say nothing new."""
 LEAST_SHARE: Final = 1e-3
 """A part that makes up less of a step than this is not learnt: it stays as the start has it."""
+OUTLIER_FACTOR: Final = 3.0
+"""Steps so many times longer than fitted do not count in the total."""
 PROMPT_STEPS: Final = 10.0
 """Steps with prompt tokens, and steps without, that must have been seen before a model without a start is trusted."""
 
@@ -84,6 +88,9 @@ class StepLearner:
         self._candidate: StepModel | None = None
         self._gram = np.zeros((len(PARTS), len(PARTS)))
         self._aim = np.zeros(len(PARTS))
+        self._measured_s = 0.0
+        self._modelled_s = np.zeros(len(PARTS))
+        self._factors = np.ones(len(PARTS))
         self._steps = 0.0
         self._prompt_steps = 0.0
         self._waiting: list[StepSample] = []
@@ -121,7 +128,7 @@ class StepLearner:
             self.error = _mean_error(judged, samples)
         self._take_in(samples, exp(-max(0.0, now_s - self._updated_s) / settings.memory_s))
         self._updated_s = now_s
-        found = self._solve()
+        found = _scaled(self._reference, self._factors)
         if self.model is None:
             trusted = self._candidate is not None and self._seen_enough() and self.error <= settings.most_error
             self._candidate = found
@@ -132,33 +139,65 @@ class StepLearner:
         self.model = found
         return True
 
+    @property
+    def _is_start_known(self) -> bool:
+        return self._reference is not _UNIT
+
     def _seen_enough(self) -> bool:
         plain = self._steps - self._prompt_steps
         return self._steps >= self._settings.min_steps and min(self._prompt_steps, plain) >= PROMPT_STEPS
 
     def _take_in(self, samples: StepSamples, fade: float) -> None:
-        parts = _parts(
+        """Add steps to the fading sums, and find the factors anew."""
+        parts_s = _parts(
             self._reference.coefficients(),
             samples.n_decode, samples.kv_tokens, samples.kv_tokens_max, samples.prefill_tokens, samples.prefill_attention_tokens,
-        ) / samples.step_s[:, None]  # fmt: skip
-        self._gram = fade * self._gram + parts.T @ parts
-        self._aim = fade * self._aim + parts.sum(axis=0)
+        )  # fmt: skip
+        shares = parts_s / samples.step_s[:, None]
+        self._gram = fade * self._gram + shares.T @ shares
+        self._aim = fade * self._aim + shares.sum(axis=0)
         self._steps = fade * self._steps + len(samples)
         self._prompt_steps = fade * self._prompt_steps + float(np.count_nonzero(samples.prefill_tokens))
+        factors = self._solve()
+        usual = samples.step_s <= OUTLIER_FACTOR * (parts_s @ factors)
+        self._measured_s = fade * self._measured_s + float(samples.step_s[usual].sum())
+        self._modelled_s = fade * self._modelled_s + parts_s[usual].sum(axis=0)
+        correction = self._correction(float(self._modelled_s @ factors))
+        is_shown = self._shown() >= LEAST_SHARE**2
+        self._factors = self._within_bounds(np.where(is_shown, correction * factors, factors))
 
-    def _solve(self) -> StepModel:
-        """Factors that fit best within their bounds, as a model."""
-        known = self._reference is not _UNIT
-        shown = np.diag(self._gram) / self._steps  # mean square of each part's share of a step
-        weight = self._settings.prior_steps * np.maximum(shown, LEAST_SHARE**2) if known else 1e-9 * np.diag(self._gram)
+    def _shown(self) -> NDArray[np.float64]:
+        """Mean square of each part's share of a step."""
+        shares: NDArray[np.float64] = np.diag(self._gram) / self._steps
+        return shares
+
+    def _correction(self, modelled_s: float) -> float:
+        """Measured over modelled time; a start model counts here too like steps that agree with it."""
+        if modelled_s <= 0.0:
+            return 1.0
+        agreeing_s = self._settings.prior_steps * modelled_s / self._steps if self._is_start_known else 0.0
+        return (self._measured_s + agreeing_s) / (modelled_s + agreeing_s)
+
+    def _within_bounds(self, factors: NDArray[np.float64]) -> NDArray[np.float64]:
+        most = self._settings.most_change
+        return np.clip(factors, 1.0 / most, most) if self._is_start_known else factors
+
+    def _solve(self) -> NDArray[np.float64]:
+        """The factors that fit best within their bounds."""
+        known = self._is_start_known
+        weight = (
+            self._settings.prior_steps * np.maximum(self._shown(), LEAST_SHARE**2)
+            if known
+            else 1e-9 * np.diag(self._gram)
+        )
         gram = self._gram + np.diag(np.maximum(weight, 1e-300))
         aim = self._aim + (weight if known else 0.0)
         scale = np.sqrt(np.diag(gram))
         root = np.linalg.cholesky(gram / np.outer(scale, scale) + 1e-12 * np.eye(len(PARTS)))
         most = self._settings.most_change
         bounds = (scale / most, scale * most) if known else (0.0, np.inf)
-        solved = lsq_linear(root.T, np.linalg.solve(root, aim / scale), bounds=bounds)
-        return _scaled(self._reference, solved.x / scale)
+        factors: NDArray[np.float64] = lsq_linear(root.T, np.linalg.solve(root, aim / scale), bounds=bounds).x / scale
+        return factors
 
 
 @njit(cache=True)
