@@ -28,6 +28,7 @@ class Behaviour:
         cut: End the connection after so many tokens, without an end of the stream.
         clean_end: End the response in good order after `tokens`, but with neither finish reason nor [DONE].
         error_in_stream: Send an error object after `tokens`.
+        error_code: In that object.
         usage: Whether the stream ends with usage.
         wait_for: Waited for before the first token.
         garbage: Send a line that is no JSON.
@@ -38,6 +39,7 @@ class Behaviour:
     cut: int | None = None
     clean_end: bool = False
     error_in_stream: bool = False
+    error_code: int = 500
     usage: bool = True
     wait_for: asyncio.Event | None = None
     garbage: bool = False
@@ -126,7 +128,7 @@ class FakeServer:
             body = {"delta": {"content": "x"}} if chat else {"text": "x"}
             await send({"choices": [{**body, "finish_reason": reason}]})
         if behaviour.error_in_stream:
-            await send({"error": {"message": "engine died"}})
+            await send({"error": {"message": "so it is", "code": behaviour.error_code}})
             return
         if behaviour.clean_end:
             return

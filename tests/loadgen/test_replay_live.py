@@ -106,6 +106,15 @@ async def test_a_failed_request_is_counted_as_what_it_is(behaviour: Behaviour, k
     assert all(result.errors[row] for row in failed)
 
 
+async def test_a_refusal_within_a_stream_is_a_refusal() -> None:
+    """A server that sends status 200 and then the error event of an overload has refused the request like one that says 429."""
+    refused = Behaviour(tokens=0, error_in_stream=True, error_code=429)
+    trace = Trace.from_columns([5, 6], [4, 4], [0.0, 0.05])
+    result = await replayed(FakeServer(lambda number: refused if number == 0 else Behaviour()), trace)
+    assert errors_by_kind(result.errors) == {"HTTP 429": 1}
+    assert int(result.records.rejected.sum()) == 1
+
+
 async def test_a_client_leaves_a_server_that_hangs() -> None:
     """A server that never answers: the request times out, and counts as aborted."""
     gate = asyncio.Event()

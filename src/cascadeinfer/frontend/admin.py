@@ -1,25 +1,22 @@
 """
-Routes beside vLLM's own: `/admin/instances` (look, add, drain), `/health/live`, `/health/ready`; and `Retry-After` on 429.
+Routes beside vLLM's own: `/admin/instances` (look, add, drain), `/health/live`, `/health/ready`.
 
 Adding and draining are begun here and answered with 202; `GET` shows how they go on.
 """
 
 import contextlib
-import math
 from argparse import Namespace
 from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from vllm import envs
-from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.frontend.engine_client import OverloadedError
 from cascadeinfer.runtime.shell import Runtime
 
 
@@ -90,7 +87,6 @@ def attach_admin_routes(
     key_needed = [Depends(require_key)]
     app.include_router(_instance_routes(admin, drain_timeout_s), dependencies=key_needed)
     app.include_router(_health_routes(runtime))
-    app.add_exception_handler(OverloadedError, _say_when_to_come_again)
 
 
 def _instance_routes(admin: Admin, drain_timeout_s: float) -> APIRouter:
@@ -154,11 +150,3 @@ def _refusals_as_http() -> Iterator[None]:
         raise HTTPException(HTTPStatus.NOT_FOUND, str(unknown)) from unknown
     except ScalingRefusedError as refused:
         raise HTTPException(HTTPStatus.CONFLICT, str(refused)) from refused
-
-
-async def _say_when_to_come_again(request: Request, error: Exception) -> Response:
-    """The error as vLLM's JSON, with the header `Retry-After` in whole seconds."""
-    response = await exception_handler(request, error)
-    if isinstance(error, OverloadedError):
-        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    return response

@@ -34,6 +34,7 @@ from vllm.tool_parsers import ToolParserManager
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.frontend.admin import Admin, OwnRuntime, attach_admin_routes
 from cascadeinfer.frontend.engine_client import CascadeLLM
+from cascadeinfer.frontend.refusals import Refusals
 from cascadeinfer.runtime.shell import Runtime
 
 logger = logging.getLogger(__name__)
@@ -192,7 +193,8 @@ async def serve(
     attach_admin_routes(app, runtime, admin, args, drain_timeout_s=drain_timeout_s)
     if shared is not None:
         _show_metrics_of_all(app, runtime)
-    server = NoSignalServer(_uvicorn_config(app, args, drain_timeout_s), shared and shared.loads)
+    # Around the whole app: vLLM has built its stack of middleware already.
+    server = NoSignalServer(_uvicorn_config(Refusals(app), args, drain_timeout_s), shared and shared.loads)
     app.state.server = server
     signals.drain(server)
     await server.serve(sockets=[listener])

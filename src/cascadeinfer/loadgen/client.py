@@ -76,7 +76,7 @@ class Answer:
         sent_s: When the client began to send it.
         first_token_s: When its first token came.
         last_token_s: When its last token so far came.
-        status: HTTP status; 0 without an answer.
+        status: HTTP status, or the code of an error in the stream; 0 without an answer.
         prompt_tokens: As the server counts; 0 when it does not say.
         produced_tokens: As the server counts; chunks when it does not say.
         cached_tokens: Of the prompt, as the server says.
@@ -231,7 +231,13 @@ class OpenAiClient:
 def _take(answer: Answer, chunk: _Chunk, now_s: Callable[[], float]) -> None:
     """Enter one chunk."""
     if chunk.error is not None:
-        answer.error = f"error in stream: {_short(msgspec.json.encode(chunk.error).decode())}"
+        detail = _short(msgspec.json.encode(chunk.error).decode())
+        code = chunk.error.get("code") if isinstance(chunk.error, dict) else None
+        if code in REFUSALS:  # some servers refuse a stream when they have sent its head already
+            answer.status = code
+            answer.error = f"HTTP {code}: {detail}"
+        else:
+            answer.error = f"error in stream: {detail}"
         return
     for choice in chunk.choices:
         if choice.has_token():

@@ -1,0 +1,107 @@
+"""Refusals as they are sent: HTTP 429 with a time to come again, streams that have not begun included."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from cascadeinfer.core.errors import RequestRejectedError
+from cascadeinfer.frontend.refusals import Refusals
+
+HEAD: dict[str, Any] = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-request-id", b"7")],
+}
+
+
+def event(content: object, *, more: bool = True) -> Message:
+    """An event of a stream."""
+    return {"type": "http.response.body", "body": f"data: {json.dumps(content)}\n\n".encode(), "more_body": more}
+
+
+def refusal(code: int = 429) -> dict[str, Any]:
+    """As vLLM words an error."""
+    return {"error": {"message": str(RequestRejectedError("queue_full", 2.2)), "type": "TooManyRequests", "code": code}}
+
+
+END: Message = {"type": "http.response.body", "body": b"", "more_body": False}
+
+
+async def sent(messages: Sequence[Message], scope_type: str = "http") -> list[Message]:
+    """What goes to the client when the server sends these."""
+    out: list[Message] = []
+
+    async def server(_: Scope, __: Receive, send: Send) -> None:
+        for message in messages:
+            await send(message)
+
+    async def to_client(message: Message) -> None:
+        out.append(message)
+
+    async def nothing() -> Message:
+        raise AssertionError("nobody reads")
+
+    await Refusals(server)({"type": scope_type}, nothing, to_client)
+    return out
+
+
+async def test_a_refused_stream_is_a_429() -> None:
+    """Status, the time to come again in whole seconds, vLLM's JSON as the body, other headers as they were, and nothing after it."""
+    head, body = await sent([HEAD, event(refusal()), event("[DONE]"), END])
+    assert head["status"] == 429
+    headers = dict(head["headers"])
+    assert headers[b"retry-after"] == b"3"
+    assert headers[b"content-type"] == b"application/json"
+    assert headers[b"x-request-id"] == b"7"
+    assert json.loads(body["body"]) == refusal()
+    assert int(headers[b"content-length"]) == len(body["body"])
+    assert not body.get("more_body", False)
+
+
+async def test_a_refused_answer_says_when_to_come_again() -> None:
+    """A whole answer with status 429 keeps what it has, and gets the header."""
+    head: Message = {"type": "http.response.start", "status": 429, "headers": [(b"content-length", b"9")]}
+    body: Message = {"type": "http.response.body", "body": json.dumps(refusal()).encode()}
+    assert await sent([dict(head), body]) == [
+        {**head, "headers": [(b"content-length", b"9"), (b"retry-after", b"3")]},
+        body,
+    ]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [HEAD, event({"choices": []}), event(refusal()), END],
+        [HEAD, event(refusal(500)), END],
+        [HEAD, END],
+        [{**HEAD, "headers": [(b"content-type", b"application/json")]}, event(refusal()), END],
+        [{**HEAD, "status": 503}, event(refusal()), END],
+        [{**HEAD, "status": 429, "headers": [(b"Retry-After", b"60")]}, event(refusal()), END],
+        [{**HEAD, "status": 429}, {"type": "http.response.body", "body": b"slow down"}],
+    ],
+    ids=[
+        "after its first event",
+        "another error",
+        "empty",
+        "no stream",
+        "an error already",
+        "told already",
+        "not ours",
+    ],
+)
+async def test_everything_else_passes(messages: list[Message]) -> None:
+    """What is no refusal of ours comes to the client as the server sent it."""
+    assert await sent(messages) == messages
+
+
+async def test_the_head_waits_for_the_first_event() -> None:
+    """A stream whose generator fails before its first event has no head yet: whoever is outside can still answer with an error."""
+    assert await sent([HEAD]) == []
+
+
+async def test_other_protocols_pass() -> None:
+    """A websocket's messages are not looked at."""
+    assert await sent([HEAD], scope_type="websocket") == [HEAD]
