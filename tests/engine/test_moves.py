@@ -49,12 +49,14 @@ async def test_every_offset_around_block_boundaries(zoo: Zoo, source: str, targe
     before = await zoo.counters(there)
 
     async def move_near(length: int, lead: int) -> int:
-        """Cut near this length, having started so many tokens before; returns at which length it was cut."""
-        prompt, expected = await zoo.window(length - lead, lead + 12)
-        attempt = await zoo.start(here, prompt, greedy(lead + 12))
+        """Cut near this length, having started so many tokens before; returns at which length it was cut, 0 when it ended first."""
+        prompt, expected = await zoo.window(length - lead, lead + 24)
+        attempt = await zoo.start(here, prompt, greedy(lead + 24))
         await attempt.until_output(2)
         moved = await zoo.move(attempt, there)
-        assert moved is not attempt
+        if moved is attempt:
+            assert attempt.output == expected
+            return 0
         assert attempt.ticket is not None
         assert attempt.ticket["remote_num_tokens"] == attempt.n_tokens - 1
         assert len(attempt.ticket["remote_block_ids"][0]) == -(-(attempt.n_tokens - 1) // BLOCK)
