@@ -34,6 +34,7 @@ import psutil
 
 import measuring
 from cascadeinfer.cluster.local import LOOPBACK, free_port, split_cores
+from cascadeinfer.engines.vllm.connector.cores import NAP_S
 
 N_INSTANCES = 2
 PROCESSES = (1, 2)
@@ -67,10 +68,11 @@ def command_of(side: str, folder: Path, port: int) -> list[str]:
 
 
 def environment_of(side: str) -> dict[str, str]:
-    """What the server of a side gets; vLLM's engines get the cores that ours get by themselves."""
+    """What the server of a side gets; vLLM's engines get the cores that ours get by themselves, and wait asleep as ours do."""
     own = dict(os.environ)
     if side.startswith("vllm"):
         own["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0))))
+        own["PEERS_NAP_S"] = str(NAP_S)
     return own
 
 

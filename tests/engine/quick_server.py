@@ -3,8 +3,11 @@
 
 A program of its own, for tests that kill many. Forking beside threads is not safe in general, so the product does not do it. A forked
 process would for instance write the signals it gets to the server's event loop, through the file descriptor that it has inherited.
+
+With HURRY in the environment it learns and plans every few seconds, from few requests and for small gains.
 """
 
+import ctypes
 import os
 import signal
 from functools import partial
@@ -13,14 +16,31 @@ from llvmlite.binding import ffi
 
 from cascadeinfer import assemble
 from cascadeinfer.cli.main import main
+from cascadeinfer.config import policy
 from cascadeinfer.runtime.supervise import SupervisionTimes
+
+PR_SET_PDEATHSIG = 1
+
+
+def as_if_spawned() -> None:
+    """
+    In a forked process: no signals to the server's event loop; an end when its parent ends.
+
+    vLLM's workers watch a pipe for their EngineCore's end, and a forked one may hold the pipe's other end itself.
+    """
+    signal.set_wakeup_fd(-1)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
 
 if __name__ == "__main__":
     ffi.lib._fntab["__dict__"] = {}  # see tests/conftest.py
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    os.register_at_fork(after_in_child=as_if_spawned)
     fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}  # set for the processes only: the configuration resets it
     assemble.make_runtime = partial(assemble.make_runtime, extra_environment=fork)  # type: ignore[assignment]
     assemble.SupervisionTimes = partial(  # type: ignore[misc, assignment]
         SupervisionTimes, backoff_first_s=0.2, backoff_max_s=1.0, steady_s=0.0
     )
+    if os.environ.get("HURRY"):
+        policy.LearningSettings = partial(policy.LearningSettings, interval_s=2.0)  # type: ignore[misc, assignment]
+        policy.PlanSettings = partial(policy.PlanSettings, interval_s=2.0, min_requests=60, hysteresis=0.02)  # type: ignore[misc, assignment]
     main()

@@ -1,0 +1,213 @@
+"""
+Ten times more requests than a server can take, for a minute: what is answered, what is refused, what memory does, and how soon all is as before.
+
+    python benchmarks/overload.py [--times 10] [--seconds 60] [--name overload]
+
+A real server (`cascadeinfer serve`, policy `cascade`, two instances of the tiny model, `--max-queued-requests 64`). First its capacity is measured: answers per
+second while as many requests as it takes are under way. Then one trace is replayed in open loop, streams on a connection each: calm at a share of
+the capacity, overload, calm again. Meanwhile the memory of the front end and of the engines is read every second (unique set size: what
+ending the process would give back). Nothing is retried by the client.
+
+"Recovered" is the first moment after the overload from which every request of the calm gets its first token within twice the 95th percentile
+of the calm before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "peers"))
+
+from processes import Service, stopped_at_end  # noqa: E402 - in the folder below
+
+import measuring  # noqa: E402
+from cascadeinfer.cluster.local import LOOPBACK, free_port  # noqa: E402
+from cascadeinfer.loadgen.client import OpenAiClient  # noqa: E402
+from cascadeinfer.loadgen.prompts import PromptMaker, make_prompts  # noqa: E402
+from cascadeinfer.loadgen.replay import Replay, replay  # noqa: E402
+from cascadeinfer.observe.estimates import errors_by_kind  # noqa: E402
+from cascadeinfer.observe.records import RequestRecords  # noqa: E402
+from cascadeinfer.workload.arrivals import poisson_arrivals  # noqa: E402
+from cascadeinfer.workload.trace import Trace  # noqa: E402
+
+PROMPT_TOKENS, OUTPUT_TOKENS = 64, 200
+MAX_NUM_SEQS, MAX_QUEUED = 16, 64
+N_INSTANCES = 2
+CALM_SHARE = 0.3
+CALM_S = 20.0
+CAPACITY_S = 20.0
+START_TIMEOUT_S = 240.0
+REQUEST_TIMEOUT_S = 300.0
+MEMORY_S = 1.0
+
+
+@dataclass
+class Memory:
+    """What the server holds, in bytes, over time."""
+
+    server: Service
+    front_end: list[int] = field(default_factory=list)
+    engines: list[int] = field(default_factory=list)
+
+    async def watch(self) -> None:
+        """Read it every second until cancelled."""
+        while True:
+            front_end, *engines = self.server.tree()
+            self.front_end.append(front_end.memory_full_info().uss)
+            total = 0
+            for process in engines:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    total += process.memory_full_info().uss
+            self.engines.append(total)
+            await asyncio.sleep(MEMORY_S)
+
+
+def command(folder: Path, port: int) -> list[str]:
+    """The server."""
+    arguments = measuring.tiny_engine_args(folder, max_model_tokens=1024, kv_blocks=1024)
+    return [
+        sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "serve", arguments["model"],
+        "--served-model-name", "tiny", "--host", LOOPBACK, "--port", str(port), "--dtype", "float32", "--enforce-eager",
+        "--block-size", str(measuring.BLOCK_TOKENS), "--max-model-len", "1024", "--num-gpu-blocks-override", "1024",
+        "--max-num-seqs", str(MAX_NUM_SEQS), "--instances", str(N_INSTANCES), "--policy", "cascade",
+        "--max-queued-requests", str(MAX_QUEUED), "--disable-uvicorn-access-log",
+    ]  # fmt: skip
+
+
+async def capacity_rps(client: OpenAiClient, prompts: PromptMaker, n_prompts: int) -> float:
+    """Answers per second while as many requests are under way as run and half as many again."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + CAPACITY_S
+    answered = 0
+
+    async def one_after_another(first: int) -> None:
+        nonlocal answered
+        for number in range(first, n_prompts, N_INSTANCES * MAX_NUM_SEQS * 3 // 2):
+            body = client.body(prompts.prompt(number), OUTPUT_TOKENS)
+            answer = await client.stream(
+                body, OUTPUT_TOKENS, loop.time, timeout_s=REQUEST_TIMEOUT_S, request_id=f"capacity-{number}"
+            )
+            assert not answer.error, answer.error
+            if loop.time() > end_s:
+                return
+            answered += 1
+        raise AssertionError("too few prompts for the time")
+
+    await asyncio.gather(*(one_after_another(first) for first in range(N_INSTANCES * MAX_NUM_SEQS * 3 // 2)))
+    return answered / CAPACITY_S
+
+
+def trace_of(rate_rps: float, options: argparse.Namespace) -> tuple[Trace, tuple[float, float]]:
+    """Calm, overload, calm; and when the overload begins and ends."""
+    rng = np.random.default_rng(0)
+    phases = (
+        (CALM_S, CALM_SHARE * rate_rps),
+        (options.seconds, options.times * rate_rps),
+        (CALM_S, CALM_SHARE * rate_rps),
+    )
+    arrivals: list[Any] = []
+    begin_s = 0.0
+    for seconds, rate in phases:
+        own = poisson_arrivals(rate, max(1, round(rate * seconds)), rng)
+        arrivals.append(begin_s + own[own < seconds])
+        begin_s += seconds
+    times = np.concatenate(arrivals)
+    same = np.full(len(times), 1)
+    return Trace.from_columns(PROMPT_TOKENS * same, OUTPUT_TOKENS * same, times), (CALM_S, CALM_S + options.seconds)
+
+
+def figures(result: Replay, borders: tuple[float, float], rate_rps: float, memory: Memory) -> dict[str, Any]:
+    """What came of it."""
+    begin_s, end_s = borders
+    records = result.records
+    before = records.arrived_in(0.0, begin_s)
+    over = records.arrived_in(begin_s, end_s)
+    after = records.arrived_in(end_s, np.inf)
+    answered = records.finish_s[np.isfinite(records.finish_s)]
+    limit_s = 2.0 * float(np.nanpercentile(before.ttft_s, 95))
+    is_slow = ~(after.ttft_s <= limit_s)
+    recovered_s = float(after.arrival_s[np.flatnonzero(is_slow)[-1]] - end_s) if is_slow.any() else 0.0
+    return {
+        "capacity_rps": rate_rps,
+        "errors": errors_by_kind(result.errors),
+        "late_s_p99": float(np.percentile(records.dispatched_s - records.arrival_s, 99)),
+        "phases": {"before": phase(before), "overload": phase(over), "after": phase(after)},
+        "answers_per_s_in_overload_over_capacity": float(
+            np.count_nonzero((answered >= begin_s) & (answered < end_s)) / (end_s - begin_s) / rate_rps
+        ),
+        "ttft_limit_s": limit_s,
+        "recovered_after_s": recovered_s,
+        "front_end_bytes": spread(memory.front_end),
+        "engines_bytes": spread(memory.engines),
+    }
+
+
+def phase(records: RequestRecords) -> dict[str, Any]:
+    """Of the requests that arrived in one phase."""
+    done = records.rows(records.finished)
+    return {
+        "requests": len(records),
+        "answered": len(done),
+        "refused": int(records.rejected.sum()),
+        "ttft_s_mean": float(done.ttft_s.mean()),
+        "tpot_s_mean": float(done.tpot_s.mean()),
+        "e2e_s_max": float(done.e2e_s.max()),
+    }
+
+
+def spread(values: list[int]) -> dict[str, int]:
+    """First, most, last."""
+    return {"first": values[0], "most": max(values), "last": values[-1]}
+
+
+async def measure(server: Service, options: argparse.Namespace) -> dict[str, Any]:
+    """Capacity, then the trace, with an eye on the memory."""
+    async with OpenAiClient.connect(server.url) as client:
+        n_prompts = 4000
+        warm = Trace.from_columns([PROMPT_TOKENS] * n_prompts, [OUTPUT_TOKENS] * n_prompts, [0.0] * n_prompts)
+        rate_rps = await capacity_rps(client, await make_prompts(client, warm, "ids", seed=1), n_prompts)
+        trace, borders = trace_of(rate_rps, options)
+        prompts = await make_prompts(client, trace, "ids", seed=2)
+        memory = Memory(server)
+        watching = asyncio.create_task(memory.watch())
+        result = await replay(trace, client, prompts, timeout_s=REQUEST_TIMEOUT_S, name="overload")
+        await asyncio.sleep(2 * MEMORY_S)
+        watching.cancel()
+        return figures(result, borders, rate_rps, memory)
+
+
+def main() -> None:
+    """Parse, start, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=float, default=10.0, help="the capacity that arrives in overload")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of overload")
+    parser.add_argument("--name", default="overload", help="of the file of results")
+    options = parser.parse_args()
+    measuring.quiet_environment()
+    host = measuring.machine()
+    with tempfile.TemporaryDirectory() as folder, stopped_at_end([]) as services:
+        port = free_port()
+        services.append(Service("server", command(Path(folder) / "model", port), port, {}, Path(folder) / "server.log"))
+        services[0].wait_ready("/health/ready", START_TIMEOUT_S)
+        found = asyncio.run(measure(services[0], options))
+    settings = {
+        "times": options.times, "seconds": options.seconds, "calm_share": CALM_SHARE, "calm_s": CALM_S, "instances": N_INSTANCES,
+        "max_num_seqs": MAX_NUM_SEQS, "max_queued_requests": MAX_QUEUED, "prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS,
+    }  # fmt: skip
+    print(measuring.write_results(options.name, host, settings, found))
+    print(found)
+
+
+if __name__ == "__main__":
+    main()
