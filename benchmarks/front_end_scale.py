@@ -6,7 +6,9 @@ What one front-end process carries, and what several carry: `cascadeinfer serve 
 Both serve the tiny model with two engines and stream completions over HTTP, each request on a connection of its own. On a machine
 with few cores the engines and the load generator take most of them, so tokens per second over the wall say little about the front end. What
 does is the CPU time of the front-end processes per token (everything the server has started except the engines; vLLM's coordinator is
-part of its front end): its inverse is what a front-end process carries that has a core for itself, which is how it should be run. Both are reported.
+part of its front end): its inverse is what a front-end process carries that has a core for itself, which is how it should be run. So here the
+front end, all its processes, has the first core for itself, and engines and load share the others: a process that is interrupted by another at
+every token takes more time for the same work. Both are reported.
 
 Every start of a side is a process of its own; sides take turns in each round, in rotating order. Ratios are ours over vLLM's with the same
 number of processes, sample by sample within a round.
@@ -76,12 +78,29 @@ def environment_of(side: str) -> dict[str, str]:
     return own
 
 
-def front_end_cpu_s(server: psutil.Process) -> float:
-    """CPU time so far of the server and all it has started, engines excepted."""
+def front_end_of(server: psutil.Process) -> list[psutil.Process]:
+    """The server and all it has started, engines excepted."""
     everyone = [server, *server.children(recursive=True)]
     engines = [process for process in everyone if "EngineCore" in " ".join(process.cmdline())]
     inside = {process.pid for engine in engines for process in (engine, *engine.children(recursive=True))}
-    return sum(sum(process.cpu_times()[:2]) for process in everyone if process.pid not in inside)
+    return [process for process in everyone if process.pid not in inside]
+
+
+def front_end_cpu_s(server: psutil.Process) -> float:
+    """CPU time of the front end so far."""
+    return sum(sum(process.cpu_times()[:2]) for process in front_end_of(server))
+
+
+def set_apart(server: psutil.Process) -> None:
+    """The first core is the front end's, the others are the engines' and the load's (this process's); with one core there is nothing to set apart."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    if not others:
+        return
+    front_end = {process.pid for process in front_end_of(server)}
+    for process in [server, *server.children(recursive=True)]:
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, {first} if process.pid in front_end else others)
+    os.sched_setaffinity(0, others)
 
 
 async def load(url: str, n_requests: int, n_tokens: int, rng: np.random.Generator) -> None:
@@ -145,6 +164,7 @@ def sample_side(side: str, options: argparse.Namespace) -> list[dict[str, float]
             wait_until_all_serve(url, side)
             root = psutil.Process(server.pid)
             everyone = [root, *root.children(recursive=True)]
+            set_apart(root)
             for _ in range(2):
                 asyncio.run(load(url, options.requests, options.tokens, rng))
             return [one_sample(url, root, options, rng) for _ in range(options.samples)]

@@ -8,7 +8,7 @@ import pytest
 from fake_openai import Behaviour, FakeServer, running
 
 from cascadeinfer.core.errors import ConfigError
-from cascadeinfer.loadgen.client import Api, OpenAiClient
+from cascadeinfer.loadgen.client import Answer, Api, OpenAiClient
 from cascadeinfer.loadgen.prompts import WORDS, PromptKind, make_prompts
 from cascadeinfer.loadgen.replay import Replay, replay
 from cascadeinfer.observe.estimates import errors_by_kind
@@ -65,6 +65,32 @@ async def test_no_connection_is_used_twice() -> None:
     server = FakeServer()
     await replayed(server)
     assert server.kept_connections == 0
+
+
+async def test_requests_that_are_due_do_not_wait_for_turns_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many streams a turn of the event loop takes long: all that has come due meanwhile goes out in the next one."""
+    turns = 0
+    sent: list[int] = []
+    trace = Trace.from_columns([5] * 50, [1] * 50, [0.0] * 50)
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def stream(_self: OpenAiClient, *_args: object, **_settings: object) -> Answer:
+        sent.append(turns)
+        return Answer()
+
+    async with running(FakeServer()) as server, OpenAiClient.connect(server.url) as client:
+        maker = await make_prompts(client, trace, "ids", seed=3)
+        monkeypatch.setattr(OpenAiClient, "stream", stream)
+        turning = asyncio.create_task(turn())
+        await replay(trace, client, maker, timeout_s=30.0, name="test")
+        turning.cancel()
+    assert len(sent) == len(trace)
+    assert sent[-1] - sent[0] <= 2
 
 
 async def test_arrivals_do_not_wait_for_answers() -> None:

@@ -11,7 +11,7 @@ This is around the whole app and reads what it sends, since vLLM answers excepti
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from http import HTTPStatus
 from math import ceil
 from typing import Any, Final
@@ -47,22 +47,25 @@ class _Head:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._held: Message | None = None
-        self._is_over = False
+        self._is_decided = False
 
-    async def send(self, message: Message) -> None:
-        if self._is_over:
-            return
+    def send(self, message: Message) -> Awaitable[None]:
+        """Not a coroutine of its own: every token of every stream passes here."""
+        return self._send(message) if self._is_decided else self._decide(message)
+
+    async def _decide(self, message: Message) -> None:
         if message["type"] == "http.response.start" and _may_be_refusal(message):
             self._held = message
             return
+        self._is_decided = True
         if self._held is not None:
             held, self._held = self._held, None
             body = message.get("body", b"")
             if held["status"] == HTTPStatus.TOO_MANY_REQUESTS:
                 held["headers"] = [*held["headers"], *_retry_after(body)]
             elif (refusal := _refusal_in(body)) is not None:
-                self._is_over = True
                 await self._refuse(held["headers"], refusal)
+                self._send = _dropped
                 return
             await self._send(held)
         await self._send(message)
@@ -75,6 +78,10 @@ class _Head:
         status = int(HTTPStatus.TOO_MANY_REQUESTS)
         await self._send({"type": "http.response.start", "status": status, "headers": [*told, *_retry_after(body)]})
         await self._send({"type": "http.response.body", "body": body})
+
+
+async def _dropped(_: Message) -> None:
+    """What vLLM still says after a refusal: the end of the stream."""
 
 
 def _may_be_refusal(head: Message) -> bool:
