@@ -20,6 +20,8 @@ from cascadeinfer.workload.trace import Trace
 
 LEAD_S: Final = 0.2
 """From the start of the replay to the trace's time 0, so that its first requests are not late."""
+LONGEST_BURST_S: Final = 0.02
+"""So long requests that are due are sent without a look at the streams."""
 INTERRUPTED: Final = "interrupted: the replay was ended before its answer was complete"
 
 
@@ -80,14 +82,17 @@ async def replay(
         on_end(answers[row])
 
     interrupted = False
+    turned_s = now_s()
     try:
         async with asyncio.TaskGroup() as group:
             for row in range(len(trace)):
                 output_tokens = int(trace.output_tokens[row])
                 body = client.body(prompts.prompt(row), output_tokens)
-                # One that is due goes without a turn of the loop in between: with many streams a turn may take as long as the time between two.
-                if (early_s := float(trace.arrival_s[row]) - now_s()) > 0.0:
-                    await asyncio.sleep(early_s)
+                # Those that are due go out together: with many streams a turn of the loop may take longer than the time between two requests.
+                early_s = float(trace.arrival_s[row]) - now_s()
+                if early_s > 0.0 or now_s() - turned_s > LONGEST_BURST_S:
+                    await asyncio.sleep(max(0.0, early_s))
+                    turned_s = now_s()
                 answers.append(Answer(sent_s=now_s(), error=INTERRUPTED))  # until it ends
                 group.create_task(one(row, body, output_tokens))
     except asyncio.CancelledError:
