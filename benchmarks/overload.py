@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload")
     parser.add_argument("--name", default="overload", help="of the file of results")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     measuring.quiet_environment()
     host = measuring.machine()
     with tempfile.TemporaryDirectory() as folder, stopped_at_end([]) as services:
