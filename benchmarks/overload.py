@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 import tempfile
@@ -31,7 +30,7 @@ import psutil
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "peers"))
 
-from processes import Service, stopped_at_end  # noqa: E402 - in the folder below
+from processes import Service, client_first, stopped_at_end  # noqa: E402 - in the folder below
 
 import measuring  # noqa: E402
 from cascadeinfer.cluster.local import LOOPBACK, free_port  # noqa: E402
@@ -51,7 +50,6 @@ CALM_S, CALM_AFTER_S = 30.0, 60.0
 CAPACITY_S = 40.0
 CAPACITY_WARM_UP_S = 20.0
 N_CAPACITY_CLIENTS = N_INSTANCES * MAX_NUM_SEQS * 3 // 2
-CLIENT_NICENESS = -10
 TTFT_LIMIT_S = 1.0
 START_TIMEOUT_S = 240.0
 REQUEST_TIMEOUT_S = 300.0
@@ -193,10 +191,11 @@ async def measure(server: Service, options: argparse.Namespace) -> dict[str, Any
         trace, borders = trace_of(rate_rps, options)
         prompts = await make_prompts(client, trace, "ids", seed=2)
         memory = Memory(server)
-        watching = asyncio.create_task(memory.watch())
-        result = await replay(trace, client, prompts, timeout_s=REQUEST_TIMEOUT_S, name="overload")
-        await asyncio.sleep(2 * MEMORY_S)
-        watching.cancel()
+        async with asyncio.TaskGroup() as group:  # ends the replay too, if the server is gone
+            watching = group.create_task(memory.watch())
+            result = await replay(trace, client, prompts, timeout_s=REQUEST_TIMEOUT_S, name="overload")
+            await asyncio.sleep(2 * MEMORY_S)
+            watching.cancel()
         return figures(result, borders, rate_rps, memory)
 
 
@@ -214,8 +213,7 @@ def main() -> None:
         port = free_port()
         services.append(Service("server", command(Path(folder) / "model", port), port, {}, Path(folder) / "server.log"))
         services[0].wait_ready("/health/ready", START_TIMEOUT_S)
-        if os.geteuid() == 0:  # the generator goes first: its waiting would count as the server's
-            os.setpriority(os.PRIO_PROCESS, 0, CLIENT_NICENESS)
+        client_first()
         found = asyncio.run(measure(services[0], options))
     settings = {
         "times": options.times, "seconds": options.seconds, "calm_share": CALM_SHARE, "calm_s": CALM_S, "calm_after_s": CALM_AFTER_S, "instances": N_INSTANCES,

@@ -30,7 +30,7 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE.parent))
 
 import peer_tables  # noqa: E402 - beside this file, needs the folder above
-from processes import FailedError, Service  # noqa: E402
+from processes import FailedError, Service, client_first  # noqa: E402
 from systems import Group, Setup, entry_of, groups_for, running  # noqa: E402
 from workloads import CASES, write_trace  # noqa: E402
 
@@ -43,7 +43,6 @@ VENV = ROOT / "out" / "peers-venv"
 REQUIREMENTS = HERE / "requirements.txt"
 INCOMPLETE = 3
 CELL_TIMEOUT_S = 400
-CLIENT_NICENESS = -10
 LATE_S = 0.25
 """A cell whose requests went out later than this (99th percentile) says more about the client than about the system: it is measured again."""
 WARM_UP_REQUESTS = 12
@@ -116,18 +115,15 @@ def replay(model: str, workload: str, system: str, number: int, services: list[S
     )
 
 
-def client_first() -> list[str]:
-    """Where it is allowed, the generator goes before other processes: it needs little, and its waiting would count as the server's."""
-    return ["nice", "-n", str(CLIENT_NICENESS)] if os.geteuid() == 0 else []
-
-
 def bench(url: str, engine_url: str, trace: Path, seed: int, *words: str) -> subprocess.CompletedProcess[str]:
     """`cascadeinfer bench` in a process of its own; requests may fail, the generator may not."""
     command = [
-        *client_first(), sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "bench", "--url", url, "--tokenize-url",
+        sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "bench", "--url", url, "--tokenize-url",
         engine_url, "--trace", str(trace), "--model", "bench", "--seed", str(seed), "--prompts", "text", *words,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=CELL_TIMEOUT_S, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=CELL_TIMEOUT_S, check=False, preexec_fn=client_first
+    )
     if done.returncode not in {0, 1} or "Traceback" in done.stderr:
         raise FailedError(f"bench ended with {done.returncode}:\n{done.stderr}")
     return done
