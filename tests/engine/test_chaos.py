@@ -45,7 +45,7 @@ def server(
 def test_chaos(server: ServerProcess, seconds: float, request: pytest.FixtureRequest) -> None:
     """Every answer is whole and right; afterwards nothing is held by an instance, and nothing is left in or below the server."""
     server.poll(server.idle, "idle")
-    before = server.resources()
+    before, open_before = server.resources(), server.open_files()
     chaos = Chaos(server, seconds, request.config.getoption("--chaos-seed"))
     try:
         report = asyncio.run(chaos.run())
@@ -66,7 +66,8 @@ def test_chaos(server: ServerProcess, seconds: float, request: pytest.FixtureReq
     try:
         server.poll(lambda: not more(server.resources(), before), "no more than before", 20)
     except AssertionError:
-        pytest.fail(f"more than before: {more(server.resources(), before)}")
+        left = server.open_files() - open_before
+        pytest.fail(f"more than before: {more(server.resources(), before)}; files: {dict(left)}")
 
 
 def more(now: dict[str, int], before: dict[str, int]) -> dict[str, tuple[int, int]]:
