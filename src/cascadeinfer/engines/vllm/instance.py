@@ -369,6 +369,8 @@ class VllmInstance:
             await asyncio.wait([self._creation], timeout=REAP_TIMEOUT_S)
             # Its error has to be looked at by somebody, and whoever waited for it may have been cancelled.
             self._creation.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        if manager is not None:
+            manager.processes.clear()  # each has two pipes open until it is garbage
 
     @staticmethod
     def _fail_pending_calls(client: AsyncMPClient) -> None:
