@@ -297,7 +297,7 @@ def run_follower(
         channel_end: This end of a socket pair with process 0.
         loads: Open connections per process, shared.
     """
-    end_with_parent("this front end")
+    end_with_parent()
     configure_logging_from_args(args)
     import_parser_plugins(args)
     uvloop.run(_follow(args, options, index, listener, channel_end, (loads, index)))

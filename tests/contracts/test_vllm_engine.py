@@ -2,15 +2,18 @@
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import pytest_asyncio
 from engine_bed import Bed
 from engine_contract import OWN, SHARED
 
 from cascadeinfer.engines.protocol import Engine, EngineRequest
+from cascadeinfer.engines.vllm.connector.cascade_connector import CascadeConnector
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
@@ -109,5 +112,18 @@ async def test_contract_of_death(rule: Rule, maker: VllmMaker) -> None:
     bed = await Bed.make(maker)
     try:
         await asyncio.wait_for(rule(bed), 120.0)
+    finally:
+        await bed.close()
+
+
+async def test_a_worker_that_hangs_ends_with_its_engine(maker: VllmMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose shutdown hangs ends at once when its EngineCore is killed, and the death is told."""
+    monkeypatch.setattr(CascadeConnector, "shutdown", lambda _: time.sleep(3600))  # the forked processes have it too
+    bed = await Bed.make(maker)
+    try:
+        (worker,) = (child for child in psutil.Process(bed.a.engine.pid).children() if "Worker" in child.name())
+        bed.a.engine.kill()
+        await asyncio.to_thread(worker.wait, 60.0)
+        await asyncio.wait_for(bed.a.died.wait(), 30.0)
     finally:
         await bed.close()

@@ -19,6 +19,8 @@ from cascadeinfer.cluster.local import LOOPBACK, free_port
 from conftest import QUICK_ENVIRONMENT
 
 START_DEADLINE_S = 240.0
+PIPES = "pipe:[*]"
+"""In `open_files`; a process object has two."""
 API_KEY = "sesame"
 MODEL = "tiny"
 QUICK_SERVER = (sys.executable, str(Path(__file__).parent / "quick_server.py"))
@@ -108,8 +110,7 @@ class ServerProcess:
         """
         What the server's own process has: processes below it, threads of ZMQ, open files, listening ports.
 
-        Other threads do not count: Python's executor starts some of its few when they are first needed. Threads and files of a dead
-        instance's client may wait for a garbage collection.
+        Other threads do not count: Python's executor starts some of its few when they are first needed.
         """
         own = psutil.Process(self.process.pid)
         names = [Path(f"/proc/{own.pid}/task/{thread.id}/comm").read_text() for thread in own.threads()]

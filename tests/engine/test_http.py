@@ -16,7 +16,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from server_process import API_KEY, MODEL, ServerProcess
+from server_process import API_KEY, MODEL, PIPES, ServerProcess
 
 pytestmark = pytest.mark.engine
 
@@ -366,7 +366,8 @@ def test_bad_bodies_of_adding(server: ServerProcess, body: Any, status: int) -> 
 
 
 def test_an_instance_is_replaced(client: openai.OpenAI, server: ServerProcess) -> None:
-    """Added while a stream runs and drained under another: the streams are as ever, metrics and layout follow, errors are clear."""
+    """Added while a stream runs and drained under another: the streams are as ever, metrics and layout follow, no pipe stays open."""
+    pipes = server.open_files()[PIPES]
     expected = complete(client, n_tokens=900).choices[0].text
     assert server.post("/admin/instances", {}, key=None).status_code == 401
     assert server.delete("/admin/instances/1", key=None).status_code == 401
@@ -398,6 +399,7 @@ def test_an_instance_is_replaced(client: openai.OpenAI, server: ServerProcess) -
     assert f'engine="{place}"' not in shown
     assert f'instance="{place}"' not in shown
     assert server.metric("vllm:generation_tokens_total", engine=other) > 0
+    server.poll(lambda: server.open_files()[PIPES] <= pipes, "as many pipes as before", 20)
 
 
 def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:

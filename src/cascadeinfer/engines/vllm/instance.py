@@ -378,6 +378,7 @@ class VllmInstance:
         for future in client.utility_results.values():
             if isinstance(future, asyncio.Future) and not future.done():
                 future.set_exception(EngineDeadError())
+                future.exception()  # looked at, also where nobody waits: a call that could not be sent leaves its future there
 
     async def _call(self, command: str, *args: Any) -> Any:
         try:

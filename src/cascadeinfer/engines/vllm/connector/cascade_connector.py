@@ -23,10 +23,10 @@ class CascadeConnector(NixlPullConnector):
         """Build our half for this role instead of NIXL's."""
         super(NixlPullConnector, self).__init__(vllm_config, role, kv_cache_config)
         nap_instead_of_spinning()
+        end_with_parent()
         self.connector_scheduler: CascadeSchedulerSide | None = None
         self.connector_worker: CascadeWorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
-            end_with_parent()
             self.connector_scheduler = CascadeSchedulerSide(vllm_config, self.engine_id, kv_cache_config)
         else:
             self.connector_worker = CascadeWorkerSide(vllm_config, self.engine_id, kv_cache_config)

@@ -1,8 +1,8 @@
 """
-An EngineCore whose front end was killed ends too, instead of holding its memory (and device) for ever.
+An engine's processes end with the process that started them, instead of holding their memory (and device) for ever.
 
-vLLM's workers watch their EngineCore in this way, but nothing watches the front end: after a `kill -9` of the server the engine processes
-would stay. The watch is a daemon thread that sleeps on the parent's sentinel.
+Nothing in vLLM watches the front end: after a `kill -9` of the server the EngineCores would stay. Its workers do watch their EngineCore, but
+then leave by the long way, through shutdowns that may hang. The watch is a daemon thread that sleeps on the parent's sentinel.
 """
 
 import logging
@@ -14,7 +14,7 @@ import threading
 logger = logging.getLogger(__name__)
 
 
-def end_with_parent(what: str = "this engine") -> None:
+def end_with_parent() -> None:
     """From now on, end this process when the process that started it has ended. No parent: nothing to watch."""
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -22,7 +22,7 @@ def end_with_parent(what: str = "this engine") -> None:
 
     def watch() -> None:
         parent.join()
-        logger.error("the front end (pid %s) is gone: %s ends", parent.pid, what)
-        os.kill(os.getpid(), signal.SIGKILL)  # the engine's thread may be deep inside a step
+        logger.error("the process that started this one (pid %s) is gone: this one ends", parent.pid)
+        os.kill(os.getpid(), signal.SIGKILL)  # its main thread may be deep inside a step
 
     threading.Thread(target=watch, name="cascade-parent-watch", daemon=True).start()
