@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -10,8 +11,9 @@ import psutil
 import pytest
 import pytest_asyncio
 from engine_bed import Bed
-from engine_contract import OWN, SHARED
+from engine_contract import OWN, SHARED, resume_pulls
 
+from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.engines.protocol import Engine, EngineRequest
 from cascadeinfer.engines.vllm.connector.cascade_connector import CascadeConnector
 
@@ -127,3 +129,14 @@ async def test_a_worker_that_hangs_ends_with_its_engine(maker: VllmMaker, monkey
         await asyncio.wait_for(bed.a.died.wait(), 30.0)
     finally:
         await bed.close()
+
+
+async def test_a_port_that_is_taken_is_not_used(maker: VllmMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instances start and do their handshake where the port that vLLM would use belongs to somebody else."""
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(taken.getsockname()[1]))
+        bed = await asyncio.wait_for(Bed.make(maker), 120.0)
+        try:
+            await resume_pulls(bed)
+        finally:
+            await bed.close()

@@ -21,7 +21,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
-from cascadeinfer.cluster.local import LOOPBACK, Places, core_places, device_places, free_port
+from cascadeinfer.cluster.local import LOOPBACK, Places, core_places, device_places
 from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.attached import AttachedInstance
@@ -167,11 +167,7 @@ class VllmSource:
                 instance_id,
                 index,
                 config,
-                {
-                    **environment,
-                    "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
-                    "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-                },
+                {**environment, "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK},
                 log_stats=self._log_stats,
                 n_clients=self._n_clients,
                 max_migrations=self._settings.max_migrations,

@@ -16,12 +16,13 @@ Rules found out by experiment, each with a regression test in `tests/engine/test
 Everything here runs in the EngineCore's thread, between or inside steps; there are no locks.
 """
 
+import socket
 import time
 from dataclasses import dataclass
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import BlockIds
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -102,6 +103,21 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         self.pulls = 0
         self.pulled_tokens = 0
         self.failed_pulls = 0
+
+    def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]) -> None:
+        """
+        Listen for the handshakes of peers, on a port of the system's choice.
+
+        A port that was chosen before may be taken by now, and then vLLM's listener ends while the start waits for it for ever. Here another
+        socket holds the port until ZMQ has it: both may, since neither listens yet and both allow reuse.
+        """
+        if self._nixl_handshake_listener_t is not None:  # it listens already
+            return
+        with socket.socket() as holder:
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind((self.side_channel_host, 0))
+            self.side_channel_port = holder.getsockname()[1]
+            super().set_xfer_handshake_metadata(metadata)  # returns when ZMQ has bound
 
     # --- commands (between steps) ------------------------------------------------------------------------------------
 
