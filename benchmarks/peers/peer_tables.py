@@ -44,8 +44,8 @@ FIGURES = [*(f"{latency}_{name}" for latency in LATENCIES for name in STATISTICS
 Cell = dict[str, Any]
 
 
-def write(out: Path) -> None:
-    """Read all cells, write the JSON and the page."""
+def write(out: Path, only_json: str | None = None) -> None:
+    """Read all cells, write the JSON and the page; with a name, the JSON of that name and no page."""
     cells = [cell for model in CASES for workload in CASES[model].workloads for cell in cells_of(out, model, workload)]
     results: dict[str, Any] = {}
     text: list[str] = []
@@ -59,7 +59,13 @@ def write(out: Path) -> None:
         "instances": N_INSTANCES, "max_num_seqs": MAX_NUM_SEQS, "block_tokens": BLOCK_TOKENS, "warm_up": WARM_UP,
         "cases": {name: _plain(case) for name, case in CASES.items()},
     }  # fmt: skip
-    print(measuring.write_results("peers", measuring.machine(), settings, {"tables": results, "cells": cells}))
+    print(
+        measuring.write_results(
+            only_json or "peers", measuring.machine(), settings, {"tables": results, "cells": cells}
+        )
+    )
+    if only_json is not None:
+        return
     page = PAGE.read_text(encoding="utf-8")
     head, mark, rest = page.partition(BEGIN)
     if not mark:

@@ -2,7 +2,7 @@
 Ours against what people use today, on the same engines and the same traces, interleaved.
 
     python benchmarks/peers/run.py measure --model tiny --rounds 3 [--starts 1] [--only vllm-dp,servers] [--workloads mixed]
-    python benchmarks/peers/run.py report
+    python benchmarks/peers/run.py report [--only-json NAME]
 
 A cell is one system, one workload, one round: a trace replayed with `cascadeinfer bench`. Finished cells are kept in out/peers and not measured
 again, so a run may be interrupted, or cut into slices with `--starts` and `--budget-s` (servers started, seconds after which no cell is begun;
@@ -203,10 +203,11 @@ def main() -> None:
     measuring.add_argument("--only", help="groups, separated by commas")
     measuring.add_argument("--starts", type=int, default=0, help="server starts in this call, 0 for all")
     measuring.add_argument("--budget-s", type=float, default=0.0, help="begin no cell after so long, 0 for no limit")
-    commands.add_parser("report", help="tables from the cells that are there")
+    reporting = commands.add_parser("report", help="tables from the cells that are there")
+    reporting.add_argument("--only-json", metavar="NAME", help="write benchmarks/results/NAME.json and no tables")
     options = parser.parse_args()
     if options.command == "report":
-        peer_tables.write(OUT)
+        peer_tables.write(OUT, options.only_json)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:

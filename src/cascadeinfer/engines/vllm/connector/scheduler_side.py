@@ -1,7 +1,7 @@
 """
 The connector's half beside vLLM's scheduler: cut, pin, resume, reserve, report.
 
-Rules found out by experiment, each with a regression test in `tests/engine/test_connector.py`:
+Rules found out by experiment, each with a regression test in `tests/engine`:
 
 - Cut: cap the request's `max_tokens` at what it has plus what is in flight (at least one), so that it ends by length in the next
   step or two; only then does it carry `do_remote_decode`, else every normal end would pin its blocks.
