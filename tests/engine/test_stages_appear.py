@@ -8,6 +8,7 @@ answers beside documents whose prompts take a hundred times as long as a step.
 
 import random
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,10 @@ pytestmark = pytest.mark.engine
 
 N_CLIENTS = 4
 PAUSE_S = 0.1
-"""Between two requests of a client: near the instances' capacity, one stage is best, as no share of it is left over."""
+"""
+Between two requests of a client, at least, and at least as long as the last one took, however slow the machine: near the instances' capacity, one
+stage is best, as no share of it is left over.
+"""
 DEADLINE_S = 150.0
 HAND_OVERS = 1
 MAX_SEQS, MAX_QUEUED = 16, 24
@@ -91,8 +95,9 @@ class Clients:
         with httpx.Client(base_url=self._url, headers={"Authorization": f"Bearer {API_KEY}"}, timeout=120) as http:
             while not self.stop.is_set():
                 kind = DOCUMENT if rng.random() < DOCUMENT_SHARE else rng.choice(SHORT)
+                began_s = time.monotonic()
                 self._ask(http, GROWING if number == 0 else kind)
-                self.stop.wait(PAUSE_S)
+                self.stop.wait(PAUSE_S if number == 0 else max(PAUSE_S, time.monotonic() - began_s))
 
     def _ask(self, http: httpx.Client, kind: Kind) -> None:
         answer = http.post("/v1/completions", json=kind.body())
@@ -101,6 +106,12 @@ class Clients:
         assert told["usage"]["completion_tokens"] == kind.n_tokens
         with self._lock:
             self.answers[kind.name].add(told["choices"][0]["text"])
+
+
+def migrations(server: ServerProcess) -> list[str]:
+    """How all of them ended."""
+    lines = server.get("/metrics").text.splitlines()
+    return [line for line in lines if line.startswith("cascadeinfer_migrations_total")]
 
 
 @pytest.mark.timeout(420)
@@ -120,6 +131,9 @@ def test_stages_come_by_themselves(server: ServerProcess) -> None:
                 "hand-overs",
                 DEADLINE_S,
             )
+        except AssertionError as error:
+            error.add_note(f"{server.admin()['stages']}; {migrations(server)}")
+            raise
         finally:
             clients.stop.set()
         for client in running:
