@@ -26,8 +26,8 @@ pytestmark = pytest.mark.engine
 N_CLIENTS = 4
 PAUSE_S = 0.1
 """
-Between two requests of a client, at least, and at least as long as the last one took, however slow the machine: near the instances' capacity, one
-stage is best, as no share of it is left over.
+Between two requests of a client, at least; those of short ones and documents pause at least as long as the last one took, however slow the
+machine: near the instances' capacity, one stage is best, as no share of it is left over.
 """
 DEADLINE_S = 150.0
 HAND_OVERS = 1

@@ -1,5 +1,5 @@
 """
-An engine's processes end with the process that started them, instead of holding their memory (and device) for ever.
+An engine's processes, and further front ends, end with the process that started them, instead of holding their memory (and device) for ever.
 
 Nothing in vLLM watches the front end: after a `kill -9` of the server the EngineCores would stay. Its workers do watch their EngineCore, but
 then leave by the long way, through shutdowns that may hang. The watch is a daemon thread that sleeps on the parent's sentinel.
