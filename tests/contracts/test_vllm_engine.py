@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from engine_contract import OWN, SHARED, resume_pulls
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.engines.protocol import Engine, EngineRequest
 from cascadeinfer.engines.vllm.connector.cascade_connector import CascadeConnector
+from cascadeinfer.engines.vllm.segments import PREFIX, SHARED_MEMORY
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
@@ -129,6 +131,20 @@ async def test_a_worker_that_hangs_ends_with_its_engine(maker: VllmMaker, monkey
         await asyncio.wait_for(bed.a.died.wait(), 30.0)
     finally:
         await bed.close()
+
+
+async def test_a_killed_engine_leaves_no_shared_memory(maker: VllmMaker) -> None:
+    """The queues between an EngineCore and its workers are removed with it, not at the server's end."""
+    resource_tracker.ensure_running()  # spawned processes have this one too; forked ones would start their own
+    before = set(SHARED_MEMORY.glob(f"{PREFIX}*"))
+    bed = await Bed.make(maker)
+    try:
+        assert set(SHARED_MEMORY.glob(f"{PREFIX}*")) > before  # else this test sees nothing
+        bed.a.engine.kill()
+        await asyncio.wait_for(bed.a.died.wait(), 30.0)
+    finally:
+        await bed.close()
+    assert set(SHARED_MEMORY.glob(f"{PREFIX}*")) <= before
 
 
 async def test_a_port_that_is_taken_is_not_used(maker: VllmMaker, monkeypatch: pytest.MonkeyPatch) -> None:

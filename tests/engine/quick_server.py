@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 from functools import partial
+from multiprocessing import resource_tracker
 
 from llvmlite.binding import ffi
 
@@ -34,6 +35,7 @@ def as_if_spawned() -> None:
 
 if __name__ == "__main__":
     ffi.lib._fntab["__dict__"] = {}  # see tests/conftest.py
+    resource_tracker.ensure_running()  # one for all processes, as spawned ones have it
     os.register_at_fork(after_in_child=as_if_spawned)
     fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}  # set for the processes only: the configuration resets it
     assemble.make_runtime = partial(assemble.make_runtime, extra_environment=fork)  # type: ignore[assignment]

@@ -16,6 +16,7 @@ import httpx
 import psutil
 
 from cascadeinfer.cluster.local import LOOPBACK, free_port
+from cascadeinfer.engines.vllm.segments import PREFIX, SHARED_MEMORY
 from conftest import QUICK_ENVIRONMENT
 
 START_DEADLINE_S = 240.0
@@ -108,7 +109,7 @@ class ServerProcess:
 
     def resources(self) -> dict[str, int]:
         """
-        What the server's own process has: processes below it, threads of ZMQ, open files, listening ports.
+        What the server's own process has: processes below it, threads of ZMQ, open files, listening ports; and the machine's shared memory.
 
         Other threads do not count: Python's executor starts some of its few when they are first needed.
         """
@@ -119,6 +120,7 @@ class ServerProcess:
             "zmq threads": sum("ZMQ" in name for name in names),
             "files": own.num_fds(),
             "ports": sum(c.status == psutil.CONN_LISTEN for c in own.net_connections(kind="inet")),
+            "shared memory": len(list(SHARED_MEMORY.glob(f"{PREFIX}*"))),
         }
 
     def open_files(self) -> Counter[str]:

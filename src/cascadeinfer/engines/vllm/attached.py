@@ -34,7 +34,8 @@ from cascadeinfer.engines.protocol import Engine, EngineRequest, Resume
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.connector.ticket import reservation_prefix
 from cascadeinfer.engines.vllm.ending import let_go
-from cascadeinfer.engines.vllm.instance import InstanceClient, VllmInstance
+from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.engines.vllm.instance_client import InstanceClient
 
 CONNECT_POLL_S = 0.02
 CONNECT_TIMEOUT_S = 30.0

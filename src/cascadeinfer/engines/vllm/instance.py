@@ -20,7 +20,6 @@ from vllm.utils.network_utils import get_open_zmq_ipc_path
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.executor import Executor
 
 from cascadeinfer.cluster.local import ProcessStart
 from cascadeinfer.core.cost.identity import EngineIdentity
@@ -40,7 +39,9 @@ from cascadeinfer.engines.protocol import (
 )
 from cascadeinfer.engines.vllm.connector.ticket import CUT, resume_params
 from cascadeinfer.engines.vllm.ending import REAP_TIMEOUT_S, kill, let_go, shut_down
-from cascadeinfer.engines.vllm.further_clients import Addresses, with_further_clients
+from cascadeinfer.engines.vllm.further_clients import Addresses
+from cascadeinfer.engines.vllm.instance_client import InstanceClient
+from cascadeinfer.engines.vllm.segments import Segments
 
 HANDSHAKE_POLL_S = 0.05
 HANDSHAKE_TIMEOUT_S = 30.0
@@ -53,46 +54,6 @@ class InstanceIdentity(NamedTuple):
     engine: EngineIdentity
     kv_bytes_per_token: int
     multiprocessors: int | None
-
-
-class InstanceClient(AsyncMPClient):
-    """vLLM's client, told when its processes have been started."""
-
-    def __init__(
-        self,
-        vllm_config: VllmConfig,
-        process_start: ProcessStart,
-        on_started: Callable[["InstanceClient"], None],
-        *,
-        log_stats: bool,
-        further_clients: Addresses = (),
-    ) -> None:
-        """Start the EngineCore and block until it is ready; `on_started` is called (in this thread) on the way."""
-        self._on_started = on_started
-        self._until_started = contextlib.ExitStack()
-        self.ready_payload = b""
-        process_start.enter()
-        self._until_started.callback(process_start.leave)
-        if further_clients:
-            self._until_started.enter_context(with_further_clients(further_clients))
-        try:
-            with self._until_started:
-                super().__init__(vllm_config, Executor.get_class(vllm_config), log_stats)
-        except BaseException:
-            if (resources := getattr(self, "resources", None)) is not None:
-                resources.ctx.destroy(linger=0)  # else its threads and sockets live until a garbage collection
-            raise
-
-    def _start_mm_warmup(self) -> None:
-        """Called by MPClient when the engine processes have been started and before it waits for them."""
-        self._until_started.close()
-        self._on_started(self)
-        super()._start_mm_warmup()
-
-    def _apply_ready_response(self, payload: bytes) -> None:
-        """Called with what the EngineCore says when it is ready; further clients need it too."""
-        self.ready_payload = payload
-        super()._apply_ready_response(payload)
 
 
 class VllmInstance:
@@ -132,6 +93,7 @@ class VllmInstance:
         #: The client whose processes run but are not ready yet.
         self._starting: InstanceClient | None = None
         self._creation: asyncio.Future[None] | None = None
+        self._segments = Segments()
         self._stopped = False
         self.hello: dict[str, Any] = {}
         self._steps_at_report = 0
@@ -181,6 +143,7 @@ class VllmInstance:
         was_dead = False
         while not (await asyncio.wait([creation], timeout=START_POLL_S))[0]:
             manager = self._starting.resources.engine_manager if self._starting is not None else None
+            await asyncio.to_thread(self._segments.remember, manager)
             is_dead = manager is not None and not all(process.is_alive() for process in manager.processes)
             if is_dead and was_dead:
                 raise EngineError("its process died while it started", instance_id=self.instance_id)
@@ -201,6 +164,7 @@ class VllmInstance:
                 log_stats=self._log_stats,
                 further_clients=self.further_clients,
             )
+            self._segments.remember(self._client.resources.engine_manager)
         finally:
             self._starting = None
         if self._stopped:
@@ -362,6 +326,7 @@ class VllmInstance:
             self._fail_pending_calls(client)  # one that hung: nobody hears `next_outputs` any more
             let_go(client)
         elif manager is not None:
+            await asyncio.to_thread(self._segments.remember, manager)
             await asyncio.to_thread(kill, manager)
         for process in getattr(manager, "processes", []):
             await asyncio.to_thread(process.join, REAP_TIMEOUT_S)  # vLLM does not wait for what it has killed: a zombie
@@ -371,6 +336,7 @@ class VllmInstance:
             self._creation.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         if manager is not None:
             manager.processes.clear()  # each has two pipes open until it is garbage
+        await asyncio.to_thread(self._segments.remove)
 
     @staticmethod
     def _fail_pending_calls(client: AsyncMPClient) -> None:

@@ -1,0 +1,52 @@
+"""
+The shared memory of an EngineCore that was killed.
+
+vLLM's message queues are Python's shared memory. Whoever made it removes it at its end, which a killed process does not come to; Python's
+resource tracker would, but there is one for the server and all its processes, and it waits for the server's end.
+"""
+
+import contextlib
+import re
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps it
+PREFIX = "psm_"
+"""Of the names that Python chooses."""
+
+
+def _segments_of(pid: int) -> set[str]:
+    """Names of Python's shared memory that a process and those below it use. None of one that has ended, or where there is no `/proc`."""
+    names: set[str] = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for user in (process, *process.children(recursive=True)):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                used = Path(f"/proc/{user.pid}/maps").read_text()
+                names.update(re.findall(rf"{SHARED_MEMORY}/({PREFIX}\w+)", used))
+    return names
+
+
+class Segments:
+    """Those of one EngineCore and its workers."""
+
+    def __init__(self) -> None:
+        """None known yet."""
+        self._names: set[str] = set()
+
+    def remember(self, manager: Any) -> None:
+        """While its processes live: what belonged to one that was killed cannot be told from anybody else's. None: nothing runs yet."""
+        for process in getattr(manager, "processes", []):
+            if process.is_alive():  # else its number may be another's by now
+                self._names.update(_segments_of(process.pid))
+
+    def remove(self) -> None:
+        """Once its processes are gone: remove what is still there, so that the resource tracker need not."""
+        for name in self._names:
+            with contextlib.suppress(FileNotFoundError):
+                segment = SharedMemory(name)
+                segment.close()
+                segment.unlink()
