@@ -14,8 +14,10 @@ A process warms up, then gives several samples of the same load: requests as tok
 length, streamed through `AsyncLLM.generate` with detokenisation. Model, dtype, block size, blocks, eager execution and the cores of each
 engine are the same; statistics are on, as in a server.
 
-Two figures per sample: tokens per second over the wall (engines and client share the cores), and the CPU time of the client's process per
-token, which hardly depends on who else uses the machine. Ratios are ours over the other side's, sample by sample within a round.
+Three figures per sample: tokens per second over the wall (engines and client share the cores); the CPU time of the client's process per token;
+and its work per token, which is the same in units of a fixed piece of Python that runs in between, on the same core at the same time. CPU time alone compares
+the sides' engines as well: where two of the machine's cores are one core with two threads, which a virtual machine need not tell, everything takes
+a third longer beside an engine that computes than beside one that spins in `sched_yield`. Ratios are ours over the other side's, sample by sample within a round.
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ MAX_MODEL_TOKENS = 2048
 KV_BLOCKS = 2048
 MAX_NUM_SEQS = 64
 START_TIMEOUT_S = 900
+YARDSTICK_INTERVAL_S = 0.01
+FIGURES = ("tokens_per_s", "client_cpu_us_per_token", "client_work_per_token")
 
 
 @contextlib.asynccontextmanager
@@ -96,8 +100,34 @@ def free_ports_in_a_row(n_ports: int) -> int:
             return first
 
 
+def yardstick_s() -> float:
+    """CPU seconds of a fixed piece of Python, about 0.1 ms: how fast this core is at the moment."""
+    begun_s = time.thread_time()
+    table: dict[int, str] = {}
+    for number in range(500):
+        table[number & 255] = str(number)
+    return time.thread_time() - begun_s
+
+
+@contextlib.asynccontextmanager
+async def measured_yardsticks() -> AsyncIterator[list[float]]:
+    """One after the other while the block runs."""
+    taken: list[float] = []
+
+    async def take() -> None:
+        while True:
+            taken.append(yardstick_s())
+            await asyncio.sleep(YARDSTICK_INTERVAL_S)
+
+    task = asyncio.create_task(take())
+    try:
+        yield taken
+    finally:
+        task.cancel()
+
+
 async def load(llm: Any, n_requests: int, n_tokens: int, rng: np.random.Generator, tag: str) -> dict[str, float]:
-    """One sample: all requests at once, all tokens streamed; tokens per second and client CPU per token."""
+    """One sample: all requests at once, all tokens streamed; the figures."""
     parameters = SamplingParams(
         temperature=0, max_tokens=n_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
     )
@@ -112,10 +142,16 @@ async def load(llm: Any, n_requests: int, n_tokens: int, rng: np.random.Generato
 
     prompts = [measuring.random_prompt(rng, PROMPT_TOKENS) for _ in range(n_requests)]
     wall_s, cpu_s = time.perf_counter(), time.process_time()
-    n_out = sum(await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts))))
+    async with measured_yardsticks() as yardsticks:
+        n_out = sum(await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(prompts))))
     wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
     assert n_out == n_requests * n_tokens, f"{n_out} tokens came"
-    return {"tokens_per_s": n_out / wall_s, "client_cpu_us_per_token": cpu_s / n_out * 1e6}
+    cpu_s -= sum(yardsticks)
+    return {
+        "tokens_per_s": n_out / wall_s,
+        "client_cpu_us_per_token": cpu_s / n_out * 1e6,
+        "client_work_per_token": cpu_s / n_out / float(np.mean(yardsticks)),
+    }
 
 
 async def sample_side(side: str, options: argparse.Namespace) -> list[dict[str, float]]:
@@ -133,7 +169,7 @@ def compare(rounds: list[dict[str, list[dict[str, float]]]]) -> dict[str, Any]:
     """Per figure: each side, and per other side the ratio ours over it, sample by sample within a round."""
     rng = np.random.default_rng(1)
     figures: dict[str, Any] = {}
-    for figure in ("tokens_per_s", "client_cpu_us_per_token"):
+    for figure in FIGURES:
         values = {side: [sample[figure] for one in rounds for sample in one[side]] for side in SIDES}
         figures[figure] = {side: measuring.median_with_spread(values[side], rng) for side in SIDES}
         for other in OTHERS:
@@ -149,11 +185,11 @@ def show(figures: dict[str, Any]) -> None:
     print("| figure | side | median | ours over it: median [95 %] | 10-90 % | per round |")
     print("|---|---|---|---|---|---|")
     for name, figure in figures.items():
-        print(f"| {name} | {OURS} | {figure[OURS]['median']:.1f} | | | |")
+        print(f"| {name} | {OURS} | {figure[OURS]['median']:.4g} | | | |")
         for other in OTHERS:
             ratio = figure[f"over_{other}"]
             print(
-                f"| {name} | {other} | {figure[other]['median']:.1f} "
+                f"| {name} | {other} | {figure[other]['median']:.4g} "
                 f"| {ratio['median']:.3f} [{ratio['median_low']:.3f}, {ratio['median_high']:.3f}] "
                 f"| {ratio['p10']:.3f}-{ratio['p90']:.3f} | {', '.join(f'{r:.3f}' for r in ratio['per_round'])} |"
             )

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from multiprocessing import resource_tracker
@@ -118,6 +119,19 @@ async def test_contract_of_death(rule: Rule, maker: VllmMaker) -> None:
         await asyncio.wait_for(rule(bed), 120.0)
     finally:
         await bed.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this way of scheduling")
+async def test_engines_do_not_interrupt_the_front_end(bed: Bed) -> None:
+    """On a CPU the threads of an EngineCore and its workers wait for their turn when they wake up."""
+    core = psutil.Process(bed.a.engine.pid)
+    policies = {
+        (process.name(), os.sched_getscheduler(thread.id))
+        for process in (core, *core.children())
+        for thread in process.threads()
+        if process.name().startswith("VLLM")  # Python's resource tracker is there too
+    }
+    assert policies == {("VLLM::EngineCore", os.SCHED_BATCH), ("VLLM::Worker", os.SCHED_BATCH)}
 
 
 async def test_a_worker_that_hangs_ends_with_its_engine(maker: VllmMaker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,25 @@
 
 import contextlib
 import os
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.platforms import current_platform
 
-from cascadeinfer.engines.vllm.connector.cores import NAP_S, kept_on_its_cores, nap_instead_of_spinning
+from cascadeinfer.engines.vllm.connector.cores import (
+    NAP_S,
+    kept_on_its_cores,
+    nap_instead_of_spinning,
+    wake_up_politely,
+)
 
 on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="devices are not shared in this way")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this way of scheduling")
 several_cores = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="with one core there is nowhere to be moved to"
 )
@@ -40,3 +50,62 @@ def test_waiting_readers_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sched_yield" in shm_broadcast.SpinCondition.wait.__code__.co_names
     shm_broadcast.sched_yield()
     assert naps == [NAP_S]
+
+
+@pytest.fixture
+def scheduling_restored() -> Iterator[None]:
+    """Of all threads of this process."""
+    yield
+    for thread in threads():
+        os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+
+
+def threads() -> list[int]:
+    """Of this process."""
+    return [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
+
+
+@on_cpu
+@on_linux
+@pytest.mark.usefixtures("scheduling_restored")
+def test_no_thread_interrupts_when_it_wakes_up() -> None:
+    """Neither those that are there nor those that they start; what somebody has chosen stays."""
+    ends, started = threading.Event(), threading.Event()
+    chosen: list[int] = []
+
+    def idle() -> None:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        chosen.append(threading.get_native_id())
+        started.set()
+        ends.wait()
+
+    thread = threading.Thread(target=idle)
+    thread.start()
+    try:
+        started.wait()
+        wake_up_politely()
+        later: list[int] = []
+        other = threading.Thread(target=lambda: later.append(os.sched_getscheduler(0)))
+        other.start()
+        other.join()
+        assert later == [os.SCHED_BATCH]
+        assert {os.sched_getscheduler(t) for t in threads() if t not in chosen} == {os.SCHED_BATCH}
+        assert os.sched_getscheduler(chosen[0]) == os.SCHED_IDLE
+    finally:
+        ends.set()
+        thread.join()
+
+
+@on_cpu
+@on_linux
+def test_where_it_is_not_allowed_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a sandbox the engine starts all the same."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    wake_up_politely()
+    assert "SCHED_BATCH is not allowed here" in caplog.text

@@ -8,7 +8,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from cascadeinfer.engines.vllm.connector import commands
-from cascadeinfer.engines.vllm.connector.cores import nap_instead_of_spinning
+from cascadeinfer.engines.vllm.connector.cores import nap_instead_of_spinning, wake_up_politely
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.worker_side import CascadeWorkerSide
@@ -23,6 +23,7 @@ class CascadeConnector(NixlPullConnector):
         """Build our half for this role instead of NIXL's."""
         super(NixlPullConnector, self).__init__(vllm_config, role, kv_cache_config)
         nap_instead_of_spinning()
+        wake_up_politely()
         end_with_parent()
         self.connector_scheduler: CascadeSchedulerSide | None = None
         self.connector_worker: CascadeWorkerSide | None = None

@@ -5,13 +5,18 @@ All of it changes how vLLM's and NIXL's processes wait, none of it what they do.
 """
 
 import contextlib
+import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.platforms import current_platform
+
+logger = logging.getLogger(__name__)
 
 PROGRESS_POLL_US = 1000
 """How long NIXL's progress thread sleeps when UCX has no event for it, in microseconds."""
@@ -29,6 +34,29 @@ def nap_instead_of_spinning() -> None:
     """
     if current_platform.is_cpu():
         shm_broadcast.sched_yield = lambda: time.sleep(NAP_S)
+
+
+def wake_up_politely() -> None:
+    """
+    Let the threads of this process, and those that they start, wait for their turn when they wake up (`SCHED_BATCH`).
+
+    Threads that sleep a lot, as these do once they nap, otherwise interrupt whoever computes on their core the moment they wake up: the front
+    end was interrupted seven times as often as by engines that spin. They get as much of the core as before.
+    """
+    if not current_platform.is_cpu() or sys.platform != "linux":
+        return
+    for thread in (int(entry.name) for entry in Path("/proc/self/task").iterdir()):
+        try:
+            if os.sched_getscheduler(thread) == os.SCHED_OTHER:  # else somebody has chosen
+                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+        except ProcessLookupError:
+            continue  # it has ended meanwhile
+        except PermissionError as error:
+            logger.warning(
+                "streams may falter where engines and front end share cores: SCHED_BATCH is not allowed here (%s)",
+                error,
+            )
+            return
 
 
 @contextlib.contextmanager
