@@ -17,7 +17,7 @@ engine are the same; statistics are on, as in a server.
 Three figures per sample: tokens per second over the wall (engines and client share the cores); the CPU time of the client's process per token;
 and its work per token, which is the same in units of a fixed piece of Python that runs in between, on the same core at the same time. CPU time alone compares
 the sides' engines as well: where two of the machine's cores are one core with two threads, which a virtual machine need not tell, everything takes
-a third longer beside an engine that computes than beside one that spins in `sched_yield`. Ratios are ours over the other side's, sample by sample within a round.
+longer beside an engine that computes than beside one that spins in `sched_yield`. Ratios are ours over the other side's, sample by sample within a round.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from engine_bed import Bed
 from engine_contract import OWN, SHARED, resume_pulls
+from vllm.platforms import current_platform
 
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.engines.protocol import Engine, EngineRequest
@@ -121,7 +122,9 @@ async def test_contract_of_death(rule: Rule, maker: VllmMaker) -> None:
         await bed.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this way of scheduling")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not current_platform.is_cpu(), reason="elsewhere they share no cores, or cannot be asked"
+)
 async def test_engines_do_not_interrupt_the_front_end(bed: Bed) -> None:
     """On a CPU the threads of an EngineCore and its workers wait for their turn when they wake up."""
     core = psutil.Process(bed.a.engine.pid)

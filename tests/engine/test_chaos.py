@@ -14,7 +14,7 @@ pytestmark = pytest.mark.engine
 
 N_INSTANCES = 3
 FEW_CONNECTIONS = 6
-"""Kept open by this test's own HTTP client. Of shared memory, an instance that is killed while it starts may leave what it has just made."""
+"""Kept open by this test's own HTTP client."""
 
 
 @pytest.fixture
@@ -64,6 +64,7 @@ def test_chaos(server: ServerProcess, seconds: float, request: pytest.FixtureReq
     for _ in range(N_INSTANCES - len(there)):
         assert server.post("/admin/instances", {}).status_code == 202
     server.poll(lambda: len(server.admin()["instances"]) == N_INSTANCES and server.idle(), "as many as before", 120)
+    # An instance that is killed while it starts may leave the shared memory that it has just made.
     n_maybe_starting = report.actions["kill, any process"] + report.actions["drain, starting"]
     slack = {"files": FEW_CONNECTIONS, "shared memory": n_maybe_starting}
     try:

@@ -19,12 +19,13 @@ PREFIX = "psm_"
 
 
 def _segments_of(pid: int) -> set[str]:
-    """Names of Python's shared memory that a process and those below it use. None of one that has ended, or where there is no `/proc`."""
+    """Names of Python's shared memory that a process and those below it use. None of one that has ended, or that `/proc` does not show us."""
     names: set[str] = set()
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for user in (process, *process.children(recursive=True)):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            # What is not known here stays until the server's end.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
                 used = Path(f"/proc/{user.pid}/maps").read_text()
                 names.update(re.findall(rf"{SHARED_MEMORY}/({PREFIX}\w+)", used))
     return names
