@@ -13,7 +13,8 @@ from cascadeinfer.core.errors import EngineError
 from cascadeinfer.engines.protocol import Resume
 
 N_PROMPT = 70
-N_OUTPUT = 40
+N_OUTPUT = 150
+"""Many more than the tests move and cut over: an engine does not wait for a test that is slow to look."""
 
 
 async def runs_to_the_end(bed: Bed) -> None:
@@ -27,10 +28,9 @@ async def cut_takes_effect_at_the_next_token(bed: Bed) -> None:
     """A cut ends the request within two tokens, by a final output with a ticket; its blocks are pinned."""
     request = bed.maker.make_request("c1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("c1", request)).until_tokens(3)
-    before = len(heard.token_ids)
-    ticket = await bed.cut("c1", heard)
+    (before, _), ticket = await asyncio.gather(bed.a.engine.report(), bed.cut("c1", heard))
     n_tokens = N_PROMPT + len(heard.token_ids)
-    assert len(heard.token_ids) - before <= 2 + 2, "more than what was in flight"
+    assert n_tokens - before.running_tokens[0] <= 2 + 1, "a step may lie between report and cut"
     assert ticket["remote_num_tokens"] == n_tokens - 1
     assert not heard.dropped
     report, counters = await bed.a.engine.report()
@@ -225,8 +225,9 @@ async def the_report_names_requests(bed: Bed) -> None:
     assert sorted(lengths) == sorted(r.request_id for r in requests)
     assert len(report.running_ids) <= bed.a.capacity.max_num_seqs
     for index in range(n):
-        heard = bed.a.by_attempt[f"q{index}"]
-        assert 20 + index <= lengths[f"q{index}"] <= 20 + index + len(heard.token_ids) + 2
+        n_output = lengths[f"q{index}"] - (20 + index)
+        assert n_output >= 0
+        await bed.a.by_attempt[f"q{index}"].until_tokens(n_output)  # all that is counted is sent
     assert counters.steps > 0
     assert counters.scheduled_tokens > 0
     assert report.kv_blocks_used > 0

@@ -24,6 +24,7 @@ from cascadeinfer.engines.vllm.segments import PREFIX, SHARED_MEMORY
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
 QUICK_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # the worker is a process of its own, whatever tests before chose
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -72,8 +72,8 @@ async def test_load_of_others_is_foreign(zoo: Zoo, second: Zoo) -> None:
     """A report names the asker's own requests; of the others' it has the lengths."""
     name = NAMES[0]
     prompt, _ = await zoo.window(40, 200)
-    own = await zoo.start(zoo.instances[name], prompt, greedy(200))
-    other = await second.start(second.instances[name], prompt, greedy(200))
+    own = await zoo.start(zoo.instances[name], prompt, greedy(1500))
+    other = await second.start(second.instances[name], prompt, greedy(1500))
     await asyncio.gather(own.until_output(3), other.until_output(3))
     for client, attempt in ((zoo, own), (second, other)):
         report, _ = await client.instances[name].report()
@@ -81,7 +81,8 @@ async def test_load_of_others_is_foreign(zoo: Zoo, second: Zoo) -> None:
         assert len(report.foreign_running_tokens) == 1
         assert report.foreign_running_tokens[0] >= len(prompt) + 3
         assert report.n_running == 2
-    await asyncio.gather(own.until_end(), other.until_end())
+    for client, attempt in ((zoo, own), (second, other)):
+        await client.instances[name].abort([attempt.engine_request_id])
 
 
 async def test_what_a_dead_client_leaves(zoo: Zoo, second: Zoo) -> None:
@@ -115,8 +116,8 @@ async def test_what_a_dead_client_leaves(zoo: Zoo, second: Zoo) -> None:
 async def test_migrations_of_all_clients_are_counted(zoo: Zoo, second: Zoo) -> None:
     """An instance takes part in so many migrations at once, whoever starts them; further asks and cuts are refused."""
     name = NAMES[1]
-    prompt, expected = await zoo.window(40, 150)
-    running = await zoo.start(zoo.instances[name], prompt, greedy(150))
+    prompt, expected = await zoo.window(20, 280)
+    running = await zoo.start(zoo.instances[name], prompt, greedy(280))
     await running.until_output(3)
     await zoo.instances[name].limit_migrations(3)
     try:

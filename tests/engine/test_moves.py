@@ -8,7 +8,18 @@ import asyncio
 import itertools
 
 import pytest
-from zoo import BLOCK, KINDS, MAX_BATCHED_TOKENS, MAX_MODEL_LEN, PAIRS, Zoo, eventually, greedy, random_prompt
+from zoo import (
+    BLOCK,
+    KINDS,
+    KV_BLOCKS,
+    MAX_BATCHED_TOKENS,
+    MAX_MODEL_LEN,
+    PAIRS,
+    Zoo,
+    eventually,
+    greedy,
+    random_prompt,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -18,18 +29,29 @@ OTHER = dict(zip(KINDS, ["sync", "sync+cache", "async", "async+cache"], strict=T
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 async def test_many_moves(zoo: Zoo, source: str, target: str) -> None:
-    """Fifteen moves to and fro leave the greedy output as it is, and every one pulls the KV cache."""
-    prompt, expected = await zoo.window(90, 120)
-    here, there = zoo.instances[source], zoo.instances[target]
-    before = [await zoo.counters(instance) for instance in (here, there)]
-    attempt = await zoo.start(here, prompt, greedy(120))
-    for _ in range(15):
-        await attempt.until_output(3)
-        attempt = await zoo.move(attempt, there)
-        assert not attempt.ended
-        here, there = there, here
-    await attempt.until_end()
-    assert attempt.output == expected
+    """
+    Moved to and fro until it has been moved fifteen times, a request keeps its greedy output, and every move pulls the KV cache.
+
+    One that ended first, because the engines were ahead of this process, is followed by another.
+    """
+    prompt, expected = await zoo.window(60, 240)
+    before = [await zoo.counters(zoo.instances[name]) for name in (source, target)]
+    moves = most = 0
+    while moves < 15:
+        here, there = zoo.instances[source], zoo.instances[target]
+        attempt = await zoo.start(here, prompt, greedy(240))
+        of_this = 0
+        while moves + of_this < 15:
+            await attempt.until_output(3)
+            moved = await zoo.move(attempt, there)
+            if moved is attempt:
+                break
+            attempt, of_this = moved, of_this + 1
+            here, there = there, here
+        await attempt.until_end()
+        assert attempt.output == expected
+        moves, most = moves + of_this, max(most, of_this)
+    assert most >= 3, "no request was moved to and fro"
     after = [await zoo.counters(zoo.instances[name]) for name in (source, target)]
     assert sum(c.failed_pulls for c in after) == sum(c.failed_pulls for c in before)
     pulls = sum(c.pulls for c in after) - sum(c.pulls for c in before)
@@ -64,7 +86,7 @@ async def test_every_offset_around_block_boundaries(zoo: Zoo, source: str, targe
         assert moved.output == expected
         return attempt.n_tokens
 
-    for lead in itertools.chain.from_iterable(itertools.repeat((3, 4, 5, 6, 7, 8), 6)):
+    for lead in (*(3, 4, 5, 6, 7, 8) * 6, *(*range(3, 22),) * 3):
         missing -= set(await asyncio.gather(*(move_near(length, lead) for length in sorted(missing))))
         if not missing:
             break
@@ -75,11 +97,11 @@ async def test_every_offset_around_block_boundaries(zoo: Zoo, source: str, targe
 @pytest.mark.parametrize("target", [name for name, kind in KINDS.items() if kind.caches])
 async def test_prefix_cache_of_the_target_is_used(zoo: Zoo, target: str) -> None:
     """Blocks that the target has cached are not pulled again, and a pull of nothing still frees the source's blocks."""
-    prompt, expected = await zoo.window(100, 60)
+    prompt, expected = await zoo.window(100, 150)
     here, there = zoo.instances[OTHER[target]], zoo.instances[target]
-    assert (await zoo.run(there, prompt, greedy(60))).output == expected
+    assert (await zoo.run(there, prompt, greedy(150))).output == expected
     before = await zoo.counters(there)
-    attempt = await zoo.start(here, prompt, greedy(60))
+    attempt = await zoo.start(here, prompt, greedy(150))
     await attempt.until_output(5)
     moved = await (await zoo.move(attempt, there)).until_end()
     assert moved.output == expected
@@ -212,17 +234,20 @@ async def test_preemption_after_a_move(zoo: Zoo, target: str) -> None:
     The V1 runner rebuilds its state from the output count that the scheduler tells it.
     """
     here, there = zoo.instances[OTHER[target]], zoo.instances[target]
-    prompt, expected = await zoo.window(40, 200)
-    older_prompt, older_expected = await zoo.window(20, 220)
-    older = await zoo.start(there, older_prompt, greedy(220))
-    attempt = await zoo.start(here, prompt, greedy(200))
-    await attempt.until_output(30)
+    prompt, expected = await zoo.window(20, 280)
+    older_prompt, older_expected = await zoo.window(10, 290)
+    older = await zoo.start(there, older_prompt, greedy(290))
+    attempt = await zoo.start(here, prompt, greedy(280))
+    await attempt.until_output(10)
     attempt = await zoo.move(attempt, there)
     await attempt.until_output(5)
-    # All the free blocks but one or two are taken away: the next who grows preempts the one that came last.
-    report, _ = await there.report()
-    n_free = 511 - report.kv_blocks_used
-    assert await there.reserve("squeeze", (n_free - 2) * BLOCK) is None
+
+    async def squeezed() -> bool:
+        """All the free blocks but one or two are taken away: the next who grows preempts the one that came last."""
+        n_free = KV_BLOCKS - 1 - (await there.report())[0].kv_blocks_used
+        return await there.reserve("squeeze", (n_free - 2) * BLOCK) is None
+
+    await eventually(squeezed, "squeezed: nobody took a block meanwhile")
     waited = False
 
     async def preempted() -> bool:
@@ -243,16 +268,19 @@ async def test_undone_cut_after_a_move(zoo: Zoo, target: str) -> None:
     """A request that was moved, cut again and uncut at once keeps its output."""
     here, there = zoo.instances[OTHER[target]], zoo.instances[target]
     prompt, expected = await zoo.window(40, 150)
-    attempt = await zoo.start(here, prompt, greedy(150))
-    await attempt.until_output(10)
-    attempt = await zoo.move(attempt, there)
-    undone = 0
-    while not attempt.ended:
-        await attempt.until_output(len(attempt.token_ids) + 3)
-        attempt, was_undone = await zoo.cut_and_undo(attempt)
-        undone += was_undone
+    for _ in range(10):
+        attempt = await zoo.start(here, prompt, greedy(150))
+        await attempt.until_output(10)
+        attempt = moved = await zoo.move(attempt, there)
+        undone = 0
+        while not attempt.ended:
+            await attempt.until_output(len(attempt.token_ids) + 3)
+            attempt, was_undone = await zoo.cut_and_undo(attempt)
+            undone += was_undone
+        assert attempt.output == expected
+        if moved.instance is there and undone:
+            break
     assert undone
-    assert attempt.output == expected
 
 
 @pytest.mark.parametrize("target", KINDS)
