@@ -50,6 +50,7 @@ async def test_many_moves(zoo: Zoo, source: str, target: str) -> None:
             here, there = there, here
         await attempt.until_end()
         assert attempt.output == expected
+        assert of_this, "not moved once in 240 tokens"
         moves, most = moves + of_this, max(most, of_this)
     assert most >= 3, "no request was moved to and fro"
     after = [await zoo.counters(zoo.instances[name]) for name in (source, target)]
