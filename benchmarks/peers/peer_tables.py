@@ -45,8 +45,15 @@ Cell = dict[str, Any]
 
 
 def write(out: Path, only_json: str | None = None) -> None:
-    """Read all cells, write the JSON and the page; with a name, the JSON of that name and no page."""
+    """
+    Read all cells, write the JSON and the page; with a name, the JSON of that name and no page.
+
+    A model of which `out` has no cell keeps those that the JSON has, with the machine and the time that it names for them: `out` is not
+    kept, and one model is measured again without the other.
+    """
     cells = [cell for model in CASES for workload in CASES[model].workloads for cell in cells_of(out, model, workload)]
+    kept = kept_from(measuring.RESULTS / "peers.json", {cell["model"] for cell in cells}) if only_json is None else {}
+    cells += [cell for source in kept.values() for cell in source.pop("cells")]
     results: dict[str, Any] = {}
     text: list[str] = []
     for model, case in CASES.items():
@@ -61,7 +68,7 @@ def write(out: Path, only_json: str | None = None) -> None:
     }  # fmt: skip
     print(
         measuring.write_results(
-            only_json or "peers", measuring.machine(), settings, {"tables": results, "cells": cells}
+            only_json or "peers", measuring.machine(), settings, {"kept": kept, "tables": results, "cells": cells}
         )
     )
     if only_json is not None:
@@ -71,6 +78,19 @@ def write(out: Path, only_json: str | None = None) -> None:
     if not mark:
         raise SystemExit(f"{PAGE} has no mark {BEGIN}")
     PAGE.write_text(head + mark + "\n\n" + "\n".join(text) + "\n" + END + rest.partition(END)[2], encoding="utf-8")
+
+
+def kept_from(file: Path, measured: set[str]) -> dict[str, dict[str, Any]]:
+    """Of each model that was not measured now: its cells in the JSON, and on what machine and when that was written."""
+    if not file.is_file():
+        return {}
+    before = json.loads(file.read_text())
+    kept: dict[str, dict[str, Any]] = {}
+    for cell in before["results"]["cells"]:
+        if (model := cell["model"]) not in measured:
+            source = before["results"].get("kept", {}).get(model) or {name: before[name] for name in ("machine", "at")}
+            kept.setdefault(model, source | {"cells": []})["cells"].append(cell)
+    return kept
 
 
 def cells_of(out: Path, model: str, workload: str) -> list[Cell]:

@@ -78,13 +78,14 @@ def replay(model: str, workload: str, system: str, number: int, services: list[S
     file.parent.mkdir(parents=True, exist_ok=True)
     trace = file.parent / f"trace.{number}.jsonl"
     write_trace(case.workloads[workload], number, trace)
+    stolen_before_s = _stolen_s()
     before = (time.monotonic(), sum(s.cpu_s() for s in services), sum(_busy()), psutil.Process().cpu_times())
     done = bench(
         services[0].url, engine_url, trace, zlib.crc32(f"{system}/{number}".encode()),
         "--label", system, "--out", str(file.with_suffix(".part")), "--long-tokens", str(case.long_tokens),
         "--ttft-slo", str(case.ttft_slo_s), "--tpot-slo", str(case.tpot_slo_s),
     )  # fmt: skip
-    wall_s = time.monotonic() - before[0]
+    wall_s, stolen_s = time.monotonic() - before[0], _stolen_s() - stolen_before_s
     now = psutil.Process().cpu_times()
     client_s = now.children_user + now.children_system - before[3].children_user - before[3].children_system
     servers_s = sum(s.cpu_s() for s in services) - before[1]
@@ -97,6 +98,7 @@ def replay(model: str, workload: str, system: str, number: int, services: list[S
         "servers_cpu_share": servers_s / capacity_s,
         "client_cpu_share": client_s / capacity_s,
         "others_cpu_share": max(0.0, all_s - servers_s - client_s) / capacity_s,
+        "stolen_cpu_share": stolen_s / capacity_s,
         "notes": [line for line in done.stderr.splitlines() if line.strip()],
     }
     records = read_records(file.with_suffix(".part")).records
@@ -133,6 +135,11 @@ def _busy() -> tuple[float, ...]:
     """Processor time of the machine that was not idle."""
     times = psutil.cpu_times()
     return times.user, times.nice, times.system, times.irq, times.softirq
+
+
+def _stolen_s() -> float:
+    """Processor time that this (virtual) machine wanted and its host gave to others; Linux counts it."""
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 def warm_up(model: str, workload: str, entry: Service, engine_url: str) -> None:
