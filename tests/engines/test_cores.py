@@ -57,12 +57,22 @@ def scheduling_restored() -> Iterator[None]:
     """Of all threads of this process."""
     yield
     for thread in threads():
-        os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 def threads() -> list[int]:
     """Of this process."""
     return [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
+
+
+def scheduling_of(some: list[int]) -> set[int]:
+    """Of those of them that have not ended meanwhile."""
+    found: set[int] = set()
+    for thread in some:
+        with contextlib.suppress(ProcessLookupError):
+            found.add(os.sched_getscheduler(thread))
+    return found
 
 
 @on_cpu
@@ -89,7 +99,7 @@ def test_no_thread_interrupts_when_it_wakes_up() -> None:
         other.start()
         other.join()
         assert later == [os.SCHED_BATCH]
-        assert {os.sched_getscheduler(t) for t in threads() if t not in chosen} == {os.SCHED_BATCH}
+        assert scheduling_of([t for t in threads() if t not in chosen]) == {os.SCHED_BATCH}
         assert os.sched_getscheduler(chosen[0]) == os.SCHED_IDLE
     finally:
         ends.set()
