@@ -52,8 +52,10 @@ def write(out: Path, only_json: str | None = None) -> None:
     kept, and one model is measured again without the other.
     """
     cells = [cell for model in CASES for workload in CASES[model].workloads for cell in cells_of(out, model, workload)]
-    kept = kept_from(measuring.RESULTS / "peers.json", {cell["model"] for cell in cells}) if only_json is None else {}
-    cells += [cell for source in kept.values() for cell in source.pop("cells")]
+    kept: dict[str, Any] = {}
+    if only_json is None:
+        old_cells, kept = kept_from(measuring.RESULTS / "peers.json", {cell["model"] for cell in cells})
+        cells += old_cells
     results: dict[str, Any] = {}
     text: list[str] = []
     for model, case in CASES.items():
@@ -80,17 +82,15 @@ def write(out: Path, only_json: str | None = None) -> None:
     PAGE.write_text(head + mark + "\n\n" + "\n".join(text) + "\n" + END + rest.partition(END)[2], encoding="utf-8")
 
 
-def kept_from(file: Path, measured: set[str]) -> dict[str, dict[str, Any]]:
-    """Of each model that was not measured now: its cells in the JSON, and on what machine and when that was written."""
+def kept_from(file: Path, measured: set[str]) -> tuple[list[Cell], dict[str, Any]]:
+    """The JSON's cells of models that were not measured now, and for each such model the machine and the time of its report."""
     if not file.is_file():
-        return {}
+        return [], {}
     before = json.loads(file.read_text())
-    kept: dict[str, dict[str, Any]] = {}
-    for cell in before["results"]["cells"]:
-        if (model := cell["model"]) not in measured:
-            source = before["results"].get("kept", {}).get(model) or {name: before[name] for name in ("machine", "at")}
-            kept.setdefault(model, source | {"cells": []})["cells"].append(cell)
-    return kept
+    cells = [cell for cell in before["results"]["cells"] if cell["model"] not in measured]
+    latest = {name: before[name] for name in ("machine", "at")}
+    older = before["results"].get("kept", {})
+    return cells, {model: older.get(model, latest) for model in dict.fromkeys(cell["model"] for cell in cells)}
 
 
 def cells_of(out: Path, model: str, workload: str) -> list[Cell]:

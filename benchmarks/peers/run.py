@@ -21,6 +21,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -78,18 +79,18 @@ def replay(model: str, workload: str, system: str, number: int, services: list[S
     file.parent.mkdir(parents=True, exist_ok=True)
     trace = file.parent / f"trace.{number}.jsonl"
     write_trace(case.workloads[workload], number, trace)
-    stolen_before_s = _stolen_s()
-    before = (time.monotonic(), sum(s.cpu_s() for s in services), sum(_busy()), psutil.Process().cpu_times())
+    before = (time.monotonic(), sum(s.cpu_s() for s in services), psutil.cpu_times(), psutil.Process().cpu_times())
     done = bench(
         services[0].url, engine_url, trace, zlib.crc32(f"{system}/{number}".encode()),
         "--label", system, "--out", str(file.with_suffix(".part")), "--long-tokens", str(case.long_tokens),
         "--ttft-slo", str(case.ttft_slo_s), "--tpot-slo", str(case.tpot_slo_s),
     )  # fmt: skip
-    wall_s, stolen_s = time.monotonic() - before[0], _stolen_s() - stolen_before_s
+    wall_s = time.monotonic() - before[0]
+    machine = psutil.cpu_times()
     now = psutil.Process().cpu_times()
     client_s = now.children_user + now.children_system - before[3].children_user - before[3].children_system
     servers_s = sum(s.cpu_s() for s in services) - before[1]
-    all_s = sum(_busy()) - before[2]
+    all_s = _busy_s(machine) - _busy_s(before[2])
     capacity_s = wall_s * (psutil.cpu_count() or 1)
     beside = {
         "at": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -98,7 +99,7 @@ def replay(model: str, workload: str, system: str, number: int, services: list[S
         "servers_cpu_share": servers_s / capacity_s,
         "client_cpu_share": client_s / capacity_s,
         "others_cpu_share": max(0.0, all_s - servers_s - client_s) / capacity_s,
-        "stolen_cpu_share": stolen_s / capacity_s,
+        "stolen_cpu_share": (_stolen_s(machine) - _stolen_s(before[2])) / capacity_s,
         "notes": [line for line in done.stderr.splitlines() if line.strip()],
     }
     records = read_records(file.with_suffix(".part")).records
@@ -131,15 +132,14 @@ def bench(url: str, engine_url: str, trace: Path, seed: int, *words: str) -> sub
     return done
 
 
-def _busy() -> tuple[float, ...]:
+def _busy_s(times: Any) -> float:
     """Processor time of the machine that was not idle."""
-    times = psutil.cpu_times()
-    return times.user, times.nice, times.system, times.irq, times.softirq
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
-def _stolen_s() -> float:
-    """Processor time that this (virtual) machine wanted and its host gave to others; Linux counts it."""
-    return float(getattr(psutil.cpu_times(), "steal", 0.0))
+def _stolen_s(times: Any) -> float:
+    """Processor time that this (virtual) machine wanted and its host gave to others."""
+    return float(times.steal)
 
 
 def warm_up(model: str, workload: str, entry: Service, engine_url: str) -> None:

@@ -17,8 +17,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
-import pytest
-
 from cascadeinfer.engines.protocol import EngineCounters, EngineDied, EngineRequest, KvTicket, Resume
 
 if TYPE_CHECKING:  # tests that are not run do not cost vLLM's import
@@ -56,6 +54,8 @@ KINDS = {
 }
 PAIRS = [(source, target) for source in KINDS for target in KINDS if source != target]
 KV_BLOCKS = 512
+USABLE_BLOCKS = KV_BLOCKS - 1
+"""vLLM keeps one as its null block."""
 MAX_MODEL_LEN = 2048
 MAX_SEQS = 64
 MAX_BATCHED_TOKENS = 256
@@ -81,8 +81,7 @@ async def eventually(
             holds = await holds
         if holds:
             return
-        if time.monotonic() >= end_s:
-            pytest.fail(f"not within {deadline_s:g} s: {what if isinstance(what, str) else what()}")
+        assert time.monotonic() < end_s, f"not within {deadline_s:g} s: {what if isinstance(what, str) else what()}"
         await asyncio.sleep(0.02)
 
 
@@ -302,21 +301,32 @@ class Zoo:
     async def settled(self, deadline_s: float = SETTLE_S) -> None:
         """Every instance comes to hold nothing, well before a lease would end: no request, block, pin, reservation."""
         for name, instance in self.instances.items():
-            held: dict[str, Any] = {}
-
-            def what(name: str = name, held: dict[str, Any] = held) -> str:
-                return f"{name} holds nothing: {held}"
-
-            async def nothing(instance: "VllmInstance" = instance, held: dict[str, Any] = held) -> bool:
-                report, counters = await instance.report()
-                held |= {
-                    "running": report.running_ids,
-                    "waiting": report.waiting_ids,
-                    "blocks": report.kv_blocks_used,
-                    "pinned": counters.pinned,
-                    "reserved": counters.reserved,
-                }
-                return not any(held.values())
-
-            await eventually(nothing, what, deadline_s)
+            await self._holds_nothing(name, instance, deadline_s)
         self._attempts.clear()
+
+    async def _holds_nothing(self, name: str, instance: "VllmInstance", deadline_s: float) -> None:
+        held: dict[str, Any] = {}
+
+        async def nothing() -> bool:
+            report, counters = await instance.report()
+            held.update(
+                running=report.running_ids,
+                waiting=report.waiting_ids,
+                blocks=report.kv_blocks_used,
+                pinned=counters.pinned,
+                reserved=counters.reserved,
+            )
+            return not any(held.values())
+
+        await eventually(nothing, lambda: f"{name} holds nothing: {held}", deadline_s)
+
+    async def squeeze(self, instance: "VllmInstance", n_left: int) -> str:
+        """Reserve all but so many free blocks, at a moment at which no request takes one; returns the reservation's id."""
+        reservation_id = f"squeeze{next(self._numbers)}"
+
+        async def reserved() -> bool:
+            n_taken = USABLE_BLOCKS - (await instance.report())[0].kv_blocks_used - n_left
+            return await instance.reserve(reservation_id, (n_taken - 1) * BLOCK) is None
+
+        await eventually(reserved, f"all but {n_left} blocks reserved")
+        return reservation_id
