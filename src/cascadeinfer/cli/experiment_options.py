@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from cascadeinfer.workload.drawing import ArrivalLaw
 
 Profile = Annotated[str, typer.Option(help="Cost profile: a shipped name or a JSON file.")]
-TraceFile = Annotated[Path, typer.Option(help="Trace file (.csv or .jsonl, also .gz); its lengths count.")]
+TraceFile = Annotated[
+    Path,
+    typer.Option(
+        help="Trace file (.csv or .jsonl, also .gz), or `sample` for the one that is shipped; its lengths count."
+    ),
+]
 Rate = Annotated[float, typer.Option(help="Requests per second.")]
 Instances = Annotated[int, typer.Option(help="Instances of the model.")]
 ObjectiveName = Annotated[
