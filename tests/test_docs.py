@@ -179,5 +179,7 @@ def test_readme_commands_run_literally(command: str, capsys: pytest.CaptureFixtu
     shown = readme_commands(command)
     assert shown
     for words in shown:
-        main(words)
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert not end.value.code
         assert "16 instances" in capsys.readouterr().out
