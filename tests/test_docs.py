@@ -167,7 +167,9 @@ def parsed_by_serve(words: list[str]) -> None:
 
 def readme_commands(command: str) -> list[list[str]]:
     """The lines of README's code blocks that run this command of ours, as words after the program's name."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    blocks = re.findall(
+        r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
     lines = [line for block in blocks for line in block.splitlines()]
     program = f".venv/bin/cascadeinfer {command} "
     return [shlex.split(line)[1:] for line in lines if line.startswith(program)]
