@@ -41,7 +41,7 @@ def load_trace(path: str | Path, *, hashes_path: str | Path | None = None) -> Tr
     if hashes_path is None:
         return _told_where(trace_path, lambda: read_trace(_lines(trace_path)))
     ids_path = Path(hashes_path)
-    hashes = _told_where(ids_path, lambda: read_hash_ids(_lines(ids_path)))
+    hashes = _told_where(ids_path, lambda: read_hash_ids(_lines(ids_path, "--prefix-hashes")))
     return _told_where(trace_path, lambda: read_csv(_lines(trace_path), hashes=hashes))
 
 
@@ -59,20 +59,20 @@ def save_trace(trace: Trace, path: str | Path) -> None:
     target.write_bytes(gzip.compress(text, mtime=0) if target.suffix == ".gz" else text)
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, option: str = "--trace") -> Iterator[str]:
     if not path.name.endswith(SUFFIXES):
-        raise ConfigError(f"{path} has no known suffix", option="--trace", fix=f"one of {', '.join(SUFFIXES)}")
+        raise ConfigError(f"{path} has no known suffix", option=option, fix=f"one of {', '.join(SUFFIXES)}")
     if not path.is_file():
-        raise ConfigError(f"there is no file {path}", option="--trace")
+        raise ConfigError(f"there is no file {path}", option=option)
     try:
         if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8") as text:
+            with gzip.open(path, "rt", encoding="utf-8-sig") as text:
                 yield from text
         else:
-            with path.open(encoding="utf-8") as text:
+            with path.open(encoding="utf-8-sig") as text:
                 yield from text
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", option="--trace") from error
+        raise ConfigError(f"cannot read {path}: {error}", option=option) from error
 
 
 def _told_where(path: Path, read: Callable[[], Result]) -> Result:
