@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import multiprocessing
+import os
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator, MutableSequence
@@ -35,6 +36,7 @@ from cascadeinfer.engines.vllm.launch import (
 )
 from cascadeinfer.engines.vllm.plain_request import make_plain_request
 from cascadeinfer.evaluation.provenance import own_commit
+from cascadeinfer.frontend.door.settings import DoorSettings
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
 from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.channel import Channel
@@ -59,6 +61,7 @@ from cascadeinfer.runtime.supervise import SupervisionTimes
 
 logger = logging.getLogger(__name__)
 
+ADMIN_KEY_VARIABLE = "CASCADEINFER_ADMIN_API_KEY"
 LEASE_MARGIN_S = 3.0
 """A pull must be over this long before the lease ends: clocks, a slow step, a late message."""
 STOP_TIMEOUT_S = 5.0
@@ -84,6 +87,18 @@ async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
     told = await first.identity()
     for doubt in check_suits(load_profile(options.profile), told.engine, told.kv_bytes_per_token):
         logger.warning("profile %s is a start value: %s", options.profile, doubt)
+
+
+def door_of(options: ServeOptions) -> DoorSettings:
+    """What the options say of keys and limits."""
+    admin_key = options.admin_api_key or os.environ.get(ADMIN_KEY_VARIABLE)
+    return DoorSettings(
+        (admin_key,) if admin_key else (),
+        options.max_request_body_mb << 20,
+        options.max_connections,
+        options.header_timeout_s,
+        options.body_timeout_s,
+    )
 
 
 @contextlib.contextmanager
@@ -201,7 +216,15 @@ async def run_server(args: Namespace, options: ServeOptions) -> None:
         runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
         async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:
             await check_profile(runtime, options)
-            await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s)
+            await serve(
+                llm,
+                runtime,
+                listener,
+                args,
+                signals,
+                drain_timeout_s=options.drain_timeout_s,
+                door=door_of(options),
+            )
 
 
 @contextlib.asynccontextmanager
@@ -271,7 +294,14 @@ async def _serve_with_followers(
             shared = SharedServing(front_ends, (loads, 0))
             try:
                 await serve(
-                    llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s, shared=shared
+                    llm,
+                    runtime,
+                    listener,
+                    args,
+                    signals,
+                    drain_timeout_s=options.drain_timeout_s,
+                    door=door_of(options),
+                    shared=shared,
                 )
             finally:
                 await front_ends.stop(options.drain_timeout_s)
@@ -343,7 +373,16 @@ async def _follow(
             follower.run(runtime)
             tasks.append(follower.spawn(follower.tell()))
             shared = SharedServing(follower, loads)
-            await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s, shared=shared)
+            await serve(
+                llm,
+                runtime,
+                listener,
+                args,
+                signals,
+                drain_timeout_s=options.drain_timeout_s,
+                door=door_of(options),
+                shared=shared,
+            )
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
