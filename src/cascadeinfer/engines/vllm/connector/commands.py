@@ -12,6 +12,7 @@ from typing import Any
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
+from cascadeinfer.engines.vllm.connector.held_blocks import held_blocks
 from cascadeinfer.engines.vllm.connector.identity import identity_of, kv_bytes_per_token
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker, release_on_worker
@@ -27,6 +28,7 @@ def _side(core: EngineCore) -> CascadeSchedulerSide:
     assert connector is not None
     side = connector.connector_scheduler
     assert isinstance(side, CascadeSchedulerSide)
+    side.scheduler = core.scheduler
     return side
 
 
@@ -147,6 +149,7 @@ def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
         "kv_blocks_used": kv_blocks - side.free_blocks(),
         "reserved": side.n_reserved(),
         "pinned": list(side.pinned),
+        "held_blocks": held_blocks(core.scheduler, side.pinned, side.n_reserved_blocks()),
         "steps": side.steps,
         "timed_steps": side.timer.take() if client_index == 0 else [],  # who plans learns from them
         "scheduled_tokens": side.scheduled_tokens,
