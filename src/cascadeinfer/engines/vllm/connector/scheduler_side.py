@@ -46,7 +46,7 @@ from cascadeinfer.engines.vllm.connector.ticket import (
     reservation_prefix,
 )
 from cascadeinfer.engines.vllm.connector.v1_runner import V1Terms
-from cascadeinfer.engines.vllm.connector.words import Desk, check_words
+from cascadeinfer.engines.vllm.connector.words import Desk, can_go_on_elsewhere, check_words
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         """
         if request is None or request.is_finished():
             return "unknown"
-        if request.sampling_params is None or request.prompt_token_ids is None or request.resumable:
+        if request.sampling_params is None or not can_go_on_elsewhere(request):
             return "unmovable"
         if request.request_id in self._failures:
             return "ending"

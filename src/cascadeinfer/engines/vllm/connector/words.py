@@ -77,6 +77,11 @@ class Desk:
         return isinstance(token, str) and hmac.compare_digest(token.encode(errors="replace"), self._token)
 
 
+def can_go_on_elsewhere(request: Request) -> bool:
+    """Whether its prompt is whole and can be split from its output again."""
+    return request.prompt_token_ids is not None and request.prompt_is_token_ids is None and not request.resumable
+
+
 def check_words(words: TransferParams, request: Request, block_size: int) -> None:
     """
     Whether a request can go on as these words say.
@@ -84,15 +89,15 @@ def check_words(words: TransferParams, request: Request, block_size: int) -> Non
     Raises:
         WordsError: It cannot; says which word is wrong.
     """
-    if request.prompt_token_ids is None or request.prompt_is_token_ids is not None or request.resumable:
+    if request.prompt_token_ids is None or not can_go_on_elsewhere(request):
         raise WordsError("only a prompt of token ids that is complete can go on elsewhere")
     _whole(words, PROMPT_TOKENS, 1, len(request.prompt_token_ids))
     if not isinstance(words.get(RESERVATION), str | None):
         raise WordsError(f"{RESERVATION} is no name")
+    if words.get("do_remote_decode"):
+        raise WordsError("nobody is to pull a request that has just come")
     if words.get("do_remote_prefill"):
         _check_ticket(words, block_size)
-    elif words.get("do_remote_decode"):
-        raise WordsError("nobody is to pull a request that has just come")
 
 
 def _check_ticket(words: TransferParams, block_size: int) -> None:
