@@ -1,8 +1,9 @@
 """
-vLLM's own scheduler with our connector beside it, and no model: what a step samples is made up, what a worker would pull has come at once.
+vLLM's own scheduler with our connector beside it, and no model: what a step samples is made up, what a worker would
+pull has come at once.
 
-Everything that decides about a request is real: scheduler, block pool, grammars, the connector's half beside the scheduler. So a request that would end an engine
-raises here, in the test.
+Everything that decides about a request is real: scheduler, block pool, grammars, the connector's half beside the
+scheduler. So a request that would end an engine raises here, in the test.
 """
 
 from dataclasses import dataclass, field

@@ -180,14 +180,14 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
 def test_impossible_words_end_their_request(model: Path, wrong: str, asynchronous: bool) -> None:
     """Words under the token that cannot be true: that request ends with an error, its reservation is given back, others go on."""
     bed = make_bed(model, asynchronous=asynchronous)
-    bed.side.reserve("mine", N_PROMPT)
+    bed.side.reservations.reserve("mine", N_PROMPT)
     bed.add("good", PROMPT, greedy(5))
     bed.add("bad", PROMPT, bed.words(greedy(14), **{**TICKET, "cascade_reservation": "mine", **IMPOSSIBLE[wrong]}))
     bed.steps(8)
     assert bed.failed("bad")
     assert bed.tokens["good"] == [7] * 5
     assert not bed.pulled
-    bed.side.release_reservation("mine")
+    bed.side.reservations.release("mine")
     assert bed.holds_nothing()
 
 

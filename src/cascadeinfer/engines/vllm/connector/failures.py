@@ -1,12 +1,14 @@
 """
 A fault at one request ends that request, never the engine.
 
-An exception in a hook of the connector would go through the scheduler and end the EngineCore with every request in it. `Failures.at` catches it: the fault is
-logged with its traceback, the request is left out of the steps to come, and ends with the finish reason `error` when the next output is taken in. The scheduler
-has a list of requests to be ended so, those whose grammar does not compile; the failed ones are put on it.
+An exception in a hook of the connector would go through the scheduler and end the EngineCore with every request in it.
+`Failures.at` catches it: the fault is logged with its traceback, the request is left out of the steps to come, and ends
+with the finish reason `error` when the next output is taken in. The scheduler has a list of requests to be ended so,
+those whose grammar does not compile; the failed ones are put on it.
 
-What such a request holds goes with it. One case needs help: a request that the scheduler believes to wait for a pull which the worker was never told of would
-wait, finished, for the end of that pull. It is made to look like one whose pull has failed, which the scheduler frees.
+What such a request holds goes with it. One case needs help: a request that the scheduler believes to wait for a pull
+which the worker was never told of would wait, finished, for the end of that pull. It is made to look like one whose
+pull has failed, which the scheduler frees.
 """
 
 import logging

@@ -1,9 +1,10 @@
 """
 Bringing the grammar of a request that goes on here to where its output so far has taken it.
 
-Token by token, through what the scheduler itself calls after each step, so that the state is the one that the request had before: a grammar that has ended
-ignores what follows it, and with a reasoning parser only what follows the reasoning counts. In bulk some grammars answer otherwise (llguidance ignores tokens
-after the end one by one, and refuses them in one list).
+Token by token, through what the scheduler itself calls after each step, so that the state is the one that the request
+had before: a grammar that has ended ignores what follows it, and with a reasoning parser only what follows the
+reasoning counts. In bulk some grammars answer otherwise (llguidance ignores tokens after the end one by one, and
+refuses them in one list).
 """
 
 from types import SimpleNamespace

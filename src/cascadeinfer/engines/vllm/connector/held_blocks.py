@@ -1,7 +1,8 @@
 """
 The KV blocks that no request runs or waits with, by what holds them.
 
-Read from the scheduler's own tables, not from ours, so that what holds blocks is seen whatever brought it about. Blocks that several requests share count at each.
+Read from the scheduler's own tables, not from ours, so that what holds blocks is seen whatever brought it about. Blocks
+that several requests share count at each.
 """
 
 from typing import Final
@@ -11,8 +12,9 @@ from vllm.v1.request import RequestStatus
 
 HELD_BY: Final = ("reservations", "pins", "pulls", "unfreed", "deferred")
 """
-The reasons: reservations for requests on their way here; requests that were cut and wait to be pulled; requests here whose KV cache is being pulled;
-finished requests that wait for anything else (a pull that was still under way when they ended); blocks that a step under way may still write.
+The reasons: reservations for requests on their way here; requests that were cut and wait to be pulled; requests here
+whose KV cache is being pulled; finished requests that wait for anything else (a pull that was under way when they
+ended); blocks that a step under way may still write.
 """
 
 

@@ -18,7 +18,6 @@ Everything here runs in the EngineCore's thread, between or inside steps; there 
 
 import logging
 import socket
-import time
 from dataclasses import dataclass
 
 from vllm.config import VllmConfig
@@ -27,7 +26,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
@@ -36,6 +34,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from cascadeinfer.engines.vllm.connector.failures import Failures
 from cascadeinfer.engines.vllm.connector.grammar_replay import replay_grammar
+from cascadeinfer.engines.vllm.connector.reservations import Reservations
 from cascadeinfer.engines.vllm.connector.step_timer import StepTimer
 from cascadeinfer.engines.vllm.connector.ticket import (
     CUT,
@@ -43,7 +42,6 @@ from cascadeinfer.engines.vllm.connector.ticket import (
     RESERVATION,
     TransferParams,
     is_resumed,
-    reservation_prefix,
 )
 from cascadeinfer.engines.vllm.connector.v1_runner import V1Terms
 from cascadeinfer.engines.vllm.connector.words import Desk, can_go_on_elsewhere, check_words
@@ -52,14 +50,6 @@ logger = logging.getLogger(__name__)
 
 RESERVATION_LIFE_S = 60.0
 """A reservation nobody claims (its controller died) ends by itself after this long, unless the transfer configuration says otherwise."""
-
-
-@dataclass(slots=True)
-class Reservation:
-    """Blocks held for a request that is about to arrive."""
-
-    blocks: list[KVCacheBlock]
-    expires_s: float
 
 
 @dataclass(slots=True)
@@ -96,9 +86,9 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         #: Resumed requests whose grammar has not been replayed yet.
         self._grammars_to_replay: set[str] = set()
         self._v1_terms = V1Terms()
-        self._reservations: dict[str, Reservation] = {}
-        self._reservation_life_s = float(
-            vllm_config.kv_transfer_config.get_from_extra_config("reservation_life_s", RESERVATION_LIFE_S)
+        self.reservations = Reservations(
+            self.block_size,
+            float(vllm_config.kv_transfer_config.get_from_extra_config("reservation_life_s", RESERVATION_LIFE_S)),
         )
         #: Migrations at once, of all front-end processes together; None: the only process keeps to its limit itself.
         self.max_migrations: int | None = None
@@ -135,7 +125,8 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         End this request at its next token and pin its blocks.
 
         Returns:
-            None when the cut is under way, else why not: `unknown`, `unmovable`, `waiting`, `prefilling`, `already_cut`, `ending`.
+            None when the cut is under way, else why not: `unknown`, `unmovable`, `waiting`, `prefilling`,
+            `already_cut`, `ending`.
         """
         if request is None or request.is_finished():
             return "unknown"
@@ -172,46 +163,9 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         request.kv_transfer_params = pending.kv_transfer_params
         return True
 
-    def reserve(self, reservation_id: str, n_tokens: int) -> bool:
-        """Hold blocks for a request of this many tokens (one more than it fills); False when they are not free."""
-        manager = self._manager()
-        self._expire_reservations()
-        if reservation_id in self._reservations:
-            return True
-        n_blocks = -(-n_tokens // self.block_size) + 1
-        pool = manager.block_pool
-        if pool.get_num_free_blocks() < n_blocks:
-            return False
-        blocks = pool.get_new_blocks(n_blocks)
-        self._reservations[reservation_id] = Reservation(blocks, time.monotonic() + self._reservation_life_s)
-        return True
-
-    def release_reservation(self, reservation_id: str) -> bool:
-        """Give reserved blocks back; False when there is no such reservation."""
-        reservation = self._reservations.pop(reservation_id, None)
-        if reservation is None:
-            return False
-        self._manager().block_pool.free_blocks(reservation.blocks)
-        return True
-
-    def release_reservations_of(self, client_index: int) -> None:
-        """A front-end process is gone: nobody will claim what it reserved."""
-        prefix = reservation_prefix(client_index)
-        for reservation_id in [r for r in self._reservations if r.startswith(prefix)]:
-            self.release_reservation(reservation_id)
-
     def n_leaving(self) -> int:
         """Cut requests: those about to end here, and those whose blocks wait to be pulled."""
         return len(self._cuts) + len(self.pinned)
-
-    def n_reserved(self) -> int:
-        """Reservations that hold blocks now."""
-        self._expire_reservations()
-        return len(self._reservations)
-
-    def n_reserved_blocks(self) -> int:
-        """Blocks that they hold."""
-        return sum(len(reservation.blocks) for reservation in self._reservations.values())
 
     def free_blocks(self) -> int:
         """Blocks that are free (cached or not)."""
@@ -222,6 +176,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
     def bind(self, kv_cache_manager: KVCacheManager) -> None:
         """Called once, when the scheduler has built its KV cache manager."""
         self._kv_cache_manager = kv_cache_manager
+        self.reservations.pool = kv_cache_manager.block_pool
 
     def on_new_request(self, request: Request) -> None:
         """Split a resumed request back into prompt and output, and hand it its reserved blocks."""
@@ -251,7 +206,11 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
             self._reqs_need_recv.pop(request.request_id, None)
 
     def request_finished(self, request: Request, block_ids: BlockIds) -> tuple[bool, TransferParams | None]:
-        """Pin the blocks of a cut request; let every real end go its normal way. A fault pins nothing: a cut request goes on without its KV."""
+        """
+        Pin the blocks of a cut request; let every real end go its normal way.
+
+        A fault pins nothing; a cut request is told as cut all the same, and goes on elsewhere without its KV cache.
+        """
         request_id = request.request_id
         pending = self._cuts.pop(request_id, None)
         self._forget(request_id)
@@ -293,7 +252,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
 
     def _resume(self, request: Request, words: TransferParams) -> None:
         if isinstance(reservation_id := words.get(RESERVATION), str):
-            self.release_reservation(reservation_id)
+            self.reservations.release(reservation_id)
         check_words(words, request, self.block_size)
         request.kv_transfer_params = words
         self._split(request, words[PROMPT_TOKENS])
@@ -373,11 +332,6 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         self._v1_terms.forget(request_id)
         self._failures.forget(request_id)
         self._stop_heartbeat(request_id)
-
-    def _expire_reservations(self) -> None:
-        now_s = time.monotonic()
-        for reservation_id in [r for r, held in self._reservations.items() if held.expires_s <= now_s]:
-            self.release_reservation(reservation_id)
 
     def _manager(self) -> KVCacheManager:
         assert self._kv_cache_manager is not None, "the scheduler has not bound its KV cache manager"

@@ -1,9 +1,9 @@
 """
 Telling the V1 model runner of resumed requests in its own terms.
 
-It knows prompt ids only: the data of a new request is rewritten to hold all ids, `min_tokens` is shifted, and the output counts it is told later (after a preemption
-or a skipped step it rebuilds its state from them) leave out the tokens that came with the request. What may fail is done when the request comes; in a
-step that is made, nothing may.
+It knows prompt ids only: the data of a new request is rewritten to hold all ids, `min_tokens` is shifted, and the
+output counts it is told later (after a preemption or a skipped step it rebuilds its state from them) leave out the
+tokens that came with the request. What may fail is done when the request comes; in a step that is made, nothing may.
 """
 
 from dataclasses import dataclass

@@ -1,12 +1,14 @@
 """
 What the front end tells the connector of a request, kept apart from what clients can say.
 
-A client's words come to the engine in `SamplingParams.extra_args` (`vllm_xargs` and `kv_transfer_params` of every API end there), and the words of the
-front end have no other way beside a request. So they travel under a key of their own together with a token that the front end makes for each start of
-an instance and gives its processes through their environment: not through the `VllmConfig`, which vLLM logs. The connector opens what carries the
-token, and takes everything else of the kind out of the request before anybody acts on it (`docs/decisions/0009-words-under-a-token.md`).
+A client's words come to the engine in `SamplingParams.extra_args` (`vllm_xargs` and `kv_transfer_params` of every API
+end there), and the words of the front end have no other way beside a request. So they travel under a key of their own
+together with a token that the front end makes for each start of an instance and gives its processes through their
+environment: not through the `VllmConfig`, which vLLM logs. The connector opens what carries the token, and takes
+everything else of the kind out of the request before anybody acts on it (`docs/decisions/0009-words-under-a-token.md`).
 
-Words that carry the token are checked nevertheless: they decide what the scheduler and NIXL do with memory, and neither bears surprises.
+Words that carry the token are checked nevertheless: they decide what the scheduler and NIXL do with memory, and neither
+bears surprises.
 """
 
 import hmac
