@@ -139,6 +139,21 @@ def test_json_schema(client: openai.OpenAI) -> None:
     assert 25 <= len(json.loads(answer.choices[0].message.content)["colours"]) <= 30
 
 
+def test_tokens_behind_a_grammar(client: openai.OpenAI, server: ServerProcess) -> None:
+    """With `ignore_eos` a text goes on behind its grammar's end, is moved there, and kills no instance."""
+    moved = server.metric("cascadeinfer_migrations_total", outcome="moved", reason="outgrew_stage")
+    schema = {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 100}
+    chunks = list(
+        client.completions.create(
+            model=MODEL, prompt="give me a number", max_tokens=300, temperature=0, stream=True,
+            extra_body={**FOREVER, "structured_outputs": {"json": schema}},
+        )
+    )  # fmt: skip
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert server.metric("cascadeinfer_migrations_total", outcome="moved", reason="outgrew_stage") > moved
+    assert [instance["restarts"] for instance in server.admin()["instances"]] == [0, 0]
+
+
 def test_named_tool(client: openai.OpenAI) -> None:
     """A tool that must be called is called, once, with JSON arguments."""
     answer = client.chat.completions.create(
