@@ -118,9 +118,10 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     ),
     (State.RESUMING, Happening.REQUEST_ENDED): (State.ENDED, (Action.RELEASE_PIN, Action.RELEASE_ROOM)),
     (State.RESUMING, Happening.SOURCE_LOST): (State.RECOMPUTING, (Action.ABORT_AT_TARGET, Action.RECOMPUTE)),
+    # The target did not answer in time: recomputing there might wait for ever. The source has most of the KV cache still.
     (State.RESUMING, Happening.TIMED_OUT): (
-        State.RECOMPUTING,
-        (Action.ABORT_AT_TARGET, Action.RELEASE_PIN, Action.RECOMPUTE),
+        State.RETURNING,
+        (Action.ABORT_AT_TARGET, Action.RELEASE_PIN, Action.TAKE_BACK),
     ),
     (State.RESUMING, Happening.TARGET_LOST): (State.LOST, (Action.RELEASE_PIN,)),
     (State.RECOMPUTING, Happening.FIRST_TOKEN): (State.RECOMPUTED, ()),
