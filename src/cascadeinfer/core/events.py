@@ -49,7 +49,11 @@ class MigrationOutcome(enum.StrEnum):
     ENDED = "ended"
     """The request ended (finished, was aborted) before the move was complete."""
     LOST = "lost"
-    """The instance that had the request died on the way. The `InstanceLost` that follows names it among its orphans."""
+    """
+    The instance that had the request died on the way, or was to compute it anew and does not answer.
+
+    The `InstanceLost` or `InstanceSuspected` that follows names it.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,8 @@ class Happening(enum.Enum):
     TARGET_LOST = "target_lost"
     TIMED_OUT = "timed_out"
     """The state's time is up; in RESUMING: the lease minus its margin."""
+    PLACE_SILENT = "place_silent"
+    """The instance that is to compute the request anew does not answer, and another does."""
 
 
 class Action(enum.Enum):
@@ -128,10 +130,12 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     (State.RECOMPUTING, Happening.REQUEST_ENDED): (State.ENDED, ()),
     (State.RECOMPUTING, Happening.CLIENT_LEFT): (State.ENDED, (Action.ABORT_AT_TARGET,)),
     (State.RECOMPUTING, Happening.TARGET_LOST): (State.LOST, ()),
+    (State.RECOMPUTING, Happening.PLACE_SILENT): (State.LOST, (Action.ABORT_AT_TARGET,)),
     (State.RETURNING, Happening.FIRST_TOKEN): (State.STAYED, ()),
     (State.RETURNING, Happening.REQUEST_ENDED): (State.ENDED, ()),
     (State.RETURNING, Happening.CLIENT_LEFT): (State.ENDED, (Action.ABORT_AT_SOURCE,)),
     (State.RETURNING, Happening.SOURCE_LOST): (State.LOST, ()),
+    (State.RETURNING, Happening.PLACE_SILENT): (State.LOST, (Action.ABORT_AT_SOURCE,)),
 }
 
 IGNORED: Final = frozenset(
@@ -144,7 +148,7 @@ IGNORED: Final = frozenset(
         (State.ASKING, Happening.FIRST_TOKEN),
         (State.CUTTING, Happening.FIRST_TOKEN),
         (State.WITHDRAWING, Happening.FIRST_TOKEN),
-        # An engine that recomputes or takes back is waited for as long as it lives.
+        # An engine that recomputes or takes back is waited for as long as it lives and answers.
         (State.WITHDRAWING, Happening.TIMED_OUT),
         (State.RECOMPUTING, Happening.TIMED_OUT),
         (State.RETURNING, Happening.TIMED_OUT),

@@ -28,7 +28,7 @@ class AnswerWatch:
         """
         Args:
             suspect_s: Beyond what is usual, in seconds; infinite: nobody is suspected.
-            suspected: Called when an answer is overdue.
+            suspected: Called when an answer is overdue, and again whenever as much time has passed without it.
             trusted: Called when the first one in time has come after that.
         """
         self._suspect_s = suspect_s
@@ -81,7 +81,7 @@ class AnswerWatch:
         if self._slices < SLICES:
             self._wait()
             return
-        self._overdue = True
-        if not self._is_suspect:
-            self._is_suspect = True
-            self._suspected()
+        self._overdue = self._is_suspect = True
+        self._slices = 0
+        self._wait()
+        self._suspected()

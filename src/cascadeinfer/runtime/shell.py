@@ -81,7 +81,7 @@ class Runtime:
         self._migrator = self._performer.migrator
         self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self.emit, clock, source)
         self._recovery = Recovery(self.fleet, self._streams, self.metrics, self)
-        self._suspects = Suspects(self.fleet, self._streams, self.metrics, self.emit, self._performer.abort)
+        self._suspects = Suspects(self.fleet, self._streams, self.metrics, self.emit, self._performer)
         self._driver = PolicyDriver(
             policy, self._performer.carry_out, clock, failed=self._recovery.policy_failed, observer=observer
         )
@@ -204,7 +204,6 @@ class Runtime:
                 engine.instance_id
             )  # the policy, which failed at its loss, has sent requests to the dead
         self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, capacity))
-        self._suspects.look_again()
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop the words of old attempts; hide the finishes of cuts."""

@@ -2,24 +2,30 @@
 What becomes of the requests of an instance that does not answer.
 
 While it is suspected nothing new goes there (the policy's books see to that, `core/view.py`). What waits there without having been
-started is taken away, if another instance can take it, and told to the policy with the suspicion: it places it like an orphan. What runs
-there stays: it goes on when the instance does, or elsewhere when it is killed.
+started is taken away, if another instance can take it, and told to the policy with the suspicion: it places it like an orphan. So is what
+a migration has left there to be computed anew. What runs there stays: it goes on when the instance does, or elsewhere when it is killed.
 
 A request that the instance has not reported as running may be in the very step that makes it late. So that a long prompt does not wander for ever
 from instance to instance, a request is taken away at most `MAX_WITHDRAWALS` times.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Final
 
 from cascadeinfer.core.events import Event, InstanceSuspected, InstanceTrusted
-from cascadeinfer.core.types import InstanceId
+from cascadeinfer.core.migration import Happening, State
+from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.metrics import RuntimeMetrics
+from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.streams import Stream, StreamTable
 from cascadeinfer.runtime.view import InstanceState
 
+logger = logging.getLogger(__name__)
+
+COMPUTED_ANEW: Final = frozenset({State.RECOMPUTING, State.RETURNING})
 MAX_WITHDRAWALS: Final = 2
 """Two, because two instances may fall silent one after the other."""
 
@@ -33,7 +39,7 @@ class Suspects:
         streams: StreamTable,
         metrics: RuntimeMetrics,
         emit: Callable[[Event], None],
-        abort: Callable[[Stream], None],
+        performer: Performer,
     ) -> None:
         """
         Args:
@@ -41,22 +47,27 @@ class Suspects:
             streams: The live requests.
             metrics: Where suspicions and withdrawals are counted.
             emit: Hands the policy an event.
-            abort: Stops a request on its instance.
+            performer: Stops a request on its instance, or ends its migration.
         """
         self._fleet = fleet
         self._streams = streams
         self._metrics = metrics
         self._emit = emit
-        self._abort = abort
+        self._performer = performer
 
     def suspected(self, engine: Engine) -> None:
-        """Its report is overdue."""
+        """Its report is overdue, or still is: then there may be news of who can take what waits there."""
         state = self._fleet[engine.instance_id]
         if state.engine is not engine:
             return  # it is being connected
+        is_new = not state.suspect
         state.suspect = True
-        self._metrics.suspicions.labels(engine.instance_id).inc()
-        self._tell(state)
+        if is_new:
+            self._metrics.suspicions.labels(engine.instance_id).inc()
+            logger.warning("instance %s does not answer; others get what is new", engine.instance_id)
+        withdrawn = self._withdraw(state)
+        if is_new or withdrawn:
+            self._emit(InstanceSuspected(f"silent:{state.instance_id}", state.instance_id, withdrawn))
 
     def trusted(self, engine: Engine) -> None:
         """It answers in time again."""
@@ -65,21 +76,20 @@ class Suspects:
             state.suspect = False
             self._emit(InstanceTrusted(f"answers:{engine.instance_id}", engine.instance_id))
 
-    def look_again(self) -> None:
-        """An instance has come up: it can take what waits where nobody answers."""
-        for state in self._fleet:
-            if state.suspect and self._unstarted(state):
-                self._tell(state)
-
-    def _tell(self, state: InstanceState) -> None:
-        withdrawn = self._unstarted(state) if self._others_answer(state.instance_id) else []
+    def _withdraw(self, state: InstanceState) -> tuple[RequestId, ...]:
+        """Take away what waits there and can go elsewhere."""
+        if not self._others_answer(state.instance_id):
+            return ()
+        withdrawn = self._unstarted(state)
         for stream in withdrawn:
-            self._abort(stream)
-            self._streams.displace(stream)
             stream.withdrawals += 1
+            if stream.migration is None:
+                self._performer.abort(stream)
+                self._streams.displace(stream)
+            else:
+                self._performer.migrator.happen(stream.migration.migration_id, Happening.PLACE_SILENT)
         self._metrics.withdrawn.inc(len(withdrawn))
-        ids = tuple(stream.request.request_id for stream in withdrawn)
-        self._emit(InstanceSuspected(f"silent:{state.instance_id}", state.instance_id, ids))
+        return tuple(stream.request.request_id for stream in withdrawn if stream.instance_id is None)
 
     def _others_answer(self, instance_id: InstanceId) -> bool:
         return any(
@@ -94,7 +104,7 @@ class Suspects:
         return [
             stream
             for stream in self._streams.on_instance(state.instance_id)
-            if stream.migration is None
+            if (stream.migration is None or stream.migration.state in COMPUTED_ANEW)
             and not stream.started
             and stream.engine_request_id not in running
             and stream.withdrawals < MAX_WITHDRAWALS
