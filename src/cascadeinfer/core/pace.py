@@ -23,8 +23,8 @@ REPORTS_KEPT: Final = 16
 """Reports with steps that count: 1.6 s of work at the usual interval."""
 REPORTS_NEEDED: Final = 4
 """With fewer nothing is known."""
-IDLE_REPORTS_PER_FADING: Final = 10
-"""After so many reports without a step the oldest one with steps is forgotten: an idle instance is clean after 16 s."""
+IDLE_REPORTS_PER_FADING: Final = 30
+"""After so many reports without a step the oldest one with steps is forgotten: an idle instance is tried again after 39 s at the usual interval."""
 SLOW_FROM: Final = 2.0
 """Price lists that are only proportions are off by less between a stage of long and a stage of short requests."""
 SLOW_UNTIL: Final = 1.5

@@ -86,8 +86,7 @@ class RuntimeMetrics(Collector):
         )
         self.suspicions = Counter(
             "cascadeinfer_suspicions",
-            "Times that an instance's report was overdue, so that nothing new went there, by instance.",
-            ["instance"],
+            "Times that an instance's report was overdue, so that nothing new went there while another answered.",
             registry=registry,
         )
         self.withdrawn = Counter(

@@ -63,7 +63,7 @@ class Suspects:
         is_new = not state.suspect
         state.suspect = True
         if is_new:
-            self._metrics.suspicions.labels(engine.instance_id).inc()
+            self._metrics.suspicions.inc()
             logger.warning("instance %s does not answer; others get what is new", engine.instance_id)
         withdrawn = self._withdraw(state)
         if is_new or withdrawn:
