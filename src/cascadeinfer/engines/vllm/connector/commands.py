@@ -119,11 +119,12 @@ def cascade_forget_client(core: EngineCore, client_index: int) -> int:
     orphans = [r.request_id for r in core.scheduler.requests.values() if r.client_index == client_index]
     core.abort_requests(orphans)
     _side(core).release_reservations_of(client_index)
+    _side(core).timer.forget(client_index)
     return len(orphans)
 
 
 def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
-    """The instance's load now as one front-end process sees it: lengths by request, foreign lengths, blocks, counters; to process 0 also the steps since it last asked."""
+    """The instance's load now as one front-end process sees it: lengths by request, foreign lengths, blocks, counters, and the steps since it last asked."""
     side = _side(core)
     running: list[tuple[str, int]] = []
     waiting: list[tuple[str, int]] = []
@@ -148,7 +149,7 @@ def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
         "reserved": side.n_reserved(),
         "pinned": list(side.pinned),
         "steps": side.steps,
-        "timed_steps": side.timer.take() if client_index == 0 else [],  # who plans learns from them
+        "timed_steps": side.timer.take(client_index),
         "scheduled_tokens": side.scheduled_tokens,
         "pulls": side.pulls,
         "pulled_tokens": side.pulled_tokens,
