@@ -116,10 +116,10 @@ def cascade_release_pin(core: EngineCore, request_id: str) -> bool:
 
 def cascade_forget_client(core: EngineCore, client_index: int) -> int:
     """A front-end process died: abort its requests, give its reservations back. Returns how many requests there were."""
+    _side(core).timer.forget(client_index)
     orphans = [r.request_id for r in core.scheduler.requests.values() if r.client_index == client_index]
     core.abort_requests(orphans)
     _side(core).release_reservations_of(client_index)
-    _side(core).timer.forget(client_index)
     return len(orphans)
 
 
