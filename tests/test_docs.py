@@ -72,7 +72,7 @@ def test_where_is_names_what_exists() -> None:
 
 def metric_names() -> set[str]:
     """Every metric the runtime exposes, as Prometheus sees it."""
-    gauges = [InstanceGauges("0", "0", True, 0, 0, 0.0, 0, 0, 0, 0)]
+    gauges = [InstanceGauges("0", "0", True, False, 0, 0, 0.0, 0, 0, 0, 0)]
     registry = CollectorRegistry()
     RuntimeMetrics(registry, lambda: gauges)
     families = list(registry.collect())

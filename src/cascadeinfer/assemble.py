@@ -168,7 +168,9 @@ def make_runtime(
         {instance_id: source.place(instance_id) for instance_id in options.instance_ids},
         policy,
         _metrics_with(event_log),
-        supervision=SupervisionTimes(report_s=options.report_interval_s, hang_s=options.hang_timeout_s),
+        supervision=SupervisionTimes(
+            report_s=options.report_interval_s, suspect_s=options.suspect_after_s, hang_s=options.hang_timeout_s
+        ),
         migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
         source=source,
         observer=event_log,
@@ -361,6 +363,7 @@ async def _follow(
             _metrics_with(event_log),
             supervision=SupervisionTimes(
                 report_s=options.report_interval_s,
+                suspect_s=options.suspect_after_s,
                 hang_s=math.inf,  # process 0 finds out and tells
                 backoff_first_s=REATTACH_S,
                 backoff_max_s=REATTACH_S,

@@ -51,6 +51,12 @@ class ServeOptions:
         high=64,
     )
     report_interval_s: float = _option(0.1, "Seconds between load reports of an instance.", low=0.01, high=5.0)
+    suspect_after_s: float = _option(
+        1.0,
+        "An instance whose load report is overdue by this much gets nothing new while another answers.",
+        low=0.1,
+        high=3600.0,
+    )
     hang_timeout_s: float = _option(
         60.0, "An instance silent for this long is killed and restarted; above its longest step.", low=1.0, high=3600.0
     )

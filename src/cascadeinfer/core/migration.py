@@ -56,6 +56,8 @@ class Happening(enum.Enum):
     TARGET_LOST = "target_lost"
     TIMED_OUT = "timed_out"
     """The state's time is up; in RESUMING: the lease minus its margin."""
+    PLACE_SILENT = "place_silent"
+    """The instance that is to compute the request anew does not answer, and another does."""
 
 
 class Action(enum.Enum):
@@ -118,19 +120,22 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     ),
     (State.RESUMING, Happening.REQUEST_ENDED): (State.ENDED, (Action.RELEASE_PIN, Action.RELEASE_ROOM)),
     (State.RESUMING, Happening.SOURCE_LOST): (State.RECOMPUTING, (Action.ABORT_AT_TARGET, Action.RECOMPUTE)),
+    # The target did not answer in time: recomputing there might wait for ever. The source has most of the KV cache still.
     (State.RESUMING, Happening.TIMED_OUT): (
-        State.RECOMPUTING,
-        (Action.ABORT_AT_TARGET, Action.RELEASE_PIN, Action.RECOMPUTE),
+        State.RETURNING,
+        (Action.ABORT_AT_TARGET, Action.RELEASE_PIN, Action.TAKE_BACK),
     ),
     (State.RESUMING, Happening.TARGET_LOST): (State.LOST, (Action.RELEASE_PIN,)),
     (State.RECOMPUTING, Happening.FIRST_TOKEN): (State.RECOMPUTED, ()),
     (State.RECOMPUTING, Happening.REQUEST_ENDED): (State.ENDED, ()),
     (State.RECOMPUTING, Happening.CLIENT_LEFT): (State.ENDED, (Action.ABORT_AT_TARGET,)),
     (State.RECOMPUTING, Happening.TARGET_LOST): (State.LOST, ()),
+    (State.RECOMPUTING, Happening.PLACE_SILENT): (State.LOST, (Action.ABORT_AT_TARGET,)),
     (State.RETURNING, Happening.FIRST_TOKEN): (State.STAYED, ()),
     (State.RETURNING, Happening.REQUEST_ENDED): (State.ENDED, ()),
     (State.RETURNING, Happening.CLIENT_LEFT): (State.ENDED, (Action.ABORT_AT_SOURCE,)),
     (State.RETURNING, Happening.SOURCE_LOST): (State.LOST, ()),
+    (State.RETURNING, Happening.PLACE_SILENT): (State.LOST, (Action.ABORT_AT_SOURCE,)),
 }
 
 IGNORED: Final = frozenset(
@@ -143,7 +148,7 @@ IGNORED: Final = frozenset(
         (State.ASKING, Happening.FIRST_TOKEN),
         (State.CUTTING, Happening.FIRST_TOKEN),
         (State.WITHDRAWING, Happening.FIRST_TOKEN),
-        # An engine that recomputes or takes back is waited for as long as it lives.
+        # An engine that recomputes or takes back is waited for as long as it lives and answers.
         (State.WITHDRAWING, Happening.TIMED_OUT),
         (State.RECOMPUTING, Happening.TIMED_OUT),
         (State.RETURNING, Happening.TIMED_OUT),

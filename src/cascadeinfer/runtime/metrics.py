@@ -30,6 +30,7 @@ class InstanceGauges:
     instance_id: InstanceId
     stage: str
     up: bool
+    suspect: bool
     running: int
     waiting: int
     kv_usage: float
@@ -84,6 +85,16 @@ class RuntimeMetrics(Collector):
             ["exact"],
             registry=registry,
         )
+        self.suspicions = Counter(
+            "cascadeinfer_suspicions",
+            "Times that an instance's report was overdue, so that nothing new went there while another answered.",
+            registry=registry,
+        )
+        self.withdrawn = Counter(
+            "cascadeinfer_withdrawn_requests",
+            "Requests that waited at an instance whose report was overdue and went elsewhere.",
+            registry=registry,
+        )
         self.policy_failures = Counter(
             "cascadeinfer_policy_failures",
             "Events at which the policy raised an exception, by event; see the server's log.",
@@ -102,6 +113,7 @@ class RuntimeMetrics(Collector):
         gauges = self._read()
         fields: tuple[tuple[str, str, Callable[[InstanceGauges], float]], ...] = (
             ("up", "Whether the instance is up.", lambda g: float(g.up)),
+            ("suspect", "Whether its report is overdue.", lambda g: float(g.suspect)),
             ("running", "Requests running.", lambda g: g.running),
             ("waiting", "Requests waiting.", lambda g: g.waiting),
             ("kv_usage", "Share of KV blocks in use.", lambda g: g.kv_usage),
@@ -152,6 +164,6 @@ class RuntimeMetrics(Collector):
         """Unregister everything, so that another runtime of this process can register."""
         for collector in (
             self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered, self.policy_failures,
-            self.plan_failures,
+            self.plan_failures, self.suspicions, self.withdrawn,
         ):  # fmt: skip
             self._registry.unregister(collector)

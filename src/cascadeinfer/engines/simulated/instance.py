@@ -83,6 +83,8 @@ class SimulatedEngine:
         self._known_dead = False
         self._stopped = False
         self._steps = True
+        self._thawed = asyncio.Event()
+        self._thawed.set()
         self._refused_connections = 0
         self._refusals: deque[str] = deque()
         self._held_answers: dict[str, list[tuple[asyncio.Future[Any], Any]]] = {}
@@ -213,7 +215,12 @@ class SimulatedEngine:
     @property
     def serves(self) -> bool:
         """Whether it takes commands: it has started, lives and does not hang."""
-        return self._process is not None and not self._process.done() and not self._process.cancelling()
+        return (
+            self._thawed.is_set()
+            and self._process is not None
+            and not self._process.done()
+            and not self._process.cancelling()
+        )
 
     def pause(self) -> None:
         """Serve commands but do not step: a request neither gains a token nor ends until `unpause`."""
@@ -223,6 +230,14 @@ class SimulatedEngine:
         """Step again."""
         self._steps = True
         self._news.set()
+
+    def freeze(self) -> None:
+        """Neither answer nor step until `thaw`, as a process that is stopped; what is pinned can still be pulled."""
+        self._thawed.clear()
+
+    def thaw(self) -> None:
+        """Go on."""
+        self._thawed.set()
 
     def hang(self) -> None:
         """Neither answer nor step any more; what is pinned can still be pulled."""
@@ -275,6 +290,7 @@ class SimulatedEngine:
 
     async def _run(self) -> None:
         while True:
+            await self._thawed.wait()
             while self._inbox:
                 self._carry_out(self._inbox.popleft())
             if self._steps and self.core.has_work() and self.times.step_model is not None:

@@ -118,6 +118,7 @@ def cascade_release_pin(core: EngineCore, request_id: str) -> bool:
 
 def cascade_forget_client(core: EngineCore, client_index: int) -> int:
     """A front-end process died: abort its requests, give its reservations back. Returns how many requests there were."""
+    _side(core).timer.forget(client_index)
     orphans = [r.request_id for r in core.scheduler.requests.values() if r.client_index == client_index]
     core.abort_requests(orphans)
     _side(core).reservations.release_those_of(client_index)
@@ -125,7 +126,7 @@ def cascade_forget_client(core: EngineCore, client_index: int) -> int:
 
 
 def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
-    """The instance's load now as one front-end process sees it: lengths by request, foreign lengths, blocks, counters; to process 0 also the steps since it last asked."""
+    """The instance's load now as one front-end process sees it: lengths by request, foreign lengths, blocks, counters, and the steps since it last asked."""
     side = _side(core)
     running: list[tuple[str, int]] = []
     waiting: list[tuple[str, int]] = []
@@ -151,7 +152,7 @@ def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
         "pinned": list(side.pinned),
         "held_blocks": held_blocks(core.scheduler, side.pinned, side.reservations.n_blocks()),
         "steps": side.steps,
-        "timed_steps": side.timer.take() if client_index == 0 else [],  # who plans learns from them
+        "timed_steps": side.timer.take(client_index),
         "scheduled_tokens": side.scheduled_tokens,
         "pulls": side.pulls,
         "pulled_tokens": side.pulled_tokens,
