@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import math
 import multiprocessing
-import os
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator, MutableSequence
@@ -21,6 +20,7 @@ from vllm.logger import configure_logging_from_args
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.config.policy import CASCADE, make_policy, policy_spec, warm_up_planner
 from cascadeinfer.config.profiles import load_profile
+from cascadeinfer.config.rules import rules_of
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.cost.suitability import check_suits
 from cascadeinfer.core.policies.evacuation import MAX_MIGRATIONS_PER_INSTANCE
@@ -36,7 +36,6 @@ from cascadeinfer.engines.vllm.launch import (
 )
 from cascadeinfer.engines.vllm.plain_request import make_plain_request
 from cascadeinfer.evaluation.provenance import own_commit
-from cascadeinfer.frontend.door.settings import DoorSettings
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
 from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.channel import Channel
@@ -61,7 +60,6 @@ from cascadeinfer.runtime.supervise import SupervisionTimes
 
 logger = logging.getLogger(__name__)
 
-ADMIN_KEY_VARIABLE = "CASCADEINFER_ADMIN_API_KEY"
 LEASE_MARGIN_S = 3.0
 """A pull must be over this long before the lease ends: clocks, a slow step, a late message."""
 STOP_TIMEOUT_S = 5.0
@@ -87,18 +85,6 @@ async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
     told = await first.identity()
     for doubt in check_suits(load_profile(options.profile), told.engine, told.kv_bytes_per_token):
         logger.warning("profile %s is a start value: %s", options.profile, doubt)
-
-
-def door_of(options: ServeOptions) -> DoorSettings:
-    """What the options say of keys and limits."""
-    admin_key = options.admin_api_key or os.environ.get(ADMIN_KEY_VARIABLE)
-    return DoorSettings(
-        (admin_key,) if admin_key else (),
-        options.max_request_body_mb << 20,
-        options.max_connections,
-        options.header_timeout_s,
-        options.body_timeout_s,
-    )
 
 
 @contextlib.contextmanager
@@ -225,7 +211,7 @@ async def run_server(args: Namespace, options: ServeOptions) -> None:
                 args,
                 signals,
                 drain_timeout_s=options.drain_timeout_s,
-                door=door_of(options),
+                rules=rules_of(options),
             )
 
 
@@ -302,7 +288,7 @@ async def _serve_with_followers(
                     args,
                     signals,
                     drain_timeout_s=options.drain_timeout_s,
-                    door=door_of(options),
+                    rules=rules_of(options),
                     shared=shared,
                 )
             finally:
@@ -383,7 +369,7 @@ async def _follow(
                 args,
                 signals,
                 drain_timeout_s=options.drain_timeout_s,
-                door=door_of(options),
+                rules=rules_of(options),
                 shared=shared,
             )
         for task in tasks:

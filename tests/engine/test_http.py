@@ -313,6 +313,66 @@ def test_priorities_beyond_all_bounds(server: ServerProcess, priority: int) -> N
     server.poll(server.idle, "idle")
 
 
+FORGED: Any = {"do_remote_prefill": True}
+CHAT: Any = {"model": MODEL, "messages": MESSAGES, "max_tokens": 4}
+COMPLETION: Any = {"model": MODEL, "prompt": SHORT, "max_tokens": 4}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {**COMPLETION, "kv_transfer_params": FORGED}),
+        ("/v1/completions", {**COMPLETION, "kv_transfer_params": {"cascade_prompt_tokens": "x"}}),
+        ("/v1/completions", {**COMPLETION, "kv_transfer_params": {"do_remote_decode": True}}),
+        ("/v1/completions", {**COMPLETION, "vllm_xargs": {"kv_transfer_params": FORGED}}),
+        ("/v1/chat/completions", {**CHAT, "kv_transfer_params": FORGED}),
+        ("/v1/responses", {"model": MODEL, "input": SHORT, "kv_transfer_params": FORGED}),
+        ("/v1/messages", {**CHAT, "kv_transfer_params": FORGED}),
+        ("/invocations", {**COMPLETION, "kv_transfer_params": FORGED}),
+    ],
+)
+def test_forged_tickets_are_refused(server: ServerProcess, path: str, body: Any, *, stream: bool) -> None:
+    """On every API, streams too; one such request once ended all instances."""
+    answer = server.post(path, {**body, "stream": stream})
+    assert answer.status_code == 400
+    assert "kv_transfer_params" in answer.json()["error"]["message"]
+    assert [instance["restarts"] for instance in server.admin()["instances"]] == [0, 0]
+
+
+ENUM: Any = {"type": "string", "enum": [f"value {i}" for i in range(6000)]}
+BIG_TOOL: Any = {
+    "type": "function",
+    "function": {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {"a": ENUM}}},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {**COMPLETION, "structured_outputs": {"json": ENUM}}),
+        ("/v1/completions", {**COMPLETION, "structured_outputs": {"regex": "((a{1,200}){1,200}){1,200}"}}),
+        ("/v1/completions", {**COMPLETION, "structured_outputs": {"choice": ENUM["enum"]}}),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": ENUM}}},
+        ),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "tools": [BIG_TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        ),
+    ],
+    ids=["schema", "regex", "choice", "response_format", "tool"],
+)
+def test_grammars_that_are_too_large_are_refused(server: ServerProcess, path: str, body: Any, *, stream: bool) -> None:
+    """However they come in, with a status of their own where nothing has been sent, and one sentence."""
+    answer = server.post(path, {**body, "stream": stream})
+    assert answer.status_code == 400
+    assert "the structured output" in answer.json()["error"]["message"]
+    server.poll(server.idle, "idle")
+
+
 def test_prompt_too_long(client: openai.OpenAI) -> None:
     """A prompt above the model's maximum is a 400 that names the maximum."""
     with pytest.raises(openai.BadRequestError, match="1024"):

@@ -90,6 +90,27 @@ class ServeOptions:
     body_timeout_s: float = _option(
         120.0, "Seconds in which the body of a request must have come.", low=0.1, high=86400.0
     )
+    client_kv_transfer_params: str = _option(
+        "refuse",
+        "What to do with a client's `kv_transfer_params`: refuse the request (HTTP 400), or serve it as if they were not there. "
+        "They are never obeyed.",
+        choices=("refuse", "ignore"),
+    )
+    structured_max_kb: int = _option(
+        512, "Largest JSON schema, grammar or list of choices of a structured output, in KiB.", low=1, high=32768
+    )
+    structured_max_depth: int = _option(
+        32, "Deepest JSON schema: schemas inside schemas, references counted.", low=1, high=100
+    )
+    structured_max_parts: int = _option(
+        10_000, "Most schemas in a JSON schema, with references followed.", low=1, high=10_000_000
+    )
+    structured_max_alternatives: int = _option(
+        5000, "Most enum values, branches and choices of a structured output together.", low=1, high=10_000_000
+    )
+    structured_max_regex: int = _option(
+        4096, "Longest regular expression of a structured output, in characters.", low=1, high=1_000_000
+    )
     event_log: str | None = _option(
         None,
         "Write every event and what was decided to this file, for `cascadeinfer replay`; ids and lengths only.",

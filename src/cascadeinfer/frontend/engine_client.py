@@ -26,6 +26,8 @@ from cascadeinfer.core.errors import PolicyError, RequestRejectedError
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.frontend.contents.limits import ContentLimits
+from cascadeinfer.frontend.contents.params import ContentRefusedError, checked_params
 from cascadeinfer.frontend.pins import pin_reason_of
 from cascadeinfer.frontend.prefixes import prefix_hashes_of
 from cascadeinfer.frontend.stats import ElasticStatLogger, StatsFollower
@@ -191,6 +193,19 @@ class CascadeLLM(AsyncLLM):
     """`AsyncLLM` whose health is that of the runtime: well while any instance is up."""
 
     runtime: Runtime
+    #: What requests may say; the server sets the operator's.
+    content_limits = ContentLimits()
+
+    async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check what a request says before anything of it is compiled or handed over: every API comes through here."""
+        try:
+            params = checked_params(params, self.content_limits)
+        except ContentRefusedError as refused:
+            raise GracefulHTTPError(str(refused), HTTPStatus.BAD_REQUEST) from refused
+        return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+    async def notify_kv_transfer_request_rejected(self, *_: Any, **__: Any) -> None:
+        """VLLM tells the engine that a client's transfer is off. No client has one here."""
 
     async def check_health(self) -> None:
         """Raise while no instance is up."""

@@ -33,6 +33,8 @@ from vllm.tool_parsers import ToolParserManager
 
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.frontend.admin import Admin, OwnRuntime, attach_admin_routes
+from cascadeinfer.frontend.contents.bodies import Bodies
+from cascadeinfer.frontend.contents.limits import ContentLimits
 from cascadeinfer.frontend.door.settings import DoorSettings, without_keys
 from cascadeinfer.frontend.engine_client import CascadeLLM
 from cascadeinfer.frontend.refusals import Refusals
@@ -171,6 +173,14 @@ class SharedServing:
     loads: tuple[MutableSequence[int], int]
 
 
+@dataclass(frozen=True, slots=True)
+class RequestRules:
+    """What the operator says of requests: keys and sizes, and what may be in them."""
+
+    door: DoorSettings
+    contents: ContentLimits
+
+
 async def serve(
     llm: CascadeLLM,
     runtime: Runtime,
@@ -179,14 +189,14 @@ async def serve(
     signals: StopSignals,
     *,
     drain_timeout_s: float,
-    door: DoorSettings,
+    rules: RequestRules,
     shared: SharedServing | None = None,
 ) -> None:
     """
     Serve until a signal comes and the last request has finished (or the drain time-out has passed).
 
     Args:
-        door: Who may do what, and how much of it.
+        rules: Who may send which requests.
         shared: Given when several processes serve.
     """
     supported_tasks = await llm.get_supported_tasks()
@@ -197,8 +207,9 @@ async def serve(
     if shared is not None:
         _show_metrics_of_all(app, runtime)
     # Around the whole app: vLLM has built its stack of middleware already.
-    guarded = door.around(Refusals(app), args)
-    config = _uvicorn_config(guarded, args, drain_timeout_s, door.protocol(args))
+    llm.content_limits = rules.contents
+    inner = Bodies(Refusals(app), rules.contents)
+    config = _uvicorn_config(rules.door.around(inner, args), args, drain_timeout_s, rules.door.protocol(args))
     server = NoSignalServer(config, shared and shared.loads)
     app.state.server = server
     signals.drain(server)
