@@ -22,6 +22,7 @@ from cascadeinfer.config.policy import CASCADE, make_policy, policy_spec, warm_u
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.cost.suitability import check_suits
+from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.policies.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
@@ -51,6 +52,7 @@ from cascadeinfer.frontend.server import (
     shared_metrics,
 )
 from cascadeinfer.observe.event_log import EventLog, header_of
+from cascadeinfer.observe.unwritten_log import ServerLog, UnwrittenLog, failure_of
 from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationTimes
@@ -87,15 +89,16 @@ async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
 
 
 @contextlib.contextmanager
-def event_log_of(options: ServeOptions, process: int = 0) -> Iterator[EventLog | None]:
+def event_log_of(options: ServeOptions, process: int = 0) -> Iterator[ServerLog | None]:
     """
     The event log that the options ask for, until the server has stopped; None when they ask for none.
 
     Args:
-        process: Which front-end process; a follower writes a file of its own beside that of process 0.
+        process: Which front-end process; a follower writes a file of its own beside that of process 0. One that cannot serves without:
+            it may be started while others serve, on a disk that has become full since.
 
     Raises:
-        ConfigError: It cannot be written.
+        ConfigError: It cannot be written by process 0, whose operator is there to read this.
     """
     if options.event_log is None:
         yield None
@@ -109,15 +112,25 @@ def event_log_of(options: ServeOptions, process: int = 0) -> Iterator[EventLog |
     path = Path(options.event_log)
     if process > 0:
         path = path.with_name(f"{path.stem}.process{process}{path.suffix}")
-    log = EventLog(path, header, max_bytes=options.event_log_mb * 1_000_000, files=options.event_log_files)
+    log: ServerLog
+    try:
+        log = EventLog(path, header, max_bytes=options.event_log_mb * 1_000_000, files=options.event_log_files)
+    except ConfigError as error:
+        if process == 0:
+            raise
+        logger.error("front-end process %s serves without an event log: %s", process, error)  # noqa: TRY400 - no bug
+        log = UnwrittenLog(str(error))
     try:
         yield log
     finally:
         log.close()
 
 
-def _metrics_with(event_log: EventLog | None) -> Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics]:
-    return lambda read: RuntimeMetrics(REGISTRY, read, lambda: 0 if event_log is None else event_log.dropped)
+def _metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics]:
+    if event_log is None:
+        return lambda read: RuntimeMetrics(REGISTRY, read)
+    log = event_log
+    return lambda read: RuntimeMetrics(REGISTRY, read, lambda: log.dropped, lambda: log.failure is not None)
 
 
 def make_runtime(
@@ -126,7 +139,7 @@ def make_runtime(
     *,
     log_stats: bool = True,
     extra_environment: dict[str, str] | None = None,
-    event_log: EventLog | None = None,
+    event_log: ServerLog | None = None,
 ) -> Runtime:
     """
     A runtime over vLLM instances, not started yet.
@@ -196,7 +209,9 @@ async def run_server(args: Namespace, options: ServeOptions) -> None:
         if options.api_servers > 1:
             with shared_metrics():
                 runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
-                await _serve_with_followers(runtime, args, options, listener, signals, log_requests=log_requests)
+                await _serve_with_followers(
+                    runtime, args, options, listener, signals, log_requests=log_requests, event_log=event_log
+                )
             return
         runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
         async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:
@@ -247,6 +262,7 @@ async def _serve_with_followers(
     signals: StopSignals,
     *,
     log_requests: bool,
+    event_log: ServerLog | None,
 ) -> None:
     """Process 0 of several: start the others beside the instances, serve, drain all, stop."""
     spawn = multiprocessing.get_context("spawn")
@@ -261,7 +277,7 @@ async def _serve_with_followers(
         process.start()
         return process
 
-    front_ends = FrontEnds(options.api_servers, runtime, start_process, loads)
+    front_ends = FrontEnds(options.api_servers, runtime, start_process, loads, failure_of(event_log))
     signals.told.append(front_ends.tell_stop)
     front_ends.start()
     try:
@@ -322,7 +338,7 @@ async def _follow(
         board = Board()
         make_engine = attached_factories(engine_args, index, board.attach)
         channel = await Channel[FromOwner].open(channel_end, FromOwner)
-        follower = Follower(channel, board, make_engine, signals.stop)
+        follower = Follower(channel, board, make_engine, signals.stop, failure_of(event_log))
         tasks = [follower.spawn(follower.listen())]
         first_up = await follower.first_up()
         runtime = Runtime(
