@@ -18,6 +18,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import configure_logging_from_args
 
 from cascadeinfer.cluster.local import LOOPBACK
+from cascadeinfer.cluster.runtime_folder import runtime_folder
 from cascadeinfer.config.policy import CASCADE, make_policy, policy_spec, warm_up_planner
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.schema import ServeOptions
@@ -44,13 +45,13 @@ from cascadeinfer.frontend.processes.messages import FromOwner
 from cascadeinfer.frontend.processes.owner import NOT_ACCEPTING, FrontEnds
 from cascadeinfer.frontend.server import (
     SharedServing,
-    StopSignals,
     bind,
     check_api_servers,
     import_parser_plugins,
     serve,
     shared_metrics,
 )
+from cascadeinfer.frontend.stop_signals import StopSignals
 from cascadeinfer.observe.event_log import EventLog, header_of
 from cascadeinfer.observe.unwritten_log import ServerLog, UnwrittenLog, failure_of
 from cascadeinfer.profiling.subject import Subject
@@ -191,9 +192,12 @@ async def running_llm(
         await runtime.stop(STOP_TIMEOUT_S)
 
 
-async def run_server(args: Namespace, options: ServeOptions) -> None:
+async def run_server(args: Namespace, options: ServeOptions, signals: StopSignals) -> None:
     """
     `cascadeinfer serve`: bind the port, start the instances, serve until a signal, drain, stop.
+
+    Args:
+        signals: Taken over already.
 
     Raises:
         ConfigError: An option is wrong; nothing is left running.
@@ -201,19 +205,22 @@ async def run_server(args: Namespace, options: ServeOptions) -> None:
     check_api_servers(args, options.api_servers)
     with (
         contextlib.closing(bind(args.host or LOOPBACK, args.port)) as listener,
-        StopSignals() as signals,
+        runtime_folder() as folder,
         event_log_of(options) as event_log,
     ):
+        signals.at_leave += [folder.remove, *([] if event_log is None else [event_log.close])]
         engine_args = parse_engine_args(args)
         log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
         if options.api_servers > 1:
-            with shared_metrics():
+            with shared_metrics(folder.path / "metrics"):
                 runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
+                signals.attend()
                 await _serve_with_followers(
                     runtime, args, options, listener, signals, log_requests=log_requests, event_log=event_log
                 )
             return
         runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
+        signals.attend()
         async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:
             await check_profile(runtime, options)
             await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s)
@@ -314,9 +321,11 @@ def run_follower(
         loads: Open connections per process, shared.
     """
     end_with_parent()
-    configure_logging_from_args(args)
-    import_parser_plugins(args)
-    uvloop.run(_follow(args, options, index, listener, channel_end, (loads, index)))
+    with StopSignals(second_is_at_once=False, says_so=False) as signals:  # process 0 says it
+        configure_logging_from_args(args)
+        import_parser_plugins(args)
+        following = _follow(args, options, index, listener, channel_end, (loads, index), signals)
+        uvloop.run(signals.until_stopped(following))
 
 
 async def _follow(
@@ -326,12 +335,10 @@ async def _follow(
     listener: socket.socket,
     channel_end: socket.socket,
     loads: tuple[MutableSequence[int], int],
+    signals: StopSignals,
 ) -> None:
-    with (
-        contextlib.closing(listener),
-        StopSignals(second_is_at_once=False) as signals,
-        event_log_of(options, index) as event_log,
-    ):
+    with contextlib.closing(listener), event_log_of(options, index) as event_log:
+        signals.attend()
         engine_args = dataclasses.replace(
             parse_engine_args(args), _api_process_count=options.api_servers, _api_process_rank=index
         )

@@ -210,7 +210,7 @@ def write_log_file(path: Path, header: Header) -> Iterator[Callable[..., None]]:
     """
     encoder = Encoder()
     try:
-        plain = open(path, "wb", opener=private)  # noqa: PTH123, SIM115 - Path.open has no opener; closed below
+        plain = open(path, "wb", opener=private)  # noqa: SIM115 - Path.open has no opener; closed below
     except OSError as error:
         raise unwritable(path, error) from error
     with plain, contextlib.ExitStack() as stack:
@@ -253,8 +253,7 @@ class _Files(RotatingFileHandler):
             self._begin()
 
     def _open(self) -> io.TextIOWrapper:
-        file = open(self.baseFilename, "a", encoding=self.encoding, opener=private)  # noqa: PTH123, SIM115 - Path.open has no opener; the handler closes it
-        return file
+        return io.TextIOWrapper(open(self.baseFilename, "ab", opener=private), encoding=self.encoding)
 
     def doRollover(self) -> None:  # noqa: N802 - the base's name
         """A new file."""
@@ -282,7 +281,7 @@ def _compress(source: str, target: str) -> None:
     try:
         with (
             open(source, "rb") as full,  # noqa: PTH123 - names from the handler
-            open(unfinished, "wb", opener=private) as file,  # noqa: PTH123 - the same
+            open(unfinished, "wb", opener=private) as file,
             gzip.open(file, "wb", compresslevel=GZIP_LEVEL) as small,
         ):
             shutil.copyfileobj(full, small, 1 << 20)

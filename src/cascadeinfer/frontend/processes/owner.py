@@ -121,6 +121,9 @@ class FrontEnds:
     async def stop(self, timeout_s: float) -> None:
         """Wait until all followers have drained and ended; kill those that have not in time."""
         self.tell_stop(at_once=False)
+        for follower in self._followers:
+            if follower.summary is None and follower.process is not None:
+                follower.process.kill()  # it does not serve yet, and may not listen before it has imported everything
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s + EXIT_TIMEOUT_S):
                 await asyncio.gather(*(_exit_of(f.process) for f in self._followers if f.process is not None))
