@@ -203,12 +203,14 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
         ConfigError: An option is wrong; nothing is left running.
     """
     check_api_servers(args, options.api_servers)
-    with (
-        contextlib.closing(bind(args.host or LOOPBACK, args.port)) as listener,
-        runtime_folder() as folder,
-        event_log_of(options) as event_log,
-    ):
-        signals.at_leave += [folder.remove, *([] if event_log is None else [event_log.close])]
+    with contextlib.ExitStack() as stack:
+        with signals.held():
+            listener = stack.enter_context(contextlib.closing(bind(args.host or LOOPBACK, args.port)))
+            folder = stack.enter_context(runtime_folder())
+            signals.at_leave.append(folder.remove)
+            event_log = stack.enter_context(event_log_of(options))
+            if event_log is not None:
+                signals.at_leave.append(event_log.close)
         engine_args = parse_engine_args(args)
         log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
         if options.api_servers > 1:
@@ -239,13 +241,14 @@ async def running_subjects(args: Namespace, n_instances: int) -> AsyncIterator[l
     settings = KvTransferSettings(lease_s=PROFILE_LEASE_S)
     factories = make_factories(parse_engine_args(args), names, settings, log_stats=False)
     engines = [make(0) for make in factories.values()]
-    try:
-        capacities = await asyncio.gather(*(engine.start() for engine in engines))
-        for number, engine in enumerate(engines):
-            await engine.connect(engines[:number])
-        yield [await _subject(engine, capacity) for engine, capacity in zip(engines, capacities, strict=True)]
-    finally:
-        await asyncio.gather(*(engine.stop(STOP_TIMEOUT_S) for engine in engines), return_exceptions=True)
+    with runtime_folder():
+        try:
+            capacities = await asyncio.gather(*(engine.start() for engine in engines))
+            for number, engine in enumerate(engines):
+                await engine.connect(engines[:number])
+            yield [await _subject(engine, capacity) for engine, capacity in zip(engines, capacities, strict=True)]
+        finally:
+            await asyncio.gather(*(engine.stop(STOP_TIMEOUT_S) for engine in engines), return_exceptions=True)
 
 
 async def _subject(engine: VllmInstance, capacity: InstanceCapacity) -> Subject:

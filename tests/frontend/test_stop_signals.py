@@ -36,6 +36,14 @@ with StopSignals() as signals:
 MOMENTS = {
     "import": "    ready()\n    while True:\n        try:\n            time.sleep(0.01)\n        except BaseException: pass\n",
     "child": "    subprocess.Popen(['sleep', '600'])\n    ready()\n    time.sleep(600)\n",
+    "held": """    with signals.held():
+        kept = left.with_name("kept")
+        kept.touch()
+        ready()
+        time.sleep(1.0)
+        signals.at_leave.append(kept.unlink)
+    time.sleep(600)
+""",
     "blocked loop": """
     async def work(signals):
         ready()
@@ -102,7 +110,7 @@ def test_a_start_is_stopped(tmp_path: Path, moment: str, number: signal.Signals)
     assert err == f"cascadeinfer: stopped by {number.name} while starting\n"
     assert out == ("" if "asyncio" not in MOMENTS[moment] else "stopped in order\n")
     assert not psutil.wait_procs(below, timeout=10)[1]
-    assert not (tmp_path / "left").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ a configuration made.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing import resource_tracker
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
@@ -62,6 +63,8 @@ class StopSignals:
         self._loop: asyncio.AbstractEventLoop | None = None
         #: The signal that stopped the start.
         self._stopped_by: int | None = None
+        self._is_held = False
+        self._waiting: int | None = None
 
     def __enter__(self) -> Self:
         """Take the signals over; in the main thread."""
@@ -72,6 +75,17 @@ class StopSignals:
         """Give them back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile a signal waits: what is made here is not in `at_leave` yet."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            if (number := self._waiting) is not None:
+                self._on_signal(number, None)
 
     def attend(self) -> None:
         """From now on a signal cancels the current task, which may have started something."""
@@ -100,6 +114,9 @@ class StopSignals:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # forked, and has no handler of its own yet
             os._exit(128 + number)
+        if self._is_held:
+            self._waiting = number
+            return
         if self._loop is None or self._stopped_by is not None:
             self._leave(number)
         if self._server is None:
