@@ -21,6 +21,7 @@ import pytest
 from server_process import QUICK_SERVER
 
 from cascadeinfer.cluster.local import free_port
+from cascadeinfer.cluster.runtime_folder import sweep
 from cascadeinfer.engines.vllm.segments import SHARED_MEMORY, _segments_of
 from conftest import QUICK_ENVIRONMENT
 
@@ -59,6 +60,10 @@ class Start(NamedTuple):
             any(c.status == psutil.CONN_LISTEN and c.laddr.port != 0 for c in p.net_connections(kind="inet"))
             for p in self.below()
         )
+
+    def segments(self) -> set[str]:
+        """Names of the shared memory that its processes use."""
+        return {name for process in self.below() for name in _segments_of(process.pid)}
 
     def marked(self) -> list[psutil.Process]:
         """Every process of the machine that this start has led to."""
@@ -118,10 +123,9 @@ def base() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("name", MOMENTS)
-def test_start_is_stopped(tiny_model: Path, tmp_path: Path, base: Path, name: str) -> None:
-    """One line of ours at the end, no traceback, 128 + the signal, no process, no file, no shared memory."""
-    moment = MOMENTS[name]
+@contextlib.contextmanager
+def started(tiny_model: Path, tmp_path: Path, base: Path, moment: Moment) -> Iterator[Start]:
+    """A start that has come to this moment; nothing of it is left afterwards."""
     words = ["serve", str(tiny_model), "--port", str(free_port()), "--instances", "2", "--stages", "0-64:1,64-:1"]
     words += ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--num-gpu-blocks-override", "64"]
     words += ["--max-model-len", "512", "--event-log", str(tmp_path / "events"), *moment.arguments]
@@ -135,10 +139,22 @@ def test_start_is_stopped(tiny_model: Path, tmp_path: Path, base: Path, name: st
     start = Start(process, base, log, mark)
     try:
         wait_for(lambda: moment.come(start), start)
-        segments = {name for p in start.below() for name in _segments_of(p.pid)}
-        process.send_signal(moment.number)
-        code = process.wait(timeout=60)
-        text = log.read_text()
+        yield start
+    finally:
+        for left in start.marked():
+            left.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_start_is_stopped(tiny_model: Path, tmp_path: Path, base: Path, name: str) -> None:
+    """One line of ours at the end, no traceback, 128 + the signal, no process, no file, no shared memory."""
+    moment = MOMENTS[name]
+    with started(tiny_model, tmp_path, base, moment) as start:
+        segments = start.segments()
+        start.process.send_signal(moment.number)
+        code = start.process.wait(timeout=60)
+        text = start.log.read_text()
         assert code == 128 + moment.number, text
         assert text.splitlines()[-1] == f"cascadeinfer: stopped by {moment.number.name} while starting", text
         assert text.count("cascadeinfer: ") == 1
@@ -147,10 +163,22 @@ def test_start_is_stopped(tiny_model: Path, tmp_path: Path, base: Path, name: st
         assert not start.marked()
         assert not list(base.iterdir())
         assert not [name for name in segments if (SHARED_MEMORY / name).exists()]
-    finally:
-        for left in start.marked():
-            left.kill()
-        process.wait()
+
+
+def test_what_a_killed_server_leaves_is_swept(tiny_model: Path, tmp_path: Path, base: Path) -> None:
+    """After `kill -9` of process 0 its processes end by themselves, their shared memory goes, and the next start removes its files."""
+    with started(tiny_model, tmp_path, base, MOMENTS["followers"]) as start:
+        wait_for(lambda: any(list(folder.iterdir()) for folder in start.folders()), start)
+        [folder] = base.iterdir()
+        assert sweep(base) == []
+        segments = start.segments()
+        start.process.kill()
+        start.process.wait()
+        psutil.wait_procs(start.marked(), timeout=20)
+        assert not start.marked()
+        assert sweep(base) == [folder]
+        assert not list(base.iterdir())
+        assert not [name for name in segments if (SHARED_MEMORY / name).exists()]
 
 
 def wait_for(condition: Callable[[], object], start: Start) -> None:
