@@ -183,6 +183,14 @@ def test_two_starts_meet(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(base.iterdir())
 
 
+def test_a_cleared_temporary_folder_does_no_harm(base: Path) -> None:
+    """A server ends in good order though somebody has removed its folder."""
+    folder = RuntimeFolder.create(base)
+    (folder.path / LOCK).unlink()
+    folder.path.rmdir()
+    folder.remove()
+
+
 def test_an_interrupted_sweep_is_taken_up_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock goes last."""
     folder = remnant(base)

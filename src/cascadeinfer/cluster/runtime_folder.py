@@ -94,7 +94,8 @@ class RuntimeFolder:
     def remove(self) -> None:
         """At the server's end. Doing it twice is harmless."""
         if self._lock >= 0:
-            _remove(self.path)
+            with contextlib.suppress(FileNotFoundError):  # somebody has cleared the temporary folder
+                _remove(self.path)
             os.close(self._lock)
             self._lock = -1
 

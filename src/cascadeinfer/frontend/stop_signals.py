@@ -146,7 +146,8 @@ class StopSignals:
         """End this process, and what it has started."""
         kill_all_below()
         for clean in reversed(self.at_leave):
-            clean()
+            with contextlib.suppress(OSError):  # what cannot be removed must not keep us here
+                clean()
         if self._says_so:
             line = f"cascadeinfer: stopped by {signal.Signals(number).name} while starting\n"
             os.write(STDERR, line.encode())  # not through `sys.stderr`, which may be in the middle of a line
@@ -163,6 +164,7 @@ def kill_all_below() -> None:
     tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]  # noqa: SLF001 - see above
     while below := [p for p in psutil.Process().children(recursive=True) if p.pid != tracker]:
         for process in below:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         if psutil.wait_procs(below, timeout=KILL_TIMEOUT_S)[1]:
             return  # not even SIGKILL ends it: it hangs in the kernel, and we must not
