@@ -6,11 +6,11 @@ import dataclasses
 import logging
 import math
 import multiprocessing
+import os
 import socket
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Iterator, MutableSequence
+from collections.abc import AsyncIterator, Callable, MutableSequence
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import uvloop
 from prometheus_client import REGISTRY
@@ -19,11 +19,11 @@ from vllm.logger import configure_logging_from_args
 
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.cluster.runtime_folder import runtime_folder
-from cascadeinfer.config.policy import CASCADE, make_policy, policy_spec, warm_up_planner
+from cascadeinfer.config.event_log import event_log_of
+from cascadeinfer.config.policy import CASCADE, make_policy, warm_up_planner
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.cost.suitability import check_suits
-from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.policies.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
@@ -37,6 +37,7 @@ from cascadeinfer.engines.vllm.launch import (
 )
 from cascadeinfer.engines.vllm.plain_request import make_plain_request
 from cascadeinfer.evaluation.provenance import own_commit
+from cascadeinfer.frontend.door.settings import DoorSettings
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
 from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.channel import Channel
@@ -52,8 +53,7 @@ from cascadeinfer.frontend.server import (
     shared_metrics,
 )
 from cascadeinfer.frontend.stop_signals import StopSignals
-from cascadeinfer.observe.event_log import EventLog, header_of
-from cascadeinfer.observe.unwritten_log import ServerLog, UnwrittenLog, failure_of
+from cascadeinfer.observe.unwritten_log import ServerLog, failure_of
 from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationTimes
@@ -62,6 +62,7 @@ from cascadeinfer.runtime.supervise import SupervisionTimes
 
 logger = logging.getLogger(__name__)
 
+ADMIN_KEY_VARIABLE = "CASCADEINFER_ADMIN_API_KEY"
 LEASE_MARGIN_S = 3.0
 """A pull must be over this long before the lease ends: clocks, a slow step, a late message."""
 STOP_TIMEOUT_S = 5.0
@@ -89,42 +90,16 @@ async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
         logger.warning("profile %s is a start value: %s", options.profile, doubt)
 
 
-@contextlib.contextmanager
-def event_log_of(options: ServeOptions, process: int = 0) -> Iterator[ServerLog | None]:
-    """
-    The event log that the options ask for, until the server has stopped; None when they ask for none.
-
-    Args:
-        process: Which front-end process; a follower writes a file of its own beside that of process 0. One that cannot serves without:
-            it may be started while others serve, on a disk that has become full since.
-
-    Raises:
-        ConfigError: It cannot be written by process 0, whose operator is there to read this.
-    """
-    if options.event_log is None:
-        yield None
-        return
-    header = header_of(
-        policy_spec(options, follows=process > 0),
-        source="runtime",
-        instances=options.instance_ids,
-        commit=own_commit(),
+def door_of(options: ServeOptions) -> DoorSettings:
+    """What the options say of keys and limits."""
+    admin_key = options.admin_api_key or os.environ.get(ADMIN_KEY_VARIABLE)
+    return DoorSettings(
+        (admin_key,) if admin_key else (),
+        options.max_request_body_mb << 20,
+        options.max_connections,
+        options.header_timeout_s,
+        options.body_timeout_s,
     )
-    path = Path(options.event_log)
-    if process > 0:
-        path = path.with_name(f"{path.stem}.process{process}{path.suffix}")
-    log: ServerLog
-    try:
-        log = EventLog(path, header, max_bytes=options.event_log_mb * 1_000_000, files=options.event_log_files)
-    except ConfigError as error:
-        if process == 0:
-            raise
-        logger.error("front-end process %s serves without an event log: %s", process, error)  # noqa: TRY400 - no bug
-        log = UnwrittenLog(str(error))
-    try:
-        yield log
-    finally:
-        log.close()
 
 
 def _metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics]:
@@ -208,7 +183,7 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
             listener = stack.enter_context(contextlib.closing(bind(args.host or LOOPBACK, args.port)))
             folder = stack.enter_context(runtime_folder())
             signals.at_leave.append(folder.remove)
-            event_log = stack.enter_context(event_log_of(options))
+            event_log = stack.enter_context(event_log_of(options, own_commit()))
             if event_log is not None:
                 signals.at_leave.append(event_log.close)
         engine_args = parse_engine_args(args)
@@ -225,7 +200,15 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
         signals.attend()
         async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:
             await check_profile(runtime, options)
-            await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s)
+            await serve(
+                llm,
+                runtime,
+                listener,
+                args,
+                signals,
+                drain_timeout_s=options.drain_timeout_s,
+                door=door_of(options),
+            )
 
 
 @contextlib.asynccontextmanager
@@ -297,7 +280,14 @@ async def _serve_with_followers(
             shared = SharedServing(front_ends, (loads, 0))
             try:
                 await serve(
-                    llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s, shared=shared
+                    llm,
+                    runtime,
+                    listener,
+                    args,
+                    signals,
+                    drain_timeout_s=options.drain_timeout_s,
+                    door=door_of(options),
+                    shared=shared,
                 )
             finally:
                 await front_ends.stop(options.drain_timeout_s)
@@ -340,7 +330,7 @@ async def _follow(
     loads: tuple[MutableSequence[int], int],
     signals: StopSignals,
 ) -> None:
-    with contextlib.closing(listener), event_log_of(options, index) as event_log:
+    with contextlib.closing(listener), event_log_of(options, own_commit(), index) as event_log:
         signals.attend()
         engine_args = dataclasses.replace(
             parse_engine_args(args), _api_process_count=options.api_servers, _api_process_rank=index
@@ -369,7 +359,16 @@ async def _follow(
             follower.run(runtime)
             tasks.append(follower.spawn(follower.tell()))
             shared = SharedServing(follower, loads)
-            await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s, shared=shared)
+            await serve(
+                llm,
+                runtime,
+                listener,
+                args,
+                signals,
+                drain_timeout_s=options.drain_timeout_s,
+                door=door_of(options),
+                shared=shared,
+            )
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -143,6 +143,21 @@ def test_json_schema(client: openai.OpenAI) -> None:
     assert 25 <= len(json.loads(answer.choices[0].message.content)["colours"]) <= 30
 
 
+def test_tokens_behind_a_grammar(client: openai.OpenAI, server: ServerProcess) -> None:
+    """With `ignore_eos` a text goes on behind its grammar's end, is moved there, and kills no instance."""
+    moved = server.metric("cascadeinfer_migrations_total", outcome="moved", reason="outgrew_stage")
+    schema = {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 100}
+    chunks = list(
+        client.completions.create(
+            model=MODEL, prompt="give me a number", max_tokens=300, temperature=0, stream=True,
+            extra_body={**FOREVER, "structured_outputs": {"json": schema}},
+        )
+    )  # fmt: skip
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert server.metric("cascadeinfer_migrations_total", outcome="moved", reason="outgrew_stage") > moved
+    assert [instance["restarts"] for instance in server.admin()["instances"]] == [0, 0]
+
+
 def test_named_tool(client: openai.OpenAI) -> None:
     """A tool that must be called is called, once, with JSON arguments."""
     answer = client.chat.completions.create(
@@ -287,6 +302,36 @@ def test_api_key_is_needed(server: ServerProcess, key: str | None) -> None:
     assert server.get("/v1/models", key=key).status_code == 401
     assert server.get("/admin/instances", key=key).status_code == 401
     assert server.post("/v1/completions", {"model": MODEL, "prompt": SHORT}, key=key).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/invocations"), ("POST", "/generative_scoring"), ("POST", "/tokenize"), ("POST", "/detokenize"),
+        ("POST", "/scale_elastic_ep"), ("GET", "/load"), ("GET", "/version"), ("GET", "/kv_event_sources"),
+        ("GET", "/docs"), ("GET", "/openapi.json"), ("DELETE", "/admin/instances/0"), ("GET", "/nothing"),
+    ],
+)  # fmt: skip
+def test_everything_asks_for_the_key(server: ServerProcess, method: str, path: str) -> None:
+    """Each of these answered anybody once."""
+    answer = httpx.request(method, server.url + path, json={"model": MODEL, "prompt": SHORT}, timeout=60)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_what_cannot_work_says_so(server: ServerProcess) -> None:
+    """One sentence that names what to use instead."""
+    answer = server.post("/scale_elastic_ep", {"new_data_parallel_size": 3})
+    assert answer.status_code == 501
+    assert "/admin/instances" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("priority", [10**6 + 1, -(10**6) - 1, 2**63, 10**30])
+def test_priorities_beyond_all_bounds(server: ServerProcess, priority: int) -> None:
+    """They are refused, and nothing of them is left: some would not fit into a message to an engine."""
+    answer = server.post("/v1/completions", {"model": MODEL, "prompt": SHORT, "priority": priority})
+    assert answer.status_code == 400
+    server.poll(server.idle, "idle")
 
 
 def test_prompt_too_long(client: openai.OpenAI) -> None:

@@ -42,7 +42,7 @@ DEADLINE_S = 20.0
 
 def attachment(engine_id: str) -> Attachment:
     """Of one life of an instance."""
-    return Attachment(0, 1, {"engine_id": engine_id}, "", "ipc://in", "ipc://out")
+    return Attachment(0, 1, {"engine_id": engine_id}, "", "ipc://in", "ipc://out", "token")
 
 
 class Attached(SimulatedEngine):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from cascadeinfer.assemble import event_log_of
+from cascadeinfer.config.event_log import event_log_of
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.events import TimerFired
@@ -33,7 +33,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_follower_has_a_private_file_of_its_own(options: ServeOptions, tmp_path: Path) -> None:
     """Beside that of process 0, for the owner only."""
-    with event_log_of(options) as first, event_log_of(options, 1) as second:
+    with event_log_of(options, None) as first, event_log_of(options, None, 1) as second:
         assert isinstance(first, EventLog)
         assert isinstance(second, EventLog)
         assert failure_of(second)() is None
@@ -46,7 +46,7 @@ def test_a_follower_on_a_full_disk_serves_without_a_log(
     options: ServeOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It starts, says so in the log, counts every event as missing, and knows why."""
-    with event_log_of(options, 1) as log:
+    with event_log_of(options, None, 1) as log:
         assert isinstance(log, UnwrittenLog)
         log(0.0, TimerFired("timer"), [])
         assert log.dropped == 1
@@ -59,7 +59,7 @@ def test_a_follower_on_a_full_disk_serves_without_a_log(
 @pytest.mark.usefixtures("full_disk")
 def test_a_server_that_cannot_write_its_log_is_refused(options: ServeOptions) -> None:
     """Its operator is there to read it."""
-    with pytest.raises(ConfigError, match="No space left"), event_log_of(options):
+    with pytest.raises(ConfigError, match="No space left"), event_log_of(options, None):
         raise AssertionError
 
 

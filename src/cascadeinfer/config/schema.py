@@ -63,6 +63,27 @@ class ServeOptions:
     kv_lease_s: int = _option(
         10, "Seconds that a moving request's KV cache stays pinned at its source.", low=5, high=300
     )
+    admin_api_key: str | None = _option(
+        None,
+        "Key for /admin and everything else that changes the service; without it, the API key serves. "
+        "Better in the environment (CASCADEINFER_ADMIN_API_KEY), where `ps` does not show it.",
+        metavar="KEY",
+    )
+    max_request_body_mb: int = _option(
+        32, "Largest body of a request in MiB; larger ones get HTTP 413.", low=1, high=4096
+    )
+    max_connections: int = _option(
+        8192,
+        "Connections at once to a front-end process; beyond them only probes and /metrics are answered.",
+        low=1,
+        high=1_000_000,
+    )
+    header_timeout_s: float = _option(
+        10.0, "Seconds in which the head of a request must have come.", low=0.1, high=3600.0
+    )
+    body_timeout_s: float = _option(
+        120.0, "Seconds in which the body of a request must have come.", low=0.1, high=86400.0
+    )
     event_log: str | None = _option(
         None,
         "Write every event and what was decided to this file, for `cascadeinfer replay`; ids and lengths only.",

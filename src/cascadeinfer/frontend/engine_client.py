@@ -53,6 +53,19 @@ TO_ALL_INSTANCES = (
 )
 
 
+MAX_PRIORITY = 1_000_000
+"""Either way. What does not fit into 64 bits cannot be sent to an engine at all."""
+
+
+def _fault_in(request: EngineCoreRequest) -> str | None:
+    """Why a request cannot be served here, or None."""
+    if request.resumable:
+        return "streaming input is not supported"
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        return f"priority must be between -{MAX_PRIORITY:,} and {MAX_PRIORITY:,}"
+    return None
+
+
 @dataclass(slots=True)
 class Liveness:
     """
@@ -107,8 +120,9 @@ class CascadeEngineClient(EngineCoreClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Hand a request to the runtime."""
-        if request.resumable:
-            raise GracefulHTTPError("streaming input is not supported", HTTPStatus.BAD_REQUEST)
+        if (fault := _fault_in(request)) is not None:
+            self.forget(request.request_id)
+            raise GracefulHTTPError(fault, HTTPStatus.BAD_REQUEST)
         sampling = request.sampling_params
         try:
             await self._runtime.submit(

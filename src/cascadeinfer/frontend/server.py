@@ -31,6 +31,7 @@ from vllm.tool_parsers import ToolParserManager
 
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.frontend.admin import Admin, OwnRuntime, attach_admin_routes
+from cascadeinfer.frontend.door.settings import DoorSettings, without_keys
 from cascadeinfer.frontend.engine_client import CascadeLLM
 from cascadeinfer.frontend.refusals import Refusals
 from cascadeinfer.frontend.stop_signals import StopSignals
@@ -128,23 +129,27 @@ async def serve(
     signals: StopSignals,
     *,
     drain_timeout_s: float,
+    door: DoorSettings,
     shared: SharedServing | None = None,
 ) -> None:
     """
     Serve until a signal comes and the last request has finished (or the drain time-out has passed).
 
     Args:
+        door: Who may do what, and how much of it.
         shared: Given when several processes serve.
     """
     supported_tasks = await llm.get_supported_tasks()
-    app = build_app(args, supported_tasks, llm.model_config)
+    app = build_app(without_keys(args), supported_tasks, llm.model_config)
     await init_app_state(llm, app.state, args, supported_tasks)
     admin = OwnRuntime(runtime) if shared is None else shared.admin
-    attach_admin_routes(app, runtime, admin, args, drain_timeout_s=drain_timeout_s)
+    attach_admin_routes(app, runtime, admin, drain_timeout_s=drain_timeout_s)
     if shared is not None:
         _show_metrics_of_all(app, runtime)
     # Around the whole app: vLLM has built its stack of middleware already.
-    server = NoSignalServer(_uvicorn_config(Refusals(app), args, drain_timeout_s), shared and shared.loads)
+    guarded = door.around(Refusals(app), args)
+    config = _uvicorn_config(guarded, args, drain_timeout_s, door.protocol(args))
+    server = NoSignalServer(config, shared and shared.loads)
     app.state.server = server
     signals.drain(server)
     await server.serve(sockets=[listener])
@@ -160,11 +165,12 @@ def _show_metrics_of_all(app: FastAPI, runtime: Runtime) -> None:
     app.routes.insert(0, route)
 
 
-def _uvicorn_config(app: Any, args: Namespace, drain_timeout_s: float) -> uvicorn.Config:
+def _uvicorn_config(app: Any, args: Namespace, drain_timeout_s: float, protocol: Any) -> uvicorn.Config:
     log_config = get_uvicorn_log_config(args)
     optional = {} if log_config is None else {"log_config": log_config}
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
+        http=protocol,
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,
@@ -178,6 +184,3 @@ def _uvicorn_config(app: Any, args: Namespace, drain_timeout_s: float) -> uvicor
         ssl_ciphers=args.ssl_ciphers,
         **optional,
     )
-    if args.h11_max_incomplete_event_size is not None:
-        config.h11_max_incomplete_event_size = args.h11_max_incomplete_event_size
-    return config

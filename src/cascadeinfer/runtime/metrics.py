@@ -5,8 +5,8 @@ Counters and histograms are counted as things happen; gauges are read from the r
 the instance as their label `engine` (its number, the same as our label `instance`).
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -37,6 +37,7 @@ class InstanceGauges:
     failed_pulls: int
     pinned: int
     restarts: int
+    held_blocks: Mapping[str, int] = field(default_factory=dict)
 
 
 class RuntimeMetrics(Collector):
@@ -117,6 +118,7 @@ class RuntimeMetrics(Collector):
             for gauge in gauges:
                 family.add_metric([gauge.instance_id, gauge.stage], value_of(gauge))
             yield family
+        yield self._held_blocks(gauges)
         yield from self._by_stage(gauges)
         yield CounterMetricFamily(
             "cascadeinfer_event_log_dropped",
@@ -128,6 +130,18 @@ class RuntimeMetrics(Collector):
             "Whether nothing more is written to the event log that was asked for.",
             value=float(self._event_log_failed()),
         )
+
+    @staticmethod
+    def _held_blocks(gauges: list[InstanceGauges]) -> Metric:
+        family = GaugeMetricFamily(
+            "cascadeinfer_instance_held_blocks",
+            "KV blocks that no request runs or waits with, by what holds them.",
+            labels=["instance", "stage", "reason"],
+        )
+        for gauge in gauges:
+            for reason, n_blocks in gauge.held_blocks.items():
+                family.add_metric([gauge.instance_id, gauge.stage, reason], n_blocks)
+        return family
 
     @staticmethod
     def _by_stage(gauges: list[InstanceGauges]) -> Iterable[Metric]:

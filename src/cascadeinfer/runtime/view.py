@@ -130,6 +130,7 @@ class InstanceState:
             kv_pulls=self.counters.pulls,
             failed_pulls=self.counters.failed_pulls,
             pinned=self.counters.pinned,
+            held_blocks=self.counters.held_blocks,
             restarts=self.supervisor.restarts,
         )
 
@@ -218,4 +219,5 @@ def snapshot_of(state: InstanceState, layout: StageLayout | None, n_requests: in
         "failed_pulls": state.counters.failed_pulls,
         "pinned": state.counters.pinned,
         "reserved": state.counters.reserved,
+        "held_blocks": dict(state.counters.held_blocks),
     }

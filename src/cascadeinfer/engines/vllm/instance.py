@@ -41,6 +41,7 @@ from cascadeinfer.engines.protocol import (
     TokenDelta,
 )
 from cascadeinfer.engines.vllm.connector.ticket import CUT, resume_params
+from cascadeinfer.engines.vllm.connector.words import TOKEN_VARIABLE, new_token, with_words
 from cascadeinfer.engines.vllm.ending import REAP_TIMEOUT_S, kill, let_go, shut_down
 from cascadeinfer.engines.vllm.further_clients import Addresses
 from cascadeinfer.engines.vllm.instance_client import InstanceClient
@@ -86,7 +87,9 @@ class VllmInstance:
         self.instance_id = instance_id
         self.index = index
         self.vllm_config = vllm_config
-        self._environment = environment
+        #: Under which its connector takes words from us.
+        self.connector_token = new_token()
+        self._environment = {**environment, TOKEN_VARIABLE: self.connector_token}
         self._n_clients = n_clients
         self._log_stats = log_stats
         self._max_migrations = max_migrations
@@ -213,20 +216,13 @@ class VllmInstance:
         if resume is not None:
             core_request.prompt_token_ids = request.prompt_token_ids + resume.output_token_ids
             if core_request.sampling_params is not None:
-                core_request.sampling_params = self._resumed_params(core_request, request, resume)
+                words = resume_params(
+                    resume.ticket,
+                    prompt_tokens=len(request.prompt_token_ids),
+                    reservation_id=resume.reservation_id,
+                )
+                core_request.sampling_params = with_words(core_request.sampling_params, words, self.connector_token)
         await self._send(lambda client: client.add_request_async(core_request))
-
-    @staticmethod
-    def _resumed_params(core_request: EngineCoreRequest, request: EngineRequest, resume: Resume) -> Any:
-        params = core_request.sampling_params.clone()
-        extra_args = dict(params.extra_args or {})
-        extra_args["kv_transfer_params"] = resume_params(
-            resume.ticket,
-            prompt_tokens=len(request.prompt_token_ids),
-            reservation_id=resume.reservation_id,
-        )
-        params.extra_args = extra_args
-        return params
 
     async def abort(self, engine_request_ids: list[str]) -> None:
         """Stop requests."""
@@ -288,6 +284,7 @@ class VllmInstance:
             reserved=load["reserved"],
             pinned=len(load["pinned"]),
             failed_pulls=load["failed_pulls"],
+            held_blocks=load["held_blocks"],
         )
         return report, counters
 
