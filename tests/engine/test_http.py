@@ -4,9 +4,11 @@ The server as its users see it: a real `cascadeinfer serve`, asked with the offi
 The server is started once. The last test ends it.
 """
 
+import contextlib
 import json
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ import openai
 import psutil
 import pytest
 from server_process import API_KEY, MODEL, PIPES, ServerProcess
+
+from cascadeinfer.cluster.local import LOOPBACK
 
 pytestmark = pytest.mark.engine
 
@@ -265,6 +269,23 @@ def test_admin_instances(client: openai.OpenAI, server: ServerProcess) -> None:
     stream.close()
 
 
+def test_everything_listens_on_the_loopback(server: ServerProcess) -> None:
+    """Of the server, the engines and their workers: no port of any of them is reached from outside, no socket has a name outside the private folder."""
+    folder = server.folder()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    listening, named = [], []
+    for process in server.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            inet = process.net_connections(kind="inet")
+            listening += [(process.name(), c.laddr) for c in inet if c.status == psutil.CONN_LISTEN or not c.raddr]
+            named += [c.laddr for c in process.net_connections(kind="unix") if c.laddr]
+    assert len(listening) >= 5  # HTTP, two side channels, two of UCX
+    assert {address.ip for _, address in listening} <= {LOOPBACK, "::1"}, listening
+    paths = {Path(name) for name in named if not name.startswith(("@", "\0"))}
+    assert len(paths) >= 6
+    assert all(folder in path.parents for path in paths), paths
+
+
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
@@ -453,6 +474,9 @@ def test_both_instances_are_killed(client: openai.OpenAI, server: ServerProcess)
         return all(i["up"] and i["restarts"] == before[i["id"]]["restarts"] + 1 for i in now)
 
     server.poll(restarted, "restarted", 240)
+    # What the killed ones have left is gone; a folder per living instance.
+    server.poll(lambda: len(list(server.folder().glob("i*"))) == 2, "two folders")
+    assert not [path for path in server.folder().iterdir() if path.is_socket()]
     moved = server.metric("cascadeinfer_migrations_total", outcome="moved")
     assert streamed(client) == complete(client).choices[0].text
     assert server.metric("cascadeinfer_migrations_total", outcome="moved") >= moved + 2
@@ -511,7 +535,7 @@ def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
     """After SIGTERM, with an instance just being added, the running stream goes on to its end, new connections are refused, and all end."""
     expected = complete(client, n_tokens=900).choices[0].text
     assert server.post("/admin/instances", {}).status_code == 202
-    everyone = server.processes()
+    everyone, folder = server.processes(), server.folder()
     assert len(everyone) >= 5  # the server, two engines, two workers
     stream = complete(client, n_tokens=900, stream=True)
     text = next(stream).choices[0].text
@@ -528,5 +552,6 @@ def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
     assert refused_while_running
     assert server.process.wait(timeout=60) == 0
     assert not psutil.wait_procs(everyone, timeout=20)[1]
+    assert not folder.exists()
     # A killed worker's engine may say what happened to it; the front end has nothing to complain of.
     assert "Traceback" not in server.story(n_lines=10_000), server.story()

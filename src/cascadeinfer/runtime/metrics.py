@@ -49,16 +49,19 @@ class RuntimeMetrics(Collector):
         registry: CollectorRegistry,
         read: Callable[[], list[InstanceGauges]],
         dropped_events: Callable[[], int] = lambda: 0,
+        event_log_failed: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
             registry: Where to register; vLLM's `/metrics` shows the process's default registry.
             read: Called at every scrape.
             dropped_events: Events that are not in the event log, because its writer could not keep up or the disk failed.
+            event_log_failed: Whether nothing more is written to the event log that was asked for.
         """
         self._registry = registry
         self._read = read
         self._dropped_events = dropped_events
+        self._event_log_failed = event_log_failed
         self.requests = Counter("cascadeinfer_requests", "Requests that ended, by how.", ["outcome"], registry=registry)
         self.migrations = Counter(
             "cascadeinfer_migrations",
@@ -133,6 +136,11 @@ class RuntimeMetrics(Collector):
             "cascadeinfer_event_log_dropped",
             "Events that are missing from the event log.",
             value=self._dropped_events(),
+        )
+        yield GaugeMetricFamily(
+            "cascadeinfer_event_log_failed",
+            "Whether nothing more is written to the event log that was asked for.",
+            value=float(self._event_log_failed()),
         )
 
     @staticmethod
