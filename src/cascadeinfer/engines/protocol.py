@@ -65,6 +65,7 @@ class EngineCounters:
         reserved: Reservations held now.
         pinned: Cut requests whose blocks are pinned now.
         failed_pulls: Pulls that failed; the engine recomputed what they should have brought.
+        listens: Whether somebody listens on its side channel, where peers shake hands.
     """
 
     steps: int = 0
@@ -74,6 +75,7 @@ class EngineCounters:
     reserved: int = 0
     pinned: int = 0
     failed_pulls: int = 0
+    listens: bool = True
 
 
 class TokenDelta(Protocol):
@@ -107,6 +109,10 @@ class Engine(Protocol):
 
     async def connect(self, peers: Sequence["Engine"]) -> None:
         """Do the KV transfer handshake with each peer, both ways. Raises EngineError."""
+        ...
+
+    async def listens(self) -> bool:
+        """Whether its side channel answers, so that peers can shake hands with it. Mends it if it can. Raises EngineError."""
         ...
 
     async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:

@@ -84,6 +84,7 @@ class SimulatedEngine:
         self._stopped = False
         self._steps = True
         self._refused_connections = 0
+        self._deaf = False
         self._refusals: deque[str] = deque()
         self._held_answers: dict[str, list[tuple[asyncio.Future[Any], Any]]] = {}
         self._held_outputs: list[SimulatedOutputs] | None = None
@@ -114,6 +115,13 @@ class SimulatedEngine:
         if self._refused_connections:
             self._refused_connections -= 1
             raise EngineError(f"no KV handshake with {peer.instance_id}", instance_id=self.instance_id)
+        if peer._deaf:  # noqa: SLF001 - another of our kind
+            del self._peers[peer.core.core_id]
+            raise EngineError(f"{peer.instance_id} does not answer", instance_id=self.instance_id)
+
+    async def listens(self) -> bool:
+        """See Engine.listens."""
+        return bool(await self._call("listens", lambda: not self._deaf))
 
     async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
         """See Engine.add."""
@@ -253,9 +261,13 @@ class SimulatedEngine:
         """Refuse the next reservation."""
         self._refusals.append(reason)
 
-    def refuse_connection(self) -> None:
-        """Let the next handshake fail."""
-        self._refused_connections += 1
+    def refuse_connection(self, n: int = 1) -> None:
+        """Let the next handshakes fail that this side begins."""
+        self._refused_connections += n
+
+    def turn_deaf(self) -> None:
+        """Let nobody shake hands with it any more."""
+        self._deaf = True
 
     def lose_pins(self) -> None:
         """Free what is pinned: pulls of it fail."""
