@@ -16,8 +16,8 @@ from cascadeinfer.core.events import MigrationOutcome, PinReason
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
-from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.pairs import BrokenPair
+from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes, Supervisor
 from cascadeinfer.runtime.view import Departed, Drain, InstanceState, snapshot
 

@@ -115,7 +115,7 @@ class Pairs:
             pending = [pair for pair in known if not pair.settled.is_set()]
             is_connected = any(pair.connected for pair in known)
             left_s = end_s - asyncio.get_running_loop().time()
-            if not pending or (is_connected and left_s <= 0.0 and not self.strict):
+            if not pending or (is_connected and left_s < 0.01 and not self.strict):
                 break
             await _first_of(pending, left_s if is_connected and not self.strict else None)
         failed = [pair for pair in known if pair.settled.is_set() and not pair.connected]

@@ -10,6 +10,7 @@ already; held outputs likewise. Times are those of the running event loop.
 """
 
 import asyncio
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class SimulatedEngine:
         self._steps = True
         self._refused_connections = 0
         self._deaf = False
+        self._says_it_listens = True
         self._refusals: deque[str] = deque()
         self._held_answers: dict[str, list[tuple[asyncio.Future[Any], Any]]] = {}
         self._held_outputs: list[SimulatedOutputs] | None = None
@@ -116,7 +118,7 @@ class SimulatedEngine:
             self._refused_connections -= 1
             raise EngineError(f"no KV handshake with {peer.instance_id}", instance_id=self.instance_id)
         if peer._deaf:  # noqa: SLF001 - another of our kind
-            del self._peers[peer.core.core_id]
+            self._peers.pop(peer.core.core_id, None)
             raise EngineError(f"{peer.instance_id} does not answer", instance_id=self.instance_id)
 
     async def listens(self) -> bool:
@@ -164,7 +166,8 @@ class SimulatedEngine:
         loaded: tuple[InstanceReport, EngineCounters] = await self._call(
             "report", lambda: self.core.report(self._now_s())
         )
-        return loaded
+        said, counters = loaded
+        return said, dataclasses.replace(counters, listens=self._says_it_listens)
 
     async def next_outputs(self) -> SimulatedOutputs:
         """See Engine.next_outputs."""
@@ -268,6 +271,11 @@ class SimulatedEngine:
     def turn_deaf(self) -> None:
         """Let nobody shake hands with it any more."""
         self._deaf = True
+
+    def close_side_channel(self) -> None:
+        """Nobody listens there any more, and it knows."""
+        self._deaf = True
+        self._says_it_listens = False
 
     def lose_pins(self) -> None:
         """Free what is pinned: pulls of it fail."""

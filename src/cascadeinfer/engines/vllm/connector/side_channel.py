@@ -71,6 +71,8 @@ class SideChannel:
                 ready.set()
                 while not stop.is_set():
                     self._answer_one(sock, answers)
+        except zmq.ZMQError as error:
+            logger.error("the side channel on port %s is closed: %s", port, error)  # noqa: TRY400 - the port may be taken
         finally:
             self._open.clear()
             ready.set()  # else the start waits for ever
