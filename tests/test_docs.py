@@ -17,6 +17,7 @@ from cascadeinfer.core.events import MigrationOutcome, PinReason
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
+from cascadeinfer.runtime.pairs import BrokenPair
 from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes, Supervisor
 from cascadeinfer.runtime.view import Departed, Drain, InstanceState, snapshot
@@ -111,6 +112,7 @@ def test_operating_page_has_every_field_of_the_snapshot() -> None:
     streams = StreamTable()
     streams.place(streams.open(EngineRequest("r", [1, 2], 3, None), 0.0), "0")
     supervisor = Supervisor("0", lambda _: pytest.fail("started"), None, SupervisionTimes())  # type: ignore[arg-type]
+    supervisor.back_off.died(0.0, "killed")
     shown = snapshot(
         [InstanceState(supervisor, drain=Drain(0.0, 1.0, 1))],
         [Departed("1", "drained", None, 0.0)],
@@ -119,6 +121,7 @@ def test_operating_page_has_every_field_of_the_snapshot() -> None:
         0,
         {"moved": 1},
         0.0,
+        [BrokenPair(("0", "1"), "no answer", 0.0)],
     )
     section = page("operating.md").partition("### The fields of")[2].partition("\n## ")[0]
     explained = set(re.findall(r"[a-z_]+", " ".join(re.findall(r"`([^`]+)`", section))))

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import pytest_asyncio
+import zmq
 from engine_bed import Bed
 from engine_contract import OWN, SHARED, resume_pulls
 from vllm.platforms import current_platform
@@ -174,3 +175,24 @@ async def test_a_port_that_is_taken_is_not_used(maker: VllmMaker, monkeypatch: p
             await resume_pulls(bed)
         finally:
             await bed.close()
+
+
+async def test_rubbish_on_the_side_channel_keeps_nobody_out(bed: Bed, maker: VllmMaker) -> None:
+    """Malformed messages end vLLM's listener; ours goes on, and an instance that comes later shakes hands."""
+    engine = bed.a.engine
+    from cascadeinfer.engines.vllm.instance import VllmInstance
+
+    assert isinstance(engine, VllmInstance)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+        sock.setsockopt(zmq.LINGER, 10_000)
+        sock.connect(f"tcp://{engine.hello['host']}:{engine.hello['port']}")
+        for frames in ([b""], [b"", b"\xc1"], [b"", b"\x93\xc4\x0cget_meta_msg\x07\x07"], [b"", bytes(1 << 20)]):
+            sock.send_multipart(frames)
+    assert await engine.listens()
+    newcomer = maker.make_engine("2")
+    try:
+        await newcomer.start()
+        await asyncio.wait_for(newcomer.connect([engine]), 60.0)
+        assert (await engine.report())[1].listens
+    finally:
+        await newcomer.stop(5.0)

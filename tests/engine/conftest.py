@@ -162,7 +162,7 @@ async def started_cluster(
         patch.setattr(assemble, "make_policy", lambda _: policy)
         runtime = assemble.make_runtime(engine_args, options, extra_environment=FORK)
     for supervisor in (state.supervisor for state in runtime.fleet):
-        supervisor._times = dataclasses.replace(supervisor._times, backoff_first_s=0.1, steady_s=0.0)
+        supervisor._times = dataclasses.replace(supervisor._times, backoff_first_s=0.1, window_s=0.0)
         supervisor._make_engine = asynchronous(supervisor._make_engine)
     async with assemble.running_llm(runtime) as llm:
         cluster = Cluster(runtime, llm, policy)

@@ -42,7 +42,7 @@ if __name__ == "__main__":
     fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}  # set for the processes only: the configuration resets it
     assemble.make_runtime = partial(assemble.make_runtime, extra_environment=fork)  # type: ignore[assignment]
     assemble.SupervisionTimes = partial(  # type: ignore[misc, assignment]
-        SupervisionTimes, backoff_first_s=0.2, backoff_max_s=1.0, steady_s=0.0
+        SupervisionTimes, backoff_first_s=0.2, backoff_max_s=1.0, window_s=0.0
     )
     if os.environ.get("HURRY"):
         policy.LearningSettings = partial(policy.LearningSettings, interval_s=2.0)  # type: ignore[misc, assignment]

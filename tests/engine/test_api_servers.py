@@ -24,6 +24,7 @@ N_PROCESSES = 2
 N_REQUESTS = 8
 """At once, each with a connection of its own: the processes share them."""
 N_TRIES = 5
+HANG_TIMEOUT_S = 15
 PROMPT = [17, 42, 99, 7] * 5
 N_TOKENS = 600
 """From a prompt of 20 this crosses the stage edge at 64 tokens, and takes long enough to be seen in every process."""
@@ -33,7 +34,8 @@ N_TOKENS = 600
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The server with all its processes up."""
     log = tmp_path_factory.mktemp("server") / "log"
-    server = ServerProcess(tiny_model, log, "--api-servers", str(N_PROCESSES), program=QUICK_SERVER)
+    arguments = ("--api-servers", str(N_PROCESSES), "--hang-timeout-s", str(HANG_TIMEOUT_S))
+    server = ServerProcess(tiny_model, log, *arguments, program=QUICK_SERVER)
     try:
         server.wait_until_ready()
         wait_until_all_serve(server)
@@ -98,6 +100,26 @@ def test_processes_share_requests_and_instances(server: ServerProcess) -> None:
     for _ in range(4):  # whichever process answers
         assert server.metric("cascadeinfer_instance_up") == 2
         assert server.metric("vllm:generation_tokens_total") >= (N_REQUESTS + 1) * N_TOKENS
+
+
+def test_a_pause_of_process_0_is_nobodys_death(server: ServerProcess) -> None:
+    """Process 0 is stopped for longer than an instance may hang: no instance and no process is restarted, requests go on."""
+    alone = complete(server)
+    with ThreadPoolExecutor(N_REQUESTS) as executor:
+        futures = many(server, executor, N_TOKENS)
+        before = server.admin()
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            time.sleep(HANG_TIMEOUT_S + 2.0)
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        assert {future.result() for future in futures} == {alone}
+    server.poll(server.idle, "idle")
+    after = server.admin()
+    for kind in ("instances", "front_ends"):
+        assert [(one["pid"], one["restarts"]) for one in after[kind]] == [
+            (one["pid"], one["restarts"]) for one in before[kind]
+        ]
 
 
 def test_an_instance_dies_under_both_processes(server: ServerProcess) -> None:

@@ -31,6 +31,7 @@ from cascadeinfer.frontend.processes.messages import (
     Stop,
     Summary,
 )
+from cascadeinfer.frontend.processes.owner import HANG_S, LOOK_S, FrontEnds
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes
@@ -298,3 +299,34 @@ async def test_follower_ends_with_process_0(monkeypatch: pytest.MonkeyPatch, cap
             pair.channel.close()
             await until(lambda: codes == [1])
     assert "process 0 is gone" in caplog.text
+
+
+class StubProcess:
+    """A follower's process, as far as who looks after it is concerned."""
+
+    killed = False
+
+    def kill(self) -> None:
+        """See BaseProcess."""
+        self.killed = True
+
+
+def test_a_follower_is_not_killed_for_the_owners_own_pause() -> None:
+    """Process 0 that was stopped begins to count anew; one that stays silent is killed after the whole time limit."""
+    owner = FrontEnds(2, None, None, [0, 0])  # type: ignore[arg-type]
+    (follower,) = owner._followers
+    process = follower.process = StubProcess()  # type: ignore[assignment]
+    follower.summary = Summary(1, 0, 0, {}, 0, {}, 0, [], [])
+
+    def look(after_s: float) -> bool:
+        owner._slept_s = after_s
+        owner._look_after(follower)
+        return process.killed
+
+    def looks_until_killed() -> int:
+        return next(n for n in range(1, 10**4) if look(LOOK_S))
+
+    assert not look(2 * HANG_S)
+    assert not any(look(LOOK_S) for _ in range(int(HANG_S / LOOK_S) - 10))
+    assert not look(48.0)
+    assert looks_until_killed() == pytest.approx(HANG_S / LOOK_S, abs=1)

@@ -33,7 +33,7 @@ from support.virtual_time import VirtualTimeLoop
 
 CAPACITY = InstanceCapacity(kv_blocks=128, block_size_tokens=16, max_num_seqs=8, max_batched_tokens=64)
 TIMES = SimulatedTimes()
-SUPERVISION = SupervisionTimes(report_s=0.1, hang_s=2.0, backoff_first_s=1.0, backoff_max_s=8.0, steady_s=30.0)
+SUPERVISION = SupervisionTimes(report_s=0.1, hang_s=2.0, backoff_first_s=1.0, backoff_max_s=8.0, window_s=30.0)
 MIGRATION = MigrationTimes(ask_s=2.0, cut_s=5.0, resume_s=7.0)
 GRACE_S = 0.5
 """Within this everything must be free once the last request has ended: far below lease and reservation life."""

@@ -51,6 +51,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """Virtual seconds since the loop was made."""
         return self._virtual_now_s
 
+    def stall(self, seconds: float) -> None:
+        """Time passes and nobody runs, as when the process was stopped, or a callback has blocked the loop."""
+        self._virtual_now_s += seconds
+
     def timers(self) -> list[asyncio.TimerHandle]:
         """Timers that are set."""
         return [handle for handle in self._scheduled if not handle.cancelled()]

@@ -66,6 +66,7 @@ class EngineCounters:
         pinned: Cut requests whose blocks are pinned now.
         failed_pulls: Pulls that failed; the engine recomputed what they should have brought.
         held_blocks: KV blocks that no request runs or waits with, by what holds them now (`docs/metrics.md` lists the reasons).
+        listens: Whether somebody listens on its side channel, where peers shake hands.
     """
 
     steps: int = 0
@@ -76,6 +77,7 @@ class EngineCounters:
     pinned: int = 0
     failed_pulls: int = 0
     held_blocks: Mapping[str, int] = field(default_factory=dict)
+    listens: bool = True
 
 
 class TokenDelta(Protocol):
@@ -109,6 +111,10 @@ class Engine(Protocol):
 
     async def connect(self, peers: Sequence["Engine"]) -> None:
         """Do the KV transfer handshake with each peer, both ways. Raises EngineError."""
+        ...
+
+    async def listens(self) -> bool:
+        """Whether its side channel answers, so that peers can shake hands with it. Mends it if it can. Raises EngineError."""
         ...
 
     async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from cascadeinfer.core.errors import EngineError, ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import Event, InstanceDraining
 from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine, EngineSource
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.migrate import Migrator
@@ -160,12 +161,13 @@ class Elasticity:
 
     async def _empty(self, state: InstanceState, drain: Drain, timeout_s: float) -> None:
         was_up, error = state.engine is not None, None
+
+        def begin_anew(_slept_s: float) -> None:
+            drain.ends_s = self._clock() + timeout_s
+
         how = "drained" if was_up else "removed while down" if state.settled.is_set() else "removed before it was up"
         try:
-            async with asyncio.timeout(timeout_s):
-                while state.engine is not None and not self._is_empty(state):
-                    drain.news.clear()
-                    await drain.news.wait()
+            await within(timeout_s, self._until_empty(state, drain), begin_anew)
         except TimeoutError:
             left = len(self._streams.on_instance(state.instance_id))
             error = f"time-out after {timeout_s:g} s: {left} requests were computed anew elsewhere"
@@ -178,6 +180,11 @@ class Elasticity:
             await state.supervisor.stop(STOP_TIMEOUT_S)
         finally:
             self._remove(state, how, error)
+
+    async def _until_empty(self, state: InstanceState, drain: Drain) -> None:
+        while state.engine is not None and not self._is_empty(state):
+            drain.news.clear()
+            await drain.news.wait()
 
     def _is_empty(self, state: InstanceState) -> bool:
         report = state.report

@@ -6,7 +6,7 @@ that were removed, or were added and did not start, are remembered for a while (
 """
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.runtime.metrics import InstanceGauges
+from cascadeinfer.runtime.pairs import Pairs
 from cascadeinfer.runtime.supervise import Listener, SupervisionTimes, Supervisor
 from cascadeinfer.runtime.view import Departed, InstanceState
 
@@ -42,6 +43,7 @@ class Fleet:
         departed: The last ones that are gone for good.
         layout: The stages in force, as the policy has published them.
         watchers: Told of everyone that joins and leaves.
+        pairs: Who has shaken hands with whom.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Fleet:
         self.departed: deque[Departed] = deque(maxlen=DEPARTED_REMEMBERED)
         self.watchers: list[FleetWatcher] = []
         self.layout: StageLayout | None = None
-        self._joining = asyncio.Lock()
+        self.pairs = Pairs(self.live_engines, self._condemn)
 
     def __iter__(self) -> Iterator[InstanceState]:
         """All instances, up or not; safe against changes on the way."""
@@ -84,6 +86,7 @@ class Fleet:
     def remove(self, instance_id: InstanceId, how: str, error: str | None, now_s: float) -> None:
         """One that has been stopped is gone for good."""
         del self.states[instance_id]
+        self.pairs.forget(instance_id)
         self.departed.append(Departed(instance_id, how, error, now_s))
         for watcher in self.watchers:
             watcher.instance_left(instance_id)
@@ -93,13 +96,19 @@ class Fleet:
         state = self.states.get(instance_id)
         return None if state is None else state.engine
 
+    def connected(self, one_id: InstanceId, other_id: InstanceId) -> bool:
+        """Whether both are up and KV cache can go from one to the other."""
+        one, other = self.engine(one_id), self.engine(other_id)
+        return one is not None and other is not None and self.pairs.connected(one, other)
+
     def live_engines(self) -> list[Engine]:
         """Engines that are up, in the order in which they were made known."""
         return [state.engine for state in self.states.values() if state.engine is not None]
 
     def gauges(self) -> list[InstanceGauges]:
         """All instances for Prometheus."""
-        return [state.gauges(self.layout) for state in self]
+        broken = Counter(instance_id for pair in self.pairs.broken() for instance_id in pair.instance_ids)
+        return [state.gauges(self.layout, broken[state.instance_id]) for state in self]
 
     async def start(self) -> None:
         """
@@ -109,35 +118,44 @@ class Fleet:
             EngineError: One did not start. The others may run: call `stop`.
         """
         starts = [asyncio.ensure_future(state.supervisor.start()) for state in self]
+        self.pairs.strict = True
         try:
             await asyncio.gather(*starts)
+            for state in self:
+                await state.first_up()
         finally:
             for start in starts:
                 start.cancel()
-        for state in self:
-            await state.first_up()
+            self.pairs.strict = False
 
     async def join(self, engine: Engine, capacity: InstanceCapacity) -> None:
         """
         An instance has started: connect it to all that are up. From now on it counts as up.
 
         Raises:
-            EngineError: It cannot be connected to a living one.
+            EngineError: It cannot be connected, and that is its own fault.
         """
-        async with self._joining:
-            for peer in self.live_engines():
-                try:
-                    await engine.connect([peer])
-                except EngineError:
-                    if self.engine(peer.instance_id) is peer:
-                        raise  # the peer lives: the fault is on this side
-            state = self.states[engine.instance_id]
-            if state.drain is not None:
-                raise EngineError("is being removed", instance_id=engine.instance_id)
-            for watcher in self.watchers:
-                watcher.instance_joins(engine)
-            state.came_up(engine, capacity)
+        await self.pairs.introduce(engine)
+        state = self.states[engine.instance_id]  # nobody has come up since the last one it was introduced to
+        if state.drain is not None:
+            raise EngineError("is being removed", instance_id=engine.instance_id)
+        for watcher in self.watchers:
+            watcher.instance_joins(engine)
+        state.came_up(engine, capacity)
+
+    def went_down(self, instance_id: InstanceId, why: str) -> InstanceState:
+        """It is gone, up or not: nobody has shaken hands with its next life yet."""
+        state = self.states[instance_id]
+        state.went_down(why)
+        self.pairs.forget(instance_id)
+        return state
 
     async def stop(self, timeout_s: float) -> None:
         """Stop all for good."""
+        await self.pairs.stop()
         await asyncio.gather(*(state.supervisor.stop(timeout_s) for state in self))
+        await self.pairs.stop()  # what the last ones have begun
+
+    def _condemn(self, engine: Engine, why: str) -> None:
+        if self.engine(engine.instance_id) is engine:
+            self.states[engine.instance_id].supervisor.condemn(engine, why)

@@ -25,6 +25,7 @@ class InstanceGauges:
     Attributes:
         stage: Number of its stage, empty when it serves none.
         kv_usage: Share of its KV blocks in use, 0 to 1.
+        broken_pairs: Instances that are up and with which it has not shaken hands.
     """
 
     instance_id: InstanceId
@@ -39,6 +40,7 @@ class InstanceGauges:
     pinned: int
     restarts: int
     held_blocks: Mapping[str, int] = field(default_factory=dict)
+    broken_pairs: int = 0
 
 
 class RuntimeMetrics(Collector):
@@ -124,6 +126,11 @@ class RuntimeMetrics(Collector):
             ("failed_pulls", "Pulls that failed since it started.", lambda g: g.failed_pulls),
             ("pinned", "Cut requests whose blocks are pinned.", lambda g: g.pinned),
             ("restarts", "Times it was restarted.", lambda g: g.restarts),
+            (
+                "broken_pairs",
+                "Instances that are up and that it cannot exchange KV cache with.",
+                lambda g: g.broken_pairs,
+            ),
         )
         for name, text, value_of in fields:
             family = GaugeMetricFamily(f"cascadeinfer_instance_{name}", text, labels=["instance", "stage"])

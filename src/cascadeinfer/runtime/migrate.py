@@ -79,6 +79,10 @@ class EngineDirectory(Protocol):
         """The engine with this id when it is up, else None."""
         ...
 
+    def connected(self, one_id: InstanceId, other_id: InstanceId) -> bool:
+        """Whether both are up and KV cache can go from one to the other."""
+        ...
+
 
 class Migrator:
     """All migrations under way."""
@@ -256,6 +260,9 @@ class Migrator:
         if engine is None:
             if action is Action.ASK_ROOM:
                 self.happen(migration.migration_id, Happening.ROOM_REFUSED, "target_down")
+            return
+        if action is Action.ASK_ROOM and not self._engines.connected(migration.source_id, migration.target_id):
+            self.happen(migration.migration_id, Happening.ROOM_REFUSED, "not_connected")
             return
         try:
             await self._ask(engine, record, action)

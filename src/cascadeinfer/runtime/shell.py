@@ -27,6 +27,7 @@ from cascadeinfer.core.events import (
 from cascadeinfer.core.migration import Happening
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
+from cascadeinfer.engines.patience import Alarm
 from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, EngineSource, StepOutputs
 from cascadeinfer.runtime.driver import Observer, PolicyDriver
 from cascadeinfer.runtime.elastic import Elasticity
@@ -86,7 +87,7 @@ class Runtime:
             policy, self._performer.carry_out, clock, failed=self._recovery.policy_failed, observer=observer
         )
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
-        self._grace_timers: list[asyncio.TimerHandle] = []
+        self._grace_timers: list[Alarm] = []
         #: Told of a request that is refused after `submit` has returned and before its first token; None: it ends with an error.
         self.on_late_refusal: Callable[[RequestId, RequestRejectedError], None] | None = None
 
@@ -161,6 +162,7 @@ class Runtime:
             len(self._migrator),
             self._performer.migration_counts,
             self._clock(),
+            self.fleet.pairs.broken(),
         )
 
     def tally(self) -> dict[str, Any]:
@@ -229,7 +231,6 @@ class Runtime:
         If it lives on after all, the client is told of the abort.
         """
         attempt = stream.engine_request_id
-        loop = asyncio.get_running_loop()
 
         def tell_client() -> None:
             if stream.engine_request_id != attempt:
@@ -240,8 +241,9 @@ class Runtime:
                 self._migrator.happen(stream.migration.migration_id, Happening.REQUEST_ENDED)
             self._finish(stream, "dropped")
 
-        self._grace_timers = [timer for timer in self._grace_timers if timer.when() > loop.time()]
-        self._grace_timers.append(loop.call_later(DROPPED_GRACE_S, tell_client))
+        now_s = asyncio.get_running_loop().time()
+        self._grace_timers = [timer for timer in self._grace_timers if timer.when() > now_s]
+        self._grace_timers.append(Alarm(DROPPED_GRACE_S, tell_client))
 
     def instance_reported(self, engine: Engine, report: InstanceReport, counters: EngineCounters) -> None:
         """Translate attempt ids to request ids and tell the policy."""
@@ -274,9 +276,7 @@ class Runtime:
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         """Its requests are orphans; the policy places them anew and they go on from prompt and output so far."""
-        state = self.fleet[instance_id]
-        state.went_down(why)
-        self.elastic.look(state)
+        self.elastic.look(self.fleet.went_down(instance_id, why))
         self._migrator.instance_lost(instance_id)
         self.announce_loss(instance_id)
 

@@ -1,6 +1,8 @@
 """
 One instance's life: start, pump its outputs, ask for its load, notice its death or silence, restart it with back-off.
 
+Silence is measured by one who may have slept (`core/silence.py`): a front end that was stopped for a minute does not kill instances for it.
+
 A `Supervisor` runs one task per instance for as long as the runtime lives. It reports facts through the `Listener` protocol and
 decides nothing.
 """
@@ -12,13 +14,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from cascadeinfer.core.back_off import BackOff
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineDied, StepOutputs
 from cascadeinfer.runtime.answers import AnswerWatch
 
 logger = logging.getLogger(__name__)
+
+DEAF_REPORTS = 10
+"""An instance that says in so many reports in a row that its side channel is dead cannot mend it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +37,9 @@ class SupervisionTimes:
         report_s: Between two load reports.
         suspect_s: An instance whose report is overdue by this much is suspected: others get what is new.
         hang_s: An instance that answers nothing for this long is taken for hung and killed. Must exceed its longest step.
-        backoff_first_s: Before the first restart; doubled after each failure in a row.
+        backoff_first_s: Before a restart after one death; doubled with each further one, failed starts included (`core/back_off.py`).
         backoff_max_s: At most this long.
-        steady_s: After this long without a death the back-off starts anew.
+        window_s: For so long a death counts.
     """
 
     report_s: float = 0.1
@@ -40,7 +47,7 @@ class SupervisionTimes:
     hang_s: float = 60.0
     backoff_first_s: float = 1.0
     backoff_max_s: float = 60.0
-    steady_s: float = 300.0
+    window_s: float = 600.0
 
 
 class Listener(Protocol):
@@ -72,7 +79,15 @@ class Listener(Protocol):
 
 
 class Supervisor:
-    """Keeps one instance alive."""
+    """
+    Keeps one instance alive.
+
+    Attributes:
+        engine: The engine of its last start.
+        restarts: Times it was started again, or that was tried.
+        back_off: Its last deaths.
+        next_start_s: When it will be started again, on the loop's clock; None while it is up or starts.
+    """
 
     def __init__(
         self,
@@ -98,6 +113,9 @@ class Supervisor:
         self.engine: Engine | None = None
         self.restarts = 0
         self.last_error = ""
+        self.back_off = BackOff(times.backoff_first_s, times.backoff_max_s, times.window_s)
+        self.next_start_s: float | None = None
+        self._condemned: str | None = None
 
     async def start(self) -> None:
         """First start; raises EngineError when the instance does not come up."""
@@ -112,6 +130,12 @@ class Supervisor:
         """When it goes down from now on, it is not started again."""
         self._retired = True
 
+    def condemn(self, engine: Engine, why: str) -> None:
+        """Something is wrong with it that a restart mends: end this life of it."""
+        if engine is self.engine and self._condemned is None:
+            self._condemned = why
+            engine.kill()
+
     async def stop(self, timeout_s: float) -> None:
         """Stop the instance for good."""
         self._stopping = True
@@ -122,35 +146,42 @@ class Supervisor:
             await self.engine.stop(timeout_s)
 
     async def _live(self, engine: Engine, capacity: InstanceCapacity) -> None:
-        failures = 0
-        loop = asyncio.get_running_loop()
         while not self._stopping:
-            born_s = loop.time()
             why = await self._one_life(engine, capacity)
-            self.last_error = why
+            wait_s = self._note_death(why)
             logger.error("instance %s is down: %s", self.instance_id, why)
             self._listener.instance_down(self.instance_id, why)
             if self._retired:
                 await self._put_away(engine)
                 return
-            failures = 0 if loop.time() - born_s > self._times.steady_s else failures
             started: InstanceCapacity | None = None
             while started is None:
                 await self._put_away(engine)
-                await asyncio.sleep(min(self._times.backoff_first_s * 2**failures, self._times.backoff_max_s))
-                failures += 1
+                await self._wait(wait_s)
                 self.restarts += 1
                 try:
                     engine = self._make_engine(self.restarts)
-                    self.engine = engine
+                    self.engine, self._condemned = engine, None
                     started = await engine.start()
                 except EngineError as error:
-                    self.last_error = str(error)
+                    wait_s = self._note_death(str(error))
                     logger.error("instance %s did not restart: %s", self.instance_id, error)  # noqa: TRY400 - no bug of ours
                 except Exception as error:  # no port left, no memory, our own bug: the next try may do better
-                    self.last_error = str(error)
+                    wait_s = self._note_death(str(error))
                     logger.exception("instance %s did not restart", self.instance_id)
             capacity = started
+
+    def _note_death(self, why: str) -> float:
+        """It died or did not start; returns how long to wait."""
+        self.last_error = why
+        return self.back_off.died(asyncio.get_running_loop().time(), why)
+
+    async def _wait(self, wait_s: float) -> None:
+        self.next_start_s = asyncio.get_running_loop().time() + wait_s
+        try:
+            await asyncio.sleep(wait_s)
+        finally:
+            self.next_start_s = None
 
     async def _put_away(self, engine: Engine) -> None:
         """What is left of a dead engine must not keep the next one from starting."""
@@ -174,7 +205,7 @@ class Supervisor:
         except* Exception as errors:  # our own bug must not end the supervision of an instance
             logger.exception("internal error; instance %s is restarted", self.instance_id, exc_info=errors)
             why = f"internal error: {errors.exceptions[0]!r}"
-        return why
+        return self._condemned or why
 
     async def _pump(self, engine: Engine) -> None:
         while True:
@@ -186,12 +217,12 @@ class Supervisor:
             partial(self._listener.instance_suspected, engine),
             partial(self._listener.instance_trusted, engine),
         )
+        deaf_reports = 0
         while True:
             await asyncio.sleep(self._times.report_s)
             watch.asked()
             try:
-                async with asyncio.timeout(self._times.hang_s):
-                    report, counters = await engine.report()
+                report, counters = await within(self._times.hang_s, engine.report())
                 watch.answered()
             except TimeoutError:
                 engine.kill()
@@ -201,3 +232,7 @@ class Supervisor:
             finally:
                 watch.stop()
             self._listener.instance_reported(engine, report, counters)
+            deaf_reports = 0 if counters.listens else deaf_reports + 1
+            if deaf_reports == DEAF_REPORTS:
+                engine.kill()
+                raise EngineError("its side channel is dead and stays so", instance_id=self.instance_id)

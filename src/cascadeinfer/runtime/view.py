@@ -12,12 +12,16 @@ from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine, EngineCounters
 from cascadeinfer.runtime.metrics import InstanceGauges
+from cascadeinfer.runtime.pairs import BrokenPair
 from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.supervise import Supervisor
 
 IDLE = InstanceReport((), (), (), (), 0)
 MAX_LISTED_REQUESTS = 1000
 """Live requests that the snapshot lists one by one, the oldest first: about 100 KB of JSON."""
+
+MAX_LISTED_DEATHS = 5
+"""Of one instance: its last ones."""
 
 
 @dataclass(slots=True)
@@ -121,7 +125,7 @@ class InstanceState:
         """Share of its KV blocks in use."""
         return 0.0 if self.capacity is None else self.report.kv_blocks_used / self.capacity.kv_blocks
 
-    def gauges(self, layout: StageLayout | None) -> InstanceGauges:
+    def gauges(self, layout: StageLayout | None, n_broken_pairs: int = 0) -> InstanceGauges:
         """Its gauges for Prometheus."""
         stage = self.stage_index(layout)
         return InstanceGauges(
@@ -137,6 +141,7 @@ class InstanceState:
             pinned=self.counters.pinned,
             held_blocks=self.counters.held_blocks,
             restarts=self.supervisor.restarts,
+            broken_pairs=n_broken_pairs,
         )
 
 
@@ -163,6 +168,7 @@ def snapshot(
     n_migrations: int,
     migration_counts: Mapping[str, int],
     now_s: float,
+    broken_pairs: Iterable[BrokenPair] = (),
 ) -> dict[str, Any]:
     """The JSON of `/admin/instances`; the fields are documented in `docs/operating.md`."""
     short = tally(streams, n_migrations, migration_counts)
@@ -176,6 +182,10 @@ def snapshot(
         "departed": [
             {"id": gone.instance_id, "how": gone.how, "error": gone.error, "seconds_ago": round(now_s - gone.at_s, 1)}
             for gone in departed
+        ],
+        "broken_pairs": [
+            {"instances": list(pair.instance_ids), "error": pair.error, "since_s": round(now_s - pair.since_s, 1)}
+            for pair in broken_pairs
         ],
         "requests": {
             "live": short["live"],
@@ -197,7 +207,9 @@ def snapshot(
 
 def snapshot_of(state: InstanceState, layout: StageLayout | None, n_requests: int, now_s: float) -> dict[str, Any]:
     """One instance of the JSON."""
-    drain = state.drain
+    drain, supervisor = state.drain, state.supervisor
+    deaths = supervisor.back_off.in_window(now_s)
+    next_start_s = supervisor.next_start_s
     return {
         "id": state.instance_id,
         "phase": state.phase,
@@ -205,8 +217,13 @@ def snapshot_of(state: InstanceState, layout: StageLayout | None, n_requests: in
         "up": state.engine is not None,
         "suspect": state.suspect,
         "pid": state.engine.pid if state.engine is not None else None,
-        "restarts": state.supervisor.restarts,
+        "restarts": supervisor.restarts,
         "last_error": state.last_error or None,
+        "deaths": [
+            {"seconds_ago": round(now_s - death.at_s, 1), "error": death.why} for death in deaths[-MAX_LISTED_DEATHS:]
+        ],
+        "deaths_in_window": len(deaths),
+        "restart_in_s": None if next_start_s is None else round(max(0.0, next_start_s - now_s), 1),
         "drain": drain
         and {
             "since_s": round(now_s - drain.began_s, 1),

@@ -10,6 +10,7 @@ already; held outputs likewise. Times are those of the running event loop.
 """
 
 import asyncio
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ class SimulatedEngine:
         self._thawed = asyncio.Event()
         self._thawed.set()
         self._refused_connections = 0
+        self._deaf = False
+        self._says_it_listens = True
         self._refusals: deque[str] = deque()
         self._held_answers: dict[str, list[tuple[asyncio.Future[Any], Any]]] = {}
         self._held_outputs: list[SimulatedOutputs] | None = None
@@ -116,6 +119,13 @@ class SimulatedEngine:
         if self._refused_connections:
             self._refused_connections -= 1
             raise EngineError(f"no KV handshake with {peer.instance_id}", instance_id=self.instance_id)
+        if peer._deaf:  # noqa: SLF001 - another of our kind
+            self._peers.pop(peer.core.core_id, None)
+            raise EngineError(f"{peer.instance_id} does not answer", instance_id=self.instance_id)
+
+    async def listens(self) -> bool:
+        """See Engine.listens."""
+        return bool(await self._call("listens", lambda: not self._deaf))
 
     async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
         """See Engine.add."""
@@ -158,7 +168,8 @@ class SimulatedEngine:
         loaded: tuple[InstanceReport, EngineCounters] = await self._call(
             "report", lambda: self.core.report(self._now_s())
         )
-        return loaded
+        said, counters = loaded
+        return said, dataclasses.replace(counters, listens=self._says_it_listens)
 
     async def next_outputs(self) -> SimulatedOutputs:
         """See Engine.next_outputs."""
@@ -268,9 +279,18 @@ class SimulatedEngine:
         """Refuse the next reservation."""
         self._refusals.append(reason)
 
-    def refuse_connection(self) -> None:
-        """Let the next handshake fail."""
-        self._refused_connections += 1
+    def refuse_connection(self, n: int = 1) -> None:
+        """Let the next handshakes fail that this side begins."""
+        self._refused_connections += n
+
+    def turn_deaf(self) -> None:
+        """Let nobody shake hands with it any more."""
+        self._deaf = True
+
+    def close_side_channel(self) -> None:
+        """Nobody listens there any more, and it knows."""
+        self._deaf = True
+        self._says_it_listens = False
 
     def lose_pins(self) -> None:
         """Free what is pinned: pulls of it fail."""

@@ -13,7 +13,6 @@ left running is aborted first.
 import asyncio
 import contextlib
 import dataclasses
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
@@ -30,6 +29,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine, EngineRequest, Resume
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.connector.ticket import reservation_prefix
@@ -109,21 +109,20 @@ class AttachedClient(AsyncMPClient):
         Raises:
             TimeoutError: It does not come.
         """
-        end_s = time.monotonic() + CONNECT_TIMEOUT_S
+        return await within(CONNECT_TIMEOUT_S, self._first_answer())
+
+    async def _first_answer(self) -> dict[str, Any]:
         self.input_socket.setsockopt(
             zmq.ROUTER_MANDATORY, 1
         )  # until it has come, sending fails instead of going nowhere
         while True:
             try:
-                async with asyncio.timeout(max(0.0, end_s - time.monotonic())):
-                    hello: dict[str, Any] = await self.call_utility_async("cascade_hello")
+                hello: dict[str, Any] = await self.call_utility_async("cascade_hello")
                 break
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
                 self.utility_results.clear()  # nobody will answer
-                if time.monotonic() >= end_s:
-                    raise TimeoutError("the instance does not connect") from error
                 await asyncio.sleep(CONNECT_POLL_S)
         self.input_socket.setsockopt(zmq.ROUTER_MANDATORY, 0)  # a death is the owner's to tell, not the sender's
         return hello

@@ -31,6 +31,7 @@ from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
+from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import (
     Engine,
     EngineCounters,
@@ -40,6 +41,7 @@ from cascadeinfer.engines.protocol import (
     Resume,
     TokenDelta,
 )
+from cascadeinfer.engines.vllm.connector import side_channel
 from cascadeinfer.engines.vllm.connector.ticket import CUT, resume_params
 from cascadeinfer.engines.vllm.connector.words import TOKEN_VARIABLE, new_token, with_words
 from cascadeinfer.engines.vllm.ending import REAP_TIMEOUT_S, kill, let_go, shut_down
@@ -199,15 +201,28 @@ class VllmInstance:
         for peer in peers:
             assert isinstance(peer, VllmInstance)
             both_ways += [self._handshake(peer.hello), peer._handshake(self.hello)]  # noqa: SLF001
-        await asyncio.gather(*both_ways)
+        for outcome in await asyncio.gather(*both_ways, return_exceptions=True):  # none is left behind
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def _handshake(self, hello: dict[str, Any]) -> None:
-        deadline_s = time.monotonic() + HANDSHAKE_TIMEOUT_S
         address = (hello["engine_id"], hello["host"], hello["port"], hello["tp_size"])
-        while not await self._call("cascade_handshake", *address):
-            if time.monotonic() > deadline_s:
-                raise EngineError(f"no KV handshake with {hello['engine_id']}", instance_id=self.instance_id)
-            await asyncio.sleep(HANDSHAKE_POLL_S)
+
+        async def done() -> None:
+            while not await self._call("cascade_handshake", *address):  # noqa: ASYNC110 - it happens in another process
+                await asyncio.sleep(HANDSHAKE_POLL_S)
+
+        try:
+            await within(HANDSHAKE_TIMEOUT_S, done())
+        except TimeoutError:
+            raise EngineError(f"no KV handshake with {hello['engine_id']}", instance_id=self.instance_id) from None
+
+    async def listens(self) -> bool:
+        """See Engine.listens; the side channel answers without the engine's help, so one in a long step answers too."""
+        address = self.hello["host"], self.hello["port"]
+        if await side_channel.answers(*address):
+            return True
+        return bool(await self._call("cascade_listens")) and await side_channel.answers(*address)
 
     async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
         """Send the request; a resumed one with all its tokens and where its KV cache is."""
@@ -285,6 +300,7 @@ class VllmInstance:
             pinned=len(load["pinned"]),
             failed_pulls=load["failed_pulls"],
             held_blocks=load["held_blocks"],
+            listens=load["listens"],
         )
         return report, counters
 

@@ -16,6 +16,7 @@ from typing import Any, assert_never
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import LayoutAnnounced
 from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.channel import Channel
@@ -140,6 +141,7 @@ class Follower:
         """Instances that are new here are attached in the background; those that drain, or are gone, are emptied and left."""
         if self._runtime is None or self._fleet_news is None:
             return
+        self._runtime.fleet.pairs.foreign = frozenset(self._fleet_news.broken_pairs)
         states = self._runtime.fleet.states
         news_of = {news.instance_id: news for news in self._fleet_news.instances}
         for instance_id, news in news_of.items():
@@ -184,8 +186,7 @@ class Follower:
         waiting = self._answers[question.number] = asyncio.get_running_loop().create_future()
         self._channel.send(question)
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                answer = await waiting
+            answer = await within(ANSWER_TIMEOUT_S, waiting)
         finally:
             self._answers.pop(question.number, None)
         if answer.unknown is not None:

@@ -31,9 +31,10 @@ class InstanceNews(msgspec.Struct, frozen=True):
 
 
 class FleetNews(msgspec.Struct, frozen=True, tag=True):
-    """All instances that there are, once those of the start are up."""
+    """All instances that there are, once those of the start are up, and the pairs of them that are not connected."""
 
     instances: list[InstanceNews]
+    broken_pairs: tuple[tuple[InstanceId, ...], ...] = ()
 
 
 class LayoutNews(msgspec.Struct, frozen=True, tag=True):

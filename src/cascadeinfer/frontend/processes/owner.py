@@ -20,7 +20,9 @@ from prometheus_client import multiprocess
 
 from cascadeinfer.core.errors import EngineError, ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import SeenEnd, SeenLive, WorkloadSeen
+from cascadeinfer.core.silence import Silence
 from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.vllm.attached import attachments_of
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.instance import VllmInstance
@@ -60,6 +62,7 @@ class FollowerState:
     Attributes:
         index: Its number among the processes, from 1; also its client index at the instances.
         summary: Its last one; None until the first, which it sends when it serves.
+        silence: Since its last summary.
         said: The last news sent to it.
     """
 
@@ -67,7 +70,7 @@ class FollowerState:
     process: BaseProcess | None = None
     channel: Channel[FromFollower] | None = None
     summary: Summary | None = None
-    heard_s: float = 0.0
+    silence: Silence = field(default_factory=lambda: Silence(HANG_S))
     restarts: int = 0
     said: dict[type, Any] = field(default_factory=dict)
 
@@ -99,6 +102,7 @@ class FrontEnds:
         self._attachments: dict[InstanceId, tuple[VllmInstance, list[Attachment]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._instances_started = False
+        self._slept_s = 0.0
         self._stopping = False
 
     def start(self) -> None:
@@ -125,8 +129,8 @@ class FrontEnds:
             if follower.summary is None and follower.process is not None:
                 follower.process.kill()  # it does not serve yet, and may not listen before it has imported everything
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s + EXIT_TIMEOUT_S):
-                await asyncio.gather(*(_exit_of(f.process) for f in self._followers if f.process is not None))
+            exits = [_exit_of(f.process) for f in self._followers if f.process is not None]
+            await within(timeout_s + EXIT_TIMEOUT_S, asyncio.gather(*exits))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -223,7 +227,7 @@ class FrontEnds:
             match message:
                 case Summary():
                     follower.summary = message
-                    follower.heard_s = time.monotonic()
+                    follower.silence.heard()
                     self._runtime.emit(
                         WorkloadSeen(
                             f"process:{follower.index}",
@@ -261,8 +265,7 @@ class FrontEnds:
         for engine in self._runtime.live_engines():
             assert isinstance(engine, VllmInstance)
             try:
-                async with asyncio.timeout(FORGET_TIMEOUT_S):
-                    n_left = await engine.forget_client(index)
+                n_left = await within(FORGET_TIMEOUT_S, engine.forget_client(index))
             except (EngineError, TimeoutError) as error:  # it dies, or is found hung
                 logger.warning("instance %s does not forget process %s: %s", engine.instance_id, index, error)
             else:
@@ -272,7 +275,9 @@ class FrontEnds:
 
     async def _tell_news(self) -> None:
         while True:
+            looked_s = time.monotonic()
             await asyncio.sleep(LOOK_S)
+            self._slept_s = time.monotonic() - looked_s
             try:
                 self._let_go_of_the_dead()
                 for follower in self._followers:
@@ -283,7 +288,9 @@ class FrontEnds:
 
     def _tell_news_to(self, follower: FollowerState) -> None:
         self._look_after(follower)
-        self._say(follower, FleetNews([self._news_of(state, follower.index) for state in self._runtime.fleet]))
+        instances = [self._news_of(state, follower.index) for state in self._runtime.fleet]
+        broken_pairs = tuple([pair.instance_ids for pair in self._runtime.fleet.pairs.broken()])
+        self._say(follower, FleetNews(instances, broken_pairs))
         if (layout := self._runtime.fleet.layout) is not None:
             self._say(follower, LayoutNews.of(layout))
 
@@ -296,7 +303,8 @@ class FrontEnds:
         """One that hangs keeps its clients waiting, its requests running and its place on the listening socket."""
         if follower.summary is None or follower.process is None:
             return
-        if time.monotonic() - follower.heard_s > HANG_S:
+        follower.silence.looked(LOOK_S, self._slept_s)
+        if follower.silence.is_over:
             logger.error("front-end process %s says nothing for %g s: it is killed", follower.index, HANG_S)
             follower.summary = None
             follower.process.kill()

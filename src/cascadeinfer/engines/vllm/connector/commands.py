@@ -65,6 +65,11 @@ def cascade_handshake(core: EngineCore, engine_id: str, host: str, port: int, tp
     return all(done)
 
 
+def cascade_listens(core: EngineCore) -> bool:
+    """Whether the side channel is open; it is opened again if it is not."""
+    return _side(core).side_channel.listens()
+
+
 def cascade_limit_migrations(core: EngineCore, max_migrations: int | None) -> None:
     """From now on at most so many at once, whoever starts them."""
     _side(core).max_migrations = max_migrations
@@ -157,6 +162,7 @@ def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
         "pulls": side.pulls,
         "pulled_tokens": side.pulled_tokens,
         "failed_pulls": side.failed_pulls,
+        "listens": side.side_channel.listens() if client_index == 0 else True,
     }
 
 
@@ -164,6 +170,7 @@ COMMANDS = (
     cascade_hello,
     cascade_identity,
     cascade_handshake,
+    cascade_listens,
     cascade_limit_migrations,
     cascade_cut,
     cascade_undo_cut,

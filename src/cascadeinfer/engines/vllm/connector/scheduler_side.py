@@ -18,6 +18,7 @@ Everything here runs in the EngineCore's thread, between or inside steps; there 
 
 import logging
 import socket
+import threading
 from dataclasses import dataclass
 
 from vllm.config import VllmConfig
@@ -35,6 +36,7 @@ from vllm.v1.request import Request, RequestStatus
 from cascadeinfer.engines.vllm.connector.failures import Failures
 from cascadeinfer.engines.vllm.connector.grammar_replay import replay_grammar
 from cascadeinfer.engines.vllm.connector.reservations import Reservations
+from cascadeinfer.engines.vllm.connector.side_channel import SideChannel
 from cascadeinfer.engines.vllm.connector.step_timer import StepTimer
 from cascadeinfer.engines.vllm.connector.ticket import (
     CUT,
@@ -65,6 +67,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
 
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
         """See NixlPullConnectorScheduler."""
+        self.side_channel = SideChannel()
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self._is_v1_runner = not vllm_config.use_v2_model_runner
@@ -117,6 +120,17 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
             holder.bind((self.side_channel_host, 0))
             self.side_channel_port = holder.getsockname()[1]
             super().set_xfer_handshake_metadata(metadata)  # returns when ZMQ has bound
+
+    def _nixl_handshake_listener(
+        self,
+        encoded_data: dict[tuple[int, int], bytes],
+        ready: threading.Event,
+        stop: threading.Event,
+        host: str,
+        port: int,
+    ) -> None:
+        """In vLLM's thread: ours survives messages that are none."""
+        self.side_channel.listen(encoded_data, ready, stop, host, port)
 
     # --- commands (between steps) ------------------------------------------------------------------------------------
 
