@@ -35,6 +35,7 @@ from cascadeinfer.frontend.contents.bodies import Bodies
 from cascadeinfer.frontend.contents.limits import ContentLimits
 from cascadeinfer.frontend.door.settings import DoorSettings, without_keys
 from cascadeinfer.frontend.engine_client import CascadeLLM
+from cascadeinfer.frontend.refusal_log import log_refusals_in_one_line
 from cascadeinfer.frontend.refusals import Refusals
 from cascadeinfer.frontend.stop_signals import StopSignals
 from cascadeinfer.runtime.shell import Runtime
@@ -158,6 +159,7 @@ async def serve(
         _show_metrics_of_all(app, runtime)
     # Around the whole app: vLLM has built its stack of middleware already.
     llm.content_limits = rules.contents
+    log_refusals_in_one_line()
     inner = Bodies(Refusals(app), rules.contents)
     config = _uvicorn_config(rules.door.around(inner, args), args, drain_timeout_s, rules.door.protocol(args))
     server = NoSignalServer(config, shared and shared.loads)
