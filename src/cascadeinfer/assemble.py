@@ -134,6 +134,7 @@ def make_runtime(
         migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
         source=source,
         observer=event_log,
+        poison_deaths=options.poison_deaths,
     )
 
 
@@ -342,6 +343,7 @@ async def _follow(
             ),
             migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
             observer=event_log,
+            poison_deaths=options.poison_deaths,
         )
         log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
         async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:

@@ -31,6 +31,7 @@ N_TOKENS = 120
 LONG = 400
 """So far beyond the edge that the server looks at it again before its end, on a busy machine as well."""
 FOREVER = {"ignore_eos": True}
+BEARER = {"Authorization": f"Bearer {API_KEY}"}
 TOOL: Any = {
     "type": "function",
     "function": {
@@ -56,13 +57,21 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         server.stop()
 
 
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test no request lives in the server, and no instance holds anything."""
+    yield
+    if "server" in request.fixturenames:
+        server: ServerProcess = request.getfixturevalue("server")
+        if server.process.poll() is None:
+            server.poll(server.idle, "idle")
+
+
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    """The official client, with the key; afterwards nothing is held in the server."""
+    """The official client, with the key."""
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0, timeout=120) as client:
         yield client
-    if server.process.poll() is None:
-        server.poll(server.idle, "idle")
 
 
 def complete(client: openai.OpenAI, prompt: str = SHORT, n_tokens: int = N_TOKENS, **options: Any) -> Any:
@@ -435,6 +444,25 @@ def test_malformed_request(server: ServerProcess, body: Any) -> None:
 def test_unknown_route(server: ServerProcess) -> None:
     """A route that is not there is a 404."""
     assert server.get("/v1/nothing").status_code == 404
+
+
+def test_requests_that_end_before_their_first_token(server: ServerProcess) -> None:
+    """Abandoned before they are placed or have a token, refused by vLLM, among siblings: none lives on (see `nothing_left`)."""
+    abandoned = {**COMPLETION, "prompt": [300] * 200, "max_tokens": 400, **FOREVER}
+    for body in (abandoned, {**abandoned, "n": 3}, {**abandoned, "stream": True}):
+        for _ in range(20):
+            with contextlib.suppress(httpx.TimeoutException):
+                httpx.post(server.url + "/v1/completions", json=body, headers=BEARER, timeout=0.02)
+    for wrong in (
+        {"prompt": [5] * 5000},
+        {"max_tokens": -1},
+        {"prompt": [10**9]},
+        {"logit_bias": {"9999999": 1}},
+        {"structured_outputs": {"regex": "("}},
+        {"n": 3, "structured_outputs": {"json": {"type": "nothing"}}},
+    ):
+        for _ in range(20):
+            assert server.post("/v1/completions", {**COMPLETION, **wrong}).status_code == 400
 
 
 def test_client_disconnects(client: openai.OpenAI, server: ServerProcess) -> None:

@@ -38,6 +38,7 @@ MIGRATION = MigrationTimes(ask_s=2.0, cut_s=5.0, resume_s=7.0)
 GRACE_S = 0.5
 """Within this everything must be free once the last request has ended: far below lease and reservation life."""
 PATIENCE_S = 600.0
+MANY_DEATHS = 1_000_000
 WATCH_S = 0.02
 DEFECTS = ("internal error", "a command", "a migration command")
 """How log records of our own bugs begin."""
@@ -131,6 +132,7 @@ class Cluster:
         start_error: Callable[[str, int], str | None] = lambda _id, _n: None,
         max_instances: int = 8,
         observer: Observer | None = None,
+        poison_deaths: int = MANY_DEATHS,
     ) -> None:
         """
         Args:
@@ -143,6 +145,7 @@ class Cluster:
             start_error: Why an instance's n-th start fails, or None.
             max_instances: How many there is a place for.
             observer: Sees events and effects.
+            poison_deaths: So many name a request that kills; in most tests it is the test that does.
         """
         self.policy = policy or ScriptedPolicy()
         self.registry = CollectorRegistry()
@@ -167,6 +170,7 @@ class Cluster:
             migration=migration,
             source=self,
             observer=observer,
+            poison_deaths=poison_deaths,
             clock=lambda: asyncio.get_running_loop().time(),
         )
         happen = self.runtime._migrator.happen

@@ -60,6 +60,9 @@ class ServeOptions:
     hang_timeout_s: float = _option(
         60.0, "An instance silent for this long is killed and restarted; above its longest step.", low=1.0, high=3600.0
     )
+    poison_deaths: int = _option(
+        2, "Deaths of instances under one request after which it is ended with HTTP 500.", low=2, high=1_000_000
+    )
     drain_timeout_s: float = _option(
         600.0,
         "Seconds that running requests may take to finish after SIGTERM, or to leave an instance that is drained.",

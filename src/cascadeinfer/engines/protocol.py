@@ -166,6 +166,10 @@ class Engine(Protocol):
         """Whether this final output means that the engine gave the request up (it is being shut down), unasked."""
         ...
 
+    def has_failed(self, delta: TokenDelta) -> bool:
+        """Whether this final output says that the engine failed at the request."""
+        ...
+
     def failure_of(self, request_id: RequestId) -> StepOutputs:
         """Outputs that end this request with an error, for the front end. Asks nothing of the instance, which may be dead."""
         ...

@@ -121,9 +121,21 @@ class CascadeEngineClient(EngineCoreClient):
         return outputs
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Hand a request to the runtime."""
-        if (fault := _fault_in(request)) is not None:
+        """
+        Hand a request to the runtime. Whatever is raised, nothing of it stays in the books, vLLM's or ours.
+
+        Some requests vLLM submits only to abort them, for a connector to clean up after a client's transfer: here is nothing of a client's.
+        """
+        if request.abort_immediately:
+            return
+        try:
+            await self._submit(request)
+        except BaseException:
             self.forget(request.request_id)
+            raise
+
+    async def _submit(self, request: EngineCoreRequest) -> None:
+        if (fault := _fault_in(request)) is not None:
             raise GracefulHTTPError(fault, HTTPStatus.BAD_REQUEST)
         sampling = request.sampling_params
         try:
@@ -139,10 +151,8 @@ class CascadeEngineClient(EngineCoreClient):
                 )
             )
         except RequestRejectedError as rejected:
-            self.forget(request.request_id)
             raise OverloadedError(rejected) from rejected
         except PolicyError as failed:
-            self.forget(request.request_id)
             raise GracefulHTTPError(str(failed), HTTPStatus.INTERNAL_SERVER_ERROR) from failed
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
@@ -227,9 +237,16 @@ class CascadeLLM(AsyncLLM):
 
     def refuse_late(self, request_id: RequestId, rejected: RequestRejectedError) -> None:
         """A request that waits for its first token is refused: its client gets the HTTP 429 that it would have got at once."""
+        self._end_with(request_id, OverloadedError(rejected))
+
+    def fail(self, request_id: RequestId, sentence: str) -> None:
+        """A request cannot go on: its client gets HTTP 500, or its stream an error, with this sentence."""
+        self._end_with(request_id, GracefulHTTPError(sentence, HTTPStatus.INTERNAL_SERVER_ERROR))
+
+    def _end_with(self, request_id: RequestId, error: GracefulHTTPError) -> None:
         state = self.output_processor.request_states.get(request_id)
         if state is not None and state.queue is not None:
-            state.queue.put(OverloadedError(rejected))
+            state.queue.put(error)
         self.forget_request(request_id)
 
 
@@ -265,6 +282,7 @@ def make_llm(runtime: Runtime, vllm_config: VllmConfig, *, log_stats: bool, log_
     llm.runtime = runtime
     client.forget = llm.forget_request
     runtime.on_late_refusal = llm.refuse_late
+    runtime.on_failure = llm.fail
     if llm.logger_manager is not None:
         runtime.fleet.watchers.append(StatsFollower(llm.logger_manager, vllm_config, client.instances()))
     return llm

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -19,11 +20,16 @@ class Commands:
         self._what = what
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def send(self, command: Coroutine[Any, Any, None]) -> None:
-        """Carry out a command, in order with those before it."""
+    def send(self, command: Coroutine[Any, Any, None], failed: Callable[[], None] | None = None) -> None:
+        """
+        Carry out a command, in order with those before it.
+
+        Args:
+            failed: Called when it raises, after that is in the log.
+        """
         task = asyncio.get_running_loop().create_task(command)
         self._tasks.add(task)
-        task.add_done_callback(self._done)
+        task.add_done_callback(partial(self._done, failed=failed))
 
     async def stop(self) -> None:
         """Cancel what is under way."""
@@ -32,7 +38,9 @@ class Commands:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _done(self, task: asyncio.Task[None], failed: Callable[[], None] | None) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("%s failed", self._what, exc_info=error)
+            if failed is not None:
+                failed()

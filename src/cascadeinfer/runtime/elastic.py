@@ -173,7 +173,7 @@ class Elasticity:
             error = f"time-out after {timeout_s:g} s: {left} requests were computed anew elsewhere"
             logger.warning("instance %s: drain %s", state.instance_id, error)
         if state.engine is not None:
-            self._listener.instance_down(state.instance_id, how)
+            self._listener.instance_down(state.instance_id, how, planned=True)
         elif was_up:
             how, error = "died while it drained", state.last_error
         try:

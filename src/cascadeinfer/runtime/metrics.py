@@ -8,7 +8,7 @@ the instance as their label `engine` (its number, the same as our label `instanc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -90,6 +90,11 @@ class RuntimeMetrics(Collector):
             ["exact"],
             registry=registry,
         )
+        self._count_trouble(registry)
+        registry.register(self)
+
+    def _count_trouble(self, registry: CollectorRegistry) -> None:
+        """What an operator wants to be woken for."""
         self.suspicions = Counter(
             "cascadeinfer_suspicions",
             "Times that an instance's report was overdue, so that nothing new went there while another answered.",
@@ -99,6 +104,17 @@ class RuntimeMetrics(Collector):
             "cascadeinfer_withdrawn_requests",
             "Requests that waited at an instance whose report was overdue and went elsewhere.",
             registry=registry,
+        )
+        self.poison_requests = Counter(
+            "cascadeinfer_poison_requests",
+            "Requests that were ended because instances died under them.",
+            registry=registry,
+        )
+        self.suspected_requests = Gauge(
+            "cascadeinfer_suspected_requests",
+            "Requests under which an instance has died and that have no token since.",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self.policy_failures = Counter(
             "cascadeinfer_policy_failures",
@@ -111,7 +127,6 @@ class RuntimeMetrics(Collector):
             "Plans that a fault prevented: the stages stayed as they were; see the server's log.",
             registry=registry,
         )
-        registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
         """Gauges per instance and per stage, read now."""
@@ -179,6 +194,6 @@ class RuntimeMetrics(Collector):
         """Unregister everything, so that another runtime of this process can register."""
         for collector in (
             self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered, self.policy_failures,
-            self.plan_failures, self.suspicions, self.withdrawn,
+            self.plan_failures, self.suspicions, self.withdrawn, self.poison_requests, self.suspected_requests,
         ):  # fmt: skip
             self._registry.unregister(collector)

@@ -8,6 +8,7 @@ its own; its answer is one more happening, ignored when the migration is over by
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from cascadeinfer.core.effects import StartMigration
@@ -93,6 +94,7 @@ class Migrator:
         streams: StreamTable,
         on_ended: Callable[[MigrationRecord, MigrationOutcome], None],
         times: MigrationTimes,
+        add_failed: Callable[[Stream, str], None],
     ) -> None:
         """
         Args:
@@ -100,7 +102,9 @@ class Migrator:
             streams: The live requests; the migrator moves their attempts.
             on_ended: Called once per migration, when it is over.
             times: Time limits per step.
+            add_failed: Called with a request, and the id of its attempt, that could not be sent to an engine.
         """
+        self._add_failed = add_failed
         self._engines = engines
         self._streams = streams
         self._on_ended = on_ended
@@ -238,7 +242,8 @@ class Migrator:
             ticket,
             record.migration.migration_id if ticket is not None else None,
         )
-        self._commands.send(engine.add(engine_request_id, record.stream.request, resume))
+        failed = partial(self._add_failed, record.stream, engine_request_id)
+        self._commands.send(engine.add(engine_request_id, record.stream.request, resume), failed)
 
     def _abort(self, record: MigrationRecord, action: Action) -> None:
         stream = record.stream

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import assert_never
 
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
@@ -11,6 +12,7 @@ from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import Resume
 from cascadeinfer.runtime.commands import Commands
 from cascadeinfer.runtime.fleet import Fleet
+from cascadeinfer.runtime.isolation import Isolation
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationRecord, MigrationTimes, Migrator
 from cascadeinfer.runtime.streams import Stream, StreamTable
@@ -36,6 +38,8 @@ class Performer:
         metrics: RuntimeMetrics,
         emit: Callable[[Event], None],
         refuse_late: Callable[[Reject], None],
+        fail: Callable[[Stream], None],
+        isolation: Isolation,
         times: MigrationTimes,
     ) -> None:
         """
@@ -45,6 +49,8 @@ class Performer:
             metrics: Where ended migrations are counted.
             emit: Takes the events in which effects end.
             refuse_late: Ends a request that the policy refuses after it has taken it.
+            fail: Ends a request that cannot be sent to an engine.
+            isolation: Keeps suspected requests apart.
             times: Time limits for migrations.
         """
         self._fleet = fleet
@@ -52,8 +58,11 @@ class Performer:
         self._metrics = metrics
         self._emit = emit
         self._refuse_late = refuse_late
+        self._fail = fail
+        self._isolation = isolation
+        isolation.send = self._send
         self._commands = Commands("a command to an instance")
-        self.migrator = Migrator(fleet, streams, self._migration_ended, times)
+        self.migrator = Migrator(fleet, streams, self._migration_ended, times, self._add_failed)
         self.migration_counts: dict[str, int] = {}
         self.arriving: set[RequestId] = set()
         self.rejected: dict[RequestId, Reject] = {}
@@ -101,11 +110,27 @@ class Performer:
         stream = self._streams.get(effect.request_id)
         if stream is None:
             return  # its client left while it waited
+        self._streams.place(stream, effect.instance_id)
+        if self._isolation.may_enter(stream):
+            self._send(stream)
+
+    def _send(self, stream: Stream) -> None:
+        """Send a request to the instance where it is placed."""
+        assert stream.instance_id is not None
+        assert stream.engine_request_id is not None
+        engine = self._fleet.engine(stream.instance_id)
+        if engine is None:
+            return  # its loss is an event on the way, and the request an orphan
+        engine_request_id = stream.engine_request_id
         resume = Resume(list(stream.output_token_ids)) if stream.output_token_ids else None
-        engine_request_id = self._streams.place(stream, effect.instance_id)
-        engine = self._fleet.engine(effect.instance_id)
-        if engine is not None:  # else its loss is an event on the way, and the request an orphan
-            self._commands.send(engine.add(engine_request_id, stream.request, resume))
+        self._commands.send(
+            engine.add(engine_request_id, stream.request, resume), partial(self._add_failed, stream, engine_request_id)
+        )
+
+    def _add_failed(self, stream: Stream, engine_request_id: str) -> None:
+        """A request could not be sent, which is no death of the engine: nobody would ever hear of it again."""
+        if stream.engine_request_id == engine_request_id:
+            self._fail(stream)
 
     def _start_migration(self, effect: StartMigration) -> None:
         stream = self._streams.get(effect.request_id)
@@ -113,6 +138,9 @@ class Performer:
             # The request ended or was moved by a death since the policy's last look: the migration ends before it began.
             outcome = MigrationOutcome.ENDED if stream is None else MigrationOutcome.STAYED
             self._end_migration(effect, outcome, "stale")
+            return
+        if self._isolation.keeps(stream):
+            self._end_migration(effect, MigrationOutcome.STAYED, "suspected")
             return
         self.migrator.start(effect, stream)
 

@@ -26,12 +26,14 @@ from cascadeinfer.core.events import (
 )
 from cascadeinfer.core.migration import Happening
 from cascadeinfer.core.policy import Policy
+from cascadeinfer.core.quarantine import DEATHS
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 from cascadeinfer.engines.patience import Alarm
 from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, EngineSource, StepOutputs
 from cascadeinfer.runtime.driver import Observer, PolicyDriver
 from cascadeinfer.runtime.elastic import Elasticity
 from cascadeinfer.runtime.fleet import Fleet
+from cascadeinfer.runtime.isolation import SENTENCE, Isolation
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.perform import Performer
@@ -58,6 +60,7 @@ class Runtime:
         migration: MigrationTimes | None = None,
         source: EngineSource | None = None,
         observer: Observer | None = None,
+        poison_deaths: int = DEATHS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -69,6 +72,7 @@ class Runtime:
             migration: Time limits for migrations.
             source: Makes engines of instances that are added later; None: none can be.
             observer: Sees every event with its effects: the event log.
+            poison_deaths: Of instances under a request, after which it is ended.
             clock: The time in seconds (not the loop's own: uvloop's counts whole milliseconds).
         """
         self._clock = clock
@@ -76,8 +80,16 @@ class Runtime:
         self.seen = Seen()
         self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes())
         self.metrics = make_metrics(self.fleet.gauges)
+        self._isolation = Isolation(self._streams, self.metrics, clock, poison_deaths)
         self._performer = Performer(
-            self.fleet, self._streams, self.metrics, self.emit, self._refuse_late, migration or MigrationTimes()
+            self.fleet,
+            self._streams,
+            self.metrics,
+            self.emit,
+            self._refuse_late,
+            self._fail,
+            self._isolation,
+            migration or MigrationTimes(),
         )
         self._migrator = self._performer.migrator
         self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self.emit, clock, source)
@@ -90,6 +102,8 @@ class Runtime:
         self._grace_timers: list[Alarm] = []
         #: Told of a request that is refused after `submit` has returned and before its first token; None: it ends with an error.
         self.on_late_refusal: Callable[[RequestId, RequestRejectedError], None] | None = None
+        #: Told of a request that cannot go on, with a sentence for its client; None: it ends with an error without one.
+        self.on_failure: Callable[[RequestId, str], None] | None = None
 
     # --- for the front end -------------------------------------------------------------------------------------------
 
@@ -154,16 +168,18 @@ class Runtime:
 
     def snapshot(self) -> dict[str, Any]:
         """What `/admin/instances` shows."""
-        return snapshot(
+        now_s = self._clock()
+        shown = snapshot(
             self.fleet,
             self.fleet.departed,
             self.fleet.layout,
             self._streams,
             len(self._migrator),
             self._performer.migration_counts,
-            self._clock(),
+            now_s,
             self.fleet.pairs.broken(),
         )
+        return {**shown, **self._isolation.shown(now_s)}
 
     def tally(self) -> dict[str, Any]:
         """The numbers in the snapshot that add up over several processes."""
@@ -202,9 +218,7 @@ class Runtime:
         """Connect it to all that are up, then let the policy use it."""
         await self.fleet.join(engine, capacity)
         if self._streams.on_instance(engine.instance_id):
-            self.announce_loss(
-                engine.instance_id
-            )  # the policy, which failed at its loss, has sent requests to the dead
+            self.announce_loss(engine.instance_id)  # the policy, which failed at its loss, sent requests to the dead
         self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, capacity))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
@@ -252,8 +266,8 @@ class Runtime:
             return  # it is being connected
         state.report, state.counters = report, counters
         self.elastic.look(state)
-        running = self._known(report.running_ids, report.running_tokens)
-        waiting = self._known(report.waiting_ids, report.waiting_tokens)
+        running = self._streams.known(report.running_ids, report.running_tokens)
+        waiting = self._streams.known(report.waiting_ids, report.waiting_tokens)
         self.emit(
             InstanceReported(
                 f"report:{engine.instance_id}:{counters.steps}",
@@ -274,10 +288,12 @@ class Runtime:
         """Tell the policy."""
         self._suspects.trusted(engine)
 
-    def instance_down(self, instance_id: InstanceId, why: str) -> None:
+    def instance_down(self, instance_id: InstanceId, why: str, *, planned: bool = False) -> None:
         """Its requests are orphans; the policy places them anew and they go on from prompt and output so far."""
         self.elastic.look(self.fleet.went_down(instance_id, why))
         self._migrator.instance_lost(instance_id)
+        if not planned and (culprit := self._isolation.instance_died(instance_id)) is not None:
+            self._end(culprit, "poison", SENTENCE)
         self.announce_loss(instance_id)
 
     # --- the steps behind them ---------------------------------------------------------------------------------------
@@ -318,6 +334,20 @@ class Runtime:
         self._outputs.put_nowait(engine.failure_of(stream.request.request_id))
         self._finish(stream, outcome)
 
+    def _end(self, stream: Stream, outcome: str, sentence: str) -> None:
+        """A request cannot go on; `outcome` is a metric label, the sentence is for its client."""
+        if self.on_failure is None:
+            self.end_with_error(stream, outcome)
+            return
+        self._finish(stream, outcome)
+        self.on_failure(stream.request.request_id, sentence)
+
+    def _fail(self, stream: Stream) -> None:
+        """A request could not be sent to its engine."""
+        if stream.migration is not None:
+            self._migrator.happen(stream.migration.migration_id, Happening.REQUEST_ENDED)
+        self._end(stream, "failed", "the request could not be sent to an instance; the server's log says why")
+
     def _refuse_late(self, reject: Reject) -> None:
         """The policy refuses a request that it had taken; nothing to do when its client has left."""
         stream = self._streams.get(reject.request_id)
@@ -346,6 +376,7 @@ class Runtime:
             self._migrator.token_came(stream, now_s)
         if delta.new_token_ids:
             stream.last_token_s = now_s
+            self._isolation.token_came(stream)
         if delta.finish_reason is None:
             return
         ticket = engine.ticket_of(delta)
@@ -357,7 +388,7 @@ class Runtime:
             return
         if stream.migration is not None:
             self._migrator.happen(stream.migration.migration_id, Happening.REQUEST_ENDED)
-        self._finish(stream, "finished")
+        self._finish(stream, "failed" if engine.has_failed(delta) else "finished")
 
     def _finish(self, stream: Stream, outcome: str) -> None:
         self._streams.close(stream)
@@ -366,11 +397,3 @@ class Runtime:
         n_output = len(stream.output_token_ids)
         self.seen.note_end(len(stream.request.prompt_token_ids), n_output, stream.arrived_s)
         self.emit(RequestFinished(request_id, request_id, n_output))
-
-    def _known(self, ids: tuple[str, ...], lengths: tuple[int, ...]) -> dict[RequestId, int]:
-        known = {}
-        for engine_request_id, tokens in zip(ids, lengths, strict=True):
-            stream = self._streams.of_attempt(engine_request_id)
-            if stream is not None:
-                known[stream.request.request_id] = tokens
-        return known

@@ -85,6 +85,9 @@ class StreamTable:
         """Start empty."""
         self._streams: dict[RequestId, Stream] = {}
         self._by_attempt: dict[str, Stream] = {}
+        #: Told of each request that leaves its place, and of each that is over.
+        self.on_displaced: Callable[[Stream], None] = lambda _: None
+        self.on_closed: Callable[[Stream], None] = lambda _: None
         #: The request whose current attempt has this id; None for words of an old attempt.
         self.of_attempt: Callable[[str], Stream | None] = self._by_attempt.get
 
@@ -103,6 +106,11 @@ class StreamTable:
     def on_instance(self, instance_id: InstanceId) -> list[Stream]:
         """Requests whose current attempt runs there."""
         return [stream for stream in self._streams.values() if stream.instance_id == instance_id]
+
+    def known(self, engine_request_ids: tuple[str, ...], tokens: tuple[int, ...]) -> dict[RequestId, int]:
+        """Of requests that an engine has reported, those whose current attempt it is, by their own ids."""
+        streams = zip(map(self.of_attempt, engine_request_ids), tokens, strict=True)
+        return {stream.request.request_id: n for stream, n in streams if stream is not None}
 
     def open(self, request: EngineRequest, now_s: float) -> Stream:
         """A new request arrives. Its id must not be live."""
@@ -125,12 +133,15 @@ class StreamTable:
 
     def displace(self, stream: Stream) -> None:
         """End the current attempt, if any: nothing it still says is heard."""
-        if stream.engine_request_id is not None:
-            del self._by_attempt[stream.engine_request_id]
+        if stream.engine_request_id is None:
+            return
+        del self._by_attempt[stream.engine_request_id]
         stream.instance_id = None
         stream.engine_request_id = None
+        self.on_displaced(stream)
 
     def close(self, stream: Stream) -> None:
         """The request is over."""
         self.displace(stream)
         del self._streams[stream.request.request_id]
+        self.on_closed(stream)

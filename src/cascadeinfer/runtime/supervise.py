@@ -73,8 +73,8 @@ class Listener(Protocol):
         """It answers in time again."""
         ...
 
-    def instance_down(self, instance_id: InstanceId, why: str) -> None:
-        """It is gone."""
+    def instance_down(self, instance_id: InstanceId, why: str, *, planned: bool = False) -> None:
+        """It is gone; `planned`: because somebody wanted it so."""
         ...
 
 

@@ -189,6 +189,10 @@ class SimulatedEngine:
         """See Engine.has_dropped."""
         return bool(delta.finish_reason == "abort")
 
+    def has_failed(self, delta: TokenDelta) -> bool:
+        """See Engine.has_failed."""
+        return bool(delta.finish_reason == "error")
+
     def failure_of(self, request_id: RequestId) -> SimulatedOutputs:
         """See Engine.failure_of."""
         return SimulatedOutputs([SimulatedDelta(request_id, [], "error")])

@@ -324,6 +324,10 @@ class VllmInstance:
         """See Engine.has_dropped: an EngineCore that gets SIGTERM aborts its requests before it ends."""
         return bool(delta.finish_reason == FinishReason.ABORT)
 
+    def has_failed(self, delta: TokenDelta) -> bool:
+        """See Engine.has_failed."""
+        return bool(delta.finish_reason == FinishReason.ERROR)
+
     def failure_of(self, request_id: RequestId) -> EngineCoreOutputs:
         """See Engine.failure_of; vLLM answers it with HTTP 500."""
         return EngineCoreOutputs(

@@ -1,0 +1,119 @@
+"""
+Keeps requests apart under which instances have died (`core/quarantine.py`), and ends those that did it.
+
+Isolation holds in one front-end process: each has its own requests, and suspected ones of two processes can meet on an instance. If it dies, both
+processes end theirs.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from cascadeinfer.core.quarantine import Quarantine
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.runtime.metrics import RuntimeMetrics
+from cascadeinfer.runtime.streams import Stream, StreamTable
+
+logger = logging.getLogger(__name__)
+
+POISON_REMEMBERED: Final = 32
+SENTENCE: Final = "poison_request: the instances that ran this request died under it; it is not tried again"
+"""What its client is told, with HTTP 500."""
+
+
+class Isolation:
+    """
+    See the module header.
+
+    Attributes:
+        send: Sends a request that was held back to the instance where it is placed.
+    """
+
+    def __init__(self, streams: StreamTable, metrics: RuntimeMetrics, clock: Callable[[], float], deaths: int) -> None:
+        """
+        Args:
+            deaths: Of instances under a request, after which it is ended.
+            streams: The live requests; it says here when one leaves its place.
+            metrics: Where poison is counted.
+            clock: The time in seconds.
+        """
+        self._streams = streams
+        self._metrics = metrics
+        self._clock = clock
+        self._quarantine = Quarantine(deaths)
+        self._poison: deque[dict[str, Any]] = deque(maxlen=POISON_REMEMBERED)
+        self.send: Callable[[Stream], None] = lambda _: None
+        streams.on_displaced = self._displaced
+        streams.on_closed = self._closed
+
+    def may_enter(self, stream: Stream) -> bool:
+        """Whether a request that was just placed may be sent; else it is sent later."""
+        assert stream.instance_id is not None
+        may = self._quarantine.may_enter(stream.request.request_id, stream.instance_id)
+        self._count()
+        return may
+
+    def keeps(self, stream: Stream) -> bool:
+        """Whether a request must stay where it is."""
+        return self._quarantine.is_suspected(stream.request.request_id)
+
+    def token_came(self, stream: Stream) -> None:
+        """A request has a token of its present attempt."""
+        if self._quarantine.suspicions:
+            self._send(self._quarantine.prove(stream.request.request_id))
+            self._count()
+
+    def instance_died(self, instance_id: InstanceId) -> Stream | None:
+        """Call it before its requests are displaced. Returns the request that did it, if that is known now."""
+        there = [stream.request.request_id for stream in self._streams.on_instance(instance_id)]
+        culprit = self._quarantine.die(instance_id, there)
+        self._count()
+        if culprit is None:
+            return None
+        stream = self._streams.get(culprit)
+        assert stream is not None
+        deaths = self._quarantine.suspicions[culprit].deaths
+        self._poison.append({"id": culprit, "deaths": deaths, "tokens": stream.n_tokens, "at_s": self._clock()})
+        self._metrics.poison_requests.inc()
+        logger.error("request %s ends: %d instances died under it, the last one is %s", culprit, deaths, instance_id)
+        return stream
+
+    def shown(self, now_s: float) -> dict[str, Any]:
+        """For `/admin/instances`."""
+        return {
+            "suspected": [
+                {
+                    "id": request_id,
+                    "deaths": suspicion.deaths,
+                    "instance": stream.instance_id,
+                    "held": self._quarantine.is_held(request_id),
+                }
+                for request_id, suspicion in self._quarantine.suspicions.items()
+                if suspicion.is_open and (stream := self._streams.get(request_id)) is not None
+            ],
+            "poison": [
+                {
+                    **{name: value for name, value in ended.items() if name != "at_s"},
+                    "seconds_ago": round(now_s - ended["at_s"], 1),
+                }
+                for ended in self._poison
+            ],
+        }
+
+    def _displaced(self, stream: Stream) -> None:
+        if self._quarantine.suspicions:
+            self._send(self._quarantine.leave(stream.request.request_id))
+
+    def _closed(self, stream: Stream) -> None:
+        if self._quarantine.suspicions:
+            self._quarantine.forget(stream.request.request_id)
+            self._count()
+
+    def _send(self, request_id: str | None) -> None:
+        stream = None if request_id is None else self._streams.get(request_id)
+        if stream is not None:
+            self.send(stream)
+
+    def _count(self) -> None:
+        self._metrics.suspected_requests.set(sum(s.is_open for s in self._quarantine.suspicions.values()))

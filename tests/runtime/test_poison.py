@@ -1,0 +1,156 @@
+"""A request under which instances die, in a running runtime: it is ended, the others are not, and nothing is left."""
+
+import asyncio
+
+import pytest
+from runtime_cluster import Client, Cluster, ScriptedPolicy
+
+from support.virtual_time import virtual_time
+
+
+async def kill_whatever_runs(cluster: Cluster, poison: Client, n_tokens: int) -> int:
+    """From now on its engine dies as soon as it has so many tokens of the request there. Returns how many died, when it is over."""
+    name, n_dead, dead = poison.request.request_id, 0, None
+    while poison.finish_reason is None:
+        place = cluster.where(name)
+        engine = None if place is None else cluster.runtime.fleet.engine(place)
+        stream = cluster.runtime._streams.get(name)
+        if engine is not None and engine is not dead and stream is not None and not _is_held(cluster, name):
+            begun = len(stream.output_token_ids) - stream.tokens_before >= n_tokens
+            if begun and stream.attempts > n_dead:
+                engine.kill()
+                n_dead, dead = n_dead + 1, engine
+        await asyncio.sleep(0.001)
+    return n_dead
+
+
+def _is_held(cluster: Cluster, name: str) -> bool:
+    return any(shown["id"] == name and shown["held"] for shown in cluster.runtime.snapshot()["suspected"])
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 3])
+@virtual_time
+async def test_poison_is_ended_and_others_are_not(n_tokens: int) -> None:
+    """After its second death (its third, where others could have done it too) it ends with an error; everybody else gets the right answer."""
+    async with Cluster(ScriptedPolicy(), "ab", poison_deaths=2) as cluster:
+        others = [await cluster.submit(f"r{i}", 20, 60) for i in range(6)]
+        poison = await cluster.submit("poison", 30, 200)
+        n_dead = await kill_whatever_runs(cluster, poison, n_tokens)
+        assert poison.finish_reason == "error"
+        # With others that have died and proven themselves beside it, it takes a third death to tell them apart.
+        assert n_dead == 2 if n_tokens == 0 else n_dead in {2, 3}
+        for client in others:
+            await client.until_end()
+            assert client.finish_reason == "length"
+        shown = cluster.runtime.snapshot()
+        assert [(ended["id"], ended["deaths"]) for ended in shown["poison"]] == [("poison", n_dead)]
+        assert shown["suspected"] == []
+        assert cluster.runtime.metrics.poison_requests._value.get() == 1
+        await cluster.all_up()
+
+
+@virtual_time
+async def test_the_client_is_told_why() -> None:
+    """Where the front end can be told, it is, with a sentence; the request has ended by then."""
+    async with Cluster(ScriptedPolicy(), "ab", poison_deaths=2) as cluster:
+        told: list[tuple[str, str, int]] = []
+
+        def hear(request_id: str, sentence: str) -> None:
+            told.append((request_id, sentence, cluster.runtime.n_live_requests))
+            poison.finish_reason = "error"
+
+        cluster.runtime.on_failure = hear
+        poison = await cluster.submit("poison", 30, 200)
+        await kill_whatever_runs(cluster, poison, 0)
+        [(request_id, sentence, n_live)] = told
+        assert (request_id, n_live) == ("poison", 0)
+        assert "died under it" in sentence
+        await cluster.all_up()
+
+
+@virtual_time
+async def test_an_ordinary_death_ends_nobody() -> None:
+    """All go on, one after the other on each instance, and are above suspicion with their next token."""
+    async with Cluster(
+        ScriptedPolicy(dict.fromkeys([f"r{i}" for i in range(8)], "a")), "abc", poison_deaths=2
+    ) as cluster:
+        clients = [await cluster.submit(f"r{i}", 20, 60) for i in range(8)]
+        for client in clients:
+            await client.until_tokens(5)
+        cluster["a"].kill()
+        await cluster.until(lambda: bool(cluster.runtime.snapshot()["suspected"]), "suspected")
+        await cluster.until(lambda: not cluster.runtime.snapshot()["suspected"], "nobody is suspected")
+        for client in clients:
+            await client.until_end()
+            assert client.finish_reason == "length"
+        await cluster.all_up()
+
+
+@virtual_time
+async def test_a_request_without_a_client_is_not_tried_again() -> None:
+    """When its client leaves before its instance dies, nothing of it goes anywhere."""
+    async with Cluster(ScriptedPolicy({"r": "a"}), "ab", poison_deaths=2) as cluster:
+        client = await cluster.submit("r", 20, 60)
+        await client.until_tokens(3)
+        cluster.abort(client)
+        cluster["a"].kill()
+        await cluster.all_up()
+        assert cluster.runtime.snapshot()["suspected"] == []
+        assert cluster.runtime.n_live_requests == 0
+
+
+@virtual_time
+async def test_one_that_is_held_back_can_be_aborted() -> None:
+    """Its turn never comes, and the one after it is not forgotten."""
+    names = ["a0", "a1", "a2", "a3"]
+    async with Cluster(ScriptedPolicy(dict.fromkeys(names, "a")), "ab", poison_deaths=2) as cluster:
+        clients = {name: await cluster.submit(name, 20, 60) for name in names}
+        for client in clients.values():
+            await client.until_tokens(2)
+        cluster["b"].pause()
+        cluster["a"].kill()
+        await cluster.until(lambda: len(cluster.runtime.snapshot()["suspected"]) == len(names), "all are suspected")
+        held = [shown["id"] for shown in cluster.runtime.snapshot()["suspected"] if shown["held"]]
+        cluster.abort(clients[held[0]])
+        cluster["b"].unpause()
+        for name in names:
+            if name != held[0]:
+                await clients[name].until_end()
+        await cluster.all_up()
+
+
+@virtual_time
+async def test_planned_ends_are_no_deaths() -> None:
+    """An instance that is drained until the time is up is nobody's fault."""
+    async with Cluster(ScriptedPolicy({"r": "a"}), "ab", poison_deaths=2) as cluster:
+        client = await cluster.submit("r", 20, 200)
+        await client.until_tokens(3)
+        cluster["a"].pause()
+        cluster.runtime.elastic.drain("a", 0.5)
+        await cluster.gone("a")
+        assert cluster.runtime.snapshot()["suspected"] == []
+        await client.until_end()
+        assert client.finish_reason == "length"
+
+
+@virtual_time
+async def test_a_request_that_cannot_be_sent_ends() -> None:
+    """An engine that cannot take a request in (it does not fit into a message) has not died: the request ends with an error, alone."""
+    async with Cluster(ScriptedPolicy({"bad": "a", "good": "a"}), "ab", poison_deaths=2) as cluster:
+        engine = cluster["a"]
+        add = engine.add
+
+        async def fail(engine_request_id: str, request: object, resume: object = None) -> None:
+            if engine_request_id == "bad":
+                raise OverflowError("integer out of range")
+            await add(engine_request_id, request, resume)  # type: ignore[arg-type]
+
+        engine.add = fail  # type: ignore[method-assign, assignment]
+        bad = await cluster.submit("bad", 20, 10)
+        good = await cluster.submit("good", 20, 10)
+        await bad.until_end()
+        await good.until_end()
+        assert (bad.finish_reason, good.finish_reason) == ("error", "length")
+        assert len(cluster.defects) == 1, "it is in the log"
+        cluster.defects.clear()
+        assert cluster.runtime.n_live_requests == 0
