@@ -71,6 +71,10 @@ class VllmMaker:
         )
         return factories[name](0)
 
+    def now_s(self) -> float:
+        """See Maker."""
+        return time.monotonic()
+
     def make_request(
         self, request_id: str, n_prompt: int, max_output_tokens: int, stop_token_ids: tuple[int, ...] = ()
     ) -> EngineRequest:

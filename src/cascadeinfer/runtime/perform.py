@@ -7,12 +7,13 @@ from typing import assert_never
 
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import Event, MessageReceived, MigrationOutcome
+from cascadeinfer.core.migration import MigrationTimes
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import Resume
 from cascadeinfer.runtime.commands import Commands
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.metrics import RuntimeMetrics
-from cascadeinfer.runtime.migrate import MigrationRecord, MigrationTimes, Migrator
+from cascadeinfer.runtime.migrate import MigrationRecord, Migrator
 from cascadeinfer.runtime.streams import Stream, StreamTable
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Performer:
         emit: Callable[[Event], None],
         refuse_late: Callable[[Reject], None],
         times: MigrationTimes,
+        clock: Callable[[], float],
     ) -> None:
         """
         Args:
@@ -46,6 +48,7 @@ class Performer:
             emit: Takes the events in which effects end.
             refuse_late: Ends a request that the policy refuses after it has taken it.
             times: Time limits for migrations.
+            clock: The time in seconds.
         """
         self._fleet = fleet
         self._streams = streams
@@ -53,7 +56,7 @@ class Performer:
         self._emit = emit
         self._refuse_late = refuse_late
         self._commands = Commands("a command to an instance")
-        self.migrator = Migrator(fleet, streams, self._migration_ended, times)
+        self.migrator = Migrator(fleet, streams, self._migration_ended, times, clock)
         self.migration_counts: dict[str, int] = {}
         self.arriving: set[RequestId] = set()
         self.rejected: dict[RequestId, Reject] = {}

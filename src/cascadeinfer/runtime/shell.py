@@ -24,7 +24,7 @@ from cascadeinfer.core.events import (
     RequestArrived,
     RequestFinished,
 )
-from cascadeinfer.core.migration import Happening
+from cascadeinfer.core.migration import Happening, MigrationTimes
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, EngineSource, StepOutputs
@@ -32,7 +32,6 @@ from cascadeinfer.runtime.driver import Observer, PolicyDriver
 from cascadeinfer.runtime.elastic import Elasticity
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
-from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.recovery import Recovery
 from cascadeinfer.runtime.streams import Seen, Stream, StreamTable
@@ -75,7 +74,7 @@ class Runtime:
         self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes())
         self.metrics = make_metrics(self.fleet.gauges)
         self._performer = Performer(
-            self.fleet, self._streams, self.metrics, self.emit, self._refuse_late, migration or MigrationTimes()
+            self.fleet, self._streams, self.metrics, self.emit, self._refuse_late, migration or MigrationTimes(), clock
         )
         self._migrator = self._performer.migrator
         self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self.emit, clock, source)
@@ -205,6 +204,7 @@ class Runtime:
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop the words of old attempts; hide the finishes of cuts."""
+        self._migrator.expire()
         now_s = self._clock()
         delivered = []
         stream_of = self._streams.of_attempt

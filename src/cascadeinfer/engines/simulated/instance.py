@@ -83,6 +83,8 @@ class SimulatedEngine:
         self._known_dead = False
         self._stopped = False
         self._steps = True
+        self._runs = asyncio.Event()
+        self._runs.set()
         self._refused_connections = 0
         self._refusals: deque[str] = deque()
         self._held_answers: dict[str, list[tuple[asyncio.Future[Any], Any]]] = {}
@@ -212,8 +214,13 @@ class SimulatedEngine:
 
     @property
     def serves(self) -> bool:
-        """Whether it takes commands: it has started, lives and does not hang."""
-        return self._process is not None and not self._process.done() and not self._process.cancelling()
+        """Whether it takes commands: it has started, lives and neither hangs nor is frozen."""
+        return (
+            self._process is not None
+            and self._runs.is_set()
+            and not self._process.done()
+            and not self._process.cancelling()
+        )
 
     def pause(self) -> None:
         """Serve commands but do not step: a request neither gains a token nor ends until `unpause`."""
@@ -223,6 +230,14 @@ class SimulatedEngine:
         """Step again."""
         self._steps = True
         self._news.set()
+
+    def freeze(self) -> None:
+        """Neither answer nor step until `thaw`, as a process that is stopped by a signal; what comes meanwhile waits in order."""
+        self._runs.clear()
+
+    def thaw(self) -> None:
+        """Go on where it was frozen."""
+        self._runs.set()
 
     def hang(self) -> None:
         """Neither answer nor step any more; what is pinned can still be pulled."""
@@ -275,15 +290,18 @@ class SimulatedEngine:
 
     async def _run(self) -> None:
         while True:
+            await self._runs.wait()
             while self._inbox:
                 self._carry_out(self._inbox.popleft())
             if self._steps and self.core.has_work() and self.times.step_model is not None:
                 # How long it takes depends on what is in it: computed first, then waited for, before anybody hears of it.
                 deltas = self.core.step(self._now_s())
                 await asyncio.sleep(self.core.step_s)
+                await self._runs.wait()
                 self._emit(deltas)
             elif self._steps and self.core.has_work():
                 await asyncio.sleep(self.times.step_s)
+                await self._runs.wait()
                 if self._steps:
                     self._emit(self.core.step(self._now_s()))
             else:
