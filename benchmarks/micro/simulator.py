@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--policies", default="round_robin,least_loaded,static_stages,cascade")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    if not options.trace.is_file():
+        parser.error(f"--trace: there is no file {options.trace}")
     profile = load_profile(options.profile)
     trace = workload(options.trace, options.rate, options.requests)
     config = SimConfig(

@@ -19,7 +19,12 @@ KV_HEAD_BYTES = 512.0
 
 def rows(name: str) -> list[dict[str, str]]:
     """One table as records."""
-    with gzip.open(DATA / "gpu" / f"{name}.csv.gz", "rt", newline="") as stream:
+    path = DATA / "gpu" / f"{name}.csv.gz"
+    if not path.is_file():
+        raise SystemExit(
+            f"{path} is missing: the shipped profiles are made from published measurements that lie beside the checkout"
+        )
+    with gzip.open(path, "rt", newline="") as stream:
         return list(csv.DictReader(stream))
 
 

@@ -21,7 +21,7 @@ MEANINGS = {
     MigrationOutcome.RECOMPUTED: "the request decodes on the target, which computed its KV cache anew",
     MigrationOutcome.STAYED: "the request decodes on the source",
     MigrationOutcome.ENDED: "the request is over: it finished or its client left",
-    MigrationOutcome.LOST: "the instance that had it died; it is placed anew like every orphan",
+    MigrationOutcome.LOST: "the instance that had it died, or does not answer; it is placed anew like every orphan",
 }
 
 MIGRATION_INTRO = """\
@@ -50,7 +50,11 @@ nothing makes the request rest, twice as long after each failure, and the asker 
 BIDASK_MESSAGES = (
     ("`Ask`", "asker", "will you take this request? names its length, the reason and the asker's load"),
     ("`Bid`", "bidder", "yes: price and load, free blocks, migrations; its room is held back"),
-    ("`Decline`", "bidder", "no: `busy`, `no_slot`, `no_blocks`, `no_gain`, `draining`, or after an award `expired`"),
+    (
+        "`Decline`",
+        "bidder",
+        "no: `busy`, `no_slot`, `no_blocks`, `no_gain`, `draining`, `suspect`, or after an award `expired`",
+    ),
     ("`Award`", "asker", "you have it: keep a place"),
     ("`Accept`", "bidder", "the place is kept: start the migration"),
     ("`Withdraw`", "asker", "forget the bid or the place"),

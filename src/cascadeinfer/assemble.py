@@ -8,9 +8,8 @@ import math
 import multiprocessing
 import socket
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Iterator, MutableSequence
+from collections.abc import AsyncIterator, Callable, MutableSequence
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import uvloop
 from prometheus_client import REGISTRY
@@ -18,8 +17,11 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import configure_logging_from_args
 
 from cascadeinfer.cluster.local import LOOPBACK
-from cascadeinfer.config.policy import CASCADE, make_policy, policy_spec, warm_up_planner
+from cascadeinfer.cluster.runtime_folder import runtime_folder
+from cascadeinfer.config.event_log import event_log_of
+from cascadeinfer.config.policy import CASCADE, make_policy, warm_up_planner
 from cascadeinfer.config.profiles import load_profile
+from cascadeinfer.config.rules import rules_of
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.cost.suitability import check_suits
 from cascadeinfer.core.migration import MigrationTimes
@@ -44,14 +46,14 @@ from cascadeinfer.frontend.processes.messages import FromOwner
 from cascadeinfer.frontend.processes.owner import NOT_ACCEPTING, FrontEnds
 from cascadeinfer.frontend.server import (
     SharedServing,
-    StopSignals,
     bind,
     check_api_servers,
     import_parser_plugins,
     serve,
     shared_metrics,
 )
-from cascadeinfer.observe.event_log import EventLog, header_of
+from cascadeinfer.frontend.stop_signals import StopSignals
+from cascadeinfer.observe.unwritten_log import ServerLog, failure_of
 from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.shell import Runtime
@@ -86,38 +88,11 @@ async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
         logger.warning("profile %s is a start value: %s", options.profile, doubt)
 
 
-@contextlib.contextmanager
-def event_log_of(options: ServeOptions, process: int = 0) -> Iterator[EventLog | None]:
-    """
-    The event log that the options ask for, until the server has stopped; None when they ask for none.
-
-    Args:
-        process: Which front-end process; a follower writes a file of its own beside that of process 0.
-
-    Raises:
-        ConfigError: It cannot be written.
-    """
-    if options.event_log is None:
-        yield None
-        return
-    header = header_of(
-        policy_spec(options, follows=process > 0),
-        source="runtime",
-        instances=options.instance_ids,
-        commit=own_commit(),
-    )
-    path = Path(options.event_log)
-    if process > 0:
-        path = path.with_name(f"{path.stem}.process{process}{path.suffix}")
-    log = EventLog(path, header, max_bytes=options.event_log_mb * 1_000_000, files=options.event_log_files)
-    try:
-        yield log
-    finally:
-        log.close()
-
-
-def _metrics_with(event_log: EventLog | None) -> Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics]:
-    return lambda read: RuntimeMetrics(REGISTRY, read, lambda: 0 if event_log is None else event_log.dropped)
+def _metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics]:
+    if event_log is None:
+        return lambda read: RuntimeMetrics(REGISTRY, read)
+    log = event_log
+    return lambda read: RuntimeMetrics(REGISTRY, read, lambda: log.dropped, lambda: log.failure is not None)
 
 
 def make_runtime(
@@ -126,7 +101,7 @@ def make_runtime(
     *,
     log_stats: bool = True,
     extra_environment: dict[str, str] | None = None,
-    event_log: EventLog | None = None,
+    event_log: ServerLog | None = None,
 ) -> Runtime:
     """
     A runtime over vLLM instances, not started yet.
@@ -153,7 +128,9 @@ def make_runtime(
         {instance_id: source.place(instance_id) for instance_id in options.instance_ids},
         policy,
         _metrics_with(event_log),
-        supervision=SupervisionTimes(report_s=options.report_interval_s, hang_s=options.hang_timeout_s),
+        supervision=SupervisionTimes(
+            report_s=options.report_interval_s, suspect_s=options.suspect_after_s, hang_s=options.hang_timeout_s
+        ),
         migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
         source=source,
         observer=event_log,
@@ -178,30 +155,48 @@ async def running_llm(
         await runtime.stop(STOP_TIMEOUT_S)
 
 
-async def run_server(args: Namespace, options: ServeOptions) -> None:
+async def run_server(args: Namespace, options: ServeOptions, signals: StopSignals) -> None:
     """
     `cascadeinfer serve`: bind the port, start the instances, serve until a signal, drain, stop.
+
+    Args:
+        signals: Taken over already.
 
     Raises:
         ConfigError: An option is wrong; nothing is left running.
     """
     check_api_servers(args, options.api_servers)
-    with (
-        contextlib.closing(bind(args.host or LOOPBACK, args.port)) as listener,
-        StopSignals() as signals,
-        event_log_of(options) as event_log,
-    ):
+    with contextlib.ExitStack() as stack:
+        with signals.held():
+            listener = stack.enter_context(contextlib.closing(bind(args.host or LOOPBACK, args.port)))
+            folder = stack.enter_context(runtime_folder())
+            signals.at_leave.append(folder.remove)
+            event_log = stack.enter_context(event_log_of(options, own_commit()))
+            if event_log is not None:
+                signals.at_leave.append(event_log.close)
         engine_args = parse_engine_args(args)
         log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
         if options.api_servers > 1:
-            with shared_metrics():
+            with shared_metrics(folder.path / "metrics"):
                 runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
-                await _serve_with_followers(runtime, args, options, listener, signals, log_requests=log_requests)
+                signals.attend()
+                await _serve_with_followers(
+                    runtime, args, options, listener, signals, log_requests=log_requests, event_log=event_log
+                )
             return
         runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
+        signals.attend()
         async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:
             await check_profile(runtime, options)
-            await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s)
+            await serve(
+                llm,
+                runtime,
+                listener,
+                args,
+                signals,
+                drain_timeout_s=options.drain_timeout_s,
+                rules=rules_of(options),
+            )
 
 
 @contextlib.asynccontextmanager
@@ -217,13 +212,14 @@ async def running_subjects(args: Namespace, n_instances: int) -> AsyncIterator[l
     settings = KvTransferSettings(lease_s=PROFILE_LEASE_S)
     factories = make_factories(parse_engine_args(args), names, settings, log_stats=False)
     engines = [make(0) for make in factories.values()]
-    try:
-        capacities = await asyncio.gather(*(engine.start() for engine in engines))
-        for number, engine in enumerate(engines):
-            await engine.connect(engines[:number])
-        yield [await _subject(engine, capacity) for engine, capacity in zip(engines, capacities, strict=True)]
-    finally:
-        await asyncio.gather(*(engine.stop(STOP_TIMEOUT_S) for engine in engines), return_exceptions=True)
+    with runtime_folder():
+        try:
+            capacities = await asyncio.gather(*(engine.start() for engine in engines))
+            for number, engine in enumerate(engines):
+                await engine.connect(engines[:number])
+            yield [await _subject(engine, capacity) for engine, capacity in zip(engines, capacities, strict=True)]
+        finally:
+            await asyncio.gather(*(engine.stop(STOP_TIMEOUT_S) for engine in engines), return_exceptions=True)
 
 
 async def _subject(engine: VllmInstance, capacity: InstanceCapacity) -> Subject:
@@ -247,6 +243,7 @@ async def _serve_with_followers(
     signals: StopSignals,
     *,
     log_requests: bool,
+    event_log: ServerLog | None,
 ) -> None:
     """Process 0 of several: start the others beside the instances, serve, drain all, stop."""
     spawn = multiprocessing.get_context("spawn")
@@ -261,7 +258,7 @@ async def _serve_with_followers(
         process.start()
         return process
 
-    front_ends = FrontEnds(options.api_servers, runtime, start_process, loads)
+    front_ends = FrontEnds(options.api_servers, runtime, start_process, loads, failure_of(event_log))
     signals.told.append(front_ends.tell_stop)
     front_ends.start()
     try:
@@ -271,7 +268,14 @@ async def _serve_with_followers(
             shared = SharedServing(front_ends, (loads, 0))
             try:
                 await serve(
-                    llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s, shared=shared
+                    llm,
+                    runtime,
+                    listener,
+                    args,
+                    signals,
+                    drain_timeout_s=options.drain_timeout_s,
+                    rules=rules_of(options),
+                    shared=shared,
                 )
             finally:
                 await front_ends.stop(options.drain_timeout_s)
@@ -298,9 +302,11 @@ def run_follower(
         loads: Open connections per process, shared.
     """
     end_with_parent()
-    configure_logging_from_args(args)
-    import_parser_plugins(args)
-    uvloop.run(_follow(args, options, index, listener, channel_end, (loads, index)))
+    with StopSignals(second_is_at_once=False, says_so=False) as signals:  # process 0 says it
+        configure_logging_from_args(args)
+        import_parser_plugins(args)
+        following = _follow(args, options, index, listener, channel_end, (loads, index), signals)
+        uvloop.run(signals.until_stopped(following))
 
 
 async def _follow(
@@ -310,19 +316,17 @@ async def _follow(
     listener: socket.socket,
     channel_end: socket.socket,
     loads: tuple[MutableSequence[int], int],
+    signals: StopSignals,
 ) -> None:
-    with (
-        contextlib.closing(listener),
-        StopSignals(second_is_at_once=False) as signals,
-        event_log_of(options, index) as event_log,
-    ):
+    with contextlib.closing(listener), event_log_of(options, own_commit(), index) as event_log:
+        signals.attend()
         engine_args = dataclasses.replace(
             parse_engine_args(args), _api_process_count=options.api_servers, _api_process_rank=index
         )
         board = Board()
         make_engine = attached_factories(engine_args, index, board.attach)
         channel = await Channel[FromOwner].open(channel_end, FromOwner)
-        follower = Follower(channel, board, make_engine, signals.stop)
+        follower = Follower(channel, board, make_engine, signals.stop, failure_of(event_log))
         tasks = [follower.spawn(follower.listen())]
         first_up = await follower.first_up()
         runtime = Runtime(
@@ -331,6 +335,7 @@ async def _follow(
             _metrics_with(event_log),
             supervision=SupervisionTimes(
                 report_s=options.report_interval_s,
+                suspect_s=options.suspect_after_s,
                 hang_s=math.inf,  # process 0 finds out and tells
                 backoff_first_s=REATTACH_S,
                 backoff_max_s=REATTACH_S,
@@ -343,7 +348,16 @@ async def _follow(
             follower.run(runtime)
             tasks.append(follower.spawn(follower.tell()))
             shared = SharedServing(follower, loads)
-            await serve(llm, runtime, listener, args, signals, drain_timeout_s=options.drain_timeout_s, shared=shared)
+            await serve(
+                llm,
+                runtime,
+                listener,
+                args,
+                signals,
+                drain_timeout_s=options.drain_timeout_s,
+                rules=rules_of(options),
+                shared=shared,
+            )
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -131,3 +131,11 @@ def test_empty_trace_is_refused(trace: Path, capsys: pytest.CaptureFixture[str])
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n")
     assert run(*words_for("plan", trace)) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_hint_for_the_server_keeps_it_planning(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line to copy names the profile, from which the server plans by itself; `--stages` would fix the stages for good."""
+    assert run(*words_for("plan", trace)) == 0
+    hint = capsys.readouterr().out.partition("for the server: ")[2].splitlines()[0]
+    assert hint.startswith("--instances 8 --profile h100-llama-3.1-8b")
+    assert "--stages" not in hint

@@ -8,7 +8,7 @@ from experiment_words import run, words_for
 
 from cascadeinfer.cli import simulate as command
 
-TRACES = Path(__file__).parents[2].parent / "shared" / "data" / "traces"
+TRACES = Path(__file__).parents[1] / "data" / "traces"
 PNG = b"\x89PNG"
 
 
@@ -231,3 +231,30 @@ def test_prefixes_are_shared_when_the_trace_names_them(tmp_path: Path, capsys: p
     assert ttft_s["shared"] < 0.7 * ttft_s["computed"]
     assert run(*small(lengths), "--prefix-caching") == 2
     assert "--prefix-hashes" in capsys.readouterr().err
+
+
+def test_outputs_are_checked_before_the_work(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder where a file is wanted ends in one line that names the option, before anything is simulated."""
+    for option in ("json", "parquet", "event_log"):
+        assert run(*small(trace, **{option: str(tmp_path)})) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert told.err.count("\n") == 1
+        assert f"--{option.replace('_', '-')}: {tmp_path} is a folder" in told.err
+
+
+def test_a_missing_file_of_hashes_is_named(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The complaint names the option that named the file."""
+    assert run(*small(trace, prefix_hashes="nope.jsonl")) == 2
+    assert "--prefix-hashes: there is no file nope.jsonl" in capsys.readouterr().err
+
+
+def test_a_complaint_about_a_trace_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Line, column and file, in one line."""
+    bad = tmp_path / "bad.csv"
+    bad.write_text("arrival_s,prompt_tokens,output_tokens\n0,1e30,5\n")
+    assert run(*small(bad)) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "line 2: prompt_tokens is above" in told
+    assert str(bad) in told

@@ -10,7 +10,7 @@ from cascadeinfer.config.traces import load_trace, save_trace
 from cascadeinfer.core.errors import ConfigError, TraceError
 from cascadeinfer.workload.trace import Trace
 
-TRACES = Path(__file__).parents[2].parent / "shared" / "data" / "traces"
+TRACES = Path(__file__).parents[1] / "data" / "traces"
 CSV = "arrival_s,prompt_tokens,output_tokens\n0.0,10,3\n1.5,20,4\n"
 
 
@@ -63,16 +63,16 @@ def test_malformed_content_names_line_and_file(tmp_path: Path) -> None:
     ("name", "rows", "times", "mean_prompt"),
     [
         ("azure_2023_conv", 19_366, True, 1155),
-        ("mooncake_synthetic", 3_993, True, 15_326),
-        ("servegen_deepseek_r1_1h", 40_829, True, 1819),
-        ("sharegpt_v3_firstturn_llama3", 17_387, False, 318),
-        ("sharegpt_8k_llama2", 30_731, False, 2340),
-        ("arxiv_summarization_llama2", 28_257, False, 2588),
-        ("bwb_llama2", 33_768, False, 1067),
+        ("mooncake_synthetic", 1_200, True, 11_842),
+        ("servegen_deepseek_r1_1h", 2_552, True, 1957),
+        ("sharegpt_v3_firstturn_llama3", 1_087, False, 308),
+        ("sharegpt_8k_llama2", 1_921, False, 2279),
+        ("arxiv_summarization_llama2", 1_767, False, 2604),
+        ("bwb_llama2", 2_111, False, 1065),
     ],
 )
-def test_shared_traces_are_read_whole(name: str, rows: int, times: bool, mean_prompt: int) -> None:
-    """Row counts and mean prompts are those of the traces' own README."""
+def test_traces_are_read_whole(name: str, rows: int, times: bool, mean_prompt: int) -> None:
+    """Row counts and mean prompts are those of the files, counted by other means (`zcat`, `awk`)."""
     trace = load_trace(TRACES / f"{name}.csv.gz")
     assert len(trace) == rows
     assert trace.has_arrivals == times
@@ -80,7 +80,7 @@ def test_shared_traces_are_read_whole(name: str, rows: int, times: bool, mean_pr
     assert trace.dropped_rows == 0
 
 
-def test_shared_prefix_hashes_join_their_trace() -> None:
+def test_prefix_hashes_join_their_trace() -> None:
     """Every request has one hash per started block of 512 tokens, and prefixes repeat."""
     trace = load_trace(
         TRACES / "mooncake_synthetic.csv.gz", hashes_path=TRACES / "mooncake_synthetic_hash_ids.jsonl.gz"
@@ -90,3 +90,13 @@ def test_shared_prefix_hashes_join_their_trace() -> None:
     assert (np.abs(counts - -(-trace.prompt_tokens // 512)) <= 1).mean() > 0.99
     every = [unit for hashes in trace.prefix_hashes for unit in hashes]
     assert len(set(every)) < 0.9 * len(every)
+
+
+def test_the_sample_is_shipped() -> None:
+    """The name `sample` is a trace of the package, with times and mixed lengths; it has no prefix hashes."""
+    trace = load_trace("sample")
+    assert len(trace) == 4083
+    assert trace.has_arrivals
+    assert np.quantile(trace.prompt_tokens, 0.99) > 20 * np.median(trace.prompt_tokens)
+    with pytest.raises(ConfigError, match="no prefix hashes"):
+        load_trace("sample", hashes_path="ids.jsonl")

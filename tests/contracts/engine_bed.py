@@ -100,7 +100,7 @@ class Listener:
         """Whether no request, block, pin or reservation is here."""
         report, counters = await self.engine.report()
         held = len(report.running_ids) + len(report.waiting_ids) + report.kv_blocks_used
-        return not (held + counters.pinned + counters.reserved)
+        return not (held + counters.pinned + counters.reserved + sum(counters.held_blocks.values()))
 
     async def close(self) -> None:
         """Stop the engine and the listening."""

@@ -35,6 +35,7 @@ async def cut_takes_effect_at_the_next_token(bed: Bed) -> None:
     assert not heard.dropped
     report, counters = await bed.a.engine.report()
     assert counters.pinned == 1
+    assert {reason: n for reason, n in counters.held_blocks.items() if n} == {"pins": report.kv_blocks_used}
     assert report.running_ids == ()
     assert report.kv_blocks_used == bed.a.capacity.blocks_for(n_tokens - 1)
     await bed.a.engine.release_pin("c1")

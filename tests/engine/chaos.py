@@ -6,6 +6,9 @@ not change its text). Then `n_clients` clients send requests at random: short an
 middle, with stop strings, grammars, penalties, seeds. Meanwhile instances are killed (SIGKILL), drained and
 added at random. The seed decides what is done; the machine decides when it takes effect.
 
+Among the clients are hostile ones (`hostile.py`): they forge tickets, send bombs, flood the server with requests that they abandon or that
+cannot be served. They must get their refusals, and nobody else may notice.
+
 Every request that its client has not left must end once, with the answer learned. A request that is pinned by its sampling state may go on
 with other tokens after its instance has died, as documented: of those the length is checked.
 """
@@ -23,9 +26,15 @@ from typing import Any
 
 import httpx
 import psutil
+from hostile import Hostile
 from server_process import API_KEY, MODEL, ServerProcess
 
+from cascadeinfer.cluster.local import LOOPBACK
+
 N_CLIENTS = 6
+N_HOSTILE = 2
+HOSTILE_PAUSE_S = 0.5
+"""Mean time between two acts of a hostile client."""
 LEAVE_SHARE = 0.15
 SLOW_SHARE = 0.15
 SLOW_S = 0.03
@@ -113,6 +122,7 @@ class Report:
     seed: int
     requests: Counter[str] = field(default_factory=Counter)
     actions: Counter[str] = field(default_factory=Counter)
+    hostile: Counter[str] = field(default_factory=Counter)
     gaps_s: list[float] = field(default_factory=list)
     moves: dict[str, int] = field(default_factory=dict)
     recovered: dict[str, int] = field(default_factory=dict)
@@ -126,6 +136,7 @@ class Report:
             "seed": self.seed,
             "requests": dict(sorted(self.requests.items())),
             "actions": dict(sorted(self.actions.items())),
+            "hostile": dict(sorted(self.hostile.items())),
             "moves": self.moves,
             "recovered": self.recovered,
             "longest_gap_of_a_stream_s": {
@@ -165,6 +176,8 @@ class Chaos:
             async with asyncio.TaskGroup() as group:
                 for number in range(N_CLIENTS):
                     group.create_task(self._client(http, random.Random(self._rng.random() + number)))
+                for number in range(N_HOSTILE):
+                    group.create_task(self._hostile(http, random.Random(self._rng.random() - number)))
                 group.create_task(self._torment(http))
         after = self._counted()
         for name, count in (after - before).items():
@@ -220,6 +233,22 @@ class Chaos:
                 self.report.requests["left by their client"] += 1
             else:
                 self._check(kind, answer)
+
+    async def _hostile(self, http: httpx.AsyncClient, rng: random.Random) -> None:
+        """One act after another; every act before any comes again."""
+        client = Hostile(http, LOOPBACK, self.server.port, rng)
+        while True:
+            for name in rng.sample(sorted(client.acts), len(client.acts)):
+                await asyncio.sleep(rng.uniform(0.5, 1.5) * HOSTILE_PAUSE_S)
+                if time.monotonic() >= self._end_s:
+                    return
+                try:
+                    wrong = await client.acts[name]()
+                except* (httpx.HTTPError, OSError) as errors:
+                    wrong = repr(errors.exceptions)
+                self.report.hostile[name] += 1
+                if wrong is not None:
+                    self.report.errors.append(f"hostile, {name}: {wrong[:500]}")
 
     async def _whole(self, http: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
         response = await http.post("/v1/completions", json=body)

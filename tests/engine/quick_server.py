@@ -10,6 +10,7 @@ With HURRY in the environment it learns and plans every few seconds, from few re
 import ctypes
 import os
 import signal
+import tempfile
 from functools import partial
 from multiprocessing import resource_tracker
 
@@ -30,6 +31,7 @@ def as_if_spawned() -> None:
     vLLM's workers watch a pipe for their EngineCore's end, and a forked one may hold the pipe's other end itself.
     """
     signal.set_wakeup_fd(-1)
+    tempfile.tempdir = None  # a spawned process asks its environment
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

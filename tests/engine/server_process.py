@@ -16,6 +16,7 @@ import httpx
 import psutil
 
 from cascadeinfer.cluster.local import LOOPBACK, free_port
+from cascadeinfer.cluster.runtime_folder import LOCK, NAME
 from cascadeinfer.engines.vllm.segments import PREFIX, SHARED_MEMORY
 from conftest import QUICK_ENVIRONMENT
 
@@ -122,6 +123,12 @@ class ServerProcess:
             "ports": sum(c.status == psutil.CONN_LISTEN for c in own.net_connections(kind="inet")),
             "shared memory": len(list(SHARED_MEMORY.glob(f"{PREFIX}*"))),
         }
+
+    def folder(self) -> Path:
+        """The server's own, whose lock it has open."""
+        links = [link.readlink() for link in Path(f"/proc/{self.process.pid}/fd").iterdir() if link.is_symlink()]
+        [folder] = [link.parent for link in links if link.name == LOCK and NAME.fullmatch(link.parent.name)]
+        return folder
 
     def open_files(self) -> Counter[str]:
         """The server's own open files by kind: path without numbers, so that a leak says where it comes from."""

@@ -182,3 +182,16 @@ async def test_request_for_one_token(cluster: Cluster) -> None:
     for n_prompt in (62, 63, 64, 127, 128):
         [output] = await cluster.run(random_prompt(n_prompt, 1), greedy(1))
         assert len(output.token_ids) == 1
+
+
+async def test_tokens_behind_a_grammar(cluster: Cluster) -> None:
+    """With `ignore_eos` a text goes on behind the end of its grammar, and moves there too: no instance dies of it."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    schema = {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 100}  # vLLM gives it to llguidance
+    restarts = [state.supervisor.restarts for state in cluster.runtime.fleet]
+    params = greedy(N_OUTPUT, structured_outputs=StructuredOutputsParams(json=schema))
+    [moved], [alone] = await moved_and_alone(cluster, params)
+    assert list(moved.token_ids) == list(alone.token_ids)
+    assert len(moved.token_ids) == N_OUTPUT
+    assert [state.supervisor.restarts for state in cluster.runtime.fleet] == restarts

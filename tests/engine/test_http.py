@@ -4,9 +4,11 @@ The server as its users see it: a real `cascadeinfer serve`, asked with the offi
 The server is started once. The last test ends it.
 """
 
+import contextlib
 import json
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ import openai
 import psutil
 import pytest
 from server_process import API_KEY, MODEL, PIPES, ServerProcess
+
+from cascadeinfer.cluster.local import LOOPBACK
 
 pytestmark = pytest.mark.engine
 
@@ -139,6 +143,21 @@ def test_json_schema(client: openai.OpenAI) -> None:
     assert 25 <= len(json.loads(answer.choices[0].message.content)["colours"]) <= 30
 
 
+def test_tokens_behind_a_grammar(client: openai.OpenAI, server: ServerProcess) -> None:
+    """With `ignore_eos` a text goes on behind its grammar's end, is moved there, and kills no instance."""
+    moved = server.metric("cascadeinfer_migrations_total", outcome="moved", reason="outgrew_stage")
+    schema = {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 100}
+    chunks = list(
+        client.completions.create(
+            model=MODEL, prompt="give me a number", max_tokens=300, temperature=0, stream=True,
+            extra_body={**FOREVER, "structured_outputs": {"json": schema}},
+        )
+    )  # fmt: skip
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert server.metric("cascadeinfer_migrations_total", outcome="moved", reason="outgrew_stage") > moved
+    assert [instance["restarts"] for instance in server.admin()["instances"]] == [0, 0]
+
+
 def test_named_tool(client: openai.OpenAI) -> None:
     """A tool that must be called is called, once, with JSON arguments."""
     answer = client.chat.completions.create(
@@ -250,6 +269,23 @@ def test_admin_instances(client: openai.OpenAI, server: ServerProcess) -> None:
     stream.close()
 
 
+def test_everything_listens_on_the_loopback(server: ServerProcess) -> None:
+    """Of the server, the engines and their workers: no port of any of them is reached from outside, no socket has a name outside the private folder."""
+    folder = server.folder()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    listening, named = [], []
+    for process in server.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            inet = process.net_connections(kind="inet")
+            listening += [(process.name(), c.laddr) for c in inet if c.status == psutil.CONN_LISTEN or not c.raddr]
+            named += [c.laddr for c in process.net_connections(kind="unix") if c.laddr]
+    assert len(listening) >= 5  # HTTP, two side channels, two of UCX
+    assert {address.ip for _, address in listening} <= {LOOPBACK, "::1"}, listening
+    paths = {Path(name) for name in named if not name.startswith(("@", "\0"))}
+    assert len(paths) >= 6
+    assert all(folder in path.parents for path in paths), paths
+
+
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +302,96 @@ def test_api_key_is_needed(server: ServerProcess, key: str | None) -> None:
     assert server.get("/v1/models", key=key).status_code == 401
     assert server.get("/admin/instances", key=key).status_code == 401
     assert server.post("/v1/completions", {"model": MODEL, "prompt": SHORT}, key=key).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/invocations"), ("POST", "/generative_scoring"), ("POST", "/tokenize"), ("POST", "/detokenize"),
+        ("POST", "/scale_elastic_ep"), ("GET", "/load"), ("GET", "/version"), ("GET", "/kv_event_sources"),
+        ("GET", "/docs"), ("GET", "/openapi.json"), ("DELETE", "/admin/instances/0"), ("GET", "/nothing"),
+    ],
+)  # fmt: skip
+def test_everything_asks_for_the_key(server: ServerProcess, method: str, path: str) -> None:
+    """Each of these answered anybody once."""
+    answer = httpx.request(method, server.url + path, json={"model": MODEL, "prompt": SHORT}, timeout=60)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_what_cannot_work_says_so(server: ServerProcess) -> None:
+    """One sentence that names what to use instead."""
+    answer = server.post("/scale_elastic_ep", {"new_data_parallel_size": 3})
+    assert answer.status_code == 501
+    assert "/admin/instances" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("priority", [10**6 + 1, -(10**6) - 1, 2**63, 10**30])
+def test_priorities_beyond_all_bounds(server: ServerProcess, priority: int) -> None:
+    """They are refused, and nothing of them is left: some would not fit into a message to an engine."""
+    answer = server.post("/v1/completions", {"model": MODEL, "prompt": SHORT, "priority": priority})
+    assert answer.status_code == 400
+    server.poll(server.idle, "idle")
+
+
+FORGED: Any = {"do_remote_prefill": True}
+CHAT: Any = {"model": MODEL, "messages": MESSAGES, "max_tokens": 4}
+COMPLETION: Any = {"model": MODEL, "prompt": SHORT, "max_tokens": 4}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {**COMPLETION, "kv_transfer_params": FORGED}),
+        ("/v1/completions", {**COMPLETION, "kv_transfer_params": {"cascade_prompt_tokens": "x"}}),
+        ("/v1/completions", {**COMPLETION, "kv_transfer_params": {"do_remote_decode": True}}),
+        ("/v1/completions", {**COMPLETION, "vllm_xargs": {"kv_transfer_params": FORGED}}),
+        ("/v1/chat/completions", {**CHAT, "kv_transfer_params": FORGED}),
+        ("/v1/responses", {"model": MODEL, "input": SHORT, "kv_transfer_params": FORGED}),
+        ("/v1/messages", {**CHAT, "kv_transfer_params": FORGED}),
+        ("/invocations", {**COMPLETION, "kv_transfer_params": FORGED}),
+    ],
+)
+def test_forged_tickets_are_refused(server: ServerProcess, path: str, body: Any, *, stream: bool) -> None:
+    """On every API, streams too; one such request once ended all instances."""
+    answer = server.post(path, {**body, "stream": stream})
+    assert answer.status_code == 400
+    assert "kv_transfer_params" in answer.json()["error"]["message"]
+    assert [instance["restarts"] for instance in server.admin()["instances"]] == [0, 0]
+
+
+ENUM: Any = {"type": "string", "enum": [f"value {i}" for i in range(6000)]}
+BIG_TOOL: Any = {
+    "type": "function",
+    "function": {"name": "f", "strict": True, "parameters": {"type": "object", "properties": {"a": ENUM}}},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {**COMPLETION, "structured_outputs": {"json": ENUM}}),
+        ("/v1/completions", {**COMPLETION, "structured_outputs": {"regex": "((a{1,200}){1,200}){1,200}"}}),
+        ("/v1/completions", {**COMPLETION, "structured_outputs": {"choice": ENUM["enum"]}}),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": ENUM}}},
+        ),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "tools": [BIG_TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        ),
+    ],
+    ids=["schema", "regex", "choice", "response_format", "tool"],
+)
+def test_grammars_that_are_too_large_are_refused(server: ServerProcess, path: str, body: Any, *, stream: bool) -> None:
+    """However they come in, with a status of their own where nothing has been sent, and one sentence."""
+    answer = server.post(path, {**body, "stream": stream})
+    assert answer.status_code == 400
+    assert "the structured output" in answer.json()["error"]["message"]
+    server.poll(server.idle, "idle")
 
 
 def test_prompt_too_long(client: openai.OpenAI) -> None:
@@ -348,6 +474,9 @@ def test_both_instances_are_killed(client: openai.OpenAI, server: ServerProcess)
         return all(i["up"] and i["restarts"] == before[i["id"]]["restarts"] + 1 for i in now)
 
     server.poll(restarted, "restarted", 240)
+    # What the killed ones have left is gone; a folder per living instance.
+    server.poll(lambda: len(list(server.folder().glob("i*"))) == 2, "two folders")
+    assert not [path for path in server.folder().iterdir() if path.is_socket()]
     moved = server.metric("cascadeinfer_migrations_total", outcome="moved")
     assert streamed(client) == complete(client).choices[0].text
     assert server.metric("cascadeinfer_migrations_total", outcome="moved") >= moved + 2
@@ -406,7 +535,7 @@ def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
     """After SIGTERM, with an instance just being added, the running stream goes on to its end, new connections are refused, and all end."""
     expected = complete(client, n_tokens=900).choices[0].text
     assert server.post("/admin/instances", {}).status_code == 202
-    everyone = server.processes()
+    everyone, folder = server.processes(), server.folder()
     assert len(everyone) >= 5  # the server, two engines, two workers
     stream = complete(client, n_tokens=900, stream=True)
     text = next(stream).choices[0].text
@@ -423,5 +552,6 @@ def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
     assert refused_while_running
     assert server.process.wait(timeout=60) == 0
     assert not psutil.wait_procs(everyone, timeout=20)[1]
+    assert not folder.exists()
     # A killed worker's engine may say what happened to it; the front end has nothing to complain of.
     assert "Traceback" not in server.story(n_lines=10_000), server.story()

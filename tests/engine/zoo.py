@@ -315,6 +315,7 @@ class Zoo:
                 blocks=report.kv_blocks_used,
                 pinned=counters.pinned,
                 reserved=counters.reserved,
+                **counters.held_blocks,
             )
             return not any(held.values())
 

@@ -39,9 +39,9 @@ def test_a_step_carries_what_was_in_it() -> None:
     timer = StepTimer(Clock())
     timer.scheduled(output({"new": (0, 100), "late": (50, 10)}, {"a": (19, 1), "b": (299, 1)}))
     timer.ended(busy=False)
-    (step,) = timer.take()
+    (step,) = timer.take(0)
     assert step[:5] == (2, 20 + 300, 300, 110, 100 * 101 / 2 + 10 * 50 + 10 * 11 / 2)
-    assert timer.take() == []
+    assert timer.take(0) == []
 
 
 def test_busy_steps_follow_each_other() -> None:
@@ -54,7 +54,7 @@ def test_busy_steps_follow_each_other() -> None:
         timer.scheduled(one)
         clock.now_s = ended_s
         timer.ended(busy=busy)
-    assert [step.step_s for step in timer.take()] == pytest.approx([0.5, 0.5, 0.25])
+    assert [step.step_s for step in timer.take(0)] == pytest.approx([0.5, 0.5, 0.25])
 
 
 def test_asynchronous_steps_are_timed_end_to_end() -> None:
@@ -71,7 +71,7 @@ def test_asynchronous_steps_are_timed_end_to_end() -> None:
     for ended_s in (1.3, 1.6):
         clock.now_s = ended_s
         timer.ended(busy=True)
-    steps = timer.take()
+    steps = timer.take(0)
     assert [step.step_s for step in steps] == pytest.approx([1.0, 0.3, 0.3])
     assert [step.prefill_tokens for step in steps] == [64, 0, 0]
 
@@ -88,7 +88,7 @@ def test_the_last_request_aborted_ends_the_busy_time() -> None:
     timer.scheduled(one)
     clock.now_s = 100.5
     timer.ended(busy=False)
-    assert timer.take()[-1].step_s == pytest.approx(0.5)
+    assert timer.take(0)[-1].step_s == pytest.approx(0.5)
 
 
 def test_empty_steps_are_no_samples() -> None:
@@ -102,7 +102,7 @@ def test_empty_steps_are_no_samples() -> None:
     timer.scheduled(output({}, {"a": (9, 1)}))
     clock.now_s = 1.5
     timer.ended(busy=True)
-    assert [step.step_s for step in timer.take()] == pytest.approx([0.5])
+    assert [step.step_s for step in timer.take(0)] == pytest.approx([0.5])
 
 
 def test_memory_is_bounded() -> None:
@@ -111,7 +111,7 @@ def test_memory_is_bounded() -> None:
     for i in range(STEPS_KEPT + 10):
         timer.scheduled(output({}, {"a": (i, 1)}))
         timer.ended(busy=True)
-    steps = timer.take()
+    steps = timer.take(0)
     assert len(steps) == STEPS_KEPT
     assert steps[-1].kv_tokens == STEPS_KEPT + 10
 
@@ -123,3 +123,18 @@ def test_features_count_every_token(entries: list[tuple[int, int]]) -> None:
     assert n_decode + prefill == sum(new for _, new in entries)
     assert longest <= kv
     assert attention >= prefill
+
+
+def test_each_front_end_process_takes_every_step() -> None:
+    """What one has taken the other still gets; one that has just come, or come again, gets what follows."""
+    clock = Clock()
+    timer = StepTimer(clock)
+    taken: dict[int, list[int]] = {0: [], 1: []}
+    for n_decode in range(1, 7):
+        timer.scheduled(output({}, {f"r{number}": (9, 1) for number in range(n_decode)}))
+        timer.ended(busy=True)
+        for client_index in (0, 1) if n_decode % 2 else (0,):
+            taken[client_index] += [step.n_decode for step in timer.take(client_index)]
+        if n_decode == 4:
+            timer.forget(1)
+    assert taken == {0: [1, 2, 3, 4, 5, 6], 1: [2, 3]}

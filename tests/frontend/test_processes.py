@@ -42,7 +42,7 @@ DEADLINE_S = 20.0
 
 def attachment(engine_id: str) -> Attachment:
     """Of one life of an instance."""
-    return Attachment(0, 1, {"engine_id": engine_id}, "", "ipc://in", "ipc://out")
+    return Attachment(0, 1, {"engine_id": engine_id}, "", "ipc://in", "ipc://out", "token")
 
 
 class Attached(SimulatedEngine):
@@ -94,7 +94,7 @@ class Pair:
         ours, its = socket.socketpair()
         self.channel = await Channel[FromFollower].open(ours, FromFollower)
         channel = await Channel[FromOwner].open(its, FromOwner)
-        self.follower = Follower(channel, self.board, self.make_engine, self.stops.append)
+        self.follower = Follower(channel, self.board, self.make_engine, self.stops.append, lambda: "No space left")
         self.tasks = [asyncio.create_task(self.follower.listen()), asyncio.create_task(self._listen())]
         self.runtime: Runtime | None = None
         return self
@@ -234,6 +234,7 @@ async def test_follower_tells_what_it_has_seen(monkeypatch: pytest.MonkeyPatch) 
         ended = sorted((prompt, output) for summary in summaries for prompt, output, _ in summary.ended)
         assert ended == [(10 + number, 3) for number in range(6)]
         assert summaries[-1].live == 1
+        assert summaries[-1].event_log_failure == "No space left"
         assert [(prompt, cap) for _, prompt, _, cap in summaries[-1].unfinished] == [(20, 100_000)]
 
 

@@ -1,7 +1,10 @@
 """Writing event logs: headers, rotation, gaps, broken disks, and what is never written."""
 
 import gzip
+import os
+import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,6 +17,7 @@ from cascadeinfer.core.events import TimerFired
 from cascadeinfer.observe import event_log
 from cascadeinfer.observe.event_log import EventLog
 from cascadeinfer.observe.event_reader import Gap, LoggedEvent, open_log, read_header
+from cascadeinfer.observe.unwritten_log import UnwrittenLog
 
 MB = 1_000_000
 
@@ -193,3 +197,111 @@ def test_header_tells_what_a_replay_needs(tmp_path: Path) -> None:
     assert (header["schema_version"], header["policy"], header["profile"]) == (1, "static_stages", "p")
     assert header["options"]["retry_s"] == 0.1
     assert header["instances"] == ["i0", "i1", "i2"]
+
+
+def modes(folder: Path) -> dict[str, int]:
+    """Each file's permission bits."""
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o777], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A process's umask."""
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_all_files_are_for_their_owner_only(tmp_path: Path) -> None:
+    """Newest, full and compressed files are 0600 whatever the umask is."""
+    log = start_log(tmp_path / "log", max_bytes=2000, files=3)
+    assert set(modes(tmp_path).values()) == {0o600}
+    for i in range(100):
+        log(float(i), arrival(i), [])
+    log.close()
+    with event_log.write_log_file(tmp_path / "whole.gz", header_for(SPECS["least_loaded"])):
+        assert set(modes(tmp_path).values()) == {0o600}
+    assert modes(tmp_path) == dict.fromkeys(("log", "log.1.gz", "log.2.gz", "whole.gz"), 0o600)
+
+
+def test_a_file_is_never_open_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file that is made is asked for with mode 0600: there is no moment between making and closing it."""
+    asked: list[int] = []
+    real = os.open
+
+    def watched(path: str, flags: int, mode: int = 0o777, **more: int) -> int:
+        if flags & os.O_CREAT:
+            asked.append(mode)
+        return real(path, flags, mode, **more)
+
+    monkeypatch.setattr(os, "open", watched)
+    log = start_log(tmp_path / "log", max_bytes=2000, files=3)
+    for i in range(20):
+        log(float(i), arrival(i), [])
+    log.close()
+    assert len(asked) >= 3
+    assert set(asked) == {0o600}
+
+
+def test_files_of_an_earlier_run_are_closed_to_others(tmp_path: Path) -> None:
+    """What an earlier version has left readable is tightened, compressed files too; others' names are left alone."""
+    start_log(tmp_path / "log").close()
+    (tmp_path / "log.1.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "other").write_bytes(b"")
+    for path in tmp_path.iterdir():
+        path.chmod(0o644)
+    start_log(tmp_path / "log").close()
+    assert modes(tmp_path) == {"log": 0o600, "log.1.gz": 0o600, "log.2.gz": 0o600, "other": 0o644}
+
+
+def test_a_readable_file_that_cannot_be_tightened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's file is not written to: others would read along."""
+    (tmp_path / "log").touch(0o644)
+
+    def refuse(*_: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    with pytest.raises(ConfigError, match="Operation not permitted"):
+        start_log(tmp_path / "log")
+
+
+def test_a_disk_that_is_full_at_a_rotation_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When a full file cannot be compressed the log ends and says why; the full file stays, half of a compressed one does not."""
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(event_log.shutil, "copyfileobj", fail)
+    log = start_log(tmp_path / "log", max_bytes=500, files=3)
+    for i in range(20):
+        log(float(i), arrival(i), [])
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+    assert log.failure == "No space left on device"
+    assert "serving goes on" in caplog.text
+
+
+def test_a_log_whose_folder_is_deleted_ends_at_the_rotation(tmp_path: Path) -> None:
+    """The open file is written to its end; the next one cannot be made, and that is all that happens."""
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    log = start_log(folder / "log", max_bytes=500, files=3)
+    (folder / "log").unlink()
+    folder.rmdir()
+    for i in range(20):
+        log(float(i), arrival(i), [])
+    log.close()
+    assert log.failure == "No such file or directory"
+
+
+def test_an_unwritten_log_counts() -> None:
+    """A process that serves without its log counts every event as missing."""
+    log = UnwrittenLog("No space left on device")
+    log(0.0, arrival(0), [])
+    log(1.0, arrival(1), [])
+    log.close()
+    assert (log.events, log.dropped, log.failure) == (2, 2, "No space left on device")

@@ -53,6 +53,15 @@ async def test_gauges() -> None:
         assert [read("cascadeinfer_stage_running", {"stage": s}) for s in "01"] == [3, 1]
         assert [read("cascadeinfer_stage_waiting", {"stage": s}) for s in "01"] == [0, 0]
         assert read("cascadeinfer_stage_kv_usage", {"stage": "0"}) == pytest.approx(sum(seen["kv_usage"][:2]) / 2)
+        labels = {"instance": "c", "stage": "1"}
+        assert read("cascadeinfer_instance_held_blocks", {**labels, "reason": "pins"}) == 0
+        assert await cluster["c"].reserve("somebody", 64) is None
+        await asyncio.sleep(0.25)
+        n_held = read("cascadeinfer_instance_held_blocks", {**labels, "reason": "reservations"})
+        assert n_held == CAPACITY.blocks_for(64) + 1
+        [shown] = [entry for entry in cluster.runtime.snapshot()["instances"] if entry["id"] == "c"]
+        assert shown["held_blocks"] == {"reservations": n_held, "pins": 0}
+        await cluster["c"].release_reservation("somebody")
 
 
 @virtual_time

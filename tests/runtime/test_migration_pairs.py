@@ -99,6 +99,7 @@ class Scene:
                 engine.release_answers(command)
             engine.release_outputs()
             engine.unpause()
+            engine.thaw()
 
     def has(self, state: State) -> str:
         """The instance that has the request in this state."""
@@ -210,6 +211,11 @@ async def timed_out(scene: Scene, state: State) -> None:
     assert (state, Happening.TIMED_OUT) in scene.cluster.pairs
 
 
+async def place_silent(scene: Scene, state: State) -> None:
+    """Whoever has the request answers nothing any more."""
+    scene.cluster[scene.has(state)].freeze()
+
+
 HAPPEN: dict[Happening, Callable[[Scene, State], Awaitable[None]]] = {
     Happening.ROOM_GRANTED: room_granted,
     Happening.ROOM_REFUSED: room_refused,
@@ -224,6 +230,7 @@ HAPPEN: dict[Happening, Callable[[Scene, State], Awaitable[None]]] = {
     Happening.SOURCE_LOST: source_lost,
     Happening.TARGET_LOST: target_lost,
     Happening.TIMED_OUT: timed_out,
+    Happening.PLACE_SILENT: place_silent,
 }
 FROM_THE_START = {room_refused, cut_done, cut_empty, cut_late, cut_refused}
 """These bring the request into the state themselves."""

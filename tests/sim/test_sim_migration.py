@@ -110,9 +110,9 @@ def test_a_client_that_leaves_at_each_step_leaves_nothing_behind(moment: str) ->
 
 
 def test_a_pull_slower_than_the_lease_is_given_up() -> None:
-    """When the time limit of RESUMING passes in the pull, the target computes the KV cache itself."""
+    """When the time limit of RESUMING passes in the pull, the source takes the request back."""
     result, policy = moving(FaultPlan(), migration=MigrationTimes(resume_s=0.05, least_pull_s=0.0))
-    assert [event.outcome.value for event in policy.ended] == ["recomputed"]
+    assert [event.outcome.value for event in policy.ended] == ["stayed"]
     assert policy.ended[0].detail == "timed_out"
     assert result.requests.recomputed_tokens[0] == 108
     # The cut was sent at 102 ms: 50 ms later, then a prompt of 109 tokens on an idle instance: 10 + 10.9 ms.

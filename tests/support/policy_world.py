@@ -16,6 +16,8 @@ from cascadeinfer.core.events import (
     InstanceLost,
     InstanceReport,
     InstanceReported,
+    InstanceSuspected,
+    InstanceTrusted,
     MessageReceived,
     MigrationEnded,
     MigrationOutcome,
@@ -57,6 +59,7 @@ class World:
     may_hold_back: bool = False
     now_s: float = 0.0
     draining: dict[InstanceId, bool] = field(default_factory=dict)
+    suspects: set[InstanceId] = field(default_factory=set)
     requests: dict[RequestId, WorldRequest] = field(default_factory=dict)
     flying: list[SendMessage] = field(default_factory=list)
     moves: dict[MigrationId, StartMigration] = field(default_factory=dict)
@@ -93,6 +96,24 @@ class World:
         self.draining[instance_id] = True
         return self.emit(InstanceDraining(f"drain:{instance_id}", instance_id))
 
+    def suspect(self, instance_id: InstanceId) -> list[Effect]:
+        """An instance does not answer; what waits there is taken away when another answers."""
+        self.suspects.add(instance_id)
+        withdrawn = []
+        if any(other != instance_id for other in self.trusted_instances()):
+            withdrawn = [r for r in self.on(instance_id) if not r.running and r.migration_id is None]
+        for request in withdrawn:
+            self._displace(request)
+        ids = tuple(request.request_id for request in withdrawn)
+        effects = self.emit(InstanceSuspected(f"silent:{instance_id}", instance_id, ids))
+        self._check_placed()
+        return effects
+
+    def trust(self, instance_id: InstanceId) -> list[Effect]:
+        """It answers again."""
+        self.suspects.discard(instance_id)
+        return self.emit(InstanceTrusted(f"answers:{instance_id}", instance_id))
+
     def lose(self, instance_id: InstanceId, *, name_lost: bool = True, at_target: bool = False) -> list[Effect]:
         """
         An instance dies; its migrations end first.
@@ -117,6 +138,7 @@ class World:
         for request_id in orphans:
             self._displace(self.requests[request_id])
         del self.draining[instance_id]
+        self.suspects.discard(instance_id)
         self.flying = [m for m in self.flying if instance_id not in {m.sender_id, m.recipient_id}]
         tokens = tuple(self.requests[request_id].tokens for request_id in orphans)
         effects += self.emit(InstanceLost(f"down:{instance_id}", instance_id, tuple(orphans), tokens))
@@ -232,6 +254,10 @@ class World:
         """Those that take requests."""
         return [instance_id for instance_id, draining in self.draining.items() if not draining]
 
+    def trusted_instances(self) -> list[InstanceId]:
+        """Those that take requests and answer."""
+        return [instance_id for instance_id in self.open_instances() if instance_id not in self.suspects]
+
     # --- effects --------------------------------------------------------------------------------------------------------
 
     def _carry_out(self, effect: Effect) -> None:
@@ -241,6 +267,7 @@ class World:
                 assert request.instance_id is None, f"{effect}: it is on {request.instance_id} already"
                 assert effect.request_id not in self.rejected, f"{effect}: it was refused"
                 assert self.draining.get(effect.instance_id) is False, f"{effect}: that takes no requests"
+                self._check_answers(effect, effect.instance_id)
                 request.instance_id = effect.instance_id
                 request.dispatches += 1
             case Reject():
@@ -270,6 +297,10 @@ class World:
         for instance_id in (effect.source_id, effect.target_id):
             busy = sum(instance_id in {move.source_id, move.target_id} for move in self.moves.values())
             assert busy <= self.max_migrations, f"{effect}: {busy} migrations at {instance_id}"
+
+    def _check_answers(self, effect: Effect, instance_id: InstanceId) -> None:
+        """Nothing goes to an instance that does not answer while another does."""
+        assert instance_id not in self.suspects or not self.trusted_instances(), f"{effect}: that does not answer"
 
     def _displace(self, request: WorldRequest) -> None:
         request.instance_id = None

@@ -67,12 +67,13 @@ def test_common_csv_without_times() -> None:
 def test_common_csv_with_hashes_follows_the_sort() -> None:
     """Prefix hashes are joined by row_id and stay with their rows."""
     hashes = read_hash_ids([json.dumps({"row_id": i, "hash_ids": [i, i + 10]}) for i in range(3)])
-    trace = read_csv(CSV, hashes=hashes)
+    long = [line.replace(",10,", ",1000,").replace(",20,", ",1000,").replace(",30,", ",600,") for line in CSV]
+    trace = read_csv(long, hashes=hashes)
     assert trace.prefix_hashes == ((0, 10), (2, 12), (1, 11))
     assert trace.prefix_block_tokens == 512
     del hashes[1]
     with pytest.raises(TraceError, match="line 3: no prefix hashes for row_id 1"):
-        read_csv(CSV, hashes=hashes)
+        read_csv(long, hashes=hashes)
     with pytest.raises(TraceError, match="line 2: row_id 0 comes twice"):
         read_hash_ids(['{"row_id": 0, "hash_ids": []}'] * 2)
 
@@ -270,3 +271,71 @@ def test_servegen_windows_without_requests_are_refused() -> None:
     lawless = parse_client(0, SERVEGEN_TRACE, "{}")
     with pytest.raises(TraceError, match="before its first length law"):
         draw_trace([lawless], 0.0, 600.0, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("value", ["1e30", "9223372036854775807", "1e19", "99999999999999999999", "1" + "0" * 400])
+def test_counts_beyond_any_context_are_refused(value: str) -> None:
+    """A number that no context holds, and no 64 bits, is refused with its line and column."""
+    for reader, line in (
+        (read_csv, f"0.0,{value},5"),
+        (read_azure, f"2023-11-16 18:17:03,{value},5"),
+        (read_burstgpt, f"1,s,1,GPT-4,10,{value},490,API log"),
+    ):
+        header = {read_csv: CSV[0].removesuffix(",row_id"), read_azure: AZURE_2023[0], read_burstgpt: BURSTGPT[0]}[
+            reader
+        ]
+        with pytest.raises(
+            TraceError, match=r"line 2: (prompt_tokens|ContextTokens|Response tokens) is (above|not finite)"
+        ):
+            reader([header, line])
+    with pytest.raises(TraceError, match=r"line 1: input_length is (above|not finite)"):
+        read_mooncake([f'{{"timestamp": 0, "input_length": {value}, "output_length": 5}}'])
+
+
+@pytest.mark.parametrize(
+    ("value", "tokens"), [("12", 12), (" 12 ", 12), ("12.0", 12), ("1.2e1", 12), ("999999999", 999_999_999)]
+)
+def test_counts_are_taken_exactly(value: str, tokens: int) -> None:
+    """Whatever says a whole number is that number; nothing goes through a float, which would round large ones."""
+    assert read_csv(["arrival_s,prompt_tokens,output_tokens", f"0,{value},1"]).prompt_tokens.tolist() == [tokens]
+    ids = read_hash_ids(['{"row_id": 9007199254740993, "hash_ids": [9007199254740993, 9007199254740992]}'])
+    assert ids == {2**53 + 1: [2**53 + 1, 2**53]}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["arrival_s;prompt_tokens;output_tokens", "0.0;600;296"],
+        ["arrival_s\tprompt_tokens\toutput_tokens", "0.0\t600\t296"],
+        ["ARRIVAL_S,Prompt_Tokens,OUTPUT_TOKENS", "0.0,600,296"],
+        ["\ufeffarrival_s,prompt_tokens,output_tokens", "0.0,600,296"],
+        ["", "  ", "arrival_s,prompt_tokens,output_tokens", "", "0.0,600,296", "   "],
+        ['\ufeff{"timestamp": 0, "input_length": 600, "output_length": 296}'],
+    ],
+    ids=["semicolons", "tabs", "upper case", "byte order mark", "blank lines", "mark before JSON"],
+)
+def test_what_spreadsheets_write_is_read(lines: list[str]) -> None:
+    """Separator, case of the columns, a byte order mark and blank lines are no obstacle."""
+    trace = read_trace(lines)
+    assert (trace.prompt_tokens.tolist(), trace.output_tokens.tolist()) == ([600], [296])
+
+
+def test_lines_are_counted_from_the_start_of_the_file() -> None:
+    """Blank lines before the header count."""
+    with pytest.raises(TraceError, match="line 5: prompt_tokens is not a number: 'x'"):
+        read_trace(["", "", "arrival_s,prompt_tokens,output_tokens", "0,5,5", "1,x,5"])
+
+
+def test_failed_requests_are_counted_even_without_a_prompt() -> None:
+    """BurstGPT has rows 0/0: failed requests like any other without an answer."""
+    trace = read_burstgpt([*BURSTGPT, "120,s,1,GPT-4,0,0,0,API log"])
+    assert (len(trace), trace.dropped_rows) == (2, 2)
+
+
+def test_more_hashes_than_blocks_are_refused() -> None:
+    """A prompt of 20 tokens begins one block of 512, so four hashes belong to something else."""
+    row = '{"timestamp": 0, "input_length": 20, "output_length": 5, "hash_ids": [1, 2, 3, 4]}'
+    with pytest.raises(TraceError, match="line 1: 4 hash_ids for 20 prompt tokens, which fill 1 of 512"):
+        read_mooncake([row])
+    with pytest.raises(TraceError, match="line 2: 2 hash_ids for 10 prompt tokens"):
+        read_csv(CSV, hashes={0: [1, 2], 1: [1], 2: [1]})

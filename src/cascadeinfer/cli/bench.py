@@ -110,7 +110,8 @@ def bench(
     url, trace = _required(url, "--url"), _required(trace, "--trace")
     slo = _checked(ttft_slo, tpot_slo, warm_up, long_tokens)
     options.positive(timeout_s, "--timeout-s")
-    options.check_outputs(out, json_file, None if plot is None else Path(plot), matplotlib=plot is not None)
+    drawn = None if plot is None else Path(plot)
+    options.check_outputs({"--out": out, "--json": json_file, "--plot": drawn}, matplotlib=plot is not None)
     kinds = (_word(api, APIS, "--api"), _word(prompts, PROMPT_KINDS, "--prompts"))
     work = _workload(trace, hashes, max_context, arrivals, requests, rate, seed)
     result = asyncio.run(_replay(work, url, kinds, model, seed, tokenize_url, timeout_s))
@@ -148,7 +149,8 @@ def compare(
     """
     from cascadeinfer.observe.record_files import read_records
 
-    options.check_outputs(json_file, None if plot is None else Path(plot), matplotlib=plot is not None)
+    drawn = None if plot is None else Path(plot)
+    options.check_outputs({"--json": json_file, "--plot": drawn}, matplotlib=plot is not None)
     read = [read_records(file) for file in files]
     recorded = read[0].header["slo"]
     slo = _checked(

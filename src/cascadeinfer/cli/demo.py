@@ -28,6 +28,7 @@ from cascadeinfer.cli.demo_requests import STAYS, ChatState, make_states, run_ch
 from cascadeinfer.cli.demo_server import POLL_S, STAGE_BOUNDARY_TOKENS, DemoServer, ServerFailedError
 from cascadeinfer.cli.demo_view import Board, Summary, TextCheck, render_board, render_summary, summarise
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.observe.output_files import check_output, replacing
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -57,10 +58,8 @@ def demo(
 ) -> None:
     """Start two instances, send chat requests, show them move, compare, stop."""
     console = Console()
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(
-            f"{json_file.parent} is not a folder", option="--json", fix="name a file in a folder that exists"
-        )
+    if json_file is not None:
+        check_output(json_file, "--json")
     folder, name = _model_of(model, console)
     server = DemoServer(folder, name)
     try:
@@ -114,10 +113,8 @@ def _model_of(model: str | None, console: Console) -> tuple[str, str]:
 
 
 def _write(path: Path, summary: Summary) -> None:
-    try:
-        path.write_text(json.dumps(summary.to_json(), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}", option="--json", fix="name another file") from error
+    with replacing(path, "--json") as beside:
+        beside.write_text(json.dumps(summary.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
 async def _run(server: DemoServer, n_requests: int, console: Console) -> Summary:

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from cascadeinfer.workload.drawing import ArrivalLaw
 
 Profile = Annotated[str, typer.Option(help="Cost profile: a shipped name or a JSON file.")]
-TraceFile = Annotated[Path, typer.Option(help="Trace file (.csv or .jsonl, also .gz); its lengths count.")]
+TraceFile = Annotated[
+    Path,
+    typer.Option(
+        help="Trace file (.csv or .jsonl, also .gz), or `sample` for the one that is shipped; its lengths count."
+    ),
+]
 Rate = Annotated[float, typer.Option(help="Requests per second.")]
 Instances = Annotated[int, typer.Option(help="Instances of the model.")]
 ObjectiveName = Annotated[
@@ -245,29 +250,40 @@ def rates_of(text: str) -> list[float]:
     return rates
 
 
-def check_outputs(*files: Path | None, **packages: bool) -> None:
+def check_outputs(files: Mapping[str, Path | None], **packages: bool) -> None:
     """
     Refuse output files that could not be written, before anything is computed.
 
     Args:
-        files: Whose folder has to exist.
+        files: By the option that names each.
         packages: Whether each package is needed to write them.
 
     Raises:
-        ConfigError: A folder is missing.
+        ConfigError: One is a folder, its folder is missing, or nothing can be written there.
         ModuleNotFoundError: A package is not installed; the entry point names the extra.
     """
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise ConfigError(f"there is no folder {file.parent}", fix=f"make it, or write {file.name} elsewhere")
+    from cascadeinfer.observe.output_files import check_output
+
+    for option, file in files.items():
+        if file is not None:
+            check_output(file, option)
     for package, needed in packages.items():
         if needed:
             importlib.import_module(package)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """One indented object; NaN and infinities, which JSON lacks, become null."""
-    file.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """
+    One indented object; NaN and infinities, which JSON lacks, become null.
+
+    Raises:
+        ConfigError: The file cannot be written; what was there before is untouched.
+    """
+    from cascadeinfer.observe.output_files import replacing
+
+    text = json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
+    with replacing(file, "--json") as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -81,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(words)
     except OPERATOR_ERRORS as error:
-        _complain(str(error))
+        _complain(_sentence(error))
         sys.exit(EXIT_OPERATOR)
     except EngineError as error:
-        _complain(str(error))
+        _complain(_sentence(error))
         sys.exit(EXIT_FAILURE)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -145,6 +145,11 @@ def _version(*, show: bool) -> None:
 def _not_chosen() -> None:
     """Stands for a command in the list; never runs, as it is not the one named."""
     raise AssertionError("the command that was named is loaded in full")
+
+
+def _sentence(error: Exception) -> str:
+    """What is wrong, and what was noted of it on its way up: the file, for instance."""
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def _complain(message: str) -> None:

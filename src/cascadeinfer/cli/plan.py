@@ -41,7 +41,7 @@ def plan(
 
     goal = options.objective_of(objective, options.slo_of(ttft_slo, tpot_slo))
     check_rate(rate)
-    options.check_outputs(plot, json_file, matplotlib=plot is not None)
+    options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
     setting = load_setting(profile, trace, instances, context, goal, margin)
     best = setting.plan(rate)
     options.tell_notes(setting)
@@ -50,8 +50,7 @@ def plan(
     out.print(_comparison(best), highlight=False)
     typer.echo("\n".join(["", *reasons(best)]))
     stages = [_as_dict(stage) for stage in best.stages]
-    flag = ",".join(f"{stage.range}:{stage.n_instances}" for stage in best.stages)
-    typer.echo(f"\nfor the server: --instances {instances} --stages {flag}")
+    typer.echo(f"\n{_for_the_server(best, instances, profile)}")
     if json_file is not None:
         options.write_json(json_file, _content(setting, best, rate, stages))
     if plot is not None:
@@ -84,6 +83,15 @@ def _stage_table(best: "Plan") -> "Table":
             f"{stage.hand_overs_per_s:.2f}",
         )
     return table
+
+
+def _for_the_server(best: "Plan", instances: int, profile: str) -> str:
+    """Options to copy: those that keep planning alive come first, since `--stages` fixes the stages for good."""
+    plans_itself = f"for the server: --instances {instances} --profile {profile}"
+    if len(best.stages) == 1:
+        return f"{plans_itself} (it starts with one stage and plans again as it sees the workload)"
+    flag = ",".join(f"{stage.range}:{stage.n_instances}" for stage in best.stages)
+    return f"{plans_itself} (plans again as it sees the workload)\nor with these stages, fixed: --instances {instances} --stages {flag}"
 
 
 def _comparison(best: "Plan") -> str:

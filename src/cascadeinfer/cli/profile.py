@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cascadeinfer.core.errors import ConfigError, EngineError
+from cascadeinfer.observe.output_files import check_output, replacing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,26 +98,10 @@ def check_outputs(options: "ProfileOptions") -> None:
         ConfigError: One cannot be.
         ModuleNotFoundError: A plot is wanted and matplotlib is missing; the entry point names the extra.
     """
-    _check_writable(options.output_path, "--output")
+    check_output(options.output_path, "--output")
     if options.plot is not None:
         importlib.import_module("matplotlib")
-        _check_writable(Path(options.plot).expanduser(), "--plot")
-
-
-def _check_writable(path: Path, option: str) -> None:
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder", option=option, fix="name a file")
-    if not path.parent.is_dir():
-        raise ConfigError(f"there is no folder {path.parent}", option=option, fix="make it, or write elsewhere")
-    trial = path.with_name(f".{path.name}.trial")
-    try:
-        trial.write_bytes(b"")
-        trial.unlink()
-        if path.exists():
-            with path.open("ab"):
-                pass
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}", option=option) from error
+        check_output(Path(options.plot).expanduser(), "--plot")
 
 
 async def _measure(args: Namespace, options: "ProfileOptions", log: "SampleLog", argv: list[str]) -> "Found":
@@ -158,18 +143,12 @@ def _write(options: "ProfileOptions", found: "Found") -> None:
     """Write the profile as a whole or not at all, then the plot."""
     from cascadeinfer.core.cost.profile import encode_profile
 
-    path = options.output_path
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(encode_profile(found.profile))
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(
-            f"{path} cannot be written: {error.strerror}",
-            option="--output",
-            fix="make room; --resume does not measure again",
-        ) from error
+        with replacing(options.output_path, "--output") as beside:
+            beside.write_bytes(encode_profile(found.profile))
+    except ConfigError as error:
+        error.add_note("--resume does not measure again")
+        raise
     if options.plot is not None:
         from cascadeinfer.observe.figures import save
         from cascadeinfer.observe.fit_figure import fit_figure

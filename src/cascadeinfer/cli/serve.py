@@ -10,6 +10,7 @@ from argparse import Namespace
 from typing import NoReturn
 
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.frontend.stop_signals import StopSignals
 
 
 def serve(argv: list[str]) -> None:
@@ -22,16 +23,17 @@ def serve(argv: list[str]) -> None:
     Raises:
         ConfigError: An option is wrong; nothing is left running.
     """
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # fork is unsafe once threads run
-    args = parse(argv)
+    with StopSignals() as signals:
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # fork is unsafe once threads run
+        args = parse(argv)
 
-    import uvloop
+        import uvloop
 
-    from cascadeinfer.assemble import run_server
-    from cascadeinfer.config.schema import options_of
+        from cascadeinfer.assemble import run_server
+        from cascadeinfer.config.schema import options_of
 
-    uvloop.run(run_server(args, options_of(args)))
+        uvloop.run(signals.until_stopped(run_server(args, options_of(args), signals)))
 
 
 def parse(argv: list[str]) -> Namespace:

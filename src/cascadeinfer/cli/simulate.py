@@ -66,9 +66,8 @@ def simulate(
     options.at_least_one(seeds=seeds)
     check_jobs(jobs)
     drawn = None if plot is None else Path(plot)
-    options.check_outputs(
-        drawn, event_log, json_file, parquet, matplotlib=plot is not None, pyarrow=parquet is not None
-    )
+    files = {"--plot": drawn, "--event-log": event_log, "--json": json_file, "--parquet": parquet}
+    options.check_outputs(files, matplotlib=plot is not None, pyarrow=parquet is not None)
     slo = options.slo_of(ttft_slo, tpot_slo)
     goal = options.objective_of(objective, slo)
     setting = load_setting(profile, trace, instances, context, goal, margin, prefix_hashes)
@@ -197,6 +196,8 @@ def _write_parquet(file: Path, outcomes: Sequence["RunOutcome"], header: dict[st
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from cascadeinfer.observe.output_files import replacing
+
     tables = []
     for outcome in outcomes:
         n = len(outcome.requests)
@@ -207,9 +208,9 @@ def _write_parquet(file: Path, outcomes: Sequence["RunOutcome"], header: dict[st
         columns |= {f.name: pa.array(getattr(outcome.requests, f.name)) for f in fields(outcome.requests)}
         tables.append(pa.table(columns))
     metadata = {"cascadeinfer": json.dumps(header)}
-    pq.write_table(
-        pa.concat_tables(tables, promote_options="default").unify_dictionaries().replace_schema_metadata(metadata), file
-    )
+    table = pa.concat_tables(tables, promote_options="default").unify_dictionaries().replace_schema_metadata(metadata)
+    with replacing(file, "--parquet") as beside:
+        pq.write_table(table, beside)
 
 
 def _draw(prefix: str, runs: dict[str, list["RunOutcome"]], title: str) -> None:

@@ -68,7 +68,7 @@ def sweep(
     span_s = DEFAULT_DURATION_S if requests is None and duration_s is None else duration_s
     count = options.requests_of(requests, span_s, wanted[0], default=1)
     check_jobs(jobs)
-    options.check_outputs(plot, json_file, matplotlib=plot is not None)
+    options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
     slo = options.slo_of(ttft_slo, tpot_slo)
     setting = load_setting(profile, trace, instances, context, options.objective_of(objective, slo), margin)
     law = options.arrivals_of(arrivals)

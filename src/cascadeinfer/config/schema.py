@@ -51,6 +51,12 @@ class ServeOptions:
         high=64,
     )
     report_interval_s: float = _option(0.1, "Seconds between load reports of an instance.", low=0.01, high=5.0)
+    suspect_after_s: float = _option(
+        1.0,
+        "An instance whose load report is overdue by this much gets nothing new while another answers.",
+        low=0.1,
+        high=3600.0,
+    )
     hang_timeout_s: float = _option(
         60.0, "An instance silent for this long is killed and restarted; above its longest step.", low=1.0, high=3600.0
     )
@@ -62,6 +68,48 @@ class ServeOptions:
     )
     kv_lease_s: int = _option(
         10, "Seconds that a moving request's KV cache stays pinned at its source.", low=5, high=300
+    )
+    admin_api_key: str | None = _option(
+        None,
+        "Key for /admin and everything else that changes the service; without it, the API key serves. "
+        "Better in the environment (CASCADEINFER_ADMIN_API_KEY), where `ps` does not show it.",
+        metavar="KEY",
+    )
+    max_request_body_mb: int = _option(
+        32, "Largest body of a request in MiB; larger ones get HTTP 413.", low=1, high=4096
+    )
+    max_connections: int = _option(
+        8192,
+        "Connections at once to a front-end process; beyond them only probes and /metrics are answered.",
+        low=1,
+        high=1_000_000,
+    )
+    header_timeout_s: float = _option(
+        10.0, "Seconds in which the head of a request must have come.", low=0.1, high=3600.0
+    )
+    body_timeout_s: float = _option(
+        120.0, "Seconds in which the body of a request must have come.", low=0.1, high=86400.0
+    )
+    client_kv_transfer_params: str = _option(
+        "refuse",
+        "What to do with a client's `kv_transfer_params`: refuse the request (HTTP 400), or serve it as if they were not there. "
+        "They are never obeyed.",
+        choices=("refuse", "ignore"),
+    )
+    structured_max_kb: int = _option(
+        512, "Largest JSON schema, grammar or list of choices of a structured output, in KiB.", low=1, high=32768
+    )
+    structured_max_depth: int = _option(
+        32, "Deepest JSON schema: schemas inside schemas, references counted.", low=1, high=100
+    )
+    structured_max_parts: int = _option(
+        10_000, "Most schemas in a JSON schema, with references followed.", low=1, high=10_000_000
+    )
+    structured_max_alternatives: int = _option(
+        5000, "Most enum values, branches and choices of a structured output together.", low=1, high=10_000_000
+    )
+    structured_max_regex: int = _option(
+        4096, "Longest regular expression of a structured output, in characters.", low=1, high=1_000_000
     )
     event_log: str | None = _option(
         None,

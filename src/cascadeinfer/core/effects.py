@@ -2,7 +2,7 @@
 What a policy wants done: the closed union of its outputs.
 
 A shell carries effects out in the order given, each without waiting for the one before to finish. Every effect ends in an
-event: `Dispatch` in `RequestFinished` (or `InstanceLost`), `StartMigration` in exactly one `MigrationEnded`, `SendMessage` in
+event: `Dispatch` in `RequestFinished` (or `InstanceLost`, or an `InstanceSuspected` that names it), `StartMigration` in exactly one `MigrationEnded`, `SendMessage` in
 at most one `MessageReceived`. `cause` is the `cause` of the event that led to it.
 """
 
@@ -27,7 +27,7 @@ class MigrationReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Run this new or orphaned request on this instance."""
+    """Run this request, which is new, an orphan or withdrawn, on this instance."""
 
     cause: str
     request_id: RequestId

@@ -49,7 +49,11 @@ class MigrationOutcome(enum.StrEnum):
     ENDED = "ended"
     """The request ended (finished, was aborted) before the move was complete."""
     LOST = "lost"
-    """The instance that had the request died on the way. The `InstanceLost` that follows names it among its orphans."""
+    """
+    The instance that had the request died on the way, or was to compute it anew and does not answer.
+
+    The `InstanceLost` or `InstanceSuspected` that follows names it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,27 @@ class InstanceLost:
 
 
 @dataclass(frozen=True, slots=True)
+class InstanceSuspected:
+    """
+    An instance's report is overdue: it hangs, or is very slow. Nothing new goes there while another can take it.
+
+    Each id in `withdrawn_ids` needs a new `Dispatch`: it waited there without a token, and has been taken away. May come again with others.
+    """
+
+    cause: str
+    instance_id: InstanceId
+    withdrawn_ids: tuple[RequestId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceTrusted:
+    """An instance that was suspected answers in time again."""
+
+    cause: str
+    instance_id: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
 class MigrationEnded:
     """
     A migration that `StartMigration` asked for is over. Exactly one follows each `StartMigration`.
@@ -253,6 +278,8 @@ Event: TypeAlias = (
     | InstanceJoined
     | InstanceDraining
     | InstanceLost
+    | InstanceSuspected
+    | InstanceTrusted
     | MigrationEnded
     | MessageReceived
     | LayoutAnnounced

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.pace import Pace
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 
 CROWDED: Final = 0.6
@@ -70,14 +71,22 @@ class InstanceView:
         step_s: Mean step time at the last report that had one, 0.0 before.
         starting: Requests not known to decode yet, with the length at which they were placed: they wait, or are being computed.
         queue: Time to compute those, see `Pricing`.
+        suspect: Its report is overdue.
+        shunned: It is suspect while another is not: nothing new goes there.
+        pace: The steps that it has reported.
+        slowness: How much longer its steps take than those of its peers would, 1.0 unless it matters (`core/pace.py`).
         load: The larger of its KV share and its batch share, with everything here (foreign or not) and on its way here; 1.0 is full.
-        price: See `Pricing`.
+        price: See `Pricing`; times `slowness`.
     """
 
     instance_id: InstanceId
     capacity: InstanceCapacity
     pricing: Pricing = field(default_factory=Pricing)
     draining: bool = False
+    suspect: bool = False
+    shunned: bool = False
+    pace: Pace = field(default_factory=Pace)
+    slowness: float = 1.0
     request_ids: dict[RequestId, int] = field(default_factory=dict)
     kv_tokens: int = 0
     waiting: dict[RequestId, None] = field(default_factory=dict)
@@ -109,6 +118,15 @@ class InstanceView:
         return len(self.inbound) + len(self.outbound)
 
     @property
+    def slowed_load(self) -> float:
+        """
+        The load as a newcomer feels it: as many requests as wait for one step here would fill so much of an instance of usual speed.
+
+        A slow instance counts the newcomer itself, or it would be as good as any other while it is empty.
+        """
+        return self.load if self.slowness == 1.0 else (self.load + self._per_request) * self.slowness
+
+    @property
     def committed_kv_tokens(self) -> int:
         """Tokens here or on their way here."""
         return self.kv_tokens + self.inbound_tokens + self.foreign_tokens
@@ -128,7 +146,7 @@ class InstanceView:
         excess = tokens * self._per_token - CROWDED
         if excess > 0.0:
             price *= 1.0 + CROWDING * (excess / (1.0 - CROWDED)) ** 2
-        return price
+        return price * self.slowness
 
     def marginal_price(self, tokens: int, cached_tokens: int) -> float:
         """
@@ -142,7 +160,7 @@ class InstanceView:
         step = pricing.base + pricing.per_request * requests + pricing.per_token * self.committed_kv_tokens
         computed = pricing.queue_of(tokens) - pricing.queue_of(cached_tokens)
         waited = self.queue + self.foreign_queue + (requests + 1) * computed
-        return step + (requests + 1) * more + pricing.urgency * waited
+        return (step + (requests + 1) * more + pricing.urgency * waited) * self.slowness
 
     def free_blocks(self) -> int:
         """Blocks that nothing here or on its way here will need as it is; negative when overcommitted."""
@@ -154,6 +172,12 @@ class InstanceView:
         by_requests = (len(self.request_ids) + len(self.inbound) + self.foreign_requests) * self._per_request
         self.load = max(by_requests, by_tokens)
         self.price = self.price_with(0, 0)
+
+    def set_slowness(self, slowness: float) -> None:
+        """How slow it is beside the others has been found out."""
+        if slowness != self.slowness:
+            self.slowness = slowness
+            self._weigh()
 
     def reprice(self) -> None:
         """The price list has changed."""

@@ -3,9 +3,10 @@ The migration protocol as a transition table: ask for room, cut, transfer, resum
 
 Theory of operation. The request decodes on the source until the cut. Nothing is given up before the target has reserved room
 (ASKING). The cut (CUTTING) ends the request at its next token with its KV cache pinned under a lease. The target then pulls and
-decodes (RESUMING); its first token ends the migration. Until then the source's copy stays pinned, and when the lease is about to
-end, or the source is gone, the target computes the KV cache anew instead (RECOMPUTING): what it has pulled by then cannot be
-trusted. If the target is lost while the cut is under way, the source takes the request back (WITHDRAWING, RETURNING).
+decodes (RESUMING); its first token ends the migration. Until then the source's copy stays pinned. When the lease is about to end,
+what the target has pulled by then cannot be trusted, and the source takes the request back (RETURNING); when the source is gone, the
+target computes the KV cache anew (RECOMPUTING). If the target is lost while the cut is under way, the source takes the request back
+as well (WITHDRAWING, RETURNING).
 
 The lease begins when the cut takes effect, which the shell may hear of late. What it knows without any delay is when it *sent* the
 cut, and that is never later. So the deadline of the pull is counted from there (`MigrationTimes.deadline_s`): a first token that is
@@ -62,6 +63,8 @@ class Happening(enum.Enum):
     TARGET_LOST = "target_lost"
     TIMED_OUT = "timed_out"
     """The state's time is up; in RESUMING: the deadline of the pull."""
+    PLACE_SILENT = "place_silent"
+    """The instance that is to compute the request anew does not answer, and another does."""
 
 
 class Action(enum.Enum):
@@ -101,9 +104,10 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     (State.ASKING, Happening.TIMED_OUT): (State.STAYED, (Action.RELEASE_ROOM,)),
     (State.CUTTING, Happening.CUT_DONE): (State.RESUMING, (Action.RESUME,)),
     (State.CUTTING, Happening.CUT_EMPTY): (State.RECOMPUTING, (Action.RELEASE_ROOM, Action.RECOMPUTE)),
+    # The source has most of the KV cache still, and nobody knows whether it or this front end was late.
     (State.CUTTING, Happening.CUT_LATE): (
-        State.RECOMPUTING,
-        (Action.RELEASE_PIN, Action.RELEASE_ROOM, Action.RECOMPUTE),
+        State.RETURNING,
+        (Action.RELEASE_ROOM, Action.RELEASE_PIN, Action.TAKE_BACK),
     ),
     (State.CUTTING, Happening.CUT_REFUSED): (State.STAYED, (Action.RELEASE_ROOM,)),
     (State.CUTTING, Happening.REQUEST_ENDED): (State.ENDED, (Action.RELEASE_ROOM,)),
@@ -129,19 +133,22 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     ),
     (State.RESUMING, Happening.REQUEST_ENDED): (State.ENDED, (Action.RELEASE_PIN, Action.RELEASE_ROOM)),
     (State.RESUMING, Happening.SOURCE_LOST): (State.RECOMPUTING, (Action.ABORT_AT_TARGET, Action.RECOMPUTE)),
+    # The target did not answer in time: recomputing there might wait for ever. The source has most of the KV cache still.
     (State.RESUMING, Happening.TIMED_OUT): (
-        State.RECOMPUTING,
-        (Action.ABORT_AT_TARGET, Action.RELEASE_PIN, Action.RECOMPUTE),
+        State.RETURNING,
+        (Action.ABORT_AT_TARGET, Action.RELEASE_PIN, Action.TAKE_BACK),
     ),
     (State.RESUMING, Happening.TARGET_LOST): (State.LOST, (Action.RELEASE_PIN,)),
     (State.RECOMPUTING, Happening.FIRST_TOKEN): (State.RECOMPUTED, ()),
     (State.RECOMPUTING, Happening.REQUEST_ENDED): (State.ENDED, ()),
     (State.RECOMPUTING, Happening.CLIENT_LEFT): (State.ENDED, (Action.ABORT_AT_TARGET,)),
     (State.RECOMPUTING, Happening.TARGET_LOST): (State.LOST, ()),
+    (State.RECOMPUTING, Happening.PLACE_SILENT): (State.LOST, (Action.ABORT_AT_TARGET,)),
     (State.RETURNING, Happening.FIRST_TOKEN): (State.STAYED, ()),
     (State.RETURNING, Happening.REQUEST_ENDED): (State.ENDED, ()),
     (State.RETURNING, Happening.CLIENT_LEFT): (State.ENDED, (Action.ABORT_AT_SOURCE,)),
     (State.RETURNING, Happening.SOURCE_LOST): (State.LOST, ()),
+    (State.RETURNING, Happening.PLACE_SILENT): (State.LOST, (Action.ABORT_AT_SOURCE,)),
 }
 
 IGNORED: Final = frozenset(
@@ -154,7 +161,7 @@ IGNORED: Final = frozenset(
         (State.ASKING, Happening.FIRST_TOKEN),
         (State.CUTTING, Happening.FIRST_TOKEN),
         (State.WITHDRAWING, Happening.FIRST_TOKEN),
-        # An engine that recomputes or takes back is waited for as long as it lives.
+        # An engine that recomputes or takes back is waited for as long as it lives and answers.
         (State.WITHDRAWING, Happening.TIMED_OUT),
         (State.RECOMPUTING, Happening.TIMED_OUT),
         (State.RETURNING, Happening.TIMED_OUT),

@@ -20,6 +20,8 @@ from cascadeinfer.core.events import (
     InstanceJoined,
     InstanceLost,
     InstanceReported,
+    InstanceSuspected,
+    InstanceTrusted,
     LayoutAnnounced,
     MessageReceived,
     MigrationEnded,
@@ -31,6 +33,7 @@ from cascadeinfer.core.events import (
     WorkloadSeen,
 )
 from cascadeinfer.core.instance import InstanceView, Pricing
+from cascadeinfer.core.pace import slowness_of
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 
 __all__ = ["ClusterView", "InstanceView", "Pricing", "RequestView"]
@@ -85,13 +88,23 @@ class ClusterView:
         self._pricings: dict[InstanceCapacity, Pricing] = {}
         self.instances: dict[InstanceId, InstanceView] = {}
         self.requests: dict[RequestId, RequestView] = {}
+        self._members: list[InstanceView] = []
         self._available: list[InstanceView] = []
+        self._costs: dict[InstanceId, float] = {}
         self._unplaced: dict[RequestId, RequestView] = {}
         self._arrivals = 0
 
     def available(self) -> Sequence[InstanceView]:
-        """Instances that take new requests, sorted by id. A snapshot: later changes make another."""
+        """
+        Instances that take new requests, sorted by id. A snapshot: later changes make another.
+
+        Those that are suspected are left out while another is there.
+        """
         return self._available
+
+    def members(self) -> Sequence[InstanceView]:
+        """Instances that do not drain, suspected or not, sorted by id: stages are made of them. A snapshot."""
+        return self._members
 
     def unplaced(self) -> list[RequestView]:
         """Requests that wait for a dispatch, in the order in which they should run: by priority, then arrival."""
@@ -101,12 +114,14 @@ class ClusterView:
         """How many requests wait for a dispatch."""
         return len(self._unplaced)
 
-    def apply(self, event: Event) -> None:  # noqa: C901 - one arm per event
+    def apply(self, event: Event) -> None:  # noqa: C901, PLR0912 - one arm per event
         """Follow one event. Unknown ids are ignored: a report can cross a finish."""
         match event:
             case InstanceReported():
                 if (instance := self.instances.get(event.instance_id)) is not None:
                     instance.follow(event.report)
+                    if instance.pace.note(event.report.steps):
+                        self._compare_pace(instance)
             case MessageReceived() | LayoutAnnounced() | WorkloadSeen() | TimerFired():
                 return
             case RequestArrived():
@@ -118,10 +133,17 @@ class ClusterView:
             case InstanceJoined():
                 pricing = self._pricing_for(event.capacity)
                 self.instances[event.instance_id] = InstanceView(event.instance_id, event.capacity, pricing)
+                self._costs.pop(event.instance_id, None)
                 self._find_available()
             case InstanceDraining():
                 if (instance := self.instances.get(event.instance_id)) is not None:
                     instance.draining = True
+                    self._find_available()
+            case InstanceSuspected():
+                self._suspect(event)
+            case InstanceTrusted():
+                if (instance := self.instances.get(event.instance_id)) is not None:
+                    instance.suspect = False
                     self._find_available()
             case InstanceLost():
                 self._lose(event)
@@ -144,8 +166,11 @@ class ClusterView:
             for name in Pricing.__slots__:
                 if name != "urgency":
                     setattr(old, name, getattr(new, name))
-        for instance in self.instances.values():
+        self._costs.clear()
+        for instance_id, instance in self.instances.items():
             instance.reprice()
+            if (cost := instance.pace.cost(instance.pricing)) is not None:
+                self._costs[instance_id] = cost
 
     def set_urgency(self, urgency: float) -> None:
         """Change how much waiting for the first token counts (`Pricing.urgency`); prices follow as instances change."""
@@ -158,7 +183,32 @@ class ClusterView:
         return self._pricings[capacity]
 
     def _find_available(self) -> None:
-        self._available = [i for _, i in sorted(self.instances.items()) if not i.draining]
+        self._members = [i for _, i in sorted(self.instances.items()) if not i.draining]
+        trusted = [i for i in self._members if not i.suspect]
+        self._available = trusted or self._members
+        for instance in self.instances.values():
+            instance.shunned = instance.suspect and bool(trusted)
+
+    def _suspect(self, event: InstanceSuspected) -> None:
+        if (instance := self.instances.get(event.instance_id)) is not None:
+            instance.suspect = True
+            self._find_available()
+        for request_id in event.withdrawn_ids:
+            request = self.requests.get(request_id)
+            if request is not None and request.instance_id == event.instance_id:
+                self._take_away(request)
+
+    def _compare_pace(self, instance: InstanceView) -> None:
+        """An instance has shown how fast it is: say of all how slow they are beside the others."""
+        cost = instance.pace.cost(instance.pricing)
+        if cost is None:
+            self._costs.pop(instance.instance_id, None)
+        else:
+            self._costs[instance.instance_id] = cost
+        before = {instance_id: other.slowness for instance_id, other in self.instances.items()}
+        slowness = slowness_of(self._costs, before)
+        for instance_id, other in self.instances.items():
+            other.set_slowness(slowness.get(instance_id, 1.0))
 
     def _arrive(self, event: RequestArrived) -> None:
         self._arrivals += 1
@@ -200,6 +250,7 @@ class ClusterView:
 
     def _lose(self, event: InstanceLost) -> None:
         instance = self.instances.pop(event.instance_id, None)
+        self._costs.pop(event.instance_id, None)
         self._find_available()
         tokens_of = dict(zip(event.orphan_ids, event.orphan_tokens, strict=True))
         # A migrating request still counts here while it goes on at its target: `MigrationEnded` will say where it is.

@@ -7,8 +7,8 @@ moves is a new attempt at the target), so that late words of an old attempt cann
 All methods are called from one event loop. Commands are carried out in the order of the calls.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from cascadeinfer.core.events import InstanceReport, PinReason
@@ -68,6 +68,7 @@ class EngineCounters:
         reserved: Reservations held now.
         pinned: Cut requests whose blocks are pinned now.
         failed_pulls: Pulls that failed; the engine recomputed what they should have brought.
+        held_blocks: KV blocks that no request runs or waits with, by what holds them now (`docs/metrics.md` lists the reasons).
     """
 
     steps: int = 0
@@ -77,6 +78,7 @@ class EngineCounters:
     reserved: int = 0
     pinned: int = 0
     failed_pulls: int = 0
+    held_blocks: Mapping[str, int] = field(default_factory=dict)
 
 
 class TokenDelta(Protocol):

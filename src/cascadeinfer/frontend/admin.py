@@ -5,15 +5,12 @@ Adding and draining are begun here and answered with 202; `GET` shows how they g
 """
 
 import contextlib
-from argparse import Namespace
 from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Query
 from pydantic import BaseModel, ConfigDict, Field
-from vllm import envs
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.types import InstanceId
@@ -66,26 +63,16 @@ class OwnRuntime:
         return self._runtime.elastic.drain(instance_id, timeout_s).instance_id
 
 
-def attach_admin_routes(
-    app: FastAPI, runtime: Runtime, admin: Admin, args: Namespace, *, drain_timeout_s: float
-) -> None:
+def attach_admin_routes(app: FastAPI, runtime: Runtime, admin: Admin, *, drain_timeout_s: float) -> None:
     """
-    Add the routes to vLLM's app; the admin ones ask for the same API keys as `/v1`.
+    Add the routes to vLLM's app. Keys are asked for at the door (`frontend/door`).
 
     Args:
         runtime: This process's, for its health.
         admin: For what concerns all processes.
         drain_timeout_s: For instances that are drained without a time-out of their own.
     """
-    keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
-    verifier = AuthenticationMiddleware(app, keys) if keys else None
-
-    async def require_key(request: Request) -> None:
-        if verifier is not None and not verifier.verify_token(request.headers):
-            raise HTTPException(HTTPStatus.UNAUTHORIZED, "Unauthorized")
-
-    key_needed = [Depends(require_key)]
-    app.include_router(_instance_routes(admin, drain_timeout_s), dependencies=key_needed)
+    app.include_router(_instance_routes(admin, drain_timeout_s))
     app.include_router(_health_routes(runtime))
 
 

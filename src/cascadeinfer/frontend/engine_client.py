@@ -26,6 +26,8 @@ from cascadeinfer.core.errors import PolicyError, RequestRejectedError
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.frontend.contents.limits import ContentLimits
+from cascadeinfer.frontend.contents.params import ContentRefusedError, checked_params
 from cascadeinfer.frontend.pins import pin_reason_of
 from cascadeinfer.frontend.prefixes import prefix_hashes_of
 from cascadeinfer.frontend.stats import ElasticStatLogger, StatsFollower
@@ -51,6 +53,19 @@ TO_ALL_INSTANCES = (
     "get_weight_version_async",
     "set_weight_version_async",
 )
+
+
+MAX_PRIORITY = 1_000_000
+"""Either way. What does not fit into 64 bits cannot be sent to an engine at all."""
+
+
+def _fault_in(request: EngineCoreRequest) -> str | None:
+    """Why a request cannot be served here, or None."""
+    if request.resumable:
+        return "streaming input is not supported"
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        return f"priority must be between -{MAX_PRIORITY:,} and {MAX_PRIORITY:,}"
+    return None
 
 
 @dataclass(slots=True)
@@ -107,8 +122,9 @@ class CascadeEngineClient(EngineCoreClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """Hand a request to the runtime."""
-        if request.resumable:
-            raise GracefulHTTPError("streaming input is not supported", HTTPStatus.BAD_REQUEST)
+        if (fault := _fault_in(request)) is not None:
+            self.forget(request.request_id)
+            raise GracefulHTTPError(fault, HTTPStatus.BAD_REQUEST)
         sampling = request.sampling_params
         try:
             await self._runtime.submit(
@@ -177,6 +193,19 @@ class CascadeLLM(AsyncLLM):
     """`AsyncLLM` whose health is that of the runtime: well while any instance is up."""
 
     runtime: Runtime
+    #: What requests may say; the server sets the operator's.
+    content_limits = ContentLimits()
+
+    async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check what a request says before anything of it is compiled or handed over: every API comes through here."""
+        try:
+            params = checked_params(params, self.content_limits)
+        except ContentRefusedError as refused:
+            raise GracefulHTTPError(str(refused), HTTPStatus.BAD_REQUEST) from refused
+        return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+    async def notify_kv_transfer_request_rejected(self, *_: Any, **__: Any) -> None:
+        """VLLM tells the engine that a client's transfer is off. No client has one here."""
 
     async def check_health(self) -> None:
         """Raise while no instance is up."""

@@ -38,7 +38,6 @@ def pin_reason_of(request: EngineCoreRequest, vllm_config: VllmConfig, *, movabl
 def _sampling_pin(sampling: SamplingParams, vllm_config: VllmConfig) -> PinReason | None:
     greedy = sampling.temperature == 0.0
     reasoning = bool(vllm_config.structured_outputs_config.reasoning_parser)
-    extra_args = sampling.extra_args or {}
     reasons = (
         (sampling.seed is not None and not greedy, PinReason.SEEDED_SAMPLING),
         (bool(sampling.presence_penalty or sampling.frequency_penalty), PinReason.TOKEN_PENALTIES),
@@ -48,9 +47,6 @@ def _sampling_pin(sampling: SamplingParams, vllm_config: VllmConfig) -> PinReaso
         ),
         (bool(sampling.bad_words), PinReason.BAD_WORDS),
         (sampling.structured_outputs is not None and reasoning, PinReason.REASONING_GRAMMAR),
-        (
-            sampling.thinking_token_budget is not None or "kv_transfer_params" in extra_args,
-            PinReason.CUSTOM_SAMPLING,
-        ),
+        (sampling.thinking_token_budget is not None, PinReason.CUSTOM_SAMPLING),
     )
     return next((reason for applies, reason in reasons if applies), None)

@@ -1,5 +1,5 @@
 """
-A request that is refused gets HTTP 429 with `Retry-After`, a stream too if it has not begun.
+A request that is refused gets its status, a stream too if it has not begun: HTTP 429 with `Retry-After`, 400 for what cannot be served.
 
 vLLM sends status 200 and the headers of a stream before it hands the request over, and a refusal then as the stream's first event; clients
 that wait and try again by themselves at a 429 (OpenAI's among them) take that for an answer that broke. So the head of a stream is held back until
@@ -20,6 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 EVENT_STREAM: Final = b"text/event-stream"
 ERROR_EVENT: Final = b'data: {"error"'
+REFUSALS: Final = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.TOO_MANY_REQUESTS})
+"""What a request is refused with before it begins; other errors may come of a stream that had begun elsewhere."""
 TRY_AGAIN: Final = re.compile(r"try again in ([0-9.]+) s")
 """In the words of a RequestRejectedError, which is all of it that vLLM puts into an answer."""
 
@@ -75,7 +77,7 @@ class _Head:
         body = json.dumps(refusal).encode()
         told = [header for header in headers if header[0].lower() != b"content-type"]
         told += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        status = int(HTTPStatus.TOO_MANY_REQUESTS)
+        status = int(refusal["error"]["code"])
         await self._send({"type": "http.response.start", "status": status, "headers": [*told, *_retry_after(body)]})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -93,11 +95,12 @@ def _may_be_refusal(head: Message) -> bool:
 
 
 def _refusal_in(body: bytes) -> dict[str, Any] | None:
-    """What a stream's first event says, if it is that the server is overloaded."""
+    """What a stream's first event says, if it is that the request is refused."""
     if not body.startswith(ERROR_EVENT):
         return None
     event: dict[str, Any] = json.loads(body.partition(b"\n")[0].removeprefix(b"data: "))
-    return event if event["error"].get("code") == HTTPStatus.TOO_MANY_REQUESTS else None
+    code = event["error"].get("code")
+    return event if code in REFUSALS else None
 
 
 def _retry_after(body: bytes) -> Headers:

@@ -5,18 +5,16 @@ SIGTERM drains: the listening socket closes, running requests finish, then the s
 signal, or the drain time-out, ends it at once.
 """
 
-import asyncio
 import contextlib
 import logging
 import os
 import re
-import signal
 import socket
-import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, MutableSequence
+from collections.abc import Iterator, MutableSequence
 from dataclasses import dataclass
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -33,8 +31,12 @@ from vllm.tool_parsers import ToolParserManager
 
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.frontend.admin import Admin, OwnRuntime, attach_admin_routes
+from cascadeinfer.frontend.contents.bodies import Bodies
+from cascadeinfer.frontend.contents.limits import ContentLimits
+from cascadeinfer.frontend.door.settings import DoorSettings, without_keys
 from cascadeinfer.frontend.engine_client import CascadeLLM
 from cascadeinfer.frontend.refusals import Refusals
+from cascadeinfer.frontend.stop_signals import StopSignals
 from cascadeinfer.runtime.shell import Runtime
 
 logger = logging.getLogger(__name__)
@@ -49,16 +51,21 @@ def import_parser_plugins(args: Namespace) -> None:
 
 
 @contextlib.contextmanager
-def shared_metrics() -> Iterator[None]:
-    """Meanwhile Prometheus metrics made by this process, and by those it starts, are kept in files that all of them read."""
-    with tempfile.TemporaryDirectory(prefix="cascadeinfer-metrics-") as folder:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        # The class was chosen by the environment when the module was imported; metrics ask for it when they are made.
-        values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            del os.environ["PROMETHEUS_MULTIPROC_DIR"]
+def shared_metrics(folder: Path) -> Iterator[None]:
+    """
+    Meanwhile Prometheus metrics made by this process, and by those it starts, are kept in files that all of them read.
+
+    Args:
+        folder: Made here; it goes with the server's own folder.
+    """
+    folder.mkdir(mode=0o700)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    # The class was chosen by the environment when the module was imported; metrics ask for it when they are made.
+    values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        del os.environ["PROMETHEUS_MULTIPROC_DIR"]
 
 
 def check_api_servers(args: Namespace, n_processes: int) -> None:
@@ -102,60 +109,6 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-class StopSignals:
-    """
-    SIGINT and SIGTERM from the first moment on.
-
-    Before the server serves, a signal cancels the start. While it serves, the first one drains and the second stops at once.
-    """
-
-    def __init__(self, *, second_is_at_once: bool = True) -> None:
-        """
-        Nothing is installed yet.
-
-        Args:
-            second_is_at_once: Whether a second signal stops at once; a follower may get one from the terminal and one from process 0.
-        """
-        self._second_is_at_once = second_is_at_once
-        self.told: list[Callable[[bool], None]] = []
-        self._server: uvicorn.Server | None = None
-        self._starting: asyncio.Task[Any] | None = None
-
-    def __enter__(self) -> Self:
-        """Take the signals over, in the event loop of the task that starts the server."""
-        self._starting = asyncio.current_task()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give them back."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().remove_signal_handler(number)
-
-    def drain(self, server: uvicorn.Server) -> None:
-        """From now on a signal drains this server."""
-        self._server = server
-
-    def _on_signal(self) -> None:
-        self.stop(at_once=self._server is not None and self._server.should_exit and self._second_is_at_once)
-
-    def stop(self, at_once: bool) -> None:
-        """Drain, or end at once."""
-        for tell in self.told:
-            tell(at_once)
-        if self._server is None:
-            logger.warning("stopped while starting")
-            assert self._starting is not None
-            self._starting.cancel()
-        elif at_once:
-            logger.warning("stopping at once")
-            self._server.should_exit = self._server.force_exit = True
-        else:
-            logger.warning("draining: no new requests, running ones finish")
-            self._server.should_exit = True
-
-
 @dataclass(frozen=True, slots=True)
 class SharedServing:
     """
@@ -170,6 +123,14 @@ class SharedServing:
     loads: tuple[MutableSequence[int], int]
 
 
+@dataclass(frozen=True, slots=True)
+class RequestRules:
+    """What the operator says of requests: keys and sizes, and what may be in them."""
+
+    door: DoorSettings
+    contents: ContentLimits
+
+
 async def serve(
     llm: CascadeLLM,
     runtime: Runtime,
@@ -178,23 +139,28 @@ async def serve(
     signals: StopSignals,
     *,
     drain_timeout_s: float,
+    rules: RequestRules,
     shared: SharedServing | None = None,
 ) -> None:
     """
     Serve until a signal comes and the last request has finished (or the drain time-out has passed).
 
     Args:
+        rules: Who may send which requests.
         shared: Given when several processes serve.
     """
     supported_tasks = await llm.get_supported_tasks()
-    app = build_app(args, supported_tasks, llm.model_config)
+    app = build_app(without_keys(args), supported_tasks, llm.model_config)
     await init_app_state(llm, app.state, args, supported_tasks)
     admin = OwnRuntime(runtime) if shared is None else shared.admin
-    attach_admin_routes(app, runtime, admin, args, drain_timeout_s=drain_timeout_s)
+    attach_admin_routes(app, runtime, admin, drain_timeout_s=drain_timeout_s)
     if shared is not None:
         _show_metrics_of_all(app, runtime)
     # Around the whole app: vLLM has built its stack of middleware already.
-    server = NoSignalServer(_uvicorn_config(Refusals(app), args, drain_timeout_s), shared and shared.loads)
+    llm.content_limits = rules.contents
+    inner = Bodies(Refusals(app), rules.contents)
+    config = _uvicorn_config(rules.door.around(inner, args), args, drain_timeout_s, rules.door.protocol(args))
+    server = NoSignalServer(config, shared and shared.loads)
     app.state.server = server
     signals.drain(server)
     await server.serve(sockets=[listener])
@@ -210,11 +176,12 @@ def _show_metrics_of_all(app: FastAPI, runtime: Runtime) -> None:
     app.routes.insert(0, route)
 
 
-def _uvicorn_config(app: Any, args: Namespace, drain_timeout_s: float) -> uvicorn.Config:
+def _uvicorn_config(app: Any, args: Namespace, drain_timeout_s: float, protocol: Any) -> uvicorn.Config:
     log_config = get_uvicorn_log_config(args)
     optional = {} if log_config is None else {"log_config": log_config}
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
+        http=protocol,
         host=args.host,
         port=args.port,
         log_level=args.uvicorn_log_level,
@@ -228,6 +195,3 @@ def _uvicorn_config(app: Any, args: Namespace, drain_timeout_s: float) -> uvicor
         ssl_ciphers=args.ssl_ciphers,
         **optional,
     )
-    if args.h11_max_incomplete_event_size is not None:
-        config.h11_max_incomplete_event_size = args.h11_max_incomplete_event_size
-    return config

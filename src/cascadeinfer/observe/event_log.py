@@ -14,12 +14,13 @@ blocks, which tell who has the same prompt, are replaced by hashes with a key th
 Two ways to write one. `write_log_file` writes at once (a simulation waits for it). `EventLog` is for a server: an event costs the
 event loop a place in a bounded buffer; a thread encodes and writes; what does not fit is counted, and marked in the log by whoever reads the
 numbers: each event has the number that it had when it happened. Files are rotated by size with `logging`'s own handler, older ones are
-compressed, and at most so many are kept.
+compressed, and at most so many are kept. All of them are for their owner's eyes only (`private_file.py`): ids and lengths tell what clients do.
 """
 
 import contextlib
 import gzip
 import hashlib
+import io
 import logging
 import os
 import queue
@@ -43,6 +44,7 @@ from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.observe.event_codec import options_out, wire_of
+from cascadeinfer.observe.private_file import make_private, private
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +210,7 @@ def write_log_file(path: Path, header: Header) -> Iterator[Callable[..., None]]:
     """
     encoder = Encoder()
     try:
-        plain = path.open("wb")
+        plain = open(path, "wb", opener=private)  # noqa: SIM115 - Path.open has no opener; closed below
     except OSError as error:
         raise unwritable(path, error) from error
     with plain, contextlib.ExitStack() as stack:
@@ -242,11 +244,16 @@ class _Files(RotatingFileHandler):
         self._part = 0
         self.namer = lambda name: f"{name}.gz"
         self.rotator = _compress
+        for number in range(1, files):
+            make_private(Path(f"{path}.{number}.gz"))
         assert self.stream is not None
         if self.stream.tell():
             self.doRollover()  # what an earlier run has left moves aside
         else:
             self._begin()
+
+    def _open(self) -> io.TextIOWrapper:
+        return io.TextIOWrapper(open(self.baseFilename, "ab", opener=private), encoding=self.encoding)
 
     def doRollover(self) -> None:  # noqa: N802 - the base's name
         """A new file."""
@@ -271,8 +278,16 @@ class _Files(RotatingFileHandler):
 def _compress(source: str, target: str) -> None:
     """A full file becomes a compressed one, at once or not at all."""
     unfinished = f"{target}.unfinished"
-    with open(source, "rb") as full, gzip.open(unfinished, "wb", compresslevel=GZIP_LEVEL) as small:  # noqa: PTH123 - names from the handler
-        shutil.copyfileobj(full, small, 1 << 20)
+    try:
+        with (
+            open(source, "rb") as full,  # noqa: PTH123 - names from the handler
+            open(unfinished, "wb", opener=private) as file,
+            gzip.open(file, "wb", compresslevel=GZIP_LEVEL) as small,
+        ):
+            shutil.copyfileobj(full, small, 1 << 20)
+    except OSError:  # a full disk: half a file helps nobody
+        Path(unfinished).unlink(missing_ok=True)
+        raise
     os.replace(unfinished, target)  # noqa: PTH105 - the same
     os.unlink(source)  # noqa: PTH108 - the same
 
@@ -284,6 +299,7 @@ class EventLog:
     Attributes:
         events: So far.
         dropped: Of those, not in the log, because the buffer was full or the disk failed.
+        failure: Why nothing more is written; None while all is well.
     """
 
     def __init__(
@@ -304,6 +320,7 @@ class EventLog:
         """
         self.events = 0
         self.dropped = 0
+        self.failure: str | None = None
         self._path = path
         self._encoder = Encoder()
         try:
@@ -313,14 +330,13 @@ class EventLog:
         self._buffer: queue.Queue[Logged | None] = queue.Queue(buffered_events)
         self._written = 0
         self._last_n = 0
-        self._broken = False
         self._thread = threading.Thread(target=self._write_all, name="event-log", daemon=True)
         self._thread.start()
 
     def __call__(self, now_s: float, event: Event, effects: Sequence[Effect], failed: str | None = None) -> None:
         """Note an event; never waits."""
         self.events += 1
-        if self._broken:
+        if self.failure is not None:
             self.dropped += 1
             return
         try:
@@ -345,7 +361,7 @@ class EventLog:
             self._files.write(self._encoder.line(EndLine(self.events, self.events - self._written)))
         except OSError as error:
             logger.exception("event log: %s ends here, serving goes on", self._path, exc_info=error)
-            self._broken = True
+            self.failure = error.strerror or str(error)
         finally:
             with contextlib.suppress(OSError):
                 self._files.close()

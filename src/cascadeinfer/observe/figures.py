@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
-from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.observe.output_files import replacing
 from cascadeinfer.observe.records import RequestRecords
 
 DPI: Final = 110
@@ -71,10 +71,8 @@ def save(figure: Figure, file: Path) -> None:
     Raises:
         ConfigError: The file cannot be written.
     """
-    try:
-        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": "cascadeinfer"})
-    except OSError as error:
-        raise ConfigError(f"cannot write {file}: {error.strerror or error}", option="--plot") from error
+    with replacing(file, "--plot") as beside:
+        figure.savefig(beside, format="png", dpi=DPI, metadata={"Software": "cascadeinfer"})
 
 
 def latency_cdfs(runs: Mapping[str, Sequence[RequestRecords]], title: str) -> Figure:

@@ -9,6 +9,8 @@ from cascadeinfer.core.events import (
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
+    InstanceSuspected,
+    InstanceTrusted,
     MigrationEnded,
     RequestArrived,
     RequestFinished,
@@ -82,6 +84,11 @@ class LogSummary:
             case InstanceLost():
                 orphans = f" with {len(event.orphan_ids)} requests" if event.orphan_ids else ""
                 self.memberships.append((at_s, f"lost{orphans}", event.instance_id))
+            case InstanceSuspected():
+                withdrawn = f" with {len(event.withdrawn_ids)} requests" if event.withdrawn_ids else ""
+                self.memberships.append((at_s, f"suspected{withdrawn}", event.instance_id))
+            case InstanceTrusted():
+                self.memberships.append((at_s, "trusted", event.instance_id))
             case _:
                 return
 

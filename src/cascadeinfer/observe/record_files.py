@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.observe.output_files import replacing
 from cascadeinfer.observe.records import RequestRecords
 
 METADATA_KEY: Final = b"cascadeinfer"
@@ -51,10 +52,8 @@ def write_records(file: Path, records: RequestRecords, errors: Sequence[str], he
     """
     columns = {f.name: pa.array(getattr(records, f.name)) for f in fields(records)}
     table = pa.table({**columns, ERROR_COLUMN: pa.array(list(errors), pa.string())})
-    try:
-        pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(header)}), file)
-    except OSError as error:
-        raise ConfigError(f"cannot write {file}: {error.strerror or error}", option="--out") from error
+    with replacing(file, "--out") as beside:
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(header)}), beside)
 
 
 def read_records(file: Path) -> RecordFile:

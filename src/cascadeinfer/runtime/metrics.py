@@ -5,8 +5,8 @@ Counters and histograms are counted as things happen; gauges are read from the r
 the instance as their label `engine` (its number, the same as our label `instance`).
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -30,6 +30,7 @@ class InstanceGauges:
     instance_id: InstanceId
     stage: str
     up: bool
+    suspect: bool
     running: int
     waiting: int
     kv_usage: float
@@ -37,6 +38,7 @@ class InstanceGauges:
     failed_pulls: int
     pinned: int
     restarts: int
+    held_blocks: Mapping[str, int] = field(default_factory=dict)
 
 
 class RuntimeMetrics(Collector):
@@ -47,16 +49,19 @@ class RuntimeMetrics(Collector):
         registry: CollectorRegistry,
         read: Callable[[], list[InstanceGauges]],
         dropped_events: Callable[[], int] = lambda: 0,
+        event_log_failed: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
             registry: Where to register; vLLM's `/metrics` shows the process's default registry.
             read: Called at every scrape.
             dropped_events: Events that are not in the event log, because its writer could not keep up or the disk failed.
+            event_log_failed: Whether nothing more is written to the event log that was asked for.
         """
         self._registry = registry
         self._read = read
         self._dropped_events = dropped_events
+        self._event_log_failed = event_log_failed
         self.requests = Counter("cascadeinfer_requests", "Requests that ended, by how.", ["outcome"], registry=registry)
         self.migrations = Counter(
             "cascadeinfer_migrations",
@@ -83,6 +88,16 @@ class RuntimeMetrics(Collector):
             ["exact"],
             registry=registry,
         )
+        self.suspicions = Counter(
+            "cascadeinfer_suspicions",
+            "Times that an instance's report was overdue, so that nothing new went there while another answered.",
+            registry=registry,
+        )
+        self.withdrawn = Counter(
+            "cascadeinfer_withdrawn_requests",
+            "Requests that waited at an instance whose report was overdue and went elsewhere.",
+            registry=registry,
+        )
         self.policy_failures = Counter(
             "cascadeinfer_policy_failures",
             "Events at which the policy raised an exception, by event; see the server's log.",
@@ -101,6 +116,7 @@ class RuntimeMetrics(Collector):
         gauges = self._read()
         fields: tuple[tuple[str, str, Callable[[InstanceGauges], float]], ...] = (
             ("up", "Whether the instance is up.", lambda g: float(g.up)),
+            ("suspect", "Whether its report is overdue.", lambda g: float(g.suspect)),
             ("running", "Requests running.", lambda g: g.running),
             ("waiting", "Requests waiting.", lambda g: g.waiting),
             ("kv_usage", "Share of KV blocks in use.", lambda g: g.kv_usage),
@@ -114,12 +130,30 @@ class RuntimeMetrics(Collector):
             for gauge in gauges:
                 family.add_metric([gauge.instance_id, gauge.stage], value_of(gauge))
             yield family
+        yield self._held_blocks(gauges)
         yield from self._by_stage(gauges)
         yield CounterMetricFamily(
             "cascadeinfer_event_log_dropped",
             "Events that are missing from the event log.",
             value=self._dropped_events(),
         )
+        yield GaugeMetricFamily(
+            "cascadeinfer_event_log_failed",
+            "Whether nothing more is written to the event log that was asked for.",
+            value=float(self._event_log_failed()),
+        )
+
+    @staticmethod
+    def _held_blocks(gauges: list[InstanceGauges]) -> Metric:
+        family = GaugeMetricFamily(
+            "cascadeinfer_instance_held_blocks",
+            "KV blocks that no request runs or waits with, by what holds them.",
+            labels=["instance", "stage", "reason"],
+        )
+        for gauge in gauges:
+            for reason, n_blocks in gauge.held_blocks.items():
+                family.add_metric([gauge.instance_id, gauge.stage, reason], n_blocks)
+        return family
 
     @staticmethod
     def _by_stage(gauges: list[InstanceGauges]) -> Iterable[Metric]:
@@ -138,6 +172,6 @@ class RuntimeMetrics(Collector):
         """Unregister everything, so that another runtime of this process can register."""
         for collector in (
             self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered, self.policy_failures,
-            self.plan_failures,
+            self.plan_failures, self.suspicions, self.withdrawn,
         ):  # fmt: skip
             self._registry.unregister(collector)

@@ -36,6 +36,7 @@ from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.recovery import Recovery
 from cascadeinfer.runtime.streams import Seen, Stream, StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes
+from cascadeinfer.runtime.suspects import Suspects
 from cascadeinfer.runtime.view import snapshot, tally
 
 DROPPED_GRACE_S = 10.0
@@ -79,6 +80,7 @@ class Runtime:
         self._migrator = self._performer.migrator
         self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self.emit, clock, source)
         self._recovery = Recovery(self.fleet, self._streams, self.metrics, self)
+        self._suspects = Suspects(self.fleet, self._streams, self.metrics, self.emit, self._performer)
         self._driver = PolicyDriver(
             policy, self._performer.carry_out, clock, failed=self._recovery.policy_failed, observer=observer
         )
@@ -261,6 +263,14 @@ class Runtime:
                 ),
             )
         )  # fmt: skip
+
+    def instance_suspected(self, engine: Engine) -> None:
+        """What waits there goes elsewhere."""
+        self._suspects.suspected(engine)
+
+    def instance_trusted(self, engine: Engine) -> None:
+        """Tell the policy."""
+        self._suspects.trusted(engine)
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
         """Its requests are orphans; the policy places them anew and they go on from prompt and output so far."""

@@ -26,6 +26,8 @@ class Stream:
         engine_request_id: The current attempt's id there; None likewise.
         attempts: Attempts so far.
         migration: The migration it takes part in, or None.
+        tokens_before: Output tokens when its current attempt began.
+        withdrawals: How often it was taken away from an instance that did not answer.
         last_token_s: When its last token came, on the runtime's clock; None before the first.
     """
 
@@ -37,6 +39,13 @@ class Stream:
     attempts: int = 0
     migration: Migration | None = None
     last_token_s: float | None = None
+    tokens_before: int = 0
+    withdrawals: int = 0
+
+    @property
+    def started(self) -> bool:
+        """Whether its current attempt has produced a token."""
+        return len(self.output_token_ids) > self.tokens_before
 
     @property
     def n_tokens(self) -> int:
@@ -108,6 +117,7 @@ class StreamTable:
         request_id = stream.request.request_id
         engine_request_id = request_id if stream.attempts == 0 else f"{request_id}~{stream.attempts}"
         stream.attempts += 1
+        stream.tokens_before = len(stream.output_token_ids)
         stream.instance_id = instance_id
         stream.engine_request_id = engine_request_id
         self._by_attempt[engine_request_id] = stream

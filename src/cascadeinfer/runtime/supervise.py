@@ -9,12 +9,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineDied, StepOutputs
+from cascadeinfer.runtime.answers import AnswerWatch
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ class SupervisionTimes:
 
     Attributes:
         report_s: Between two load reports.
+        suspect_s: An instance whose report is overdue by this much is suspected: others get what is new.
         hang_s: An instance that answers nothing for this long is taken for hung and killed. Must exceed its longest step.
         backoff_first_s: Before the first restart; doubled after each failure in a row.
         backoff_max_s: At most this long.
@@ -33,6 +36,7 @@ class SupervisionTimes:
     """
 
     report_s: float = 0.1
+    suspect_s: float = 1.0
     hang_s: float = 60.0
     backoff_first_s: float = 1.0
     backoff_max_s: float = 60.0
@@ -52,6 +56,14 @@ class Listener(Protocol):
 
     def instance_reported(self, engine: Engine, report: InstanceReport, counters: EngineCounters) -> None:
         """It said how loaded it is, perhaps before it is in use."""
+        ...
+
+    def instance_suspected(self, engine: Engine) -> None:
+        """Its report is overdue, perhaps before it is in use."""
+        ...
+
+    def instance_trusted(self, engine: Engine) -> None:
+        """It answers in time again."""
         ...
 
     def instance_down(self, instance_id: InstanceId, why: str) -> None:
@@ -169,14 +181,23 @@ class Supervisor:
             self._listener.instance_outputs(engine, await engine.next_outputs())
 
     async def _ask_for_load(self, engine: Engine) -> None:
+        watch = AnswerWatch(
+            self._times.suspect_s,
+            partial(self._listener.instance_suspected, engine),
+            partial(self._listener.instance_trusted, engine),
+        )
         while True:
             await asyncio.sleep(self._times.report_s)
+            watch.asked()
             try:
                 async with asyncio.timeout(self._times.hang_s):
                     report, counters = await engine.report()
+                watch.answered()
             except TimeoutError:
                 engine.kill()
                 raise EngineError(
                     f"no answer for {self._times.hang_s:g} s, taken for hung", instance_id=self.instance_id
                 ) from None
+            finally:
+                watch.stop()
             self._listener.instance_reported(engine, report, counters)

@@ -64,6 +64,7 @@ class InstanceState:
         engine: Its engine while it is up, else None.
         settled: Set once it has come up, or failed to, for the first time.
         drain: Set while it is being emptied or removed.
+        suspect: Whether its report is overdue.
     """
 
     supervisor: Supervisor
@@ -74,6 +75,7 @@ class InstanceState:
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     last_error: str = ""
     drain: Drain | None = None
+    suspect: bool = False
 
     @property
     def instance_id(self) -> InstanceId:
@@ -98,12 +100,14 @@ class InstanceState:
     def came_up(self, engine: Engine, capacity: InstanceCapacity) -> None:
         """It is ready to take requests."""
         self.engine = engine
+        self.suspect = False
         self.capacity = capacity
         self.settled.set()
 
     def went_down(self, why: str) -> None:
         """It is gone: what it reported holds no more."""
         self.engine = None
+        self.suspect = False
         self.last_error = why
         self.report = IDLE
         self.counters = EngineCounters()
@@ -124,12 +128,14 @@ class InstanceState:
             instance_id=self.instance_id,
             stage="" if stage is None else str(stage),
             up=self.engine is not None,
+            suspect=self.suspect,
             running=self.report.n_running,
             waiting=self.report.n_waiting,
             kv_usage=self.kv_usage(),
             kv_pulls=self.counters.pulls,
             failed_pulls=self.counters.failed_pulls,
             pinned=self.counters.pinned,
+            held_blocks=self.counters.held_blocks,
             restarts=self.supervisor.restarts,
         )
 
@@ -197,6 +203,7 @@ def snapshot_of(state: InstanceState, layout: StageLayout | None, n_requests: in
         "phase": state.phase,
         "stage": state.stage_index(layout),
         "up": state.engine is not None,
+        "suspect": state.suspect,
         "pid": state.engine.pid if state.engine is not None else None,
         "restarts": state.supervisor.restarts,
         "last_error": state.last_error or None,
@@ -218,4 +225,5 @@ def snapshot_of(state: InstanceState, layout: StageLayout | None, n_requests: in
         "failed_pulls": state.counters.failed_pulls,
         "pinned": state.counters.pinned,
         "reserved": state.counters.reserved,
+        "held_blocks": dict(state.counters.held_blocks),
     }

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cascadeinfer.core.cost.heterogeneity import decode_features, reduce_kernel, reduction_error
 from cascadeinfer.core.cost.splitkv import AttentionKernel, SplitRule, fa2_splits, kernel_s
 
-TRACES = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "traces"
+TRACES = Path(__file__).parents[2] / "data" / "traces"
 H100 = AttentionKernel(SplitRule.FA3, 132, 1, 3.15e12, 26e9, 11e-6, 5.5e-6, 1.2e-6, split_cap=32)
 A100 = AttentionKernel(SplitRule.FA2, 108, 2, 1.62e12, 15.5e9, 15e-6, 6e-6, 1.2e-6)
 FLASHINFER = replace(

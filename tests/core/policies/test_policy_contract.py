@@ -2,7 +2,7 @@
 What every policy owes its shell, under random legal sequences of events.
 
 `World` (tests/support) checks each effect as it is carried out: each request is dispatched exactly once while somebody takes requests, never to
-an instance that drains or is gone; orphans are dispatched anew; pinned, waiting and moving requests do not start to move; a migration
+an instance that drains or is gone, nor to one that does not answer while another does; orphans are dispatched anew; pinned, waiting and moving requests do not start to move; a migration
 starts where the request is; no instance has more migrations than allowed.
 """
 
@@ -51,12 +51,12 @@ MAKERS: dict[str, Callable[[], Policy]] = {
     ),
 }
 
-command = st.tuples(st.sampled_from(range(100)), st.integers(0, 1_000_000), st.integers(0, 1_000_000))
+command = st.tuples(st.sampled_from(range(106)), st.integers(0, 1_000_000), st.integers(0, 1_000_000))
 commands = st.lists(command, min_size=20, max_size=160)
 OUTCOMES = (MigrationOutcome.MOVED, MigrationOutcome.MOVED, MigrationOutcome.STAYED, MigrationOutcome.RECOMPUTED)
 
 
-def act(world: World, kind: int, a: int, b: int) -> None:  # noqa: C901 - one arm per command
+def act(world: World, kind: int, a: int, b: int) -> None:  # noqa: C901, PLR0912 - one arm per command
     """One random command; those that make no sense now do nothing."""
     there = sorted(world.draining)
     live = list(world.requests)
@@ -86,6 +86,10 @@ def act(world: World, kind: int, a: int, b: int) -> None:  # noqa: C901 - one ar
             world.join(absent[a % len(absent)])
     elif kind < 98 and there:
         world.drain(there[a % len(there)])
+    elif kind >= 103 and world.suspects:
+        world.trust(sorted(world.suspects)[a % len(world.suspects)])
+    elif kind >= 100 and there:
+        world.suspect(there[a % len(there)])
     elif there:
         world.lose(there[a % len(there)], name_lost=bool(b % 2), at_target=bool(b % 3))
 
@@ -148,13 +152,40 @@ def test_requests_wait_for_the_first_instance(name: str) -> None:
     assert [(request.instance_id, request.dispatches) for request in world.requests.values()] == [("i0", 1)] * 3
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_nothing_new_goes_to_a_silent_instance(name: str) -> None:
+    """What is new, and what waited there, goes to the others; when nobody answers everybody is used; then all is as before."""
+    world = World(MAKERS[name](), may_hold_back=name == "cascade with a queue")
+    world.join("i0", "i2", "i4")
+    for number in range(6):
+        world.arrive(f"a{number}", 1 + number * 50)
+    before = {instance_id for instance_id in IDS if world.on(instance_id)}
+    for instance_id in ("i0", "i2"):
+        world.suspect(instance_id)
+    for number in range(6):
+        world.arrive(f"b{number}", 1 + number * 50)
+    world.report("i4")
+    assert {request.instance_id for request in world.requests.values()} <= {"i4", None}
+    world.suspect("i4")
+    world.arrive("c", 10)
+    for instance_id in ("i0", "i2", "i4"):
+        world.trust(instance_id)
+    for request_id in list(world.requests):
+        world.finish(request_id)
+    for instance_id in ("i0", "i2", "i4"):
+        world.report(instance_id)
+    for number in range(6):
+        world.arrive(f"d{number}", 1 + number * 50)
+    assert {instance_id for instance_id in IDS if world.on(instance_id)} == before
+
+
 DIGEST = """
 import hashlib, random, sys
 sys.path[:0] = ["tests", "tests/core/policies"]
 from test_policy_contract import MAKERS, run
 for name in MAKERS:
     rng = random.Random(7)
-    steps = [(rng.randrange(100), rng.randrange(10**6), rng.randrange(10**6)) for _ in range(200)]
+    steps = [(rng.randrange(106), rng.randrange(10**6), rng.randrange(10**6)) for _ in range(200)]
     print(name, hashlib.sha256(repr(run(name, steps).log).encode()).hexdigest())
 """
 

@@ -119,6 +119,8 @@ class Bidder:
         own = self._own
         if own.draining:
             return "draining"
+        if own.shunned:
+            return "suspect"
         if self._slots_taken() >= self._settings.max_migrations:
             return BUSY
         if own.committed_requests + len(self._held()) >= own.capacity.max_num_seqs:

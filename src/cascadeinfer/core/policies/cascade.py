@@ -37,6 +37,8 @@ from cascadeinfer.core.events import (
     InstanceJoined,
     InstanceLost,
     InstanceReported,
+    InstanceSuspected,
+    InstanceTrusted,
     LayoutAnnounced,
     MessageReceived,
     MigrationEnded,
@@ -131,7 +133,7 @@ class Cascade:
         match event:
             case InstanceReported():
                 self.view.apply(event)
-                self._adaptation.observe(event.report.steps)
+                self._observe(event)
                 self._review(event.instance_id, event.cause, now_s, effects)
                 self._adapt(event.cause, now_s, effects)
                 if self._max_queued is not None and self.view.waits():
@@ -161,6 +163,8 @@ class Cascade:
             case InstanceJoined() | InstanceDraining() | InstanceLost():
                 self.view.apply(event)
                 self._follow_membership(event, now_s, effects)
+            case InstanceSuspected() | InstanceTrusted():
+                self._follow_suspicion(event, effects)
             case LayoutAnnounced():
                 self.roster.adopt(event.layout)
                 self._follow_roster(event.cause, effects)
@@ -213,7 +217,7 @@ class Cascade:
                 if 0 <= index < n and (chosen := cheapest_with_room(members[index], tokens)) is not None:
                     return chosen
         if self._max_queued is None:
-            return cheapest(members[home])
+            return cheapest([i for i in members[home] if not i.shunned]) or cheapest(self.view.available())
         # One as long as the whole cache never has the spare block that `has_room` asks for: an idle instance takes it.
         return next((i for i in self.view.available() if not i.committed_requests and not i.outbound), None)
 
@@ -325,10 +329,26 @@ class Cascade:
         if isinstance(event, InstanceDraining):
             self._review(instance_id, event.cause, now_s, effects)
 
+    def _follow_suspicion(self, event: InstanceSuspected | InstanceTrusted, effects: list[Effect]) -> None:
+        """Stages stay as they are; what waited at an instance that does not answer goes elsewhere."""
+        self.view.apply(event)
+        agent = self.agents.get(event.instance_id)
+        if isinstance(event, InstanceSuspected) and agent is not None:
+            out = Outbox()
+            for request_id in event.withdrawn_ids:
+                agent.request_left(request_id, out)
+            self._carry_out(event.instance_id, agent, out, event.cause, effects)
+        self._place_waiting(event.cause, effects)
+
+    def _observe(self, event: InstanceReported) -> None:
+        """Learn from its steps, unless something other than their content makes them long."""
+        instance = self.view.instances.get(event.instance_id)
+        if instance is None or instance.slowness == 1.0:
+            self._adaptation.observe(event.report.steps)
+
     def _follow_roster(self, cause: str, effects: list[Effect], why: str = "") -> None:
         """Bring the wanted layout into force with the instances that are there."""
-        available = self.view.available()
-        changed = self.roster.follow([instance.instance_id for instance in available])
+        changed = self.roster.follow([instance.instance_id for instance in self.view.members()])
         layout = self.roster.layout
         stages = () if layout is None else layout.stages
         self._members = [[self.view.instances[i] for i in stage.instance_ids] for stage in stages]

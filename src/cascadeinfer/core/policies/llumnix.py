@@ -77,7 +77,7 @@ class Llumnix(PlacingPolicy):
         return max(candidates, key=_freeness)
 
     def _pair(self, cause: str, now_s: float) -> list[Effect]:
-        instances = [instance for _, instance in sorted(self.view.instances.items())]
+        instances = [instance for _, instance in sorted(self.view.instances.items()) if not instance.shunned]
         free = {i.instance_id: -math.inf if i.draining else _freeness_for_migration(i) for i in instances}
         ranked = sorted(instances, key=lambda instance: free[instance.instance_id])
         sources = [i for i in ranked if free[i.instance_id] < self._migrate_steps]

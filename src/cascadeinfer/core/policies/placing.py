@@ -1,5 +1,6 @@
 """
-The part that simple policies share: keep the books, place what waits, place orphans anew, empty an instance that drains.
+The part that simple policies share: keep the books, place what waits, place orphans and what a suspected instance lost anew, empty an instance that
+drains.
 
 A subclass says only which instance takes a request (`choose`).
 """
@@ -15,6 +16,8 @@ from cascadeinfer.core.events import (
     InstanceJoined,
     InstanceLost,
     InstanceReported,
+    InstanceSuspected,
+    InstanceTrusted,
     RequestArrived,
 )
 from cascadeinfer.core.policies.evacuation import Evacuation
@@ -39,7 +42,7 @@ class PlacingPolicy(ABC):
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """See `Policy.handle`."""
         self.view.apply(event)
-        if isinstance(event, RequestArrived | InstanceJoined | InstanceLost):
+        if isinstance(event, RequestArrived | InstanceJoined | InstanceLost | InstanceSuspected | InstanceTrusted):
             return self.place_waiting(event.cause)
         if not self.evacuates:
             return []

@@ -69,7 +69,7 @@ class StaticStages(PlacingPolicy):
             effects += self._follow_roster(event)
         elif isinstance(event, LayoutAnnounced):
             self._roster.adopt(event.layout)
-            effects += self._in_force(event.cause, [instance.instance_id for instance in self.view.available()])
+            effects += self._in_force(event.cause, [instance.instance_id for instance in self.view.members()])
         effects += super().handle(event, now_s)
         if isinstance(event, MigrationEnded) and event.outcome is MigrationOutcome.STAYED:
             self._not_before_s[event.request_id] = now_s + self._retry_s
@@ -80,14 +80,17 @@ class StaticStages(PlacingPolicy):
         return effects
 
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
-        """The least loaded instance of the request's stage."""
-        chosen = pick(self._in_stage(self._stage_of(request), candidates), request.tokens)
-        assert chosen is not None  # every stage in force has an instance that takes requests
+        """The least loaded instance of the request's stage; of the nearest one where its own are all suspected."""
+        wanted = self._stage_of(request)
+        stages = {self._roster.stage_of[c.instance_id] for c in candidates}
+        nearest = min(stages, key=lambda stage: (abs(stage - wanted), -stage))
+        chosen = pick(self._in_stage(nearest, candidates), request.tokens)
+        assert chosen is not None  # the stage has an instance that takes requests
         return chosen
 
     def _follow_roster(self, event: InstanceJoined | InstanceDraining | InstanceLost) -> list[Effect]:
         """Bring the stages into force with the instances that take requests from now on."""
-        there = {instance.instance_id for instance in self.view.available()} - {event.instance_id}
+        there = {instance.instance_id for instance in self.view.members()} - {event.instance_id}
         if isinstance(event, InstanceJoined):
             there.add(event.instance_id)
         return self._in_force(event.cause, sorted(there))

@@ -203,6 +203,10 @@ class SimulatedCore:
             reserved=len(self.reservations),
             pinned=len(self.pins),
             failed_pulls=self.failed_pulls,
+            held_blocks={
+                "reservations": sum(blocks for blocks, _ in self.reservations.values()),
+                "pins": sum(pin.blocks for pin in self.pins.values()),
+            },
         )
         return report, counters
 

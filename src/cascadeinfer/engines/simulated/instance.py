@@ -83,8 +83,8 @@ class SimulatedEngine:
         self._known_dead = False
         self._stopped = False
         self._steps = True
-        self._runs = asyncio.Event()
-        self._runs.set()
+        self._thawed = asyncio.Event()
+        self._thawed.set()
         self._refused_connections = 0
         self._refusals: deque[str] = deque()
         self._held_answers: dict[str, list[tuple[asyncio.Future[Any], Any]]] = {}
@@ -214,10 +214,10 @@ class SimulatedEngine:
 
     @property
     def serves(self) -> bool:
-        """Whether it takes commands: it has started, lives and neither hangs nor is frozen."""
+        """Whether it takes commands: it has started, lives and does not hang."""
         return (
-            self._process is not None
-            and self._runs.is_set()
+            self._thawed.is_set()
+            and self._process is not None
             and not self._process.done()
             and not self._process.cancelling()
         )
@@ -232,12 +232,12 @@ class SimulatedEngine:
         self._news.set()
 
     def freeze(self) -> None:
-        """Neither answer nor step until `thaw`, as a process that is stopped by a signal; what comes meanwhile waits in order."""
-        self._runs.clear()
+        """Neither answer nor step until `thaw`, as a process that is stopped; what is pinned can still be pulled."""
+        self._thawed.clear()
 
     def thaw(self) -> None:
-        """Go on where it was frozen."""
-        self._runs.set()
+        """Go on."""
+        self._thawed.set()
 
     def hang(self) -> None:
         """Neither answer nor step any more; what is pinned can still be pulled."""
@@ -290,18 +290,18 @@ class SimulatedEngine:
 
     async def _run(self) -> None:
         while True:
-            await self._runs.wait()
+            await self._thawed.wait()
             while self._inbox:
                 self._carry_out(self._inbox.popleft())
             if self._steps and self.core.has_work() and self.times.step_model is not None:
                 # How long it takes depends on what is in it: computed first, then waited for, before anybody hears of it.
                 deltas = self.core.step(self._now_s())
                 await asyncio.sleep(self.core.step_s)
-                await self._runs.wait()
+                await self._thawed.wait()
                 self._emit(deltas)
             elif self._steps and self.core.has_work():
                 await asyncio.sleep(self.times.step_s)
-                await self._runs.wait()
+                await self._thawed.wait()
                 if self._steps:
                     self._emit(self.core.step(self._now_s()))
             else:

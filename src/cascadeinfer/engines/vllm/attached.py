@@ -46,7 +46,14 @@ def attachments_of(instance: VllmInstance) -> list[Attachment]:
     client = instance.client
     assert isinstance(client, InstanceClient)
     return [
-        Attachment(instance.index, instance.pid, instance.hello, client.ready_payload.hex(), *addresses)
+        Attachment(
+            instance.index,
+            instance.pid,
+            instance.hello,
+            client.ready_payload.hex(),
+            *addresses,
+            instance.connector_token,
+        )
         for addresses in instance.further_clients
     ]
 
@@ -159,6 +166,7 @@ class AttachedInstance(VllmInstance):
         """Wait until the instance is up and has connected to this process; abort what a predecessor left there."""
         attachment = await self._attach(self)
         self.index, self._pid, self.hello = attachment.index, attachment.pid, attachment.hello
+        self.connector_token = attachment.connector_token
         client = AttachedClient(self.vllm_config, attachment, self._client_index)
         self._client = client
         try:

@@ -1,6 +1,6 @@
 """What a further front-end process must know of an instance that another one owns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -15,6 +15,7 @@ class Attachment:
         ready_payload: vLLM's message of readiness, in hexadecimal digits.
         input_address: Where this client binds the socket from which the instance takes requests.
         output_address: Where it binds the one to which the instance sends.
+        connector_token: Under which the instance's connector takes words from front ends; nothing that is to be logged.
     """
 
     index: int
@@ -23,3 +24,4 @@ class Attachment:
     ready_payload: str
     input_address: str
     output_address: str
+    connector_token: str = field(repr=False)

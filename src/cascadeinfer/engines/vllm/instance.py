@@ -10,18 +10,21 @@ import asyncio
 import contextlib
 import copy
 import os
+import shutil
 import signal
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
-from vllm.utils.network_utils import get_open_zmq_ipc_path
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from cascadeinfer.cluster.local import ProcessStart
+from cascadeinfer.cluster.runtime_folder import instance_environment, instance_folder
 from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.cost.latency import BatchFeatures
 from cascadeinfer.core.cost.samples import StepSample
@@ -38,6 +41,7 @@ from cascadeinfer.engines.protocol import (
     TokenDelta,
 )
 from cascadeinfer.engines.vllm.connector.ticket import CUT, resume_params
+from cascadeinfer.engines.vllm.connector.words import TOKEN_VARIABLE, new_token, with_words
 from cascadeinfer.engines.vllm.ending import REAP_TIMEOUT_S, kill, let_go, shut_down
 from cascadeinfer.engines.vllm.further_clients import Addresses
 from cascadeinfer.engines.vllm.instance_client import InstanceClient
@@ -83,13 +87,17 @@ class VllmInstance:
         self.instance_id = instance_id
         self.index = index
         self.vllm_config = vllm_config
-        self._process_start = ProcessStart(environment)
+        #: Under which its connector takes words from us.
+        self.connector_token = new_token()
+        self._environment = {**environment, TOKEN_VARIABLE: self.connector_token}
+        self._n_clients = n_clients
         self._log_stats = log_stats
         self._max_migrations = max_migrations
         self._client: AsyncMPClient | None = None
-        self.further_clients: Addresses = tuple(
-            (get_open_zmq_ipc_path(), get_open_zmq_ipc_path()) for _ in range(n_clients - 1)
-        )
+        #: Known once it has begun to start.
+        self.further_clients: Addresses = ()
+        #: Its sockets and temporary files, while it runs.
+        self._folder: Path | None = None
         #: The client whose processes run but are not ready yet.
         self._starting: InstanceClient | None = None
         self._creation: asyncio.Future[None] | None = None
@@ -157,9 +165,13 @@ class VllmInstance:
         The client is kept here, not by whoever waits: that may have been cancelled, and `stop` must find the process.
         """
         try:
+            folder = self._folder = instance_folder()
+            self.further_clients = tuple(
+                (f"ipc://{folder}/{uuid.uuid4()}", f"ipc://{folder}/{uuid.uuid4()}") for _ in range(self._n_clients - 1)
+            )
             self._client = InstanceClient(
                 self.vllm_config,
-                self._process_start,
+                ProcessStart({**self._environment, **instance_environment(folder)}),
                 self._processes_run,
                 log_stats=self._log_stats,
                 further_clients=self.further_clients,
@@ -204,20 +216,13 @@ class VllmInstance:
         if resume is not None:
             core_request.prompt_token_ids = request.prompt_token_ids + resume.output_token_ids
             if core_request.sampling_params is not None:
-                core_request.sampling_params = self._resumed_params(core_request, request, resume)
+                words = resume_params(
+                    resume.ticket,
+                    prompt_tokens=len(request.prompt_token_ids),
+                    reservation_id=resume.reservation_id,
+                )
+                core_request.sampling_params = with_words(core_request.sampling_params, words, self.connector_token)
         await self._send(lambda client: client.add_request_async(core_request))
-
-    @staticmethod
-    def _resumed_params(core_request: EngineCoreRequest, request: EngineRequest, resume: Resume) -> Any:
-        params = core_request.sampling_params.clone()
-        extra_args = dict(params.extra_args or {})
-        extra_args["kv_transfer_params"] = resume_params(
-            resume.ticket,
-            prompt_tokens=len(request.prompt_token_ids),
-            reservation_id=resume.reservation_id,
-        )
-        params.extra_args = extra_args
-        return params
 
     async def abort(self, engine_request_ids: list[str]) -> None:
         """Stop requests."""
@@ -279,6 +284,7 @@ class VllmInstance:
             reserved=load["reserved"],
             pinned=len(load["pinned"]),
             failed_pulls=load["failed_pulls"],
+            held_blocks=load["held_blocks"],
         )
         return report, counters
 
@@ -337,6 +343,10 @@ class VllmInstance:
         if manager is not None:
             manager.processes.clear()  # each has two pipes open until it is garbage
         await asyncio.to_thread(self._segments.remove)
+        if self._folder is not None:
+            await asyncio.to_thread(
+                shutil.rmtree, self._folder, ignore_errors=True
+            )  # its sockets are nobody's any more
 
     @staticmethod
     def _fail_pending_calls(client: AsyncMPClient) -> None:

@@ -35,6 +35,10 @@ CONNECTOR_MODULE = "cascadeinfer.engines.vllm.connector"
 CPU_UCX_TRANSPORTS = "tcp,shm,self,cma,sysv,posix"
 """UCX finds no InfiniBand on CPU machines and warns about it at every start without this."""
 
+LOOPBACK_DEVICE = "lo"
+NETWORK_DEVICE_VARIABLES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""UCX carries KV blocks between instances, Gloo and NCCL connect an instance's own processes; all are on this machine."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KvTransferSettings:
@@ -108,11 +112,12 @@ def places_for(engine_args: AsyncEngineArgs, n_instances: int) -> Places:
 
 
 def environment_of(place: str) -> dict[str, str]:
-    """What an instance's processes get so that they use their place; on a CPU what the operator has set wins."""
-    if not current_platform.is_cpu():
-        return {"CUDA_VISIBLE_DEVICES": place}
-    ours = {"VLLM_CPU_OMP_THREADS_BIND": place, "UCX_TLS": CPU_UCX_TRANSPORTS}
-    return {name: value for name, value in ours.items() if name not in os.environ}
+    """What an instance's processes get so that they use their place, and listen on the loopback only; what the operator has set wins."""
+    ours = dict.fromkeys(NETWORK_DEVICE_VARIABLES, LOOPBACK_DEVICE)
+    if current_platform.is_cpu():
+        ours |= {"VLLM_CPU_OMP_THREADS_BIND": place, "UCX_TLS": CPU_UCX_TRANSPORTS}
+    free = {name: value for name, value in ours.items() if name not in os.environ}
+    return free if current_platform.is_cpu() else {**free, "CUDA_VISIBLE_DEVICES": place}
 
 
 class VllmSource:

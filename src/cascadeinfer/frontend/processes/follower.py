@@ -47,6 +47,7 @@ class Follower:
         board: Board,
         make_engine: Callable[[InstanceId], Callable[[int], Engine]],
         on_stop: Callable[[bool], None],
+        event_log_failure: Callable[[], str | None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -54,11 +55,13 @@ class Follower:
             board: Told who is up.
             make_engine: What makes the engine of an instance for its n-th attachment.
             on_stop: Told to drain, or (True) to end at once.
+            event_log_failure: Why this process writes no event log, though there should be one.
         """
         self._channel = channel
         self._board = board
         self._make_engine = make_engine
         self._on_stop = on_stop
+        self._event_log_failure = event_log_failure
         self._runtime: Runtime | None = None
         self._fleet_news: FleetNews | None = None
         self._layout_news: LayoutNews | None = None
@@ -128,6 +131,7 @@ class Follower:
                         n_arrived=n_arrived,
                         ended=ended,
                         unfinished=self._runtime.unfinished(),
+                        event_log_failure=self._event_log_failure(),
                     )
                 )
             await asyncio.sleep(SUMMARY_S)

@@ -92,6 +92,7 @@ class Summary(msgspec.Struct, frozen=True, tag=True):
         n_arrived: Requests that came.
         ended: The fields of a SeenEnd of each that ended.
         unfinished: The fields of a SeenLive of each that runs or waits now.
+        event_log_failure: Why it writes no event log, though there should be one.
     """
 
     pid: int
@@ -103,6 +104,7 @@ class Summary(msgspec.Struct, frozen=True, tag=True):
     n_arrived: int
     ended: list[tuple[int, int, float]]
     unfinished: list[tuple[float, int, int, int]]
+    event_log_failure: str | None = None
 
 
 FromOwner: TypeAlias = FleetNews | LayoutNews | Stop | Answer

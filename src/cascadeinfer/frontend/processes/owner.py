@@ -81,6 +81,7 @@ class FrontEnds:
         runtime: Runtime,
         start_process: Callable[[int, socket.socket], BaseProcess],
         loads: MutableSequence[int],
+        event_log_failure: Callable[[], str | None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -88,10 +89,12 @@ class FrontEnds:
             runtime: Process 0's; it owns the instances. It need not be started yet.
             start_process: Starts the follower of this number, with its end of a socket pair.
             loads: Open connections per process, shared, by which the least loaded one accepts.
+            event_log_failure: Why process 0 writes no event log, though there should be one.
         """
         self._runtime = runtime
         self._start_process = start_process
         self._loads = loads
+        self._event_log_failure = event_log_failure
         self._followers = [FollowerState(index) for index in range(1, n_processes)]
         self._attachments: dict[InstanceId, tuple[VllmInstance, list[Attachment]]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -118,6 +121,9 @@ class FrontEnds:
     async def stop(self, timeout_s: float) -> None:
         """Wait until all followers have drained and ended; kill those that have not in time."""
         self.tell_stop(at_once=False)
+        for follower in self._followers:
+            if follower.summary is None and follower.process is not None:
+                follower.process.kill()  # it does not serve yet, and may not listen before it has imported everything
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s + EXIT_TIMEOUT_S):
                 await asyncio.gather(*(_exit_of(f.process) for f in self._followers if f.process is not None))
@@ -163,7 +169,14 @@ class FrontEnds:
         return {**everything, "front_ends": front_ends}
 
     def _own_summary(self) -> Summary:
-        return Summary(os.getpid(), **self._runtime.tally(), n_arrived=0, ended=[], unfinished=[])
+        return Summary(
+            os.getpid(),
+            **self._runtime.tally(),
+            n_arrived=0,
+            ended=[],
+            unfinished=[],
+            event_log_failure=self._event_log_failure(),
+        )
 
     # --- one follower --------------------------------------------------------------------------------------------------
 
@@ -329,4 +342,5 @@ def _shown(index: int, pid: int | None, restarts: int, summary: Summary | None) 
         "restarts": restarts,
         "requests": 0 if summary is None else summary.live,
         "migrations_under_way": 0 if summary is None else summary.migrations_under_way,
+        "event_log_failure": None if summary is None else summary.event_log_failure,
     }

@@ -1,6 +1,8 @@
 """
 Traces as comma-separated values.
 
+The separator (comma, semicolon, tab) and the case of the columns' names are found out from the header.
+
 - The common form of this project: `arrival_s,prompt_tokens,output_tokens[,extra...]`; `arrival_s` empty in every row when the
   source has no times. An extra column `row_id` joins prefix hashes (`read_hash_ids`).
 - Azure 2023 and 2024 (github Azure/AzurePublicDataset): `TIMESTAMP,ContextTokens,GeneratedTokens`; timestamps are wall-clock,
@@ -12,14 +14,18 @@ Traces as comma-separated values.
 import contextlib
 import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
 from cascadeinfer.core.errors import TraceError
-from cascadeinfer.workload.readers.fields import Rows, csv_rows, real, whole
+from cascadeinfer.workload.readers.fields import Rows, check_blocks, csv_rows, real, whole
 from cascadeinfer.workload.trace import Trace
 
+COMMON_COLUMNS: Final = ("arrival_s", "prompt_tokens", "output_tokens")
+AZURE_COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+BURSTGPT_COLUMNS: Final = ("Timestamp", "Model", "Request tokens", "Response tokens", "Log Type")
+SEPARATORS: Final = (",", ";", "\t")
 _TIMESTAMP: Final = re.compile(r"^(?P<whole>[^.]+?)(?:\.(?P<fraction>\d+))?(?P<zone>Z|[+-]\d\d:?\d\d)?$")
 
 
@@ -38,7 +44,7 @@ def read_csv(
         TraceError: A column is missing, a field is not a number, only some rows have a time, or a `row_id` has no hashes.
     """
     rows = Rows()
-    for line, row in _records(lines, ("arrival_s", "prompt_tokens", "output_tokens")):
+    for line, row in _records(lines, COMMON_COLUMNS):
         time_s = real(row["arrival_s"], "arrival_s", line) if row["arrival_s"].strip() else None
         prompt_tokens = whole(row["prompt_tokens"], "prompt_tokens", line)
         output_tokens = whole(row["output_tokens"], "output_tokens", line)
@@ -47,6 +53,7 @@ def read_csv(
             row_id = whole(row.get("row_id", ""), "row_id", line)
             if row_id not in hashes:
                 raise TraceError(f"no prefix hashes for row_id {row_id}", line=line)
+            check_blocks(hashes[row_id], prompt_tokens, prefix_block_tokens, line)
             rows.hashes.append(hashes[row_id])
     return rows.to_trace(prefix_block_tokens=prefix_block_tokens if hashes is not None else 0)
 
@@ -59,7 +66,7 @@ def read_azure(lines: Iterable[str]) -> Trace:
         TraceError: A column is missing, a timestamp is not a time, or a count is not a number.
     """
     rows = Rows()
-    for line, row in _records(lines, ("TIMESTAMP", "ContextTokens", "GeneratedTokens")):
+    for line, row in _records(lines, AZURE_COLUMNS):
         rows.add(
             _wall_clock_s(row["TIMESTAMP"], line),
             whole(row["ContextTokens"], "ContextTokens", line),
@@ -82,7 +89,7 @@ def read_burstgpt(lines: Iterable[str], *, model: str | None = None, log_type: s
         TraceError: A column is missing or a field is not a number.
     """
     rows = Rows()
-    for line, row in _records(lines, ("Timestamp", "Model", "Request tokens", "Response tokens", "Log Type")):
+    for line, row in _records(lines, BURSTGPT_COLUMNS):
         if (model is not None and row["Model"] != model) or (log_type is not None and row["Log Type"] != log_type):
             continue
         rows.add(
@@ -94,22 +101,45 @@ def read_burstgpt(lines: Iterable[str], *, model: str | None = None, log_type: s
     return rows.to_trace()
 
 
+def separated(header: str, needed: Sequence[str]) -> tuple[str, list[str]] | None:
+    """
+    How a header separates its columns: the separator and their names, those that are needed spelt as here.
+
+    Spreadsheets write semicolons or tabs, and change the case of names; None when no separator shows all that are needed.
+    """
+    spelling = {name.casefold(): name for name in needed}
+    for separator in SEPARATORS:
+        names = [name.strip().lstrip("\ufeff") for name in next(csv.reader([header], delimiter=separator), [])]
+        columns = [spelling.get(name.casefold(), name) for name in names]
+        if set(needed) <= set(columns):
+            return separator, columns
+    return None
+
+
 def _records(lines: Iterable[str], needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows by column name with their line numbers; blank lines are skipped."""
-    reader = csv.reader(lines)
-    header: list[str] | None = None
-    for row in csv_rows(reader):
-        if header is None:
-            header = [name.strip().lstrip("\ufeff") for name in row]
-            missing = [name for name in needed if name not in header]
-            if missing:
-                raise TraceError(f"missing column {missing[0]!r}; the header has {header}", line=reader.line_num)
-            continue
-        if len(row) != len(header):
-            raise TraceError(f"{len(row)} fields where the header has {len(header)}", line=reader.line_num)
-        yield reader.line_num, dict(zip(header, row, strict=True))
+    every = iter(lines)
+    n_before, header = 0, next(every, None)
+    while header is not None and not header.strip():
+        n_before, header = n_before + 1, next(every, None)
     if header is None:
         raise TraceError("the file is empty")
+    n_before += 1
+    found = separated(header, needed)
+    if found is None:
+        there = {name.strip().casefold() for separator in SEPARATORS for name in header.split(separator)}
+        missing = next((name for name in needed if name.casefold() not in there), needed[0])
+        raise TraceError(
+            f"missing column {missing!r}; needed are {', '.join(needed)}; the header has {header.strip()[:200]!r}",
+            line=n_before,
+        )
+    separator, columns = found
+    reader = csv.reader(every, delimiter=separator)
+    for row in csv_rows(reader, n_before):
+        line = n_before + reader.line_num
+        if len(row) != len(columns):
+            raise TraceError(f"{len(row)} fields where the header has {len(columns)}", line=line)
+        yield line, dict(zip(columns, row, strict=True))
 
 
 def _wall_clock_s(text: str, line: int) -> float:

@@ -7,12 +7,15 @@ import csv
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from decimal import Decimal
+from typing import Final, Protocol
 
 import numpy as np
 
 from cascadeinfer.core.errors import TraceError
 from cascadeinfer.workload.trace import Trace
+
+SHOWN_CHARACTERS: Final = 60
 
 
 class CsvReader(Protocol):
@@ -25,34 +28,52 @@ class CsvReader(Protocol):
         ...
 
 
-def csv_rows(reader: CsvReader) -> Iterator[list[str]]:
+def csv_rows(reader: CsvReader, lines_before: int = 0) -> Iterator[list[str]]:
     """
     Rows that are not blank.
+
+    Args:
+        reader: Of the text.
+        lines_before: Lines of the file that the reader did not see, for complaints.
 
     Raises:
         TraceError: The text is no CSV, e.g. a quote is never closed.
     """
     try:
         for row in reader:
-            if row:
+            if any(field.strip() for field in row):
                 yield row
     except csv.Error as error:
-        raise TraceError(f"not CSV: {error}", line=reader.line_num) from None
+        raise TraceError(f"not CSV: {error}", line=lines_before + reader.line_num) from None
 
 
-def whole(value: object, name: str, line: int) -> int:
+MAX_TOKENS: Final = 10**9
+"""No context is as long; sums over millions of requests still fit into 64 bits."""
+MAX_ID: Final = 2**63 - 1
+
+
+def whole(value: object, name: str, line: int, *, most: int = MAX_TOKENS) -> int:
     """
-    A count of tokens: a whole number >= 0, as text or number.
+    A count of tokens: a whole number >= 0, as text or number, taken exactly or not at all.
+
+    Args:
+        value: `12`, `"12"`, or what says the same, such as `12.0` and `"1.2e1"`.
+        name: Of the column, for complaints.
+        line: Likewise.
+        most: The largest that makes sense.
 
     Raises:
         TraceError: It is not one.
     """
-    number = real(value, name, line)
-    if number != int(number):
-        raise TraceError(f"{name} is not a whole number: {value!r}", line=line)
-    if number < 0:
-        raise TraceError(f"{name} is negative: {value!r}", line=line)
-    return int(number)
+    real(value, name, line)  # it is a finite number at all
+    exact = Decimal(str(value).strip())
+    if exact < 0:
+        raise TraceError(f"{name} is negative: {_shown(value)}", line=line)
+    if exact > most:
+        raise TraceError(f"{name} is above {most:,}: {_shown(value)}", line=line)
+    if exact != int(exact):
+        raise TraceError(f"{name} is not a whole number: {_shown(value)}", line=line)
+    return int(exact)
 
 
 def real(value: object, name: str, line: int) -> float:
@@ -63,14 +84,37 @@ def real(value: object, name: str, line: int) -> float:
         TraceError: It is not one.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise TraceError(f"{name} is not a number: {value!r}", line=line)
+        raise TraceError(f"{name} is not a number: {_shown(value)}", line=line)
     try:
         number = float(value)
     except ValueError:
-        raise TraceError(f"{name} is not a number: {value!r}", line=line) from None
+        raise TraceError(f"{name} is not a number: {_shown(value)}", line=line) from None
+    except OverflowError:  # an integer of more than 308 digits
+        number = math.inf
     if not math.isfinite(number):
-        raise TraceError(f"{name} is not finite: {value!r}", line=line)
+        raise TraceError(f"{name} is not finite: {_shown(value)}", line=line)
     return number
+
+
+def _shown(value: object) -> str:
+    """For a complaint, on one line."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def check_blocks(hash_ids: list[int], prompt_tokens: int, block_tokens: int, line: int) -> None:
+    """
+    A prompt has one hash per block that it begins, at most.
+
+    Raises:
+        TraceError: There are more.
+    """
+    n_blocks = -(-prompt_tokens // block_tokens)
+    if len(hash_ids) > n_blocks:
+        raise TraceError(
+            f"{len(hash_ids)} hash_ids for {prompt_tokens} prompt tokens, which fill {n_blocks} of {block_tokens}",
+            line=line,
+        )
 
 
 @dataclass(slots=True)
@@ -98,13 +142,13 @@ class Rows:
         Raises:
             TraceError: The prompt is empty, or this row has a time and others have none.
         """
+        if output_tokens == 0:
+            self.dropped += 1
+            return False
         if prompt_tokens < 1:
             raise TraceError("the prompt has no tokens", line=line)
         if self.prompts and (time_s is None) == bool(self.times_s):
             raise TraceError("some rows have an arrival time and some have none", line=line)
-        if output_tokens == 0:
-            self.dropped += 1
-            return False
         if time_s is not None:
             self.times_s.append(time_s)
         self.prompts.append(prompt_tokens)

@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from cascadeinfer.core.errors import TraceError
-from cascadeinfer.workload.readers.fields import Rows, real, whole
+from cascadeinfer.workload.readers.fields import MAX_ID, Rows, check_blocks, real, whole
 from cascadeinfer.workload.trace import Trace
 
 BLOCK_TOKENS: Final = 512
@@ -25,14 +25,17 @@ def read_mooncake(lines: Iterable[str], *, prefix_block_tokens: int = BLOCK_TOKE
     """
     rows = Rows()
     for line, row in _objects(lines):
+        prompt_tokens = whole(_get(row, "input_length", line), "input_length", line)
         kept = rows.add(
             real(_get(row, "timestamp", line), "timestamp", line) / 1000.0,
-            whole(_get(row, "input_length", line), "input_length", line),
+            prompt_tokens,
             whole(_get(row, "output_length", line), "output_length", line),
             line,
         )
         if kept and "hash_ids" in row:
-            rows.hashes.append(_ids(row["hash_ids"], line))
+            ids = _ids(row["hash_ids"], line)
+            check_blocks(ids, prompt_tokens, prefix_block_tokens, line)
+            rows.hashes.append(ids)
         if kept and rows.hashes and len(rows.hashes) != len(rows.prompts):
             raise TraceError("some rows have hash_ids and some have none", line=line)
     return rows.to_trace(prefix_block_tokens=prefix_block_tokens if rows.hashes else 0)
@@ -47,7 +50,7 @@ def read_hash_ids(lines: Iterable[str]) -> dict[int, list[int]]:
     """
     hashes: dict[int, list[int]] = {}
     for line, row in _objects(lines):
-        row_id = whole(_get(row, "row_id", line), "row_id", line)
+        row_id = whole(_get(row, "row_id", line), "row_id", line, most=MAX_ID)
         if row_id in hashes:
             raise TraceError(f"row_id {row_id} comes twice", line=line)
         hashes[row_id] = _ids(_get(row, "hash_ids", line), line)
@@ -74,4 +77,4 @@ def _get(row: Mapping[str, object], name: str, line: int) -> object:
 def _ids(value: object, line: int) -> list[int]:
     if not isinstance(value, list):
         raise TraceError(f"hash_ids is not a list: {value!r}", line=line)
-    return [whole(item, "hash_ids", line) for item in value]
+    return [whole(item, "hash_ids", line, most=MAX_ID) for item in value]

@@ -10,7 +10,15 @@ from typing import Final
 
 from cascadeinfer.core.errors import TraceError
 from cascadeinfer.workload.jsonl import FORMAT, from_jsonl
-from cascadeinfer.workload.readers.delimited import read_azure, read_burstgpt, read_csv
+from cascadeinfer.workload.readers.delimited import (
+    AZURE_COLUMNS,
+    BURSTGPT_COLUMNS,
+    COMMON_COLUMNS,
+    read_azure,
+    read_burstgpt,
+    read_csv,
+    separated,
+)
 from cascadeinfer.workload.readers.mooncake import read_mooncake
 from cascadeinfer.workload.trace import Trace
 
@@ -22,6 +30,8 @@ FORMATS: Final[dict[str, Callable[[Iterable[str]], Trace]]] = {
     "jsonl": from_jsonl,
 }
 """Name -> reader, for formats that need nothing but the file."""
+DELIMITED: Final = {"csv": COMMON_COLUMNS, "azure": AZURE_COLUMNS, "burstgpt": BURSTGPT_COLUMNS}
+"""Those of them that are rows under a header, and the columns that each needs."""
 
 
 def sniff(first_line: str) -> str:
@@ -31,15 +41,11 @@ def sniff(first_line: str) -> str:
     Raises:
         TraceError: No known format starts like this.
     """
-    columns = {name.strip().lstrip("\ufeff") for name in first_line.split(",")}
-    if {"arrival_s", "prompt_tokens", "output_tokens"} <= columns:
-        return "csv"
-    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= columns:
-        return "azure"
-    if {"Request tokens", "Response tokens"} <= columns:
-        return "burstgpt"
+    for name, columns in DELIMITED.items():
+        if separated(first_line, columns) is not None:
+            return name
     try:
-        row = json.loads(first_line)
+        row = json.loads(first_line.lstrip("\ufeff"))
     except json.JSONDecodeError:
         row = None
     if isinstance(row, dict):
@@ -47,7 +53,12 @@ def sniff(first_line: str) -> str:
             return "jsonl"
         if "input_length" in row:
             return "mooncake"
-    raise TraceError(f"unknown trace format (known: {', '.join(FORMATS)}); it starts with {first_line[:80]!r}", line=1)
+    needed = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in DELIMITED.items())
+    raise TraceError(
+        f"unknown trace format (known: {', '.join(FORMATS)}); it starts with {first_line.strip()[:80]!r}; "
+        f"as CSV it needs the columns of one of these: {needed}",
+        line=1,
+    )
 
 
 def read_trace(lines: Iterable[str]) -> Trace:
@@ -58,7 +69,12 @@ def read_trace(lines: Iterable[str]) -> Trace:
         TraceError: The format is unknown, or the file is malformed.
     """
     every = iter(lines)
-    first = next((line for line in every if line.strip()), None)
-    if first is None:
+    seen: list[str] = []  # blank lines too: complaints count them
+    for line in every:
+        seen.append(line)
+        if line.strip():
+            break
+    else:
         raise TraceError("the file is empty")
-    return FORMATS[sniff(first)](itertools.chain([first], every))
+    first = seen[-1] = seen[-1].lstrip("\ufeff")
+    return FORMATS[sniff(first)](itertools.chain(seen, every))

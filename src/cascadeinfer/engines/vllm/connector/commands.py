@@ -12,6 +12,7 @@ from typing import Any
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
+from cascadeinfer.engines.vllm.connector.held_blocks import held_blocks
 from cascadeinfer.engines.vllm.connector.identity import identity_of, kv_bytes_per_token
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker, release_on_worker
@@ -27,6 +28,7 @@ def _side(core: EngineCore) -> CascadeSchedulerSide:
     assert connector is not None
     side = connector.connector_scheduler
     assert isinstance(side, CascadeSchedulerSide)
+    side.scheduler = core.scheduler
     return side
 
 
@@ -74,7 +76,7 @@ def _too_many_migrations(core: EngineCore) -> bool:
     if side.max_migrations is None:
         return False
     pulling = [r for r in core.scheduler.requests.values() if r.status == RequestStatus.WAITING_FOR_REMOTE_KVS]
-    return side.n_leaving() + side.n_reserved() + len(pulling) >= side.max_migrations
+    return side.n_leaving() + len(side.reservations) + len(pulling) >= side.max_migrations
 
 
 def cascade_cut(core: EngineCore, request_id: str) -> str | None:
@@ -96,14 +98,14 @@ def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int) -> str
     side = _side(core)
     scheduler = core.scheduler
     n_running, n_waiting = scheduler.get_request_counts()
-    if n_running + n_waiting + side.n_reserved() >= scheduler.max_num_running_reqs:
+    if n_running + n_waiting + len(side.reservations) >= scheduler.max_num_running_reqs:
         return ROOM_REFUSED_SLOTS
-    return None if side.reserve(reservation_id, n_tokens) else ROOM_REFUSED_BLOCKS
+    return None if side.reservations.reserve(reservation_id, n_tokens) else ROOM_REFUSED_BLOCKS
 
 
 def cascade_release_reservation(core: EngineCore, reservation_id: str) -> bool:
     """Give a reservation back."""
-    return _side(core).release_reservation(reservation_id)
+    return _side(core).reservations.release(reservation_id)
 
 
 def cascade_release_pin(core: EngineCore, request_id: str) -> bool:
@@ -116,14 +118,15 @@ def cascade_release_pin(core: EngineCore, request_id: str) -> bool:
 
 def cascade_forget_client(core: EngineCore, client_index: int) -> int:
     """A front-end process died: abort its requests, give its reservations back. Returns how many requests there were."""
+    _side(core).timer.forget(client_index)
     orphans = [r.request_id for r in core.scheduler.requests.values() if r.client_index == client_index]
     core.abort_requests(orphans)
-    _side(core).release_reservations_of(client_index)
+    _side(core).reservations.release_those_of(client_index)
     return len(orphans)
 
 
 def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
-    """The instance's load now as one front-end process sees it: lengths by request, foreign lengths, blocks, counters; to process 0 also the steps since it last asked."""
+    """The instance's load now as one front-end process sees it: lengths by request, foreign lengths, blocks, counters, and the steps since it last asked."""
     side = _side(core)
     running: list[tuple[str, int]] = []
     waiting: list[tuple[str, int]] = []
@@ -145,10 +148,11 @@ def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
         "foreign_waiting": foreign_waiting,
         "kv_blocks": kv_blocks,
         "kv_blocks_used": kv_blocks - side.free_blocks(),
-        "reserved": side.n_reserved(),
+        "reserved": len(side.reservations),
         "pinned": list(side.pinned),
+        "held_blocks": held_blocks(core.scheduler, side.pinned, side.reservations.n_blocks()),
         "steps": side.steps,
-        "timed_steps": side.timer.take() if client_index == 0 else [],  # who plans learns from them
+        "timed_steps": side.timer.take(client_index),
         "scheduled_tokens": side.scheduled_tokens,
         "pulls": side.pulls,
         "pulled_tokens": side.pulled_tokens,

@@ -36,7 +36,7 @@ class StepTimer:
         """No step yet; `clock` gives seconds."""
         self._clock = clock
         self._under_way: deque[tuple[float, bool, tuple[int, int, int, int, float]]] = deque()
-        self._ended: deque[TimedStep] = deque(maxlen=STEPS_KEPT)
+        self._ended: dict[int, deque[TimedStep]] = {0: deque(maxlen=STEPS_KEPT)}
         self._last_end_s = 0.0
         self._was_busy = False
 
@@ -54,18 +54,25 @@ class StepTimer:
         now_s = self._clock()
         begun_s = self._last_end_s if followed else scheduled_s
         if features[0] or features[3]:
-            self._ended.append(TimedStep(*features, now_s - begun_s))
+            step = TimedStep(*features, now_s - begun_s)
+            for kept in self._ended.values():
+                kept.append(step)
         self._last_end_s, self._was_busy = now_s, busy
 
     def idle(self) -> None:
         """No request is left: what comes next does not follow on the last step."""
         self._was_busy = False
 
-    def take(self) -> list[TimedStep]:
-        """The steps that have ended since they were last taken."""
-        steps = list(self._ended)
-        self._ended.clear()
+    def take(self, client_index: int) -> list[TimedStep]:
+        """The steps that have ended since this front-end process last took them, from its first time on."""
+        kept = self._ended.setdefault(client_index, deque(maxlen=STEPS_KEPT))
+        steps = list(kept)
+        kept.clear()
         return steps
+
+    def forget(self, client_index: int) -> None:
+        """A front-end process is gone."""
+        self._ended.pop(client_index, None)
 
 
 def entries_of(output: SchedulerOutput) -> Iterator[tuple[int, int]]:

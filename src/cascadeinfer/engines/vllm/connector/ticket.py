@@ -1,9 +1,9 @@
 """
-What travels in `kv_transfer_params`: the words that the connector adds to NIXL's own.
+What travels between instances: the words that the connector adds to NIXL's own.
 
 A *cut* output carries NIXL's remote_* fields (where the pinned blocks are) plus `CUT`. A *resumed* request carries those fields back,
-plus `PROMPT_TOKENS`, which tells where the original prompt ends in the token ids. Plain keys and values only: the dict goes through
-msgpack into another process.
+plus `PROMPT_TOKENS`, which tells where the original prompt ends in the token ids (`words.py` carries them). Plain keys and values
+only: the dict goes through msgpack into another process.
 """
 
 from typing import Any, Final, TypeAlias

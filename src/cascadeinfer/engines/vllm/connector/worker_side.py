@@ -4,14 +4,17 @@ The connector's half in a worker: handshakes before they are needed, release of 
 `handshake` and `release` are called through the executor's collective RPC (see `commands.py`), between two steps, on every rank.
 """
 
+import logging
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
 from cascadeinfer.engines.vllm.connector.cores import kept_on_its_cores, sleeping_progress_thread
+
+logger = logging.getLogger(__name__)
 
 
 class CascadeWorkerSide(NixlPullConnectorWorker):
@@ -42,6 +45,14 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
         for request_id in self._release_on_arrival & self._reqs_to_send.keys():
             self._release_on_arrival.discard(request_id)
             self.release(request_id)
+
+    def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
+        """NIXL's pull of one request; one that cannot be begun has failed, and the others begin."""
+        try:
+            super()._read_blocks_for_req(req_id, meta)
+        except Exception:
+            logger.exception("request %s: its pull cannot begin", req_id)
+            self._handle_failed_transfer(req_id, None, self._recv_failures, record_failed_transfer=False)
 
     def get_transfer_results(self) -> KVConnectorTransferResults:
         """NIXL's results plus what was released on command: the scheduler frees those blocks as if they had been read."""

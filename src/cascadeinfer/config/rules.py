@@ -1,0 +1,31 @@
+"""What the options of `serve` say of requests: who may send them, how large they may be, what may be in them."""
+
+import os
+from typing import Final
+
+from cascadeinfer.config.schema import ServeOptions
+from cascadeinfer.frontend.contents.limits import ContentLimits, SchemaLimits
+from cascadeinfer.frontend.door.settings import DoorSettings
+from cascadeinfer.frontend.server import RequestRules
+
+ADMIN_KEY_VARIABLE: Final = "CASCADEINFER_ADMIN_API_KEY"
+
+
+def rules_of(options: ServeOptions) -> RequestRules:
+    """The rules for the server."""
+    admin_key = options.admin_api_key or os.environ.get(ADMIN_KEY_VARIABLE)
+    door = DoorSettings(
+        (admin_key,) if admin_key else (),
+        options.max_request_body_mb << 20,
+        options.max_connections,
+        options.header_timeout_s,
+        options.body_timeout_s,
+    )
+    schemas = SchemaLimits(
+        options.structured_max_kb << 10,
+        options.structured_max_depth,
+        options.structured_max_parts,
+        options.structured_max_alternatives,
+        options.structured_max_regex,
+    )
+    return RequestRules(door, ContentLimits(options.client_kv_transfer_params == "ignore", schemas))

@@ -1,0 +1,117 @@
+"""
+How slow an instance is beside the others, from the steps that it reports.
+
+    cost(instance)     = observed seconds / seconds expected by the price list, over its last reports, the worst of them left out
+    slowness(instance) = cost(instance) / lower median of the costs of all instances
+
+Beside the others, because a price list that is wrong, or only has proportions, is wrong for all of them alike. Over many reports, because an
+instance that is stopped most of the time takes most of its steps as fast as ever, and one of them very long. Without the worst report,
+because one hiccup says nothing. A slowness below `SLOW_FROM` counts as 1 (`SLOW_UNTIL`, once it was above): instances that are alike differ by
+noise, and noise must decide nothing.
+
+An instance that computes nothing shows nothing: what is known of it fades, so that it is tried again.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, Protocol
+
+from cascadeinfer.core.cost.samples import StepSample
+from cascadeinfer.core.types import InstanceId
+
+REPORTS_KEPT: Final = 16
+"""Reports with steps that count: 1.6 s of work at the usual interval."""
+REPORTS_NEEDED: Final = 4
+"""With fewer nothing is known."""
+IDLE_REPORTS_PER_FADING: Final = 30
+"""After so many reports without a step the oldest one with steps is forgotten: an idle instance is tried again after 39 s at the usual interval."""
+SLOW_FROM: Final = 2.0
+"""Price lists that are only proportions are off by less between a stage of long and a stage of short requests."""
+SLOW_UNTIL: Final = 1.5
+
+
+class StepPrices(Protocol):
+    """What a step costs, linear in what is in it; see `Pricing`."""
+
+    base: float
+    per_request: float
+    per_token: float
+    per_queued_token: float
+    per_queued_pair: float
+
+
+class Pace:
+    """The steps of one instance's last reports, summed up per report so that another price list can be laid on them."""
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self._reports: deque[tuple[float, int, int, int, int, float]] = deque(maxlen=REPORTS_KEPT)
+        self._idle_reports = 0
+
+    def note(self, steps: Sequence[StepSample]) -> bool:
+        """Take over the steps of one report. Returns whether that changes anything."""
+        if not steps:
+            self._idle_reports += 1
+            if not self._reports or self._idle_reports % IDLE_REPORTS_PER_FADING:
+                return False
+            self._reports.popleft()
+            return True
+        self._idle_reports = 0
+        batches = [step.batch for step in steps]
+        self._reports.append(
+            (
+                sum([step.step_s for step in steps]),
+                len(steps),
+                sum([batch.n_decode for batch in batches]),
+                sum([batch.decode_kv_tokens for batch in batches]),
+                sum([batch.prefill_tokens for batch in batches]),
+                sum([batch.prefill_attention_tokens for batch in batches]),
+            )
+        )
+        return True
+
+    def cost(self, prices: StepPrices) -> float | None:
+        """Observed over expected, see the module header; None while too little is known."""
+        if len(self._reports) < REPORTS_NEEDED:
+            return None
+        pairs = [(report[0], _expected(prices, *report[1:])) for report in self._reports]
+        pairs = [(observed, expected) for observed, expected in pairs if expected > 0.0]
+        if len(pairs) < REPORTS_NEEDED:
+            return None
+        pairs.remove(max(pairs, key=lambda pair: pair[0] / pair[1]))
+        observed, expected = (sum(column) for column in zip(*pairs, strict=True))
+        return observed / expected if observed > 0.0 else None
+
+
+def _expected(prices: StepPrices, n: int, decodes: int, kv_tokens: int, prefill_tokens: int, pairs: float) -> float:
+    return (
+        n * prices.base
+        + decodes * prices.per_request
+        + kv_tokens * prices.per_token
+        + prefill_tokens * prices.per_queued_token
+        + 2.0 * pairs * prices.per_queued_pair
+    )
+
+
+def lower_median(costs: Iterable[float]) -> float | None:
+    """The middle one, the smaller of two; None of none."""
+    ranked = sorted(costs)
+    return ranked[(len(ranked) - 1) // 2] if ranked else None
+
+
+def slowness_of(costs: Mapping[InstanceId, float], before: Mapping[InstanceId, float]) -> dict[InstanceId, float]:
+    """
+    How slow each instance is beside the others; 1.0 where it makes no difference.
+
+    Args:
+        costs: Of those of which enough is known.
+        before: What was said of each the last time.
+    """
+    usual = lower_median(costs.values())
+    slowness: dict[InstanceId, float] = {}
+    for instance_id, cost in costs.items():
+        assert usual is not None  # there is a cost
+        ratio = cost / usual
+        limit = SLOW_UNTIL if before.get(instance_id, 1.0) > 1.0 else SLOW_FROM
+        slowness[instance_id] = ratio if ratio >= limit else 1.0
+    return slowness

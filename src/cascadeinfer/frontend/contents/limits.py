@@ -1,0 +1,40 @@
+"""What the operator allows requests to say."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaLimits:
+    """
+    Bounds on a structured output, beyond which its grammar could take minutes of a processor and gigabytes to compile.
+
+    The yardstick: of the 1,532 operations of GitHub's API (npm `@octokit/openapi` 23.0.2) and the 34 of Notion's MCP server (2.5.2), each
+    taken as one tool, the largest has 10,527 bytes, 12 levels, 226 parts and 110 alternatives. A request may offer some hundred tools, and
+    when one of them has to be called they are one schema.
+
+    Attributes:
+        max_bytes: Of the schema, grammar or choices as text.
+        max_depth: Schemas inside schemas; a reference is one level.
+        max_parts: Schemas in all, each reference counted as what it refers to.
+        max_alternatives: Values of `enum`, branches of `anyOf` and the like, choices, all together.
+        max_regex_characters: Of one regular expression.
+    """
+
+    max_bytes: int = 512 << 10
+    max_depth: int = 32
+    max_parts: int = 10_000
+    max_alternatives: int = 5000
+    max_regex_characters: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ContentLimits:
+    """
+    All of it.
+
+    Attributes:
+        ignores_words: Whether forbidden words are taken out of a request instead of refusing it; they are obeyed in no case.
+    """
+
+    ignores_words: bool = False
+    schemas: SchemaLimits = SchemaLimits()

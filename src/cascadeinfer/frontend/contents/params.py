@@ -1,0 +1,52 @@
+"""What a request asks of the engine, as vLLM has understood it: the last look before it is handed over, whichever API it came by."""
+
+from typing import Any, Final
+
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams
+
+from cascadeinfer.frontend.contents.limits import ContentLimits, SchemaLimits
+from cascadeinfer.frontend.contents.schemas import SchemaRefusedError, check_structured_output
+from cascadeinfer.frontend.contents.words import FORBIDDEN, WHY_REFUSED
+
+KINDS: Final = ("json", "regex", "choice", "grammar", "structural_tag")
+
+
+class ContentRefusedError(Exception):
+    """A request says what it may not; the sentence is for its client."""
+
+
+def checked_params(params: Any, limits: ContentLimits) -> Any:
+    """
+    The parameters, without forbidden words where those are ignored.
+
+    Raises:
+        ContentRefusedError: A word is forbidden, or a structured output too large.
+    """
+    if isinstance(params, SamplingParams):
+        params.extra_args = _without_words(params.extra_args, limits)
+        _check_structured_output(params, limits.schemas)
+    elif isinstance(params, PoolingParams):
+        params.extra_kwargs = _without_words(params.extra_kwargs, limits)
+    return params
+
+
+def _without_words(words: dict[str, Any] | None, limits: ContentLimits) -> dict[str, Any] | None:
+    found = next((word for word in FORBIDDEN if words and word in words), None)
+    if words is None or found is None:
+        return words
+    if not limits.ignores_words:
+        raise ContentRefusedError(f"{found} {WHY_REFUSED}")
+    return {name: value for name, value in words.items() if name not in FORBIDDEN}
+
+
+def _check_structured_output(params: SamplingParams, limits: SchemaLimits) -> None:
+    structured = params.structured_outputs
+    if structured is None:
+        return
+    for kind in KINDS:
+        if (value := getattr(structured, kind)) is not None:
+            try:
+                check_structured_output(kind, value, limits)
+            except SchemaRefusedError as refused:
+                raise ContentRefusedError(f"the structured output ({kind}) is refused: {refused}") from refused

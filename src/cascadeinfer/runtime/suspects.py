@@ -1,0 +1,111 @@
+"""
+What becomes of the requests of an instance that does not answer.
+
+While it is suspected nothing new goes there (the policy's books see to that, `core/view.py`). What waits there without having been
+started is taken away, if another instance can take it, and told to the policy with the suspicion: it places it like an orphan. So is what
+a migration has left there to be computed anew. What runs there stays: it goes on when the instance does, or elsewhere when it is killed.
+
+A request that the instance has not reported as running may be in the very step that makes it late. So that a long prompt does not wander for ever
+from instance to instance, a request is taken away at most `MAX_WITHDRAWALS` times.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from cascadeinfer.core.events import Event, InstanceSuspected, InstanceTrusted
+from cascadeinfer.core.migration import Happening, State
+from cascadeinfer.core.types import InstanceId, RequestId
+from cascadeinfer.engines.protocol import Engine
+from cascadeinfer.runtime.fleet import Fleet
+from cascadeinfer.runtime.metrics import RuntimeMetrics
+from cascadeinfer.runtime.perform import Performer
+from cascadeinfer.runtime.streams import Stream, StreamTable
+from cascadeinfer.runtime.view import InstanceState
+
+logger = logging.getLogger(__name__)
+
+COMPUTED_ANEW: Final = frozenset({State.RECOMPUTING, State.RETURNING})
+MAX_WITHDRAWALS: Final = 2
+"""Two, because two instances may fall silent one after the other."""
+
+
+class Suspects:
+    """See the module header."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        streams: StreamTable,
+        metrics: RuntimeMetrics,
+        emit: Callable[[Event], None],
+        performer: Performer,
+    ) -> None:
+        """
+        Args:
+            fleet: The instances.
+            streams: The live requests.
+            metrics: Where suspicions and withdrawals are counted.
+            emit: Hands the policy an event.
+            performer: Stops a request on its instance, or ends its migration.
+        """
+        self._fleet = fleet
+        self._streams = streams
+        self._metrics = metrics
+        self._emit = emit
+        self._performer = performer
+
+    def suspected(self, engine: Engine) -> None:
+        """Its report is overdue, or still is: then there may be news of who can take what waits there."""
+        state = self._fleet[engine.instance_id]
+        if state.engine is not engine:
+            return  # it is being connected
+        is_new = not state.suspect
+        state.suspect = True
+        if is_new:
+            self._metrics.suspicions.inc()
+            logger.warning("instance %s does not answer; others get what is new", engine.instance_id)
+        withdrawn = self._withdraw(state)
+        if is_new or withdrawn:
+            self._emit(InstanceSuspected(f"silent:{state.instance_id}", state.instance_id, withdrawn))
+
+    def trusted(self, engine: Engine) -> None:
+        """It answers in time again."""
+        state = self._fleet[engine.instance_id]
+        if state.engine is engine and state.suspect:
+            state.suspect = False
+            self._emit(InstanceTrusted(f"answers:{engine.instance_id}", engine.instance_id))
+
+    def _withdraw(self, state: InstanceState) -> tuple[RequestId, ...]:
+        """Take away what waits there and can go elsewhere."""
+        if not self._others_answer(state.instance_id):
+            return ()
+        withdrawn = self._unstarted(state)
+        for stream in withdrawn:
+            stream.withdrawals += 1
+            if stream.migration is None:
+                self._performer.abort(stream)
+                self._streams.displace(stream)
+            else:
+                self._performer.migrator.happen(stream.migration.migration_id, Happening.PLACE_SILENT)
+        self._metrics.withdrawn.inc(len(withdrawn))
+        return tuple(stream.request.request_id for stream in withdrawn if stream.instance_id is None)
+
+    def _others_answer(self, instance_id: InstanceId) -> bool:
+        return any(
+            state.engine is not None and state.drain is None and not state.suspect
+            for state in self._fleet
+            if state.instance_id != instance_id
+        )
+
+    def _unstarted(self, state: InstanceState) -> list[Stream]:
+        """Requests there that have no token of this attempt and were not seen running."""
+        running = set(state.report.running_ids)
+        return [
+            stream
+            for stream in self._streams.on_instance(state.instance_id)
+            if (stream.migration is None or stream.migration.state in COMPUTED_ANEW)
+            and not stream.started
+            and stream.engine_request_id not in running
+            and stream.withdrawals < MAX_WITHDRAWALS
+        ]

@@ -1,0 +1,32 @@
+"""What an instance's agent answers when its instance does not."""
+
+from cascadeinfer.core.balance.bidask import BidAskSettings, Outbox
+from cascadeinfer.core.balance.bidder import Bidder
+from cascadeinfer.core.balance.messages import Accept, Ask, Award, Bid, Decline
+from cascadeinfer.core.effects import MigrationReason
+from cascadeinfer.core.events import InstanceJoined, InstanceSuspected, InstanceTrusted
+from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.core.view import ClusterView
+
+CAPACITY = InstanceCapacity(kv_blocks=1000, block_size_tokens=16, max_num_seqs=16, max_batched_tokens=512)
+ASK = Ask("b:1", "r", 100, MigrationReason.OUTGREW_STAGE.value, 0.5)
+
+
+def test_no_place_is_offered_or_kept_on_a_silent_instance() -> None:
+    """It declines while its instance is suspected and another is not, at the ask and at the award; then it bids again."""
+    view = ClusterView()
+    for instance_id in "ab":
+        view.apply(InstanceJoined("c", instance_id, CAPACITY))
+    bidder = Bidder(view.instances["a"], BidAskSettings(), lambda: 0)
+    out = Outbox()
+    bidder.take_ask("b", ASK, 0.0, out)
+    view.apply(InstanceSuspected("c", "a"))
+    bidder.take_award("b", Award(ASK.ask_id, ASK.request_id, 100), 0.1, out)
+    bidder.take_ask("b", ASK, 0.2, out)
+    view.apply(InstanceSuspected("c", "b"))  # nobody answers: all are as good
+    bidder.take_ask("b", ASK, 0.3, out)
+    bidder.take_award("b", Award(ASK.ask_id, ASK.request_id, 100), 0.4, out)
+    view.apply(InstanceTrusted("c", "a"))
+    answers = [message for _, message in out.messages]
+    assert [type(answer) for answer in answers] == [Bid, Decline, Decline, Bid, Accept]
+    assert [answer.reason for answer in answers if isinstance(answer, Decline)] == ["suspect"] * 2

@@ -1,0 +1,153 @@
+"""How slow an instance is beside the others: in proportion, deaf to noise and hiccups, and forgotten when it is over."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cascadeinfer.core.cost.latency import BatchFeatures
+from cascadeinfer.core.cost.samples import StepSample
+from cascadeinfer.core.events import InstanceJoined, InstanceLost, InstanceReport, InstanceReported
+from cascadeinfer.core.instance import Pricing
+from cascadeinfer.core.pace import IDLE_REPORTS_PER_FADING, REPORTS_KEPT, REPORTS_NEEDED, Pace, slowness_of
+from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.core.view import ClusterView
+
+CAPACITY = InstanceCapacity(kv_blocks=100, block_size_tokens=10, max_num_seqs=20, max_batched_tokens=512)
+PRICES = Pricing(0.01, 0.001, 1e-5, 1e-4, 1e-7)
+
+
+def step(seconds: float, n_decode: int = 4, prefill_tokens: int = 0) -> StepSample:
+    """A step that took so long."""
+    return StepSample(BatchFeatures(n_decode, 100 * n_decode, 100, prefill_tokens, 0.0), seconds)
+
+
+def report(view: ClusterView, instance_id: str, *steps: StepSample) -> None:
+    """An instance reports these steps."""
+    view.apply(InstanceReported("c", instance_id, InstanceReport((), (), (), (), 0, steps=steps)))
+
+
+def cluster(*instance_ids: str) -> ClusterView:
+    """Books with these instances."""
+    view = ClusterView(lambda _: PRICES)
+    for instance_id in instance_ids:
+        view.apply(InstanceJoined("c", instance_id, CAPACITY))
+    return view
+
+
+def slowness(view: ClusterView) -> list[float]:
+    """Of each instance, rounded."""
+    return [round(instance.slowness, 6) for instance in view.instances.values()]
+
+
+def test_a_slow_instance_is_dearer_by_as_much() -> None:
+    """Ten times the seconds for the same steps: ten times the price, and what others cost stays."""
+    view = cluster("a", "b", "c")
+    before = view.instances["a"].price
+    for _ in range(REPORTS_NEEDED):
+        for instance_id, factor in (("a", 10.0), ("b", 1.0), ("c", 1.0)):
+            report(view, instance_id, step(0.02 * factor), step(0.02 * factor))
+    assert slowness(view) == [10.0, 1.0, 1.0]
+    assert view.instances["a"].price == pytest.approx(10.0 * before)
+    assert view.instances["a"].marginal_price(50, 0) == pytest.approx(10.0 * view.instances["b"].marginal_price(50, 0))
+    assert view.instances["b"].price == before
+    assert view.instances["a"].slowed_load > view.instances["b"].slowed_load == 0.0
+
+
+def test_the_content_of_steps_is_no_slowness() -> None:
+    """Steps that are long because there is much in them are as fast as any."""
+    view = cluster("a", "b")
+    for _ in range(REPORTS_KEPT):
+        report(view, "a", step(0.014 + 0.004))
+        report(view, "b", step(0.014 + 0.004 + 0.2, prefill_tokens=2000))
+    assert slowness(view) == [1.0, 1.0]
+
+
+def test_a_stopped_instance_takes_most_steps_as_fast_as_ever() -> None:
+    """Stopped nine tenths of the time: one step in each report is very long, the others are not."""
+    view = cluster("a", "b")
+    for _ in range(REPORTS_KEPT):
+        report(view, "a", *[step(0.01)] * 9, step(0.91))
+        report(view, "b", *[step(0.01)] * 10)
+    assert slowness(view) == [10.0, 1.0]
+
+
+@given(place=st.integers(0, REPORTS_KEPT - 1), seconds=st.floats(0.1, 1e6))
+def test_one_hiccup_says_nothing(place: int, seconds: float) -> None:
+    """A single report with a step of any length changes no price."""
+    view = cluster("a", "b")
+    for number in range(REPORTS_KEPT):
+        report(view, "a", step(seconds if number == place else 0.02))
+        report(view, "b", step(0.02))
+        assert slowness(view) == [1.0, 1.0]
+
+
+@given(seed=st.integers(0, 1000))
+def test_noise_changes_no_price(seed: int) -> None:
+    """Instances that are alike differ by a third, step by step: exactly the prices of silence."""
+    rng = random.Random(seed)
+    view = cluster("a", "b", "c")
+    prices = [instance.price for instance in view.instances.values()]
+    for _ in range(3 * REPORTS_KEPT):
+        for instance_id in "abc":
+            report(view, instance_id, *[step(0.02 * rng.uniform(0.75, 1.35)) for _ in range(3)])
+        assert [instance.price for instance in view.instances.values()] == prices
+
+
+def test_who_is_fast_again_is_trusted_with_work_again() -> None:
+    """After as many reports as are kept nothing of the slowness is left; with nothing to do it fades as well."""
+    view = cluster("a", "b")
+    for _ in range(REPORTS_KEPT):
+        report(view, "a", step(0.2))
+        report(view, "b", step(0.02))
+    assert slowness(view) == [10.0, 1.0]
+    for _ in range(REPORTS_KEPT):
+        report(view, "a", step(0.02))
+    assert slowness(view) == [1.0, 1.0]
+    for _ in range(REPORTS_KEPT):
+        report(view, "a", step(0.2))
+    for _ in range(REPORTS_KEPT * IDLE_REPORTS_PER_FADING):
+        report(view, "a")
+    assert slowness(view) == [1.0, 1.0]
+
+
+def test_another_life_begins_unknown() -> None:
+    """What was known of an instance ends with it."""
+    view = cluster("a", "b")
+    for _ in range(REPORTS_KEPT):
+        report(view, "a", step(0.2))
+        report(view, "b", step(0.02))
+    view.apply(InstanceLost("c", "a"))
+    view.apply(InstanceJoined("c", "a", CAPACITY))
+    report(view, "b", step(0.02))
+    assert sorted((i.instance_id, i.slowness) for i in view.instances.values()) == [("a", 1.0), ("b", 1.0)]
+
+
+def test_another_price_list_is_laid_on_the_same_steps() -> None:
+    """Learning other costs forgets nobody's slowness: the next report says it again."""
+    view = cluster("a", "b")
+    for _ in range(REPORTS_KEPT):
+        report(view, "a", step(0.2))
+        report(view, "b", step(0.02))
+    view.reprice(lambda _: Pricing(0.02))
+    report(view, "b", step(0.02))
+    assert slowness(view) == [10.0, 1.0]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.01])
+def test_nothing_is_divided_by_nothing(seconds: float) -> None:
+    """Prices of zero and steps of no time say nothing."""
+    pace = Pace()
+    for _ in range(REPORTS_KEPT):
+        pace.note((step(seconds, n_decode=0),))
+    assert pace.cost(Pricing(0.0)) is None
+    assert (pace.cost(PRICES) is None) == (seconds == 0.0)
+    assert slowness_of({}, {}) == {}
+
+
+def test_between_the_limits_the_last_word_holds() -> None:
+    """An instance that was slow stays so until it is clearly not; one that was not, becomes so when it clearly is."""
+    costs = {"a": 1.7, "b": 1.0}
+    assert slowness_of(costs, {"a": 1.0}) == {"a": 1.0, "b": 1.0}
+    assert slowness_of(costs, {"a": 3.0}) == {"a": 1.7, "b": 1.0}

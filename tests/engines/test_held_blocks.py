@@ -1,0 +1,110 @@
+"""Blocks that no request runs or waits with are told by what holds them, whatever brought it about."""
+
+from pathlib import Path
+
+import pytest
+from scheduler_bed import BLOCK, SchedulerBed, greedy, make_bed
+from test_connector_words import PROMPT, TICKET
+from vllm.v1.request import RequestStatus
+
+from cascadeinfer.engines.models.tiny import make_tiny_llama
+from cascadeinfer.engines.vllm.connector import commands
+from cascadeinfer.engines.vllm.connector.held_blocks import HELD_BY
+
+NOTHING = dict.fromkeys(HELD_BY, 0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's folder."""
+    return make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def bed(model: Path, request: pytest.FixtureRequest) -> SchedulerBed:
+    """A scheduler that has nothing yet."""
+    return make_bed(model, asynchronous=request.param)
+
+
+def held(bed: SchedulerBed) -> dict[str, int]:
+    """By reason; no block is in use that is neither a live request's nor told here."""
+    load = bed.load()
+    scheduler = bed.scheduler
+    live = sum(
+        len(scheduler.kv_cache_manager.get_block_ids(request.request_id)[0])
+        for request in scheduler.requests.values()
+        if not request.is_finished() and request.status != RequestStatus.WAITING_FOR_REMOTE_KVS
+    )
+    assert live + sum(load["held_blocks"].values()) == load["kv_blocks_used"]
+    return {reason: n for reason, n in load["held_blocks"].items() if n}
+
+
+def test_requests_that_run_hold_nothing_else(bed: SchedulerBed) -> None:
+    """Their blocks are in use, and not held."""
+    assert bed.load()["held_blocks"] == NOTHING
+    bed.add("a", PROMPT, greedy(30))
+    bed.steps(4)
+    assert held(bed) == {}
+    assert bed.load()["kv_blocks_used"] == 3
+
+
+def test_reservations(bed: SchedulerBed) -> None:
+    """Those that have not been claimed."""
+    assert commands.cascade_reserve(bed.core, "r1", 2 * BLOCK) is None
+    assert commands.cascade_reserve(bed.core, "r2", BLOCK + 1) is None
+    assert held(bed) == {"reservations": 3 + 3}
+    commands.cascade_release_reservation(bed.core, "r1")
+    assert held(bed) == {"reservations": 3}
+    bed.pulls_come = False
+    bed.add("a", PROMPT, bed.words(greedy(14), **TICKET, cascade_reservation="r2"))
+    assert held(bed) == {}
+    bed.step()
+    assert held(bed) == {"pulls": 3}
+
+
+def test_a_cut_pins(bed: SchedulerBed) -> None:
+    """The blocks of a request that has left, until they have been read."""
+    bed.add("a", PROMPT, greedy(30))
+    bed.steps(4)
+    assert commands.cascade_cut(bed.core, "a") is None
+    bed.steps(3)
+    assert held(bed) == {"pins": 3}
+    assert bed.load()["pinned"] == ["a"]
+    bed.read.add("a")
+    bed.steps(2)
+    assert bed.holds_nothing()
+
+
+def test_a_pin_that_is_none_of_ours(bed: SchedulerBed) -> None:
+    """However it was come by: a request that NIXL pins at its normal end shows, though no cut of ours has led to it."""
+    request = bed.add("a", PROMPT, greedy(4))
+    request.kv_transfer_params = {"do_remote_decode": True}
+    bed.steps(7)
+    assert "a" in bed.ends
+    assert bed.load()["pinned"] == []
+    assert held(bed) == {"unfreed": 3}
+
+
+def test_a_pull_that_nobody_waits_for_any_more(bed: SchedulerBed) -> None:
+    """Its client has left while it was under way: the blocks are written to until it has come."""
+    bed.pulls_come = False
+    bed.add("a", PROMPT, bed.words(greedy(14), **TICKET))
+    bed.steps(2)
+    assert held(bed) == {"pulls": 3}
+    bed.scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    bed.steps(2)
+    assert held(bed) == {"unfreed": 3}
+    bed.pulls_come = True
+    bed.steps(2)
+    assert bed.holds_nothing()
+
+
+def test_blocks_that_a_step_may_still_write(model: Path) -> None:
+    """With a step under way, those of a request that was aborted are held until it has ended."""
+    bed = make_bed(model, asynchronous=True)
+    bed.add("a", PROMPT, greedy(30))
+    bed.steps(3)
+    bed.scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    assert held(bed) == {"deferred": 3}
+    bed.steps(2)
+    assert bed.holds_nothing()

@@ -1,0 +1,28 @@
+"""The connector's half in a worker: a pull that cannot begin is one that has failed."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+
+from cascadeinfer.engines.vllm.connector.worker_side import CascadeWorkerSide
+
+
+@pytest.mark.parametrize("fault", [NotImplementedError, AssertionError, KeyError, IndexError])
+def test_a_pull_that_cannot_begin(monkeypatch: pytest.MonkeyPatch, fault: type[Exception]) -> None:
+    """It is told as failed, so that the scheduler computes what it should have brought; the pull after it begins."""
+    begun: list[str] = []
+
+    def read_blocks(_: Any, request_id: str, meta: Any) -> None:  # noqa: ARG001 - NIXL's signature
+        if request_id == "bad":
+            raise fault
+        begun.append(request_id)
+
+    monkeypatch.setattr(NixlPullConnectorWorker, "_read_blocks_for_req", read_blocks)
+    side: Any = object.__new__(CascadeWorkerSide)
+    side._recv_failures = set()
+    for request_id in ("bad", "good"):
+        side._read_blocks_for_req(request_id, SimpleNamespace())
+    assert side._recv_failures == {"bad"}
+    assert begun == ["good"]

@@ -1,0 +1,182 @@
+"""Limits of connections, heads and bodies, on a real uvicorn server with a small app behind the door."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import uvicorn
+
+from cascadeinfer.cluster.local import LOOPBACK
+from cascadeinfer.frontend.door.connections import SPARE_CONNECTIONS, ConnectionLimits, guarded
+from cascadeinfer.frontend.door.door import Door
+from cascadeinfer.frontend.door.keys import Keys
+
+LIMITS = ConnectionLimits(
+    max_connections=8, head_timeout_s=30.0, body_timeout_s=30.0, max_head_bytes=2000, max_headers=20
+)
+MAX_BODY_BYTES = 1000
+GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+
+
+class EchoApp:
+    """Answers with the length of the body; remembers the longest part of one that it was given, and disconnects."""
+
+    def __init__(self) -> None:
+        self.most_bytes = 0
+        self.n_disconnects = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """See ASGI."""
+        assert scope["type"] == "http"
+        n_bytes = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                self.n_disconnects += 1
+                return
+            n_bytes += len(message["body"])
+            self.most_bytes = max(self.most_bytes, n_bytes)
+            if not message.get("more_body"):
+                break
+        body = str(n_bytes).encode()
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a fact that nothing announces."""
+    while not condition():  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def serving(limits: ConnectionLimits = LIMITS, app: EchoApp | None = None) -> AsyncIterator[tuple[str, int]]:
+    """A server with these limits, on a port of the system's choice."""
+    door = Door(app or EchoApp(), Keys(["key"], []), max_body_bytes=MAX_BODY_BYTES)
+    listener = socket.create_server((LOOPBACK, 0))
+    config = uvicorn.Config(door, http=guarded(limits), lifespan="off", log_level="critical", timeout_keep_alive=30)
+    server = uvicorn.Server(config)
+    task = asyncio.ensure_future(server.serve(sockets=[listener]))
+    try:
+        await until(lambda: server.started)
+        yield listener.getsockname()[:2]
+    finally:
+        server.should_exit = True
+        await task
+
+
+async def answer(address: tuple[str, int], *parts: bytes) -> bytes:
+    """All that comes back until the server closes the connection."""
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+async def test_a_head_that_is_never_finished_is_closed() -> None:
+    """Half a head, nothing at all, and an empty line after a first request: each gets HTTP 408, and the connection is closed."""
+    async with serving(replace(LIMITS, head_timeout_s=0.2)) as address:
+        for part in (GET, b""):
+            assert b" 408 " in await answer(address, part)
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(GET + b"\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n0")).startswith(b"HTTP/1.1 200 ")
+        writer.write(b"\r\n")
+        assert b" 408 " in await reader.read()
+        writer.close()
+
+
+async def test_a_body_that_is_never_finished_is_closed() -> None:
+    """The app hears that the client is gone, and the connection is closed."""
+    app = EchoApp()
+    async with serving(replace(LIMITS, body_timeout_s=0.2), app) as address:
+        head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\nContent-Length: 10\r\n\r\n"
+        assert await answer(address, head, b"12345") == b""
+    assert app.n_disconnects == 1
+
+
+async def test_a_head_that_is_too_large_is_refused() -> None:
+    """Too many fields, one too long, a target too long; one that just fits is served."""
+    async with serving() as address:
+        for head in (
+            GET + b"".join(b"X-%d: y\r\n" % i for i in range(30)),
+            GET + b"X: " + b"y" * 2000 + b"\r\n",
+            b"GET /" + b"x" * 2000 + b" HTTP/1.1\r\nHost: x\r\n",
+        ):
+            assert b" 431 " in await answer(address, head + b"\r\n")
+        fits = GET + b"X: " + b"y" * 1800 + b"\r\nConnection: close\r\n\r\n"
+        assert (await answer(address, fits)).endswith(b"\r\n\r\n0")
+
+
+async def test_a_body_that_is_too_large_is_refused() -> None:
+    """One that says so before any of it is read, and a chunked one as soon as it is; the app is given no more than fits."""
+    app = EchoApp()
+    head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\n"
+    async with serving(app=app) as address:
+        said = await answer(address, head + b"Content-Length: 1001\r\n\r\n")
+        assert b" 413 " in said
+        assert b"--max-request-body-mb" in said
+        assert app.most_bytes == 0
+        chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
+        assert b" 413 " in await answer(address, chunked, *[b"64\r\n" + b"x" * 100 + b"\r\n"] * 11)
+        assert app.most_bytes <= MAX_BODY_BYTES
+        fits = head + b"Connection: close\r\nContent-Length: 1000\r\n\r\n" + b"x" * 1000
+        assert (await answer(address, fits)).endswith(b"\r\n\r\n1000")
+
+
+async def test_without_a_key_nothing_of_the_body_is_read() -> None:
+    """The refusal comes before the body."""
+    app = EchoApp()
+    async with serving(app=app) as address:
+        head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 900\r\n\r\n"
+        assert b" 401 " in await answer(address, head)
+    assert app.most_bytes == 0
+
+
+async def test_beyond_the_limit_only_probes_are_served() -> None:
+    """While as many connections are open as may be, one more gets HTTP 503, but a probe its answer; far more are closed at once."""
+    async with serving() as address:
+        held = [await asyncio.open_connection(*address) for _ in range(LIMITS.max_connections)]
+        for _, writer in held:
+            writer.write(GET)
+        post = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\nContent-Length: 0\r\n\r\n"
+        served = post.replace(b"Host: x", b"Host: x\r\nConnection: close")
+        for _ in range(1000):  # the server has not yet seen all that are open
+            if b" 503 " in await answer(address, served):
+                break
+        else:
+            pytest.fail("never refused")
+        assert b" 200 " in await answer(address, GET + b"Connection: close\r\n\r\n")
+        held += [await asyncio.open_connection(*address) for _ in range(SPARE_CONNECTIONS + 1)]
+        with pytest.raises(ConnectionError):
+            await _closed(held[-1][0])
+        for _, writer in held:
+            writer.transport.abort()
+        for _ in range(1000):
+            if b" 200 " in await _tried(address, served):
+                return
+        pytest.fail("never served again")
+
+
+async def _closed(reader: asyncio.StreamReader) -> None:
+    if await reader.read() == b"":
+        raise ConnectionResetError
+
+
+async def _tried(address: tuple[str, int], parts: bytes) -> bytes:
+    try:
+        return await answer(address, parts)
+    except ConnectionError:
+        return b""
