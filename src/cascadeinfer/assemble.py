@@ -24,6 +24,7 @@ from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.rules import rules_of
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.cost.suitability import check_suits
+from cascadeinfer.core.migration import MigrationTimes
 from cascadeinfer.core.policies.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
@@ -55,14 +56,13 @@ from cascadeinfer.frontend.stop_signals import StopSignals
 from cascadeinfer.observe.unwritten_log import ServerLog, failure_of
 from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
-from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes
 
 logger = logging.getLogger(__name__)
 
 LEASE_MARGIN_S = 3.0
-"""A pull must be over this long before the lease ends: clocks, a slow step, a late message."""
+"""A pull must be over this long before a lease would end that had begun when the cut was sent."""
 STOP_TIMEOUT_S = 5.0
 PROFILE_LEASE_S = 30
 """Of pulls that are measured: nobody waits for their blocks."""

@@ -24,6 +24,10 @@ class Maker(Protocol):
         """A fresh engine with at least 64 blocks and 4 places in its batch."""
         ...
 
+    def now_s(self) -> float:
+        """The time on the clock of who uses the engine."""
+        ...
+
     def make_request(
         self, request_id: str, n_prompt: int, max_output_tokens: int, stop_token_ids: tuple[int, ...] = ()
     ) -> EngineRequest:

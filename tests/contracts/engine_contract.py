@@ -212,6 +212,36 @@ async def the_lease_ends(bed: Bed) -> None:
     await bed.settled()
 
 
+async def a_resume_whose_time_is_over_computes_anew(bed: Bed) -> None:
+    """A ticket whose deadline has passed is not pulled: same tokens, no pull, and the pin is given back."""
+    expected = await bed.alone(N_PROMPT, N_OUTPUT)
+    request = bed.maker.make_request("o1", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("o1", request)).until_tokens(5)
+    ticket = await bed.cut("o1", heard)
+    before = (await bed.b.engine.report())[1]
+    over_s = bed.maker.now_s() - 0.001
+    rest = await (await bed.b.add("o1~1", request, Resume(list(heard.token_ids), ticket, None, over_s))).until_end()
+    assert heard.token_ids + rest.token_ids == expected
+    after = (await bed.b.engine.report())[1]
+    assert (after.pulls, after.failed_pulls) == (before.pulls, before.failed_pulls)
+    await bed.settled()
+
+
+async def a_resume_in_time_pulls(bed: Bed) -> None:
+    """A ticket with time left is pulled, though the instance's clock is known from its answers only."""
+    expected = await bed.alone(N_PROMPT, N_OUTPUT)
+    request = bed.maker.make_request("o2", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("o2", request)).until_tokens(5)
+    ticket = await bed.cut("o2", heard)
+    before = (await bed.b.engine.report())[1]
+    soon_s = bed.maker.now_s() + bed.maker.lease_s
+    rest = await (await bed.b.add("o2~1", request, Resume(list(heard.token_ids), ticket, None, soon_s))).until_end()
+    assert heard.token_ids + rest.token_ids == expected
+    after = (await bed.b.engine.report())[1]
+    assert (after.pulls, after.failed_pulls) == (before.pulls + 1, before.failed_pulls)
+    await bed.settled()
+
+
 async def the_report_names_requests(bed: Bed) -> None:
     """The report has each live request once, by its attempt, with its length; and the batch never exceeds its places."""
     n = bed.a.capacity.max_num_seqs + 2
@@ -292,6 +322,8 @@ SHARED = (
     abort_frees,
     abort_after_the_cut_leaves_the_pin,
     the_lease_ends,
+    a_resume_whose_time_is_over_computes_anew,
+    a_resume_in_time_pulls,
     the_report_names_requests,
 )
 OWN = (death_is_told_once_everywhere, a_pull_from_the_dead_recomputes, stop_ends_pending_calls)

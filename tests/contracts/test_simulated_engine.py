@@ -25,6 +25,10 @@ class SimulatedMaker:
         """See Maker."""
         return SimulatedEngine(name, 0, CAPACITY)
 
+    def now_s(self) -> float:
+        """See Maker."""
+        return asyncio.get_running_loop().time()
+
     def make_request(
         self, request_id: str, n_prompt: int, max_output_tokens: int, stop_token_ids: tuple[int, ...] = ()
     ) -> EngineRequest:
@@ -87,8 +91,8 @@ async def test_a_read_after_the_lease_is_garbage() -> None:
     await asyncio.sleep(bed.maker.lease_s + 1)
     rest = await (await bed.b.add("s~1", request, Resume(list(heard.token_ids), ticket))).until_end()
     assert heard.token_ids + rest.token_ids != generate(request.prompt_token_ids, 40)
-    assert isinstance(bed.a.engine, SimulatedEngine)
-    assert bed.a.engine.core.stale_reads == 1
+    assert isinstance(bed.b.engine, SimulatedEngine)
+    assert bed.b.engine.core.stale_reads == 1
     assert (await bed.b.engine.report())[1].failed_pulls == 0
     await bed.close()
 
@@ -97,7 +101,7 @@ async def test_a_read_after_the_lease_is_garbage() -> None:
 async def test_a_live_puller_renews_the_lease() -> None:
     """A resumed request that waits for blocks keeps its pin alive beyond the lease."""
     bed = await Bed.make(SimulatedMaker())
-    assert isinstance(bed.a.engine, SimulatedEngine)
+    assert isinstance(bed.b.engine, SimulatedEngine)
     request = bed.maker.make_request("w", 50, 40)
     heard = await (await bed.a.add("w", request)).until_tokens(3)
     ticket = await bed.cut("w", heard)
@@ -108,7 +112,7 @@ async def test_a_live_puller_renews_the_lease() -> None:
     await bed.b.engine.release_reservation("blocker")
     await rest.until_end()
     assert heard.token_ids + rest.token_ids == generate(request.prompt_token_ids, 40)
-    assert bed.a.engine.core.stale_reads == 0
+    assert bed.b.engine.core.stale_reads == 0
     await bed.settled()
     await bed.close()
 

@@ -1,7 +1,9 @@
 """The engine contract on real vLLM instances with a tiny random model."""
 
 import asyncio
+import itertools
 import os
+import signal
 import socket
 import sys
 import time
@@ -13,12 +15,12 @@ import psutil
 import pytest
 import pytest_asyncio
 import zmq
-from engine_bed import Bed
+from engine_bed import Bed, eventually
 from engine_contract import OWN, SHARED, resume_pulls
 from vllm.platforms import current_platform
 
 from cascadeinfer.cluster.local import LOOPBACK
-from cascadeinfer.engines.protocol import Engine, EngineRequest
+from cascadeinfer.engines.protocol import Engine, EngineRequest, Resume
 from cascadeinfer.engines.vllm.connector.cascade_connector import CascadeConnector
 from cascadeinfer.engines.vllm.segments import PREFIX, SHARED_MEMORY
 
@@ -72,6 +74,10 @@ class VllmMaker:
         )
         return factories[name](0)
 
+    def now_s(self) -> float:
+        """See Maker."""
+        return time.monotonic()
+
     def make_request(
         self, request_id: str, n_prompt: int, max_output_tokens: int, stop_token_ids: tuple[int, ...] = ()
     ) -> EngineRequest:
@@ -122,6 +128,59 @@ async def test_contract_of_death(rule: Rule, maker: VllmMaker) -> None:
         await asyncio.wait_for(rule(bed), 120.0)
     finally:
         await bed.close()
+
+
+async def _fill(bed: Bed, name: str, ended: list[str]) -> None:
+    """One request after the other at `a`, all with blocks that the others have had."""
+    for number in itertools.count():
+        attempt = f"{name}-{number}"
+        request = bed.maker.make_request(attempt, 400 + 7 * number % 50, 150)
+        await (await bed.a.add(attempt, request)).until_end()
+        ended.append(attempt)
+
+
+@pytest.mark.parametrize("has_deadline", [True, False])
+async def test_a_stopped_target_wakes_up_after_the_lease(bed: Bed, has_deadline: bool) -> None:
+    """
+    It does not pull what other requests have written over meanwhile; without a deadline it would, and its tokens would be wrong.
+
+    As the runtime has it, the deadline counts from when the cut was sent.
+    """
+    expected = await bed.alone(150, 60)
+    attempt = f"stopped-{has_deadline}"
+    request = bed.maker.make_request(attempt, 150, 60)
+    heard = await (await bed.a.add(attempt, request)).until_tokens(5)
+    assert bed.b.engine.pid is not None
+    ended: list[str] = []
+    before_s = bed.maker.now_s() + LEASE_S - 3
+    ticket = await bed.cut(attempt, heard)
+    pulls = (await bed.b.engine.report())[1].pulls
+    os.kill(bed.b.engine.pid, signal.SIGSTOP)
+    fillers = [asyncio.create_task(_fill(bed, f"fill-{has_deadline}-{i}", ended)) for i in range(4)]
+    try:
+        resume = Resume(list(heard.token_ids), ticket, None, before_s if has_deadline else None)
+        resumed = await bed.b.add(f"{attempt}~1", request, resume)
+
+        async def pin_has_ended() -> bool:
+            return (await bed.a.engine.report())[1].pinned == 0
+
+        await eventually(pin_has_ended, "the pin has ended")
+        n_ended = len(ended)
+
+        async def written_over() -> bool:
+            return len(ended) >= n_ended + 8
+
+        await eventually(written_over, "others have had its blocks")
+    finally:
+        os.kill(bed.b.engine.pid, signal.SIGCONT)
+        for filler in fillers:
+            filler.cancel()
+        await asyncio.gather(*fillers, return_exceptions=True)
+        await bed.a.engine.abort([name for name in bed.a.by_attempt if name.startswith("fill")])
+    await resumed.until_end()
+    assert (heard.token_ids + resumed.token_ids == expected) is has_deadline
+    assert (await bed.b.engine.report())[1].pulls == pulls + (not has_deadline)
+    await bed.settled()
 
 
 @pytest.mark.skipif(

@@ -124,6 +124,7 @@ HAPPENING_CHANGES: dict[Happening, dict[str, bool]] = {
     Happening.SOURCE_LOST: {"pin": False, "at_source": False},
     Happening.CUT_DONE: {"at_source": False},
     Happening.CUT_EMPTY: {"at_source": False, "pin": False},
+    Happening.CUT_LATE: {"at_source": False},
     Happening.CUT_REFUSED: {"pin": False},
     Happening.CUT_UNDONE: {"pin": False},
 }

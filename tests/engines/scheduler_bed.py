@@ -102,6 +102,8 @@ class SchedulerBed:
     #: What the worker was told to pull; all comes with the next output, unless it is not to.
     pulled: list[Any] = field(default_factory=list)
     pulls_come: bool = True
+    #: What comes has failed.
+    pulls_fail: bool = False
     #: Pins that the worker lets go of with the next output.
     read: set[str] = field(default_factory=set)
     _awaited: set[str] = field(default_factory=set)
@@ -160,12 +162,13 @@ class SchedulerBed:
             self.scheduler.get_grammar_bitmask(output)
         come = set(self._awaited) if self.pulls_come else set()
         self._awaited -= come
+        failed = come if self.pulls_fail else set()
         read, self.read = self.read, set()
         made = ModelRunnerOutput(
             req_ids=list(sampled),
             req_id_to_index={request_id: index for index, request_id in enumerate(sampled)},
             sampled_token_ids=list(sampled.values()),
-            kv_connector_output=KVConnectorOutput(finished_recving=come, finished_sending=read),
+            kv_connector_output=KVConnectorOutput(finished_recving=come, finished_sending=read, failed_recving=failed),
         )
         for outputs in self.scheduler.update_from_output(output, made).values():
             for delta in outputs.outputs:

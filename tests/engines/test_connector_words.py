@@ -170,6 +170,8 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "a block below none": {"remote_block_ids": [[1, 2, -3]]},
     "a block is text": {"remote_block_ids": [[1, 2, "3"]]},
     "an expiry that is no time": {"remote_blocks_expiry_time": "soon"},
+    "a deadline that is no time": {"cascade_pull_before": "soon"},
+    "a deadline that is no number": {"cascade_pull_before": float("nan")},
     "to be pulled": {"do_remote_prefill": False, "do_remote_decode": True},
     "to be pulled and pulls": {"do_remote_decode": 1},
 }
@@ -232,8 +234,10 @@ ANYTHING = st.recursive(  # vLLM itself refuses integers that do not fit into a 
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-SOME_WORDS = st.dictionaries(st.sampled_from([*TICKET, "cascade_reservation", "_p_side_truncated", "x"]), ANYTHING)
-ONE_OFF = st.tuples(st.sampled_from([*TICKET, "cascade_reservation"]), ANYTHING).map(
+SOME_WORDS = st.dictionaries(
+    st.sampled_from([*TICKET, "cascade_reservation", "cascade_pull_before", "_p_side_truncated", "x"]), ANYTHING
+)
+ONE_OFF = st.tuples(st.sampled_from([*TICKET, "cascade_reservation", "cascade_pull_before"]), ANYTHING).map(
     lambda pair: {**TICKET, pair[0]: pair[1]}
 )
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

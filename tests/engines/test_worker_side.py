@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
+from cascadeinfer.engines.vllm.connector.deadline import PullDeadlines
 from cascadeinfer.engines.vllm.connector.worker_side import CascadeWorkerSide
 
 
@@ -22,7 +23,8 @@ def test_a_pull_that_cannot_begin(monkeypatch: pytest.MonkeyPatch, fault: type[E
     monkeypatch.setattr(NixlPullConnectorWorker, "_read_blocks_for_req", read_blocks)
     side: Any = object.__new__(CascadeWorkerSide)
     side._recv_failures = set()
+    side.deadlines = PullDeadlines()
     for request_id in ("bad", "good"):
-        side._read_blocks_for_req(request_id, SimpleNamespace())
+        side._read_blocks_for_req(request_id, SimpleNamespace(awaiting_kvs=True))
     assert side._recv_failures == {"bad"}
     assert begun == ["good"]

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
 from cascadeinfer.core.errors import ScalingRefusedError
 from cascadeinfer.core.events import Event, MigrationEnded, PinReason, TimerFired
-from cascadeinfer.core.migration import Happening, Migration, State
+from cascadeinfer.core.migration import Happening, Migration, MigrationTimes, State
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity
@@ -25,7 +25,6 @@ from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams, SimulatedTimes, generate
 from cascadeinfer.runtime.driver import Observer
 from cascadeinfer.runtime.metrics import RuntimeMetrics
-from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes
 from cascadeinfer.runtime.view import Departed

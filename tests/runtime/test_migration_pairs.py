@@ -13,8 +13,7 @@ import pytest
 from runtime_cluster import Client, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.migration import IGNORED, OUTCOMES, TRANSITIONS, Happening, State
-from cascadeinfer.runtime.migrate import MigrationTimes
+from cascadeinfer.core.migration import IGNORED, OUTCOMES, TRANSITIONS, Happening, MigrationTimes, State
 from support.virtual_time import virtual_time
 
 N_OUTPUT = 60
@@ -134,6 +133,21 @@ async def cut_empty(scene: Scene, state: State) -> None:
     await cut_done(scene, state) if state is State.WITHDRAWING else scene.cluster.move("r", "b")
 
 
+async def cut_late(scene: Scene, state: State) -> None:
+    """The cut's output comes when the lease leaves no time; in CUTTING the front end was stopped, so that its timer was late too."""
+    if state is State.WITHDRAWING:
+        await scene.withdrawing_in_vain()
+    else:
+        scene.cluster["a"].hold_outputs()
+        scene.cluster.move("r", "b")
+        await scene.in_state(State.CUTTING)
+        (record,) = scene.cluster.runtime._migrator._records.values()
+        assert record.timer is not None
+        record.timer.cancel()
+    await asyncio.sleep(LIMITS.resume_s)
+    scene.thaw()
+
+
 async def cut_refused(scene: Scene, state: State) -> None:
     """The request is about to end."""
     await scene.client.until_tokens(N_OUTPUT - 1)
@@ -207,6 +221,7 @@ HAPPEN: dict[Happening, Callable[[Scene, State], Awaitable[None]]] = {
     Happening.ROOM_REFUSED: room_refused,
     Happening.CUT_DONE: cut_done,
     Happening.CUT_EMPTY: cut_empty,
+    Happening.CUT_LATE: cut_late,
     Happening.CUT_REFUSED: cut_refused,
     Happening.CUT_UNDONE: go_on,
     Happening.FIRST_TOKEN: first_token,
@@ -217,7 +232,7 @@ HAPPEN: dict[Happening, Callable[[Scene, State], Awaitable[None]]] = {
     Happening.TIMED_OUT: timed_out,
     Happening.PLACE_SILENT: place_silent,
 }
-FROM_THE_START = {room_refused, cut_done, cut_empty, cut_refused}
+FROM_THE_START = {room_refused, cut_done, cut_empty, cut_late, cut_refused}
 """These bring the request into the state themselves."""
 
 

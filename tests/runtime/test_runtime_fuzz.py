@@ -16,11 +16,11 @@ from runtime_cluster import CAPACITY, SUPERVISION, TIMES, Client, Cluster, Scrip
 from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
 from cascadeinfer.core.errors import ScalingRefusedError
 from cascadeinfer.core.events import Event, InstanceReported
+from cascadeinfer.core.migration import MigrationTimes
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.engines.simulated import SimulatedEngine
-from cascadeinfer.runtime.migrate import MigrationTimes
 from support.virtual_time import virtual_time
 
 CASES = [("restless", seed) for seed in range(6)] + [(name, 6) for name in sorted(POLICIES)]

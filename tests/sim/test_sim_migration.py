@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from sim_builders import ROUND_MODEL, MoveOnce, config, policy_named, same, tight
 
 from cascadeinfer.core.events import InstanceLost, RequestFinished
+from cascadeinfer.core.migration import MigrationTimes
 from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.sim.faults import Crash, Disconnect, Drain, FaultPlan, LateJoin
 from cascadeinfer.sim.run import SimResult, simulate
-from cascadeinfer.sim.settings import MigrationTimes, NetworkConfig, SimConfig, instance_ids
+from cascadeinfer.sim.settings import NetworkConfig, SimConfig, instance_ids
 from cascadeinfer.workload.trace import Trace
 
 NETWORK = NetworkConfig(link_bytes_per_s=1e9, pull_overhead_s=0.005, control_s=0.001)
@@ -110,12 +111,12 @@ def test_a_client_that_leaves_at_each_step_leaves_nothing_behind(moment: str) ->
 
 def test_a_pull_slower_than_the_lease_is_given_up() -> None:
     """When the time limit of RESUMING passes in the pull, the source takes the request back."""
-    result, policy = moving(FaultPlan(), migration=MigrationTimes(resume_s=0.05))
+    result, policy = moving(FaultPlan(), migration=MigrationTimes(resume_s=0.05, least_pull_s=0.0))
     assert [event.outcome.value for event in policy.ended] == ["stayed"]
     assert policy.ended[0].detail == "timed_out"
     assert result.requests.recomputed_tokens[0] == 108
-    # 108 + 50 ms, then a prompt of 109 tokens on an idle instance: 10 + 10.9 ms.
-    assert result.migrations.ended_s[0] == pytest.approx(0.158 + 0.0209)
+    # The cut was sent at 102 ms: 50 ms later, then a prompt of 109 tokens on an idle instance: 10 + 10.9 ms.
+    assert result.migrations.ended_s[0] == pytest.approx(0.152 + 0.0209)
 
 
 def test_a_full_target_refuses() -> None:

@@ -3,9 +3,14 @@ The migration protocol as a transition table: ask for room, cut, transfer, resum
 
 Theory of operation. The request decodes on the source until the cut. Nothing is given up before the target has reserved room
 (ASKING). The cut (CUTTING) ends the request at its next token with its KV cache pinned under a lease. The target then pulls and
-decodes (RESUMING); its first token ends the migration. Until then the source's copy stays pinned, and when the lease is about to
-end, or the source is gone, the target computes the KV cache anew instead (RECOMPUTING): what it has pulled by then cannot be
-trusted. If the target is lost while the cut is under way, the source takes the request back (WITHDRAWING, RETURNING).
+decodes (RESUMING); its first token ends the migration. Until then the source's copy stays pinned. When the lease is about to end,
+what the target has pulled by then cannot be trusted, and the source takes the request back (RETURNING); when the source is gone, the
+target computes the KV cache anew (RECOMPUTING). If the target is lost while the cut is under way, the source takes the request back
+as well (WITHDRAWING, RETURNING).
+
+The lease begins when the cut takes effect, which the shell may hear of late. What it knows without any delay is when it *sent* the
+cut, and that is never later. So the deadline of the pull is counted from there (`MigrationTimes.deadline_s`): a first token that is
+heard by then was computed from blocks that were still pinned, whatever was late. A token heard after it is not taken.
 
 `TRANSITIONS` is the whole protocol; both shells (simulator, runtime) carry out its actions. The diagram in
 `docs/protocols/migration.md` is generated from it (`python docs/protocols/draw.py`), and a test keeps the two alike.
@@ -45,6 +50,8 @@ class Happening(enum.Enum):
     """The source's final output came with a ticket."""
     CUT_EMPTY = "cut_empty"
     """The cut took effect, but there is no KV cache to pull (the request was preempted meanwhile)."""
+    CUT_LATE = "cut_late"
+    """The cut took effect, but it is heard of so late that the lease leaves no time to pull."""
     CUT_REFUSED = "cut_refused"
     CUT_UNDONE = "cut_undone"
     FIRST_TOKEN = "first_token"  # noqa: S105 - a token of text
@@ -55,7 +62,7 @@ class Happening(enum.Enum):
     SOURCE_LOST = "source_lost"
     TARGET_LOST = "target_lost"
     TIMED_OUT = "timed_out"
-    """The state's time is up; in RESUMING: the lease minus its margin."""
+    """The state's time is up; in RESUMING: the deadline of the pull."""
     PLACE_SILENT = "place_silent"
     """The instance that is to compute the request anew does not answer, and another does."""
 
@@ -97,6 +104,11 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     (State.ASKING, Happening.TIMED_OUT): (State.STAYED, (Action.RELEASE_ROOM,)),
     (State.CUTTING, Happening.CUT_DONE): (State.RESUMING, (Action.RESUME,)),
     (State.CUTTING, Happening.CUT_EMPTY): (State.RECOMPUTING, (Action.RELEASE_ROOM, Action.RECOMPUTE)),
+    # The source has most of the KV cache still, and nobody knows whether it or this front end was late.
+    (State.CUTTING, Happening.CUT_LATE): (
+        State.RETURNING,
+        (Action.RELEASE_ROOM, Action.RELEASE_PIN, Action.TAKE_BACK),
+    ),
     (State.CUTTING, Happening.CUT_REFUSED): (State.STAYED, (Action.RELEASE_ROOM,)),
     (State.CUTTING, Happening.REQUEST_ENDED): (State.ENDED, (Action.RELEASE_ROOM,)),
     (State.CUTTING, Happening.CLIENT_LEFT): (
@@ -110,6 +122,7 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     (State.WITHDRAWING, Happening.CUT_REFUSED): (State.STAYED, ()),
     (State.WITHDRAWING, Happening.CUT_DONE): (State.RETURNING, (Action.RELEASE_PIN, Action.TAKE_BACK)),
     (State.WITHDRAWING, Happening.CUT_EMPTY): (State.RETURNING, (Action.TAKE_BACK,)),
+    (State.WITHDRAWING, Happening.CUT_LATE): (State.RETURNING, (Action.RELEASE_PIN, Action.TAKE_BACK)),
     (State.WITHDRAWING, Happening.REQUEST_ENDED): (State.ENDED, ()),
     (State.WITHDRAWING, Happening.CLIENT_LEFT): (State.ENDED, (Action.ABORT_AT_SOURCE, Action.RELEASE_PIN)),
     (State.WITHDRAWING, Happening.SOURCE_LOST): (State.LOST, ()),
@@ -155,6 +168,36 @@ IGNORED: Final = frozenset(
     }
 )
 """Happenings that are legal and change nothing. Everything not named here or in TRANSITIONS is a bug of the shell."""
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationTimes:
+    """
+    How long each step may take, in seconds.
+
+    Attributes:
+        ask_s: Until the target grants or refuses room.
+        cut_s: Until the cut takes effect; a request is cut at its next token, so this covers one step of the source.
+        resume_s: From the sending of the cut until the target's first token. Must be below the lease on the source's blocks by a
+            safe margin: what is pulled after the lease has ended may be another request's KV cache.
+        least_pull_s: With less than this left of `resume_s` when the cut is heard of, pulling is not tried.
+    """
+
+    ask_s: float = 2.0
+    cut_s: float = 5.0
+    resume_s: float = 7.0
+    least_pull_s: float = 0.25
+
+    def deadline_s(self, cut_sent_s: float) -> float:
+        """When the pull must be over, on the clock of the shell that sent the cut."""
+        return cut_sent_s + self.resume_s
+
+    def cut_heard(self, cut_sent_s: float, now_s: float, n_pinned_tokens: int) -> Happening:
+        """What the news of a cut means when it is heard now, with KV cache for so many tokens pinned."""
+        if n_pinned_tokens <= 0:
+            return Happening.CUT_EMPTY
+        left_s = self.deadline_s(cut_sent_s) - now_s
+        return Happening.CUT_DONE if left_s > 0 and left_s >= self.least_pull_s else Happening.CUT_LATE
 
 
 @dataclass(slots=True)

@@ -47,11 +47,14 @@ class Resume:
         output_token_ids: Its output so far.
         ticket: Where its KV cache can be pulled from; None to compute it anew.
         reservation_id: The reservation at the target that it takes over, if any.
+        pull_before_s: When the pull must be over, on the clock of the caller (`time.monotonic`); the engine computes the KV cache
+            anew when it is not. None: whenever.
     """
 
     output_token_ids: list[int]
     ticket: KvTicket | None = None
     reservation_id: str | None = None
+    pull_before_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,13 @@ Carries migrations out on two engines, following the table in `core/migration.py
 
 `Migrator` feeds the table what happens (answers of engines, tokens, deaths, timers) and does what it says. Every command runs in a task of
 its own; its answer is one more happening, ignored when the migration is over by then. Exactly one `on_ended` follows each `start`.
+
+The deadline of a pull counts from when the cut was sent. A front end that was stopped itself may find the target's tokens and the overdue
+timer at the same moment, in any order: `expire` comes before the tokens of every step, so the deadline wins.
 """
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +18,7 @@ from typing import Protocol
 from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.migration import Action, Happening, Migration, State
+from cascadeinfer.core.migration import Action, Happening, Migration, MigrationTimes, State
 from cascadeinfer.core.types import InstanceId, MigrationId
 from cascadeinfer.engines.protocol import Engine, KvTicket, Resume
 from cascadeinfer.runtime.commands import Commands
@@ -22,23 +26,6 @@ from cascadeinfer.runtime.streams import Stream, StreamTable
 
 ROOM_SLACK_TOKENS = 64
 """Room asked for beyond the length now: the request grows while the migration is under way."""
-
-
-@dataclass(frozen=True, slots=True)
-class MigrationTimes:
-    """
-    How long each step may take, in seconds.
-
-    Attributes:
-        ask_s: Until the target grants or refuses room.
-        cut_s: Until the cut takes effect; a request is cut at its next token, so this covers one step of the source.
-        resume_s: Until the target's first token. Must be below the lease on the source's blocks by a safe margin: what is
-            pulled after the lease has ended may be another request's KV cache.
-    """
-
-    ask_s: float = 2.0
-    cut_s: float = 5.0
-    resume_s: float = 7.0
 
 
 @dataclass(slots=True)
@@ -50,6 +37,7 @@ class MigrationRecord:
         effect: What the policy asked for.
         source_request_id: The attempt's id at the source, for abort and unpin.
         ticket: The source's ticket, once cut.
+        cut_sent_s: When the cut was sent, on the migrator's clock: the lease on the source's blocks begins then or later.
         cut_s: When the cut took effect, on the loop's clock.
         detail: Why it ended as it did.
     """
@@ -60,6 +48,7 @@ class MigrationRecord:
     source_request_id: str
     started_s: float
     ticket: KvTicket | None = None
+    cut_sent_s: float = math.nan
     cut_s: float | None = None
     pause_s: float | None = None
     detail: str = ""
@@ -95,6 +84,7 @@ class Migrator:
         on_ended: Callable[[MigrationRecord, MigrationOutcome], None],
         times: MigrationTimes,
         add_failed: Callable[[Stream, str], None],
+        clock: Callable[[], float],
     ) -> None:
         """
         Args:
@@ -103,12 +93,14 @@ class Migrator:
             on_ended: Called once per migration, when it is over.
             times: Time limits per step.
             add_failed: Called with a request, and the id of its attempt, that could not be sent to an engine.
+            clock: The time in seconds, that of the engines' `Resume.pull_before_s`. It must not stand still while a callback runs.
         """
         self._add_failed = add_failed
         self._engines = engines
         self._streams = streams
         self._on_ended = on_ended
         self._times = times
+        self._clock = clock
         self._records: dict[MigrationId, MigrationRecord] = {}
         self._commands = Commands("a migration command")
 
@@ -167,8 +159,8 @@ class Migrator:
         record.ticket = ticket
         record.cut_s = asyncio.get_running_loop().time()
         self._streams.displace(record.stream)
-        empty = not ticket.get("remote_num_tokens")
-        self.happen(migration_id, Happening.CUT_EMPTY if empty else Happening.CUT_DONE)
+        n_pinned_tokens = ticket.get("remote_num_tokens") or 0
+        self.happen(migration_id, self._times.cut_heard(record.cut_sent_s, self._clock(), n_pinned_tokens))
 
     def token_came(self, stream: Stream, now_s: float) -> None:
         """A token of a request in migration came."""
@@ -178,6 +170,20 @@ class Migrator:
         if migration.at_target and record.pause_s is None and stream.last_token_s is not None:
             record.pause_s = now_s - stream.last_token_s
         self.happen(migration.migration_id, Happening.FIRST_TOKEN)
+
+    def expire(self) -> None:
+        """
+        End the pulls whose deadline has passed, also where the timer that says so is late itself.
+
+        To be called before the tokens of a step are looked at: one that was computed after the deadline, from blocks that may not have
+        been pinned any more, then belongs to an attempt that has been given up.
+        """
+        if not self._records:
+            return
+        now_s = self._clock()
+        for record in list(self._records.values()):
+            if record.migration.state is State.RESUMING and now_s >= self._times.deadline_s(record.cut_sent_s):
+                self.happen(record.migration.migration_id, Happening.TIMED_OUT)
 
     def instance_lost(self, instance_id: InstanceId) -> None:
         """An instance is gone: tell every migration it has a part in."""
@@ -207,7 +213,7 @@ class Migrator:
         limits = {
             State.ASKING: self._times.ask_s,
             State.CUTTING: self._times.cut_s,
-            State.RESUMING: self._times.resume_s,
+            State.RESUMING: self._times.deadline_s(record.cut_sent_s) - self._clock(),
         }
         if record.timer is not None:
             record.timer.cancel()
@@ -229,6 +235,9 @@ class Migrator:
                 self._add(record, record.migration.source_id, None)
             case Action.ABORT_AT_TARGET | Action.ABORT_AT_SOURCE:
                 self._abort(record, action)
+            case Action.CUT:
+                record.cut_sent_s = self._clock()
+                self._commands.send(self._command(record, action))
             case _:
                 self._commands.send(self._command(record, action))
 
@@ -241,6 +250,7 @@ class Migrator:
             list(record.stream.output_token_ids),
             ticket,
             record.migration.migration_id if ticket is not None else None,
+            self._times.deadline_s(record.cut_sent_s) if ticket is not None else None,
         )
         failed = partial(self._add_failed, record.stream, engine_request_id)
         self._commands.send(engine.add(engine_request_id, record.stream.request, resume), failed)

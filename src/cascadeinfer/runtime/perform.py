@@ -8,13 +8,14 @@ from typing import assert_never
 
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import Event, MessageReceived, MigrationOutcome
+from cascadeinfer.core.migration import MigrationTimes
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import Resume
 from cascadeinfer.runtime.commands import Commands
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.isolation import Isolation
 from cascadeinfer.runtime.metrics import RuntimeMetrics
-from cascadeinfer.runtime.migrate import MigrationRecord, MigrationTimes, Migrator
+from cascadeinfer.runtime.migrate import MigrationRecord, Migrator
 from cascadeinfer.runtime.streams import Stream, StreamTable
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Performer:
         fail: Callable[[Stream], None],
         isolation: Isolation,
         times: MigrationTimes,
+        clock: Callable[[], float],
     ) -> None:
         """
         Args:
@@ -52,6 +54,7 @@ class Performer:
             fail: Ends a request that cannot be sent to an engine.
             isolation: Keeps suspected requests apart.
             times: Time limits for migrations.
+            clock: The time in seconds.
         """
         self._fleet = fleet
         self._streams = streams
@@ -62,7 +65,7 @@ class Performer:
         self._isolation = isolation
         isolation.send = self._send
         self._commands = Commands("a command to an instance")
-        self.migrator = Migrator(fleet, streams, self._migration_ended, times, self._add_failed)
+        self.migrator = Migrator(fleet, streams, self._migration_ended, times, self._add_failed, clock)
         self.migration_counts: dict[str, int] = {}
         self.arriving: set[RequestId] = set()
         self.rejected: dict[RequestId, Reject] = {}

@@ -24,7 +24,7 @@ from cascadeinfer.core.events import (
     RequestArrived,
     RequestFinished,
 )
-from cascadeinfer.core.migration import Happening
+from cascadeinfer.core.migration import Happening, MigrationTimes
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.quarantine import DEATHS
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
@@ -35,7 +35,6 @@ from cascadeinfer.runtime.elastic import Elasticity
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.isolation import SENTENCE, Isolation
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
-from cascadeinfer.runtime.migrate import MigrationTimes
 from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.recovery import Recovery
 from cascadeinfer.runtime.streams import Seen, Stream, StreamTable
@@ -90,6 +89,7 @@ class Runtime:
             self._fail,
             self._isolation,
             migration or MigrationTimes(),
+            clock,
         )
         self._migrator = self._performer.migrator
         self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self.emit, clock, source)
@@ -223,6 +223,7 @@ class Runtime:
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop the words of old attempts; hide the finishes of cuts."""
+        self._migrator.expire()
         now_s = self._clock()
         delivered = []
         stream_of = self._streams.of_attempt

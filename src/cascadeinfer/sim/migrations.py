@@ -32,7 +32,7 @@ class Move:
     One migration and what is known of it.
 
     Attributes:
-        started_s: When the policy asked for it; then when the cut took effect, and when it was over.
+        started_s: When the policy asked for it; then when the cut was sent and took effect, and when it was over.
         tokens: Sequence length at the cut.
         pulled_tokens: That went over the network.
         detail: Why it ended as it did.
@@ -42,6 +42,7 @@ class Move:
     effect: StartMigration
     request: SimRequest
     started_s: float
+    cut_sent_s: float = math.nan
     cut_s: float = math.nan
     ended_s: float = math.nan
     tokens: int = 0
@@ -135,7 +136,8 @@ class Migrator:
         move = self._of_request[request.request_id]
         move.cut_s = self._kernel.now_s
         move.tokens = request.settled_tokens
-        self.happen(move, Happening.CUT_DONE)
+        times = self._config.migration
+        self.happen(move, times.cut_heard(move.cut_sent_s, self._kernel.now_s, move.tokens - 1))
 
     def instance_crashed(self, instance_id: InstanceId) -> None:
         """Transfers from and to it stop; nobody knows why yet."""
@@ -154,7 +156,11 @@ class Migrator:
     def _limit(self, move: Move) -> None:
         times = self._config.migration
         state = move.migration.state
-        limits = {State.ASKING: times.ask_s, State.CUTTING: times.cut_s, State.RESUMING: times.resume_s}
+        limits = {
+            State.ASKING: times.ask_s,
+            State.CUTTING: times.cut_s,
+            State.RESUMING: times.deadline_s(move.cut_sent_s) - self._kernel.now_s,
+        }
         if state in limits:
             self._after(limits[state], self._timed_out, (move, state))
 
@@ -172,6 +178,7 @@ class Migrator:
             case Action.ASK_ROOM:
                 self._after(control_s, self._ask_room, move)
             case Action.CUT:
+                move.cut_sent_s = self._kernel.now_s
                 self._after(control_s, self._cut, move)
             case Action.UNDO_CUT:
                 self._after(control_s, self._undo_cut, move)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.migration import MigrationTimes
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.sim.faults import FaultPlan
 
@@ -27,15 +28,6 @@ class NetworkConfig:
     pull_overhead_s: float = 0.005
     control_s: float = 0.0005
     message_delay_s: float = 0.0005
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MigrationTimes:
-    """Time limits of a migration's states in seconds; the runtime's defaults. See `core/migration.py`."""
-
-    ask_s: float = 2.0
-    cut_s: float = 5.0
-    resume_s: float = 7.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

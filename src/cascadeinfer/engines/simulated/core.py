@@ -5,11 +5,12 @@ It imitates one vLLM EngineCore with our connector (`engines/vllm/connector/sche
 step takes the same time: see the package's header for what this is not.
 
 Theory of operation. Blocks are counted, not stored; a sequence's KV cache is its digest (`model.py`). A pull copies the digest; what is
-pulled after its lease has ended is garbage, because the real source may have given the blocks to another request by then. Each step
-gives every running request its tokens within the budget (long prompts in chunks), preempting the youngest when blocks run out, then
-admits waiting requests in order.
+pulled after its lease has ended is garbage, because the real source may have given the blocks to another request by then. The target
+therefore does not use a pull that has a deadline and is over later (`Resume.pull_before_s`). Each step gives every running request its
+tokens within the budget (long prompts in chunks), preempting the youngest when blocks run out, then admits waiting requests in order.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Sequence:
         last_output_tokens: Output tokens at which it ends; lowered by a cut.
         ticket: Where to pull its KV cache; None when there is nothing (more) to pull.
         pull_ends_s: When the pull under way ends.
+        pull_before_s: When the pull must be over for its blocks to be used.
     """
 
     engine_request_id: str
@@ -52,6 +54,7 @@ class Sequence:
     cut: bool = False
     ticket: KvTicket | None = None
     pull_ends_s: float | None = None
+    pull_before_s: float = math.inf
 
     @property
     def n_output(self) -> int:
@@ -78,7 +81,7 @@ class SimulatedCore:
         alive: Whether its process lives: only then can its pins be read.
         readable: Finds a connected peer by its `core_id`.
         spoiled_cuts: So many of the next cuts find no KV cache (fault injection).
-        stale_reads: Reads by peers after the lease had ended.
+        stale_reads: Pulls of this instance that it used although the lease had ended before they were over.
     """
 
     core_id: str
@@ -122,6 +125,8 @@ class SimulatedCore:
                 self.release_reservation(resume.reservation_id)
             if resume.ticket is not None and resume.ticket["remote_num_tokens"] > 0:
                 sequence.ticket = resume.ticket
+            if resume.pull_before_s is not None:
+                sequence.pull_before_s = resume.pull_before_s
         self.waiting.append(sequence)
 
     def abort(self, engine_request_ids: list[str]) -> None:
@@ -231,7 +236,6 @@ class SimulatedCore:
         self.expire(now_s)
         pin = self.pins.pop(engine_request_id, None)
         if pin is None and engine_request_id in self.expired:
-            self.stale_reads += 1
             return _GARBAGE
         return None if pin is None else pin.digest
 
@@ -331,6 +335,11 @@ class SimulatedCore:
         """Go on with a pull; True once it has ended, well or not."""
         peer = self.readable(ticket["remote_core_id"])
         if sequence.pull_ends_s is None:
+            if now_s > sequence.pull_before_s:
+                if peer is not None:
+                    peer.release_pin(ticket["remote_request_id"])
+                sequence.ticket = None
+                return True
             if not self._hold(sequence, ticket["remote_num_tokens"]):
                 return False
             sequence.pull_ends_s = now_s + self.times.pull_s
@@ -340,9 +349,10 @@ class SimulatedCore:
             return False
         digest = peer.read(ticket["remote_request_id"], now_s) if peer is not None else None
         sequence.ticket = sequence.pull_ends_s = None
-        if digest is None:
+        if digest is None or now_s > sequence.pull_before_s:
             self.failed_pulls += 1
         else:
+            self.stale_reads += digest == _GARBAGE
             sequence.computed, sequence.digest = ticket["remote_num_tokens"], digest
         return True
 

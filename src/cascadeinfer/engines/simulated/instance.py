@@ -321,9 +321,11 @@ class SimulatedEngine:
                 # How long it takes depends on what is in it: computed first, then waited for, before anybody hears of it.
                 deltas = self.core.step(self._now_s())
                 await asyncio.sleep(self.core.step_s)
+                await self._thawed.wait()
                 self._emit(deltas)
             elif self._steps and self.core.has_work():
                 await asyncio.sleep(self.times.step_s)
+                await self._thawed.wait()
                 if self._steps:
                     self._emit(self.core.step(self._now_s()))
             else:

@@ -13,6 +13,7 @@ left running is aborted first.
 import asyncio
 import contextlib
 import dataclasses
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
@@ -169,7 +170,8 @@ class AttachedInstance(VllmInstance):
         client = AttachedClient(self.vllm_config, attachment, self._client_index)
         self._client = client
         try:
-            await client.connected()
+            hello = await client.connected()
+            self.clock.answered(hello["clock_s"], time.monotonic())
             await self.forget_client(self._client_index)
         except (EngineDeadError, TimeoutError, zmq.ZMQError) as error:
             raise EngineError(f"cannot be attached: {error}", instance_id=self.instance_id) from error

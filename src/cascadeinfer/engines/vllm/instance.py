@@ -25,6 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from cascadeinfer.cluster.local import ProcessStart
 from cascadeinfer.cluster.runtime_folder import instance_environment, instance_folder
+from cascadeinfer.core.clocks import ClockBound
 from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.cost.latency import BatchFeatures
 from cascadeinfer.core.cost.samples import StepSample
@@ -106,6 +107,8 @@ class VllmInstance:
         self._segments = Segments()
         self._stopped = False
         self.hello: dict[str, Any] = {}
+        #: The EngineCore's clock, as far as its answers tell.
+        self.clock = ClockBound()
         self._steps_at_report = 0
         self._reported_s = 0.0
 
@@ -129,6 +132,7 @@ class VllmInstance:
         try:
             await self._until_created(self._creation)
             self.hello = await self.client.call_utility_async("cascade_hello")
+            self.clock.answered(self.hello["clock_s"], time.monotonic())
             if self._max_migrations is not None:
                 await self.limit_migrations(self._max_migrations)
         except Exception as error:
@@ -235,9 +239,13 @@ class VllmInstance:
                     resume.ticket,
                     prompt_tokens=len(request.prompt_token_ids),
                     reservation_id=resume.reservation_id,
+                    pull_before_s=self._on_its_clock(resume.pull_before_s),
                 )
                 core_request.sampling_params = with_words(core_request.sampling_params, words, self.connector_token)
         await self._send(lambda client: client.add_request_async(core_request))
+
+    def _on_its_clock(self, moment_s: float | None) -> float | None:
+        return None if moment_s is None else self.clock.at_other(moment_s)
 
     async def abort(self, engine_request_ids: list[str]) -> None:
         """Stop requests."""
@@ -277,6 +285,7 @@ class VllmInstance:
         """See Engine.report; `step_s` is the mean over wall time since the last report, idle time included."""
         load = await self._call("cascade_load", self.client.client_index)
         now_s = time.monotonic()
+        self.clock.answered(load["clock_s"], now_s)
         new_steps = load["steps"] - self._steps_at_report
         step_s = (now_s - self._reported_s) / new_steps if new_steps and self._reported_s else 0.0
         self._steps_at_report, self._reported_s = load["steps"], now_s

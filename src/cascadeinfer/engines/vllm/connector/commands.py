@@ -7,6 +7,7 @@ answer utility calls; a command that leaves work for a step (a release) therefor
 waits in the scheduler, which keeps the engine stepping.
 """
 
+import time
 from typing import Any
 
 from vllm.v1.engine.core import EngineCore
@@ -48,6 +49,7 @@ def cascade_hello(core: EngineCore) -> dict[str, Any]:
         "max_batched_tokens": config.scheduler_config.max_num_batched_tokens,
         "max_model_len": side.max_model_len,
         "movable": side.movable,
+        "clock_s": time.monotonic(),
     }
 
 
@@ -163,6 +165,7 @@ def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
         "pulled_tokens": side.pulled_tokens,
         "failed_pulls": side.failed_pulls,
         "listens": side.side_channel.listens() if client_index == 0 else True,
+        "clock_s": time.monotonic(),
     }
 
 

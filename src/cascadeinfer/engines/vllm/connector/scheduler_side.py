@@ -33,6 +33,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
+from cascadeinfer.engines.vllm.connector.deadline import attach_deadlines, is_over
 from cascadeinfer.engines.vllm.connector.failures import Failures
 from cascadeinfer.engines.vllm.connector.grammar_replay import replay_grammar
 from cascadeinfer.engines.vllm.connector.reservations import Reservations
@@ -249,7 +250,10 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
             self._v1_terms.rewrite(scheduler_output)
         self._drop_impossible_pulls()
         self._failures.hand_over(self.scheduler)
-        return super().build_connector_meta(scheduler_output)
+        pulls = [(r, request.kv_transfer_params or {}) for r, (request, *_) in self._reqs_need_recv.items()]
+        metadata = super().build_connector_meta(scheduler_output)
+        attach_deadlines(metadata, pulls)
+        return metadata
 
     def step_ended(self) -> None:
         """The scheduler has taken a step's output in."""
@@ -295,6 +299,10 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         assert params is not None
         if not params.get("do_remote_prefill"):
             return 0, False
+        if is_over(params):
+            logger.warning("request %s is computed anew: the time to pull it is over", request.request_id)
+            self._stop_heartbeat(request.request_id)
+            return 0, False  # NIXL tells the source all the same that nobody needs its blocks any more
         wanted = min(params.get("remote_num_tokens", 0), request.num_tokens - 1) - num_computed_tokens
         return (wanted, True) if wanted > 0 else (0, False)
 

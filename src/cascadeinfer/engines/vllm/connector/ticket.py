@@ -17,9 +17,16 @@ PROMPT_TOKENS: Final = "cascade_prompt_tokens"
 RESERVATION: Final = "cascade_reservation"
 """Id of the reservation that the resumed request takes over."""
 
+PULL_BEFORE: Final = "cascade_pull_before"
+"""When the pull must be over, on the clock of the instance that pulls."""
+
 
 def resume_params(
-    ticket: TransferParams | None, *, prompt_tokens: int, reservation_id: str | None = None
+    ticket: TransferParams | None,
+    *,
+    prompt_tokens: int,
+    reservation_id: str | None = None,
+    pull_before_s: float | None = None,
 ) -> TransferParams:
     """
     Parameters that make a request go on where it was cut.
@@ -28,6 +35,7 @@ def resume_params(
         ticket: The transfer parameters of the cut output, or None to compute the KV cache anew.
         prompt_tokens: Length of the original prompt.
         reservation_id: The reservation at the target that it takes over, if any.
+        pull_before_s: When the pull must be over, on the target's clock; None: whenever.
     """
     params: TransferParams = {PROMPT_TOKENS: prompt_tokens}
     if reservation_id is not None:
@@ -36,6 +44,8 @@ def resume_params(
         params |= {key: value for key, value in ticket.items() if key != CUT}
         params["do_remote_prefill"] = True
         params["do_remote_decode"] = False
+        if pull_before_s is not None:
+            params[PULL_BEFORE] = pull_before_s
     return params
 
 

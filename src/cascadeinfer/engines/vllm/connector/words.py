@@ -20,7 +20,7 @@ from typing import Any, Final
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from cascadeinfer.engines.vllm.connector.ticket import PROMPT_TOKENS, RESERVATION, TransferParams
+from cascadeinfer.engines.vllm.connector.ticket import PROMPT_TOKENS, PULL_BEFORE, RESERVATION, TransferParams
 
 TOKEN_VARIABLE: Final = "CASCADEINFER_CONNECTOR_TOKEN"  # noqa: S105 - the variable's name
 KEY: Final = "cascadeinfer_words"
@@ -117,6 +117,9 @@ def _check_ticket(words: TransferParams, block_size: int) -> None:
         raise WordsError("remote_block_ids are not those of remote_num_tokens")
     if not isinstance(words.get("remote_blocks_expiry_time"), int | float | None):
         raise WordsError("remote_blocks_expiry_time is no time")
+    before_s = words.get(PULL_BEFORE)
+    if not isinstance(before_s, int | float | None) or before_s != before_s:  # noqa: PLR0124 - true of NaN alone
+        raise WordsError(f"{PULL_BEFORE} is no time")
 
 
 def _whole(words: Mapping[str, Any], name: str, low: int, high: int | None = None) -> int:

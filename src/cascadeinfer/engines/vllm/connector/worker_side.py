@@ -1,5 +1,5 @@
 """
-The connector's half in a worker: handshakes before they are needed, release of pinned blocks on command.
+The connector's half in a worker: handshakes before they are needed, release of pinned blocks on command, deadlines of pulls.
 
 `handshake` and `release` are called through the executor's collective RPC (see `commands.py`), between two steps, on every rank.
 """
@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConne
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
 from cascadeinfer.engines.vllm.connector.cores import kept_on_its_cores, sleeping_progress_thread
+from cascadeinfer.engines.vllm.connector.deadline import PullDeadlines
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
         self._released: set[str] = set()
         #: To be released as soon as the scheduler's half has told us of the pin (with the next step).
         self._release_on_arrival: set[str] = set()
+        self.deadlines = PullDeadlines()
 
     def release(self, request_id: str) -> None:
         """Let go of the blocks pinned for this request before its lease ends; the caller knows that they are pinned."""
@@ -41,24 +43,38 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
 
     def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
         """NIXL's step, then the releases that came before their pins."""
+        self.deadlines.learn(metadata)
         super().start_load_kv(metadata)
         for request_id in self._release_on_arrival & self._reqs_to_send.keys():
             self._release_on_arrival.discard(request_id)
             self.release(request_id)
 
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
-        """NIXL's pull of one request; one that cannot be begun has failed, and the others begin."""
+        """NIXL's pull of one request; one that cannot be begun, or is begun too late, has failed, and the others begin."""
+        if meta.awaiting_kvs and self.deadlines.have_passed(req_id):
+            logger.warning("request %s: its pull does not begin: the time for it is over", req_id)
+            self._handle_failed_transfer(req_id, None, self._recv_failures, record_failed_transfer=False)
+            return
         try:
             super()._read_blocks_for_req(req_id, meta)
         except Exception:
             logger.exception("request %s: its pull cannot begin", req_id)
             self._handle_failed_transfer(req_id, None, self._recv_failures, record_failed_transfer=False)
 
+    def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
+        """NIXL's look at the pulls; one that is complete, but later than its blocks were pinned for sure, has failed."""
+        done, failed = super()._pop_done_transfers(transfers)
+        late = self.deadlines.late(done)  # the clock is read after the reads were seen to be complete
+        for request_id in late:
+            logger.warning("request %s: its pull was over too late and is not used", request_id)
+        return done, failed | late
+
     def get_transfer_results(self) -> KVConnectorTransferResults:
         """NIXL's results plus what was released on command: the scheduler frees those blocks as if they had been read."""
         results = super().get_transfer_results()
         results.finished_sending.update(self._released)
         self._released.clear()
+        self.deadlines.forget(results.finished_recving)
         return results
 
     def handshake(self, engine_id: str, host: str, port: int, tp_size: int) -> bool:
