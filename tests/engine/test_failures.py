@@ -141,6 +141,33 @@ async def test_kill_under_load(cluster: Cluster, kill: Kill) -> None:
     assert await running == expected
 
 
+async def test_poison_is_ended(cluster: Cluster, kill: Kill, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose instance dies under it twice ends with HTTP 500 and a named reason; one beside it gets its tokens."""
+    from vllm.exceptions import GracefulHTTPError
+
+    monkeypatch.setattr(cluster.runtime._isolation._quarantine, "_deaths", 2)
+    expected = await references(cluster, OTHER_PROMPT)
+    other = asyncio.ensure_future(outputs(cluster, OTHER_PROMPT))
+    poison = asyncio.ensure_future(cluster.run(PROMPT, greedy(N_OUTPUT)))
+
+    def where() -> str | None:
+        """The instance that has given it a token, when it is not on its way to another one."""
+        stream = next((s for s in cluster.runtime._streams if s.request.prompt_token_ids == PROMPT), None)
+        at_rest = stream is not None and stream.migration is None and stream.started
+        return stream.instance_id if stream is not None and at_rest else None
+
+    for _ in range(2):
+        await eventually(lambda: where() is not None, "it runs")
+        place = where()
+        assert place is not None
+        kill(place)
+        await eventually(lambda place=place: cluster.runtime.fleet.engine(place) is None, "the death is known")
+    with pytest.raises(GracefulHTTPError, match="poison_request"):
+        await poison
+    assert await other == expected
+    assert cluster.runtime.snapshot()["poison"][-1]["deaths"] == 2
+
+
 async def test_pinned_request_of_a_dead_instance(cluster: Cluster, kill: Kill) -> None:
     """A request with state that is lost goes on elsewhere all the same, with all its tokens, and is counted as inexact."""
     from vllm.sampling_params import SamplingParams
