@@ -60,7 +60,7 @@ class Isolation:
 
     def token_came(self, stream: Stream) -> None:
         """A request has a token of its present attempt."""
-        if self._quarantine.suspicions:
+        if self._quarantine.suspicions and self.keeps(stream):
             self._send(self._quarantine.prove(stream.request.request_id))
             self._count()
 

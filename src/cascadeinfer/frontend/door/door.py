@@ -7,7 +7,7 @@ key is known. Routes are closed unless `routes.py` says otherwise, so no list of
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
@@ -116,12 +116,12 @@ class Door:
                 raise _BodyTooLargeError
             return message
 
-        async def noted_send(message: Message) -> None:
+        def noted_send(message: Message) -> Awaitable[None]:  # no coroutine of its own: every token passes here
             nonlocal started
             if n_bytes > self._max_body_bytes and not started:
-                return  # the app takes it for a body that cannot be parsed, which would be another status
+                return _dropped()  # the app takes it for a body that cannot be parsed, which would be another status
             started = True
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, counted_receive, noted_send)
@@ -149,6 +149,10 @@ def _header(headers: Headers, wanted: bytes) -> bytes | None:
     """The value of a header that stands alone; one that comes twice means nothing."""
     values = [value for name, value in headers if name.lower() == wanted]
     return values[0] if len(values) == 1 else None
+
+
+async def _dropped() -> None:
+    """What the app says of a body that was refused."""
 
 
 async def _deny(receive: Receive, send: Send) -> None:
