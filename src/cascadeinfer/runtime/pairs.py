@@ -183,6 +183,8 @@ class Pairs:
             if n_failures > 1:
                 self._condemn_the_deaf(pair)
             pair.settled.set()
+            if self._known.get(frozenset((pair.newcomer, pair.peer))) is not pair:
+                return  # one is gone: a handshake that fails as it is cancelled tells of its failure only
             await asyncio.sleep(min(RETRY_FIRST_S * 2.0 ** (n_failures - 1), RETRY_MAX_S))
 
     def _condemn_the_deaf(self, pair: Acquaintance) -> None:
