@@ -34,7 +34,6 @@ def server(
 ) -> Iterator[ServerProcess]:
     """A server of its own, whose instances start quickly: two in the stage of the long ones."""
     options = ("--instances", str(N_INSTANCES), "--stages", "0-64:1,64-:2", "--distributed-executor-backend", "uni")
-    options += ("--poison-deaths", "1000000")  # it is the test that kills
     server = ServerProcess(tiny_model, tmp_path / "log", *options, program=QUICK_SERVER)
     try:
         server.wait_until_ready(N_INSTANCES)

@@ -9,6 +9,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cascadeinfer.core.errors import RequestRejectedError
 from cascadeinfer.frontend.refusals import Refusals
+from cascadeinfer.runtime.isolation import POISON_SENTENCE
 
 HEAD: dict[str, Any] = {
     "type": "http.response.start",
@@ -59,6 +60,15 @@ async def test_a_refused_stream_is_a_429() -> None:
     assert json.loads(body["body"]) == refusal()
     assert int(headers[b"content-length"]) == len(body["body"])
     assert not body.get("more_body", False)
+
+
+async def test_poison_before_the_first_event_is_a_500() -> None:
+    """A stream that ended its instances before it had begun gets the status that a whole answer gets."""
+    told = {"error": {"message": POISON_SENTENCE, "code": 500}}
+    head, body = await sent([HEAD, event(told), event("[DONE]"), END])
+    assert head["status"] == 500
+    assert b"retry-after" not in dict(head["headers"])
+    assert json.loads(body["body"]) == told
 
 
 async def test_a_refused_answer_says_when_to_come_again() -> None:

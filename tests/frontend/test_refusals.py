@@ -1,8 +1,10 @@
 """Refused requests in vLLM's own books: the client gets HTTP 429, and nothing of the request stays there."""
 
+from http import HTTPStatus
 from types import SimpleNamespace
 
 import pytest
+from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
@@ -10,6 +12,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from cascadeinfer.core.errors import RequestRejectedError
 from cascadeinfer.frontend.engine_client import CascadeLLM, OverloadedError
+from cascadeinfer.runtime.isolation import POISON_SENTENCE
 
 REFUSAL = RequestRejectedError("queue_full", 2.5)
 
@@ -93,6 +96,23 @@ def test_siblings_of_a_refused_request_stop() -> None:
     with pytest.raises(OverloadedError):
         queues[0].get_nowait()
     assert siblings <= set(books.aborted)
+    assert books.empty()
+
+
+def test_poison_reaches_whoever_waits_for_tokens() -> None:
+    """The client's queue raises HTTP 500 with the reason; its siblings are aborted with it."""
+    books = Books()
+    parent = ParentRequest(request_of("parent", n=2))
+    queue = RequestOutputCollector(RequestOutputKind.DELTA, "parent")
+    for index, name in enumerate(("0_parent", "1_parent")):
+        child_id, _ = parent.get_child_info(index)
+        assert child_id == name
+        books.processor.add_request(request_of(child_id, n=2), None, parent, index, queue)
+    books.llm.fail("0_parent", POISON_SENTENCE)
+    with pytest.raises(GracefulHTTPError, match="poison_request") as raised:
+        queue.get_nowait()
+    assert raised.value.http_status == HTTPStatus.INTERNAL_SERVER_ERROR
+    assert "1_parent" in books.aborted
     assert books.empty()
 
 

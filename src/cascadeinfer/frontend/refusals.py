@@ -1,5 +1,6 @@
 """
-A request that is refused gets its status, a stream too if it has not begun: HTTP 429 with `Retry-After`, 400 for what cannot be served.
+A request that is refused gets its status, a stream too if it has not begun: HTTP 429 with `Retry-After`, 400 for what cannot be served, 500
+for a request that ends the instances which run it.
 
 vLLM sends status 200 and the headers of a stream before it hands the request over, and a refusal then as the stream's first event; clients
 that wait and try again by themselves at a 429 (OpenAI's among them) take that for an answer that broke. So the head of a stream is held back until
@@ -17,6 +18,8 @@ from math import ceil
 from typing import Any, Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cascadeinfer.runtime.isolation import POISON_SENTENCE
 
 EVENT_STREAM: Final = b"text/event-stream"
 ERROR_EVENT: Final = b'data: {"error"'
@@ -99,8 +102,8 @@ def _refusal_in(body: bytes) -> dict[str, Any] | None:
     if not body.startswith(ERROR_EVENT):
         return None
     event: dict[str, Any] = json.loads(body.partition(b"\n")[0].removeprefix(b"data: "))
-    code = event["error"].get("code")
-    return event if code in REFUSALS else None
+    error = event["error"]
+    return event if error.get("code") in REFUSALS or error.get("message") == POISON_SENTENCE else None
 
 
 def _retry_after(body: bytes) -> Headers:

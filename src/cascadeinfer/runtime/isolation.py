@@ -18,7 +18,7 @@ from cascadeinfer.runtime.streams import Stream, StreamTable
 logger = logging.getLogger(__name__)
 
 POISON_REMEMBERED: Final = 32
-SENTENCE: Final = "poison_request: the instances that ran this request died under it; it is not tried again"
+POISON_SENTENCE: Final = "poison_request: the instances that ran this request died under it; it is not tried again"
 """What its client is told, with HTTP 500."""
 
 

@@ -33,7 +33,7 @@ from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest,
 from cascadeinfer.runtime.driver import Observer, PolicyDriver
 from cascadeinfer.runtime.elastic import Elasticity
 from cascadeinfer.runtime.fleet import Fleet
-from cascadeinfer.runtime.isolation import SENTENCE, Isolation
+from cascadeinfer.runtime.isolation import POISON_SENTENCE, Isolation
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.recovery import Recovery
@@ -294,7 +294,7 @@ class Runtime:
         self.elastic.look(self.fleet.went_down(instance_id, why))
         self._migrator.instance_lost(instance_id)
         if not planned and (culprit := self._isolation.instance_died(instance_id)) is not None:
-            self._end(culprit, "poison", SENTENCE)
+            self._end(culprit, "poison", POISON_SENTENCE)
         self.announce_loss(instance_id)
 
     # --- the steps behind them ---------------------------------------------------------------------------------------
