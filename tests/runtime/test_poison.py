@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from runtime_cluster import Client, Cluster, ScriptedPolicy
 
+from cascadeinfer.core.events import MigrationOutcome
 from support.virtual_time import virtual_time
 
 
@@ -116,6 +117,29 @@ async def test_one_that_is_held_back_can_be_aborted() -> None:
         for name in names:
             if name != held[0]:
                 await clients[name].until_end()
+        await cluster.all_up()
+
+
+@virtual_time
+async def test_a_suspected_request_does_not_move() -> None:
+    """Neither the one in the engine nor one that is held back: a resume at another place would get past the isolation there."""
+    policy = ScriptedPolicy({"r0": "a", "r1": "a"})
+    async with Cluster(policy, "ab", poison_deaths=2) as cluster:
+        clients = [await cluster.submit(f"r{i}", 40, 60) for i in range(2)]
+        for client in clients:
+            await client.until_tokens(5)
+        policy.places = {"r0": "b", "r1": "b"}
+        cluster["a"].kill()
+        await cluster.until(lambda: len(cluster.runtime.snapshot()["suspected"]) == 2)
+        for client in clients:
+            cluster.move(client.request.request_id, "a")
+        shown = cluster.runtime.snapshot()["suspected"]
+        assert sorted(suspect["held"] for suspect in shown) == [False, True]
+        ended = [(event.outcome, event.detail) for event in policy.ended_migrations()]
+        assert ended == [(MigrationOutcome.STAYED, "suspected")] * 2
+        for client in clients:
+            await client.until_end()
+            assert client.finish_reason == "length"
         await cluster.all_up()
 
 
