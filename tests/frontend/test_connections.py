@@ -23,6 +23,7 @@ LIMITS = ConnectionLimits(
 )
 MAX_BODY_BYTES = 1000
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+POST_CHUNKED = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 class EchoApp:
@@ -118,6 +119,48 @@ async def test_a_head_that_is_too_large_is_refused() -> None:
             assert b" 431 " in await answer(address, head + b"\r\n")
         fits = GET + b"X: " + b"y" * 1800 + b"\r\nConnection: close\r\n\r\n"
         assert (await answer(address, fits)).endswith(b"\r\n\r\n0")
+
+
+ENDLESS = 64 * LIMITS.max_head_bytes
+"""Far more than may be kept, in pieces that a connection takes."""
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        GET + b"X: ",
+        GET,
+        b"GET /",
+        POST_CHUNKED + b"0\r\nX: ",
+        POST_CHUNKED + b"5;extension=",
+        POST_CHUNKED + b"5\r\n12345\r\n0\r\nX: ",
+    ],
+    ids=["value", "name", "target", "trailer", "chunk extension", "trailer after a body"],
+)
+async def test_what_never_ends_is_not_kept(start: bytes) -> None:
+    """The parser announces a field when it is complete; one that never is ends the connection when it is too large."""
+    async with serving() as address:
+        _, writer = await asyncio.open_connection(*address)
+        writer.write(start)
+        with pytest.raises(ConnectionError):
+            await _written_for_ever(writer)
+        writer.transport.abort()
+
+
+async def _written_for_ever(writer: asyncio.StreamWriter) -> None:
+    """Much more than the server may take, until it refuses."""
+    for _ in range(1000):
+        writer.write(b"y" * ENDLESS)
+        await writer.drain()
+
+
+async def test_a_body_in_small_chunks_passes() -> None:
+    """What is between the chunks is no head, however much of it there is."""
+    async with serving() as address:
+        chunks = b"1\r\nx\r\n" * 900
+        whole = POST_CHUNKED.replace(b"Host: x", b"Host: x\r\nConnection: close") + chunks + b"0\r\n\r\n"
+        assert len(chunks) > LIMITS.max_head_bytes
+        assert (await answer(address, whole)).endswith(b"\r\n\r\n900")
 
 
 async def test_a_body_that_is_too_large_is_refused() -> None:

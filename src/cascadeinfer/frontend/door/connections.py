@@ -64,6 +64,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._phase = _Phase.HEAD
         self._deadline: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._undecided_bytes = 0
         self._is_surplus = False
         self._bad_status = HTTPStatus.BAD_REQUEST
 
@@ -88,7 +89,19 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         if self._phase is _Phase.NEXT:  # uvicorn's keep-alive timer ends with the first byte, be it an empty line
             self._wait_for(_Phase.HEAD, self.limits.head_timeout_s)
+        self._undecided_bytes += len(data)
         super().data_received(data)
+        if self._phase in {_Phase.HEAD, _Phase.BODY} and self._undecided_bytes > self.limits.max_head_bytes:
+            # A field, a chunk's head or a trailer that does not end: the parser says nothing of it before it has kept all of it.
+            if self._phase is _Phase.HEAD:
+                self._end_with(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            else:
+                self.transport.abort()
+
+    def on_body(self, body: bytes) -> None:
+        """Some of the body."""
+        self._undecided_bytes = 0
+        super().on_body(body)
 
     def on_message_begin(self) -> None:
         """The first byte of a head."""
@@ -107,6 +120,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is complete."""
+        self._undecided_bytes = 0
         self._wait_for(_Phase.BODY, self.limits.body_timeout_s)
         if self._is_surplus:
             is_probe = self.url.partition(b"?")[0].decode("ascii", "replace") in OPEN
@@ -115,6 +129,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The body is complete."""
+        self._undecided_bytes = 0
         self._wait_for(_Phase.ANSWER)
         super().on_message_complete()
 
