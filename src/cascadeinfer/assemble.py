@@ -166,7 +166,7 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
     Raises:
         ConfigError: An option is wrong; nothing is left running.
     """
-    check_api_servers(args, options.api_servers)
+    check_api_servers(args)
     with contextlib.ExitStack() as stack:
         with signals.held():
             listener = stack.enter_context(contextlib.closing(bind(args.host or LOOPBACK, args.port)))

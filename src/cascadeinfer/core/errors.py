@@ -105,6 +105,13 @@ class RequestRejectedError(CascadeError):
         super().__init__(f"overloaded ({reason}); try again in {retry_after_s:g} s")
 
 
+class RequestIdInUseError(CascadeError):
+    """A request has the id of one that lives; the one that lives is not touched."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request {request_id} is live already")
+
+
 class InvalidTransition(CascadeError):  # noqa: N818 - the established name (dask, h11) for this error
     """
     An event arrived that the protocol's table does not allow in this state. The state is unchanged.

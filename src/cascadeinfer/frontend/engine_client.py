@@ -22,7 +22,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
 
-from cascadeinfer.core.errors import PolicyError, RequestRejectedError
+from cascadeinfer.core.errors import PolicyError, RequestIdInUseError, RequestRejectedError
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.vllm.instance import VllmInstance
@@ -130,6 +130,8 @@ class CascadeEngineClient(EngineCoreClient):
             return
         try:
             await self._submit(request)
+        except RequestIdInUseError as in_use:  # what the books hold under this id is the other one's
+            raise GracefulHTTPError(str(in_use), HTTPStatus.CONFLICT) from in_use
         except BaseException:
             self.forget(request.request_id)
             raise

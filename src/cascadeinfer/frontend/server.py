@@ -69,20 +69,23 @@ def shared_metrics(folder: Path) -> Iterator[None]:
         del os.environ["PROMETHEUS_MULTIPROC_DIR"]
 
 
-def check_api_servers(args: Namespace, n_processes: int) -> None:
+def check_api_servers(args: Namespace) -> None:
     """
-    Refuse what does not go with several front-end processes, or means something else.
+    Refuse what does not go with our front-end processes, or means something else.
+
+    Without vLLM's random part in request ids, a client that chooses the id of another one's request would end that one's stream, in vLLM's
+    own books and before we see it.
 
     Raises:
         ConfigError: With the option and the fix.
     """
     if (args.api_server_count or 1) > 1:
         raise ConfigError("is vLLM's own option", option="--api-server-count", fix="use --api-servers instead")
-    if n_processes > 1 and envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
+    if envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
         raise ConfigError(
-            "several processes need request ids that no two of them give",
-            option="--api-servers",
-            fix="unset VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
+            "two requests must never have the same id, whatever clients call theirs",
+            option="VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
+            fix="unset it",
         )
 
 

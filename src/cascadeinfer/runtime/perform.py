@@ -1,8 +1,9 @@
 """Carries out what the policy wants done. Each effect ends in an event, as `core/effects.py` promises."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import assert_never
 
@@ -96,6 +97,15 @@ class Performer:
             logger.error("stages stay as they are (%s): %s", effect.layout, effect.failure)
         else:
             logger.info("stages: %s (%s)", effect.layout, effect.why or "instances came or went")
+
+    @contextlib.contextmanager
+    def arrival_of(self, request_id: RequestId) -> Iterator[None]:
+        """While this request's sender waits to hear whether the policy takes it."""
+        self.arriving.add(request_id)
+        try:
+            yield
+        finally:
+            self.arriving.discard(request_id)
 
     def abort(self, stream: Stream) -> None:
         """A request's client left: stop it on its instance. One in a migration is the migrator's to stop."""

@@ -127,24 +127,18 @@ class Runtime:
         Raises:
             RequestRejectedError: The policy refused it.
             PolicyError: The policy failed at it.
+            RequestIdInUseError: Another one with its id is live, and goes on.
         """
         stream = self._streams.open(request, self._clock())
         self.seen.n_arrived += 1
         if request.pin_reason is not None:
             self.metrics.pinned_requests.labels(request.pin_reason.value).inc()
-        self._performer.arriving.add(request.request_id)
-        self.emit(
-            RequestArrived(
-                request.request_id,
-                request.request_id,
-                len(request.prompt_token_ids),
-                request.max_output_tokens,
-                request.prefix_hashes,
-                request.pin_reason,
-                priority=request.priority,
-            )
-        )
-        self._performer.arriving.discard(request.request_id)
+        arrived = RequestArrived(
+            request.request_id, request.request_id, len(request.prompt_token_ids), request.max_output_tokens,
+            request.prefix_hashes, request.pin_reason, priority=request.priority,
+        )  # fmt: skip
+        with self._performer.arrival_of(request.request_id):
+            self.emit(arrived)
         reject = self._performer.rejected.get(request.request_id)
         if (refusal := self.refusal(stream)) is None:
             return
@@ -156,11 +150,8 @@ class Runtime:
     def abort(self, request_ids: list[RequestId]) -> None:
         """Forget these requests, wherever they are; ids that are not live are ignored."""
         for request_id in request_ids:
-            stream = self._streams.get(request_id)
-            if stream is None:
-                continue
-            self._stop_computing(stream)
-            self._finish(stream, "aborted")
+            if (stream := self._streams.get(request_id)) is not None:
+                self._finish(stream, "aborted")
 
     async def next_outputs(self) -> StepOutputs:
         """Outputs of one step of one instance, with the requests' own ids."""
@@ -234,8 +225,8 @@ class Runtime:
             if delta.finish_reason is not None and engine.has_dropped(delta):
                 self._wait_for_death(stream, outputs, delta)
                 continue
-            self._deliver(engine, stream, delta, now_s)
-            delivered.append(delta)
+            if self._deliver(engine, stream, delta, now_s):
+                delivered.append(delta)
         outputs.outputs = delivered
         self._outputs.put_nowait(outputs)
 
@@ -252,8 +243,7 @@ class Runtime:
                 return
             delta.request_id = stream.request.request_id
             self._outputs.put_nowait(type(outputs)(outputs=[delta]))
-            if stream.migration is not None:
-                self._migrator.happen(stream.migration.migration_id, Happening.REQUEST_ENDED)
+            self._computed(stream)
             self._finish(stream, "dropped")
 
         now_s = asyncio.get_running_loop().time()
@@ -336,7 +326,8 @@ class Runtime:
         self._finish(stream, outcome)
 
     def _end(self, stream: Stream, outcome: str, sentence: str) -> None:
-        """A request cannot go on; `outcome` is a metric label, the sentence is for its client."""
+        """A request cannot go on, and no engine has it; `outcome` is a metric label, the sentence is for its client."""
+        self._computed(stream)
         if self.on_failure is None:
             self.end_with_error(stream, outcome)
             return
@@ -345,53 +336,61 @@ class Runtime:
 
     def _fail(self, stream: Stream) -> None:
         """A request could not be sent to its engine."""
-        if stream.migration is not None:
-            self._migrator.happen(stream.migration.migration_id, Happening.REQUEST_ENDED)
         self._end(stream, "failed", "the request could not be sent to an instance; the server's log says why")
 
     def _refuse_late(self, reject: Reject) -> None:
         """The policy refuses a request that it had taken; nothing to do when its client has left."""
-        stream = self._streams.get(reject.request_id)
-        if stream is None:
+        if (stream := self._streams.get(reject.request_id)) is None:
             return
-        self._stop_computing(stream)
         if self.on_late_refusal is None or stream.output_token_ids:
             self.end_with_error(stream, "rejected")
             return
         self._finish(stream, "rejected")
         self.on_late_refusal(reject.request_id, RequestRejectedError(reject.reason, reject.retry_after_s))
 
+    def _computed(self, stream: Stream) -> None:
+        """It is in no engine any more: nothing has to be stopped at its end."""
+        stream.ending = True
+        if stream.migration is not None:
+            self._migrator.happen(stream.migration.migration_id, Happening.REQUEST_ENDED)
+
     def _stop_computing(self, stream: Stream) -> None:
         """Nobody waits for the rest of it: stop it wherever it is."""
+        stream.ending = True
         if stream.migration is not None:
             self._migrator.happen(stream.migration.migration_id, Happening.CLIENT_LEFT)
         else:
             self._performer.abort(stream)
 
-    def _deliver(self, engine: Engine, stream: Stream, delta: Any, now_s: float) -> None:
+    def _deliver(self, engine: Engine, stream: Stream, delta: Any, now_s: float) -> bool:
+        """Returns whether it is for the client: not when the policy, which hears that a migration ended, refuses the request."""
         if stream.attempts > 1:
             delta.request_id = stream.request.request_id
             delta.events = None  # queued and scheduled again: of no meaning to the client's statistics
         stream.output_token_ids.extend(delta.new_token_ids)
-        if stream.migration is not None and delta.new_token_ids:
-            self._migrator.token_came(stream, now_s)
         if delta.new_token_ids:
+            if stream.migration is not None:
+                self._migrator.token_came(stream, now_s)
+                if stream.ending:
+                    return False
             stream.last_token_s = now_s
             self._isolation.token_came(stream)
         if delta.finish_reason is None:
-            return
+            return True
         ticket = engine.ticket_of(delta)
         if ticket is not None:
             delta.finish_reason = None
             delta.kv_transfer_params = None
             if stream.migration is not None:
                 self._migrator.cut_took_effect(stream.migration.migration_id, ticket)
-            return
-        if stream.migration is not None:
-            self._migrator.happen(stream.migration.migration_id, Happening.REQUEST_ENDED)
+            return not stream.ending
+        self._computed(stream)
         self._finish(stream, "failed" if engine.has_failed(delta) else "finished")
+        return True
 
     def _finish(self, stream: Stream, outcome: str) -> None:
+        if not stream.ending:
+            self._stop_computing(stream)
         self._streams.close(stream)
         self.metrics.requests.labels(outcome).inc()
         request_id = stream.request.request_id

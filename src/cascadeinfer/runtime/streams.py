@@ -9,6 +9,7 @@ output so far is kept here, because it is what a request needs to go on elsewher
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from cascadeinfer.core.errors import RequestIdInUseError
 from cascadeinfer.core.migration import Migration
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.protocol import EngineRequest
@@ -28,6 +29,7 @@ class Stream:
         migration: The migration it takes part in, or None.
         tokens_before: Output tokens when its current attempt began.
         withdrawals: How often it was taken away from an instance that did not answer.
+        ending: Its end is under way: the policy, which hears of that piece by piece, can do nothing more with it.
         last_token_s: When its last token came, on the runtime's clock; None before the first.
     """
 
@@ -41,6 +43,7 @@ class Stream:
     last_token_s: float | None = None
     tokens_before: int = 0
     withdrawals: int = 0
+    ending: bool = False
 
     @property
     def started(self) -> bool:
@@ -100,8 +103,9 @@ class StreamTable:
         return iter(list(self._streams.values()))
 
     def get(self, request_id: RequestId) -> Stream | None:
-        """The live request with this id."""
-        return self._streams.get(request_id)
+        """The live request with this id; None for one that is ending."""
+        stream = self._streams.get(request_id)
+        return None if stream is None or stream.ending else stream
 
     def on_instance(self, instance_id: InstanceId) -> list[Stream]:
         """Requests whose current attempt runs there."""
@@ -113,8 +117,9 @@ class StreamTable:
         return {stream.request.request_id: n for stream, n in streams if stream is not None}
 
     def open(self, request: EngineRequest, now_s: float) -> Stream:
-        """A new request arrives. Its id must not be live."""
-        assert request.request_id not in self._streams, f"request {request.request_id} is live already"
+        """A new request arrives; raises RequestIdInUseError when its id is live."""
+        if request.request_id in self._streams:
+            raise RequestIdInUseError(request.request_id)
         stream = Stream(request, now_s)
         self._streams[request.request_id] = stream
         return stream
