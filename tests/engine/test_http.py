@@ -449,7 +449,17 @@ def test_unknown_route(server: ServerProcess) -> None:
 def test_requests_that_end_before_their_first_token(server: ServerProcess) -> None:
     """Abandoned before they are placed or have a token, refused by vLLM, among siblings: none lives on (see `nothing_left`)."""
     abandoned = {**COMPLETION, "prompt": [300] * 200, "max_tokens": 400, **FOREVER}
-    for body in (abandoned, {**abandoned, "n": 3}, {**abandoned, "stream": True}):
+    several = {"prompt": [[300] * 200, [301] * 200]}
+    beams = {"use_beam_search": True, "n": 2, "max_tokens": 40}
+    kinds: tuple[dict[str, Any], ...] = (
+        {},
+        {"n": 3},
+        {"stream": True},
+        several,
+        {**several, "n": 2, "stream": True},
+        beams,
+    )
+    for body in ({**abandoned, **kind} for kind in kinds):
         for _ in range(20):
             with contextlib.suppress(httpx.TimeoutException):
                 httpx.post(server.url + "/v1/completions", json=body, headers=BEARER, timeout=0.02)
@@ -460,9 +470,14 @@ def test_requests_that_end_before_their_first_token(server: ServerProcess) -> No
         {"logit_bias": {"9999999": 1}},
         {"structured_outputs": {"regex": "("}},
         {"n": 3, "structured_outputs": {"json": {"type": "nothing"}}},
+        {"prompt": [SHORT, [5] * 5000]},
+        {"stop_token_ids": [2**70]},
+        {"n": 3, "stop": ["\ud800"]},
+        {"request_id": "\ud800"},
     ):
         for _ in range(20):
-            assert server.post("/v1/completions", {**COMPLETION, **wrong}).status_code == 400
+            answer = server.post("/v1/completions", json.dumps({**COMPLETION, **wrong}).encode())
+            assert answer.status_code == 400, answer.text
 
 
 def test_client_disconnects(client: openai.OpenAI, server: ServerProcess) -> None:

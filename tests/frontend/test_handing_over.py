@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from cascadeinfer.core.errors import ConfigError, PolicyError, RequestIdInUseError, RequestRejectedError
 from cascadeinfer.engines.protocol import EngineRequest
-from cascadeinfer.frontend.engine_client import CascadeEngineClient
+from cascadeinfer.frontend.engine_client import CascadeEngineClient, CascadeLLM
 from cascadeinfer.frontend.server import check_api_servers
 
 
@@ -107,3 +108,24 @@ def test_ids_that_clients_choose_alone_are_refused(monkeypatch: pytest.MonkeyPat
         check_api_servers(Namespace(api_server_count=None))
     monkeypatch.delenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION")
     check_api_servers(Namespace(api_server_count=None))
+
+
+@pytest.mark.parametrize(
+    ("request_id", "params"),
+    [
+        ("r", SamplingParams(stop_token_ids=[2**70])),
+        ("r", SamplingParams(top_k=2**70)),
+        ("r", SamplingParams(logprobs=2**70)),
+        ("r", SamplingParams(stop=["\ud800"])),
+        ("r", SamplingParams(extra_args={"x": "\ud800"})),
+        ("r\ud800", SamplingParams()),
+        ("r", PoolingParams(dimensions=2**70)),
+    ],
+    ids=["stop tokens", "top_k", "logprobs", "stop string", "extra", "request id", "pooling"],
+)
+def test_what_fits_into_no_message_is_refused(request_id: str, params: SamplingParams | PoolingParams) -> None:
+    """HTTP 400 before anything is noted anywhere; sent to an engine it would fail there, in a task that nobody waits for."""
+    llm = CascadeLLM.__new__(CascadeLLM)
+    with pytest.raises(GracefulHTTPError, match="cannot be sent to an engine") as raised:
+        asyncio.run(llm.add_request(request_id, "prompt", params))
+    assert raised.value.http_status == HTTPStatus.BAD_REQUEST

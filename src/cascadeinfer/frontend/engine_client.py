@@ -27,7 +27,7 @@ from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.frontend.contents.limits import ContentLimits
-from cascadeinfer.frontend.contents.params import ContentRefusedError, checked_params
+from cascadeinfer.frontend.contents.params import ContentRefusedError, check_sendable, checked_params
 from cascadeinfer.frontend.pins import pin_reason_of
 from cascadeinfer.frontend.prefixes import prefix_hashes_of
 from cascadeinfer.frontend.stats import ElasticStatLogger, StatsFollower
@@ -212,6 +212,7 @@ class CascadeLLM(AsyncLLM):
         """Check what a request says before anything of it is compiled or handed over: every API comes through here."""
         try:
             params = checked_params(params, self.content_limits)
+            check_sendable(request_id, params)
         except ContentRefusedError as refused:
             raise GracefulHTTPError(str(refused), HTTPStatus.BAD_REQUEST) from refused
         return await super().add_request(request_id, prompt, params, *args, **kwargs)

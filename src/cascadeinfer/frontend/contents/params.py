@@ -4,11 +4,16 @@ from typing import Any, Final
 
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
+from vllm.v1.serial_utils import MsgpackEncoder
 
 from cascadeinfer.frontend.contents.limits import ContentLimits, SchemaLimits
 from cascadeinfer.frontend.contents.schemas import SchemaRefusedError, check_structured_output
 from cascadeinfer.frontend.contents.words import FORBIDDEN, WHY_REFUSED
 
+UNSENDABLE: Final = (
+    "a number in it is beyond 64 bits, or a text in it is not valid Unicode: it cannot be sent to an engine"
+)
+_ENCODER: Final = MsgpackEncoder()
 KINDS: Final = ("json", "regex", "choice", "grammar", "structural_tag")
 
 
@@ -29,6 +34,19 @@ def checked_params(params: Any, limits: ContentLimits) -> Any:
     elif isinstance(params, PoolingParams):
         params.extra_kwargs = _without_words(params.extra_kwargs, limits)
     return params
+
+
+def check_sendable(request_id: str, params: Any) -> None:
+    """
+    Look at everything of a client's that goes to an engine, except its prompt: those ids are in the vocabulary.
+
+    Raises:
+        ContentRefusedError: Something of it fits into no message.
+    """
+    try:
+        _ENCODER.encode((request_id, params))
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise ContentRefusedError(UNSENDABLE) from error
 
 
 def _without_words(words: dict[str, Any] | None, limits: ContentLimits) -> dict[str, Any] | None:
