@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import configure_logging_from_args
 
-from cascadeinfer.cluster.local import LOOPBACK
+from cascadeinfer.cluster.local import LOOPBACK, ProcessStart
 from cascadeinfer.cluster.runtime_folder import runtime_folder
 from cascadeinfer.config.event_log import event_log_of
 from cascadeinfer.config.policy import CASCADE, make_policy, warm_up_planner
@@ -256,7 +256,8 @@ async def _serve_with_followers(
             args=(args, options, index, listener, channel_end, loads),
             name=f"front-end-{index}",
         )
-        process.start()
+        with ProcessStart({}):
+            process.start()
         return process
 
     front_ends = FrontEnds(options.api_servers, runtime, start_process, loads, failure_of(event_log))

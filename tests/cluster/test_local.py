@@ -16,6 +16,7 @@ from cascadeinfer.cluster.local import (
     core_places,
     device_places,
     free_port,
+    operator_environment,
     split_cores,
     split_devices,
 )
@@ -136,6 +137,18 @@ def test_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
         start.leave()
         assert os.environ["CASCADE_TEST_OLD"] == "old"
         assert "CASCADE_TEST_NEW" not in os.environ
+
+
+def test_what_the_operator_has_set_is_known_while_an_instance_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables of an instance that is starting are not taken for the operator's; what this process has set is."""
+    monkeypatch.setenv("CASCADE_TEST_OLD", "old")
+    monkeypatch.delenv("CASCADE_TEST_NEW", raising=False)
+    before = operator_environment()
+    with ProcessStart({"CASCADE_TEST_OLD": "1", "CASCADE_TEST_NEW": "2"}):
+        assert operator_environment() == before
+        monkeypatch.setenv("CASCADE_TEST_OURS", "3")
+        assert operator_environment() == {**before, "CASCADE_TEST_OURS": "3"}
+    assert operator_environment() == {**before, "CASCADE_TEST_OURS": "3"} == dict(os.environ)
 
 
 def test_starts_are_exclusive(monkeypatch: pytest.MonkeyPatch) -> None:

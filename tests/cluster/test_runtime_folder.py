@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cascadeinfer.cluster import runtime_folder as module
+from cascadeinfer.cluster.local import ProcessStart
 from cascadeinfer.cluster.runtime_folder import (
     LOCK,
     SOCKETS_VARIABLE,
@@ -214,6 +215,22 @@ def test_variables_point_into_the_folder(base: Path, monkeypatch: pytest.MonkeyP
         assert not environment["TORCHINDUCTOR_CACHE_DIR"].startswith(str(folder.path))
     assert os.environ[SOCKETS_VARIABLE] == str(base)
     assert not list(base.iterdir())
+
+
+def test_instances_that_start_together_have_folders_beside_each_other(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One below the other's would go with it: no front end could attach itself to the second once the first has died."""
+    monkeypatch.setenv(SOCKETS_VARIABLE, str(base))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with runtime_folder() as folder:
+        first = instance_folder()
+        of_first = instance_environment(first)
+        with ProcessStart(of_first):
+            second = instance_folder()
+            assert second.parent == first.parent == folder.path
+            of_second = instance_environment(second)
+        assert of_second.keys() == of_first.keys()
 
 
 @pytest.mark.parametrize(("name", "message"), [("x" * 60, "too long"), ("missing", "No such file")])

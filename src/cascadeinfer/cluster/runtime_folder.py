@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from cascadeinfer.cluster.local import operator_environment
 from cascadeinfer.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class RuntimeFolder:
 
 def instance_folder() -> Path:
     """A new folder for one start of an instance: in this server's, or where the sockets go if there is none. Whoever asks removes it."""
-    return Path(tempfile.mkdtemp(prefix="i", dir=os.environ.get(SOCKETS_VARIABLE)))
+    return Path(tempfile.mkdtemp(prefix="i", dir=operator_environment().get(SOCKETS_VARIABLE)))
 
 
 def instance_environment(folder: Path) -> dict[str, str]:
@@ -112,7 +113,7 @@ def instance_environment(folder: Path) -> dict[str, str]:
     What PyTorch compiles must outlive the instance; it would go to the temporary folder too.
     """
     ours = {SOCKETS_VARIABLE: str(folder), "TMPDIR": str(folder)}
-    if COMPILED_VARIABLE not in os.environ:
+    if COMPILED_VARIABLE not in operator_environment():
         ours[COMPILED_VARIABLE] = str(Path(tempfile.gettempdir()) / f"torchinductor_{_user_name()}")
     return ours
 

@@ -21,7 +21,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
-from cascadeinfer.cluster.local import LOOPBACK, Places, core_places, device_places
+from cascadeinfer.cluster.local import LOOPBACK, Places, core_places, device_places, operator_environment
 from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.attached import AttachedInstance
@@ -116,7 +116,8 @@ def environment_of(place: str) -> dict[str, str]:
     ours = dict.fromkeys(NETWORK_DEVICE_VARIABLES, LOOPBACK_DEVICE)
     if current_platform.is_cpu():
         ours |= {"VLLM_CPU_OMP_THREADS_BIND": place, "UCX_TLS": CPU_UCX_TRANSPORTS}
-    free = {name: value for name, value in ours.items() if name not in os.environ}
+    said = operator_environment()
+    free = {name: value for name, value in ours.items() if name not in said}
     return free if current_platform.is_cpu() else {**free, "CUDA_VISIBLE_DEVICES": place}
 
 
@@ -191,7 +192,9 @@ class VllmSource:
         """On a CPU a further instance must find its KV blocks' memory free; a device checks by itself."""
         if not current_platform.is_cpu():
             return
-        wanted = self._engine_args.kv_cache_memory_bytes or 2**30 * float(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0)
+        wanted = self._engine_args.kv_cache_memory_bytes or 2**30 * float(
+            operator_environment().get("VLLM_CPU_KVCACHE_SPACE") or 0
+        )
         available = psutil.virtual_memory().available
         if available < wanted:
             raise ScalingRefusedError(
