@@ -1,20 +1,21 @@
 """Two deaths point at one request: who is held back, who is ended, and that nobody waits for ever."""
 
+from collections.abc import Iterable
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadeinfer.core.quarantine import Quarantine
+from cascadeinfer.core.quarantine import PROOF_TOKENS, Quarantine
 
 
-def died_with(quarantine: Quarantine, instance_id: str, *request_ids: str) -> str | None:
-    """An instance dies on which these ran."""
-    for request_id in request_ids:
-        if not quarantine.is_held(request_id):
-            quarantine.leave(request_id)
-    return quarantine.die(instance_id, request_ids)
+def die(quarantine: Quarantine, instance_id: str, there: Iterable[str]) -> str | None:
+    """An instance dies on which these are; all others, itself in its next life included, answer soon after."""
+    culprit = quarantine.die(instance_id, there)
+    for other in "012":
+        assert quarantine.answer(other) is None
+    return culprit
 
 
 def test_a_request_without_a_death_goes_anywhere() -> None:
@@ -23,32 +24,32 @@ def test_a_request_without_a_death_goes_anywhere() -> None:
     assert quarantine.may_enter("a", "0")
     assert not quarantine.is_suspected("a")
     assert quarantine.leave("a") is None
-    assert quarantine.prove("a") is None
+    assert quarantine.prove("a", 1) is None
 
 
 def test_suspected_ones_enter_one_at_a_time() -> None:
     """First come, first served; each that proves itself lets the next one in; the last one leaves nothing behind."""
     quarantine = Quarantine()
-    assert quarantine.die("0", "abc") is None
+    assert die(quarantine, "0", "abc") is None
     assert quarantine.may_enter("a", "1")
     assert not quarantine.may_enter("b", "1")
     assert quarantine.may_enter("c", "2")
     assert quarantine.is_held("b")
     assert quarantine.may_enter("new", "1")
-    assert quarantine.prove("a") == "b"
+    assert quarantine.prove("a", 1) == "b"
     assert not quarantine.is_suspected("a")
-    assert quarantine.prove("b") is None
+    assert quarantine.prove("b", 1) is None
     assert quarantine.may_enter("d", "1")
 
 
 def test_the_second_death_in_isolation_names_the_culprit() -> None:
     """Whoever ran beside it has its first death; one that was held back has none more."""
     quarantine = Quarantine()
-    quarantine.die("0", ["poison", "b"])
+    die(quarantine, "0", ["poison", "b"])
     assert quarantine.may_enter("poison", "1")
     assert not quarantine.may_enter("b", "1")
     assert quarantine.may_enter("innocent", "1")
-    assert quarantine.die("1", ["poison", "b", "innocent"]) == "poison"
+    assert die(quarantine, "1", ["poison", "b", "innocent"]) == "poison"
     assert quarantine.suspicions["b"].deaths == 1
     assert quarantine.suspicions["innocent"].deaths == 1
     assert quarantine.is_suspected("innocent")
@@ -58,32 +59,106 @@ def test_the_second_death_in_isolation_names_the_culprit() -> None:
 def test_one_that_proved_itself_is_named_when_nobody_else_can_be() -> None:
     """It is the only one that was there both times."""
     quarantine = Quarantine()
-    quarantine.die("0", ["poison", "b"])
+    die(quarantine, "0", ["poison", "b"])
     quarantine.may_enter("poison", "1")
-    quarantine.prove("poison")
-    assert quarantine.die("1", ["poison", "c", "d"]) == "poison"
+    quarantine.prove("poison", 1)
+    assert die(quarantine, "1", ["poison", "c", "d"]) == "poison"
 
 
 def test_two_that_were_there_both_times_are_told_apart_by_the_third() -> None:
-    """None is ended for another's fault; until they end, neither proves itself by a token."""
+    """None is ended for another's fault; one token is not enough now."""
     quarantine = Quarantine()
-    quarantine.die("0", ["poison", "b"])
+    die(quarantine, "0", ["poison", "b"])
     for request_id in ("poison", "b"):
         quarantine.may_enter(request_id, "1")
-        quarantine.prove(request_id)
-    assert quarantine.die("1", ["poison", "b"]) is None
+        quarantine.prove(request_id, 1)
+    assert die(quarantine, "1", ["poison", "b"]) is None
     assert quarantine.may_enter("b", "2")
-    assert quarantine.prove("b") is None
+    assert quarantine.prove("b", PROOF_TOKENS - 1) is None
     assert quarantine.is_suspected("b")
     assert not quarantine.may_enter("poison", "2")
+    assert quarantine.prove("b", PROOF_TOKENS) == "poison"
+    assert not quarantine.is_suspected("b")
+    assert die(quarantine, "2", ["b", "poison"]) == "poison"
+
+
+def test_after_a_third_death_that_told_nothing_no_token_proves_anything() -> None:
+    """They run one at a time until they end."""
+    quarantine = Quarantine()
+    die(quarantine, "0", ["poison", "b"])
+    for n_tokens, instance_id in ((1, "1"), (PROOF_TOKENS, "2")):
+        for request_id in ("poison", "b"):
+            assert quarantine.may_enter(request_id, instance_id)
+            quarantine.prove(request_id, n_tokens)
+        assert die(quarantine, instance_id, ["poison", "b"]) is None
+    assert quarantine.may_enter("b", "0")
+    assert not quarantine.may_enter("poison", "0")
+    assert quarantine.prove("b", 10_000) is None
     assert quarantine.leave("b") == "poison"
-    assert quarantine.die("2", ["poison"]) == "poison"
+    assert die(quarantine, "0", ["poison"]) == "poison"
+
+
+def test_what_was_not_sent_is_not_to_blame() -> None:
+    """Instances that die together: whoever is placed on the next one before that has answered has no part in its death."""
+    quarantine = Quarantine()
+    assert quarantine.answer("1") is None
+    assert quarantine.die("0", ["a", "b"]) is None
+    assert not quarantine.may_enter("a", "1")
+    assert not quarantine.may_enter("b", "2")
+    assert quarantine.is_held("a")
+    assert quarantine.die("1", ["a", "c"]) is None
+    assert quarantine.suspicions["a"].deaths == quarantine.suspicions["c"].deaths == 1
+    assert not quarantine.may_enter("a", "2")
+    assert quarantine.answer("2") == "b"
+    assert quarantine.prove("b", 1) == "a"
+
+
+def test_one_that_was_taken_away_from_what_it_hangs_is_found() -> None:
+    """It is not taken away a second time, and both deaths count for it; one that had a token elsewhere has none."""
+    quarantine = Quarantine()
+    for request_id in ("poison", "b"):
+        quarantine.take_away(request_id, "0")
+        quarantine.leave(request_id)
+        assert quarantine.may_enter(request_id, "1")
+        assert not quarantine.may_be_taken(request_id)
+    quarantine.prove("b", 1)
+    assert quarantine.may_be_taken("b")
+    assert quarantine.die("0", []) is None
+    assert "b" not in quarantine.suspicions
+    assert not quarantine.may_be_taken("poison")
+    assert quarantine.die("1", ["poison", "b"]) == "poison"
+    assert quarantine.suspicions["b"].deaths == 1
+
+
+def test_an_instance_that_answers_again_blames_nobody() -> None:
+    """Whoever was taken away, from the engine or from before it."""
+    quarantine = Quarantine()
+    quarantine.die("2", ["held"])
+    assert not quarantine.may_enter("held", "0")
+    assert quarantine.may_be_taken("held")
+    for request_id in ("a", "held"):
+        quarantine.take_away(request_id, "0")
+        quarantine.leave(request_id)
+    quarantine.trust("0")
+    assert quarantine.may_be_taken("a")
+    quarantine.die("0", [])
+    assert set(quarantine.suspicions) == {"held"}
+
+
+def test_of_two_that_died_twice_the_one_that_has_not_proven_itself_is_likelier() -> None:
+    """One that has proven itself ran beside it."""
+    quarantine = Quarantine()
+    die(quarantine, "0", ["proven", "open"])
+    assert quarantine.may_enter("proven", "1")
+    quarantine.prove("proven", 1)
+    assert quarantine.may_enter("open", "1")
+    assert die(quarantine, "1", ["proven", "open"]) == "open"
 
 
 def test_leaving_lets_the_next_one_in() -> None:
     """Also when one that was held back leaves before its turn."""
     quarantine = Quarantine()
-    quarantine.die("0", "abc")
+    die(quarantine, "0", "abc")
     assert [quarantine.may_enter(request_id, "1") for request_id in "abc"] == [True, False, False]
     assert quarantine.leave("b") is None
     assert quarantine.leave("a") == "c"
@@ -146,8 +221,10 @@ class World:
                 self.put(request_id)
 
     def step(self) -> None:
-        """Each instance steps once."""
+        """Each instance steps once; some have answered a question before."""
         for instance_id in "01":
+            if self.rng.random() < 0.5:
+                self.let_in(self.quarantine.answer(instance_id))
             here = sorted(r for r in self.inside if self.place[r] == instance_id)
             suspected = [r for r in here if self.quarantine.is_suspected(r)]
             assert len(suspected) <= 1, "two suspected requests in one engine"
@@ -160,7 +237,7 @@ class World:
                 continue
             for request_id in here:
                 self.tokens_here[request_id] += 1
-                self.let_in(self.quarantine.prove(request_id))
+                self.let_in(self.quarantine.prove(request_id, self.tokens_here[request_id]))
                 self.left[request_id] -= 1
                 if not self.left[request_id]:
                     self.end(request_id)
@@ -183,7 +260,7 @@ def test_poison_is_found_and_nobody_waits_for_ever(seed: int, n_poison: int, n_i
     if n_kills == 0 and n_poison <= 1:
         assert not innocents
         assert all(world.deaths[request_id] <= 3 for request_id in world.poison)
-    assert not world.quarantine.suspicions
+    assert world.quarantine.is_idle
 
 
 @pytest.mark.parametrize("n_requests", [1, 30])
@@ -191,12 +268,32 @@ def test_an_ordinary_death_costs_little(n_requests: int) -> None:
     """However many there were, all are through after as many steps as there are, each step one more on each instance."""
     quarantine = Quarantine()
     names = [f"r{i}" for i in range(n_requests)]
-    quarantine.die("0", names)
+    die(quarantine, "0", names)
     waiting = [name for i, name in enumerate(names) if not quarantine.may_enter(name, "12"[i % 2])]
     inside = [name for name in names if name not in waiting]
     steps = 0
     while inside:
         steps += 1
-        inside = [next_one for name in inside if (next_one := quarantine.prove(name)) is not None]
+        inside = [next_one for name in inside if (next_one := quarantine.prove(name, 1)) is not None]
     assert steps == -(-n_requests // 2)
     assert not any(quarantine.is_suspected(name) for name in names)
+
+
+def test_two_ordinary_deaths_cost_some_tokens_each() -> None:
+    """Nobody is ended, and nobody waits until the others have ended: thirty requests, two instances left."""
+    quarantine = Quarantine()
+    names = [f"r{i}" for i in range(30)]
+    die(quarantine, "0", names)
+    for name in names:
+        quarantine.may_enter(name, "1")
+        quarantine.prove(name, 1)
+    assert die(quarantine, "1", names) is None
+    inside = [name for i, name in enumerate(names) if quarantine.may_enter(name, "02"[i % 2])]
+    n_tokens = dict.fromkeys(names, 0)
+    steps = 0
+    while any(quarantine.is_suspected(name) for name in names):
+        steps += 1
+        for name in inside:
+            n_tokens[name] += 1
+        inside = [quarantine.prove(name, n_tokens[name]) or name for name in inside]
+    assert steps == PROOF_TOKENS * 15

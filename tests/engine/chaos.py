@@ -30,11 +30,14 @@ from hostile import Hostile
 from server_process import API_KEY, MODEL, ServerProcess
 
 from cascadeinfer.cluster.local import LOOPBACK
+from cascadeinfer.core.quarantine import DEATHS
 
 N_CLIENTS = 6
 N_HOSTILE = 2
 HOSTILE_PAUSE_S = 0.5
 """Mean time between two acts of a hostile client."""
+POISON = "poison_request"
+"""How the error of a request begins that is ended because instances have died under it. Here they are killed, so some are."""
 LEAVE_SHARE = 0.15
 SLOW_SHARE = 0.15
 SLOW_S = 0.03
@@ -164,6 +167,7 @@ class Chaos:
         self._kinds: dict[str, Kind] = {}
         self._expected: dict[str, Answer] = {}
         self._end_s = 0.0
+        self._killed_s: list[float] = []
 
     async def run(self) -> Report:
         """Learn, torment, wait for the last answer."""
@@ -221,13 +225,17 @@ class Chaos:
             kind = self._kinds[rng.choice(list(self._kinds))]
             leaves_after = rng.randrange(1, kind.n_tokens) if rng.random() < LEAVE_SHARE else None
             slow_s = SLOW_S if rng.random() < SLOW_SHARE else 0.0
+            started_s = time.monotonic()
             try:
                 if leaves_after is not None or rng.random() < 0.7:
                     answer = await self._streamed(http, kind.body(stream=True), leaves_after, slow_s)
                 else:
                     answer = await self._whole(http, kind.body(stream=False))
             except (httpx.HTTPError, AssertionError, json.JSONDecodeError) as error:
-                self._failed(kind, repr(error))
+                if POISON in repr(error) and self._n_ended_since(started_s) >= DEATHS:
+                    self.report.requests["ended after two deaths"] += 1
+                else:
+                    self._failed(kind, repr(error))
                 continue
             if answer is None:
                 self.report.requests["left by their client"] += 1
@@ -278,6 +286,10 @@ class Chaos:
                     await asyncio.sleep(slow_s)
         self.report.gaps_s.append(longest_s)
         return answer
+
+    def _n_ended_since(self, since_s: float) -> int:
+        """How often an instance was killed since then."""
+        return sum(killed_s >= since_s for killed_s in self._killed_s)
 
     def _check(self, kind: Kind, answer: Answer) -> None:
         expected = self._expected[kind.name]
@@ -345,6 +357,7 @@ class Chaos:
         pid, name = self._rng.choice(sorted(candidates))
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(pid).send_signal(signal.SIGKILL)
+            self._killed_s.append(time.monotonic())
             self.report.actions[name] += 1
 
 

@@ -26,7 +26,6 @@ QUICK_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": "1",
 }
-MANY_DEATHS = 1_000_000
 """In these tests it is the test that kills, and no request."""
 FORK = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
 
@@ -146,7 +145,7 @@ async def started_cluster(
     from cascadeinfer import assemble
     from cascadeinfer.config.schema import ServeOptions
 
-    options = ServeOptions(instances=3, poison_deaths=MANY_DEATHS, stages=STAGES, report_interval_s=0.02, kv_lease_s=30)
+    options = ServeOptions(instances=3, stages=STAGES, report_interval_s=0.02, kv_lease_s=30)
     policy = SwitchedStages(layout=options.layout(), retry_s=0.05)
     engine_args = AsyncEngineArgs(
         model=str(tiny_model),

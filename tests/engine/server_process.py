@@ -41,7 +41,6 @@ class ServerProcess:
         self.log = log
         words = ["serve", str(model), "--host", LOOPBACK, "--port", str(self.port), "--served-model-name", MODEL]
         words += ["--instances", "2", "--stages", "0-64:1,64-:1", "--api-key", API_KEY, "--report-interval-s", "0.02"]
-        words += ["--poison-deaths", "1000000"]  # in these tests it is the test that kills
         words += ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--num-gpu-blocks-override", "256"]
         words += ["--max-model-len", "1024", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
         self._log_file = log.open("w")

@@ -128,8 +128,9 @@ async def test_all_instances_die(cluster: Cluster, kill: Kill) -> None:
     await cluster.llm.check_health()
 
 
-async def test_kill_under_load(cluster: Cluster, kill: Kill) -> None:
+async def test_kill_under_load(cluster: Cluster, kill: Kill, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dozen requests, waiting, in prefill, decoding and moving, survive the death of each instance in turn."""
+    monkeypatch.setattr(cluster.runtime._isolation._quarantine, "_deaths", 4)
     prompts = [random_prompt(n_tokens, 11) for n_tokens in (5, 20, 35, 50, 63, 80, 95, 110, 127, 140, 400, 900)]
     expected = await references(cluster, *prompts)
     running = asyncio.ensure_future(outputs(cluster, *prompts))
@@ -141,11 +142,10 @@ async def test_kill_under_load(cluster: Cluster, kill: Kill) -> None:
     assert await running == expected
 
 
-async def test_poison_is_ended(cluster: Cluster, kill: Kill, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_poison_is_ended(cluster: Cluster, kill: Kill) -> None:
     """A request whose instance dies under it twice ends with HTTP 500 and a named reason; one beside it gets its tokens."""
     from vllm.exceptions import GracefulHTTPError
 
-    monkeypatch.setattr(cluster.runtime._isolation._quarantine, "_deaths", 2)
     expected = await references(cluster, OTHER_PROMPT)
     other = asyncio.ensure_future(outputs(cluster, OTHER_PROMPT))
     poison = asyncio.ensure_future(cluster.run(PROMPT, greedy(N_OUTPUT)))

@@ -49,7 +49,8 @@ TOOL: Any = {
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The server, ready; its log must hold no traceback at the end."""
-    server = ServerProcess(tiny_model, tmp_path_factory.mktemp("server") / "log")
+    log = tmp_path_factory.mktemp("server") / "log"
+    server = ServerProcess(tiny_model, log, "--poison-deaths", "3")  # a test here ends two instances under one request
     try:
         server.wait_until_ready()
         yield server

@@ -191,6 +191,26 @@ async def test_follower_keeps_in_step_with_the_fleet() -> None:
         await until(lambda: pair.runtime is not None and list(pair.runtime.fleet.states) == ["b"])
 
 
+@pytest.mark.parametrize("why", [None, "its side channel is dead"])
+@pytest.mark.asyncio
+async def test_follower_knows_whose_fault_a_death_is(why: str | None) -> None:
+    """Requests have a death when process 0 says nothing, and none when it has ended the instance for a reason of its own; each life anew."""
+    async with Pair() as pair:
+        pair.tell(a="a1", b="b1")
+        runtime = await pair.serve()
+        await runtime.submit(EngineRequest("r", [1] * 10, 10**6, SimulatedParams()))
+        assert runtime.tally()["on_instance"] == {"a": 1}
+        pair.channel.send(
+            FleetNews([InstanceNews("a", None, 0, None, why), InstanceNews("b", attachment("b1"), 0, None)])
+        )
+        await until(lambda: runtime.tally()["on_instance"] == {"b": 1})
+        assert ("r" in runtime._isolation._quarantine.suspicions) == (why is None)
+        pair.tell(a="a2", b="b1")
+        await until(lambda: pair.up() == {"a": "a2", "b": "b1"})
+        assert runtime.fleet["a"].supervisor.condemned is None
+        runtime.abort(["r"])
+
+
 @pytest.mark.asyncio
 async def test_follower_empties_what_drains() -> None:
     """An instance that drains takes no new request of the follower, and is left when the old ones have ended."""

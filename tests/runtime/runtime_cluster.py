@@ -19,6 +19,7 @@ from cascadeinfer.core.events import Event, MigrationEnded, PinReason, TimerFire
 from cascadeinfer.core.migration import Happening, Migration, MigrationTimes, State
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.policy import Policy
+from cascadeinfer.core.quarantine import DEATHS
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import InstanceView, RequestView
 from cascadeinfer.engines.protocol import EngineRequest
@@ -38,6 +39,7 @@ GRACE_S = 0.5
 """Within this everything must be free once the last request has ended: far below lease and reservation life."""
 PATIENCE_S = 600.0
 MANY_DEATHS = 1_000_000
+"""For tests that end several instances under one request, one after the other, as a poison request would."""
 WATCH_S = 0.02
 DEFECTS = ("internal error", "a command", "a migration command")
 """How log records of our own bugs begin."""
@@ -131,7 +133,7 @@ class Cluster:
         start_error: Callable[[str, int], str | None] = lambda _id, _n: None,
         max_instances: int = 8,
         observer: Observer | None = None,
-        poison_deaths: int = MANY_DEATHS,
+        poison_deaths: int = DEATHS,
     ) -> None:
         """
         Args:
@@ -144,7 +146,7 @@ class Cluster:
             start_error: Why an instance's n-th start fails, or None.
             max_instances: How many there is a place for.
             observer: Sees events and effects.
-            poison_deaths: So many name a request that kills; in most tests it is the test that does.
+            poison_deaths: So many name a request that kills.
         """
         self.policy = policy or ScriptedPolicy()
         self.registry = CollectorRegistry()

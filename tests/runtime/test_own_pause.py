@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from runtime_cluster import SUPERVISION, Cluster, ScriptedPolicy
 
-from cascadeinfer.runtime.shell import DROPPED_GRACE_S
+from cascadeinfer.runtime.given_up import GRACE_S
 from support.virtual_time import VirtualTimeLoop, virtual_time
 
 PAUSE_S = 48.0
@@ -83,7 +83,7 @@ async def test_a_dropped_request_still_waits_for_the_death() -> None:
         cluster["a"].end_all("abort")
         await asyncio.sleep(0.2)
         stall()
-        assert DROPPED_GRACE_S < PAUSE_S
+        assert GRACE_S < PAUSE_S
         await asyncio.sleep(0.05)
         cluster["a"].kill()
         await client.until_end()

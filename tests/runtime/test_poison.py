@@ -1,9 +1,10 @@
 """A request under which instances die, in a running runtime: it is ended, the others are not, and nothing is left."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
-from runtime_cluster import Client, Cluster, ScriptedPolicy
+from runtime_cluster import CAPACITY, SUPERVISION, Client, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.events import MigrationOutcome
 from support.virtual_time import virtual_time
@@ -33,7 +34,7 @@ def _is_held(cluster: Cluster, name: str) -> bool:
 @virtual_time
 async def test_poison_is_ended_and_others_are_not(n_tokens: int) -> None:
     """After its second death (its third, where others could have done it too) it ends with an error; everybody else gets the right answer."""
-    async with Cluster(ScriptedPolicy(), "ab", poison_deaths=2) as cluster:
+    async with Cluster(ScriptedPolicy(), "ab") as cluster:
         others = [await cluster.submit(f"r{i}", 20, 60) for i in range(6)]
         poison = await cluster.submit("poison", 30, 200)
         n_dead = await kill_whatever_runs(cluster, poison, n_tokens)
@@ -53,7 +54,7 @@ async def test_poison_is_ended_and_others_are_not(n_tokens: int) -> None:
 @virtual_time
 async def test_the_client_is_told_why() -> None:
     """Where the front end can be told, it is, with a sentence; the request has ended by then."""
-    async with Cluster(ScriptedPolicy(), "ab", poison_deaths=2) as cluster:
+    async with Cluster(ScriptedPolicy(), "ab") as cluster:
         told: list[tuple[str, str, int]] = []
 
         def hear(request_id: str, sentence: str) -> None:
@@ -72,9 +73,7 @@ async def test_the_client_is_told_why() -> None:
 @virtual_time
 async def test_an_ordinary_death_ends_nobody() -> None:
     """All go on, one after the other on each instance, and are above suspicion with their next token."""
-    async with Cluster(
-        ScriptedPolicy(dict.fromkeys([f"r{i}" for i in range(8)], "a")), "abc", poison_deaths=2
-    ) as cluster:
+    async with Cluster(ScriptedPolicy(dict.fromkeys([f"r{i}" for i in range(8)], "a")), "abc") as cluster:
         clients = [await cluster.submit(f"r{i}", 20, 60) for i in range(8)]
         for client in clients:
             await client.until_tokens(5)
@@ -90,7 +89,7 @@ async def test_an_ordinary_death_ends_nobody() -> None:
 @virtual_time
 async def test_a_request_without_a_client_is_not_tried_again() -> None:
     """When its client leaves before its instance dies, nothing of it goes anywhere."""
-    async with Cluster(ScriptedPolicy({"r": "a"}), "ab", poison_deaths=2) as cluster:
+    async with Cluster(ScriptedPolicy({"r": "a"}), "ab") as cluster:
         client = await cluster.submit("r", 20, 60)
         await client.until_tokens(3)
         cluster.abort(client)
@@ -104,7 +103,7 @@ async def test_a_request_without_a_client_is_not_tried_again() -> None:
 async def test_one_that_is_held_back_can_be_aborted() -> None:
     """Its turn never comes, and the one after it is not forgotten."""
     names = ["a0", "a1", "a2", "a3"]
-    async with Cluster(ScriptedPolicy(dict.fromkeys(names, "a")), "ab", poison_deaths=2) as cluster:
+    async with Cluster(ScriptedPolicy(dict.fromkeys(names, "a")), "ab") as cluster:
         clients = {name: await cluster.submit(name, 20, 60) for name in names}
         for client in clients.values():
             await client.until_tokens(2)
@@ -124,13 +123,15 @@ async def test_one_that_is_held_back_can_be_aborted() -> None:
 async def test_a_suspected_request_does_not_move() -> None:
     """Neither the one in the engine nor one that is held back: a resume at another place would get past the isolation there."""
     policy = ScriptedPolicy({"r0": "a", "r1": "a"})
-    async with Cluster(policy, "ab", poison_deaths=2) as cluster:
+    async with Cluster(policy, "ab") as cluster:
         clients = [await cluster.submit(f"r{i}", 40, 60) for i in range(2)]
         for client in clients:
             await client.until_tokens(5)
         policy.places = {"r0": "b", "r1": "b"}
         cluster["a"].kill()
-        await cluster.until(lambda: len(cluster.runtime.snapshot()["suspected"]) == 2)
+        await cluster.until(
+            lambda: {suspect["held"] for suspect in cluster.runtime.snapshot()["suspected"]} == {False, True}
+        )
         for client in clients:
             cluster.move(client.request.request_id, "a")
         shown = cluster.runtime.snapshot()["suspected"]
@@ -146,7 +147,7 @@ async def test_a_suspected_request_does_not_move() -> None:
 @virtual_time
 async def test_planned_ends_are_no_deaths() -> None:
     """An instance that is drained until the time is up is nobody's fault."""
-    async with Cluster(ScriptedPolicy({"r": "a"}), "ab", poison_deaths=2) as cluster:
+    async with Cluster(ScriptedPolicy({"r": "a"}), "ab") as cluster:
         client = await cluster.submit("r", 20, 200)
         await client.until_tokens(3)
         cluster["a"].pause()
@@ -160,7 +161,7 @@ async def test_planned_ends_are_no_deaths() -> None:
 @virtual_time
 async def test_a_request_that_cannot_be_sent_ends() -> None:
     """An engine that cannot take a request in (it does not fit into a message) has not died: the request ends with an error, alone."""
-    async with Cluster(ScriptedPolicy({"bad": "a", "good": "a"}), "ab", poison_deaths=2) as cluster:
+    async with Cluster(ScriptedPolicy({"bad": "a", "good": "a"}), "ab") as cluster:
         engine = cluster["a"]
         add = engine.add
 
@@ -178,3 +179,125 @@ async def test_a_request_that_cannot_be_sent_ends() -> None:
         assert len(cluster.defects) == 1, "it is in the log"
         cluster.defects.clear()
         assert cluster.runtime.n_live_requests == 0
+
+
+@pytest.mark.parametrize("apart_s", [0.0, 0.001, 0.02])
+@pytest.mark.parametrize("n_instances", [2, 3])
+@virtual_time
+async def test_instances_that_die_together_end_nobody(n_instances: int, apart_s: float) -> None:
+    """An orphan that is placed on an instance which is dead, or about to die of the same cause, has no part in that death."""
+    dying = "abc"[:n_instances]
+    policy = ScriptedPolicy({f"r{i}": dying[i % n_instances] for i in range(12)})
+    async with Cluster(policy, "abcd") as cluster:
+        clients = [await cluster.submit(f"r{i}", 20, 60) for i in range(12)]
+        for client in clients:
+            await client.until_tokens(3)
+        policy.places = {f"r{i}": dying[(i + 1) % n_instances] for i in range(12)}
+        for name in dying:
+            cluster[name].kill()
+            await asyncio.sleep(apart_s)
+        for client in clients:
+            await client.until_end()
+            assert client.finish_reason == "length"
+        assert cluster.runtime.snapshot()["poison"] == []
+        await cluster.all_up()
+
+
+@virtual_time
+async def test_two_ordinary_deaths_under_many_requests() -> None:
+    """Nobody is ended, and all are above suspicion long before the first of them ends."""
+    policy = ScriptedPolicy({f"r{i}": "a" for i in range(24)})
+    async with Cluster(policy, "abc", capacity=replace(CAPACITY, kv_blocks=2048, max_num_seqs=32)) as cluster:
+        clients = [await cluster.submit(f"r{i}", 20, 1500) for i in range(24)]
+        for client in clients:
+            await client.until_tokens(5)
+        policy.places = {f"r{i}": "b" for i in range(24)}
+        cluster["a"].kill()
+        await cluster.until(lambda: bool(cluster.runtime.snapshot()["suspected"]), "suspected")
+        await cluster.until(lambda: not cluster.runtime.snapshot()["suspected"], "nobody is suspected")
+        cluster["b"].kill()
+        await cluster.until(lambda: len(cluster.runtime.snapshot()["suspected"]) == len(clients), "suspected again")
+        await cluster.until(lambda: not cluster.runtime.snapshot()["suspected"], "nobody is suspected")
+        assert all(client.finish_reason is None for client in clients)
+        for client in clients:
+            cluster.abort(client)
+        await cluster.all_up()
+
+
+async def hang_whatever_admits(cluster: Cluster, name: str) -> int:
+    """From now on an engine hangs as soon as it has the request. Returns how many did, when it is over."""
+    hung: set[int] = set()
+    while (stream := cluster.runtime._streams.get(name)) is not None:
+        place = stream.instance_id
+        engine = None if place is None else cluster.runtime.fleet.engine(place)
+        if engine is not None and id(engine) not in hung and not _is_held(cluster, name):
+            cluster[place].hang()  # type: ignore[index]
+            hung.add(id(engine))
+        await asyncio.sleep(0.001)
+    return len(hung)
+
+
+@pytest.mark.parametrize("n_others", [0, 6])
+@virtual_time
+async def test_a_request_that_hangs_what_admits_it_costs_two_instances(n_others: int) -> None:
+    """Taken away from the first that is silent it makes a second one so, stays there, and is ended when both have been given up."""
+    supervision = replace(SUPERVISION, suspect_s=0.3)
+    async with Cluster(ScriptedPolicy(), "abcde", supervision=supervision) as cluster:
+        others = [await cluster.submit(f"r{i}", 20, 60) for i in range(n_others)]
+        poison = await cluster.submit("poison", 30, 200)
+        assert await hang_whatever_admits(cluster, "poison") == 2
+        assert poison.finish_reason == "error"
+        assert [ended["id"] for ended in cluster.runtime.snapshot()["poison"]] == ["poison"]
+        for client in others:
+            await client.until_end()
+            assert client.finish_reason == "length"
+        await cluster.all_up()
+
+
+@virtual_time
+async def test_one_that_was_taken_away_and_had_a_token_is_not_blamed() -> None:
+    """Whatever becomes of the instance that was silent."""
+    async with Cluster(ScriptedPolicy({"r": "a"}), "ab", supervision=replace(SUPERVISION, suspect_s=0.3)) as cluster:
+        cluster["a"].freeze()
+        client = await cluster.submit("r", 20, 400)
+        await client.until_tokens(1)
+        assert cluster.where("r") == "b"
+        await cluster.until(lambda: len(cluster.engines["a"]) == 2, "a is given up")
+        assert cluster.runtime.snapshot()["suspected"] == []
+        await client.until_end()
+        assert client.finish_reason == "length"
+        await cluster.all_up()
+
+
+@virtual_time
+async def test_a_restart_of_ours_is_no_death() -> None:
+    """An instance whose side channel is dead is restarted: no request has done that."""
+    async with Cluster(ScriptedPolicy({"r": "a"}), "ab", poison_deaths=1) as cluster:
+        client = await cluster.submit("r", 20, 600)
+        await client.until_tokens(3)
+        cluster["a"].close_side_channel()
+        await cluster.until(lambda: len(cluster.engines["a"]) == 2, "it is restarted")
+        assert cluster.runtime.snapshot()["suspected"] == []
+        await client.until_end()
+        assert client.finish_reason == "length"
+        await cluster.all_up()
+
+
+@virtual_time
+async def test_an_answer_to_an_older_question_says_nothing() -> None:
+    """An instance that was asked before the death may have died since: a suspected request waits for the next answer."""
+    policy = ScriptedPolicy({"r": "a"})
+    async with Cluster(policy, "ab") as cluster:
+        client = await cluster.submit("r", 20, 60)
+        await client.until_tokens(3)
+        policy.places = {"r": "b"}
+        cluster["b"].hold_answers("report")
+        await asyncio.sleep(2 * SUPERVISION.report_s)
+        cluster["a"].kill()
+        await cluster.until(lambda: cluster.where("r") == "b", "it is placed anew")
+        cluster["b"].release_answers("report")
+        await asyncio.sleep(SUPERVISION.report_s / 2)
+        assert _is_held(cluster, "r")
+        await client.until_end()
+        assert client.finish_reason == "length"
+        await cluster.all_up()

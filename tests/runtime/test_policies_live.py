@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 
 import pytest
-from runtime_cluster import MIGRATION, Cluster, ScriptedPolicy
+from runtime_cluster import MANY_DEATHS, MIGRATION, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.effects import Dispatch, Effect, MigrationReason, Reject, StartMigration
 from cascadeinfer.core.errors import RequestRejectedError
@@ -84,7 +84,7 @@ async def test_never_more_than_three_migrations_per_instance() -> None:
 @virtual_time
 async def test_stages_stay_whole_when_their_instances_die() -> None:
     """Killing each instance in turn under climbing requests loses no token."""
-    async with Cluster(stages(), supervision=OFTEN) as cluster:
+    async with Cluster(stages(), supervision=OFTEN, poison_deaths=MANY_DEATHS) as cluster:
         clients = [await cluster.submit(f"r{i}", 20 + 20 * i, 300) for i in range(8)]
         for name in "bca":
             await asyncio.sleep(0.4)

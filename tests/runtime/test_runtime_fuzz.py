@@ -11,7 +11,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from runtime_cluster import CAPACITY, SUPERVISION, TIMES, Client, Cluster, ScriptedPolicy
+from runtime_cluster import CAPACITY, MANY_DEATHS, SUPERVISION, TIMES, Client, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
 from cascadeinfer.core.errors import ScalingRefusedError
@@ -174,6 +174,7 @@ async def test_random_life(name: str, seed: int) -> None:
             times=replace(TIMES, start_s=0.3),
             supervision=replace(SUPERVISION, report_s=0.05, hang_s=1.0, backoff_first_s=0.1, backoff_max_s=1.0),
             migration=LIMITS,
+            poison_deaths=MANY_DEATHS,
             start_error=lambda name, n: "bad luck" if (n > 0 or name.isdecimal()) and rng.random() < 0.2 else None,
         ) as cluster:
             await live(cluster, rng)

@@ -9,7 +9,7 @@ from runtime_cluster import SUPERVISION, TIMES, Cluster, ScriptedPolicy
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceJoined, InstanceLost, MigrationOutcome
 from cascadeinfer.core.migration import State
-from cascadeinfer.runtime.shell import DROPPED_GRACE_S
+from cascadeinfer.runtime.given_up import GRACE_S
 from support.virtual_time import virtual_time
 
 
@@ -318,7 +318,7 @@ async def test_a_request_dropped_by_an_instance_that_lives_is_aborted(state: Sta
         await client.until_end()
         if state is not State.RESUMING:
             assert client.finish_reason == "abort"
-            assert now_s() - dropped_s == pytest.approx(DROPPED_GRACE_S, abs=0.1)
+            assert now_s() - dropped_s == pytest.approx(GRACE_S, abs=0.1)
 
 
 @virtual_time
@@ -338,7 +338,7 @@ async def test_stop_in_the_middle_leaves_nothing() -> None:
     assert not any(cluster[name].serves for name in "abc")
     assert not list(cluster.registry.collect())
     assert not asyncio.get_running_loop().timers()
-    await asyncio.sleep(2 * DROPPED_GRACE_S)
+    await asyncio.sleep(2 * GRACE_S)
 
 
 @virtual_time

@@ -6,9 +6,15 @@ the other. So every request that was in an engine when it died has a *death*, an
 time is in an engine, the others that are to run there are held back. Requests without a death run beside it. If that engine dies
 too, two deaths point at one request, and it is ended; those beside it have their first.
 
+Several instances may die of one outside cause, and one that is dead looks alive until somebody notices. A suspected request is therefore sent
+only to an instance that has answered a question asked after the last death; until then it is held back, and has no part in what happens there.
+
 A suspected request has proven itself with its first token since its death: it has passed the step in which it died, so after an ordinary death
 the others wait a step or two each. Its death counts on. If its instance dies again it is ended, unless others beside it have died before as well:
-which of them it was is then open, and they are suspected once more, until they end.
+which of them it was is then open, and each must have `PROOF_TOKENS` more. After one more death that told nothing, no number of tokens proves any of them.
+
+A request that is taken away from an instance that hangs was perhaps what it hangs at. If that instance is given up, its death counts for the request too, wherever
+it is by then. If it answers again, or the request has a token elsewhere first, nothing has happened.
 
 Nothing is known here of time, streams or engines; whoever uses it says what happens and sends what it is told to.
 """
@@ -21,6 +27,8 @@ from typing import Final
 from cascadeinfer.core.types import InstanceId, RequestId
 
 DEATHS: Final = 2
+PROOF_TOKENS: Final = 16
+"""Of a request that could have done it and is not the only one: a block of vLLM's, and at ten requests on an instance a few seconds of waiting."""
 
 
 @dataclass(slots=True)
@@ -31,12 +39,12 @@ class Suspicion:
     Attributes:
         deaths: Instances that died with it.
         is_open: Whether it has not proven itself since.
-        until_end: Whether no token proves it any more.
+        proof_tokens: So many of one attempt prove it; None: none do, it is open until it ends.
     """
 
     deaths: int = 0
-    is_open: bool = True
-    until_end: bool = False
+    is_open: bool = False
+    proof_tokens: int | None = 1
 
 
 @dataclass(slots=True)
@@ -61,6 +69,15 @@ class Quarantine:
         self.suspicions: dict[RequestId, Suspicion] = {}
         self._cells: dict[InstanceId, _Cell] = {}
         self._cell_of: dict[RequestId, InstanceId] = {}
+        #: Instances that have answered a question asked after the last death.
+        self._answered: set[InstanceId] = set()
+        #: Per silent instance, requests that were in its engine and have been taken away.
+        self._taken: dict[InstanceId, set[RequestId]] = {}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody has died, or is perhaps about to: nothing that happens to a request matters here."""
+        return not self.suspicions and not self._taken
 
     def is_suspected(self, request_id: RequestId) -> bool:
         """Whether a request has died and not proven itself since."""
@@ -77,18 +94,29 @@ class Quarantine:
         A request is to run on an instance.
 
         Returns:
-            Whether it may be sent there now; else it is held back, and `leave` or `prove` of another will name it.
+            Whether it may be sent there now; else it is held back, until `leave`, `prove` or `answer` names it.
         """
         if not self.is_suspected(request_id):
             return True
         assert request_id not in self._cell_of, f"request {request_id} is somewhere already"
         cell = self._cells.setdefault(instance_id, _Cell())
         self._cell_of[request_id] = instance_id
-        if cell.inside is None:
-            cell.inside = request_id
-            return True
         cell.held.append(request_id)
-        return False
+        return self._admit(instance_id) == request_id
+
+    def answer(self, instance_id: InstanceId) -> RequestId | None:
+        """An instance has answered a question asked after the last death. Returns the one that may be sent there now, if any."""
+        self._answered.add(instance_id)
+        cell = self._cells.get(instance_id)
+        return self._admit(instance_id) if cell is not None and cell.inside is None else None
+
+    def _admit(self, instance_id: InstanceId) -> RequestId | None:
+        """The first that is held back, if it may be sent; the cell exists."""
+        cell = self._cells[instance_id]
+        if cell.inside is not None or not cell.held or instance_id not in self._answered:
+            return None
+        cell.inside = cell.held.popleft()
+        return cell.inside
 
     def leave(self, request_id: RequestId) -> RequestId | None:
         """A request is on its instance no more. Returns the one that may be sent there now, if any was held back."""
@@ -96,18 +124,30 @@ class Quarantine:
         if instance_id is None:
             return None
         cell = self._cells[instance_id]
-        if cell.inside != request_id:
+        if cell.inside == request_id:
+            cell.inside = None
+        else:
             cell.held.remove(request_id)
-            return None
-        cell.inside = cell.held.popleft() if cell.held else None
-        if cell.inside is None:
+        if cell.inside is None and not cell.held:
             del self._cells[instance_id]
-        return cell.inside
+            return None
+        return self._admit(instance_id)
 
-    def prove(self, request_id: RequestId) -> RequestId | None:
-        """A request has a token more than when it died. Returns the one that may be sent to its instance now, if any."""
+    def prove(self, request_id: RequestId, n_tokens: int) -> RequestId | None:
+        """
+        A request has had tokens.
+
+        Args:
+            n_tokens: So many of its present attempt.
+
+        Returns:
+            The one that may be sent to its instance now, if any.
+        """
+        self._forget_taken(request_id)
         suspicion = self.suspicions.get(request_id)
-        if suspicion is None or not suspicion.is_open or suspicion.until_end:
+        if suspicion is None or not suspicion.is_open:
+            return None
+        if suspicion.proof_tokens is None or n_tokens < suspicion.proof_tokens:
             return None
         suspicion.is_open = False
         return self.leave(request_id)
@@ -115,6 +155,31 @@ class Quarantine:
     def forget(self, request_id: RequestId) -> None:
         """A request has ended; `leave` was called."""
         self.suspicions.pop(request_id, None)
+        self._forget_taken(request_id)
+
+    def take_away(self, request_id: RequestId, instance_id: InstanceId) -> None:
+        """A request is taken away from an instance that is silent; call it before `leave`."""
+        if not self.is_held(request_id):
+            self._taken.setdefault(instance_id, set()).add(request_id)
+
+    def may_be_taken(self, request_id: RequestId) -> bool:
+        """
+        Whether a request may be taken away from an instance that is silent.
+
+        Not one that could be why: it is suspected and in the engine, or was taken away from another that is still silent and has had no
+        token since.
+        """
+        if self.is_held(request_id):
+            return True
+        return not self.is_suspected(request_id) and not any(request_id in taken for taken in self._taken.values())
+
+    def _forget_taken(self, request_id: RequestId) -> None:
+        for taken in self._taken.values():
+            taken.discard(request_id)
+
+    def trust(self, instance_id: InstanceId) -> None:
+        """A silent instance answers again, or has ended for a reason of its own."""
+        self._taken.pop(instance_id, None)
 
     def die(self, instance_id: InstanceId, there: Iterable[RequestId]) -> RequestId | None:
         """
@@ -124,18 +189,28 @@ class Quarantine:
             there: The requests whose place it was; those that were held back were not in its engine.
 
         Returns:
-            The request that did it, if that is known now.
+            The request that did it, if that is known now. It may be elsewhere by now, if it was taken away.
         """
+        self._answered.clear()
         cell = self._cells.pop(instance_id, _Cell())
         for request_id in [r for r, place in self._cell_of.items() if place == instance_id]:
             del self._cell_of[request_id]
         inside = [request_id for request_id in there if request_id not in cell.held]
+        inside += sorted(self._taken.pop(instance_id, set()).difference(inside))
+        was_open = {request_id for request_id in inside if self.is_suspected(request_id)}
         for request_id in inside:
-            self.suspicions.setdefault(request_id, Suspicion()).deaths += 1
-        guilty = [request_id for request_id in inside if self.suspicions[request_id].deaths >= self._deaths]
-        culprit = cell.inside if cell.inside in guilty else guilty[0] if len(guilty) == 1 else None
-        for request_id in inside:
-            suspicion = self.suspicions[request_id]
+            suspicion = self.suspicions.setdefault(request_id, Suspicion())
+            suspicion.deaths += 1
             suspicion.is_open = True
-            suspicion.until_end = suspicion.deaths >= self._deaths
-        return culprit
+            suspicion.proof_tokens = self._proof_tokens(suspicion.deaths)
+        guilty = [request_id for request_id in inside if self.suspicions[request_id].deaths >= self._deaths]
+        # One that has proven itself since its last death is less likely than one that has not.
+        for likely in ([request_id for request_id in guilty if request_id in was_open], guilty):
+            if likely:
+                return likely[0] if len(likely) == 1 else None
+        return None
+
+    def _proof_tokens(self, deaths: int) -> int | None:
+        if deaths < self._deaths:
+            return 1
+        return PROOF_TOKENS if deaths == self._deaths else None

@@ -1,11 +1,15 @@
 """
 Keeps requests apart under which instances have died (`core/quarantine.py`), and ends those that did it.
 
+A suspected request waits at its place for a load report that was asked for after the last death: instances may have died together.
+
 Isolation holds in one front-end process: each has its own requests, and suspected ones of two processes can meet on an instance. If it dies, both
 processes end theirs.
 """
 
+import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
@@ -42,6 +46,7 @@ class Isolation:
         self._metrics = metrics
         self._clock = clock
         self._quarantine = Quarantine(deaths)
+        self._died_s = -math.inf
         self._poison: deque[dict[str, Any]] = deque(maxlen=POISON_REMEMBERED)
         self.send: Callable[[Stream], None] = lambda _: None
         streams.on_displaced = self._displaced
@@ -60,12 +65,36 @@ class Isolation:
 
     def token_came(self, stream: Stream) -> None:
         """A request has a token of its present attempt."""
-        if self._quarantine.suspicions and self.keeps(stream):
-            self._send(self._quarantine.prove(stream.request.request_id))
+        if not self._quarantine.is_idle:
+            n_tokens = len(stream.output_token_ids) - stream.tokens_before
+            self._send(self._quarantine.prove(stream.request.request_id, n_tokens))
             self._count()
 
+    def instance_answered(self, instance_id: InstanceId, asked_s: float) -> None:
+        """An instance has answered a question that was asked then, by the loop's clock."""
+        if asked_s > self._died_s:
+            self._send(self._quarantine.answer(instance_id))
+
+    def taken_away(self, stream: Stream, instance_id: InstanceId) -> None:
+        """A request is about to be taken away from an instance that is silent."""
+        self._quarantine.take_away(stream.request.request_id, instance_id)
+
+    def may_be_taken(self, stream: Stream) -> bool:
+        """Whether a request may be taken away from an instance that is silent: not when it may be why."""
+        return self._quarantine.may_be_taken(stream.request.request_id)
+
+    def instance_trusted(self, instance_id: InstanceId) -> None:
+        """It answers again, or ended because somebody wanted it so: no request is to blame."""
+        self._quarantine.trust(instance_id)
+
     def instance_died(self, instance_id: InstanceId) -> Stream | None:
-        """Call it before its requests are displaced. Returns the request that did it, if that is known now."""
+        """
+        Call it before its requests are displaced.
+
+        Returns:
+            The request that did it, if that is known now. It may run elsewhere: it was taken away from there.
+        """
+        self._died_s = asyncio.get_running_loop().time()
         there = [stream.request.request_id for stream in self._streams.on_instance(instance_id)]
         culprit = self._quarantine.die(instance_id, there)
         self._count()
@@ -102,11 +131,11 @@ class Isolation:
         }
 
     def _displaced(self, stream: Stream) -> None:
-        if self._quarantine.suspicions:
+        if not self._quarantine.is_idle:
             self._send(self._quarantine.leave(stream.request.request_id))
 
     def _closed(self, stream: Stream) -> None:
-        if self._quarantine.suspicions:
+        if not self._quarantine.is_idle:
             self._quarantine.forget(stream.request.request_id)
             self._count()
 

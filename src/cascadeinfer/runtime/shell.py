@@ -28,11 +28,11 @@ from cascadeinfer.core.migration import Happening, MigrationTimes
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.quarantine import DEATHS
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
-from cascadeinfer.engines.patience import Alarm
 from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, EngineSource, StepOutputs
 from cascadeinfer.runtime.driver import Observer, PolicyDriver
 from cascadeinfer.runtime.elastic import Elasticity
 from cascadeinfer.runtime.fleet import Fleet
+from cascadeinfer.runtime.given_up import GivenUp
 from cascadeinfer.runtime.isolation import POISON_SENTENCE, Isolation
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.perform import Performer
@@ -41,9 +41,6 @@ from cascadeinfer.runtime.streams import Seen, Stream, StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes
 from cascadeinfer.runtime.suspects import Suspects
 from cascadeinfer.runtime.view import snapshot, tally
-
-DROPPED_GRACE_S = 10.0
-"""How long a request that its instance gave up waits for the instance's death."""
 
 
 class Runtime:
@@ -94,12 +91,12 @@ class Runtime:
         self._migrator = self._performer.migrator
         self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self.emit, clock, source)
         self._recovery = Recovery(self.fleet, self._streams, self.metrics, self)
-        self._suspects = Suspects(self.fleet, self._streams, self.metrics, self.emit, self._performer)
+        self._suspects = Suspects(self.fleet, self._streams, self.metrics, self.emit, self._performer, self._isolation)
         self._driver = PolicyDriver(
             policy, self._performer.carry_out, clock, failed=self._recovery.policy_failed, observer=observer
         )
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
-        self._grace_timers: list[Alarm] = []
+        self._given_up = GivenUp(self._give_up)
         #: Told of a request that is refused after `submit` has returned and before its first token; None: it ends with an error.
         self.on_late_refusal: Callable[[RequestId, RequestRejectedError], None] | None = None
         #: Told of a request that cannot go on, with a sentence for its client; None: it ends with an error without one.
@@ -196,8 +193,7 @@ class Runtime:
         """Stop everything. Requests that still live get no more tokens."""
         self._driver.stop()
         self._recovery.stop()
-        for timer in self._grace_timers:
-            timer.cancel()
+        self._given_up.stop()
         await self.elastic.stop()
         await self._performer.stop()
         await self.fleet.stop(timeout_s)
@@ -223,39 +219,28 @@ class Runtime:
             if stream is None:
                 continue
             if delta.finish_reason is not None and engine.has_dropped(delta):
-                self._wait_for_death(stream, outputs, delta)
+                self._given_up.wait(stream, outputs, delta)
                 continue
             if self._deliver(engine, stream, delta, now_s):
                 delivered.append(delta)
         outputs.outputs = delivered
         self._outputs.put_nowait(outputs)
 
-    def _wait_for_death(self, stream: Stream, outputs: Any, delta: Any) -> None:
-        """
-        An instance gave a request up: it is about to end, and the request then goes on elsewhere like every orphan.
+    def _give_up(self, stream: Stream, outputs: StepOutputs) -> None:
+        """Its instance has given it up and lives on: its client is told."""
+        self._outputs.put_nowait(outputs)
+        self._computed(stream)
+        self._finish(stream, "dropped")
 
-        If it lives on after all, the client is told of the abort.
-        """
-        attempt = stream.engine_request_id
-
-        def tell_client() -> None:
-            if stream.engine_request_id != attempt:
-                return
-            delta.request_id = stream.request.request_id
-            self._outputs.put_nowait(type(outputs)(outputs=[delta]))
-            self._computed(stream)
-            self._finish(stream, "dropped")
-
-        now_s = asyncio.get_running_loop().time()
-        self._grace_timers = [timer for timer in self._grace_timers if timer.when() > now_s]
-        self._grace_timers.append(Alarm(DROPPED_GRACE_S, tell_client))
-
-    def instance_reported(self, engine: Engine, report: InstanceReport, counters: EngineCounters) -> None:
+    def instance_reported(
+        self, engine: Engine, report: InstanceReport, counters: EngineCounters, asked_s: float
+    ) -> None:
         """Translate attempt ids to request ids and tell the policy."""
         state = self.fleet[engine.instance_id]
         if state.engine is not engine:
             return  # it is being connected
         state.report, state.counters = report, counters
+        self._isolation.instance_answered(engine.instance_id, asked_s)
         self.elastic.look(state)
         running = self._streams.known(report.running_ids, report.running_tokens)
         waiting = self._streams.known(report.waiting_ids, report.waiting_tokens)
@@ -283,8 +268,10 @@ class Runtime:
         """Its requests are orphans; the policy places them anew and they go on from prompt and output so far."""
         self.elastic.look(self.fleet.went_down(instance_id, why))
         self._migrator.instance_lost(instance_id)
-        if not planned and (culprit := self._isolation.instance_died(instance_id)) is not None:
-            self._end(culprit, "poison", POISON_SENTENCE)
+        if planned:
+            self._isolation.instance_trusted(instance_id)
+        elif (culprit := self._isolation.instance_died(instance_id)) is not None:
+            self._end(culprit, "poison", POISON_SENTENCE, is_computed=culprit.instance_id == instance_id)
         self.announce_loss(instance_id)
 
     # --- the steps behind them ---------------------------------------------------------------------------------------
@@ -325,9 +312,17 @@ class Runtime:
         self._outputs.put_nowait(engine.failure_of(stream.request.request_id))
         self._finish(stream, outcome)
 
-    def _end(self, stream: Stream, outcome: str, sentence: str) -> None:
-        """A request cannot go on, and no engine has it; `outcome` is a metric label, the sentence is for its client."""
-        self._computed(stream)
+    def _end(self, stream: Stream, outcome: str, sentence: str, *, is_computed: bool = True) -> None:
+        """
+        A request cannot go on.
+
+        Args:
+            outcome: A metric label.
+            sentence: For its client.
+            is_computed: Whether no engine has it.
+        """
+        if is_computed:
+            self._computed(stream)
         if self.on_failure is None:
             self.end_with_error(stream, outcome)
             return

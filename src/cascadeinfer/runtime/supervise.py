@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 DEAF_REPORTS = 10
 """An instance that says in so many reports in a row that its side channel is dead cannot mend it."""
+DEAF = "its side channel is dead and stays so"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,10 @@ class Listener(Protocol):
         """It sent a step's outputs."""
         ...
 
-    def instance_reported(self, engine: Engine, report: InstanceReport, counters: EngineCounters) -> None:
-        """It said how loaded it is, perhaps before it is in use."""
+    def instance_reported(
+        self, engine: Engine, report: InstanceReport, counters: EngineCounters, asked_s: float
+    ) -> None:
+        """It said how loaded it is, perhaps before it is in use; it was asked then, by the loop's clock."""
         ...
 
     def instance_suspected(self, engine: Engine) -> None:
@@ -74,7 +77,7 @@ class Listener(Protocol):
         ...
 
     def instance_down(self, instance_id: InstanceId, why: str, *, planned: bool = False) -> None:
-        """It is gone; `planned`: because somebody wanted it so."""
+        """It is gone; `planned`: because somebody wanted it so, for a reason that is no request's doing."""
         ...
 
 
@@ -87,6 +90,7 @@ class Supervisor:
         restarts: Times it was started again, or that was tried.
         back_off: Its last deaths.
         next_start_s: When it will be started again, on the loop's clock; None while it is up or starts.
+        condemned: Why it is restarted although no request has done anything to it; None if it is not.
     """
 
     def __init__(
@@ -115,7 +119,7 @@ class Supervisor:
         self.last_error = ""
         self.back_off = BackOff(times.backoff_first_s, times.backoff_max_s, times.window_s)
         self.next_start_s: float | None = None
-        self._condemned: str | None = None
+        self.condemned: str | None = None
 
     async def start(self) -> None:
         """First start; raises EngineError when the instance does not come up."""
@@ -132,8 +136,8 @@ class Supervisor:
 
     def condemn(self, engine: Engine, why: str) -> None:
         """Something is wrong with it that a restart mends: end this life of it."""
-        if engine is self.engine and self._condemned is None:
-            self._condemned = why
+        if engine is self.engine and self.condemned is None:
+            self.condemned = why
             engine.kill()
 
     async def stop(self, timeout_s: float) -> None:
@@ -150,7 +154,7 @@ class Supervisor:
             why = await self._one_life(engine, capacity)
             wait_s = self._note_death(why)
             logger.error("instance %s is down: %s", self.instance_id, why)
-            self._listener.instance_down(self.instance_id, why)
+            self._listener.instance_down(self.instance_id, why, planned=self.condemned is not None)
             if self._retired:
                 await self._put_away(engine)
                 return
@@ -161,7 +165,7 @@ class Supervisor:
                 self.restarts += 1
                 try:
                     engine = self._make_engine(self.restarts)
-                    self.engine, self._condemned = engine, None
+                    self.engine, self.condemned = engine, None
                     started = await engine.start()
                 except EngineError as error:
                     wait_s = self._note_death(str(error))
@@ -205,7 +209,7 @@ class Supervisor:
         except* Exception as errors:  # our own bug must not end the supervision of an instance
             logger.exception("internal error; instance %s is restarted", self.instance_id, exc_info=errors)
             why = f"internal error: {errors.exceptions[0]!r}"
-        return self._condemned or why
+        return self.condemned or why
 
     async def _pump(self, engine: Engine) -> None:
         while True:
@@ -221,6 +225,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(self._times.report_s)
             watch.asked()
+            asked_s = asyncio.get_running_loop().time()
             try:
                 report, counters = await within(self._times.hang_s, engine.report())
                 watch.answered()
@@ -231,8 +236,8 @@ class Supervisor:
                 ) from None
             finally:
                 watch.stop()
-            self._listener.instance_reported(engine, report, counters)
+            self._listener.instance_reported(engine, report, counters, asked_s)
             deaf_reports = 0 if counters.listens else deaf_reports + 1
             if deaf_reports == DEAF_REPORTS:
-                engine.kill()
-                raise EngineError("its side channel is dead and stays so", instance_id=self.instance_id)
+                self.condemn(engine, DEAF)
+                raise EngineError(DEAF, instance_id=self.instance_id)

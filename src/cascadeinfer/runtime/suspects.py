@@ -6,7 +6,8 @@ started is taken away, if another instance can take it, and told to the policy w
 a migration has left there to be computed anew. What runs there stays: it goes on when the instance does, or elsewhere when it is killed.
 
 A request that the instance has not reported as running may be in the very step that makes it late. So that a long prompt does not wander for ever
-from instance to instance, a request is taken away at most `MAX_WITHDRAWALS` times.
+from instance to instance, a request is taken away at most `MAX_WITHDRAWALS` times, and not at all when it may be what the instance hangs at
+(`core/quarantine.py`).
 """
 
 import logging
@@ -18,6 +19,7 @@ from cascadeinfer.core.migration import Happening, State
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.runtime.fleet import Fleet
+from cascadeinfer.runtime.isolation import Isolation
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.streams import Stream, StreamTable
@@ -40,6 +42,7 @@ class Suspects:
         metrics: RuntimeMetrics,
         emit: Callable[[Event], None],
         performer: Performer,
+        isolation: Isolation,
     ) -> None:
         """
         Args:
@@ -48,12 +51,14 @@ class Suspects:
             metrics: Where suspicions and withdrawals are counted.
             emit: Hands the policy an event.
             performer: Stops a request on its instance, or ends its migration.
+            isolation: Remembers who was taken away, in case the instance is given up.
         """
         self._fleet = fleet
         self._streams = streams
         self._metrics = metrics
         self._emit = emit
         self._performer = performer
+        self._isolation = isolation
 
     def suspected(self, engine: Engine) -> None:
         """Its report is overdue, or still is: then there may be news of who can take what waits there."""
@@ -74,6 +79,7 @@ class Suspects:
         state = self._fleet[engine.instance_id]
         if state.engine is engine and state.suspect:
             state.suspect = False
+            self._isolation.instance_trusted(engine.instance_id)
             self._emit(InstanceTrusted(f"answers:{engine.instance_id}", engine.instance_id))
 
     def _withdraw(self, state: InstanceState) -> tuple[RequestId, ...]:
@@ -83,6 +89,7 @@ class Suspects:
         withdrawn = self._unstarted(state)
         for stream in withdrawn:
             stream.withdrawals += 1
+            self._isolation.taken_away(stream, state.instance_id)
             if stream.migration is None:
                 self._performer.abort(stream)
                 self._streams.displace(stream)
@@ -108,4 +115,5 @@ class Suspects:
             and not stream.started
             and stream.engine_request_id not in running
             and stream.withdrawals < MAX_WITHDRAWALS
+            and self._isolation.may_be_taken(stream)
         ]

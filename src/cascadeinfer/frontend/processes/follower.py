@@ -149,14 +149,24 @@ class Follower:
                 self._runtime.elastic.adopt(instance_id, self._make_engine(instance_id))
             elif instance_id in states:
                 states[instance_id].supervisor.restarts = news.restarts
+                if news.condemned is not None:
+                    self._condemn(instance_id, news.condemned)
                 if news.drain_ends_s is not None:
                     self._drain(instance_id, max(0.0, news.drain_ends_s - time.monotonic()))
         for instance_id in [i for i in states if i not in news_of]:
+            self._condemn(instance_id, "process 0 has removed it")
             self._drain(instance_id, 0.0)
 
     def _follow_layout(self) -> None:
         if self._runtime is not None and self._layout_news is not None:
             self._runtime.emit(LayoutAnnounced("layout", self._layout_news.layout()))
+
+    def _condemn(self, instance_id: InstanceId, why: str) -> None:
+        """Process 0 ends it: the death that this process is about to notice is nobody's fault. Once it has noticed, the news are of the past."""
+        assert self._runtime is not None
+        state = self._runtime.fleet[instance_id]
+        if state.engine is not None:
+            state.supervisor.condemn(state.engine, why)
 
     def _drain(self, instance_id: InstanceId, timeout_s: float) -> None:
         assert self._runtime is not None

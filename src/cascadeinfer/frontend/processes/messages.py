@@ -22,12 +22,14 @@ class InstanceNews(msgspec.Struct, frozen=True):
         attachment: What this follower needs to use it; None while it is not up.
         restarts: Times it was restarted.
         drain_ends_s: When the time is up that it has to hand its requests over; None when it does not drain.
+        condemned: Why it is restarted although no request has done anything to it; None if it is not.
     """
 
     instance_id: InstanceId
     attachment: Attachment | None
     restarts: int
     drain_ends_s: float | None
+    condemned: str | None = None
 
 
 class FleetNews(msgspec.Struct, frozen=True, tag=True):

@@ -325,7 +325,9 @@ class FrontEnds:
                 known = self._attachments[state.instance_id] = (engine, attachments_of(engine))
             attachment = known[1][index - 1]
         drain_ends_s = None if state.drain is None else state.drain.ends_s
-        return InstanceNews(state.instance_id, attachment, state.supervisor.restarts, drain_ends_s)
+        return InstanceNews(
+            state.instance_id, attachment, state.supervisor.restarts, drain_ends_s, state.supervisor.condemned
+        )
 
 
 async def _exit_of(process: BaseProcess) -> None:
