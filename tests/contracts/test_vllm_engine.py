@@ -22,7 +22,7 @@ from vllm.platforms import current_platform
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.engines.protocol import Engine, EngineRequest, Resume
 from cascadeinfer.engines.vllm.connector.cascade_connector import CascadeConnector
-from cascadeinfer.engines.vllm.segments import PREFIX, SHARED_MEMORY
+from cascadeinfer.engines.vllm.segments import SHARED_MEMORY, segments_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
@@ -214,15 +214,16 @@ async def test_a_worker_that_hangs_ends_with_its_engine(maker: VllmMaker, monkey
 async def test_a_killed_engine_leaves_no_shared_memory(maker: VllmMaker) -> None:
     """The queues between an EngineCore and its workers are removed with it, not at the server's end."""
     resource_tracker.ensure_running()  # spawned processes have this one too; forked ones would start their own
-    before = set(SHARED_MEMORY.glob(f"{PREFIX}*"))
+    before = segments_of(os.getpid())
     bed = await Bed.make(maker)
     try:
-        assert set(SHARED_MEMORY.glob(f"{PREFIX}*")) > before  # else this test sees nothing
+        used = segments_of(os.getpid()) - before
+        assert used  # else this test sees nothing
         bed.a.engine.kill()
         await asyncio.wait_for(bed.a.died.wait(), 30.0)
     finally:
         await bed.close()
-    assert set(SHARED_MEMORY.glob(f"{PREFIX}*")) <= before
+    assert not [name for name in used if (SHARED_MEMORY / name).exists()]
 
 
 async def test_a_port_that_is_taken_is_not_used(maker: VllmMaker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from server_process import QUICK_SERVER
 
 from cascadeinfer.cluster.local import free_port
 from cascadeinfer.cluster.runtime_folder import sweep
-from cascadeinfer.engines.vllm.segments import SHARED_MEMORY, _segments_of
+from cascadeinfer.engines.vllm.segments import SHARED_MEMORY, segments_of
 from conftest import QUICK_ENVIRONMENT
 
 pytestmark = pytest.mark.engine
@@ -63,7 +63,7 @@ class Start(NamedTuple):
 
     def segments(self) -> set[str]:
         """Names of the shared memory that its processes use."""
-        return {name for process in self.below() for name in _segments_of(process.pid)}
+        return {name for process in self.below() for name in segments_of(process.pid)}
 
     def marked(self) -> list[psutil.Process]:
         """Every process of the machine that this start has led to."""

@@ -18,7 +18,7 @@ PREFIX = "psm_"
 """Of the names that Python chooses."""
 
 
-def _segments_of(pid: int) -> set[str]:
+def segments_of(pid: int) -> set[str]:
     """Names of Python's shared memory that a process and those below it use. None of one that has ended, or that `/proc` does not show us."""
     names: set[str] = set()
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -42,7 +42,7 @@ class Segments:
         """While its processes live: what belonged to one that was killed cannot be told from anybody else's. None: nothing runs yet."""
         for process in getattr(manager, "processes", []):
             if process.is_alive():  # else its number may be another's by now
-                self._names.update(_segments_of(process.pid))
+                self._names.update(segments_of(process.pid))
 
     def remove(self) -> None:
         """Once its processes are gone: remove what is still there, so that the resource tracker need not."""
