@@ -27,5 +27,6 @@ def rules_of(options: ServeOptions) -> RequestRules:
         options.structured_max_parts,
         options.structured_max_alternatives,
         options.structured_max_regex,
+        options.structured_max_lengths,
     )
     return RequestRules(door, ContentLimits(options.client_kv_transfer_params == "ignore", schemas))

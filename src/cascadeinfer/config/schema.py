@@ -114,6 +114,12 @@ class ServeOptions:
     structured_max_regex: int = _option(
         4096, "Longest regular expression of a structured output, in characters.", low=1, high=1_000_000
     )
+    structured_max_lengths: int = _option(
+        32,
+        "Most different bounds of a text's length in a structured output: minLength with maxLength, counted repetitions.",
+        low=0,
+        high=1_000_000,
+    )
     event_log: str | None = _option(
         None,
         "Write every event and what was decided to this file, for `cascadeinfer replay`; ids and lengths only.",

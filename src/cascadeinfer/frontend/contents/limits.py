@@ -18,6 +18,8 @@ class SchemaLimits:
         max_parts: Schemas in all, each reference counted as what it refers to.
         max_alternatives: Values of `enum`, branches of `anyOf` and the like, choices, all together.
         max_regex_characters: Of one regular expression.
+        max_lengths: Different bounds of a text's length: pairs of `minLength` and `maxLength`, counted repetitions in regular expressions. GitHub's whole API has 22,
+            its operations 7 at most.
     """
 
     max_bytes: int = 512 << 10
@@ -25,6 +27,7 @@ class SchemaLimits:
     max_parts: int = 10_000
     max_alternatives: int = 5000
     max_regex_characters: int = 4096
+    max_lengths: int = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Whether a structured output is small enough to be compiled: measured before anyt
 Compiling a grammar takes what its *expanded* size says, not its text: a reference counts as what it refers to, every level of repetition in
 a regular expression multiplies. An engine compiles in a thread that nobody can stop, so a bomb outlives its client. Measured with xgrammar
 0.2 and a vocabulary of 128,000, one thread: an enum of 2,000 values 0.1 s, of 10,000 14 s; objects of four properties nested five deep
-(1,365 schemas) 0.3 s, seven deep (21,845) 19 s.
+(1,365 schemas) 0.3 s, seven deep (21,845) 19 s; a text of bounded length 4 to 8 s, and again for each different bound (8 of them 61 s).
 """
 
 import json
@@ -46,14 +46,14 @@ def check_structured_output(kind: str, value: Any, limits: SchemaLimits) -> None
     _hold("its text has", len(text.encode(errors="surrogatepass")), "bytes", limits.max_bytes, "--structured-max-kb")
     match kind:
         case "regex":
-            check_regex(text, limits)
+            _hold_lengths(measure_regex(text, limits), limits)
         case "choice":
             _hold("it has", len(value), "alternatives", limits.max_alternatives, "--structured-max-alternatives")
         case "grammar":
             _hold(
                 "it has", text.count("|") + 1, "alternatives", limits.max_alternatives, "--structured-max-alternatives"
             )
-            _check_repetitions(text)
+            _hold_lengths(_repetitions(text), limits)
         case "json" | "structural_tag":
             check_schema(_decoded(value), limits)
         case _:
@@ -70,15 +70,15 @@ def check_schema(schema: Any, limits: SchemaLimits) -> None:
     _Measure(schema, limits).check()
 
 
-def check_regex(pattern: str, limits: SchemaLimits) -> None:
+def measure_regex(pattern: str, limits: SchemaLimits) -> set[str]:
     """
-    Refuse a regular expression.
+    The counted repetitions in a regular expression: different ones, each with what it repeats.
 
     Raises:
         SchemaRefusedError: It is too long, or repeats too often.
     """
     _hold("a regular expression has", len(pattern), "characters", limits.max_regex_characters, "--structured-max-regex")
-    _check_repetitions(pattern)
+    return _repetitions(pattern)
 
 
 class _Measure:
@@ -90,11 +90,14 @@ class _Measure:
         self._parts_of: dict[str, int] = {}
         self._open: set[str] = set()
         self._alternatives = 0
+        #: Different bounds of a text's length: of strings, and in regular expressions.
+        self._lengths: set[str] = set()
 
     def check(self) -> None:
         """Raises SchemaRefusedError."""
         parts = self._parts(self._root, 0)
         _hold("it has", parts, "parts, references followed,", self._limits.max_parts, "--structured-max-parts")
+        _hold_lengths(self._lengths, self._limits)
 
     def _parts(self, node: Any, depth: int) -> int:
         """How many schemas this one is, itself included; no more than one beyond the limit is counted."""
@@ -104,6 +107,8 @@ class _Measure:
         if not isinstance(node, Mapping):
             return 0
         total = 1
+        if (bounds := (node.get("minLength"), node.get("maxLength"))) != (None, None):
+            self._lengths.add(repr(bounds))
         for name, value in node.items():
             total += self._parts_of_keyword(name, value, depth)
             if total > self._limits.max_parts:
@@ -122,13 +127,13 @@ class _Measure:
             )
         if isinstance(value, str):
             if name == "pattern":
-                check_regex(value, self._limits)
+                self._lengths |= measure_regex(value, self._limits)
             return self._parts_of_reference(value, depth) if name == "$ref" else 0
         if name in DEFINITIONS | VALUES or not isinstance(value, Mapping | Sequence):
             return 0  # definitions are counted where they are referred to; the text's size bounds the others
         if name == "patternProperties" and isinstance(value, Mapping):
             for pattern in value:
-                check_regex(str(pattern), self._limits)
+                self._lengths |= measure_regex(str(pattern), self._limits)
         if name in SCHEMA_MAPS and isinstance(value, Mapping):
             return sum(self._parts(part, depth + 1) for part in value.values())
         return self._parts(value, depth + 1)  # keywords that hold schemas, and whatever else may
@@ -156,34 +161,44 @@ def _resolved(root: Any, reference: str) -> Any:
     return node
 
 
-def _check_repetitions(pattern: str) -> None:
-    """Counted repetitions multiply along the nesting of groups; escapes and character classes are passed over."""
-    # One product per open group: the largest repetition of anything inside it.
-    open_groups, last, position = [1], 1, 0
+def _repetitions(pattern: str) -> set[str]:
+    """
+    Counted repetitions, each with what it repeats. They multiply along the nesting of groups; escapes and character classes are passed over.
+
+    Raises:
+        SchemaRefusedError: Something is repeated too often.
+    """
+    found = set()
+    # Per open group, where it begins and the largest repetition of anything inside it.
+    open_groups, last, position, atom = [[0, 1]], 1, 0, 0
     while position < len(pattern):
         character = pattern[position]
-        if character == "\\":
-            position, last = position + 2, 1
-            continue
-        if character == "[":
-            position, last = _end_of_class(pattern, position), 1
-            continue
-        if character == "(":
-            open_groups.append(1)
-        elif character == ")" and len(open_groups) > 1:
-            last = open_groups.pop()
-            open_groups[-1] = max(open_groups[-1], last)
-        elif character == "{" and (count := COUNT.match(pattern, position)) is not None:
+        if character == "{" and (count := COUNT.match(pattern, position)) is not None:
             times = max(int(number) for number in (count[1] or "1", count[2] or "1"))
             last *= max(1, times)
-            open_groups[-1] = max(open_groups[-1], last)
+            open_groups[-1][1] = max(open_groups[-1][1], last)
             if last > MAX_REPETITIONS:
                 raise SchemaRefusedError(f"it repeats a part up to {last:,} times; the limit is {MAX_REPETITIONS:,}")
             position = count.end()
+            found.add(pattern[atom:position])
             continue
-        else:
-            last = 1
-        position += 1
+        if character == ")" and len(open_groups) > 1:
+            atom, last = open_groups.pop()
+            open_groups[-1][1] = max(open_groups[-1][1], last)
+            position += 1
+            continue
+        atom, last = position, 1
+        if character == "(":
+            open_groups.append([position, 1])
+        position = _end_of_atom(pattern, position)
+    return found
+
+
+def _end_of_atom(pattern: str, start: int) -> int:
+    """The position after an escape, a character class or a character."""
+    if pattern[start] == "[":
+        return _end_of_class(pattern, start)
+    return start + (2 if pattern[start] == "\\" else 1)
 
 
 def _end_of_class(pattern: str, start: int) -> int:
@@ -207,3 +222,7 @@ def _decoded(value: Any) -> Any:
 def _hold(what: str, found: int, unit: str, limit: int, option: str) -> None:
     if found > limit:
         raise SchemaRefusedError(f"{what} {found:,} {unit}; the limit is {limit:,} ({option})")
+
+
+def _hold_lengths(lengths: set[str], limits: SchemaLimits) -> None:
+    _hold("it has", len(lengths), "different bounds of a length", limits.max_lengths, "--structured-max-lengths")
