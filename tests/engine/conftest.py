@@ -26,7 +26,6 @@ QUICK_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "OMP_NUM_THREADS": "1",
 }
-"""In these tests it is the test that kills, and no request."""
 FORK = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
 
 
