@@ -19,7 +19,12 @@ from cascadeinfer.frontend.door.door import Door
 from cascadeinfer.frontend.door.keys import Keys
 
 LIMITS = ConnectionLimits(
-    max_connections=8, head_timeout_s=30.0, body_timeout_s=30.0, max_head_bytes=2000, max_headers=20
+    max_connections=8,
+    head_timeout_s=30.0,
+    body_timeout_s=30.0,
+    max_head_bytes=2000,
+    max_headers=20,
+    send_timeout_s=30.0,
 )
 MAX_BODY_BYTES = 1000
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
@@ -58,20 +63,56 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
+class LargeApp:
+    """Answers with much, without reading the body."""
+
+    N_BYTES = 8 << 20
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG002 - ASGI's
+        """See ASGI."""
+        headers = [(b"content-length", str(self.N_BYTES).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": bytes(self.N_BYTES)})
+
+
+class PatientApp:
+    """Answers when the client has left."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG002 - ASGI's
+        """See ASGI."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
 @asynccontextmanager
-async def serving(limits: ConnectionLimits = LIMITS, app: EchoApp | None = None) -> AsyncIterator[tuple[str, int]]:
+async def running(
+    limits: ConnectionLimits = LIMITS, app: Any = None, keep_alive_s: float = 30.0
+) -> AsyncIterator[tuple[tuple[str, int], uvicorn.Server]]:
     """A server with these limits, on a port of the system's choice."""
     door = Door(app or EchoApp(), Keys(["key"], []), max_body_bytes=MAX_BODY_BYTES)
     listener = socket.create_server((LOOPBACK, 0))
-    config = uvicorn.Config(door, http=guarded(limits), lifespan="off", log_level="critical", timeout_keep_alive=30)
+    config = uvicorn.Config(
+        door,
+        http=guarded(limits),
+        lifespan="off",
+        log_level="critical",
+        timeout_keep_alive=keep_alive_s,  # type: ignore[arg-type]
+    )
     server = uvicorn.Server(config)
     task = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
         await until(lambda: server.started)
-        yield listener.getsockname()[:2]
+        yield listener.getsockname()[:2], server
     finally:
         server.should_exit = True
         await task
+
+
+@asynccontextmanager
+async def serving(limits: ConnectionLimits = LIMITS, app: Any = None) -> AsyncIterator[tuple[str, int]]:
+    """Where it listens."""
+    async with running(limits, app) as (address, _):
+        yield address
 
 
 async def answer(address: tuple[str, int], *parts: bytes) -> bytes:
@@ -223,3 +264,76 @@ async def _tried(address: tuple[str, int], parts: bytes) -> bytes:
         return await answer(address, parts)
     except ConnectionError:
         return b""
+
+
+UNAUTHORIZED = b"POST /admin/instances HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
+UNREAD = b"GET /ping HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
+
+
+@pytest.mark.parametrize("head", [UNAUTHORIZED, UNREAD], ids=["refused", "answered unread"])
+async def test_a_body_after_the_answer_keeps_nothing_open(head: bytes) -> None:
+    """The connection waits for the next request like any other, and no longer; a head that never ends is refused as ever."""
+    async with running(app=LargeApp(), keep_alive_s=0.3) as (address, _):
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(head)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"12345")
+        await reader.read()
+        writer.close()
+    async with running(app=LargeApp()) as (address, _):
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(head)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"12345")
+        writer.write(GET + b"X: ")
+        drained = asyncio.ensure_future(reader.read())
+        with pytest.raises(ConnectionError):
+            await _written_for_ever(writer)
+        drained.cancel()
+        await asyncio.gather(drained, return_exceptions=True)
+        writer.transport.abort()
+
+
+async def test_a_head_that_never_ends_while_another_request_is_answered() -> None:
+    """It is counted like the first one's."""
+    async with running(app=PatientApp()) as (address, _):
+        _, writer = await asyncio.open_connection(*address)
+        writer.write(GET + b"\r\n" + GET + b"X: ")
+        with pytest.raises(ConnectionError):
+            await _written_for_ever(writer)
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize("method", [b"GET", b"POST"])
+async def test_a_websocket_with_a_body_is_refused(method: bytes) -> None:
+    """Its handshake would never end."""
+    upgrade = (
+        b" /v1/realtime HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nContent-Length: 5\r\n\r\n"
+    )
+    async with serving() as address:
+        assert b" 400 " in await answer(address, method + upgrade, b"12345")
+
+
+@pytest.mark.parametrize("n_requests", [1, 100])
+async def test_an_answer_that_is_not_read_keeps_nothing_open(n_requests: int) -> None:
+    """A client that takes nothing is disconnected; one that takes a little now and then is not."""
+    async with running(replace(LIMITS, send_timeout_s=0.3), LargeApp()) as (address, server):
+        _, stalled = await asyncio.open_connection(*address, limit=1)
+        stalled.write((GET + b"\r\n") * n_requests)
+        await until(lambda: bool(server.server_state.connections))
+        await until(lambda: not server.server_state.connections)
+        stalled.transport.abort()
+
+
+async def test_an_answer_that_is_read_slowly_arrives() -> None:
+    """However many times the time-out it takes."""
+    async with running(replace(LIMITS, send_timeout_s=0.5), LargeApp()) as (address, _):
+        reader, writer = await asyncio.open_connection(*address, limit=1 << 16)
+        writer.write(GET + b"Connection: close\r\n\r\n")
+        n_bytes = 0
+        while part := await reader.read(1 << 19):
+            n_bytes += len(part)
+            await asyncio.sleep(0.02)
+        writer.close()
+    assert n_bytes > LargeApp.N_BYTES

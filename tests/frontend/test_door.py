@@ -214,6 +214,7 @@ def test_preflights_need_no_key_and_open_nothing() -> None:
     asks = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     assert client.options("/v1/completions", headers=asks).status_code == 299
     assert client.options("/v1/completions").status_code == 401
+    assert client.options("/v1/completions", headers={**asks, "X-Request-Id": "a b"}).status_code == 400
 
 
 def test_the_refusal_is_an_openai_error() -> None:

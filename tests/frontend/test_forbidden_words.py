@@ -21,7 +21,7 @@ from vllm.sampling_params import SamplingParams
 
 from cascadeinfer.frontend.contents.bodies import Bodies, needs_a_look
 from cascadeinfer.frontend.contents.limits import ContentLimits
-from cascadeinfer.frontend.contents.params import ContentRefusedError, checked_params
+from cascadeinfer.frontend.contents.params import ContentRefusedError, check_sendable, checked_params
 from cascadeinfer.frontend.contents.words import CONTAINERS, FORBIDDEN, forbidden_words, without_words
 
 TICKET = {"do_remote_prefill": True}
@@ -150,6 +150,17 @@ async def test_no_disguise_gets_through(disguise: Any) -> None:
     assert json.loads(answer)["error"]["param"] == "kv_transfer_params"
 
 
+@pytest.mark.parametrize("depth", [400, 700, 900, 990, 5000])
+@pytest.mark.parametrize("opening", ['{"extra_body":', "["])
+async def test_words_in_deep_nests_are_refused(depth: int, opening: str) -> None:
+    """Looking for them has a limit of its own; what is beyond it is no honest body, unless vLLM's decoder refuses it itself."""
+    body = opening * depth + json.dumps({"kv_transfer_params": TICKET}) + ("}" if "{" in opening else "]") * depth
+    status, server, _ = await sent(body.encode())
+    if status != 400:
+        with pytest.raises(RecursionError):
+            json.loads(server.bodies[0])
+
+
 async def test_ignored_words_do_not_reach_vllm() -> None:
     """With `ignore` the request is served as if they were not there, with the length that its body now has."""
     body = json.dumps(
@@ -217,3 +228,11 @@ def test_the_last_look_catches_every_api(word: str) -> None:
     ignoring = ContentLimits(ignores_words=True)
     assert checked_params(SamplingParams(extra_args={word: TICKET, "a": 1}), ignoring).extra_args == {"a": 1}
     assert checked_params(SamplingParams(extra_args={"a": 1}), limits).extra_args == {"a": 1}
+
+
+@pytest.mark.parametrize("name", ["x" * 257, "", "a b", "a\nb", 'a"b', "é"])
+def test_ids_that_bodies_choose_are_as_plain_as_the_header(name: str) -> None:
+    """They go into the same logs."""
+    with pytest.raises(ContentRefusedError, match="request_id"):
+        check_sendable(name, None)
+    check_sendable("chatcmpl-" + "x" * 128 + "-0", None)

@@ -20,6 +20,7 @@ def rules_of(options: ServeOptions) -> RequestRules:
         options.max_connections,
         options.header_timeout_s,
         options.body_timeout_s,
+        options.send_timeout_s,
     )
     schemas = SchemaLimits(
         options.structured_max_kb << 10,

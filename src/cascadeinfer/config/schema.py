@@ -93,6 +93,12 @@ class ServeOptions:
     body_timeout_s: float = _option(
         120.0, "Seconds in which the body of a request must have come.", low=0.1, high=86400.0
     )
+    send_timeout_s: float = _option(
+        120.0,
+        "Seconds after which a client that takes nothing of its answer is disconnected.",
+        low=0.1,
+        high=86400.0,
+    )
     client_kv_transfer_params: str = _option(
         "refuse",
         "What to do with a client's `kv_transfer_params`: refuse the request (HTTP 400), or serve it as if they were not there. "

@@ -50,16 +50,21 @@ class Bodies:
         if last["type"] == "http.disconnect":
             return
         if needs_a_look(body):
-            decoded = _decoded(body)
-            path = next(forbidden_words(decoded), None)
-            refusal = _tag_refusal(decoded, self._limits.schemas)
+            try:
+                decoded = _decoded(body)
+                path = next(forbidden_words(decoded), None)
+                refusal = _tag_refusal(decoded, self._limits.schemas)
+                kept = None if path is None else without_words(decoded)
+            except RecursionError:
+                await _refuse("body", "it is nested too deeply", scope, receive, send)
+                return
             if path is not None and not self._limits.ignores_words:
                 refusal = ".".join(path), f"{path[-1]} {WHY_REFUSED}"
             if refusal is not None:
                 await _refuse(*refusal, scope, receive, send)
                 return
             if path is not None:
-                body = json.dumps(without_words(decoded)).encode()
+                body = json.dumps(kept).encode()
                 scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
         await self._app(scope, _replay(body, receive), send)
 

@@ -1,5 +1,6 @@
 """What a request asks of the engine, as vLLM has understood it: the last look before it is handed over, whichever API it came by."""
 
+import re
 from typing import Any, Final
 
 from vllm.pooling_params import PoolingParams
@@ -13,6 +14,9 @@ from cascadeinfer.frontend.contents.words import FORBIDDEN, WHY_REFUSED
 UNSENDABLE: Final = (
     "a number in it is beyond 64 bits, or a text in it is not valid Unicode: it cannot be sent to an engine"
 )
+REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:@/+=~-]{1,256}")
+"""As of `X-Request-Id`, and room for what vLLM puts around it."""
+BAD_ID: Final = "request_id must be 1 to 128 letters, digits or characters of . _ : @ / + = ~ -"
 _ENCODER: Final = MsgpackEncoder()
 KINDS: Final = ("json", "regex", "choice", "grammar", "structural_tag")
 
@@ -41,8 +45,10 @@ def check_sendable(request_id: str, params: Any) -> None:
     Look at everything of a client's that goes to an engine, except its prompt: those ids are in the vocabulary.
 
     Raises:
-        ContentRefusedError: Something of it fits into no message.
+        ContentRefusedError: Something of it fits into no message, or its id, which a body may choose, into no log.
     """
+    if not REQUEST_ID.fullmatch(request_id):
+        raise ContentRefusedError(BAD_ID)
     try:
         _ENCODER.encode((request_id, params))
     except (OverflowError, UnicodeEncodeError) as error:

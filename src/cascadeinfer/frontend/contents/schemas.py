@@ -15,11 +15,18 @@ from typing import Any, Final
 from cascadeinfer.frontend.contents.limits import SchemaLimits
 
 MAX_REPETITIONS: Final = 20_000
-"""Repetitions inside repetitions multiply: `(a{1,200}){1,200}` has 40,000."""
-BRANCHES: Final = frozenset({"enum", "anyOf", "oneOf", "allOf", "prefixItems"})
+"""Repetitions inside repetitions multiply: `(a{1,200}){1,200}` has 40,000. Those side by side add up."""
+MAX_PATTERN_REPETITIONS: Final = 2000
+"""In all patterns of a JSON schema together: they are written out, in a time that grows with the square, by the front end too."""
+MAX_CHARACTERS: Final = 100_000
+"""Of all choices or enum values together."""
 SCHEMA_MAPS: Final = frozenset({"properties", "patternProperties", "dependentSchemas"})
 VALUES: Final = frozenset({"enum", "const", "default", "example", "examples", "required", "dependentRequired", "type"})
 DEFINITIONS: Final = frozenset({"$defs", "definitions"})
+NUMBERS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+ROOTS: Final = frozenset({"json_schema", "schema"})
+"""Of a structural tag: schemas of their own, which references in them point into."""
+LITERAL: Final = re.compile(r"""\[(?:\\.|[^\]\\])*\]|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""", re.DOTALL)
 COUNT: Final = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
 
 
@@ -46,14 +53,14 @@ def check_structured_output(kind: str, value: Any, limits: SchemaLimits) -> None
     _hold("its text has", len(text.encode(errors="surrogatepass")), "bytes", limits.max_bytes, "--structured-max-kb")
     match kind:
         case "regex":
-            _hold_lengths(measure_regex(text, limits), limits)
+            _hold_lengths(measure_regex(text, limits)[0], limits)
         case "choice":
-            _hold("it has", len(value), "alternatives", limits.max_alternatives, "--structured-max-alternatives")
+            _hold_alternatives(len(value), limits)
+            _hold_characters(sum(map(len, value)))
         case "grammar":
-            _hold(
-                "it has", text.count("|") + 1, "alternatives", limits.max_alternatives, "--structured-max-alternatives"
-            )
-            _hold_lengths(_repetitions(text), limits)
+            alternatives, lengths = measure_grammar(text)
+            _hold_alternatives(alternatives, limits)
+            _hold_lengths(lengths, limits)
         case "json" | "structural_tag":
             check_schema(_decoded(value), limits)
         case _:
@@ -70,15 +77,26 @@ def check_schema(schema: Any, limits: SchemaLimits) -> None:
     _Measure(schema, limits).check()
 
 
-def measure_regex(pattern: str, limits: SchemaLimits) -> set[str]:
+def measure_regex(pattern: str, limits: SchemaLimits) -> tuple[set[str], int]:
     """
-    The counted repetitions in a regular expression: different ones, each with what it repeats.
+    The counted repetitions in a regular expression: different ones, each with what it repeats, and how much they repeat in all.
 
     Raises:
         SchemaRefusedError: It is too long, or repeats too often.
     """
     _hold("a regular expression has", len(pattern), "characters", limits.max_regex_characters, "--structured-max-regex")
     return _repetitions(pattern)
+
+
+def measure_grammar(text: str) -> tuple[int, set[str]]:
+    """
+    Alternatives and counted repetitions in an EBNF grammar; what is in quotation marks is neither.
+
+    Raises:
+        SchemaRefusedError: Something is repeated too often.
+    """
+    bare = LITERAL.sub(lambda found: found[0] if found[0].startswith("[") else "a", text)
+    return bare.count("|") + 1, _repetitions(bare)[0]
 
 
 class _Measure:
@@ -92,12 +110,21 @@ class _Measure:
         self._alternatives = 0
         #: Different bounds of a text's length: of strings, and in regular expressions.
         self._lengths: set[str] = set()
+        self._repetitions: dict[str, int] = {}
+        self._ranges: set[str] = set()
+        self._characters = 0
 
     def check(self) -> None:
         """Raises SchemaRefusedError."""
         parts = self._parts(self._root, 0)
         _hold("it has", parts, "parts, references followed,", self._limits.max_parts, "--structured-max-parts")
         _hold_lengths(self._lengths, self._limits)
+        _hold_characters(self._characters)
+        repetitions = sum(self._repetitions.values())
+        if repetitions > MAX_PATTERN_REPETITIONS:
+            raise SchemaRefusedError(
+                f"its patterns repeat parts {repetitions:,} times; the limit is {MAX_PATTERN_REPETITIONS:,}"
+            )
 
     def _parts(self, node: Any, depth: int) -> int:
         """How many schemas this one is, itself included; no more than one beyond the limit is counted."""
@@ -109,6 +136,7 @@ class _Measure:
         total = 1
         if (bounds := (node.get("minLength"), node.get("maxLength"))) != (None, None):
             self._lengths.add(repr(bounds))
+        self._count_range(node)
         for name, value in node.items():
             total += self._parts_of_keyword(name, value, depth)
             if total > self._limits.max_parts:
@@ -116,27 +144,51 @@ class _Measure:
         return total
 
     def _parts_of_keyword(self, name: str, value: Any, depth: int) -> int:
-        if name in BRANCHES and isinstance(value, Sequence):
-            self._alternatives += len(value)
-            _hold(
-                "it has",
-                self._alternatives,
-                "alternatives",
-                self._limits.max_alternatives,
-                "--structured-max-alternatives",
-            )
+        if isinstance(value, Sequence) and not isinstance(value, str) and (name == "enum" or name not in VALUES):
+            self._count_alternatives(len(value))
+            self._characters += sum(len(part) for part in value if isinstance(part, str))
         if isinstance(value, str):
             if name == "pattern":
-                self._lengths |= measure_regex(value, self._limits)
+                self._count_pattern(value)
+            elif name == "grammar":
+                alternatives, lengths = measure_grammar(value)
+                self._count_alternatives(alternatives)
+                self._lengths |= lengths
             return self._parts_of_reference(value, depth) if name == "$ref" else 0
         if name in DEFINITIONS | VALUES or not isinstance(value, Mapping | Sequence):
             return 0  # definitions are counted where they are referred to; the text's size bounds the others
         if name == "patternProperties" and isinstance(value, Mapping):
             for pattern in value:
-                self._lengths |= measure_regex(str(pattern), self._limits)
+                self._count_pattern(str(pattern))
         if name in SCHEMA_MAPS and isinstance(value, Mapping):
             return sum(self._parts(part, depth + 1) for part in value.values())
+        if name in ROOTS and isinstance(value, Mapping):
+            return self._parts_of_root(value, depth)
         return self._parts(value, depth + 1)  # keywords that hold schemas, and whatever else may
+
+    def _parts_of_root(self, schema: Mapping[str, Any], depth: int) -> int:
+        """A schema inside a structural tag: its references are its own."""
+        outside = self._root, self._parts_of
+        self._root, self._parts_of = schema, {}
+        try:
+            return self._parts(schema, depth + 1)
+        finally:
+            self._root, self._parts_of = outside
+
+    def _count_alternatives(self, n: int) -> None:
+        self._alternatives += n
+        _hold_alternatives(self._alternatives, self._limits)
+
+    def _count_pattern(self, pattern: str) -> None:
+        lengths, self._repetitions[pattern] = measure_regex(pattern, self._limits)
+        self._lengths |= lengths
+
+    def _count_range(self, node: Mapping[str, Any]) -> None:
+        """A range of numbers becomes a regular expression with some branches for each digit."""
+        bounds = [node[name] for name in NUMBERS if isinstance(node.get(name), int | float)]
+        if bounds and (key := repr(bounds)) not in self._ranges:
+            self._ranges.add(key)
+            self._count_alternatives(sum(len(str(bound)) for bound in bounds))
 
     def _parts_of_reference(self, reference: str, depth: int) -> int:
         if reference in self._open:
@@ -161,37 +213,40 @@ def _resolved(root: Any, reference: str) -> Any:
     return node
 
 
-def _repetitions(pattern: str) -> set[str]:
+def _repetitions(pattern: str) -> tuple[set[str], int]:
     """
-    Counted repetitions, each with what it repeats. They multiply along the nesting of groups; escapes and character classes are passed over.
+    Counted repetitions, each with what it repeats, and how much they repeat in all: they add up side by side and multiply along the
+    nesting of groups. Escapes and character classes are passed over.
 
     Raises:
-        SchemaRefusedError: Something is repeated too often.
+        SchemaRefusedError: It is too much.
     """
     found = set()
-    # Per open group, where it begins and the largest repetition of anything inside it.
-    open_groups, last, position, atom = [[0, 1]], 1, 0, 0
+    # Per open group, where it begins and how much is repeated in it; the same of the last atom.
+    open_groups, atom, repeated, position = [[0, 0]], 0, 0, 0
     while position < len(pattern):
         character = pattern[position]
         if character == "{" and (count := COUNT.match(pattern, position)) is not None:
-            times = max(int(number) for number in (count[1] or "1", count[2] or "1"))
-            last *= max(1, times)
-            open_groups[-1][1] = max(open_groups[-1][1], last)
-            if last > MAX_REPETITIONS:
-                raise SchemaRefusedError(f"it repeats a part up to {last:,} times; the limit is {MAX_REPETITIONS:,}")
-            position = count.end()
+            times = max(int(number[:18] or 1) for number in (count[1] or "1", count[2] or "1"))
+            more = times * max(1, repeated)
+            open_groups[-1][1] += more - repeated
+            repeated, position = more, count.end()
             found.add(pattern[atom:position])
+            if open_groups[-1][1] > MAX_REPETITIONS:
+                raise SchemaRefusedError(
+                    f"it repeats parts {open_groups[-1][1]:,} times in all; the limit is {MAX_REPETITIONS:,}"
+                )
             continue
         if character == ")" and len(open_groups) > 1:
-            atom, last = open_groups.pop()
-            open_groups[-1][1] = max(open_groups[-1][1], last)
+            atom, repeated = open_groups.pop()
+            open_groups[-1][1] += repeated
             position += 1
             continue
-        atom, last = position, 1
+        atom, repeated = position, 0
         if character == "(":
-            open_groups.append([position, 1])
+            open_groups.append([position, 0])
         position = _end_of_atom(pattern, position)
-    return found
+    return found, sum(total for _, total in open_groups)
 
 
 def _end_of_atom(pattern: str, start: int) -> int:
@@ -222,6 +277,15 @@ def _decoded(value: Any) -> Any:
 def _hold(what: str, found: int, unit: str, limit: int, option: str) -> None:
     if found > limit:
         raise SchemaRefusedError(f"{what} {found:,} {unit}; the limit is {limit:,} ({option})")
+
+
+def _hold_alternatives(n: int, limits: SchemaLimits) -> None:
+    _hold("it has", n, "alternatives", limits.max_alternatives, "--structured-max-alternatives")
+
+
+def _hold_characters(n: int) -> None:
+    if n > MAX_CHARACTERS:
+        raise SchemaRefusedError(f"its choices or values have {n:,} characters; the limit is {MAX_CHARACTERS:,}")
 
 
 def _hold_lengths(lengths: set[str], limits: SchemaLimits) -> None:

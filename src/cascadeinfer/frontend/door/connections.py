@@ -1,8 +1,10 @@
 """
-Limits of a connection that uvicorn does not have: how many there are, how long and how large a head may be, how long a body may take.
+Limits of a connection that uvicorn does not have: how many there are, how long and how large a head may be, how long a body may take, how
+long an answer may go unread.
 
-A class for uvicorn's `http` option. A connection waits for a head, reads it, reads a body, and then belongs to its answer; the first three
-have a deadline. Between two requests uvicorn's own keep-alive time-out holds. A connection beyond the most that there may be is still served
+A class for uvicorn's `http` option. A connection waits for a head, reads it, reads a body, belongs to its answer, and waits for the next
+request. All but the answer have a deadline; while one is written, and after the connection has been closed, the client has to take something of it every
+now and then. A connection beyond the most that there may be is still served
 a probe or a scrape, so that a flood does not look like a death, and HTTP 503 otherwise.
 """
 
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar, Final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from cascadeinfer.frontend.door.routes import OPEN
 
@@ -31,6 +33,7 @@ class ConnectionLimits:
         body_timeout_s: From the end of the head to that of the body, while the server reads it.
         max_head_bytes: Of all header fields and the target together.
         max_headers: Header fields of a request.
+        send_timeout_s: A client that takes nothing of what is sent for so long is disconnected.
     """
 
     max_connections: int
@@ -38,6 +41,7 @@ class ConnectionLimits:
     body_timeout_s: float
     max_head_bytes: int
     max_headers: int
+    send_timeout_s: float
 
 
 class _Phase(enum.Enum):
@@ -63,6 +67,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._phase = _Phase.HEAD
         self._deadline: asyncio.TimerHandle | None = None
+        self._sending: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._undecided_bytes = 0
         self._is_surplus = False
@@ -81,6 +86,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         self._wait_for(_Phase.NEXT)
+        self._stop_watching()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -91,8 +97,9 @@ class GuardedProtocol(HttpToolsProtocol):
             self._wait_for(_Phase.HEAD, self.limits.head_timeout_s)
         self._undecided_bytes += len(data)
         super().data_received(data)
-        if self._phase in {_Phase.HEAD, _Phase.BODY} and self._undecided_bytes > self.limits.max_head_bytes:
+        if self._undecided_bytes > self.limits.max_head_bytes:
             # A field, a chunk's head or a trailer that does not end: the parser says nothing of it before it has kept all of it.
+            # Another request's head, while this one is answered, is no different.
             if self._phase is _Phase.HEAD:
                 self._end_with(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             else:
@@ -131,24 +138,49 @@ class GuardedProtocol(HttpToolsProtocol):
         """The body is complete."""
         self._undecided_bytes = 0
         self._wait_for(_Phase.ANSWER)
+        self._look_for_next()  # it may have been answered unread
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """The answer was sent."""
-        if self._phase is _Phase.ANSWER:
-            self._wait_for(_Phase.NEXT)
+        """An answer was written; those to pipelined requests may have to follow."""
+        self._look_for_next()
         super().on_response_complete()
+        if self.transport.is_closing():
+            self._watch_sending()
 
     def handle_websocket_upgrade(self) -> None:
-        """Another protocol takes over."""
+        """Another protocol takes over. It knows no bodies, and would wait for ever for what comes after one."""
         self._wait_for(_Phase.NEXT)
-        super().handle_websocket_upgrade()
+        has_body = any(
+            name == b"transfer-encoding" or (name == b"content-length" and value.strip() != b"0")
+            for name, value in self.headers
+        )
+        if has_body or self.scope["method"] != "GET":
+            self._end_with(HTTPStatus.BAD_REQUEST)
+        else:
+            super().handle_websocket_upgrade()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """No further request came."""
+        super().timeout_keep_alive_handler()
+        self._watch_sending()
+
+    def pause_writing(self) -> None:
+        """The client takes less than is sent."""
+        super().pause_writing()
+        self._watch_sending()
+
+    def resume_writing(self) -> None:
+        """It has taken some."""
+        self._stop_watching()
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """What came is no request, or its head is too large."""
         self._wait_for(_Phase.NEXT)
         if self._bad_status is HTTPStatus.BAD_REQUEST:
             super().send_400_response(msg)
+            self._watch_sending()
         else:
             self._end_with(self._bad_status)
 
@@ -166,6 +198,30 @@ class GuardedProtocol(HttpToolsProtocol):
         if timeout_s is not None:
             self._deadline = self.loop.call_later(timeout_s, self._overdue, timeout_s)
 
+    def _look_for_next(self) -> None:
+        """Whether all requests that have come are answered: uvicorn's keep-alive timer ends with any byte, also of a body that comes late."""
+        cycle: RequestResponseCycle | None = getattr(self, "cycle", None)  # None before the first request
+        if self._phase is _Phase.ANSWER and cycle is not None and cycle.response_complete:
+            self._wait_for(_Phase.NEXT, self.timeout_keep_alive)
+
+    def _watch_sending(self) -> None:
+        """From now on the client has to take something of what is unsent, until it has taken all of it or `_stop_watching`."""
+        if self._sending is None:
+            n_bytes = self.transport.get_write_buffer_size()
+            self._sending = self.loop.call_later(self.limits.send_timeout_s, self._look_at_sending, n_bytes)
+
+    def _look_at_sending(self, before_bytes: int) -> None:
+        self._sending = None
+        if self.transport.get_write_buffer_size() < before_bytes:
+            self._watch_sending()
+        elif before_bytes or self.transport.is_closing():
+            self.transport.abort()
+
+    def _stop_watching(self) -> None:
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
+
     def _overdue(self, timeout_s: float) -> None:
         if self._phase is _Phase.BODY and self.flow.read_paused:  # the server does not read on: not the client's fault
             self._wait_for(_Phase.BODY, timeout_s)
@@ -174,11 +230,13 @@ class GuardedProtocol(HttpToolsProtocol):
             self._end_with(HTTPStatus.REQUEST_TIMEOUT)
         else:
             self.transport.close()  # the app, which waits for the body, hears that the client is gone
+            self._watch_sending()
 
     def _end_with(self, status: HTTPStatus) -> None:
         head = f"HTTP/1.1 {int(status)} {status.phrase}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
         self.transport.write(head.encode())
         self.transport.close()
+        self._watch_sending()
 
 
 def guarded(limits: ConnectionLimits) -> type[GuardedProtocol]:

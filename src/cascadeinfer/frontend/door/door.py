@@ -70,19 +70,15 @@ class Door:
     def _refusal(self, scope: Scope) -> _Refusal | None:
         headers = scope["headers"]
         if _is_preflight(scope, headers):
-            return None
+            return _bad_request_id(headers)
         path = get_route_path({**scope, "root_path": self._root_path or scope.get("root_path", "")})
         access = access_of(path)
         if not self._keys.open(access, authorization := _header(headers, b"authorization") or b""):
             return self._closed(access, authorization)
         if path in IMPOSSIBLE:
             return _Refusal(HTTPStatus.NOT_IMPLEMENTED, f"{path} does not work here: {IMPOSSIBLE[path]}")
-        request_ids = [value for name, value in headers if name.lower() == b"x-request-id"]
-        if len(request_ids) > 1 or not all(REQUEST_ID.fullmatch(value) for value in request_ids):
-            return _Refusal(
-                HTTPStatus.BAD_REQUEST,
-                "X-Request-Id must be 1 to 128 letters, digits or characters of . _ : @ / + = ~ -",
-            )
+        if (bad_id := _bad_request_id(headers)) is not None:
+            return bad_id
         length = _header(headers, b"content-length")
         if length is not None and length.isdigit() and int(length[:20]) > self._max_body_bytes:
             return self._too_large()
@@ -130,6 +126,15 @@ class Door:
                 raise
         if not started and n_bytes > self._max_body_bytes:
             await _answer(send, self._too_large())
+
+
+def _bad_request_id(headers: Headers) -> _Refusal | None:
+    request_ids = [value for name, value in headers if name.lower() == b"x-request-id"]
+    if len(request_ids) <= 1 and all(REQUEST_ID.fullmatch(value) for value in request_ids):
+        return None
+    return _Refusal(
+        HTTPStatus.BAD_REQUEST, "X-Request-Id must be 1 to 128 letters, digits or characters of . _ : @ / + = ~ -"
+    )
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:

@@ -25,6 +25,7 @@ class DoorSettings:
         max_connections: Open at once in this process.
         head_timeout_s: For the head of a request.
         body_timeout_s: For its body.
+        send_timeout_s: For a client to take something of its answer.
     """
 
     admin_keys: tuple[str, ...]
@@ -32,6 +33,7 @@ class DoorSettings:
     max_connections: int
     head_timeout_s: float
     body_timeout_s: float
+    send_timeout_s: float
 
     def around(self, app: ASGIApp, args: Namespace) -> Door:
         """The door in front of an app."""
@@ -49,6 +51,7 @@ class DoorSettings:
                 self.body_timeout_s,
                 args.h11_max_incomplete_event_size,
                 args.h11_max_header_count,
+                self.send_timeout_s,
             )
         )
 
