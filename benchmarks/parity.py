@@ -49,11 +49,11 @@ if __name__ == "__main__":  # see client_overhead.py: the engines' processes imp
     from cascadeinfer.config.profiles import load_profile
     from cascadeinfer.config.schema import ServeOptions
     from cascadeinfer.core.cost.fit import StepSamples, predict_s
+    from cascadeinfer.core.cost.histogram import LengthHistogram
     from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
     from cascadeinfer.core.cost.learning import StepLearner
     from cascadeinfer.core.cost.profile import CostProfile
     from cascadeinfer.core.cost.samples import StepSample
-    from cascadeinfer.core.plan.histogram import LengthHistogram
     from cascadeinfer.core.plan.planner import capacity_rate
     from cascadeinfer.core.policies.round_robin import RoundRobin
     from cascadeinfer.sim.run import simulate

@@ -22,8 +22,8 @@ import numpy as np
 
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.traces import load_trace
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.profile import CostProfile
-from cascadeinfer.core.plan.histogram import LengthHistogram
 from cascadeinfer.core.plan.planner import Plan, capacity_rate, predict, solve
 from cascadeinfer.core.plan.problem import (
     DEFAULT_MARGIN,

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 import measuring
 from cascadeinfer.core.events import InstanceReport
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.round_robin import RoundRobin
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.policy import Policy

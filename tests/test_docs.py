@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from cascadeinfer.cli.main import main
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.events import MigrationOutcome, PinReason
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.pairs import BrokenPair

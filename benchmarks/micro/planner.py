@@ -19,8 +19,8 @@ import numpy as np
 
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.traces import load_trace
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.plan.dynamic_program import MAX_UNITS, stage_costs
-from cascadeinfer.core.plan.histogram import LengthHistogram
 from cascadeinfer.core.plan.planner import capacity_rate, solve
 from cascadeinfer.core.plan.problem import PlanProblem
 

@@ -19,7 +19,7 @@ import numpy as np
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policy import Policy

@@ -20,11 +20,11 @@ import numpy as np
 
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.traces import load_trace
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.profile import CostProfile
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event
-from cascadeinfer.core.plan.histogram import LengthHistogram
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.planner import plan
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policy import Policy

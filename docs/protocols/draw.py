@@ -8,9 +8,9 @@ name to the function that makes its text; a test compares each with the file.
 from collections.abc import Callable
 from pathlib import Path
 
-from cascadeinfer.core.balance.bidask import TRANSITIONS as ROUND_TRANSITIONS
-from cascadeinfer.core.balance.bidask import BidAskSettings, RoundEvent
-from cascadeinfer.core.balance.bidask import State as RoundState
+from cascadeinfer.core.bidask.rounds import TRANSITIONS as ROUND_TRANSITIONS
+from cascadeinfer.core.bidask.rounds import BidAskSettings, RoundEvent
+from cascadeinfer.core.bidask.rounds import State as RoundState
 from cascadeinfer.core.events import MigrationOutcome
 from cascadeinfer.core.migration import IGNORED, OUTCOMES, TRANSITIONS, Action, Happening, State
 
@@ -41,7 +41,7 @@ BIDASK_INTRO = """\
 
 An instance that has a request to give away finds a taker by itself: it *asks* a few instances, those with room *bid*, the best bid is
 *awarded*, and when the bidder *accepts* the [migration](migration.md) begins. Nobody sees more than its own instance, the layout and the
-messages sent to it. The table below is the whole protocol: it is `TRANSITIONS` in `src/cascadeinfer/core/balance/bidask.py`, and this
+messages sent to it. The table below is the whole protocol: it is `TRANSITIONS` in `src/cascadeinfer/core/bidask/rounds.py`, and this
 page is drawn from it (`python docs/protocols/draw.py`). `tests/scenarios/` has it in written conversations.
 
 The request decodes on at the asker until the migration cuts it: a full, busy or dead next stage costs it nothing. A round that came to

@@ -25,7 +25,7 @@ from cascadeinfer.config.rules import rules_of
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.cost.suitability import check_suits
 from cascadeinfer.core.migration import MigrationTimes
-from cascadeinfer.core.policies.evacuation import MAX_MIGRATIONS_PER_INSTANCE
+from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
 from cascadeinfer.engines.vllm.instance import VllmInstance

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cascadeinfer.config.options import flag_of
 from cascadeinfer.config.schema import ServeOptions, add_arguments, options_of
 from cascadeinfer.core.errors import ConfigError
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies import POLICIES
 
 STAGES_TOML = """

@@ -9,7 +9,7 @@ import pytest
 from zoo import greedy, random_prompt
 
 from cascadeinfer.core.events import InstanceJoined
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.observe.event_log import EventLog, header_of
 from cascadeinfer.observe.event_reader import open_log

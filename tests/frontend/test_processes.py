@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.protocol import EngineRequest

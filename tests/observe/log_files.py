@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event, RequestArrived
-from cascadeinfer.core.plan.layout import StageLayout
-from cascadeinfer.core.policies.replanning import PlanSettings
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.observe.event_log import Header, header_of, write_log_file

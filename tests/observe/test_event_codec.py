@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadeinfer.core.balance.bidask import BidAskSettings
-from cascadeinfer.core.balance.handover import HandoverRules
-from cascadeinfer.core.balance.messages import Ask
-from cascadeinfer.core.balance.refine import RefineSettings
+from cascadeinfer.core.adapt.boundaries import RefineSettings
+from cascadeinfer.core.adapt.replanning import PlanSettings
+from cascadeinfer.core.bidask.handover import HandoverRules
+from cascadeinfer.core.bidask.rounds import BidAskSettings
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.effects import Effect, SendMessage
 from cascadeinfer.core.events import Event
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.messages import Ask
 from cascadeinfer.core.plan.objective import SloAttainment
 from cascadeinfer.core.plan.problem import HandOverCost, ServiceFloor
 from cascadeinfer.core.policies import POLICIES
-from cascadeinfer.core.policies.replanning import PlanSettings
 from cascadeinfer.observe.event_codec import Wire, options_back, options_out, wire_of
 from support.event_values import EFFECTS, EVENTS
 

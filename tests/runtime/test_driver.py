@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 
 from runtime_cluster import Cluster, ScriptedPolicy
 
-from cascadeinfer.core.balance.messages import Ask
 from cascadeinfer.core.effects import Dispatch, Effect, SendMessage
 from cascadeinfer.core.events import Event, InstanceDraining, MessageReceived, RequestFinished, TimerFired
+from cascadeinfer.core.messages import Ask
 from cascadeinfer.runtime.driver import PolicyDriver
 from support.virtual_time import VirtualTimeLoop, virtual_time
 

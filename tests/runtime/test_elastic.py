@@ -9,8 +9,8 @@ from runtime_cluster import SUPERVISION, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import InstanceJoined, InstanceLost, PinReason
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.migration import State
-from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policies.static_stages import StaticStages

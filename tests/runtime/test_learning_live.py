@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from runtime_cluster import Cluster
 
+from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.cost.learning import LearningSettings
 from cascadeinfer.core.effects import PublishLayout
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.cascade import Cascade
-from cascadeinfer.core.policies.replanning import PlanSettings
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.simulated.model import SimulatedTimes
 from support.virtual_time import virtual_time

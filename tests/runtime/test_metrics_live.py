@@ -6,7 +6,7 @@ import pytest
 from runtime_cluster import CAPACITY, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.effects import PublishLayout
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from support.virtual_time import virtual_time
 
 GAUGES = ("up", "running", "waiting", "kv_usage", "kv_pulls", "failed_pulls", "pinned", "restarts")

@@ -7,7 +7,7 @@ import pytest
 from runtime_cluster import CAPACITY, Client, Cluster
 
 from cascadeinfer.core.errors import RequestRejectedError
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.engines.simulated import SimulatedTimes
 from support.virtual_time import virtual_time

@@ -19,7 +19,7 @@ from runtime_cluster import Cluster
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.effects import Dispatch, Effect, StartMigration
 from cascadeinfer.core.events import Event, MigrationEnded, MigrationOutcome
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 from cascadeinfer.engines.simulated import SimulatedTimes

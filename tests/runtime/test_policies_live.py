@@ -9,7 +9,7 @@ from runtime_cluster import MANY_DEATHS, MIGRATION, Cluster, ScriptedPolicy
 from cascadeinfer.core.effects import Dispatch, Effect, MigrationReason, Reject, StartMigration
 from cascadeinfer.core.errors import RequestRejectedError
 from cascadeinfer.core.events import Event, MigrationEnded, PinReason, RequestArrived, RequestFinished
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.static_stages import MAX_MIGRATIONS_PER_INSTANCE, StaticStages
 from cascadeinfer.core.policy import Policy

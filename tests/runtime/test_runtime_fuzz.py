@@ -16,8 +16,8 @@ from runtime_cluster import CAPACITY, MANY_DEATHS, SUPERVISION, TIMES, Client, C
 from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
 from cascadeinfer.core.errors import ScalingRefusedError
 from cascadeinfer.core.events import Event, InstanceReported
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.migration import MigrationTimes
-from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.engines.simulated import SimulatedEngine

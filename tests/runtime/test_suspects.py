@@ -9,7 +9,7 @@ from runtime_cluster import SUPERVISION, TIMES, Client, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.events import InstanceSuspected, InstanceTrusted, PinReason
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policies.least_loaded import LeastLoaded

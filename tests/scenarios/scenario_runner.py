@@ -22,10 +22,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascadeinfer.core.balance.messages import Accept, Advert, Ask, Award, BalanceMessage, Bid, Decline, Withdraw
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import MigrationOutcome, PinReason
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.messages import Accept, Advert, Ask, Award, BalanceMessage, Bid, Decline, Withdraw
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.types import InstanceCapacity
 from support.policy_world import World

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from cascadeinfer.core.balance.messages import Ask
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.effects import Effect, MigrationReason, SendMessage, StartMigration
 from cascadeinfer.core.events import Event, InstanceReported, MessageReceived, MigrationEnded, TimerFired
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.messages import Ask
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.policies.round_robin import RoundRobin

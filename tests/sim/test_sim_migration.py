@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sim_builders import ROUND_MODEL, MoveOnce, config, policy_named, same, tight
 
 from cascadeinfer.core.events import InstanceLost, RequestFinished
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.migration import MigrationTimes
-from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.sim.faults import Crash, Disconnect, Drain, FaultPlan, LateJoin

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 
 NAMES = st.text(max_size=12)
 

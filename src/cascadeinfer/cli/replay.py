@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from cascadeinfer.core.plan.layout import StageLayout
+    from cascadeinfer.core.layout import StageLayout
     from cascadeinfer.observe.event_reader import LoggedEvent, LogReader
     from cascadeinfer.observe.log_summary import LogSummary
     from cascadeinfer.observe.replay import Difference

@@ -5,14 +5,14 @@ from typing import Any
 
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.schema import ServeOptions
+from cascadeinfer.core.adapt.replanning import ModelPlanner, PlanSettings
+from cascadeinfer.core.cost.histogram import DEFAULT_MAX_TOKENS, LengthHistogram
 from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
 from cascadeinfer.core.cost.learning import LearningSettings, StepLearner
 from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.errors import ConfigError
-from cascadeinfer.core.plan.histogram import DEFAULT_MAX_TOKENS, LengthHistogram
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.problem import HandOverCost
-from cascadeinfer.core.policies.replanning import ModelPlanner, PlanSettings
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity

@@ -13,7 +13,7 @@ from pathlib import Path
 from cascadeinfer.config.options import add_options, check_bounds, options_from
 from cascadeinfer.config.options import option as _option
 from cascadeinfer.core.errors import ConfigError, PlanError
-from cascadeinfer.core.plan.layout import Stage, StageLayout
+from cascadeinfer.core.layout import Stage, StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.types import InstanceId, LengthRange
 

@@ -10,9 +10,9 @@ import enum
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from cascadeinfer.core.balance.messages import BalanceMessage
 from cascadeinfer.core.events import MigrationEnded, MigrationOutcome
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.messages import BalanceMessage
 from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
 
 

@@ -13,9 +13,9 @@ import enum
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from cascadeinfer.core.balance.messages import BalanceMessage
 from cascadeinfer.core.cost.samples import StepSample
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.messages import BalanceMessage
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.evaluation.provenance import own_commit

@@ -14,9 +14,9 @@ from typing import Final
 
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.traces import load_trace
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.profile import CostProfile
 from cascadeinfer.core.errors import ConfigError, PlanError
-from cascadeinfer.core.plan.histogram import LengthHistogram
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
 from cascadeinfer.core.plan.planner import Plan, capacity_rate, solve
 from cascadeinfer.core.plan.problem import DEFAULT_MARGIN, HandOverCost, PlanProblem

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
+from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.core.policies import POLICIES
-from cascadeinfer.core.policies.replanning import PlanSettings
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.evaluation.setting import Setting
 from cascadeinfer.sim.settings import instance_ids

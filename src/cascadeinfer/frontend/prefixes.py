@@ -1,5 +1,5 @@
 """
-Hashes of a prompt's beginnings, by which a policy sees that two prompts start alike (`core/policies/affinity.py`, `prefix_aware.py`).
+Hashes of a prompt's beginnings, by which a policy sees that two prompts start alike (`core/placing/affinity.py`, `prefix_aware.py`).
 
 They are not vLLM's block hashes, which its engines compute for themselves, but coarser and cheaper ones: a shared beginning of less than
 `PREFIX_BLOCK_TOKENS` is not worth a detour. Each covers all blocks before it, so equal hashes mean equal beginnings, up to accidents that cost one

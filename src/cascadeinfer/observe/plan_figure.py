@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cascadeinfer.core.plan.histogram import Column
+from cascadeinfer.core.cost.histogram import Column
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.observe.figures import grid_figure, logarithmic, style_of
 

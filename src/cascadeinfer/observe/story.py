@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from cascadeinfer.core.balance.messages import Accept, Advert, Ask, Award, Bid, Decline, Withdraw
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.errors import EventLogError
 from cascadeinfer.core.events import (
@@ -16,7 +15,8 @@ from cascadeinfer.core.events import (
     RequestArrived,
     RequestFinished,
 )
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.messages import Accept, Advert, Ask, Award, Bid, Decline, Withdraw
 from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, RequestId
 from cascadeinfer.observe.event_reader import Gap, LogReader
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from cascadeinfer.core.errors import EngineError
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.runtime.metrics import InstanceGauges

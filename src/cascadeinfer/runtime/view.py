@@ -8,7 +8,7 @@ from typing import Any
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine, EngineCounters
 from cascadeinfer.runtime.metrics import InstanceGauges

@@ -29,8 +29,8 @@ from cascadeinfer.core.events import (
     RequestFinished,
     TimerFired,
 )
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.migration import Happening
-from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.sim.fleet import Fleet

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascadeinfer.core.events import InstanceReport, MigrationOutcome
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.observe.records import FloatColumn, InstanceSamples, IntColumn, MigrationRecords, RequestRecords
 from cascadeinfer.sim.instance import SimInstance

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from cascadeinfer.core.errors import ConfigError, TraceError
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.observe.records import InstanceSamples, MigrationRecords, RequestRecords
 from cascadeinfer.sim.checkers import Checker

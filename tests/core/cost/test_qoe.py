@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
 from cascadeinfer.core.cost.qoe import StageService
 from cascadeinfer.core.cost.steady_state import longest_in_batch
-from cascadeinfer.core.plan.histogram import LengthHistogram
 from cascadeinfer.core.plan.problem import HandOverCost, PlanProblem, ServiceFloor
 from cascadeinfer.core.types import InstanceCapacity
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.plan import dynamic_program, planner
 from cascadeinfer.core.plan.dynamic_program import best_partitions, stage_costs
-from cascadeinfer.core.plan.histogram import LengthHistogram
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective, SloAttainment, WeightedLatency
 from cascadeinfer.core.plan.problem import PlanProblem
 from cascadeinfer.core.types import InstanceCapacity

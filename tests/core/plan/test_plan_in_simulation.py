@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.plan.histogram import LengthHistogram
 from cascadeinfer.core.plan.planner import capacity_rate, plan
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.policies.static_stages import StaticStages

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.errors import PlanError
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.explain import explain
-from cascadeinfer.core.plan.histogram import LengthHistogram
-from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, SloAttainment, WeightedLatency
 from cascadeinfer.core.plan.planner import Plan, capacity_rate, plan, predict
 from cascadeinfer.core.plan.problem import HandOverCost, PlanProblem, ServiceFloor

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.plan.histogram import LengthHistogram
 from cascadeinfer.core.plan.problem import PlanProblem
 from cascadeinfer.core.plan.refinement import improve
 from cascadeinfer.core.types import InstanceCapacity

@@ -18,11 +18,11 @@ from cascadeinfer.core.events import (
     PinReason,
     RequestArrived,
 )
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.placing.prefix_index import PrefixIndex
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.policies.llumnix import Llumnix
 from cascadeinfer.core.policies.prefix_aware import PrefixAware
-from cascadeinfer.core.policies.prefix_index import PrefixIndex
 from cascadeinfer.core.policies.round_robin import RoundRobin
 from cascadeinfer.core.policies.static_length import StaticLength
 from cascadeinfer.core.policies.static_stages import StaticStages

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cascadeinfer.core.adapt.replanning import ModelPlanner, PlanSettings, Replanner
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
 from cascadeinfer.core.cost.learning import LearningSettings
 from cascadeinfer.core.cost.samples import StepSample
@@ -19,11 +21,9 @@ from cascadeinfer.core.events import (
     SeenLive,
     WorkloadSeen,
 )
-from cascadeinfer.core.plan.histogram import LengthHistogram
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.problem import ServiceFloor
 from cascadeinfer.core.policies.cascade import Cascade
-from cascadeinfer.core.policies.replanning import ModelPlanner, PlanSettings, Replanner
 from cascadeinfer.core.types import InstanceCapacity
 from support.policy_world import LARGE, World
 

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cascadeinfer.core.adapt.replanning import PlanSettings
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.events import MigrationEnded, MigrationOutcome, PinReason, RequestFinished, TimerFired
-from cascadeinfer.core.plan.histogram import LengthHistogram
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.cascade import Cascade
-from cascadeinfer.core.policies.replanning import PlanSettings
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity
 from support.policy_world import SMALL, World

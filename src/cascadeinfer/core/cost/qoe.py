@@ -15,10 +15,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from cascadeinfer.core.cost.histogram import Column
 from cascadeinfer.core.cost.latency import step_time_s
 from cascadeinfer.core.cost.queues import FEW, PrefillQueue, ServiceLimits, memory_wait_s, prefill_queue, surge
 from cascadeinfer.core.cost.steady_state import StageLoad, decode_step_s, prefill_per_token_s, solve_step_s
-from cascadeinfer.core.plan.histogram import Column
 
 DEMAND_ROWS: Final = 9
 """Rows of a stage table that hold the plain demand: `Column.STEPS` to `Column.LAST_STEPS` in order."""

@@ -19,8 +19,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from cascadeinfer.core.cost.histogram import Column
 from cascadeinfer.core.cost.steady_state import StageLoad, meets_decode
-from cascadeinfer.core.plan.histogram import Column
 
 FEW: Final = 1e-12
 """Starts per request below which there are none: what rounding leaves of a difference of prefix sums."""

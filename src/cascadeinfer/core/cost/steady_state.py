@@ -18,8 +18,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from cascadeinfer.core.cost.histogram import Column
 from cascadeinfer.core.cost.latency import step_time_s
-from cascadeinfer.core.plan.histogram import Column
 
 _QUANTILES: Final = (1.0 / 6.0, 0.5, 5.0 / 6.0)
 """Of the longest length in a batch; each stands for a third of the steps."""

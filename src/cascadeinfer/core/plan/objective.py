@@ -12,9 +12,9 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cascadeinfer.core.cost.histogram import Column, LengthHistogram
 from cascadeinfer.core.cost.qoe import DEMAND_ROWS, TABLE_ROWS, ObjectiveTerms
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.plan.histogram import Column, LengthHistogram
 
 Rows = NDArray[np.float64]
 

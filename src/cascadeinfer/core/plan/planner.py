@@ -13,12 +13,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from cascadeinfer.core.cost.histogram import Column, LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.cost.qoe import StageService
 from cascadeinfer.core.errors import PlanError
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.dynamic_program import MAX_UNITS, best_partitions, stage_costs
-from cascadeinfer.core.plan.histogram import Column, LengthHistogram
-from cascadeinfer.core.plan.layout import StageLayout
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
 from cascadeinfer.core.plan.problem import (
     DEFAULT_MARGIN,

@@ -11,12 +11,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from cascadeinfer.core.cost.histogram import Column, LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.cost.qoe import ObjectiveTerms, StageService, stage_service
 from cascadeinfer.core.cost.queues import ServiceLimits
 from cascadeinfer.core.cost.steady_state import longest_in_batch
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.plan.histogram import Column, LengthHistogram
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective, stage_table
 from cascadeinfer.core.types import InstanceCapacity
 

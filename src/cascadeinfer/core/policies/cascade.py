@@ -1,10 +1,10 @@
 """
 CascadeInfer: length stages that plan themselves, hand-over by bid-ask, boundaries that follow the workload.
 
-What happens to a request: it is dispatched to the stage of its prompt length, the cheapest instance inside (`core/dispatch.py`);
+What happens to a request: it is dispatched to the stage of its prompt length, the cheapest instance inside (`core/placing/dispatch.py`);
 when nobody there has room, to the nearest stage with room, the longer one first. Where the beginning of its prompt is cached it goes instead
-when that is worth more (`core/policies/affinity.py`). As it grows its instance's agent hands it over to the
-next stage (`core/balance`), or moves it inside the stage when the instance is overloaded, or anywhere when it drains. Every `RefineSettings.interval_s`
+when that is worth more (`core/placing/affinity.py`). As it grows its instance's agent hands it over to the
+next stage (`core/bidask`), or moves it inside the stage when the instance is overloaded, or anywhere when it drains. Every `RefineSettings.interval_s`
 neighbouring stages move their boundary; every `PlanSettings.interval_s` the planner looks for a better layout. With one stage this is
 load balancing by price and, between overloaded and idle instances, by migration.
 
@@ -12,7 +12,7 @@ When the layout changes nothing is moved at once: requests that are now too long
 others, at most `max_migrations` per instance at a time; those that are too short stay.
 
 Overload: with `max_queued` set, requests that fit nowhere wait here, by priority and then arrival, at most so many; of more the one that would
-run last is refused, with the time that the queue takes to drain (`core/admission.py`). Without it the engines queue, as with every other policy.
+run last is refused, with the time that the queue takes to drain (`core/placing/admission.py`). Without it the engines queue, as with every other policy.
 
 Inputs read: reports, messages, the cost model when there is one. Source: arXiv 2512.19179. Options for ablations: `refine`, `rebalance`,
 `replan`, `migrate`, `affinity`.
@@ -21,15 +21,14 @@ Inputs read: reports, messages, the cost model when there is one. Source: arXiv 
 from functools import partial
 from heapq import heappop, heappush
 
-from cascadeinfer.core.admission import DrainRate, to_refuse
-from cascadeinfer.core.balance.agent import Agent
-from cascadeinfer.core.balance.bidask import NEVER, BidAskSettings, Outbox
-from cascadeinfer.core.balance.handover import HandoverRules
-from cascadeinfer.core.balance.refine import RefineSettings
-from cascadeinfer.core.balance.roster import Roster
+from cascadeinfer.core.adapt.adaptation import Adaptation
+from cascadeinfer.core.adapt.boundaries import RefineSettings
+from cascadeinfer.core.adapt.replanning import Planner, PlanSettings
+from cascadeinfer.core.bidask.agent import Agent
+from cascadeinfer.core.bidask.handover import HandoverRules
+from cascadeinfer.core.bidask.rounds import NEVER, BidAskSettings, Outbox
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.cost.learning import LearningSettings, StepLearner
-from cascadeinfer.core.dispatch import TYPICAL_OUTPUT_TOKENS, cheapest, cheapest_with_room, pricing_of
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import (
     Event,
@@ -48,10 +47,11 @@ from cascadeinfer.core.events import (
     TimerFired,
     WorkloadSeen,
 )
-from cascadeinfer.core.plan.layout import StageLayout
-from cascadeinfer.core.policies.adaptation import Adaptation
-from cascadeinfer.core.policies.affinity import PrefixAffinity
-from cascadeinfer.core.policies.replanning import Planner, PlanSettings
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.placing.admission import DrainRate, to_refuse
+from cascadeinfer.core.placing.affinity import PrefixAffinity
+from cascadeinfer.core.placing.dispatch import TYPICAL_OUTPUT_TOKENS, cheapest, cheapest_with_room, pricing_of
+from cascadeinfer.core.roster import Roster
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
 

@@ -1,13 +1,13 @@
 """
 Least loaded: each new request goes to the instance with the lowest load, by KV tokens and batch slots.
 
-Formula: `max(kv tokens / capacity, requests / max_num_seqs)`, see `core/dispatch.py`. Inputs read: reports, corrected by what was
+Formula: `max(kv tokens / capacity, requests / max_num_seqs)`, see `core/placing/dispatch.py`. Inputs read: reports, corrected by what was
 placed since. Edge case: when nothing has room, the least loaded queues the request.
 """
 
 from collections.abc import Sequence
 
-from cascadeinfer.core.dispatch import pick
+from cascadeinfer.core.placing.dispatch import pick
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.view import InstanceView, RequestView
 

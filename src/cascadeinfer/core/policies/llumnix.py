@@ -17,7 +17,7 @@ improvement condition, request policy `SR` (shortest running), threshold 3 block
 import math
 from collections.abc import Sequence
 
-from cascadeinfer.core.balance.handover import HandoverRules, movable
+from cascadeinfer.core.bidask.handover import HandoverRules, movable
 from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
 from cascadeinfer.core.events import Event, InstanceReported, MigrationEnded, MigrationOutcome, RequestFinished
 from cascadeinfer.core.policies.placing import PlacingPolicy

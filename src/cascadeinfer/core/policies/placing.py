@@ -20,7 +20,7 @@ from cascadeinfer.core.events import (
     InstanceTrusted,
     RequestArrived,
 )
-from cascadeinfer.core.policies.evacuation import Evacuation
+from cascadeinfer.core.placing.evacuation import Evacuation
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
 
 

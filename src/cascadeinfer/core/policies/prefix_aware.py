@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event, InstanceLost
+from cascadeinfer.core.placing.prefix_index import PrefixIndex
 from cascadeinfer.core.policies.placing import PlacingPolicy
-from cascadeinfer.core.policies.prefix_index import PrefixIndex
 from cascadeinfer.core.view import InstanceView, RequestView
 
 

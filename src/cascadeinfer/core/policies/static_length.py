@@ -1,7 +1,7 @@
 """
 Fixed buckets by prompt length, no migration: what people do by hand with two pools and a router rule.
 
-Formula: the bucket of the prompt length; inside it the least loaded instance with room (`core/dispatch.py`), or the least loaded. Requests stay
+Formula: the bucket of the prompt length; inside it the least loaded instance with room (`core/placing/dispatch.py`), or the least loaded. Requests stay
 where they were placed, however long they grow.
 
 Inputs read: reports, the buckets. Edge cases: a bucket without instances is served by the nearest bucket that has any, the shorter
@@ -11,9 +11,9 @@ bucket that has fewest instances for its share when it joins. Source: e.g. llm-d
 
 from collections.abc import Sequence
 
-from cascadeinfer.core.dispatch import pick
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.placing.dispatch import pick
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.view import InstanceView, RequestView
 

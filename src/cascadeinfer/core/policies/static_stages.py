@@ -6,14 +6,12 @@ to the stage of its length as soon as an instance there has room; until then it 
 after `retry_s`. At most `max_migrations` per instance at once, either way (paper: 3).
 
 Inputs read: reports (lengths, load), the layout. Edge cases: who serves a stage whose instances are all gone or draining, and which stage
-takes an instance that the configuration does not name, is the same as for the cascade (`core/balance/roster.py`); a request is not worth a
+takes an instance that the configuration does not name, is the same as for the cascade (`core/roster.py`); a request is not worth a
 move when it has fewer than `min_remaining_tokens` to go; a pinned request stays. Source: arXiv 2512.19179, with fixed ranges.
 """
 
 from collections.abc import Sequence
 
-from cascadeinfer.core.balance.roster import Roster
-from cascadeinfer.core.dispatch import has_room, least_loaded, pick
 from cascadeinfer.core.effects import Effect, MigrationReason, PublishLayout, StartMigration
 from cascadeinfer.core.events import (
     Event,
@@ -26,9 +24,11 @@ from cascadeinfer.core.events import (
     MigrationOutcome,
     RequestFinished,
 )
-from cascadeinfer.core.plan.layout import StageLayout
-from cascadeinfer.core.policies.evacuation import MAX_MIGRATIONS_PER_INSTANCE
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.placing.dispatch import has_room, least_loaded, pick
+from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.policies.placing import PlacingPolicy
+from cascadeinfer.core.roster import Roster
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.core.view import InstanceView, RequestView
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.attachment import Attachment
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadeinfer.core.balance.survival import OutputSurvival
+from cascadeinfer.core.adapt.survival import OutputSurvival
 
 LEVELS = (0.25, 0.5, 0.75)
 

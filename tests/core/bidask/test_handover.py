@@ -2,7 +2,7 @@
 
 import pytest
 
-from cascadeinfer.core.balance.handover import HandoverRules, may_move, movable, outgrown
+from cascadeinfer.core.bidask.handover import HandoverRules, may_move, movable, outgrown
 from cascadeinfer.core.effects import Dispatch, MigrationReason, StartMigration
 from cascadeinfer.core.events import InstanceJoined, InstanceReport, InstanceReported, PinReason, RequestArrived
 from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceCapacity

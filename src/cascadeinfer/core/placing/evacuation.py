@@ -6,10 +6,10 @@ Running requests go to the least loaded instance with room, the longest first (i
 A request whose move failed is tried again after `retry_s`.
 """
 
-from cascadeinfer.core.balance.handover import HandoverRules, movable
-from cascadeinfer.core.dispatch import has_room, least_loaded
+from cascadeinfer.core.bidask.handover import HandoverRules, movable
 from cascadeinfer.core.effects import MigrationReason, StartMigration
 from cascadeinfer.core.events import Event, MigrationEnded, MigrationOutcome, RequestFinished
+from cascadeinfer.core.placing.dispatch import has_room, least_loaded
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.core.view import ClusterView, InstanceView
 

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.placing.prefix_index import PrefixIndex
 from cascadeinfer.core.policies.cascade import Cascade
-from cascadeinfer.core.policies.prefix_index import PrefixIndex
 from support.policy_world import LARGE, World
 
 MODEL = StepModel(

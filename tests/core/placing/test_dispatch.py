@@ -4,9 +4,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.dispatch import cheapest, cheapest_with_room, has_room, least_loaded, load_of, pick, pricing_of
 from cascadeinfer.core.effects import Dispatch
 from cascadeinfer.core.events import InstanceDraining, InstanceJoined, RequestArrived
+from cascadeinfer.core.placing.dispatch import (
+    cheapest,
+    cheapest_with_room,
+    has_room,
+    least_loaded,
+    load_of,
+    pick,
+    pricing_of,
+)
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import ClusterView
 

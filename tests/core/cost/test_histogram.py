@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cascadeinfer.core.cost.histogram import Column, HistogramBuilder, LengthHistogram, log_edges
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.plan.histogram import Column, HistogramBuilder, LengthHistogram, log_edges
 from cascadeinfer.core.types import LengthRange
 
 requests = st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 400)), min_size=1, max_size=12)

@@ -8,9 +8,9 @@ win one place. The award looks again, because requests have grown and arrived me
 from collections.abc import Callable
 from typing import Final
 
-from cascadeinfer.core.balance.bidask import NEVER, BidAskSettings, Outbox, Round, RoundEvent, State
-from cascadeinfer.core.balance.messages import Accept, Ask, Award, Bid, Decline, Withdraw
+from cascadeinfer.core.bidask.rounds import NEVER, BidAskSettings, Outbox, Round, RoundEvent, State
 from cascadeinfer.core.effects import MigrationReason
+from cascadeinfer.core.messages import Accept, Ask, Award, Bid, Decline, Withdraw
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import InstanceView
 

@@ -1,10 +1,10 @@
 """What an instance's agent answers when its instance does not."""
 
-from cascadeinfer.core.balance.bidask import BidAskSettings, Outbox
-from cascadeinfer.core.balance.bidder import Bidder
-from cascadeinfer.core.balance.messages import Accept, Ask, Award, Bid, Decline
+from cascadeinfer.core.bidask.bidder import Bidder
+from cascadeinfer.core.bidask.rounds import BidAskSettings, Outbox
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.events import InstanceJoined, InstanceSuspected, InstanceTrusted
+from cascadeinfer.core.messages import Accept, Ask, Award, Bid, Decline
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import ClusterView
 

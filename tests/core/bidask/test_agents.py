@@ -3,11 +3,11 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascadeinfer.core.balance.bidask import State
-from cascadeinfer.core.balance.messages import Ask
+from cascadeinfer.core.bidask.rounds import State
 from cascadeinfer.core.effects import SendMessage, StartMigration
 from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.messages import Ask
 from cascadeinfer.core.policies.cascade import Cascade
 from support.policy_world import LARGE, SMALL, World
 

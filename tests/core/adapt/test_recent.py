@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from cascadeinfer.core.balance.recent import RecentWorkload, Unfinished
+from cascadeinfer.core.adapt.recent import RecentWorkload, Unfinished
 
 
 def test_too_little_is_nothing() -> None:

@@ -16,15 +16,15 @@ Rules:
 from collections.abc import Mapping
 from typing import assert_never
 
-from cascadeinfer.core.balance.asker import Asker
-from cascadeinfer.core.balance.bidask import BidAskSettings, Outbox, State
-from cascadeinfer.core.balance.bidder import Bidder
-from cascadeinfer.core.balance.handover import HandoverRules, may_move, movable, outgrown
-from cascadeinfer.core.balance.messages import Accept, Advert, Ask, Award, BalanceMessage, Bid, Decline, Withdraw
-from cascadeinfer.core.balance.roster import Roster
+from cascadeinfer.core.bidask.asker import Asker
+from cascadeinfer.core.bidask.bidder import Bidder
+from cascadeinfer.core.bidask.handover import HandoverRules, may_move, movable, outgrown
+from cascadeinfer.core.bidask.rounds import BidAskSettings, Outbox, State
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.messages import Accept, Advert, Ask, Award, BalanceMessage, Bid, Decline, Withdraw
+from cascadeinfer.core.roster import Roster
 from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, RequestId
 from cascadeinfer.core.view import InstanceView, RequestView
 

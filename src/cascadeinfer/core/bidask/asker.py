@@ -9,11 +9,11 @@ a candidate was only busy with other migrations both pauses are short. See `bida
 
 from collections.abc import Callable, Sequence
 
-from cascadeinfer.core.balance.bidask import NEVER, BidAskSettings, Move, Outbox, Round, RoundEvent, State
-from cascadeinfer.core.balance.bidder import BUSY
-from cascadeinfer.core.balance.messages import Accept, Ask, Award, Bid, Decline, Withdraw
+from cascadeinfer.core.bidask.bidder import BUSY
+from cascadeinfer.core.bidask.rounds import NEVER, BidAskSettings, Move, Outbox, Round, RoundEvent, State
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.events import MigrationOutcome
+from cascadeinfer.core.messages import Accept, Ask, Award, Bid, Decline, Withdraw
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.core.view import InstanceView, RequestView
 

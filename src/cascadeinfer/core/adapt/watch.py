@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadeinfer.core.balance.recent import RecentWorkload, Unfinished
+from cascadeinfer.core.adapt.recent import RecentWorkload, Unfinished
 from cascadeinfer.core.events import WorkloadSeen
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.core.view import RequestView

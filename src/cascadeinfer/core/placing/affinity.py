@@ -11,16 +11,16 @@ there and not at the right place: everybody on that instance would wait for it, 
 difference of the marginal prices with no more cached there than at the right place, and at least nothing: that another instance is idle, or that its stage
 is the wrong one, is no reason to go there, only a cache is.
 
-What is cached where is a guess from own dispatches and moves (`core/policies/prefix_index.py`); the engines are not asked. A guess that is
+What is cached where is a guess from own dispatches and moves (`core/placing/prefix_index.py`); the engines are not asked. A guess that is
 wrong costs one prefill. Inputs read: hashes of the prompt's blocks; without them, or where nothing matches, nothing changes. A draining
 or full instance is no candidate.
 """
 
 from collections.abc import Sequence
 
-from cascadeinfer.core.dispatch import has_room
 from cascadeinfer.core.instance import InstanceView
-from cascadeinfer.core.policies.prefix_index import PrefixIndex
+from cascadeinfer.core.placing.dispatch import has_room
+from cascadeinfer.core.placing.prefix_index import PrefixIndex
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import RequestView
 

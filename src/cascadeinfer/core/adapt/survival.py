@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadeinfer.core.plan.histogram import DEFAULT_BUCKETS_PER_OCTAVE, log_edges
+from cascadeinfer.core.cost.histogram import DEFAULT_BUCKETS_PER_OCTAVE, log_edges
 
 MOST_FACTOR: Final = 2.0
 """Outputs are not taken to get longer than so many times the longest known, or the request's own so far."""

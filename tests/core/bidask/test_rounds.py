@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cascadeinfer.core.balance.bidask import TRANSITIONS, BidAskSettings, Round, RoundEvent, State
-from cascadeinfer.core.balance.messages import Bid
+from cascadeinfer.core.bidask.rounds import TRANSITIONS, BidAskSettings, Round, RoundEvent, State
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.errors import InvalidTransition
+from cascadeinfer.core.messages import Bid
 
 PROTOCOLS = Path(__file__).parents[3] / "docs" / "protocols"
 ASKER = {State.ASKING, State.AWARDING, State.MOVING, State.RESTING}

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadeinfer.core.balance.recent import RecentWorkload
-from cascadeinfer.core.balance.refine import BoundaryRefiner, Neighbours, RefineSettings, outlook
+from cascadeinfer.core.adapt.boundaries import BoundaryRefiner, Neighbours, RefineSettings, outlook
+from cascadeinfer.core.adapt.recent import RecentWorkload
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.plan.histogram import LengthHistogram
 from cascadeinfer.core.plan.problem import PlanProblem
 from cascadeinfer.core.types import InstanceCapacity
 

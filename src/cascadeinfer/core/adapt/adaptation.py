@@ -9,15 +9,15 @@ that are then too long for their stage are handed over like all others. A fault 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cascadeinfer.core.balance.recent import RecentWorkload
-from cascadeinfer.core.balance.refine import BoundaryRefiner, Neighbours, RefineSettings, outlook
-from cascadeinfer.core.balance.roster import Roster
-from cascadeinfer.core.balance.watch import WorkloadWatch
+from cascadeinfer.core.adapt.boundaries import BoundaryRefiner, Neighbours, RefineSettings, outlook
+from cascadeinfer.core.adapt.recent import RecentWorkload
+from cascadeinfer.core.adapt.replanning import ModelPlanner, Planner, PlanSettings, Replanner
+from cascadeinfer.core.adapt.watch import WorkloadWatch
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.cost.learning import StepLearner
 from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.plan.problem import PlanProblem
-from cascadeinfer.core.policies.replanning import ModelPlanner, Planner, PlanSettings, Replanner
+from cascadeinfer.core.roster import Roster
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import ClusterView, InstanceView
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadeinfer.core.balance.roster import Roster
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.roster import Roster
 
 PLAN = StageLayout.from_boundaries((100, 300), (("a", "b"), ("c",), ("d", "e")))
 

@@ -23,9 +23,9 @@ import enum
 from dataclasses import dataclass, field
 from typing import Final
 
-from cascadeinfer.core.balance.messages import BalanceMessage, Bid
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.errors import InvalidTransition
+from cascadeinfer.core.messages import BalanceMessage, Bid
 from cascadeinfer.core.types import InstanceId, RequestId
 
 NEVER: Final = float("inf")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.plan.layout import Stage, StageLayout
+from cascadeinfer.core.layout import Stage, StageLayout
 from cascadeinfer.core.types import LengthRange
 
 A, B = ("a",), ("b",)

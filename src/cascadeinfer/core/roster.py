@@ -11,7 +11,7 @@ Boundaries move by refinement and by new plans. The layout in force is public: e
 
 from collections.abc import Sequence
 
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceId
 
 

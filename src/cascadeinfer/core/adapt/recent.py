@@ -15,8 +15,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadeinfer.core.balance.survival import OutputSurvival
-from cascadeinfer.core.plan.histogram import HistogramBuilder, LengthHistogram
+from cascadeinfer.core.adapt.survival import OutputSurvival
+from cascadeinfer.core.cost.histogram import HistogramBuilder, LengthHistogram
 
 QUANTILES: Final = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
 """A running request enters once for each, in equal parts, with that quantile of the outputs it may reach."""

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadeinfer.core.admission import MAX_RETRY_S, MIN_RETRY_S, DrainRate
 from cascadeinfer.core.effects import Reject
+from cascadeinfer.core.placing.admission import MAX_RETRY_S, MIN_RETRY_S, DrainRate
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.types import InstanceCapacity
 from support.policy_world import World

@@ -1,7 +1,7 @@
 """
 When to plan anew, from what, and whether to take the new plan.
 
-The workload is what has arrived of late, finished or not (`core/balance/recent.py`). Every `interval_s` the planner is asked; its plan is taken when
+The workload is what has arrived of late, finished or not (`core/adapt/recent.py`). Every `interval_s` the planner is asked; its plan is taken when
 it gains enough over the layout in force, predicted by the same model on the same workload: more from a small sample than from a large one
 (hysteresis: a plan that may be as good as the one in force changes nothing). When the demand is above every layout's
 capacity, the plan is made for what could be served.
@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from cascadeinfer.core.balance.recent import MOST_UNKNOWN, NOBODY, RecentWorkload, Unfinished
+from cascadeinfer.core.adapt.recent import MOST_UNKNOWN, NOBODY, RecentWorkload, Unfinished
+from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.plan.histogram import LengthHistogram
-from cascadeinfer.core.plan.layout import StageLayout
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
 from cascadeinfer.core.plan.planner import Plan, predict, solve
 from cascadeinfer.core.plan.problem import DEFAULT_MARGIN, DEFAULT_MAX_STAGES, HandOverCost, PlanProblem, ServiceFloor

@@ -1,1 +1,0 @@
-"""Run-time balance: range refinement between stages and the bid-ask protocol between instances (pure)."""
