@@ -126,6 +126,6 @@ def test_ids_that_clients_choose_alone_are_refused(monkeypatch: pytest.MonkeyPat
 def test_what_fits_into_no_message_is_refused(request_id: str, params: SamplingParams | PoolingParams) -> None:
     """HTTP 400 before anything is noted anywhere; sent to an engine it would fail there, in a task that nobody waits for."""
     llm = CascadeLLM.__new__(CascadeLLM)
-    with pytest.raises(GracefulHTTPError, match="cannot be sent to an engine|request_id must be") as raised:
+    with pytest.raises(GracefulHTTPError, match=r"cannot be sent to an engine|request_id must be") as raised:
         asyncio.run(llm.add_request(request_id, "prompt", params))
     assert raised.value.http_status == HTTPStatus.BAD_REQUEST
