@@ -188,3 +188,13 @@ def test_readme_commands_run_literally(command: str, capsys: pytest.CaptureFixtu
             main(words)
         assert not end.value.code
         assert "16 instances" in capsys.readouterr().out
+
+
+def test_the_paper_page_names_what_exists() -> None:
+    """Every path in it is a module, a test or a folder of the checkout."""
+    paths = re.findall(r"`([a-z_/]+(?:/|\.py))`", page("paper.md")) + re.findall(
+        r"`(benchmarks/\w+)`", page("paper.md")
+    )
+    roots = (ROOT / "src" / "cascadeinfer", ROOT / "tests", ROOT)
+    assert len(paths) > 20
+    assert [path for path in paths if not any((root / path).exists() for root in roots)] == []
