@@ -164,6 +164,21 @@ def test_leaving_lets_the_next_one_in() -> None:
     assert quarantine.leave("a") == "c"
 
 
+def test_a_death_without_a_token_is_forgiven_with_the_next() -> None:
+    """It waited there, or was sent to an instance that was dead already; one that kills at once is found by its second death all the same."""
+    quarantine = Quarantine()
+    quarantine.die("0", ["waited", "ran", "poison"], ["waited", "poison"])
+    for request_id in ("waited", "ran"):
+        quarantine.answer("1")
+        assert quarantine.may_enter(request_id, "1")
+        quarantine.prove(request_id, 1)
+    assert "waited" not in quarantine.suspicions
+    assert quarantine.suspicions["ran"].deaths == 1
+    assert quarantine.may_enter("poison", "1")
+    assert quarantine.die("1", ["waited", "poison"], ["poison"]) == "poison"
+    assert quarantine.suspicions["waited"].deaths == 1
+
+
 class World:
     """Requests, some of them poison, on instances that die of poison and of nothing at all."""
 
@@ -209,7 +224,8 @@ class World:
         there = [request_id for request_id, place in self.place.items() if place == instance_id]
         for request_id in there:
             self.deaths[request_id] += request_id in self.inside
-        culprit = self.quarantine.die(instance_id, there)
+        unstarted = [request_id for request_id in there if not self.tokens_here.get(request_id)]
+        culprit = self.quarantine.die(instance_id, there, unstarted)
         for request_id in there:
             self.inside.discard(request_id)
             del self.place[request_id]

@@ -301,3 +301,20 @@ async def test_an_answer_to_an_older_question_says_nothing() -> None:
         await client.until_end()
         assert client.finish_reason == "length"
         await cluster.all_up()
+
+
+@virtual_time
+async def test_a_request_that_was_sent_to_a_dead_instance_is_not_blamed_for_long() -> None:
+    """It had no part in that death: after its first token elsewhere an ordinary death is its first."""
+    policy = ScriptedPolicy({"r": "a"})
+    async with Cluster(policy, "abc") as cluster:
+        cluster["a"].kill()
+        client = await cluster.submit("r", 20, 400)
+        policy.places = {"r": "b"}
+        await client.until_tokens(3)
+        assert cluster.where("r") == "b"
+        assert cluster.runtime._isolation._quarantine.is_idle
+        cluster["b"].kill()
+        await client.until_end()
+        assert client.finish_reason == "length"
+        await cluster.all_up()

@@ -10,7 +10,8 @@ Several instances may die of one outside cause, and one that is dead looks alive
 only to an instance that has answered a question asked after the last death; until then it is held back, and has no part in what happens there.
 
 A suspected request has proven itself with its first token since its death: it has passed the step in which it died, so after an ordinary death
-the others wait a step or two each. Its death counts on. If its instance dies again it is ended, unless others beside it have died before as well:
+the others wait a step or two each. Its death counts on, unless it had no token of the attempt in which it died: then it waited there, was sent to an
+instance that was dead already, or has passed just the step in which it would have done it. If its instance dies again it is ended, unless others beside it have died before as well:
 which of them it was is then open, and each must have `PROOF_TOKENS` more. After one more death that told nothing, no number of tokens proves any of them.
 
 A request that is taken away from an instance that hangs was perhaps what it hangs at. If that instance is given up, its death counts for the request too, wherever
@@ -20,7 +21,7 @@ Nothing is known here of time, streams or engines; whoever uses it says what hap
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -38,11 +39,13 @@ class Suspicion:
 
     Attributes:
         deaths: Instances that died with it.
+        forgivable: Those of them that are forgiven when it proves itself.
         is_open: Whether it has not proven itself since.
         proof_tokens: So many of one attempt prove it; None: none do, it is open until it ends.
     """
 
     deaths: int = 0
+    forgivable: int = 0
     is_open: bool = False
     proof_tokens: int | None = 1
 
@@ -150,6 +153,10 @@ class Quarantine:
         if suspicion.proof_tokens is None or n_tokens < suspicion.proof_tokens:
             return None
         suspicion.is_open = False
+        suspicion.deaths -= suspicion.forgivable
+        suspicion.forgivable = 0
+        if not suspicion.deaths:
+            del self.suspicions[request_id]
         return self.leave(request_id)
 
     def forget(self, request_id: RequestId) -> None:
@@ -181,12 +188,15 @@ class Quarantine:
         """A silent instance answers again, or has ended for a reason of its own."""
         self._taken.pop(instance_id, None)
 
-    def die(self, instance_id: InstanceId, there: Iterable[RequestId]) -> RequestId | None:
+    def die(
+        self, instance_id: InstanceId, there: Iterable[RequestId], unstarted: Collection[RequestId] = ()
+    ) -> RequestId | None:
         """
         An instance died.
 
         Args:
             there: The requests whose place it was; those that were held back were not in its engine.
+            unstarted: Those of them that had no token there.
 
         Returns:
             The request that did it, if that is known now. It may be elsewhere by now, if it was taken away.
@@ -196,11 +206,13 @@ class Quarantine:
         for request_id in [r for r, place in self._cell_of.items() if place == instance_id]:
             del self._cell_of[request_id]
         inside = [request_id for request_id in there if request_id not in cell.held]
-        inside += sorted(self._taken.pop(instance_id, set()).difference(inside))
+        taken = sorted(self._taken.pop(instance_id, set()).difference(inside))
+        inside += taken
         was_open = {request_id for request_id in inside if self.is_suspected(request_id)}
         for request_id in inside:
             suspicion = self.suspicions.setdefault(request_id, Suspicion())
             suspicion.deaths += 1
+            suspicion.forgivable += request_id in unstarted or request_id in taken
             suspicion.is_open = True
             suspicion.proof_tokens = self._proof_tokens(suspicion.deaths)
         guilty = [request_id for request_id in inside if self.suspicions[request_id].deaths >= self._deaths]

@@ -95,8 +95,8 @@ class Isolation:
             The request that did it, if that is known now. It may run elsewhere: it was taken away from there.
         """
         self._died_s = asyncio.get_running_loop().time()
-        there = [stream.request.request_id for stream in self._streams.on_instance(instance_id)]
-        culprit = self._quarantine.die(instance_id, there)
+        there = {stream.request.request_id: stream.started for stream in self._streams.on_instance(instance_id)}
+        culprit = self._quarantine.die(instance_id, there, {name for name, started in there.items() if not started})
         self._count()
         if culprit is None:
             return None
