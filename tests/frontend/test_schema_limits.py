@@ -60,6 +60,7 @@ BOMBS: list[tuple[str, Any, str]] = [
     ("regex", "[ab]" * 2000, "--structured-max-regex"),
     ("regex", "(" * 3 + "a{1,200}" + "){1,200}" * 3, "repeats"),
     ("regex", "a{30000}", "repeats"),
+    ("regex", "a{" + "0" * 30 + "30000}", "repeats"),
     ("regex", "(?:(?:[)}]{9}a{99}){99}){99}", "repeats"),
     ("json", {"properties": {f"p{i}": {"maxLength": 100 + i} for i in range(33)}}, "--structured-max-lengths"),
     (

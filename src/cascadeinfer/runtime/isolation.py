@@ -67,8 +67,10 @@ class Isolation:
         """A request has a token of its present attempt."""
         if not self._quarantine.is_idle:
             n_tokens = len(stream.output_token_ids) - stream.tokens_before
+            was_suspected = self.keeps(stream)
             self._send(self._quarantine.prove(stream.request.request_id, n_tokens))
-            self._count()
+            if was_suspected:  # every token passes here
+                self._count()
 
     def instance_answered(self, instance_id: InstanceId, asked_s: float) -> None:
         """An instance has answered a question that was asked then, by the loop's clock."""

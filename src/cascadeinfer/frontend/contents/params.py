@@ -10,13 +10,14 @@ from vllm.v1.serial_utils import MsgpackEncoder
 from cascadeinfer.frontend.contents.limits import ContentLimits, SchemaLimits
 from cascadeinfer.frontend.contents.schemas import SchemaRefusedError, check_structured_output
 from cascadeinfer.frontend.contents.words import FORBIDDEN, WHY_REFUSED
+from cascadeinfer.frontend.door.door import ID_CHARACTERS, PLAIN_ID
 
 UNSENDABLE: Final = (
     "a number in it is beyond 64 bits, or a text in it is not valid Unicode: it cannot be sent to an engine"
 )
-REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:@/+=~-]{1,256}")
+REQUEST_ID: Final = re.compile(f"{ID_CHARACTERS}{{1,256}}")
 """As of `X-Request-Id`, and room for what vLLM puts around it."""
-BAD_ID: Final = "request_id must be 1 to 128 letters, digits or characters of . _ : @ / + = ~ -"
+BAD_ID: Final = f"request_id {PLAIN_ID}"
 _ENCODER: Final = MsgpackEncoder()
 KINDS: Final = ("json", "regex", "choice", "grammar", "structural_tag")
 

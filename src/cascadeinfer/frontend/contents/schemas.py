@@ -168,12 +168,12 @@ class _Measure:
 
     def _parts_of_root(self, schema: Mapping[str, Any], depth: int) -> int:
         """A schema inside a structural tag: its references are its own."""
-        outside = self._root, self._parts_of
-        self._root, self._parts_of = schema, {}
+        outside = self._root, self._parts_of, self._open
+        self._root, self._parts_of, self._open = schema, {}, set()
         try:
             return self._parts(schema, depth + 1)
         finally:
-            self._root, self._parts_of = outside
+            self._root, self._parts_of, self._open = outside
 
     def _count_alternatives(self, n: int) -> None:
         self._alternatives += n
@@ -227,7 +227,7 @@ def _repetitions(pattern: str) -> tuple[set[str], int]:
     while position < len(pattern):
         character = pattern[position]
         if character == "{" and (count := COUNT.match(pattern, position)) is not None:
-            times = max(int(number[:18] or 1) for number in (count[1] or "1", count[2] or "1"))
+            times = max(int(number.lstrip("0")[:18] or 0) for number in (count[1] or "1", count[2] or "1"))
             more = times * max(1, repeated)
             open_groups[-1][1] += more - repeated
             repeated, position = more, count.end()

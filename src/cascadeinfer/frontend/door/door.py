@@ -18,7 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cascadeinfer.frontend.door.keys import Keys
 from cascadeinfer.frontend.door.routes import IMPOSSIBLE, Access, access_of
 
-REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:@/+=~-]{1,128}")
+ID_CHARACTERS: Final = "[A-Za-z0-9._:@/+=~-]"
+PLAIN_ID: Final = "must be 1 to 128 letters, digits or characters of . _ : @ / + = ~ -"
+REQUEST_ID: Final = re.compile(f"{ID_CHARACTERS}{{1,128}}".encode())
 """What `X-Request-Id` may be: it goes into logs, metrics and file names of whoever reads them."""
 WEBSOCKET_DENIED: Final = 1008
 """The code of a policy violation; before the handshake the server answers it with HTTP 403."""
@@ -132,9 +134,7 @@ def _bad_request_id(headers: Headers) -> _Refusal | None:
     request_ids = [value for name, value in headers if name.lower() == b"x-request-id"]
     if len(request_ids) <= 1 and all(REQUEST_ID.fullmatch(value) for value in request_ids):
         return None
-    return _Refusal(
-        HTTPStatus.BAD_REQUEST, "X-Request-Id must be 1 to 128 letters, digits or characters of . _ : @ / + = ~ -"
-    )
+    return _Refusal(HTTPStatus.BAD_REQUEST, f"X-Request-Id {PLAIN_ID}")
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:
