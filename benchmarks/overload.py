@@ -37,8 +37,8 @@ from cascadeinfer.cluster.local import LOOPBACK, free_port  # noqa: E402
 from cascadeinfer.loadgen.client import OpenAiClient  # noqa: E402
 from cascadeinfer.loadgen.prompts import PromptMaker, make_prompts  # noqa: E402
 from cascadeinfer.loadgen.replay import Replay, replay  # noqa: E402
-from cascadeinfer.observe.estimates import errors_by_kind  # noqa: E402
-from cascadeinfer.observe.records import RequestRecords  # noqa: E402
+from cascadeinfer.results.estimates import errors_by_kind  # noqa: E402
+from cascadeinfer.results.records import RequestRecords  # noqa: E402
 from cascadeinfer.workload.arrivals import poisson_arrivals  # noqa: E402
 from cascadeinfer.workload.trace import Trace  # noqa: E402
 

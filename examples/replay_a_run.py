@@ -12,9 +12,9 @@ from pathlib import Path
 from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.evaluation.runs import RunSpec, run_once
 from cascadeinfer.evaluation.setting import load_setting
-from cascadeinfer.observe.event_reader import Gap, open_log
-from cascadeinfer.observe.replay import replay
-from cascadeinfer.observe.summary import Slo
+from cascadeinfer.eventlog.reader import Gap, open_log
+from cascadeinfer.eventlog.replay import replay
+from cascadeinfer.results.summary import Slo
 
 
 def main() -> None:

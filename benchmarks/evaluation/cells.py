@@ -22,8 +22,8 @@ import cascadeinfer
 from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
 from cascadeinfer.evaluation.runs import RunSpec, run_once
 from cascadeinfer.evaluation.setting import Setting, load_setting
-from cascadeinfer.observe.records import RequestRecords
-from cascadeinfer.observe.summary import Slo
+from cascadeinfer.results.records import RequestRecords
+from cascadeinfer.results.summary import Slo
 
 CONTEXT_TOKENS: Final = 32_768
 SECONDS: Final = 60.0
@@ -35,7 +35,7 @@ COOL_DOWN: Final = 0.1
 SLO: Final = Slo(ttft_s=2.0, tpot_s=0.1)
 SHORT_QUANTILE: Final = 0.5
 LONG_QUANTILE: Final = 0.9
-DECIDING: Final = ("core", "sim", "workload", "evaluation", "observe")
+DECIDING: Final = ("core", "sim", "workload", "evaluation", "results")
 """Packages that decide a cell's figures."""
 
 

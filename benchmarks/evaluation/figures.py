@@ -8,7 +8,7 @@ from cells import Results
 from compare import Field, Point, mean
 from grid import LOADS, OVERLOAD, TRACES
 
-from cascadeinfer.observe.figures import grid_figure, logarithmic, save, style_of
+from cascadeinfer.figures.drawing import grid_figure, logarithmic, save, style_of
 
 COLUMNS = 4
 

@@ -15,7 +15,7 @@ from systems import MAX_NUM_SEQS, N_INSTANCES, groups_for
 from workloads import BLOCK_TOKENS, CASES
 
 import measuring
-from cascadeinfer.observe.estimates import (
+from cascadeinfer.results.estimates import (
     GROUPS,
     LATENCIES,
     RATES,
@@ -24,8 +24,8 @@ from cascadeinfer.observe.estimates import (
     errors_by_kind,
     summarise_groups,
 )
-from cascadeinfer.observe.record_files import read_records
-from cascadeinfer.observe.summary import Slo
+from cascadeinfer.results.record_files import read_records
+from cascadeinfer.results.summary import Slo
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"

@@ -37,7 +37,7 @@ from workloads import CASES, write_trace  # noqa: E402
 
 from cascadeinfer.engines.models import embedded  # noqa: E402
 from cascadeinfer.engines.models.tiny import make_tiny_llama  # noqa: E402
-from cascadeinfer.observe.record_files import read_records  # noqa: E402
+from cascadeinfer.results.record_files import read_records  # noqa: E402
 
 OUT = ROOT / "out" / "peers"
 VENV = ROOT / "out" / "peers-venv"

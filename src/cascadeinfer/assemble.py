@@ -37,7 +37,7 @@ from cascadeinfer.engines.vllm.launch import (
     parse_engine_args,
 )
 from cascadeinfer.engines.vllm.plain_request import make_plain_request
-from cascadeinfer.evaluation.provenance import own_commit
+from cascadeinfer.eventlog.unwritten_log import ServerLog, failure_of
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
 from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.channel import Channel
@@ -53,8 +53,8 @@ from cascadeinfer.frontend.server import (
     shared_metrics,
 )
 from cascadeinfer.frontend.stop_signals import StopSignals
-from cascadeinfer.observe.unwritten_log import ServerLog, failure_of
 from cascadeinfer.profiling.subject import Subject
+from cascadeinfer.results.provenance import own_commit
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes

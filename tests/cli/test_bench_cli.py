@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from experiment_words import run
 
-from cascadeinfer.observe.record_files import read_records, write_records
-from cascadeinfer.observe.records import RequestRecords
+from cascadeinfer.results.record_files import read_records, write_records
+from cascadeinfer.results.records import RequestRecords
 
 PNG = b"\x89PNG"
 LOADGEN = Path(__file__).parent.parent / "loadgen"
 sys.path.insert(0, str(LOADGEN))
-sys.path.insert(0, str(LOADGEN.parent / "observe"))
+sys.path.insert(0, str(LOADGEN.parent / "results"))
 
 from fake_openai import Behaviour, FakeServer, running  # noqa: E402 - beside the load generator's tests
 from record_rows import live_records  # noqa: E402 - beside the records' tests

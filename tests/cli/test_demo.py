@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from cascadeinfer.cli import demo, demo_server
+from cascadeinfer.cli import demo
 from cascadeinfer.cli import main as entry
-from cascadeinfer.cli.demo_requests import TASKS, ChatState, ChatTask, make_states, take_placements
-from cascadeinfer.cli.demo_server import DemoServer, ServerFailedError, server_command
-from cascadeinfer.cli.demo_view import Board, Summary, TextCheck, length_bar, render_board, render_summary, summarise
 from cascadeinfer.cli.serve import parse
 from cascadeinfer.config.schema import options_of
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.demo import server as demo_server
+from cascadeinfer.demo.requests import TASKS, ChatState, ChatTask, make_states, take_placements
+from cascadeinfer.demo.server import DemoServer, ServerFailedError, server_command
+from cascadeinfer.demo.view import Board, Summary, TextCheck, length_bar, render_board, render_summary, summarise
 from cascadeinfer.engines.models.tiny import make_tiny_llama
 
 TASK = ChatTask("story", "Tell me a story.", 100)

@@ -11,11 +11,11 @@ from zoo import greedy, random_prompt
 from cascadeinfer.core.events import InstanceJoined
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.spec import PolicySpec
-from cascadeinfer.observe.event_log import EventLog, header_of
-from cascadeinfer.observe.event_reader import open_log
-from cascadeinfer.observe.log_summary import summarise_log
-from cascadeinfer.observe.replay import replay
-from cascadeinfer.observe.story import find_request, story_of
+from cascadeinfer.eventlog.log_summary import summarise_log
+from cascadeinfer.eventlog.reader import open_log
+from cascadeinfer.eventlog.replay import replay
+from cascadeinfer.eventlog.story import find_request, story_of
+from cascadeinfer.eventlog.writer import EventLog, header_of
 from cluster import STAGE_EDGES, Cluster
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]

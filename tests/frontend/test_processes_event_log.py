@@ -10,8 +10,8 @@ from cascadeinfer.config.event_log import event_log_of
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.events import TimerFired
-from cascadeinfer.observe.event_log import EventLog
-from cascadeinfer.observe.unwritten_log import UnwrittenLog, failure_of
+from cascadeinfer.eventlog.unwritten_log import UnwrittenLog, failure_of
+from cascadeinfer.eventlog.writer import EventLog
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 
 
@@ -28,7 +28,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cascadeinfer.observe.event_log._Files", refuse)
+    monkeypatch.setattr("cascadeinfer.eventlog.writer._Files", refuse)
 
 
 def test_a_follower_has_a_private_file_of_its_own(options: ServeOptions, tmp_path: Path) -> None:

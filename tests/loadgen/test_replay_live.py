@@ -11,7 +11,7 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.loadgen.client import Answer, Api, OpenAiClient
 from cascadeinfer.loadgen.prompts import WORDS, PromptKind, make_prompts
 from cascadeinfer.loadgen.replay import Replay, replay
-from cascadeinfer.observe.estimates import errors_by_kind
+from cascadeinfer.results.estimates import errors_by_kind
 from cascadeinfer.workload.trace import Trace
 
 TRACE = Trace.from_columns([5, 30, 9, 200], [1, 4, 7, 3], [0.0, 0.0, 0.001, 0.002])

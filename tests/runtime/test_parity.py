@@ -23,9 +23,9 @@ from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 from cascadeinfer.engines.simulated import SimulatedTimes
-from cascadeinfer.observe.event_log import EventLog, header_of
-from cascadeinfer.observe.event_reader import LoggedEvent, open_log
-from cascadeinfer.observe.replay import replay
+from cascadeinfer.eventlog.reader import LoggedEvent, open_log
+from cascadeinfer.eventlog.replay import replay
+from cascadeinfer.eventlog.writer import EventLog, header_of
 from cascadeinfer.runtime.driver import Observer
 from cascadeinfer.runtime.supervise import SupervisionTimes
 from cascadeinfer.sim.run import simulate

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from cascadeinfer.loadgen.client import Api
     from cascadeinfer.loadgen.prompts import PromptKind
     from cascadeinfer.loadgen.replay import Replay
-    from cascadeinfer.observe.record_files import RecordFile
-    from cascadeinfer.observe.summary import Slo
+    from cascadeinfer.results.record_files import RecordFile
+    from cascadeinfer.results.summary import Slo
     from cascadeinfer.workload.trace import Trace
 
 Word = TypeVar("Word", bound=str)
@@ -105,7 +105,7 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
-    from cascadeinfer.observe.record_files import RecordFile, write_records
+    from cascadeinfer.results.record_files import RecordFile, write_records
 
     url, trace = _required(url, "--url"), _required(trace, "--trace")
     slo = _checked(ttft_slo, tpot_slo, warm_up, long_tokens)
@@ -147,7 +147,7 @@ def compare(
 
     Files of one label are repetitions: the first of each label is compared with the first of the others, and so on.
     """
-    from cascadeinfer.observe.record_files import read_records
+    from cascadeinfer.results.record_files import read_records
 
     drawn = None if plot is None else Path(plot)
     options.check_outputs({"--json": json_file, "--plot": drawn}, matplotlib=plot is not None)
@@ -244,7 +244,7 @@ async def _replay(
 
 def _header(label: str, slo: "Slo", warm_up: float, long_tokens: int | None, **more: Any) -> dict[str, Any]:
     from cascadeinfer import __version__
-    from cascadeinfer.evaluation.provenance import own_commit
+    from cascadeinfer.results.provenance import own_commit
 
     return {
         "label": label,
@@ -291,7 +291,7 @@ def _show(
 
     from cascadeinfer.cli.bench_tables import figure_tables, ratio_tables
     from cascadeinfer.cli.tables import console
-    from cascadeinfer.observe import estimates
+    from cascadeinfer.results import estimates
 
     border = long_tokens or estimates.long_from_tokens(files[0].records)
     rng = np.random.default_rng(0)
@@ -328,7 +328,7 @@ def _show(
 
 def _tell_errors(file: "RecordFile") -> None:
     """On standard error: how many requests failed how, with one message of each kind. All requests count, warm-up included."""
-    from cascadeinfer.observe.estimates import errors_by_kind
+    from cascadeinfer.results.estimates import errors_by_kind
 
     for kind, count in errors_by_kind(file.errors).items():
         example = next(error for error in file.errors if error.partition(":")[0] == kind)
@@ -337,8 +337,8 @@ def _tell_errors(file: "RecordFile") -> None:
 
 def _draw(prefix: str, counted: dict[str, list[Any]], border: int, title: str) -> None:
     """Distributions: of all requests, of short ones, of long ones."""
-    from cascadeinfer.observe.estimates import GROUPS, groups_of
-    from cascadeinfer.observe.figures import latency_cdfs, save
+    from cascadeinfer.figures.drawing import latency_cdfs, save
+    from cascadeinfer.results.estimates import GROUPS, groups_of
 
     for group in GROUPS:
         parts = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from cascadeinfer.observe.estimates import Estimate, GroupSummary
+    from cascadeinfer.results.estimates import Estimate, GroupSummary
 
 
 class Column(NamedTuple):
@@ -61,7 +61,7 @@ def figure_tables(runs: Runs, title: str) -> list["Table"]:
 
 
 def _groups(runs: Runs) -> list[str]:
-    from cascadeinfer.observe.estimates import GROUPS
+    from cascadeinfer.results.estimates import GROUPS
 
     present = [name for name in GROUPS if any(name in run for of_label in runs.values() for run in of_label)]
     return ["all"] if present == ["all", "short"] else present  # the same requests
@@ -70,7 +70,7 @@ def _groups(runs: Runs) -> list[str]:
 def _table(runs: Runs, group: str, columns: Sequence[Column], title: str) -> "Table":
     from rich.table import Table
 
-    from cascadeinfer.observe.estimates import by_group, over_runs
+    from cascadeinfer.results.estimates import by_group, over_runs
 
     table = Table(title=title, caption="measured; ± half of the 95 % interval")
     table.add_column("label", no_wrap=True)
@@ -115,7 +115,7 @@ def ratio_tables(runs: Runs, title: str) -> list["Table"]:
     """Per group: how many times the first label's figures, run by run."""
     from rich.table import Table
 
-    from cascadeinfer.observe.estimates import ratio_over_runs
+    from cascadeinfer.results.estimates import ratio_over_runs
 
     reference, *others = runs
     tables = []

@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from cascadeinfer.cli.demo_requests import STAYS, ChatState, make_states, run_chat, take_placements
-from cascadeinfer.cli.demo_server import POLL_S, STAGE_BOUNDARY_TOKENS, DemoServer, ServerFailedError
-from cascadeinfer.cli.demo_view import Board, Summary, TextCheck, render_board, render_summary, summarise
 from cascadeinfer.core.errors import ConfigError
-from cascadeinfer.observe.output_files import check_output, replacing
+from cascadeinfer.demo.requests import STAYS, ChatState, make_states, run_chat, take_placements
+from cascadeinfer.demo.server import POLL_S, STAGE_BOUNDARY_TOKENS, DemoServer, ServerFailedError
+from cascadeinfer.demo.view import Board, Summary, TextCheck, render_board, render_summary, summarise
+from cascadeinfer.results.output_files import check_output, replacing
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -15,7 +15,7 @@ from cascadeinfer.core.errors import ConfigError
 if TYPE_CHECKING:
     from cascadeinfer.core.plan.objective import Objective
     from cascadeinfer.evaluation.setting import Setting
-    from cascadeinfer.observe.summary import Slo
+    from cascadeinfer.results.summary import Slo
     from cascadeinfer.workload.drawing import ArrivalLaw
 
 Profile = Annotated[str, typer.Option(help="Cost profile: a shipped name or a JSON file.")]
@@ -87,7 +87,7 @@ def slo_of(ttft_s: float, tpot_s: float) -> "Slo":
     Raises:
         ConfigError: A limit is not positive and finite.
     """
-    from cascadeinfer.observe.summary import Slo
+    from cascadeinfer.results.summary import Slo
 
     for value, option in ((ttft_s, "--ttft-slo"), (tpot_s, "--tpot-slo")):
         if not (math.isfinite(value) and value > 0.0):
@@ -262,7 +262,7 @@ def check_outputs(files: Mapping[str, Path | None], **packages: bool) -> None:
         ConfigError: One is a folder, its folder is missing, or nothing can be written there.
         ModuleNotFoundError: A package is not installed; the entry point names the extra.
     """
-    from cascadeinfer.observe.output_files import check_output
+    from cascadeinfer.results.output_files import check_output
 
     for option, file in files.items():
         if file is not None:
@@ -279,7 +279,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: The file cannot be written; what was there before is untouched.
     """
-    from cascadeinfer.observe.output_files import replacing
+    from cascadeinfer.results.output_files import replacing
 
     text = json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
     with replacing(file, "--json") as beside:

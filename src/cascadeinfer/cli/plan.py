@@ -54,8 +54,8 @@ def plan(
     if json_file is not None:
         options.write_json(json_file, _content(setting, best, rate, stages))
     if plot is not None:
-        from cascadeinfer.observe.figures import save
-        from cascadeinfer.observe.plan_figure import plan_figure
+        from cascadeinfer.figures.drawing import save
+        from cascadeinfer.figures.plan_figure import plan_figure
 
         save(plan_figure(best, f"{setting.profile.name}, {trace.name}, {rate:g} requests/s"), plot)
 
@@ -118,7 +118,7 @@ def _as_dict(stage: "StagePrediction") -> dict[str, Any]:
 
 
 def _content(setting: "Setting", best: "Plan", rate_rps: float, stages: list[dict[str, Any]]) -> dict[str, Any]:
-    from cascadeinfer.evaluation.provenance import provenance
+    from cascadeinfer.results.provenance import provenance
 
     return {
         "provenance": provenance(setting.profile, []),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from cascadeinfer.core.errors import ConfigError, EngineError
-from cascadeinfer.observe.output_files import check_output, replacing
+from cascadeinfer.results.output_files import check_output, replacing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -150,8 +150,8 @@ def _write(options: "ProfileOptions", found: "Found") -> None:
         error.add_note("--resume does not measure again")
         raise
     if options.plot is not None:
-        from cascadeinfer.observe.figures import save
-        from cascadeinfer.observe.fit_figure import fit_figure
+        from cascadeinfer.figures.drawing import save
+        from cascadeinfer.figures.fit_figure import fit_figure
 
         title = f"{found.profile.model} on {found.profile.device}, {found.profile.backend} (measured)"
         figure = fit_figure(found.fit.samples, found.fit.predicted_s, found.fit.spread, title)

@@ -12,9 +12,9 @@ import typer
 
 if TYPE_CHECKING:
     from cascadeinfer.core.layout import StageLayout
-    from cascadeinfer.observe.event_reader import LoggedEvent, LogReader
-    from cascadeinfer.observe.log_summary import LogSummary
-    from cascadeinfer.observe.replay import Difference
+    from cascadeinfer.eventlog.log_summary import LogSummary
+    from cascadeinfer.eventlog.reader import LoggedEvent, LogReader
+    from cascadeinfer.eventlog.replay import Difference
 
 EXIT_DIFFERENT = 1
 LAYOUTS_SHOWN = 10
@@ -37,8 +37,8 @@ def replay(
     ] = False,
 ) -> None:
     """Sum up an event log: rates, migrations by reason and outcome, layouts in force; or tell one request's story."""
-    from cascadeinfer.observe.event_reader import open_log
-    from cascadeinfer.observe.log_summary import summarise_log
+    from cascadeinfer.eventlog.log_summary import summarise_log
+    from cascadeinfer.eventlog.reader import open_log
 
     log = open_log(file)
     if request is not None:
@@ -52,7 +52,7 @@ def replay(
 
 
 def _check(log: "LogReader") -> None:
-    from cascadeinfer.observe.replay import replay as replay_log
+    from cascadeinfer.eventlog.replay import replay as replay_log
 
     header = log.header
     done = replay_log(log)
@@ -89,7 +89,7 @@ def _short(logged: "LoggedEvent") -> str:
 
 
 def _tell_story(log: "LogReader", beginning: str) -> None:
-    from cascadeinfer.observe.story import find_request, story_of
+    from cascadeinfer.eventlog.story import find_request, story_of
 
     request_id = find_request(log, beginning)
     typer.echo(request_id)

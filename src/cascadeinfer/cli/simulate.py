@@ -146,7 +146,7 @@ def _run_all(tasks: Sequence[_Task], jobs: int) -> list["RunOutcome"]:
 
 
 def _content(setting: "Setting", trace: Path, spec: "RunSpec", seeds: int) -> dict[str, Any]:
-    from cascadeinfer.evaluation.provenance import provenance
+    from cascadeinfer.results.provenance import provenance
 
     return {
         "provenance": provenance(setting.profile, range(seeds)),
@@ -196,7 +196,7 @@ def _write_parquet(file: Path, outcomes: Sequence["RunOutcome"], header: dict[st
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from cascadeinfer.observe.output_files import replacing
+    from cascadeinfer.results.output_files import replacing
 
     tables = []
     for outcome in outcomes:
@@ -215,8 +215,8 @@ def _write_parquet(file: Path, outcomes: Sequence["RunOutcome"], header: dict[st
 
 def _draw(prefix: str, runs: dict[str, list["RunOutcome"]], title: str) -> None:
     """Distributions over all seeds, and the first seed's timelines."""
-    from cascadeinfer.observe.figures import latency_cdfs, save
-    from cascadeinfer.observe.timelines import stage_timelines
+    from cascadeinfer.figures.drawing import latency_cdfs, save
+    from cascadeinfer.figures.timelines import stage_timelines
 
     save(
         latency_cdfs({name: [o.counted for o in per_seed] for name, per_seed in runs.items()}, f"{title} (simulated)"),

@@ -85,8 +85,8 @@ def sweep(
     if json_file is not None:
         options.write_json(json_file, _content(what, trace, wanted, curves, found, attain))
     if plot is not None:
-        from cascadeinfer.observe.figures import save
-        from cascadeinfer.observe.rate_figures import rate_curves
+        from cascadeinfer.figures.drawing import save
+        from cascadeinfer.figures.rate_figures import rate_curves
 
         save(rate_curves(curves, wanted, title), plot)
 
@@ -116,7 +116,7 @@ def _curve_table(curves: "Curves", rates: Sequence[float], title: str) -> "Table
 
     from cascadeinfer.cli.tables import shown
     from cascadeinfer.evaluation.sweeps import mean_attainment
-    from cascadeinfer.observe.summary import interval
+    from cascadeinfer.results.summary import interval
 
     table = Table(title=title, caption="simulated; normalised latency in ms over seeds; share within the SLO")
     table.add_column("requests/s", justify="right")
@@ -151,7 +151,7 @@ def _content(
     found: dict[str, "HighestRate"],
     attain: float,
 ) -> dict[str, Any]:
-    from cascadeinfer.evaluation.provenance import provenance
+    from cascadeinfer.results.provenance import provenance
 
     return {
         "provenance": provenance(what.setting.profile, range(what.seeds)),

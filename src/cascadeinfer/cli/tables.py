@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
-    from cascadeinfer.observe.summary import Interval, RunSummary
+    from cascadeinfer.results.summary import Interval, RunSummary
 
 PIPE_COLUMNS: Final = 200
 """Width where standard output is no terminal: nothing of a table is cut off in a file."""
@@ -81,7 +81,7 @@ def policy_table(runs: Mapping[str, Sequence["RunSummary"]], title: str) -> "Tab
     """Policies side by side; the best mean of each column is bold."""
     from rich.table import Table
 
-    from cascadeinfer.observe.summary import interval
+    from cascadeinfer.results.summary import interval
 
     seeds = len(next(iter(runs.values())))
     table = Table(title=title, caption=f"simulated; {seeds} seed{'s: mean ±95 % confidence' if seeds > 1 else ''}")

@@ -8,8 +8,8 @@ from pathlib import Path
 from cascadeinfer.config.policy import policy_spec
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.errors import ConfigError
-from cascadeinfer.observe.event_log import EventLog, header_of
-from cascadeinfer.observe.unwritten_log import ServerLog, UnwrittenLog
+from cascadeinfer.eventlog.unwritten_log import ServerLog, UnwrittenLog
+from cascadeinfer.eventlog.writer import EventLog, header_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ import numpy as np
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.core.policies.spec import PolicySpec
-from cascadeinfer.evaluation.provenance import own_commit
 from cascadeinfer.evaluation.setting import Setting
 from cascadeinfer.evaluation.variants import policy_spec, starts_with_plan
-from cascadeinfer.observe.event_log import header_of, write_log_file
-from cascadeinfer.observe.records import InstanceSamples, MigrationRecords, RequestRecords
-from cascadeinfer.observe.summary import RunSummary, Slo, summarise, summarise_between
+from cascadeinfer.eventlog.writer import header_of, write_log_file
+from cascadeinfer.results.provenance import own_commit
+from cascadeinfer.results.records import InstanceSamples, MigrationRecords, RequestRecords
+from cascadeinfer.results.summary import RunSummary, Slo, summarise, summarise_between
 from cascadeinfer.sim.cluster import Observer
 from cascadeinfer.sim.run import simulate
 from cascadeinfer.sim.settings import NetworkConfig, SimConfig, instance_ids

@@ -7,7 +7,7 @@ from cascadeinfer.evaluation.pool import map_in_processes
 from cascadeinfer.evaluation.runs import RunSpec, run_once
 from cascadeinfer.evaluation.search import HighestRate, highest_rate
 from cascadeinfer.evaluation.setting import Setting
-from cascadeinfer.observe.summary import RunSummary
+from cascadeinfer.results.summary import RunSummary
 
 Curves = dict[str, list[list[RunSummary]]]
 """Per policy and rate: one summary per seed."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from cascadeinfer.loadgen.client import Answer, OpenAiClient
 from cascadeinfer.loadgen.prompts import PromptMaker
-from cascadeinfer.observe.records import RequestRecords
+from cascadeinfer.results.records import RequestRecords
 from cascadeinfer.workload.trace import Trace
 
 LEAD_S: Final = 0.2

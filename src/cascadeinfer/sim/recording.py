@@ -1,4 +1,4 @@
-"""Collects a run's records row by row and turns them into columns (`observe/records.py`)."""
+"""Collects a run's records row by row and turns them into columns (`results/records.py`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from cascadeinfer.core.events import InstanceReport, MigrationOutcome
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.observe.records import FloatColumn, InstanceSamples, IntColumn, MigrationRecords, RequestRecords
+from cascadeinfer.results.records import FloatColumn, InstanceSamples, IntColumn, MigrationRecords, RequestRecords
 from cascadeinfer.sim.instance import SimInstance
 from cascadeinfer.sim.migrations import Move
 from cascadeinfer.sim.requests import Phase, SimRequest

@@ -9,7 +9,7 @@ import numpy as np
 from cascadeinfer.core.errors import ConfigError, TraceError
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policy import Policy
-from cascadeinfer.observe.records import InstanceSamples, MigrationRecords, RequestRecords
+from cascadeinfer.results.records import InstanceSamples, MigrationRecords, RequestRecords
 from cascadeinfer.sim.checkers import Checker
 from cascadeinfer.sim.cluster import Observer, SimCluster
 from cascadeinfer.sim.recording import request_records

@@ -1,7 +1,7 @@
 """
 The profile file: everything about one model on one device that a plan or a simulation needs.
 
-JSON, one object, written by `benchmarks/profiles/build_profiles.py` (shipped ones) and by `cascadeinfer profile` (measured ones).
+JSON, one object, written by `tools/profiles/build_profiles.py` (shipped ones) and by `cascadeinfer profile` (measured ones).
 Decoding is strict: unknown fields, unknown or missing coefficients, non-finite or negative numbers, another schema version, and
 a KV capacity that does not follow from the memory figures are refused with the path of the offending value. Bump
 `SCHEMA_VERSION` with every change of meaning; `CostProfile` is what the rest of the project sees.

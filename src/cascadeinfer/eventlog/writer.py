@@ -1,0 +1,389 @@
+"""
+The event log: every event that a policy was given and the effects it answered with, one JSON object per line.
+
+A log is a *run*: from a policy's first event on. Its lines, told apart by `line`:
+
+    header   first in every file: format, what the policy was made of, which part of the log this file is
+    event    number, time on the shell's clock, event, effects; `failed` when the policy raised instead
+    dropped  so many events before the next one are not in the log, because the writer could not keep up
+    end      the shell stopped in good order, after so many events
+
+What is in a line follows from `core` (`codec.py`). No prompt, no token and no output is in a log: ids and lengths only. Hashes of prompt
+blocks, which tell who has the same prompt, are replaced by hashes with a key that is not kept: equal ones stay equal.
+
+Two ways to write one. `write_log_file` writes at once (a simulation waits for it). `EventLog` is for a server: an event costs the
+event loop a place in a bounded buffer; a thread encodes and writes; what does not fit is counted, and marked in the log by whoever reads the
+numbers: each event has the number that it had when it happened. Files are rotated by size with `logging`'s own handler, older ones are
+compressed, and at most so many are kept. All of them are for their owner's eyes only (`private_file.py`): ids and lengths tell what clients do.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import logging
+import os
+import queue
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import msgspec
+
+from cascadeinfer import __version__
+from cascadeinfer.core.effects import Effect
+from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.events import Event, RequestArrived
+from cascadeinfer.core.policies import POLICIES
+from cascadeinfer.core.policies.spec import PolicySpec
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.eventlog.codec import options_out, wire_of
+from cascadeinfer.eventlog.private_file import make_private, private
+
+logger = logging.getLogger(__name__)
+
+FORMAT: Final = "cascadeinfer-event-log"
+SCHEMA_VERSION: Final = 1
+"""Of the lines below; fields of events and effects that have defaults may come without a new version."""
+EVENT: Final = wire_of(Event)
+EFFECT: Final = wire_of(Effect)
+if TYPE_CHECKING:  # they are made at run time
+    WireEvent: TypeAlias = Any
+    WireEffect: TypeAlias = Any
+else:
+    WireEvent = EVENT.hint
+    WireEffect = EFFECT.hint
+BUFFERED_EVENTS: Final = 8192
+"""Events that wait for the writer at most: seconds of a busy cluster, tens of MB when every one is a long report."""
+CLOSE_TIMEOUT_S: Final = 5.0
+"""How long a stopping server waits for a slow disk."""
+GZIP_LEVEL: Final = 5
+
+
+class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="line", tag="header"):
+    """
+    The first line of every file.
+
+    Attributes:
+        run: Of the log; the same in all its files.
+        part: Which of its files this is, from 1.
+        source: `runtime` or `simulator`.
+        version: Of the program.
+        commit: Of the checkout it ran from, if any.
+        started_at: When the run began (ISO 8601, UTC).
+        policy: Its name.
+        options: Its options (`codec.py`).
+        instances: Known at the start.
+        profile: Name of the cost profile, if any; what the policy uses of it is among the options.
+        about: What else whoever reads this may want to know (rate, seed, trace of a simulation).
+    """
+
+    format: str
+    schema_version: int
+    run: str
+    part: int
+    source: str
+    version: str
+    commit: str | None
+    started_at: str
+    policy: str
+    options: dict[str, Any]
+    instances: tuple[InstanceId, ...]
+    profile: str | None = None
+    about: dict[str, Any] = {}
+
+
+class EventLine(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="line", tag="event"
+):
+    """
+    One event.
+
+    Attributes:
+        n: Its number in the run, from 1.
+        at_s: The shell's clock.
+        event: What happened.
+        effects: What the policy wanted done.
+        failed: The exception that the policy raised, if it did; it then has no effects.
+    """
+
+    n: int
+    at_s: float
+    event: WireEvent
+    effects: tuple[WireEffect, ...] = ()
+    failed: str | None = None
+
+
+class DroppedLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="line", tag="dropped"):
+    """`count` events that came before the next line's are missing."""
+
+    count: int
+
+
+class EndLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="line", tag="end"):
+    """The run ended in good order after `events` events, `dropped` of which are not in the log."""
+
+    events: int
+    dropped: int
+
+
+Line: TypeAlias = Header | EventLine | DroppedLine | EndLine
+Logged: TypeAlias = tuple[int, float, Event, Sequence[Effect], str | None]
+"""Number, time, event, effects, exception."""
+
+
+def header_of(
+    spec: PolicySpec,
+    *,
+    source: str,
+    instances: Sequence[InstanceId],
+    commit: str | None,
+    profile: str | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Header:
+    """
+    The header of a new run's first file.
+
+    Raises:
+        TypeError: An option of the policy cannot be written down.
+    """
+    return Header(
+        format=FORMAT,
+        schema_version=SCHEMA_VERSION,
+        run=secrets.token_hex(8),
+        part=1,
+        source=source,
+        version=__version__,
+        commit=commit,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        policy=spec.name,
+        options=options_out(POLICIES[spec.name], spec.options),
+        instances=tuple(instances),
+        profile=profile,
+        about=dict(about or {}),
+    )
+
+
+class Encoder:
+    """Lines of one run."""
+
+    def __init__(self) -> None:
+        """A key of its own for the prompts' hashes."""
+        self._json = msgspec.json.Encoder()
+        self._key = secrets.token_bytes(16)
+
+    def line(self, line: Line) -> bytes:
+        """A header, a gap or the end."""
+        return self._json.encode(line)
+
+    def event(self, logged: Logged) -> bytes:
+        """An event."""
+        n, at_s, event, effects, failed = logged
+        if isinstance(event, RequestArrived) and event.prefix_hashes:
+            event = replace(event, prefix_hashes=tuple([self._keyed(value) for value in event.prefix_hashes]))
+        assert EVENT.out is not None
+        assert EFFECT.out is not None
+        out = EFFECT.out
+        return self._json.encode(EventLine(n, at_s, EVENT.out(event), tuple([out(e) for e in effects]), failed))
+
+    def _keyed(self, value: int) -> int:
+        raw = value.to_bytes(max(1, (value.bit_length() + 8) // 8), "little", signed=True)
+        return int.from_bytes(hashlib.blake2b(raw, key=self._key, digest_size=7).digest(), "little")
+
+
+@contextlib.contextmanager
+def write_log_file(path: Path, header: Header) -> Iterator[Callable[..., None]]:
+    """
+    Write a whole run to one file (compressed when its name ends in `.gz`), each event before the run goes on.
+
+    Yields:
+        What to call with each event, as an `EventLog` is called.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    encoder = Encoder()
+    try:
+        plain = open(path, "wb", opener=private)  # noqa: SIM115 - Path.open has no opener; closed below
+    except OSError as error:
+        raise unwritable(path, error) from error
+    with plain, contextlib.ExitStack() as stack:
+        file = stack.enter_context(gzip.open(plain, "wb", GZIP_LEVEL)) if path.suffix == ".gz" else plain
+        file.write(encoder.line(header) + b"\n")
+        n = 0
+
+        def observe(now_s: float, event: Event, effects: Sequence[Effect], failed: str | None = None) -> None:
+            nonlocal n
+            n += 1
+            file.write(encoder.event((n, now_s, event, effects, failed)) + b"\n")
+
+        yield observe
+        file.write(encoder.line(EndLine(n, 0)) + b"\n")
+
+
+def unwritable(path: Path, error: OSError) -> ConfigError:
+    """What the operator is told."""
+    return ConfigError(
+        f"cannot write {path}: {error.strerror}", option="--event-log", fix="name a file in a folder that exists"
+    )
+
+
+class _Files(RotatingFileHandler):
+    """The files of a run: each begins with a header; a full one becomes `PATH.1.gz`, and `PATH.1.gz` becomes `PATH.2.gz`."""
+
+    def __init__(self, path: Path, header: Header, encoder: Encoder, *, max_bytes: int, files: int) -> None:
+        super().__init__(path, maxBytes=max_bytes, backupCount=files - 1, encoding="utf-8")
+        self._header = header
+        self._encoder = encoder
+        self._part = 0
+        self.namer = lambda name: f"{name}.gz"
+        self.rotator = _compress
+        for number in range(1, files):
+            make_private(Path(f"{path}.{number}.gz"))
+        assert self.stream is not None
+        if self.stream.tell():
+            self.doRollover()  # what an earlier run has left moves aside
+        else:
+            self._begin()
+
+    def _open(self) -> io.TextIOWrapper:
+        return io.TextIOWrapper(open(self.baseFilename, "ab", opener=private), encoding=self.encoding)
+
+    def doRollover(self) -> None:  # noqa: N802 - the base's name
+        """A new file."""
+        super().doRollover()
+        self._begin()
+
+    def _begin(self) -> None:
+        assert self.stream is not None
+        self._part += 1
+        header = msgspec.structs.replace(self._header, part=self._part)
+        self.stream.write(self._encoder.line(header).decode() + self.terminator)
+
+    def write(self, line: bytes) -> None:
+        """Append a line, to the next file when this one is full. Raises OSError."""
+        self.emit(logging.makeLogRecord({"msg": line.decode()}))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - the base's signature
+        """Called where the handler caught an exception: it is the writer's to deal with."""
+        raise  # noqa: PLE0704 - inside the handler's `except`
+
+
+def _compress(source: str, target: str) -> None:
+    """A full file becomes a compressed one, at once or not at all."""
+    unfinished = f"{target}.unfinished"
+    try:
+        with (
+            open(source, "rb") as full,  # noqa: PTH123 - names from the handler
+            open(unfinished, "wb", opener=private) as file,
+            gzip.open(file, "wb", compresslevel=GZIP_LEVEL) as small,
+        ):
+            shutil.copyfileobj(full, small, 1 << 20)
+    except OSError:  # a full disk: half a file helps nobody
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+    os.replace(unfinished, target)  # noqa: PTH105 - the same
+    os.unlink(source)  # noqa: PTH108 - the same
+
+
+class EventLog:
+    """
+    The log of a server. See the module header.
+
+    Attributes:
+        events: So far.
+        dropped: Of those, not in the log, because the buffer was full or the disk failed.
+        failure: Why nothing more is written; None while all is well.
+    """
+
+    def __init__(
+        self, path: Path, header: Header, *, max_bytes: int, files: int, buffered_events: int = BUFFERED_EVENTS
+    ) -> None:
+        """
+        Open the file and start the thread that writes to it.
+
+        Args:
+            path: The newest file; older ones are `PATH.1.gz`, `PATH.2.gz` and so on.
+            header: Of the run.
+            max_bytes: A file is full.
+            files: At most so many are kept, >= 2.
+            buffered_events: That wait for the thread at most.
+
+        Raises:
+            ConfigError: The file cannot be written.
+        """
+        self.events = 0
+        self.dropped = 0
+        self.failure: str | None = None
+        self._path = path
+        self._encoder = Encoder()
+        try:
+            self._files = _Files(path, header, self._encoder, max_bytes=max_bytes, files=files)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        self._buffer: queue.Queue[Logged | None] = queue.Queue(buffered_events)
+        self._written = 0
+        self._last_n = 0
+        self._thread = threading.Thread(target=self._write_all, name="event-log", daemon=True)
+        self._thread.start()
+
+    def __call__(self, now_s: float, event: Event, effects: Sequence[Effect], failed: str | None = None) -> None:
+        """Note an event; never waits."""
+        self.events += 1
+        if self.failure is not None:
+            self.dropped += 1
+            return
+        try:
+            self._buffer.put_nowait((self.events, now_s, event, effects, failed))
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Write what is left, and the last line."""
+        with contextlib.suppress(queue.Full):
+            self._buffer.put(None, timeout=timeout_s)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            logger.error("event log: %s is not written to its end: the disk takes too long", self._path)
+
+    def _write_all(self) -> None:
+        """The thread."""
+        try:
+            while (logged := self._buffer.get()) is not None:
+                self._write(logged)
+            self._mark_gap(self.events + 1)
+            self._files.write(self._encoder.line(EndLine(self.events, self.events - self._written)))
+        except OSError as error:
+            logger.exception("event log: %s ends here, serving goes on", self._path, exc_info=error)
+            self.failure = error.strerror or str(error)
+        finally:
+            with contextlib.suppress(OSError):
+                self._files.close()
+
+    def _write(self, logged: Logged) -> None:
+        n = logged[0]
+        try:
+            line = self._encoder.event(logged)
+        except (
+            TypeError,
+            ValueError,
+            OverflowError,
+        ):  # a value that JSON cannot have: this event is missing, the log goes on
+            logger.exception("event log: event %d cannot be written: %r", n, logged[2])
+            self.dropped += 1
+            return
+        self._mark_gap(n)
+        self._files.write(line)
+        self._last_n = n
+        self._written += 1
+
+    def _mark_gap(self, n: int) -> None:
+        """Say so when events before this number are missing."""
+        if n > self._last_n + 1:
+            self._files.write(self._encoder.line(DroppedLine(n - self._last_n - 1)))

@@ -1,0 +1,1 @@
+"""Pictures of results. Each function takes records or summaries and returns a matplotlib figure."""

@@ -1,0 +1,92 @@
+"""A run over time, per stage: requests running, their mean length, KV in use, step time; and where the stages' boundaries lay."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.figures.drawing import grid_figure, logarithmic, style_of
+from cascadeinfer.results.records import InstanceSamples
+
+BINS: Final = 120
+"""Points per curve: reports within one are averaged."""
+
+PANELS: Final = (
+    ("running requests per instance", "running", 1.0),
+    ("mean length of running requests, tokens", "mean_tokens", 1.0),
+    ("KV cache in use, %", "kv_use", 100.0),
+    ("step time, ms", "step_s", 1e3),
+)
+
+
+def stage_timelines(samples: InstanceSamples, layouts: Sequence[tuple[float, StageLayout]], title: str) -> Figure:
+    """
+    Four panels over time, one curve per stage, and a fifth with the boundaries where there are any.
+
+    Args:
+        samples: Reports of the instances.
+        layouts: Layouts with the time from which each was in force.
+        title: Above all.
+    """
+    bounded = any(layout.boundaries_tokens for _, layout in layouts)
+    figure, axes = grid_figure(3 if bounded else 2, 2, f"{title} (simulated)", height=2.6)
+    for axis, (label, field, factor) in zip(axes, PANELS, strict=False):
+        for number, stage in enumerate(np.unique(samples.stage).tolist()):
+            times, means = binned(samples, stage, factor * getattr(samples, field))
+            name = "all instances" if stage < 0 else f"stage {stage}"
+            axis.plot(times, means, label=name, linewidth=1.2, **style_of(number))
+        axis.set_ylabel(label, fontsize=8)
+        axis.set_xlabel("time, s", fontsize=8)
+        axis.set_ylim(bottom=0.0)
+    axes[0].legend(fontsize=8)
+    if bounded:
+        end_s = float(samples.time_s[-1])
+        _boundaries(axes[4], layouts, end_s)
+        _instances(axes[5], layouts, end_s)
+    return figure
+
+
+def binned(
+    samples: InstanceSamples, stage: int, values: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean of the values of one stage's reports over equal stretches of time; stretches without any are left out."""
+    chosen = (samples.stage == stage) & np.isfinite(values)
+    edges = np.linspace(0.0, max(float(samples.time_s[-1]), 1e-9), BINS + 1)
+    places = np.clip(np.searchsorted(edges, samples.time_s[chosen], side="right") - 1, 0, BINS - 1)
+    counts = np.bincount(places, minlength=BINS)
+    sums = np.bincount(places, weights=values[chosen], minlength=BINS)
+    filled = counts > 0
+    return (0.5 * (edges[:-1] + edges[1:]))[filled], sums[filled] / counts[filled]
+
+
+def _boundaries(axis: Axes, layouts: Sequence[tuple[float, StageLayout]], end_s: float) -> None:
+    """Each boundary as a stair."""
+    times = [since for since, _ in layouts] + [end_s]
+    most = max(len(layout.boundaries_tokens) for _, layout in layouts)
+    for index in range(most):
+        column = [
+            float(layout.boundaries_tokens[index]) if index < len(layout.boundaries_tokens) else np.nan
+            for _, layout in layouts
+        ]
+        axis.step(times, [*column, column[-1]], where="post", linewidth=1.2, **style_of(index))
+    logarithmic(axis, "y")
+    axis.set_ylabel("boundaries, tokens", fontsize=8)
+    axis.set_xlabel("time, s", fontsize=8)
+
+
+def _instances(axis: Axes, layouts: Sequence[tuple[float, StageLayout]], end_s: float) -> None:
+    times = [since for since, _ in layouts] + [end_s]
+    most = max(len(layout.stages) for _, layout in layouts)
+    for index in range(most):
+        column = [
+            float(len(layout.stages[index].instance_ids)) if index < len(layout.stages) else np.nan
+            for _, layout in layouts
+        ]
+        axis.step(times, [*column, column[-1]], where="post", linewidth=1.2, **style_of(index))
+    axis.set_ylim(bottom=0.0)
+    axis.set_ylabel("instances per stage", fontsize=8)
+    axis.set_xlabel("time, s", fontsize=8)

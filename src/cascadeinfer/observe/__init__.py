@@ -1,1 +1,0 @@
-"""What happened, as data: request records, summaries, figures, event logs."""

@@ -1,0 +1,145 @@
+"""
+Records to figures: means with confidence intervals, percentiles, throughput, SLO attainment and goodput.
+
+Only finished requests have latencies; what was rejected or never finished is counted, and counts as a miss of every SLO. The interval
+over several seeds is Student's t on the seeds' means, since requests of one run are not independent of each other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from cascadeinfer.results.records import RequestRecords
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """
+    What a request must keep to count as good.
+
+    Attributes:
+        ttft_s: Most time to the first token.
+        tpot_s: Most time per output token after it.
+    """
+
+    ttft_s: float
+    tpot_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """
+    One run in figures; seconds, requests per second and tokens per second.
+
+    Attributes:
+        unfinished: Requests that were rejected, aborted or still under way at the end.
+        slo_attainment: Share of all requests that kept the SLO.
+        goodput_rps: Requests that kept the SLO, per second of the run.
+    """
+
+    requests: int
+    unfinished: int
+    ttft_s_mean: float
+    tpot_s_mean: float
+    normalised_latency_s_mean: float
+    normalised_latency_s_p99: float
+    e2e_s_mean: float
+    e2e_s_p50: float
+    e2e_s_p99: float
+    throughput_rps: float
+    throughput_tokens_per_s: float
+    slo_attainment: float
+    goodput_rps: float
+    migrations: int
+    preemptions: int
+
+
+def summarise(records: RequestRecords, duration_s: float, slo: Slo) -> RunSummary:
+    """
+    Figures of one run.
+
+    Args:
+        records: Its requests.
+        duration_s: How long the run was, for the rates; > 0.
+        slo: What counts as good.
+
+    Raises:
+        ValueError: The duration is not positive, or there is no request.
+    """
+    if not duration_s > 0.0 or not len(records):
+        raise ValueError("a summary needs requests and a positive duration")
+    done = records.rows(records.finished)
+    kept = (done.ttft_s <= slo.ttft_s) & ~(done.tpot_s > slo.tpot_s)  # one-token outputs have no TPOT
+    n_kept = int(np.count_nonzero(kept))
+    return RunSummary(
+        requests=len(records),
+        unfinished=len(records) - len(done),
+        ttft_s_mean=_mean(done.ttft_s),
+        tpot_s_mean=_mean(done.tpot_s),
+        normalised_latency_s_mean=_mean(done.normalised_latency_s),
+        normalised_latency_s_p99=_percentile(done.normalised_latency_s, 99),
+        e2e_s_mean=_mean(done.e2e_s),
+        e2e_s_p50=_percentile(done.e2e_s, 50),
+        e2e_s_p99=_percentile(done.e2e_s, 99),
+        throughput_rps=len(done) / duration_s,
+        throughput_tokens_per_s=float(records.produced_tokens.sum()) / duration_s,
+        slo_attainment=n_kept / len(records),
+        goodput_rps=n_kept / duration_s,
+        migrations=int(records.migrations.sum()),
+        preemptions=int(records.preemptions.sum()),
+    )
+
+
+def summarise_between(records: RequestRecords, start_s: float, end_s: float, slo: Slo) -> RunSummary:
+    """
+    Figures of a part of a run: latencies of requests that arrived in it, throughput of what finished in it.
+
+    Args:
+        records: All requests of the run.
+        start_s: Where the part begins; leaves out the time in which the cluster fills.
+        end_s: Where it ends; leaves out the time in which it empties.
+        slo: What counts as good.
+
+    Raises:
+        ValueError: Nothing arrived in it.
+    """
+    finished = records.rows((records.finish_s >= start_s) & (records.finish_s < end_s))
+    span_s = end_s - start_s
+    return replace(
+        summarise(records.arrived_in(start_s, end_s), span_s, slo),
+        throughput_rps=len(finished) / span_s,
+        throughput_tokens_per_s=float(finished.produced_tokens.sum()) / span_s,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean over seeds with its 95 % confidence half-width; NaN with one seed."""
+
+    mean: float
+    half_width: float
+
+    def __str__(self) -> str:
+        """The mean, and the half-width where there is one."""
+        return f"{self.mean:.4g}" if np.isnan(self.half_width) else f"{self.mean:.4g} +- {self.half_width:.2g}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean of one value per seed, with Student's t interval at 95 %."""
+    column = np.asarray(values, dtype=np.float64)
+    if len(column) < 2:
+        return Interval(float(column.mean()), float("nan"))
+    quantile = float(stats.t.ppf(0.975, len(column) - 1))
+    return Interval(float(column.mean()), quantile * float(column.std(ddof=1)) / float(np.sqrt(len(column))))
+
+
+def _mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+def _percentile(values: np.ndarray, percent: float) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.percentile(finite, percent)) if len(finite) else float("nan")

@@ -1,0 +1,173 @@
+"""Replaying: the same policy does the same again; anything else is found where it begins. Stories and sums of a log."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from log_files import SPECS, lines_of, simulated_log, write_lines
+
+from cascadeinfer.core.effects import Dispatch, PublishLayout, SendMessage, StartMigration
+from cascadeinfer.core.errors import EventLogError
+from cascadeinfer.core.events import MigrationEnded, RequestArrived, RequestFinished
+from cascadeinfer.eventlog.log_summary import summarise_log
+from cascadeinfer.eventlog.reader import open_log
+from cascadeinfer.eventlog.replay import CONTEXT_EVENTS, replay
+from cascadeinfer.eventlog.story import find_request, story_of
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_every_policy_does_the_same_again(name: str, tmp_path: Path) -> None:
+    """A simulated run with a crash, a drain and lost messages, replayed: event by event the same effects, none left out."""
+    path = tmp_path / "log.gz"
+    seen = simulated_log(path, SPECS[name])
+    done = replay(open_log(path))
+    assert done.difference is None
+    assert (done.events, done.effects) == (len(seen), sum(len(effects) for _, effects in seen))
+    kinds = {type(effect) for _, effects in seen for effect in effects}
+    assert Dispatch in kinds
+    if "cascade" in name:
+        assert {SendMessage, StartMigration, PublishLayout} <= kinds
+
+
+def test_the_log_has_what_happened(tmp_path: Path) -> None:
+    """Events and effects read from the log are those of the run, prefix hashes apart."""
+    path = tmp_path / "log"
+    seen = simulated_log(path, SPECS["cascade"])
+    read = [(entry.event, list(entry.effects)) for entry in open_log(path)]
+    bare = [(replace(e, prefix_hashes=()) if isinstance(e, RequestArrived) else e, f) for e, f in read]
+    assert bare == [(replace(e, prefix_hashes=()) if isinstance(e, RequestArrived) else e, f) for e, f in seen]
+
+
+def test_the_first_difference_is_found(tmp_path: Path) -> None:
+    """A log whose 4th dispatch names another instance: the replay stops there, with the log's view, its own, and what was before."""
+    path = tmp_path / "log"
+    simulated_log(path, SPECS["round_robin"])
+    lines = lines_of(path)
+    where = [i for i, line in enumerate(lines) if b'"Dispatch"' in line][3]
+    place = b'"type":"Dispatch"'
+    before, _, after = lines[where].partition(place)
+    wrong = after.replace(b'"instance_id":"i0"', b'"instance_id":"i2"')
+    assert wrong != after
+    write_lines(path, [*lines[:where], before + place + wrong, *lines[where + 1 :]])
+    difference = replay(open_log(path)).difference
+    assert difference is not None
+    assert difference.logged.place.line == where + 1
+    assert [effect.instance_id for effect in difference.logged.effects] == ["i2"]
+    assert [effect.instance_id for effect in difference.effects] == ["i0"]
+    assert [e.n for e in difference.before] == list(range(difference.logged.n - CONTEXT_EVENTS, difference.logged.n))
+
+
+def test_another_option_is_a_difference(tmp_path: Path) -> None:
+    """A log replayed with another option than it was written with departs from it."""
+    path = tmp_path / "log"
+    simulated_log(path, SPECS["static_stages"])
+    lines = lines_of(path)
+    changed = lines[0].replace(b"[0,60]", b"[0,80]").replace(b"[60,140]", b"[80,140]")
+    write_lines(path, [changed, *lines[1:]])
+    assert replay(open_log(path)).difference is not None
+
+
+def test_a_gap_ends_the_comparison(tmp_path: Path) -> None:
+    """Where events are missing the replay says how far it came, and that it cannot go on."""
+    path = tmp_path / "log"
+    simulated_log(path, SPECS["round_robin"])
+    lines = lines_of(path)
+    write_lines(path, [*lines[:10], b'{"line":"dropped","count":2}\n', *lines[12:]])
+    log = open_log(path)
+    with pytest.raises(EventLogError, match=r"line 11: 2 events are missing: the 9 events before replay the same"):
+        replay(log)
+    assert summarise_log(log).missing == 2
+
+
+def test_a_log_without_its_beginning_is_not_replayed(tmp_path: Path) -> None:
+    """Once rotation has deleted the first part, a replay is refused and says what would have kept it."""
+    path = tmp_path / "log"
+    simulated_log(path, SPECS["round_robin"])
+    lines = lines_of(path)
+    write_lines(path, [lines[0].replace(b'"part":1', b'"part":2'), *lines[5:]])
+    with pytest.raises(EventLogError, match=r"begins with part 2.*--event-log-files"):
+        replay(open_log(path))
+    assert summarise_log(open_log(path)).events["RequestArrived"] > 0
+
+
+@pytest.mark.parametrize("options", [b"{}", b'{"layout":null}', b'{"boundaries_tokens":[9,3]}'])
+def test_a_policy_that_cannot_be_made_is_told(tmp_path: Path, options: bytes) -> None:
+    """Options that are missing, or contradict one another, are errors of line 1, not tracebacks."""
+    path = tmp_path / "log"
+    name = "static_length" if b"boundaries" in options else "static_stages"
+    simulated_log(path, SPECS["round_robin"], requests=5)
+    lines = lines_of(path)
+    head = lines[0].replace(b'"options":{}', b'"options":' + options).replace(b"round_robin", name.encode())
+    write_lines(path, [head, *lines[1:]])
+    with pytest.raises(EventLogError, match="line 1: policy"):
+        replay(open_log(path))
+
+
+def test_a_failure_is_replayed_as_a_failure(tmp_path: Path) -> None:
+    """An event at which the policy raised must raise the same again; one that does not is a difference."""
+    path = tmp_path / "log"
+    simulated_log(path, SPECS["round_robin"])
+    lines = lines_of(path)
+    failed = lines[4].rstrip(b"}\n").partition(b',"effects"')[0].rstrip(b"}") + b'},"failed":"KeyError"}\n'
+    write_lines(path, [*lines[:4], failed, *lines[5:]])
+    log = open_log(path)
+    difference = replay(log).difference
+    assert difference is not None
+    assert (difference.logged.failed, difference.failed) == ("KeyError", None)
+    assert summarise_log(log).failed == 1
+
+
+def test_sums_are_those_of_the_run(tmp_path: Path) -> None:
+    """Counts of requests, dispatches, messages, migrations and layouts are those of the run."""
+    path = tmp_path / "log"
+    seen = simulated_log(path, SPECS["cascade"])
+    summary = summarise_log(open_log(path))
+    effects = [effect for _, made in seen for effect in made]
+    assert (summary.arrived, summary.finished) == (120, 120)
+    assert sum(summary.dispatches.values()) == sum(isinstance(e, Dispatch) for e in effects)
+    assert len(summary.layouts) == sum(isinstance(e, PublishLayout) for e in effects)
+    assert summary.messages == Counter(type(e.message).__name__ for e in effects if isinstance(e, SendMessage))
+    started = Counter(e.reason.value for e in effects if isinstance(e, StartMigration))
+    ended = Counter[str]()
+    for (reason, _, _), count in summary.migrations.items():
+        ended[reason] += count
+    assert ended == started
+    outcomes = Counter(e.outcome.value for e, _ in seen if isinstance(e, MigrationEnded))
+    assert Counter(outcome for (_, outcome, _), n in summary.migrations.items() for _ in range(n)) == outcomes
+    assert [what for _, what, _ in summary.memberships].count("joined") == 4
+    assert summary.output_tokens == sum(e.output_tokens for e, _ in seen if isinstance(e, RequestFinished))
+
+
+def test_a_story_has_every_part_of_a_life(tmp_path: Path) -> None:
+    """A request that moved: it arrived, was dispatched, ran, was asked for, bid for, awarded, moved, and ended, in this order."""
+    path = tmp_path / "log"
+    seen = simulated_log(path, SPECS["cascade"])
+    moved = next(e.request_id for e, _ in seen if isinstance(e, MigrationEnded) and e.outcome == "moved")
+    text = [chapter.text for chapter in story_of(open_log(path), moved)]
+    wanted = ["arrived: ", "dispatched to ", "runs on ", " asks ", " bids: ", " awards ", " keeps a place", " begins at ", " is over: moved", "ended after "]  # fmt: skip
+    found = [next(i for i, line in enumerate(text) if part in line) for part in wanted]
+    assert found == sorted(found), text
+    assert "(stage " in "".join(text)
+
+
+def test_every_story_begins_and_ends(tmp_path: Path) -> None:
+    """Each request's story begins with its arrival and ends with its end; orphans are dispatched again."""
+    path = tmp_path / "log"
+    simulated_log(path, SPECS["cascade"])
+    log = open_log(path)
+    stories = {f"r{i}": [chapter.text for chapter in story_of(log, f"r{i}")] for i in range(0, 120, 7)}
+    assert all(story[0].startswith("arrived") and story[-1].startswith("ended") for story in stories.values())
+
+
+def test_requests_are_found_by_the_beginning_of_their_ids(tmp_path: Path) -> None:
+    """An exact id wins over longer ones, a unique beginning is enough, and several or none are told."""
+    path = tmp_path / "log"
+    simulated_log(path, SPECS["least_loaded"])
+    log = open_log(path)
+    assert find_request(log, "r11") == "r11"
+    assert find_request(log, "r119") == "r119"
+    with pytest.raises(EventLogError, match=r"120 requests begin with 'r': .* \.\.\."):
+        find_request(log, "r")
+    with pytest.raises(EventLogError, match="no request 'x'"):
+        find_request(log, "x")
