@@ -1,7 +1,7 @@
 # Everything a checkout needs: `make demo` and `make test` work on a bare machine with Python >= 3.11 and a network for pip.
 # The virtual environment is made once; pip runs again only when pyproject.toml has changed.
 #
-#   make demo | test | chaos | fuzz | lint | types | contracts | check | figures | install | clean | distclean
+#   make demo | test | test-v2 | seams | chaos | fuzz | lint | types | contracts | check | figures | install | clean | distclean
 #
 #   ENGINE=gpu     install vLLM for an NVIDIA GPU instead of the CPU build (another engine than before: a new environment)
 #   PYTHON=...     the interpreter to make the environment with
@@ -36,7 +36,7 @@ INSTALLED := $(VENV)/.installed-$(ENGINE)
 VENV_IS_OURS = [[ ! -e $(VENV) || -f $(VENV)/pyvenv.cfg ]] || \
 	{ echo "make: VENV=$(VENV) exists and is no virtual environment (name another)" >&2; exit 2; }
 
-.PHONY: help install demo test chaos fuzz lint types contracts check figures clean distclean
+.PHONY: help install demo test test-v2 seams chaos fuzz lint types contracts check figures clean distclean
 
 help:
 	@sed -n '/^#   make/,/^#   ARGS/s/^# *//p' $(firstword $(MAKEFILE_LIST))
@@ -83,6 +83,15 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest $(ARGS)
+
+# The engine tests that depend on the model runner, on V2, which GPUs use: Triton's interpreter does its kernels (tests/support/v2_runner.py).
+V2_TESTS := test_v2_states.py test_moves.py test_commands.py test_features.py test_failures.py
+test-v2: $(INSTALLED)
+	@PYTHONPATH=tests/support $(BIN)/python -m pytest -p v2_runner $(addprefix tests/engine/,$(V2_TESTS)) $(ARGS)
+
+# What the source relies on inside vLLM; with VLLM=0.33.0, what is different there (docs/vllm.md). Downloads that version's wheel.
+seams: $(INSTALLED)
+	@$(BIN)/python tools/seams/facts.py $(if $(VLLM),--vllm $(VLLM)) $(ARGS)
 
 # Five minutes of kills, drains and adds on a real server (tests/engine/chaos.py); not a part of the tests as they are run by default.
 chaos: $(INSTALLED)

@@ -14,7 +14,20 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
-from zoo import BLOCK, KINDS, KV_BLOCKS, MAX_BATCHED_TOKENS, MAX_MODEL_LEN, MAX_SEQS, Zoo
+from v2_states import FOLDER_VARIABLE
+from zoo import (
+    BLOCK,
+    END_THINK_ID,
+    KINDS,
+    KV_BLOCKS,
+    MAX_BATCHED_TOKENS,
+    MAX_MODEL_LEN,
+    MAX_SEQS,
+    ON_V2,
+    RUNNER,
+    THINK_ID,
+    Zoo,
+)
 
 from cluster import STAGES, Cluster, SwitchedStages
 
@@ -34,13 +47,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("engine") is not None and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(300))
+        runner = item.get_closest_marker("runner")
+        if runner is not None and runner.args[0] != RUNNER:
+            item.add_marker(pytest.mark.skip(reason=f"of vLLM's {runner.args[0]} model runner (see CONTRIBUTING.md)"))
 
 
 @pytest.fixture(scope="session")
-def quick_environment() -> Iterator[None]:
+def states_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where instances on the V2 runner write the states of requests that ask for it by their id."""
+    return tmp_path_factory.mktemp("states")
+
+
+@pytest.fixture(scope="session")
+def quick_environment(states_folder: Path) -> Iterator[None]:
     """The environment in which vLLM is imported and instances are configured."""
     before = dict(os.environ)
-    os.environ.update(QUICK_ENVIRONMENT)
+    os.environ.update(QUICK_ENVIRONMENT, **{FOLDER_VARIABLE: str(states_folder)})
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -115,6 +137,8 @@ async def started_zoo(
             transfer.kv_connector_extra_config["reservation_life_s"] = kind.reservation_life_s
         # vLLM switches asynchronous scheduling off on a CPU, where it does not pay; it works there, and devices use it.
         instances[name].vllm_config.scheduler_config.async_scheduling = kind.asynchronous
+        if ON_V2:
+            instances[name].vllm_config.reasoning_config = reasoning()
     everyone = list(instances.values())
     try:
         await asyncio.gather(*(instance.start() for instance in everyone))
@@ -124,6 +148,18 @@ async def started_zoo(
             yield zoo
     finally:
         await asyncio.gather(*(instance.stop(5.0) for instance in everyone))
+
+
+def reasoning() -> Any:
+    """How instances tell where thinking begins and ends, which thinking budgets need; by token ids, without a parser."""
+    from vllm.config.reasoning import ReasoningConfig
+
+    config = ReasoningConfig()
+    config._reasoning_start_token_ids = [THINK_ID]
+    config._reasoning_end_token_ids = [END_THINK_ID - 1, END_THINK_ID]
+    config._natural_reasoning_end_token_ids = [END_THINK_ID]
+    config._enabled = True
+    return config
 
 
 @pytest_asyncio.fixture(loop_scope="session")

@@ -12,6 +12,7 @@ from zoo import (
     MAX_BATCHED_TOKENS,
     MAX_MODEL_LEN,
     MAX_SEQS,
+    OTHER,
     USABLE_BLOCKS,
     Attempt,
     Zoo,
@@ -25,7 +26,6 @@ from cascadeinfer.engines.vllm.instance import VllmInstance
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
-PARTNER = dict(zip(KINDS, ["sync", "sync+cache", "async", "async+cache"], strict=True))
 
 each_kind = pytest.mark.parametrize("name", KINDS)
 
@@ -163,6 +163,7 @@ async def test_reservation_without_slots(zoo: Zoo, name: str) -> None:
     await instance.abort([attempt.engine_request_id])
 
 
+@pytest.mark.runner("V1")
 async def test_reservation_expires(zoo: Zoo) -> None:
     """A reservation that nobody claims ends by itself."""
     instance = zoo.instances["sync"]
@@ -179,7 +180,7 @@ async def test_reservation_expires(zoo: Zoo) -> None:
 @each_kind
 async def test_resume_takes_its_reservation_over(zoo: Zoo, name: str) -> None:
     """A resumed request gets the room reserved for it, also when there is no other, and the reservation is gone."""
-    here, there = zoo.instances[PARTNER[name]], zoo.instances[name]
+    here, there = zoo.instances[OTHER[name]], zoo.instances[name]
     prompt, expected = await zoo.window(90, 200)
     attempt = await zoo.start(here, prompt, greedy(200))
     await attempt.until_output(3)
@@ -239,7 +240,7 @@ async def test_cut_pins_exactly_what_is_computed(zoo: Zoo, name: str) -> None:
 @each_kind
 async def test_release_after_the_pull(zoo: Zoo, name: str) -> None:
     """Releasing what has been pulled already, or was never pinned, is harmless."""
-    instance, there = zoo.instances[name], zoo.instances[PARTNER[name]]
+    instance, there = zoo.instances[name], zoo.instances[OTHER[name]]
     prompt, expected = await zoo.window(50, 150)
     attempt = await zoo.start(instance, prompt, greedy(150))
     await attempt.until_output(4)
@@ -251,6 +252,7 @@ async def test_release_after_the_pull(zoo: Zoo, name: str) -> None:
     assert (await zoo.run(instance, prompt, greedy(150))).output == expected
 
 
+@pytest.mark.runner("V1")
 async def test_lease_ends(zoo: Zoo) -> None:
     """Blocks that nobody pulls or releases are freed when the lease ends, on an idle instance too."""
     instance = zoo.instances["sync+cache"]
@@ -267,7 +269,7 @@ async def test_abort_of_a_resumed_request(zoo: Zoo, name: str) -> None:
 
     Aborted at once, while it waits for its KV cache, or in its first steps; as the runtime does it, with the pin released.
     """
-    here, there = zoo.instances[PARTNER[name]], zoo.instances[name]
+    here, there = zoo.instances[OTHER[name]], zoo.instances[name]
     for number in range(12):
         attempt = await running(zoo, here, n_prompt=200)
         assert await there.reserve(f"x{number}", attempt.n_tokens) is None
@@ -284,7 +286,7 @@ async def test_abort_of_a_resumed_request(zoo: Zoo, name: str) -> None:
 @each_kind
 async def test_abort_of_a_resumed_request_that_waits(zoo: Zoo, name: str) -> None:
     """A resumed request that found no room and is aborted while it waits frees the source's blocks."""
-    here, there = zoo.instances[PARTNER[name]], zoo.instances[name]
+    here, there = zoo.instances[OTHER[name]], zoo.instances[name]
     rest = await zoo.squeeze(there, 1)
     attempt = await running(zoo, here, n_prompt=200)
     assert await zoo.cut(attempt)
@@ -298,7 +300,7 @@ async def test_abort_of_a_resumed_request_that_waits(zoo: Zoo, name: str) -> Non
 @each_kind
 async def test_resumed_request_waits_for_room(zoo: Zoo, name: str) -> None:
     """A resumed request that finds no room waits, and pulls its KV cache when there is some."""
-    here, there = zoo.instances[PARTNER[name]], zoo.instances[name]
+    here, there = zoo.instances[OTHER[name]], zoo.instances[name]
     before = await zoo.counters(there)
     prompt, expected = await zoo.window(120, 150)
     rest = await zoo.squeeze(there, 1)
@@ -385,6 +387,7 @@ async def test_steps_are_timed(zoo: Zoo, name: str) -> None:
     assert 0.0 < sum(s.step_s for s in steps) <= passed_s
 
 
+@pytest.mark.runner("V1")
 async def test_identity(zoo: Zoo) -> None:
     """An instance says what it is, as far as step times depend on it: the tiny model's sizes, the processor, the backend."""
     told = await zoo.instances["sync"].identity()

@@ -134,16 +134,32 @@ async def test_stream_has_every_token_once(cluster: Cluster, interval: int) -> N
     assert (token_ids, text) == (list(alone.token_ids), alone.text)
 
 
+ONLY_V1_PINS: dict[str, tuple[dict[str, Any], str]] = {
+    "seed": ({"temperature": 0.8, "seed": 7}, "seeded_sampling"),
+    "presence": ({"presence_penalty": 0.5}, "token_penalties"),
+    "frequency": ({"frequency_penalty": 0.5}, "token_penalties"),
+    "bad_words": ({"bad_words": ["hello there"]}, "bad_words"),
+}
+
+
+@pytest.mark.runner("V2")
+@pytest.mark.parametrize("name", ONLY_V1_PINS)
+async def test_what_only_v1_pins_moves(cluster: Cluster, name: str) -> None:
+    """On V2 the same requests move, and their output is the same as without any moves."""
+    from vllm.sampling_params import SamplingParams
+
+    options, _ = ONLY_V1_PINS[name]
+    params = SamplingParams(max_tokens=N_OUTPUT, ignore_eos=True, **{"temperature": 0.0, **options})
+    [moved], [alone] = await moved_and_alone(cluster, params)
+    assert moved.token_ids == alone.token_ids
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"temperature": 0.8, "seed": 7}, "seeded_sampling"),
-        ({"presence_penalty": 0.5}, "token_penalties"),
-        ({"frequency_penalty": 0.5}, "token_penalties"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs"),
-        ({"bad_words": ["hello there"]}, "bad_words"),
+        *(pytest.param(*pin, id=name, marks=pytest.mark.runner("V1")) for name, pin in ONLY_V1_PINS.items()),
+        pytest.param({"prompt_logprobs": 1}, "prompt_logprobs", id="prompt_logprobs"),
     ],
-    ids=["seed", "presence", "frequency", "prompt_logprobs", "bad_words"],
 )
 async def test_pinned_request_stays(cluster: Cluster, options: dict[str, Any], reason: str) -> None:
     """

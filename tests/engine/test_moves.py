@@ -13,6 +13,7 @@ from zoo import (
     KINDS,
     MAX_BATCHED_TOKENS,
     MAX_MODEL_LEN,
+    OTHER,
     PAIRS,
     Zoo,
     eventually,
@@ -21,9 +22,6 @@ from zoo import (
 )
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
-
-OTHER = dict(zip(KINDS, ["sync", "sync+cache", "async", "async+cache"], strict=True))
-"""A partner of another kind for tests that need not try all pairs."""
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
@@ -335,6 +333,6 @@ async def test_many_at_once(zoo: Zoo) -> None:
 async def test_unrelated_prompts_are_not_mixed_up(zoo: Zoo) -> None:
     """The text of the reference depends on its prompt: another prompt of the same length gets another output."""
     prompt, expected = await zoo.window(90, 20)
-    other = await zoo.run(zoo.instances["sync"], random_prompt(90, 99), greedy(20))
+    other = await zoo.run(zoo.instances["async"], random_prompt(90, 99), greedy(20))
     assert prompt != other.request.prompt_token_ids
     assert other.output != expected

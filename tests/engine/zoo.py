@@ -11,6 +11,7 @@ greedy choices are all ahead of the second best by `MIN_MARGIN`: an output that 
 
 import asyncio
 import itertools
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # tests that are not run do not cost vLLM's import
 BLOCK = 32
 """Tokens per KV block of every test instance."""
 EOS_ID = 2
+THINK_ID = 500
+END_THINK_ID = 502
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,19 @@ class Kind:
     reservation_life_s: float | None = None
 
 
-KINDS = {
+ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+RUNNER = "V2" if ON_V2 else "V1"
+"""The model runner of vLLM's that these tests run on: V1, or V2 with the plugin `tests/support/v2_runner.py`."""
+ALL_KINDS = {
     "async+cache": Kind(asynchronous=True, caches=True),
     "async": Kind(asynchronous=True, caches=False),
     "sync+cache": Kind(asynchronous=False, caches=True, lease_s=5),
     "sync": Kind(asynchronous=False, caches=False, reservation_life_s=5.0),
 }
+KINDS = {name: kind for name, kind in ALL_KINDS.items() if kind.asynchronous or not ON_V2}
+"""V2 is made for asynchronous scheduling, and its interpreted kernels are slow: half of the kinds there."""
+OTHER = dict(zip(KINDS, reversed(KINDS), strict=True))
+"""A partner of another kind, for tests that need not try all pairs."""
 PAIRS = [(source, target) for source in KINDS for target in KINDS if source != target]
 KV_BLOCKS = 512
 USABLE_BLOCKS = KV_BLOCKS - 1

@@ -108,3 +108,36 @@ def test_blocks_that_a_step_may_still_write(model: Path) -> None:
     assert held(bed) == {"deferred": 3}
     bed.steps(2)
     assert bed.holds_nothing()
+
+
+def test_a_reservation_leaves_what_a_prefill_needs(bed: SchedulerBed) -> None:
+    """
+    Blocks that a prompt in the middle of its prefill will need are not reserved: vLLM would let the pull wait for them.
+
+    Two prompts share one step's budget; the second is left with most of its blocks to come.
+    """
+    bed.add("first", list(range(3, 403)), greedy(30))
+    bed.add("second", list(range(403, 3, -1)), greedy(30))
+    bed.step()
+    free = bed.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    to_come = bed.scheduler._inflight_prefill_reserved_blocks()
+    assert 0 < to_come < free
+    assert commands.cascade_reserve(bed.core, "too large", (free - to_come) * BLOCK) == "no_blocks"
+    assert commands.cascade_reserve(bed.core, "fits", (free - to_come - 1) * BLOCK) is None
+
+
+def test_an_undone_cut_leaves_nothing_with_the_worker(bed: SchedulerBed) -> None:
+    """The worker is told of a cut with the next step; if the cut is undone it is told that too, or never told of either."""
+    bed.add("a", PROMPT, greedy(60))
+    bed.steps(4)
+    side = bed.side
+    assert commands.cascade_cut(bed.core, "a") is None
+    assert commands.cascade_undo_cut(bed.core, "a")
+    assert "a" not in side._reqs_in_batch | side._reqs_not_processed
+    request = bed.scheduler.requests["a"]
+    assert side.cut(request) is None
+    side._reqs_in_batch.clear()  # as a step's metadata does
+    assert side.undo_cut(request)
+    assert side._reqs_not_processed == {"a"}
+    assert side.cut(request) is None
+    assert ("a" in side._reqs_in_batch, side._reqs_not_processed) == (True, set())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadeinfer.engines.vllm.connector.step_timer import STEPS_KEPT, StepTimer, features_of
+from cascadeinfer.engines.vllm.connector.step_timer import STEPS_KEPT, StepTimer, entries_of, features_of
 
 
 class Clock:
@@ -22,11 +22,16 @@ class Clock:
         return self.now_s
 
 
-def output(new: dict[str, tuple[int, int]], cached: dict[str, tuple[int, int]] | None = None) -> Any:
+def output(
+    new: dict[str, tuple[int, int]],
+    cached: dict[str, tuple[int, int]] | None = None,
+    drafts: dict[str, list[int]] | None = None,
+) -> Any:
     """A scheduler output, as far as the timer looks: per request (computed before, computed now)."""
     cached = cached or {}
     return SimpleNamespace(
         num_scheduled_tokens={name: now for name, (_, now) in (new | cached).items()},
+        scheduled_spec_decode_tokens=drafts or {},
         scheduled_new_reqs=[SimpleNamespace(req_id=n, num_computed_tokens=before) for n, (before, _) in new.items()],
         scheduled_cached_reqs=SimpleNamespace(
             req_ids=list(cached), num_computed_tokens=[before for before, _ in cached.values()]
@@ -114,6 +119,12 @@ def test_memory_is_bounded() -> None:
     steps = timer.take(0)
     assert len(steps) == STEPS_KEPT
     assert steps[-1].kv_tokens == STEPS_KEPT + 10
+
+
+def test_drafts_are_no_prompt() -> None:
+    """A decode that verifies three drafts is one decode, beside a chunk of a prompt that has none."""
+    step = output({"new": (0, 30)}, {"old": (100, 4)}, {"old": [7, 8, 9]})
+    assert features_of(entries_of(step)) == (1, 101, 101, 30, 30 * 31 / 2)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 512)), max_size=20))

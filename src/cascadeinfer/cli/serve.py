@@ -38,13 +38,13 @@ def serve(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> Namespace:
     """Parse vLLM's options and ours; fill in the model."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
     from vllm.exceptions import VLLMClientError
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from cascadeinfer.cli.model_argument import EMBEDDED_NAME, model_of
+    from cascadeinfer.cli.vllm_options import make_arg_parser, validate_parsed_serve_args
     from cascadeinfer.config.schema import add_arguments
     from cascadeinfer.frontend.server import import_parser_plugins
 

@@ -36,9 +36,11 @@ from cascadeinfer.runtime.shell import Runtime
 TO_ALL_INSTANCES = (
     "add_lora_async",
     "collective_rpc_async",
+    "compute_weight_checksums_async",
     "is_scheduler_paused_async",
     "is_sleeping_async",
     "list_loras_async",
+    "pause_generation_async",
     "pause_scheduler_async",
     "pin_lora_async",
     "profile_async",

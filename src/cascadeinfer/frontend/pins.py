@@ -1,14 +1,18 @@
 """
-Which requests may not migrate, because their state would not survive the move unchanged.
+Which requests may not migrate, because a move could change their answer.
 
-Found out by experiment on the V1 model runner (`docs/migration.md` has the table): a seeded generator starts again, presence and
-frequency penalties count only what was generated since the move, multi-token bad words forget a beginning. The V2 runner should
-keep the first two; until that is tested on it, the rule is the same there. A pinned request stays where it is, and a counter says why.
+What survives depends on the model runner (`docs/migration.md` has the table, with the test of each cell). V1 restarts a seeded
+generator, counts penalties from the move on and forgets the beginning of a bad word. V2 derives noise from seed and position and
+rebuilds its counts from the token ids, so that none of these pins a request there. A counter says why a request is pinned.
 """
+
+import functools
+from importlib.metadata import entry_points
 
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from cascadeinfer.core.events import PinReason
 
@@ -18,6 +22,8 @@ def pin_reason_of(request: EngineCoreRequest, vllm_config: VllmConfig, *, movabl
     Why this request must stay on its instance, or None.
 
     Args:
+        request: As vLLM's front end made it.
+        vllm_config: Of the engines.
         movable: Whether the engine's configuration allows live migration at all.
     """
     reasons = (
@@ -32,21 +38,42 @@ def pin_reason_of(request: EngineCoreRequest, vllm_config: VllmConfig, *, movabl
         if applies:
             return reason
     assert request.sampling_params is not None
-    return _sampling_pin(request.sampling_params, vllm_config)
+    sampling = request.sampling_params
+    if (reason_everywhere := _sampling_pin(sampling, vllm_config)) is not None:
+        return reason_everywhere
+    return None if vllm_config.use_v2_model_runner else _v1_pin(sampling)
 
 
 def _sampling_pin(sampling: SamplingParams, vllm_config: VllmConfig) -> PinReason | None:
-    greedy = sampling.temperature == 0.0
+    """What no runner moves."""
     reasoning = bool(vllm_config.structured_outputs_config.reasoning_parser)
+    watermarked = vllm_config.watermark_config is not None and sampling.watermarking is not False
     reasons = (
-        (sampling.seed is not None and not greedy, PinReason.SEEDED_SAMPLING),
-        (bool(sampling.presence_penalty or sampling.frequency_penalty), PinReason.TOKEN_PENALTIES),
         (
-            sampling.prompt_logprobs is not None or bool(sampling.skip_reading_prefix_cache),
+            sampling.prompt_logprobs is not None
+            or sampling.prompt_logprob_token_ids is not None
+            or bool(sampling.skip_reading_prefix_cache),
             PinReason.PROMPT_LOGPROBS,
         ),
-        (bool(sampling.bad_words), PinReason.BAD_WORDS),
         (sampling.structured_outputs is not None and reasoning, PinReason.REASONING_GRAMMAR),
+        (bool(vllm_config.model_config.logits_processors) or _has_plugged_processors(), PinReason.CUSTOM_SAMPLING),
+        (watermarked or sampling.trace_decode_token_ids is not None, PinReason.CUSTOM_SAMPLING),
+    )
+    return next((reason for applies, reason in reasons if applies), None)
+
+
+def _v1_pin(sampling: SamplingParams) -> PinReason | None:
+    """What the V1 runner loses at a move."""
+    reasons = (
+        (sampling.seed is not None and sampling.temperature != 0.0, PinReason.SEEDED_SAMPLING),
+        (bool(sampling.presence_penalty or sampling.frequency_penalty), PinReason.TOKEN_PENALTIES),
+        (bool(sampling.bad_words), PinReason.BAD_WORDS),
         (sampling.thinking_token_budget is not None, PinReason.CUSTOM_SAMPLING),
     )
     return next((reason for applies, reason in reasons if applies), None)
+
+
+@functools.cache
+def _has_plugged_processors() -> bool:
+    """Whether an installed package brings logits processors of its own, whose state nobody here knows."""
+    return bool(entry_points(group=LOGITSPROCS_GROUP))

@@ -32,10 +32,14 @@ logger = logging.getLogger(__name__)
 
 CPU_KV_BYTES_MAX = 1 << 30
 CONNECTOR_MODULE = "cascadeinfer.engines.vllm.connector"
+PEERS_STAY = 0.0
+"""Time to live of what NIXL knows of a peer: without end. By default an idle hour ends it, and the next pull begins with a handshake."""
 CPU_UCX_TRANSPORTS = "tcp,shm,self,cma,sysv,posix"
 """UCX finds no InfiniBand on CPU machines and warns about it at every start without this."""
 
 LOOPBACK_DEVICE = "lo"
+MAMBA_LAYOUT = {"VLLM_SSM_CONV_STATE_LAYOUT": "DS"}
+"""NIXL needs this layout for models with Mamba layers; vLLM chooses it for its own connectors only, by their names."""
 NETWORK_DEVICE_VARIABLES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """UCX carries KV blocks between instances, Gloo and NCCL connect an instance's own processes; all are on this machine."""
 
@@ -70,6 +74,26 @@ def check_engine_args(engine_args: AsyncEngineArgs) -> None:
         )
     if engine_args.kv_transfer_config is not None:
         raise ConfigError("is set by CascadeInfer for live migration", option="--kv-transfer-config", fix="remove it")
+    refused = (
+        (
+            engine_args.kv_offloading_size is not None,
+            "--kv-offloading-size",
+            "brings a KV connector of its own, and an engine has room for one",
+        ),
+        (
+            engine_args.enable_sleep_mode,
+            "--enable-sleep-mode",
+            "moves the KV cache to other memory, which peers that pull from it are not told of",
+        ),
+        (
+            engine_args.enable_return_routed_experts,
+            "--enable-return-routed-experts",
+            "would lose the experts of all tokens before a migration",
+        ),
+    )
+    for given, option, why in refused:
+        if given:
+            raise ConfigError(why, option=option, fix="remove it")
 
 
 def with_cpu_kv_share(engine_args: AsyncEngineArgs, n_instances: int) -> AsyncEngineArgs:
@@ -96,7 +120,7 @@ def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, setti
         kv_buffer_device="cpu" if current_platform.is_cpu() else "cuda",
         kv_load_failure_policy="recompute",
         engine_id=f"cascade-{instance_id}-{uuid.uuid4().hex[:12]}",
-        kv_connector_extra_config={"kv_lease_duration": settings.lease_s},
+        kv_connector_extra_config={"kv_lease_duration": settings.lease_s, "engine_ttl": PEERS_STAY},
     )
     own_args = dataclasses.replace(engine_args, kv_transfer_config=transfer)
     return own_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
@@ -113,7 +137,7 @@ def places_for(engine_args: AsyncEngineArgs, n_instances: int) -> Places:
 
 def environment_of(place: str) -> dict[str, str]:
     """What an instance's processes get so that they use their place, and listen on the loopback only; what the operator has set wins."""
-    ours = dict.fromkeys(NETWORK_DEVICE_VARIABLES, LOOPBACK_DEVICE)
+    ours = {**dict.fromkeys(NETWORK_DEVICE_VARIABLES, LOOPBACK_DEVICE), **MAMBA_LAYOUT}
     if current_platform.is_cpu():
         ours |= {"VLLM_CPU_OMP_THREADS_BIND": place, "UCX_TLS": CPU_UCX_TRANSPORTS}
     said = operator_environment()

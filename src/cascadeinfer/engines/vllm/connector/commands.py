@@ -107,7 +107,8 @@ def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int) -> str
     n_running, n_waiting = scheduler.get_request_counts()
     if n_running + n_waiting + len(side.reservations) >= scheduler.max_num_running_reqs:
         return ROOM_REFUSED_SLOTS
-    return None if side.reservations.reserve(reservation_id, n_tokens) else ROOM_REFUSED_BLOCKS
+    spoken_for = scheduler._inflight_prefill_reserved_blocks()  # noqa: SLF001 - a pull must fit beside them, or it waits
+    return None if side.reservations.reserve(reservation_id, n_tokens, spoken_for=spoken_for) else ROOM_REFUSED_BLOCKS
 
 
 def cascade_release_reservation(core: EngineCore, reservation_id: str) -> bool:

@@ -35,14 +35,21 @@ class Reservations:
         self._expire()
         return len(self._held)
 
-    def reserve(self, reservation_id: str, n_tokens: int) -> bool:
-        """Hold blocks for a request of this many tokens (one more than it fills); False when they are not free."""
+    def reserve(self, reservation_id: str, n_tokens: int, *, spoken_for: int = 0) -> bool:
+        """
+        Hold blocks for a request of this many tokens (one more than it fills); False when they are not free.
+
+        Args:
+            reservation_id: Of the reservation; an id that is held already is held on.
+            n_tokens: Length for which there shall be room.
+            spoken_for: Free blocks that others will need, which vLLM leaves free when a pull asks for its blocks.
+        """
         self._expire()
         if reservation_id in self._held:
             return True
         n_blocks = -(-n_tokens // self._block_size) + 1
         pool = self._pool()
-        if pool.get_num_free_blocks() < n_blocks:
+        if pool.get_num_free_blocks() - spoken_for < n_blocks:
             return False
         self._held[reservation_id] = _Reservation(pool.get_new_blocks(n_blocks), time.monotonic() + self._life_s)
         return True

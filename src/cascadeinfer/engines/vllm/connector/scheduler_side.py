@@ -29,13 +29,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import Nix
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from cascadeinfer.engines.vllm.connector.deadline import attach_deadlines, is_over
 from cascadeinfer.engines.vllm.connector.failures import Failures
 from cascadeinfer.engines.vllm.connector.grammar_replay import replay_grammar
+from cascadeinfer.engines.vllm.connector.movable import why_not_movable
 from cascadeinfer.engines.vllm.connector.reservations import Reservations
 from cascadeinfer.engines.vllm.connector.side_channel import SideChannel
 from cascadeinfer.engines.vllm.connector.step_timer import StepTimer
@@ -72,14 +73,11 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self._is_v1_runner = not vllm_config.use_v2_model_runner
-        groups = kv_cache_config.kv_cache_groups
-        #: Whether running requests can move at all: one group of full-attention layers, no speculation, no pipeline.
-        self.movable = (
-            len(groups) == 1
-            and isinstance(groups[0].kv_cache_spec, FullAttentionSpec)
-            and vllm_config.speculative_config is None
-            and vllm_config.parallel_config.pipeline_parallel_size == 1
-        )
+        why_not = why_not_movable(vllm_config, kv_cache_config.kv_cache_groups)
+        if why_not is not None:
+            logger.warning("requests stay on their instance, nothing migrates: %s", why_not)
+        #: Whether running requests can move at all.
+        self.movable = why_not is None
         self._kv_cache_manager: KVCacheManager | None = None
         #: Known from the first command on (see `commands.py`), which comes before the first request.
         self.scheduler: Scheduler | None = None
@@ -114,7 +112,8 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         A port that was chosen before may be taken by now, and then vLLM's listener ends while the start waits for it for ever. Here another
         socket holds the port until ZMQ has it: both may, since neither listens yet and both allow reuse.
         """
-        if self._nixl_handshake_listener_t is not None:  # it listens already
+        if self._nixl_handshake_listener_t is not None:  # it listens already, and tells peers what has changed
+            super().set_xfer_handshake_metadata(metadata)
             return
         with socket.socket() as holder:
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -165,6 +164,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         request.max_tokens = last_output_tokens
         request.kv_transfer_params = {"do_remote_decode": True}
         self._reqs_in_batch.add(request.request_id)  # else the worker ignores the pin
+        self._reqs_not_processed.discard(request.request_id)  # left by an undone cut, and heard after the line above
         return None
 
     def undo_cut(self, request: Request | None) -> bool:
@@ -176,6 +176,10 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
             return False
         request.max_tokens = pending.max_tokens
         request.kv_transfer_params = pending.kv_transfer_params
+        if request.request_id in self._reqs_in_batch:
+            self._reqs_in_batch.discard(request.request_id)  # no worker has heard of the cut
+        else:
+            self._reqs_not_processed.add(request.request_id)
         return True
 
     def n_leaving(self) -> int:

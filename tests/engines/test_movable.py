@@ -1,0 +1,79 @@
+"""Which engines' requests may move: plain and latent attention over one group of layers, and nothing else."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    RSWASpec,
+    SinkFullAttentionSpec,
+    SlidingWindowSpec,
+)
+
+from cascadeinfer.engines.vllm.connector.movable import why_not_movable
+
+ATTENTION: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+FULL = FullAttentionSpec(**ATTENTION)
+
+
+def config(*, speculative: object = None, **sizes: int) -> Any:
+    """What is read of a `VllmConfig`."""
+    parallel = {
+        "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+    }
+    return SimpleNamespace(speculative_config=speculative, parallel_config=SimpleNamespace(**{**parallel, **sizes}))
+
+
+def groups(*specs: Any) -> list[KVCacheGroupSpec]:
+    """One per specification."""
+    return [KVCacheGroupSpec([f"layer{number}"], spec) for number, spec in enumerate(specs)]
+
+
+@pytest.mark.parametrize(
+    "spec", [FULL, FullAttentionSpec(**ATTENTION, sliding_window=64), MLAAttentionSpec(**ATTENTION)]
+)
+def test_moves(spec: Any) -> None:
+    """Full attention, sliding windows that are kept as full attention, multi-head latent attention."""
+    assert why_not_movable(config(), groups(spec)) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "word"),
+    [
+        (RSWASpec(**ATTENTION, rswa_window=64), "RSWASpec"),
+        (SinkFullAttentionSpec(**ATTENTION, sink_len=4), "SinkFullAttentionSpec"),
+        (SlidingWindowSpec(**ATTENTION, sliding_window=64), "SlidingWindowSpec"),
+        (MambaSpec(block_size=16, shapes=((4, 4),), dtypes=(torch.float32,)), "MambaSpec"),
+        (FullAttentionSpec(**ATTENTION, non_causal=True), "not causal"),
+        (MLAAttentionSpec(**ATTENTION, tokens_per_state=4), "several tokens"),
+    ],
+)
+def test_other_caches_stay(spec: Any, word: str) -> None:
+    """Blocks that are dropped in the middle, sinks, windows, states: named, and not moved."""
+    assert word in (why_not_movable(config(), groups(spec)) or "")
+
+
+@pytest.mark.parametrize(
+    ("vllm_config", "word"),
+    [
+        (config(speculative=object()), "speculative"),
+        (config(pipeline_parallel_size=2), "pipeline"),
+        (config(decode_context_parallel_size=2), "context"),
+        (config(prefill_context_parallel_size=2), "context"),
+    ],
+)
+def test_other_engines_stay(vllm_config: Any, word: str) -> None:
+    """What an engine does beside plain decoding, or spreads over ranks other than by tensor."""
+    assert word in (why_not_movable(vllm_config, groups(FULL)) or "")
+
+
+def test_several_groups_stay() -> None:
+    """Layers of two kinds have block tables of their own."""
+    assert "several kinds" in (why_not_movable(config(), groups(FULL, FULL)) or "")
