@@ -87,7 +87,7 @@ test: $(INSTALLED)
 # The engine tests that depend on the model runner, on V2, which GPUs use: Triton's interpreter does its kernels (tests/support/v2_runner.py).
 V2_TESTS := test_v2_states.py test_moves.py test_commands.py test_features.py test_failures.py
 test-v2: $(INSTALLED)
-	@PYTHONPATH=tests/support $(BIN)/python -m pytest -p v2_runner $(addprefix tests/engine/,$(V2_TESTS)) $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m pytest -p support.v2_runner $(addprefix tests/engine/,$(V2_TESTS)) $(ARGS)
 
 # What the source relies on inside vLLM; with VLLM=0.33.0, what is different there (docs/vllm.md). Downloads that version's wheel.
 seams: $(INSTALLED)

@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
-from v2_states import FOLDER_VARIABLE
 from zoo import (
     BLOCK,
     END_THINK_ID,
@@ -30,6 +29,7 @@ from zoo import (
 )
 
 from cluster import STAGES, Cluster, SwitchedStages
+from support.v2_states import FOLDER_VARIABLE
 
 QUICK_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from v2_states import PREFIX, Recording, State
 from zoo import BLOCK, END_THINK_ID, EOS_ID, PAIRS, THINK_ID, Attempt, Zoo, random_prompt
+
+from support.v2_states import PREFIX, Recording, State
 
 pytestmark = [pytest.mark.engine, pytest.mark.runner("V2"), pytest.mark.asyncio(loop_scope="session")]
 

@@ -1,5 +1,5 @@
 """
-A pytest plugin (`pytest -p v2_runner`, `make test-v2`): the engine tests on vLLM's V2 model runner, without a GPU.
+A pytest plugin (`pytest -p support.v2_runner`, `make test-v2`): the engine tests on vLLM's V2 model runner, without a GPU.
 
 V2 is the runner that GPUs use. vLLM has a subclass of it for CPUs (`vllm/v1/worker/cpu/model_runner.py`), whose Triton kernels run in
 Triton's interpreter. vLLM's CPU build switches Triton off by the name of its version; this plugin switches it on again before the rest
@@ -76,7 +76,7 @@ def use_v2() -> None:
     topk_topp_sampler.HAS_TRITON = False  # that kernel is beyond the interpreter; vLLM has the same in torch
     structured_outputs._apply_grammar_bitmask_kernel = GrammarMask()
 
-    from v2_states import allow_mutations, record_states
+    from support.v2_states import allow_mutations, record_states
 
     record_states()
     allow_mutations()
