@@ -17,64 +17,67 @@ from cascadeinfer.core.migration import IGNORED, OUTCOMES, TRANSITIONS, Action, 
 HERE = Path(__file__).parent
 
 MEANINGS = {
-    MigrationOutcome.MOVED: "the request decodes on the target, its KV cache was pulled",
-    MigrationOutcome.RECOMPUTED: "the request decodes on the target, which computed its KV cache anew",
+    MigrationOutcome.MOVED: "the request decodes on the target, which pulled its KV cache",
+    MigrationOutcome.RECOMPUTED: "the request decodes on the target, which recomputed its KV cache",
     MigrationOutcome.STAYED: "the request decodes on the source",
-    MigrationOutcome.ENDED: "the request is over: it finished or its client left",
-    MigrationOutcome.LOST: "the instance that had it died, or does not answer; it is placed anew like every orphan",
+    MigrationOutcome.ENDED: "the request is over: it finished or its client disconnected",
+    MigrationOutcome.LOST: "the instance that had it died or does not answer; the request is placed again like any orphan",
 }
 
 MIGRATION_INTRO = """\
 # The migration protocol
 
-One request moves from its *source* to its *target* instance with its KV cache. The table below is the whole protocol: it is
-`TRANSITIONS` in `src/cascadeinfer/core/migration.py`, and this page is drawn from it (`python docs/protocols/draw.py`).
-The simulator and the runtime both follow it.
+One request moves from its *source* to its *target* instance with its KV cache. The table below is the whole protocol.
+It is `TRANSITIONS` in `src/cascadeinfer/core/migration.py`, and this page is generated from it
+(`python docs/protocols/draw.py`). The simulator and the runtime both follow it.
 
-The request decodes on the source until the cut. The target has reserved room by then, so nothing is given up in vain. The cut
-ends the request at its next token and pins its KV cache under a lease; the target pulls it and goes on. The target's first token
-ends the migration. Whatever goes wrong on the way, the request goes on where its tokens are safe, or is computed anew from prompt and
-output so far.
+The request decodes on the source until the cut. By then the target has reserved room, so the source gives nothing up in
+vain. The cut ends the request at its next token and pins its KV cache under a lease; the target pulls the cache and
+continues. The target's first token ends the migration. Whatever goes wrong in between, the request continues where its
+tokens are safe, or is recomputed from its prompt and output so far.
 """
 BIDASK_INTRO = """\
 # The bid-ask protocol
 
-An instance that has a request to give away finds a taker by itself: it *asks* a few instances, those with room *bid*, the best bid is
-*awarded*, and when the bidder *accepts* the [migration](migration.md) begins. Nobody sees more than its own instance, the layout and the
-messages sent to it. The table below is the whole protocol: it is `TRANSITIONS` in `src/cascadeinfer/core/bidask/rounds.py`, and this
-page is drawn from it (`python docs/protocols/draw.py`). `tests/scenarios/` has it in written conversations.
+To give a request away, an instance's agent opens a *round*: it *asks* a few instances, those with room *bid*, the best
+bid is *awarded*, and when the bidder *accepts*, the [migration](migration.md) begins. An agent sees only its own
+instance, the layout and the messages sent to it. The table below is the whole protocol. It is `TRANSITIONS` in
+`src/cascadeinfer/core/bidask/rounds.py`, and this page is generated from it (`python docs/protocols/draw.py`).
+`tests/scenarios/` has negotiations as transcripts.
 
-The request decodes on at the asker until the migration cuts it: a full, busy or dead next stage costs it nothing. A round that came to
-nothing makes the request rest, twice as long after each failure, and the asker asks nobody for the same reason for a while.
+The request keeps decoding at the asker until the migration cuts it, so a full, busy or dead next stage costs only
+messages. After a failed round the request rests, twice as long after each failure, and the agent does not ask for the
+same reason for a while.
 """
 BIDASK_MESSAGES = (
-    ("`Ask`", "asker", "will you take this request? names its length, the reason and the asker's load"),
-    ("`Bid`", "bidder", "yes: price and load, free blocks, migrations; its room is held back"),
+    ("`Ask`", "asker", "will you take this request? with its length, the reason and the asker's load"),
+    ("`Bid`", "bidder", "yes: with price, load, free blocks and migrations; the bidder holds the room back"),
     (
         "`Decline`",
         "bidder",
-        "no: `busy`, `no_slot`, `no_blocks`, `no_gain`, `draining`, `suspect`, or after an award `expired`",
+        "no: `busy`, `no_slot`, `no_blocks`, `no_gain`, `draining`, `suspect`, or `expired` after an award",
     ),
-    ("`Award`", "asker", "you have it: keep a place"),
+    ("`Award`", "asker", "it is yours: keep a place"),
     ("`Accept`", "bidder", "the place is kept: start the migration"),
     ("`Withdraw`", "asker", "forget the bid or the place"),
-    ("`Advert`", "anybody", "my load, to stage peers now and then; no part of a round"),
+    ("`Advert`", "any agent", "my load, sent to stage peers now and then; not part of a round"),
 )
 BIDASK_LOST = (
-    ("`Ask`, `Bid` or `Decline`", "a bid less; the round closes when the asker's time is up"),
+    ("`Ask`, `Bid` or `Decline`", "one bid less; the round closes when the asker's time is up"),
     (
         "`Award` or `Accept`",
-        "the asker withdraws and awards the next best bid; the place falls free at the latest when its time is up",
+        "the asker withdraws and awards the next best bid; the place is free at the latest when its time is up",
     ),
-    ("`Withdraw`", "the place falls free when its time is up"),
+    ("`Withdraw`", "the place is free when its time is up"),
 )
 BIDASK_TIMES = """\
-An asker waits {s.bid_wait_s:g} s for bids and {s.award_wait_s:g} s for the accept; a bidder holds room back for {s.offer_life_s:g} s and
-keeps an awarded place for {s.keep_life_s:g} s, longer than the asker waits, so no migration starts to a place that is gone. At most
-{s.max_migrations} migrations at once per instance, both directions together; kept places and awards under way count."""
+An asker waits {s.bid_wait_s:g} s for bids and {s.award_wait_s:g} s for the accept; a bidder holds room back for
+{s.offer_life_s:g} s and keeps an awarded place for {s.keep_life_s:g} s, longer than the asker waits, so no migration
+starts towards a place that is gone. An instance has at most {s.max_migrations} migrations at once, in both directions
+together; kept places and awards under way count."""
 IGNORED_INTRO = """\
-Legal, and nothing changes. Everything that is in neither table is a bug of the caller: it raises `InvalidTransition` and changes
-nothing."""
+These combinations are legal and change nothing. Anything in neither table is a bug of the caller: it raises
+`InvalidTransition` and changes nothing."""
 
 
 def migration_page() -> str:
@@ -135,7 +138,7 @@ def bidask_page() -> str:
             *_bidask_diagram(),
             "```",
             "",
-            "The left side is the asker's view of a round, the right side a bidder's.",
+            "The states from `asking` to `resting` are the asker's view of a round, those from `offering` to `receiving` a bidder's.",
             "",
             "## Messages",
             "",
@@ -143,8 +146,8 @@ def bidask_page() -> str:
             "",
             "## Transitions",
             "",
-            "Everything that is not in this table raises `InvalidTransition` and changes nothing; late and doubled messages are told apart",
-            "before they get here.",
+            "Anything not in this table raises `InvalidTransition` and changes nothing. Late and duplicate messages are sorted",
+            "out before they get here.",
             "",
             *_table(
                 ("state", "what happens", "next state"),
