@@ -12,7 +12,18 @@ from cascadeinfer.core.bidask.rounds import TRANSITIONS as ROUND_TRANSITIONS
 from cascadeinfer.core.bidask.rounds import BidAskSettings, RoundEvent
 from cascadeinfer.core.bidask.rounds import State as RoundState
 from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.migration import IGNORED, OUTCOMES, TRANSITIONS, Action, Happening, State
+from cascadeinfer.core.migration import (
+    IGNORED,
+    OUTCOMES,
+    TRANSITIONS,
+    Action,
+    Happening,
+    MigrationLimits,
+    NotBegun,
+    State,
+    explains,
+)
+from cascadeinfer.core.refusals import Refusal
 
 HERE = Path(__file__).parent
 
@@ -24,12 +35,34 @@ MEANINGS = {
     MigrationOutcome.LOST: "the instance that had it died, or does not answer; it is placed anew like every orphan",
 }
 
+REFUSALS = {
+    Refusal.NO_SLOT: ("the target", "its batch is full"),
+    Refusal.NO_BLOCKS: ("the target", "its KV cache is full"),
+    Refusal.TARGET_DOWN: ("the shell", "the target is not up"),
+    Refusal.NOT_CONNECTED: ("the shell", "KV cache cannot go from the source to the target"),
+    Refusal.UNKNOWN: ("the source", "it has no such request (any more)"),
+    Refusal.UNMOVABLE: ("the source", "the request cannot be taken apart into prompt and output"),
+    Refusal.WAITING: (
+        "the source",
+        "the request does not run: it has been preempted, or its KV cache is still on the way",
+    ),
+    Refusal.PREFILLING: ("the source", "the request's prompt is not computed yet"),
+    Refusal.ALREADY_CUT: ("the source", "the request has been cut"),
+    Refusal.ENDING: ("the source", "the next token is the last one"),
+    Refusal.OUTGREW_ROOM: ("the shell", "the request has grown past the room asked for"),
+    Refusal.MIGRATIONS: ("source or target", "as many migrations as may be are under way there"),
+}
+NOT_BEGUN = {
+    NotBegun.STALE: "the request has ended, or has been moved by a death or another migration, since the policy's last look",
+    NotBegun.SUSPECTED: "instances have died under the request, and it is kept where it is",
+}
+
 MIGRATION_INTRO = """\
 # The migration protocol
 
-One request moves from its *source* to its *target* instance with its KV cache. The table below is the whole protocol: it is
-`TRANSITIONS` in `src/cascadeinfer/core/migration.py`, and this page is drawn from it (`python docs/protocols/draw.py`).
-The simulator and the runtime both follow it.
+One request moves from its *source* to its *target* instance with its KV cache. The tables below are the whole protocol: they are those of
+`src/cascadeinfer/core/migration.py` and `refusals.py`, and this page is drawn from them (`python docs/protocols/draw.py`).
+The simulator and the runtime both follow them, which a test checks path by path.
 
 The request decodes on the source until the cut. The target has reserved room by then, so nothing is given up in vain. The cut
 ends the request at its next token and pins its KV cache under a lease; the target pulls it and goes on. The target's first token
@@ -72,6 +105,20 @@ BIDASK_TIMES = """\
 An asker waits {s.bid_wait_s:g} s for bids and {s.award_wait_s:g} s for the accept; a bidder holds room back for {s.offer_life_s:g} s and
 keeps an awarded place for {s.keep_life_s:g} s, longer than the asker waits, so no migration starts to a place that is gone. At most
 {s.max_migrations} migrations at once per instance, both directions together; kept places and awards under way count."""
+MIGRATION_LIMITS = """\
+A state with a limit ends with `timed_out`: `asking` after {l.ask_s:g} s, `cutting` after {l.cut_s:g} s. `resuming` ends {l.resume_s:g} s after the cut was
+*sent*, which is 3 s before a lease of 10 s could end (`--kv-lease-s`); a cut that is heard of with less than {l.least_pull_s:g} s left is `cut_late`. The other
+states last as long as the instance that has the request lives and answers.
+
+The target is asked for room for {l.room_slack_tokens} tokens more than the request has at the start, because it decodes on until it is cut. One that outgrows
+that room before it is cut stays (`outgrew_room`)."""
+DETAIL_INTRO = """\
+The record of a migration, its metric and the event that the policy hears give the reason in one word, `detail`. It is the last happening on the way
+that explains anything (the column above), with the refusal behind it: `timed_out`, `target_lost`, `cut_refused:ending`. An answer as asked for
+explains nothing; nor does what has no effect, nor what the source answers when a cut is withdrawn, for why it is withdrawn is known by then.
+`detail` is empty for `moved`, and for nothing else."""
+NOT_BEGUN_INTRO = """\
+A migration that a policy asks for in vain is over before its first state: `ended` when the request has ended, else `stayed`."""
 IGNORED_INTRO = """\
 Legal, and nothing changes. Everything that is in neither table is a bug of the caller: it raises `InvalidTransition` and changes
 nothing."""
@@ -95,9 +142,15 @@ def migration_page() -> str:
             "Actions are carried out in the order given.",
             "",
             *_table(
-                ("state", "what happens", "next state", "actions"),
+                ("state", "what happens", "next state", "actions", "explains"),
                 [
-                    (state.value, happening.value, following.value, ", ".join(f"`{a.value}`" for a in actions) or "-")
+                    (
+                        state.value,
+                        happening.value,
+                        following.value,
+                        ", ".join(f"`{a.value}`" for a in actions) or "-",
+                        "yes" if explains(state, happening) else "-",
+                    )
                     for (state, happening), (following, actions) in TRANSITIONS.items()
                 ],
             ),
@@ -111,12 +164,30 @@ def migration_page() -> str:
                 sorted((state.value, happening.value) for state, happening in IGNORED),
             ),
             "",
+            "## Limits",
+            "",
+            MIGRATION_LIMITS.format(l=MigrationLimits()),
+            "",
+            "## Refusals",
+            "",
+            "The words behind `room_refused` and `cut_refused`, the same on the wire, in records, metrics and logs.",
+            "",
+            *_table(("word", "who says it", "why"), [(f"`{r.value}`", *REFUSALS[r]) for r in Refusal]),
+            "",
             "## Outcomes",
             "",
             *_table(
                 ("final state", "outcome of the migration"),
                 [(state.value, MEANINGS[outcome]) for state, outcome in OUTCOMES.items()],
             ),
+            "",
+            "## The record's detail",
+            "",
+            DETAIL_INTRO,
+            "",
+            NOT_BEGUN_INTRO,
+            "",
+            *_table(("detail", "why"), [(f"`{n.value}`", NOT_BEGUN[n]) for n in NotBegun]),
             "",
             f"{len(TRANSITIONS)} transitions, {len(State)} states, {len(Happening)} happenings, {len(Action)} actions.",
             "",
