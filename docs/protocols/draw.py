@@ -14,6 +14,7 @@ from cascadeinfer.core.bidask.rounds import State as RoundState
 from cascadeinfer.core.events import MigrationOutcome
 from cascadeinfer.core.migration import (
     IGNORED,
+    LEASE_MARGIN_S,
     OUTCOMES,
     TRANSITIONS,
     Action,
@@ -107,7 +108,7 @@ keeps an awarded place for {s.keep_life_s:g} s, longer than the asker waits, so 
 {s.max_migrations} migrations at once per instance, both directions together; kept places and awards under way count."""
 MIGRATION_LIMITS = """\
 A state with a limit ends with `timed_out`: `asking` after {l.ask_s:g} s, `cutting` after {l.cut_s:g} s. `resuming` ends {l.resume_s:g} s after the cut was
-*sent*, which is 3 s before a lease of 10 s could end (`--kv-lease-s`); a cut that is heard of with less than {l.least_pull_s:g} s left is `cut_late`. The other
+*sent*, which is {margin_s:g} s before a lease of {lease_s:g} s could end (`--kv-lease-s`); a cut that is heard of with less than {l.least_pull_s:g} s left is `cut_late`. The other
 states last as long as the instance that has the request lives and answers.
 
 The target is asked for room for {l.room_slack_tokens} tokens more than the request has at the start, because it decodes on until it is cut. One that outgrows
@@ -166,7 +167,9 @@ def migration_page() -> str:
             "",
             "## Limits",
             "",
-            MIGRATION_LIMITS.format(l=MigrationLimits()),
+            MIGRATION_LIMITS.format(
+                l=MigrationLimits(), margin_s=LEASE_MARGIN_S, lease_s=MigrationLimits().resume_s + LEASE_MARGIN_S
+            ),
             "",
             "## Refusals",
             "",
