@@ -1,5 +1,5 @@
 """
-The migration protocol: a transition table with its limits, refusals and reasons.
+The migration protocol: a transition table with its limits and reasons.
 
 A request's migration asks for room, cuts, transfers, resumes and is done, or backs out at every step.
 
@@ -15,8 +15,9 @@ cut, and that is never later. So the deadline of the pull is counted from there 
 heard by then was computed from blocks that were still pinned, whatever was late. A token heard after it is not taken.
 
 Everything that decides is here: what follows what (`TRANSITIONS`), how long each state may last and how much room is asked for
-(`MigrationLimits`), and what the record gives as the reason (`Migration.detail`). Both shells
-(simulator, runtime) tell a `Migration` what has happened and carry out its actions; a test walks the table and feeds every path to both.
+(`MigrationLimits`), and what the record gives as the reason (`Migration.detail`); the words of those who say no are in
+`core/refusals.py`. Both shells (simulator, runtime) tell a `Migration` what has happened and carry out its actions; a test walks the
+table and feeds every path to both.
 The page `docs/protocols/migration.md` is drawn from this module (`python docs/protocols/draw.py`), and a test keeps the two alike.
 """
 
@@ -196,7 +197,7 @@ class NotBegun(enum.StrEnum):
     STALE = "stale"
     """The request has ended, or was moved by a death or another migration, since the policy's last look."""
     SUSPECTED = "suspected"
-    """Instances have died under it: it is kept where it cannot do more harm."""
+    """Instances have died under the request, and it is kept where it is."""
 
 
 def not_begun(effect: StartMigration, why: NotBegun, *, is_live: bool) -> MigrationEnded:
