@@ -41,7 +41,7 @@ if TYPE_CHECKING or __name__ == "__main__":
 
     from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
     from cascadeinfer.core.events import Event, MigrationEnded, TimerFired
-    from cascadeinfer.core.migration import MigrationTimes
+    from cascadeinfer.core.migration import MigrationLimits
     from cascadeinfer.core.policies.least_loaded import LeastLoaded
     from cascadeinfer.core.view import InstanceView, RequestView
     from cascadeinfer.engines.protocol import KvTicket
@@ -209,7 +209,7 @@ class Stage:
                 threading.Timer(scene.target_s, os.kill, (pid, signal.SIGCONT)).start()
             time.sleep(scene.front_end_s)
             if scene.from_hearing:
-                migrator._records[migration_id].cut_sent_s = time.monotonic()  # noqa: SLF001 - as above
+                migrator._records[migration_id].migration.cut_sent_s = time.monotonic()  # noqa: SLF001 - as above
             heard(migration_id, ticket)
             fill()
 
@@ -244,7 +244,7 @@ async def run_all(repetitions: dict[str, int]) -> list[dict[str, Any]]:
             policy,
             lambda read: RuntimeMetrics(registry, read),
             supervision=SupervisionTimes(hang_s=60.0),
-            migration=MigrationTimes(resume_s=LEASE_S - MARGIN_S),
+            migration=MigrationLimits(resume_s=LEASE_S - MARGIN_S),
         )
         await runtime.start()
         clients = Clients(runtime)

@@ -33,6 +33,7 @@ if __name__ == "__main__":
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import SamplingParams
 
+    from cascadeinfer.core.migration import ROOM_SLACK_TOKENS
     from cascadeinfer.engines.protocol import EngineRequest, KvTicket, Resume
     from cascadeinfer.engines.vllm.instance import VllmInstance
     from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
@@ -43,8 +44,6 @@ TOKENS_BEFORE = 24
 TOKENS_AFTER = 8
 MAX_MODEL_TOKENS = 8192
 KV_BLOCKS = 512
-ROOM_SLACK_TOKENS = 64
-"""Room reserved beyond the length at the cut, as the runtime does."""
 WAYS = ("pull", "recompute")
 
 

@@ -12,7 +12,19 @@ from cascadeinfer.core.bidask.rounds import TRANSITIONS as ROUND_TRANSITIONS
 from cascadeinfer.core.bidask.rounds import BidAskSettings, RoundEvent
 from cascadeinfer.core.bidask.rounds import State as RoundState
 from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.migration import IGNORED, OUTCOMES, TRANSITIONS, Action, Happening, State
+from cascadeinfer.core.migration import (
+    IGNORED,
+    LEASE_MARGIN_S,
+    OUTCOMES,
+    TRANSITIONS,
+    Action,
+    Happening,
+    MigrationLimits,
+    NotBegun,
+    State,
+    explains,
+)
+from cascadeinfer.core.refusals import Refusal
 
 HERE = Path(__file__).parent
 
@@ -22,6 +34,28 @@ MEANINGS = {
     MigrationOutcome.STAYED: "the request decodes on the source",
     MigrationOutcome.ENDED: "the request is over: it finished or its client disconnected",
     MigrationOutcome.LOST: "the instance that had it died or does not answer; the request is placed again like any orphan",
+}
+
+REFUSALS = {
+    Refusal.NO_SLOT: ("the target", "its batch is full"),
+    Refusal.NO_BLOCKS: ("the target", "its KV cache is full"),
+    Refusal.TARGET_DOWN: ("the shell", "the target is not up"),
+    Refusal.NOT_CONNECTED: ("the shell", "KV cache cannot go from the source to the target"),
+    Refusal.UNKNOWN: ("the source", "it has no such request (any more)"),
+    Refusal.UNMOVABLE: ("the source", "the request cannot be taken apart into prompt and output"),
+    Refusal.WAITING: (
+        "the source",
+        "the request does not run: it has been preempted, or its KV cache is still on the way",
+    ),
+    Refusal.PREFILLING: ("the source", "the request's prompt is not computed yet"),
+    Refusal.ALREADY_CUT: ("the source", "the request has been cut"),
+    Refusal.ENDING: ("the source", "the next token is the last one"),
+    Refusal.OUTGREW_ROOM: ("the shell", "the request has grown past the room asked for"),
+    Refusal.MIGRATIONS: ("source or target", "as many migrations as may be are under way there"),
+}
+NOT_BEGUN = {
+    NotBegun.STALE: "the request has ended, or has been moved by a death or another migration, since the policy's last look",
+    NotBegun.SUSPECTED: "instances have died under the request, and it is kept where it is",
 }
 
 MIGRATION_INTRO = """\
@@ -98,9 +132,15 @@ def migration_page() -> str:
             "Actions are carried out in the order given.",
             "",
             *_table(
-                ("state", "what happens", "next state", "actions"),
+                ("state", "what happens", "next state", "actions", "explains"),
                 [
-                    (state.value, happening.value, following.value, ", ".join(f"`{a.value}`" for a in actions) or "-")
+                    (
+                        state.value,
+                        happening.value,
+                        following.value,
+                        ", ".join(f"`{a.value}`" for a in actions) or "-",
+                        "yes" if explains(state, happening) else "-",
+                    )
                     for (state, happening), (following, actions) in TRANSITIONS.items()
                 ],
             ),
@@ -114,12 +154,32 @@ def migration_page() -> str:
                 sorted((state.value, happening.value) for state, happening in IGNORED),
             ),
             "",
+            "## Limits",
+            "",
+            MIGRATION_LIMITS.format(
+                l=MigrationLimits(), margin_s=LEASE_MARGIN_S, lease_s=MigrationLimits().resume_s + LEASE_MARGIN_S
+            ),
+            "",
+            "## Refusals",
+            "",
+            "The words behind `room_refused` and `cut_refused`, the same on the wire, in records, metrics and logs.",
+            "",
+            *_table(("word", "who says it", "why"), [(f"`{r.value}`", *REFUSALS[r]) for r in Refusal]),
+            "",
             "## Outcomes",
             "",
             *_table(
                 ("final state", "outcome of the migration"),
                 [(state.value, MEANINGS[outcome]) for state, outcome in OUTCOMES.items()],
             ),
+            "",
+            "## The record's detail",
+            "",
+            DETAIL_INTRO,
+            "",
+            NOT_BEGUN_INTRO,
+            "",
+            *_table(("detail", "why"), [(f"`{n.value}`", NOT_BEGUN[n]) for n in NotBegun]),
             "",
             f"{len(TRANSITIONS)} transitions, {len(State)} states, {len(Happening)} happenings, {len(Action)} actions.",
             "",

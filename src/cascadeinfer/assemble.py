@@ -24,7 +24,7 @@ from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.rules import rules_of
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.cost.suitability import check_suits
-from cascadeinfer.core.migration import MigrationTimes
+from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
@@ -61,8 +61,6 @@ from cascadeinfer.runtime.supervise import SupervisionTimes
 
 logger = logging.getLogger(__name__)
 
-LEASE_MARGIN_S = 3.0
-"""A pull must be over this long before a lease would end that had begun when the cut was sent."""
 STOP_TIMEOUT_S = 5.0
 PROFILE_LEASE_S = 30
 """Of pulls that are measured: nobody waits for their blocks."""
@@ -131,7 +129,7 @@ def make_runtime(
         supervision=SupervisionTimes(
             report_s=options.report_interval_s, suspect_s=options.suspect_after_s, hang_s=options.hang_timeout_s
         ),
-        migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
+        migration=MigrationLimits.under_lease(options.kv_lease_s),
         source=source,
         observer=event_log,
         poison_deaths=options.poison_deaths,
@@ -342,7 +340,7 @@ async def _follow(
                 backoff_first_s=REATTACH_S,
                 backoff_max_s=REATTACH_S,
             ),
-            migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
+            migration=MigrationLimits.under_lease(options.kv_lease_s),
             observer=event_log,
             poison_deaths=options.poison_deaths,
         )

@@ -191,7 +191,7 @@ async def test_no_room_no_move() -> None:
         cluster.move("r", "c")
         await cluster.until(lambda: cluster.migration("r") is None)
         assert cluster.where("r") == "a"
-        assert [e.detail for e in policy.ended_migrations()] == ["room_refused:no_blocks", "room_refused:no_slots"]
+        assert [e.detail for e in policy.ended_migrations()] == ["room_refused:no_blocks", "room_refused:no_slot"]
         for each in [client, *beside]:
             await each.until_end()
 

@@ -11,7 +11,7 @@ from sim_builders import ROUND_MODEL, MoveOnce, config, policy_named, same, tigh
 
 from cascadeinfer.core.events import InstanceLost, RequestFinished
 from cascadeinfer.core.layout import StageLayout
-from cascadeinfer.core.migration import MigrationTimes
+from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.sim.faults import Crash, Disconnect, Drain, FaultPlan, LateJoin
@@ -111,7 +111,7 @@ def test_a_client_that_leaves_at_each_step_leaves_nothing_behind(moment: str) ->
 
 def test_a_pull_slower_than_the_lease_is_given_up() -> None:
     """When the time limit of RESUMING passes in the pull, the source takes the request back."""
-    result, policy = moving(FaultPlan(), migration=MigrationTimes(resume_s=0.05, least_pull_s=0.0))
+    result, policy = moving(FaultPlan(), migration=MigrationLimits(resume_s=0.05, least_pull_s=0.0))
     assert [event.outcome.value for event in policy.ended] == ["stayed"]
     assert policy.ended[0].detail == "timed_out"
     assert result.requests.recomputed_tokens[0] == 108

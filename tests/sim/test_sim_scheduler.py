@@ -196,9 +196,9 @@ def test_a_cut_is_refused_unless_the_request_decodes() -> None:
     s = scheduler()
     a = request("a", 20, 9)
     s.push(a)
-    assert s.request_cut(a) == "is_waiting"
+    assert s.request_cut(a) == "waiting"
     step(s)
-    assert s.request_cut(a) == "is_prefill"
+    assert s.request_cut(a) == "prefilling"
 
 
 def test_a_finish_beats_the_cut() -> None:

@@ -194,7 +194,7 @@ class MigrationEnded:
 
     Attributes:
         outcome: Where the request is now follows from it: the target for MOVED and RECOMPUTED, else the source or nowhere.
-        detail: A short reason, e.g. `refused:no_room`; a metric label, so from a small set.
+        detail: A short reason, e.g. `room_refused:no_blocks` (`core/migration.py` has the rule); a metric label, so from a small set.
 
     """
 

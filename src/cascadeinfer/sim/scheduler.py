@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity, MigrationId, RequestId
 from cascadeinfer.sim.batch import DecodeBatch
 from cascadeinfer.sim.kvcache import KvCache
@@ -293,7 +294,7 @@ class Scheduler:
         """Whether the next token of a member of the batch is watched for."""
         return bool(self.watched) and any(request.phase is Phase.DECODE for request in self.watched.values())
 
-    def reserve(self, migration_id: MigrationId, length_tokens: int) -> str | None:
+    def reserve(self, migration_id: MigrationId, length_tokens: int) -> Refusal | None:
         """
         Keep a slot and blocks for a request; the prompts under way and the queue come first.
 
@@ -301,11 +302,11 @@ class Scheduler:
             Why not, or None.
         """
         if self.slots_taken() + len(self.waiting) >= self.capacity.max_num_seqs:
-            return "no_slot"
+            return Refusal.NO_SLOT
         blocks = self.capacity.blocks_for(length_tokens)
         promised = sum(self.capacity.blocks_for(request.goal) - request.blocks for request in self.prefilling)
         if blocks + self.waiting_blocks + promised > self.kv.free_blocks:
-            return "no_blocks"
+            return Refusal.NO_BLOCKS
         self.kv.take(blocks)
         self.reserved[migration_id] = blocks
         return None
@@ -314,10 +315,12 @@ class Scheduler:
         """Let a reservation go, if there is one."""
         self.kv.give(self.reserved.pop(migration_id, 0))
 
-    def request_cut(self, request: SimRequest) -> str | None:
+    def request_cut(self, request: SimRequest) -> Refusal | None:
         """Cut a decoding request at the end of the step in flight. Returns why not, or None."""
+        if request.phase is Phase.PREFILL:
+            return Refusal.PREFILLING
         if request.phase is not Phase.DECODE:
-            return f"is_{request.phase.value}"
+            return Refusal.WAITING
         self.cut_requested[request.request_id] = request
         return None
 

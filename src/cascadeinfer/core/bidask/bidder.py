@@ -11,6 +11,7 @@ from typing import Final
 from cascadeinfer.core.bidask.rounds import NEVER, BidAskSettings, Outbox, Round, RoundEvent, State
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.messages import Accept, Ask, Award, Bid, Decline, Withdraw
+from cascadeinfer.core.migration import ROOM_SLACK_TOKENS
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import InstanceView
 
@@ -125,7 +126,7 @@ class Bidder:
             return BUSY
         if own.committed_requests + len(self._held()) >= own.capacity.max_num_seqs:
             return "no_slot"
-        needed = own.capacity.blocks_for(length_tokens + self._settings.room_slack_tokens)
+        needed = own.capacity.blocks_for(length_tokens + ROOM_SLACK_TOKENS)
         headroom = self._settings.headroom_blocks + own.committed_requests
         return "no_blocks" if self._free_blocks() - headroom < needed else None
 

@@ -137,7 +137,6 @@ class BidAskSettings:
         imbalance_load: Difference from the peers' mean from which an instance is overloaded.
         imbalance_share: The same as a share of that mean; both must be exceeded.
         headroom_blocks: Blocks a bidder keeps free, beside one per request: requests grow.
-        room_slack_tokens: Growth of a request while it moves; shells ask its target for so much more room.
     """
 
     max_migrations: int = 3
@@ -155,7 +154,6 @@ class BidAskSettings:
     imbalance_load: float = 0.1
     imbalance_share: float = 0.25
     headroom_blocks: int = 8
-    room_slack_tokens: int = 64
 
 
 @dataclass(slots=True, eq=False)

@@ -19,6 +19,7 @@ from typing import Final
 from cascadeinfer.core.cost.latency import BatchFeatures
 from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.protocol import EngineCounters, EngineRequest, KvTicket, Resume
 from cascadeinfer.engines.simulated.model import SimulatedDelta, SimulatedParams, SimulatedTimes, fold, next_token
@@ -135,20 +136,20 @@ class SimulatedCore:
         self.running = [s for s in self.running if s.engine_request_id not in gone]
         self.waiting = [s for s in self.waiting if s.engine_request_id not in gone]
 
-    def cut(self, engine_request_id: str) -> str | None:
+    def cut(self, engine_request_id: str) -> Refusal | None:
         """See `CascadeSchedulerSide.cut`."""
         sequence = self._find(engine_request_id)
         if sequence is None:
-            return "unknown"
+            return Refusal.UNKNOWN
         if sequence.cut:
-            return "already_cut"
+            return Refusal.ALREADY_CUT
         if sequence in self.waiting:
-            return "waiting"
+            return Refusal.WAITING
         if sequence.n_output == 0 or sequence.computed < len(sequence.token_ids) - 1:
-            return "prefilling"
+            return Refusal.PREFILLING
         last = sequence.n_output + 1
         if last >= sequence.max_output_tokens or sequence.n_prompt + last >= self.max_model_len:
-            return "ending"
+            return Refusal.ENDING
         sequence.cut = True
         sequence.last_output_tokens = last
         return None
@@ -162,15 +163,15 @@ class SimulatedCore:
         sequence.last_output_tokens = sequence.max_output_tokens
         return True
 
-    def reserve(self, reservation_id: str, n_tokens: int, now_s: float) -> str | None:
+    def reserve(self, reservation_id: str, n_tokens: int, now_s: float) -> Refusal | None:
         """See `cascade_reserve`: a slot, and blocks for one more than the tokens fill."""
         self.expire(now_s)
         if len(self.running) + len(self.waiting) + len(self.reservations) >= self.capacity.max_num_seqs:
-            return "no_slots"
+            return Refusal.NO_SLOT
         n_blocks = self.capacity.blocks_for(n_tokens) + 1
         if reservation_id not in self.reservations:
             if self.free_blocks() < n_blocks:
-                return "no_blocks"
+                return Refusal.NO_BLOCKS
             self.reservations[reservation_id] = n_blocks, now_s + RESERVATION_LIFE_S
         return None
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 from cascadeinfer.engines.protocol import (
     Engine,
@@ -89,7 +90,7 @@ class SimulatedEngine:
         self._refused_connections = 0
         self._deaf = False
         self._says_it_listens = True
-        self._refusals: deque[str] = deque()
+        self._refusals: deque[Refusal] = deque()
         self._held_answers: dict[str, list[tuple[asyncio.Future[Any], Any]]] = {}
         self._held_outputs: list[SimulatedOutputs] | None = None
 
@@ -135,24 +136,24 @@ class SimulatedEngine:
         """See Engine.abort."""
         self._send("abort", lambda: self.core.abort(engine_request_ids))
 
-    async def cut(self, engine_request_id: str) -> str | None:
+    async def cut(self, engine_request_id: str) -> Refusal | None:
         """See Engine.cut."""
-        refused: str | None = await self._call("cut", lambda: self.core.cut(engine_request_id))
+        refused: Refusal | None = await self._call("cut", lambda: self.core.cut(engine_request_id))
         return refused
 
     async def undo_cut(self, engine_request_id: str) -> bool:
         """See Engine.undo_cut."""
         return bool(await self._call("undo_cut", lambda: self.core.undo_cut(engine_request_id)))
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> str | None:
+    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
         """See Engine.reserve."""
 
-        def at_instance() -> str | None:
+        def at_instance() -> Refusal | None:
             if self._refusals:
                 return self._refusals.popleft()
             return self.core.reserve(reservation_id, n_tokens, self._now_s())
 
-        refused: str | None = await self._call("reserve", at_instance)
+        refused: Refusal | None = await self._call("reserve", at_instance)
         return refused
 
     async def release_reservation(self, reservation_id: str) -> None:
@@ -279,7 +280,7 @@ class SimulatedEngine:
         for outputs in held:
             self._outputs.put_nowait(outputs)
 
-    def refuse_room(self, reason: str) -> None:
+    def refuse_room(self, reason: Refusal) -> None:
         """Refuse the next reservation."""
         self._refusals.append(reason)
 

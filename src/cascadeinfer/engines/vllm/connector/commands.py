@@ -13,15 +13,11 @@ from typing import Any
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.engines.vllm.connector.held_blocks import held_blocks
 from cascadeinfer.engines.vllm.connector.identity import identity_of, kv_bytes_per_token
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker, release_on_worker
-
-ROOM_REFUSED_BLOCKS = "no_blocks"
-ROOM_REFUSED_SLOTS = "no_slots"
-REFUSED_MIGRATIONS = "migrations"
-"""As many migrations from or to this instance are under way as may be, those of all front-end processes together."""
 
 
 def _side(core: EngineCore) -> CascadeSchedulerSide:
@@ -87,10 +83,11 @@ def _too_many_migrations(core: EngineCore) -> bool:
 
 
 def cascade_cut(core: EngineCore, request_id: str) -> str | None:
-    """Cut a running request; None, or why not (see `CascadeSchedulerSide.cut`)."""
+    """Cut a running request; None, or the value of the `Refusal` (see `CascadeSchedulerSide.cut`)."""
     if _too_many_migrations(core):
-        return REFUSED_MIGRATIONS
-    return _side(core).cut(core.scheduler.requests.get(request_id))
+        return Refusal.MIGRATIONS.value
+    refused = _side(core).cut(core.scheduler.requests.get(request_id))
+    return None if refused is None else refused.value
 
 
 def cascade_undo_cut(core: EngineCore, request_id: str) -> bool:
@@ -99,15 +96,15 @@ def cascade_undo_cut(core: EngineCore, request_id: str) -> bool:
 
 
 def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int) -> str | None:
-    """Reserve blocks and a slot for a request on its way; None, or why not."""
+    """Reserve blocks and a slot for a request on its way; None, or the value of the `Refusal`."""
     if _too_many_migrations(core):
-        return REFUSED_MIGRATIONS
+        return Refusal.MIGRATIONS.value
     side = _side(core)
     scheduler = core.scheduler
     n_running, n_waiting = scheduler.get_request_counts()
     if n_running + n_waiting + len(side.reservations) >= scheduler.max_num_running_reqs:
-        return ROOM_REFUSED_SLOTS
-    return None if side.reservations.reserve(reservation_id, n_tokens) else ROOM_REFUSED_BLOCKS
+        return Refusal.NO_SLOT.value
+    return None if side.reservations.reserve(reservation_id, n_tokens) else Refusal.NO_BLOCKS.value
 
 
 def cascade_release_reservation(core: EngineCore, reservation_id: str) -> bool:

@@ -33,6 +33,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.engines.vllm.connector.deadline import attach_deadlines, is_over
 from cascadeinfer.engines.vllm.connector.failures import Failures
 from cascadeinfer.engines.vllm.connector.grammar_replay import replay_grammar
@@ -135,32 +136,31 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
 
     # --- commands (between steps) ------------------------------------------------------------------------------------
 
-    def cut(self, request: Request | None) -> str | None:  # noqa: PLR0911 - one line per reason
+    def cut(self, request: Request | None) -> Refusal | None:  # noqa: PLR0911 - one line per reason
         """
         End this request at its next token and pin its blocks.
 
         Returns:
-            None when the cut is under way, else why not: `unknown`, `unmovable`, `waiting`, `prefilling`,
-            `already_cut`, `ending`.
+            None when the cut is under way, else why not.
         """
         if request is None or request.is_finished():
-            return "unknown"
+            return Refusal.UNKNOWN
         if request.sampling_params is None or not can_go_on_elsewhere(request):
-            return "unmovable"
+            return Refusal.UNMOVABLE
         if request.request_id in self._failures:
-            return "ending"
+            return Refusal.ENDING
         if request.request_id in self._cuts:
-            return "already_cut"
+            return Refusal.ALREADY_CUT
         if request.status != RequestStatus.RUNNING or request.num_stale_output_tokens:
-            return "waiting"
+            return Refusal.WAITING
         if request.num_output_tokens == 0 or request.is_prefill_chunk:
-            return "prefilling"
+            return Refusal.PREFILLING
         in_flight = request.num_output_placeholders
         last_output_tokens = request.num_output_tokens + max(in_flight, 1)
         if last_output_tokens >= request.max_tokens:
-            return "ending"
+            return Refusal.ENDING
         if request.num_prompt_tokens + last_output_tokens >= self.max_model_len:
-            return "ending"
+            return Refusal.ENDING
         self._cuts[request.request_id] = PendingCut(request.max_tokens, request.kv_transfer_params)
         request.max_tokens = last_output_tokens
         request.kv_transfer_params = {"do_remote_decode": True}
