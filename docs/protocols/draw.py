@@ -61,9 +61,9 @@ NOT_BEGUN = {
 MIGRATION_INTRO = """\
 # The migration protocol
 
-One request moves from its *source* to its *target* instance with its KV cache. The table below is the whole protocol.
-It is `TRANSITIONS` in `src/cascadeinfer/core/migration.py`, and this page is generated from it
-(`python docs/protocols/draw.py`). The simulator and the runtime both follow it.
+One request moves from its *source* to its *target* instance with its KV cache. The tables below are the whole protocol.
+They are in `src/cascadeinfer/core/migration.py` and `refusals.py`, and this page is generated from them
+(`python docs/protocols/draw.py`). The simulator and the runtime both follow them; a test compares the two path by path.
 
 The request decodes on the source until the cut. By then the target has reserved room, so the source gives nothing up in
 vain. The cut ends the request at its next token and pins its KV cache under a lease; the target pulls the cache and
@@ -109,6 +109,22 @@ An asker waits {s.bid_wait_s:g} s for bids and {s.award_wait_s:g} s for the acce
 {s.offer_life_s:g} s and keeps an awarded place for {s.keep_life_s:g} s, longer than the asker waits, so no migration
 starts towards a place that is gone. An instance has at most {s.max_migrations} migrations at once, in both directions
 together; kept places and awards under way count."""
+MIGRATION_LIMITS = """\
+A state with a limit ends with `timed_out`: `asking` after {l.ask_s:g} s, `cutting` after {l.cut_s:g} s. `resuming` ends
+{l.resume_s:g} s after the cut was *sent*, which is {margin_s:g} s before a lease of {lease_s:g} s could end
+(`--kv-lease-s`); a cut that is heard of with less than {l.least_pull_s:g} s left is `cut_late`. The other states last as
+long as the instance that has the request lives and answers.
+
+The target is asked for room for {l.room_slack_tokens} tokens more than the request has at the start, because the request
+keeps decoding until it is cut. One that outgrows that room before it is cut stays (`outgrew_room`)."""
+DETAIL_INTRO = """\
+The record of a migration, its metric and the event that the policy receives give the reason in one word, `detail`: the
+last happening that explains anything (the column above), with the refusal behind it, such as `timed_out`,
+`target_lost` or `cut_refused:ending`. An answer that grants what was asked explains nothing; neither does an ignored
+happening, nor the source's answer to a withdrawal, whose cause is known by then. `detail` is empty for `moved` only."""
+NOT_BEGUN_INTRO = """\
+A migration that a policy asks for in vain is over before its first state: `ended` if the request has ended, else
+`stayed`."""
 IGNORED_INTRO = """\
 These combinations are legal and change nothing. Anything in neither table is a bug of the caller: it raises
 `InvalidTransition` and changes nothing."""
