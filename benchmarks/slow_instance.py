@@ -27,7 +27,7 @@ import numpy as np
 
 import measuring
 from cascadeinfer.cluster.local import LOOPBACK, free_port
-from cascadeinfer.loadgen.served_process import ServedProcess
+from cascadeinfer.loadgen.served_process import ServedProcess, ServerFailedError
 
 N_INSTANCES = 3
 N_TOKENS = 100
@@ -146,7 +146,10 @@ def main() -> None:
     host, rounds = measuring.machine(), []
     for number in range(options.rounds):
         labels = list(sources)[number % len(sources) :] + list(sources)[: number % len(sources)]
-        rounds.append({label: measure(Path(sources[label]), number, options) for label in labels})
+        try:
+            rounds.append({label: measure(Path(sources[label]), number, options) for label in labels})
+        except ServerFailedError as error:
+            sys.exit(str(error))
         for label in sources:
             print(number, label, rounds[-1][label])
     settings = {"requests": options.requests, "gap_s": options.gap_s, "sources": list(sources)}
