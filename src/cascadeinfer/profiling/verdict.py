@@ -17,7 +17,7 @@ from cascadeinfer.profiling.profiler import WHOLE_SHARE
 from cascadeinfer.profiling.statistics import REPEATS
 
 NOISE_SHARE: Final = 0.5
-"""A machine that varies by this share of the fit's error is most of that error."""
+"""From this share of the fit's error on, what the machine varies by from round to round explains most of it."""
 
 
 class Grade(enum.Enum):
@@ -112,15 +112,18 @@ def _remedies(grade: Grade, held_out: FitError, noise: FitError | None, measurem
     found = []
     is_noisy = noise is not None and noise.median >= NOISE_SHARE * held_out.median
     if grade is not Grade.GOOD and is_noisy:
-        found.append("the machine itself varies as much: stop what else runs on it, and measure anew without --resume")
+        found.append(
+            "most of the error is the machine's own variation: stop what else runs on it, remove the samples and measure anew"
+        )
     if measurement.left_out:
         found.append("go on with --resume and a larger --minutes, which counts from the first run on")
     if grade is Grade.GOOD:
         return found
     if noise is None:
-        found.append("go on with --resume and --rounds 3, which tells the machine's noise from the model's error")
-    if not _is_whole(measurement):
         found.append(
-            f"steps add up to {measurement.step_share:.0%} of the wall time: expect latencies to be off by as much"
+            "go on with --resume, --rounds 3 and a larger --minutes, to tell the machine's variation from the model's error"
         )
+    if not _is_whole(measurement):
+        share = f"{measurement.step_share:.0%}"
+        found.append(f"steps add up to {share} of the wall time: latencies will differ from the prediction accordingly")
     return found or ["no form of the step model fits these steps better: look at --plot for the batches that are off"]
