@@ -16,12 +16,9 @@ number of processes, sample by sample within a round.
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import httpx
 import numpy as np
 import psutil
 
 import measuring
 from cascadeinfer.cluster.local import LOOPBACK, free_port, split_cores
 from cascadeinfer.engines.vllm.connector.cores import NAP_S
+from cascadeinfer.loadgen.served_process import ServedProcess, ServerFailedError
 
 N_INSTANCES = 2
 PROCESSES = (1, 2)
@@ -70,12 +67,11 @@ def command_of(side: str, folder: Path, port: int) -> list[str]:
 
 
 def environment_of(side: str) -> dict[str, str]:
-    """What the server of a side gets; vLLM's engines get the cores that ours get by themselves, and wait asleep as ours do."""
-    own = dict(os.environ)
-    if side.startswith("vllm"):
-        own["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0))))
-        own["PEERS_NAP_S"] = str(NAP_S)
-    return own
+    """What the server of a side gets beside ours; vLLM's engines get the cores that ours get by themselves, and wait asleep as ours do."""
+    if not side.startswith("vllm"):
+        return {}
+    cores = "|".join(split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0))))
+    return {"VLLM_CPU_OMP_THREADS_BIND": cores, "PEERS_NAP_S": str(NAP_S)}
 
 
 def front_end_of(server: psutil.Process) -> list[psutil.Process]:
@@ -124,58 +120,41 @@ async def load(url: str, n_requests: int, n_tokens: int, rng: np.random.Generato
     assert n_out == n_requests * n_tokens, f"{n_out} tokens came"
 
 
-def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Until the server lists its model."""
-    end_s = time.monotonic() + START_TIMEOUT_S
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            httpx.get(f"{url}/v1/models", timeout=5).raise_for_status()
-            return
-        if server.poll() is not None or time.monotonic() > end_s:
-            sys.exit("the server did not start")
-        time.sleep(0.5)
-
-
-def wait_until_all_serve(url: str, side: str) -> None:
-    """Until all of our processes do; vLLM's listen when all are ready."""
-    while side.startswith("cascadeinfer") and not side.endswith("-1"):
-        if all(one["up"] for one in httpx.get(f"{url}/admin/instances", timeout=5).json()["front_ends"]):
-            return
-        time.sleep(0.5)
+def all_serve(server: ServedProcess, side: str) -> bool:
+    """Whether all of our processes do; vLLM's listen when all are ready."""
+    if not server.answers("/v1/models"):
+        return False
+    if side.startswith("vllm") or side.endswith("-1"):
+        return True
+    return all(one["up"] for one in json.loads(server.page("/admin/instances"))["front_ends"])
 
 
 def sample_side(side: str, options: argparse.Namespace) -> list[dict[str, float]]:
     """Start a side, warm up, sample."""
     rng = np.random.default_rng(0)
     port = free_port()
-    url = f"http://{LOOPBACK}:{port}"
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with log.open("w") as stream:
-            server = subprocess.Popen(
-                command_of(side, Path(folder) / "model", port),
-                env=environment_of(side),
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-            )
-        everyone: list[psutil.Process] = []
+        server = ServedProcess(
+            command_of(side, Path(folder) / "model", port),
+            port=port,
+            log=Path(folder) / "log",
+            environment=environment_of(side),
+            own_session=False,  # the load generator shares the cores with it
+            stop_timeout_s=STOP_TIMEOUT_S,
+        )
         try:
-            wait_until_ready(url, server)
-            wait_until_all_serve(url, side)
-            root = psutil.Process(server.pid)
-            everyone = [root, *root.children(recursive=True)]
-            set_apart(root)
-            for _ in range(2):
-                asyncio.run(load(url, options.requests, options.tokens, rng))
-            return [one_sample(url, root, options, rng) for _ in range(options.samples)]
+            with server:
+                server.wait_until(lambda: all_serve(server, side), "serving", START_TIMEOUT_S, poll_s=0.5)
+                root = psutil.Process(server.pid)
+                set_apart(root)
+                for _ in range(2):
+                    asyncio.run(load(server.url, options.requests, options.tokens, rng))
+                return [one_sample(server.url, root, options, rng) for _ in range(options.samples)]
+        except ServerFailedError as error:
+            sys.exit(str(error))
         except BaseException:
-            sys.stderr.write(log.read_text()[-3000:])
+            sys.stderr.write(server.log_tail())
             raise
-        finally:
-            if server.poll() is None:
-                server.send_signal(signal.SIGTERM)
-            for process in psutil.wait_procs(everyone, timeout=STOP_TIMEOUT_S)[1]:
-                process.kill()
 
 
 def one_sample(

@@ -30,7 +30,7 @@ import psutil
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "peers"))
 
-from processes import Service, client_first, stopped_at_end  # noqa: E402 - in the folder below
+from processes import Service, client_first  # noqa: E402 - in the folder below
 
 import measuring  # noqa: E402
 from cascadeinfer.cluster.local import LOOPBACK, free_port  # noqa: E402
@@ -67,7 +67,7 @@ class Memory:
     async def watch(self) -> None:
         """Read it every second until cancelled."""
         while True:
-            front_end, *engines = self.server.tree()
+            front_end, *engines = self.server.family()
             self.front_end.append(front_end.memory_info().rss)
             total = 0
             for process in engines:
@@ -209,12 +209,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     measuring.quiet_environment()
     host = measuring.machine()
-    with tempfile.TemporaryDirectory() as folder, stopped_at_end([]) as services:
+    with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        services.append(Service("server", command(Path(folder) / "model", port), port, {}, Path(folder) / "server.log"))
-        services[0].wait_ready("/health/ready", START_TIMEOUT_S)
-        client_first()
-        found = asyncio.run(measure(services[0], options))
+        with Service("server", command(Path(folder) / "model", port), port, Path(folder) / "server.log") as server:
+            server.wait_ready("/health/ready", START_TIMEOUT_S)
+            client_first()
+            found = asyncio.run(measure(server, options))
     settings = {
         "times": options.times, "seconds": options.seconds, "calm_share": CALM_SHARE, "calm_s": CALM_S, "calm_after_s": CALM_AFTER_S, "instances": N_INSTANCES,
         "max_num_seqs": MAX_NUM_SEQS, "max_queued_requests": MAX_QUEUED, "prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS,

@@ -31,12 +31,13 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE.parent))
 
 import peer_tables  # noqa: E402 - beside this file, needs the folder above
-from processes import FailedError, Service, client_first  # noqa: E402
+from processes import Service, client_first  # noqa: E402
 from systems import Group, Setup, entry_of, groups_for, running  # noqa: E402
 from workloads import CASES, write_trace  # noqa: E402
 
 from cascadeinfer.engines.models import embedded  # noqa: E402
 from cascadeinfer.engines.models.tiny import make_tiny_llama  # noqa: E402
+from cascadeinfer.loadgen.served_process import ServerFailedError  # noqa: E402
 from cascadeinfer.results.record_files import read_records  # noqa: E402
 
 OUT = ROOT / "out" / "peers"
@@ -128,7 +129,7 @@ def bench(url: str, engine_url: str, trace: Path, seed: int, *words: str) -> sub
         command, capture_output=True, text=True, timeout=CELL_TIMEOUT_S, check=False, preexec_fn=client_first
     )
     if done.returncode not in {0, 1} or "Traceback" in done.stderr:
-        raise FailedError(f"bench ended with {done.returncode}:\n{done.stderr}")
+        sys.exit(f"peers: bench ended with {done.returncode}:\n{done.stderr}")
     return done
 
 
@@ -219,7 +220,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:
         sys.exit(measure(options))
-    except FailedError as error:
+    except ServerFailedError as error:
         sys.exit(f"peers: {error}")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from processes import FailedError, Service, stopped_at_end
+from processes import Service
 from workloads import BLOCK_TOKENS, ModelCase
 
 from cascadeinfer.cluster.local import free_port, split_cores
@@ -98,25 +98,27 @@ def running(group: Group, setup: Setup) -> Iterator[list[Service]]:
     cores = split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0)))
     options = engine_options(setup)
 
-    def start(name: str, command: list[str], environment: dict[str, str]) -> Service:
-        port = free_port()
-        return Service(
-            name, [*command, "--port", str(port)], port, {**common, **environment}, setup.logs / f"{name}.log"
-        )
+    with contextlib.ExitStack() as stack:  # stops what has been started, the last one first
+        services: list[Service] = []
 
-    with stopped_at_end([]) as services:
+        def start(name: str, command: list[str], environment: dict[str, str]) -> None:
+            port = free_port()
+            command = [*command, "--port", str(port)]
+            service = Service(name, command, port, setup.logs / f"{name}.log", {**common, **environment})
+            services.append(stack.enter_context(service))
+
         if group.options is not None:
             words = ["--instances", str(N_INSTANCES), *group.options]
-            services.append(start(group.name, [*OURS, *options, *words], {}))
+            start(group.name, [*OURS, *options, *words], {})
         elif group.name.startswith("vllm-dp"):
             words = ["--data-parallel-size", str(N_INSTANCES)]
             waiting = {} if group.name == "vllm-dp-spinning" else NAPPING
             place = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(cores)}
-            services.append(start(group.name, [*SERVE, *options, *words], {**place, **waiting}))
+            start(group.name, [*SERVE, *options, *words], {**place, **waiting})
         else:
             for number, own in enumerate(cores):
                 name = f"{group.name}-{number}"
-                services.append(start(name, [*SERVE, *options], {"VLLM_CPU_OMP_THREADS_BIND": own, **NAPPING}))
+                start(name, [*SERVE, *options], {"VLLM_CPU_OMP_THREADS_BIND": own, **NAPPING})
         for service in services:
             service.wait_ready("/health", READY_TIMEOUT_S)
         yield services
@@ -133,11 +135,9 @@ def entry_of(system: str, servers: list[Service], setup: Setup) -> Iterator[list
     command = [str(setup.router_bin / kind), *(["launch"] if kind == "sglang-router" else [])]
     command += ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics_port), "--policy", policy]
     command += ["--worker-urls", *(server.url for server in servers)]
-    log = setup.logs / f"{kind}-{policy}.log"
-    with stopped_at_end([]) as routers:
-        routers.append(Service(system, command, port, {}, log))
-        routers[0].wait_ready("/v1/models", ROUTER_TIMEOUT_S)
-        yield [*routers, *servers]
+    with Service(system, command, port, setup.logs / f"{kind}-{policy}.log") as router:
+        router.wait_ready("/v1/models", ROUTER_TIMEOUT_S)
+        yield [router, *servers]
 
 
-__all__ = ["FailedError", "Group", "Setup", "entry_of", "groups_for", "running"]
+__all__ = ["Group", "Setup", "entry_of", "groups_for", "running"]

@@ -7,6 +7,7 @@ each, without compilation, with few KV blocks (NIXL registers each one).
 
 import dataclasses
 import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("engine") is not None and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(300))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sigterm_is_as_good_as_ctrl_c() -> Iterator[None]:
+    """
+    SIGTERM, from `timeout` for instance, ends the tests by way of their fixtures.
+
+    Servers lead sessions of their own, so that a signal to the tests' process group does not reach them.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

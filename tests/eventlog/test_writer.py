@@ -16,6 +16,7 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.events import TimerFired
 from cascadeinfer.eventlog import writer
 from cascadeinfer.eventlog.reader import Gap, LoggedEvent, open_log, read_header
+from cascadeinfer.eventlog.run_file import write_log_file
 from cascadeinfer.eventlog.unwritten_log import UnwrittenLog
 from cascadeinfer.eventlog.writer import EventLog
 
@@ -183,14 +184,14 @@ def test_unwritable_paths_are_refused(tmp_path: Path, name: str) -> None:
         start_log(tmp_path / name)
     with (
         pytest.raises(ConfigError, match="--event-log"),
-        writer.write_log_file(tmp_path / name, header_for(SPECS["least_loaded"])),
+        write_log_file(tmp_path / name, header_for(SPECS["least_loaded"])),
     ):
         raise AssertionError
 
 
 def test_header_tells_what_a_replay_needs(tmp_path: Path) -> None:
     """The header is one line of JSON with format, schema, version, policy, options and instances."""
-    with writer.write_log_file(tmp_path / "log.gz", header_for(SPECS["static_stages"], profile="p")):
+    with write_log_file(tmp_path / "log.gz", header_for(SPECS["static_stages"], profile="p")):
         pass
     header = msgspec.json.decode(gzip.decompress((tmp_path / "log.gz").read_bytes()).splitlines()[0])
     assert header["format"] == "cascadeinfer-event-log"
@@ -220,7 +221,7 @@ def test_all_files_are_for_their_owner_only(tmp_path: Path) -> None:
     for i in range(100):
         log(float(i), arrival(i), [])
     log.close()
-    with writer.write_log_file(tmp_path / "whole.gz", header_for(SPECS["least_loaded"])):
+    with write_log_file(tmp_path / "whole.gz", header_for(SPECS["least_loaded"])):
         assert set(modes(tmp_path).values()) == {0o600}
     assert modes(tmp_path) == dict.fromkeys(("log", "log.1.gz", "log.2.gz", "whole.gz"), 0o600)
 

@@ -96,7 +96,7 @@ class SampleLog:
             with self.path.open("ab"):
                 pass
         except OSError as error:
-            raise ConfigError(f"{self.path} cannot be written: {error.strerror}", option="--output") from error
+            raise self._unwritable(error) from error
         if not has_steps and self.path.is_file():
             self.path.unlink()
 
@@ -105,16 +105,24 @@ class SampleLog:
         Read what is there, and be ready to append.
 
         Raises:
-            ConfigError: The steps there are of another engine, or the file is no log.
+            ConfigError: The steps there are of another engine, the file is no log, or it cannot be written; one without steps is
+                removed then.
         """
         if self.path.is_file() and self.path.stat().st_size > 0:
             self._read(header)
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise self._unwritable(error) from error
         if self._size:
             os.ftruncate(self._descriptor, self._size)
             os.lseek(self._descriptor, self._size, os.SEEK_SET)
-        else:
-            self._append(header)
+            return
+        try:
+            self._write(header)
+        except OSError as error:
+            self.path.unlink()
+            raise self._unwritable(error) from error
 
     def add(self, run: BatchRun) -> None:
         """Keep a run. Raises ConfigError when the disk does not take it; what was kept before stays."""
@@ -138,13 +146,21 @@ class SampleLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _append(self, record: Header | BatchRun | PullRun) -> None:
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"{self.path} cannot be written: {error.strerror}", option="--output", fix="make room, or write elsewhere"
+        )
+
+    def _write(self, record: Header | BatchRun | PullRun) -> None:
+        """Append a line. Raises OSError."""
         assert self._descriptor is not None, "open it first"
         line = msgspec.json.encode(record) + b"\n"
+        while line:
+            line = line[os.write(self._descriptor, line) :]
+
+    def _append(self, record: BatchRun | PullRun) -> None:
         try:
-            written = os.write(self._descriptor, line)
-            if written < len(line):
-                os.write(self._descriptor, line[written:])
+            self._write(record)
         except OSError as error:
             raise ConfigError(
                 f"{self.path} takes no more: {error.strerror}; {len(self.runs)} batches are kept",
