@@ -38,10 +38,10 @@ def flip(_: LengthHistogram, __: float, ___: InstanceCapacity, n: int, current: 
 
 
 MAKERS: dict[str, Callable[[], Policy]] = {
-    **{name: POLICIES[name] for name in POLICIES if name != "static_stages"},
-    "static_stages": lambda: POLICIES["static_stages"](layout=LAYOUT),
-    "static_length in buckets": lambda: POLICIES["static_length"](layout=LAYOUT),
-    "llumnix, eager": lambda: POLICIES["llumnix"](migrate_steps=400.0, max_migrations=3, retry_s=0.1),
+    **{name: POLICIES[name].make for name in POLICIES if name != "static_stages"},
+    "static_stages": lambda: POLICIES["static_stages"].make(layout=LAYOUT),
+    "static_length in buckets": lambda: POLICIES["static_length"].make(layout=LAYOUT),
+    "llumnix, eager": lambda: POLICIES["llumnix"].make(migrate_steps=400.0, max_migrations=3, retry_s=0.1),
     "cascade in stages": lambda: Cascade(layout=LAYOUT),
     "cascade without migration": lambda: Cascade(layout=LAYOUT, migrate=False),
     "cascade with a queue": lambda: Cascade(layout=LAYOUT, max_queued=3),
