@@ -276,17 +276,7 @@ def _coarse(problem: PlanProblem) -> tuple[NDArray[np.float64], NDArray[np.int64
     candidates = problem.candidates()
     n_units = min(problem.n_instances, MAX_UNITS)
     max_stages = max(1, min(problem.max_stages, n_units, len(candidates) - 1))
-    costs = stage_costs(
-        problem.table,
-        problem.edges,
-        candidates,
-        n_units,
-        problem.n_instances / n_units,
-        problem.rate_per_s,
-        problem.coefficients,
-        problem.limits,
-        problem.terms,
-    )
+    costs = stage_costs(problem.inputs, candidates, n_units, problem.n_instances / n_units)
     values, bounds, units = best_partitions(costs, max_stages)
     return values, candidates[bounds], units
 
@@ -297,18 +287,7 @@ def _refine(problem: PlanProblem, bounds: NDArray[np.int64], units: NDArray[np.i
     instances = _whole_instances(units.astype(np.float64) * per_unit, problem.n_instances)
     bounds = bounds.copy()
     window = -(-_buckets_per_octave(problem) // problem.boundaries_per_octave)
-    cost = improve(
-        problem.table,
-        problem.edges,
-        bounds,
-        instances,
-        window,
-        max(1, round(per_unit)),
-        problem.rate_per_s,
-        problem.coefficients,
-        problem.limits,
-        problem.terms,
-    )
+    cost = improve(problem.inputs, bounds, instances, window, max(1, round(per_unit)))
     edges = problem.histogram.edges_tokens
     return Partition(
         Proposal(tuple(int(edges[b]) for b in bounds[1:-1]), tuple(int(n) for n in instances)), float(cost)
