@@ -24,6 +24,7 @@ from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.traces import load_trace
 from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.profile import CostProfile
+from cascadeinfer.core.layout import Proposal
 from cascadeinfer.core.plan.planner import Plan, capacity_rate, predict, solve
 from cascadeinfer.core.plan.problem import (
     DEFAULT_MARGIN,
@@ -167,7 +168,7 @@ def point(
             layouts.setdefault((best.boundaries_tokens, best.instances), best)
     if options.rivals:
         layouts |= rivals(chosen)
-    layouts.setdefault(((), (n,)), predict(chosen.problem, (), (n,)))
+    layouts.setdefault(((), (n,)), predict(chosen.problem, Proposal((), (n,))))
     residence_s = max(stage.service.step_s for stage in chosen.stages) * histogram.mean_output_tokens
     seconds = max(options.seconds, RESIDENCES * residence_s)
     count = int(min(options.requests, max(1500, rate * seconds)))
@@ -194,7 +195,7 @@ def rivals(chosen: Plan) -> dict[tuple[tuple[int, ...], tuple[int, ...]], Plan]:
         moved[taker] += 1
         if min(moved) >= 1:
             wanted.append((bounds, tuple(moved)))
-    found = (predict(chosen.problem, *layout) for layout in wanted)
+    found = (predict(chosen.problem, Proposal(*layout)) for layout in wanted)
     return {(layout.boundaries_tokens, layout.instances): layout for layout in found if np.isfinite(layout.cost)}
 
 

@@ -90,17 +90,10 @@ def prediction_time_s(problem: PlanProblem, repeats: int) -> float:
     """Processor time of one prediction of one stage, compiled, averaged over the table that the program needs."""
     candidates = problem.candidates()
     units = min(problem.n_instances, MAX_UNITS)
-    args = (
-        problem.n_instances / units,
-        problem.rate_per_s,
-        problem.coefficients,
-        problem.limits,
-        problem.terms,
-    )
     times = []
     for _ in range(repeats):
         cpu = time.process_time()
-        stage_costs(problem.table, problem.edges, candidates, units, *args)
+        stage_costs(problem.inputs, candidates, units, problem.n_instances / units)
         times.append(time.process_time() - cpu)
     return float(np.median(times)) / (comb(len(candidates), 2) * units)
 

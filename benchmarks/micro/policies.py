@@ -72,7 +72,8 @@ def make(name: str, instances: int, config: SimConfig) -> Policy:
     layout = StageLayout.from_boundaries((300, 1500), tuple(ids[a:b] for a, b in pairwise(cuts)))
     if name == "cascade":
         return Cascade(layout=layout, step_model=config.step_model, replan=False)
-    return POLICIES[name](layout=layout) if name in {"static_stages", "static_length"} else POLICIES[name]()
+    info = POLICIES[name]
+    return info.make(layout=layout) if info.takes_layout else info.make()
 
 
 def measure(name: str, instances: int, seconds: float) -> None:

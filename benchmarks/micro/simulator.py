@@ -27,6 +27,7 @@ from cascadeinfer.core.events import Event
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.planner import plan
 from cascadeinfer.core.policies import POLICIES
+from cascadeinfer.core.policies.info import Circumstances
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.sim.run import SimResult, simulate
 from cascadeinfer.sim.settings import NetworkConfig, SimConfig, instance_ids
@@ -131,11 +132,9 @@ def stages(profile: CostProfile, trace: Trace, rate_rps: float, instances: int) 
 
 def make(name: str, profile: CostProfile, layout: StageLayout) -> Policy:
     """A fresh policy."""
-    if name == "static_stages":
-        return POLICIES[name](layout=layout)
-    if name == "cascade":
-        return POLICIES[name](layout=layout, step_model=profile.step_model)
-    return POLICIES[name]()
+    info = POLICIES[name]
+    layout_to_start = layout if info.starts_with_plan else None
+    return info.make(**info.options_for(Circumstances(layout=layout_to_start, step_model=profile.step_model)))
 
 
 def fastest(trace: Trace, fresh: Callable[[], Policy], config: SimConfig, repeats: int) -> tuple[float, SimResult]:

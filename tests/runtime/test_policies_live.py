@@ -116,7 +116,7 @@ async def test_pinned_requests_stay() -> None:
 @virtual_time
 async def test_every_policy_serves(name: str) -> None:
     """Each registered policy that needs no options serves a burst and survives a death."""
-    policy = Logged(POLICIES[name]())
+    policy = Logged(POLICIES[name].make())
     async with Cluster(policy, supervision=OFTEN) as cluster:
         clients = [await cluster.submit(f"r{i}", 20 + 20 * i, 100) for i in range(12)]
         await asyncio.sleep(0.3)

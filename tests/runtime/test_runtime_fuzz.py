@@ -158,8 +158,10 @@ def policy_of(name: str, rng: random.Random) -> Policy:
     if name == "restless":
         return Restless(rng)
     if name == "static_stages":
-        return POLICIES[name](layout=StageLayout.from_boundaries((100, 180), (("a",), ("b", "d"), ("c",))), retry_s=0.1)
-    return POLICIES[name]()
+        return POLICIES[name].make(
+            layout=StageLayout.from_boundaries((100, 180), (("a",), ("b", "d"), ("c",))), retry_s=0.1
+        )
+    return POLICIES[name].make()
 
 
 @pytest.mark.parametrize(("name", "seed"), CASES)

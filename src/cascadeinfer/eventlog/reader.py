@@ -109,7 +109,7 @@ class LogReader:
                 f"{self.paths[0]}, line 1: no policy {name!r}; this is version {self.header.version}'s log"
             )
         try:
-            return PolicySpec(name, options_back(POLICIES[name], self.header.options))
+            return PolicySpec(name, options_back(POLICIES[name].make, self.header.options))
         except (TypeError, ValueError, CascadeError) as error:
             raise EventLogError(f"{self.paths[0]}, line 1: policy {name}: {error}") from error
 

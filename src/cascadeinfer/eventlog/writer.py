@@ -163,7 +163,7 @@ def header_of(
         commit=commit,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         policy=spec.name,
-        options=options_out(POLICIES[spec.name], spec.options),
+        options=options_out(POLICIES[spec.name].make, spec.options),
         instances=tuple(instances),
         profile=profile,
         about=dict(about or {}),

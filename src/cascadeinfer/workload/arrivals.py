@@ -29,38 +29,6 @@ def gamma_arrivals(rate_rps: float, cv: float, n: int, rng: np.random.Generator)
     return np.cumsum(rng.gamma(1.0 / cv**2, cv**2 / rate_rps, size=n))
 
 
-def on_off_arrivals(
-    on_rate_rps: float,
-    off_rate_rps: float,
-    mean_on_s: float,
-    mean_off_s: float,
-    n: int,
-    rng: np.random.Generator,
-) -> NDArray[np.float64]:  # (n,)
-    """
-    A Poisson process whose rate switches between two values (a two-state Markov-modulated Poisson process).
-
-    Phases have exponential durations; the first phase is drawn from the stationary law, so the mean rate from the start on is
-    `(on_rate * mean_on + off_rate * mean_off) / (mean_on + mean_off)`.
-    """
-    _positive(on_rate_rps=on_rate_rps, mean_on_s=mean_on_s, mean_off_s=mean_off_s)
-    if not (math.isfinite(off_rate_rps) and off_rate_rps >= 0.0):
-        raise TraceError(f"off_rate_rps must be zero or more, not {off_rate_rps}")
-    parts: list[NDArray[np.float64]] = []
-    drawn = 0
-    phase_start_s = 0.0
-    on = bool(rng.random() < mean_on_s / (mean_on_s + mean_off_s))
-    while drawn < n:
-        phase_s = rng.exponential(mean_on_s if on else mean_off_s)
-        count = int(rng.poisson((on_rate_rps if on else off_rate_rps) * phase_s))
-        # Given their number, the arrivals of a Poisson process are uniform over the phase.
-        parts.append(np.sort(phase_start_s + phase_s * rng.random(count)))
-        drawn += count
-        phase_start_s += phase_s
-        on = not on
-    return np.concatenate(parts)[:n] if parts else np.zeros(0)
-
-
 def renewal_window(
     law: str, shape: float, rate_rps: float, duration_s: float, rng: np.random.Generator
 ) -> NDArray[np.float64]:

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
-from cascadeinfer.core.cost.qoe import StageService
-from cascadeinfer.core.cost.steady_state import longest_in_batch
+from cascadeinfer.core.cost.qoe import StageService, longest_of
 from cascadeinfer.core.plan.problem import HandOverCost, PlanProblem, ServiceFloor
 from cascadeinfer.core.types import InstanceCapacity
 
@@ -165,7 +164,7 @@ def test_quantiles_of_the_longest_are_those_of_draws() -> None:
         straggler_per_kv_token_s=1.0,
     )
     problem = PlanProblem(histogram, model, ROOMY, 1e-9, 1)
-    longest = longest_in_batch(problem.table, problem.edges, 0, len(problem.edges) - 1, problem.coefficients)
+    longest = longest_of(problem.inputs, 0, len(problem.edges) - 1)
     lengths = np.concatenate([np.arange(p + 1, p + o) for p, o in zip(prompts, outputs, strict=True)])
     for doublings in (0, 2, 5):
         draws = rng.choice(lengths, (4000, 2**doublings)).max(axis=1)

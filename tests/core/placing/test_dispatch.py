@@ -11,7 +11,6 @@ from cascadeinfer.core.placing.dispatch import (
     cheapest_with_room,
     has_room,
     least_loaded,
-    load_of,
     pick,
     pricing_of,
 )
@@ -43,8 +42,8 @@ def name(chosen: object) -> str | None:
 
 def test_load_is_the_larger_share() -> None:
     """300 of 1,000 tokens and 2 of 4 requests make a load of 0.5."""
-    assert load_of(cluster({"a": [100, 200]}).instances["a"]) == 0.5
-    assert load_of(cluster({"a": [600, 200]}).instances["a"]) == 0.8
+    assert cluster({"a": [100, 200]}).instances["a"].load == 0.5
+    assert cluster({"a": [600, 200]}).instances["a"].load == 0.8
 
 
 def test_least_loaded_and_ties() -> None:

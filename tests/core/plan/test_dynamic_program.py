@@ -94,8 +94,7 @@ def test_plan_of_a_workload_is_the_exhaustive_one(
         for b in range(a + 1, len(candidates)):
             for k in range(1, n + 1):
                 costs[a, b, k] = problem.service(candidates[a], candidates[b], k).cost
-    args = (problem.rate_per_s, problem.coefficients, problem.limits, problem.terms)
-    assert np.allclose(stage_costs(problem.table, problem.edges, candidates, n, 1.0, *args), costs, rtol=1e-12)
+    assert np.allclose(stage_costs(problem.inputs, candidates, n, 1.0), costs, rtol=1e-12)
     max_stages = min(n, len(candidates) - 1)
     values, _, _ = best_partitions(costs, max_stages)
     for stages in range(1, max_stages + 1):

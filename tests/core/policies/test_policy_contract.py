@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.events import MigrationEnded, MigrationOutcome, PinReason, RequestFinished, TimerFired
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.layout import Proposal, StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policy import Policy
@@ -29,20 +29,19 @@ IDS = ("i0", "i1", "i2", "i3", "i4")
 LAYOUT = StageLayout.from_boundaries((60, 200), (("i0", "i1"), ("i2", "i3"), ("i4",)))
 
 
-def flip(_: LengthHistogram, __: float, ___: InstanceCapacity, n: int, current: StageLayout) -> StageLayout | None:
+def flip(_: LengthHistogram, __: float, ___: InstanceCapacity, n: int, current: StageLayout) -> Proposal | None:
     """A planner that wants two stages, and the other way round next time."""
     if n < 2:
         return None
-    names = tuple(str(place) for place in range(n))
     first = 1 if len(current.stages[0].instance_ids) > 1 else n - 1
-    return StageLayout.from_boundaries((40 * first,), (names[:first], names[first:]))
+    return Proposal((40 * first,), (first, n - first))
 
 
 MAKERS: dict[str, Callable[[], Policy]] = {
-    **{name: POLICIES[name] for name in POLICIES if name != "static_stages"},
-    "static_stages": lambda: POLICIES["static_stages"](layout=LAYOUT),
-    "static_length in buckets": lambda: POLICIES["static_length"](layout=LAYOUT),
-    "llumnix, eager": lambda: POLICIES["llumnix"](migrate_steps=400.0, max_migrations=3, retry_s=0.1),
+    **{name: POLICIES[name].make for name in POLICIES if name != "static_stages"},
+    "static_stages": lambda: POLICIES["static_stages"].make(layout=LAYOUT),
+    "static_length in buckets": lambda: POLICIES["static_length"].make(layout=LAYOUT),
+    "llumnix, eager": lambda: POLICIES["llumnix"].make(migrate_steps=400.0, max_migrations=3, retry_s=0.1),
     "cascade in stages": lambda: Cascade(layout=LAYOUT),
     "cascade without migration": lambda: Cascade(layout=LAYOUT, migrate=False),
     "cascade with a queue": lambda: Cascade(layout=LAYOUT, max_queued=3),

@@ -210,13 +210,6 @@ def region_masks(samples: StepSamples) -> dict[str, NDArray[np.bool_]]:
     }
 
 
-def hold_out(samples: StepSamples, share: float, rng: np.random.Generator) -> tuple[StepSamples, StepSamples]:
-    """Split samples at random into those to fit and those held out; `share` of them, at least one, is held out."""
-    order = rng.permutation(len(samples))
-    held = max(1, round(share * len(samples)))
-    return samples.where(np.sort(order[held:])), samples.where(np.sort(order[:held]))
-
-
 def _cost(coefficients: Column, samples: StepSamples) -> float:
     """The robust loss of all samples (soft L1, as in `_refine`)."""
     residual = _predict_with(coefficients, samples) / samples.step_s - 1.0

@@ -69,6 +69,15 @@ def memory_wait_s(stage: StageLoad, limits: ServiceLimits, kv_tokens: float, req
     return residence_s * max(by_memory, by_slots)
 
 
+class TokenTimes(NamedTuple):
+    """What tokens of a stage take when the batch is as large as it gets."""
+
+    decode_s: float  # a step without prefills
+    per_token_s: float  # a prompt token adds, in a chunk of the usual size; attention not included
+    queued_per_token_s: float  # the same in a chunk that fills the step
+    per_pair_s: float  # a pair of prompt tokens adds, of which one attends to the other
+
+
 class PrefillQueue(NamedTuple):
     """Prefill at one instance as a server that works whenever a prompt is there; decodes share its steps."""
 
@@ -87,17 +96,15 @@ def prefill_queue(
     limits: ServiceLimits,
     others: float,
     in_decode_tokens: float,
-    decode_s: float,
-    per_token_s: float,
-    queued_per_token_s: float,
-    per_pair_s: float,
+    times: TokenTimes,
 ) -> PrefillQueue:
     """The prefill queue; `load` of 1 or more means that it never empties, and the rest is meaningless."""
     if stage.starts <= FEW:
         return PrefillQueue(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     i, j, k = stage.i, stage.j, stage.n_instances
+    decode_s, per_pair_s = times.decode_s, times.per_pair_s
     room = max(1.0, limits.max_batched_tokens - others)
-    served_s = queued_per_token_s + decode_s / room  # a prompt token's share of full steps
+    served_s = times.queued_per_token_s + decode_s / room  # a prompt token's share of full steps
     first = served_s * stage.prompt + per_pair_s * stage.attention
     load = stage.rate * first
     if load >= 1.0:
@@ -121,7 +128,7 @@ def prefill_queue(
     mean_prompt = stage.prompt / stage.starts
     together = max(0.0, 1.0 - mean_prompt / limits.max_batched_tokens)
     wait_s = queue_s * (1.0 + load * together)
-    own_s = decode_s * max(1.0, 0.5 + mean_prompt / room) + mean_prompt * per_token_s
+    own_s = decode_s * max(1.0, 0.5 + mean_prompt / room) + mean_prompt * times.per_token_s
     own_s += per_pair_s * stage.attention / stage.starts
     stall_s = load * (wait_s + own_s) * (1.0 - by_work + by_work / k)
     return PrefillQueue(load, held, wait_s, own_s, stall_s, second)

@@ -70,11 +70,6 @@ def prepare(cache_dir: Path | None = None, *, force: bool = False) -> Path:
     return folder
 
 
-def is_prepared(cache_dir: Path | None = None) -> bool:
-    """Whether `prepare` would return at once."""
-    return ((default_cache_dir(os.environ) if cache_dir is None else cache_dir) / NAME).is_dir()
-
-
 def prepare_once(folder: Path, convert: Callable[[Path], None], *, force: bool) -> None:
     """
     Fill `folder` by `convert(temporary_folder)` unless it exists; safe against interruption and other processes.
