@@ -1,8 +1,8 @@
 """
-What a plan is: consecutive length ranges, each served by a group of instances.
+The result of planning: consecutive length ranges, each served by a group of instances.
 
-Invariants, checked on construction: the ranges tile `[0, infinity)` in order, every stage has at least one instance, and no
-instance is in two stages. A layout is a value; changing one makes another.
+Invariants, checked on construction: the ranges tile `[0, infinity)` in order, every stage has at least one instance,
+and no instance is in two stages. A layout is a value; a change makes a new one.
 """
 
 from bisect import bisect_right
