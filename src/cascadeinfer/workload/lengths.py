@@ -1,8 +1,9 @@
 """
 Length distributions: prompt or output lengths in tokens, whole numbers of at least 1, drawn exactly.
 
-A draw from a continuous law is rounded up, so that P(length <= k) is that law's distribution function at k: no clamp, no bias
-towards a bound. Real traces are better than any of these (`Trace.resample`); these are for worked examples and sensitivity.
+A draw from a continuous law is rounded up, so that P(length <= k) is that law's distribution function at k: no clamp,
+no bias towards a bound. Real traces are better than any of these (`Trace.resample`); these are for worked examples and
+sensitivity.
 """
 
 import math
@@ -17,7 +18,7 @@ from cascadeinfer.core.errors import TraceError
 
 
 class LengthDistribution(Protocol):
-    """Something lengths can be drawn from."""
+    """A distribution that lengths can be drawn from."""
 
     def draw(self, n: int, rng: np.random.Generator) -> NDArray[np.int64]:  # (n,)
         """`n` independent lengths in tokens."""
@@ -42,7 +43,7 @@ class Fixed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Empirical:
-    """Lengths seen before, drawn with replacement; `weights` (not normalised) default to equal ones."""
+    """Lengths seen before, drawn with replacement; `weights` (not normalised) are equal by default."""
 
     tokens: NDArray[np.int64]
     weights: NDArray[np.float64] | None = None
@@ -69,7 +70,7 @@ class Empirical:
 @dataclass(frozen=True, slots=True)
 class LogNormal:
     """
-    The shape most length traces have.
+    The shape that most length traces have.
 
     Attributes:
         median_tokens: exp(mu).
