@@ -1,23 +1,27 @@
 """
-What our engine client costs over vLLM's own: two instances behind `AsyncLLM`, ours against `data_parallel_size=2`, the same load.
+What our engine client costs over vLLM's own: two instances behind `AsyncLLM`, ours against `data_parallel_size=2`, the
+same load.
 
 Three sides, so that one can see where a difference comes from:
 
 - `cascadeinfer`: our client and runtime, `round_robin`, our KV connector loaded, load reports on; no request moves.
 - `vllm_dp`: vLLM's data parallelism as one would run it, without a KV connector.
-- `vllm_dp_nixl`: the same with NIXL's own connector loaded and idle, which is what any live migration over NIXL has to pay in the engine.
+- `vllm_dp_nixl`: the same with NIXL's own connector loaded and idle, which is what any live migration over NIXL has to
+  pay in the engine.
 
     python benchmarks/client_overhead.py [--rounds 3] [--requests 48] [--tokens 200] [--name client_overhead]
 
-Each round starts every side, each in a process of its own, in rotating order, so that a machine that gets busier or slower meets all.
-A process warms up, then gives several samples of the same load: requests as token ids, all at once, greedy, of fixed
-length, streamed through `AsyncLLM.generate` with detokenisation. Model, dtype, block size, blocks, eager execution and the cores of each
-engine are the same; statistics are on, as in a server.
+Each round starts every side, each in a process of its own, in rotating order, so that a machine that gets busier or
+slower meets all. A process warms up, then gives several samples of the same load: requests as token ids, all at once,
+greedy, of fixed length, streamed through `AsyncLLM.generate` with detokenisation. Model, dtype, block size, blocks,
+eager execution and the cores of each engine are the same; statistics are on, as in a server.
 
-Three figures per sample: tokens per second over the wall (engines and client share the cores); the CPU time of the client's process per token;
-and its work per token, which is the same in units of a fixed piece of Python that runs in between, on the same core at the same time. CPU time alone compares
-the sides' engines as well: where two of the machine's cores are one core with two threads, which a virtual machine need not tell, everything takes
-longer beside an engine that computes than beside one that spins in `sched_yield`. Ratios are ours over the other side's, sample by sample within a round.
+Three figures per sample: tokens per second over the wall (engines and client share the cores); the CPU time of the
+client's process per token; and its work per token, which is the same in units of a fixed piece of Python that runs in
+between, on the same core at the same time. CPU time alone compares the sides' engines as well: where two of the
+machine's cores are one core with two threads, which a virtual machine need not tell, everything takes longer beside an
+engine that computes than beside one that spins in `sched_yield`. Ratios are ours over the other side's, sample by
+sample within a round.
 """
 
 from __future__ import annotations
@@ -39,8 +43,8 @@ import numpy as np
 import measuring
 
 if __name__ == "__main__":
-    # The engines' processes import this file again (spawn) and need none of it; numba, which the planner brings in, would even end
-    # vLLM's CPU worker: it looks into every loaded module, and llvmlite's answers any name.
+    # The engines' processes import this file again (spawn) and need none of it; numba, which the planner brings in,
+    # would even end vLLM's CPU worker: it looks into every loaded module, and llvmlite's answers any name.
     measuring.quiet_environment()
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs

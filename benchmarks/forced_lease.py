@@ -3,13 +3,14 @@ Moves that are made as late as can be: does a stream ever get tokens from blocks
 
     python benchmarks/forced_lease.py [--repetitions 20] [--controls 3] [--from-hearing 3] [--name forced_lease]
 
-Two real vLLM instances with the tiny model, little room and no prefix cache, under the runtime. A repetition moves one request. The moment
-the cut is heard of, the target is stopped (SIGSTOP) and the front end stands still for 4.7 s; then other requests fill the source, so that
-they get the moved request's blocks when its lease of 10 s ends; the target goes on 10.4 s after the cut. In the controls nobody is late, or
-the front end alone, or the target alone and within the limit.
+Two real vLLM instances with the tiny model, little room and no prefix cache, under the runtime. A repetition moves one
+request. The moment the cut is heard of, the target is stopped (SIGSTOP) and the front end stands still for 4.7 s; then
+other requests fill the source, so that they get the moved request's blocks when its lease of 10 s ends; the target goes
+on 10.4 s after the cut. In the controls nobody is late, or the front end alone, or the target alone and within the
+limit.
 
-`--from-hearing` repetitions show that the scene is one: in them the deadline is counted from when the cut was *heard* of, which was the rule
-once, and the stream gets another request's KV cache.
+`--from-hearing` repetitions show that the scene is one: in them the deadline is counted from when the cut was *heard*
+of, which was the rule once, and the stream gets another request's KV cache.
 """
 
 from __future__ import annotations

@@ -1,17 +1,20 @@
 """
-What one front-end process carries, and what several carry: `cascadeinfer serve --api-servers M` against `vllm serve --api-server-count M`.
+What one front-end process carries, and what several carry: `cascadeinfer serve --api-servers M` against `vllm serve
+--api-server-count M`.
 
-    python benchmarks/front_end_scale.py [--rounds 2] [--samples 4] [--requests 64] [--tokens 200] [--prefix "flock /tmp/lock"]
+    python benchmarks/front_end_scale.py [--rounds 2] [--samples 4] [--requests 64] [--tokens 200] [--prefix "flock
+    /tmp/lock"]
 
-Both serve the tiny model with two engines and stream completions over HTTP, each request on a connection of its own. On a machine
-with few cores the engines and the load generator take most of them, so tokens per second over the wall say little about the front end. What
-does is the CPU time of the front-end processes per token (everything the server has started except the engines; vLLM's coordinator is
-part of its front end): its inverse is what a front-end process carries that has a core for itself, which is how it should be run. So here the
-front end, all its processes, has the first core for itself, and engines and load share the others: a process that is interrupted by another at
-every token takes more time for the same work. Both are reported.
+Both serve the tiny model with two engines and stream completions over HTTP, each request on a connection of its own. On
+a machine with few cores the engines and the load generator take most of them, so tokens per second over the wall say
+little about the front end. What does is the CPU time of the front-end processes per token (everything the server has
+started except the engines; vLLM's coordinator is part of its front end): its inverse is what a front-end process
+carries that has a core for itself, which is how it should be run. So here the front end, all its processes, has the
+first core for itself, and engines and load share the others: a process that is interrupted by another at every token
+takes more time for the same work. Both are reported.
 
-Every start of a side is a process of its own; sides take turns in each round, in rotating order. Ratios are ours over vLLM's with the same
-number of processes, sample by sample within a round.
+Every start of a side is a process of its own; sides take turns in each round, in rotating order. Ratios are ours over
+vLLM's with the same number of processes, sample by sample within a round.
 """
 
 import argparse
@@ -70,7 +73,10 @@ def command_of(side: str, folder: Path, port: int) -> list[str]:
 
 
 def environment_of(side: str) -> dict[str, str]:
-    """What the server of a side gets; vLLM's engines get the cores that ours get by themselves, and wait asleep as ours do."""
+    """
+    What the server of a side gets; vLLM's engines get the cores that ours get by themselves, and wait asleep as ours
+    do.
+    """
     own = dict(os.environ)
     if side.startswith("vllm"):
         own["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0))))
@@ -92,7 +98,10 @@ def front_end_cpu_s(server: psutil.Process) -> float:
 
 
 def set_apart(server: psutil.Process) -> None:
-    """The first core is the front end's, the others are the engines' and the load's (this process's); with one core there is nothing to set apart."""
+    """
+    The first core is the front end's, the others are the engines' and the load's (this process's); with one core there
+    is nothing to set apart.
+    """
     first, *others = sorted(os.sched_getaffinity(0))
     if not others:
         return

@@ -1,8 +1,8 @@
 """
 What the benchmarks on real engines share: the tiny model, its engine arguments, statistics, the file of results.
 
-The tiny model keeps the engines' own work small, so that what is measured (a pause, a client) is not lost in it. Ratios are what counts;
-absolute times are those of the machine named in the results.
+The tiny model keeps the engines' own work small, so that what is measured (a pause, a client) is not lost in it. Ratios
+are what counts; absolute times are those of the machine named in the results.
 """
 
 import argparse

@@ -3,13 +3,14 @@ How long a request pauses when it moves, against the time between its tokens: KV
 
     python benchmarks/migration_pause.py [--contexts 200,1000,4000] [--repetitions 15] [--name migration_pause]
 
-Two real vLLM instances with the tiny model, nothing else running. A repetition is one request: some tokens on the source, room reserved at
-the target, a cut, the rest at the target; with the ticket (the target pulls the KV cache) or without (it computes it anew). The two
-ways take turns, in random order within a pair, and so do the directions, so that both see the same machine. Every prompt is new, so that
-no prefix cache helps.
+Two real vLLM instances with the tiny model, nothing else running. A repetition is one request: some tokens on the
+source, room reserved at the target, a cut, the rest at the target; with the ticket (the target pulls the KV cache) or
+without (it computes it anew). The two ways take turns, in random order within a pair, and so do the directions, so that
+both see the same machine. Every prompt is new, so that no prefix cache helps.
 
-The pause is the time from the source's last token to the target's first, as they arrive in the front end. The time between
-tokens is the median before the cut, of the same request. The runtime's own work (policy, streams) is not in it; it is microseconds.
+The pause is the time from the source's last token to the target's first, as they arrive in the front end. The time
+between tokens is the median before the cut, of the same request. The runtime's own work (policy, streams) is not in it;
+it is microseconds.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ import numpy as np
 import measuring
 
 if __name__ == "__main__":
-    # The engines' processes import this file again (spawn) and need none of it; numba, which the planner brings in, would even end
-    # vLLM's CPU worker: it looks into every loaded module, and llvmlite's answers any name.
+    # The engines' processes import this file again (spawn) and need none of it; numba, which the planner brings in,
+    # would even end vLLM's CPU worker: it looks into every loaded module, and llvmlite's answers any name.
     measuring.quiet_environment()
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import SamplingParams

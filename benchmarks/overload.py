@@ -1,15 +1,18 @@
 """
-Ten times more requests than a server can take, for a minute: what is answered, what is refused, what memory does, and how soon all is as before.
+Ten times more requests than a server can take, for a minute: what is answered, what is refused, what memory does, and
+how soon all is as before.
 
     python benchmarks/overload.py [--times 10] [--seconds 60] [--name overload]
 
-A real server (`cascadeinfer serve`, policy `cascade`, two instances of the tiny model, `--max-queued-requests 32`). First its capacity is measured: answers per
-second while as many requests as it takes are under way. Then one trace is replayed in open loop, streams on a connection each: calm at a share of
-the capacity, overload, calm again. Meanwhile the memory of the front end and of the engines is read every second (resident set size; what processes share
-counts in each). Nothing is retried by the client.
+A real server (`cascadeinfer serve`, policy `cascade`, two instances of the tiny model, `--max-queued-requests 32`).
+First its capacity is measured: answers per second while as many requests as it takes are under way. Then one trace is
+replayed in open loop, streams on a connection each: calm at a share of the capacity, overload, calm again. Meanwhile
+the memory of the front end and of the engines is read every second (resident set size; what processes share counts in
+each). Nothing is retried by the client.
 
-"Recovered" is the first moment after the overload from which every request of the calm gets its first token within a second. All latencies count from
-the time at which a request was due, so a client that the machine leaves no time is in them; how late it was is among the figures.
+"Recovered" is the first moment after the overload from which every request of the calm gets its first token within a
+second. All latencies count from the time at which a request was due, so a client that the machine leaves no time is in
+them; how late it was is among the figures.
 """
 
 from __future__ import annotations
@@ -216,8 +219,10 @@ def main() -> None:
         client_first()
         found = asyncio.run(measure(services[0], options))
     settings = {
-        "times": options.times, "seconds": options.seconds, "calm_share": CALM_SHARE, "calm_s": CALM_S, "calm_after_s": CALM_AFTER_S, "instances": N_INSTANCES,
-        "max_num_seqs": MAX_NUM_SEQS, "max_queued_requests": MAX_QUEUED, "prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS,
+        "times": options.times, "seconds": options.seconds, "calm_share": CALM_SHARE, "calm_s": CALM_S,
+        "calm_after_s": CALM_AFTER_S, "instances": N_INSTANCES,
+        "max_num_seqs": MAX_NUM_SEQS, "max_queued_requests": MAX_QUEUED, "prompt_tokens": PROMPT_TOKENS,
+        "output_tokens": OUTPUT_TOKENS,
     }  # fmt: skip
     print(measuring.write_results(options.name, host, settings, found))
     print(found)

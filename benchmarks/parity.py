@@ -1,23 +1,27 @@
 """
-Does the simulator predict the real run? Mean TTFT and TPOT of five workloads on a real vLLM instance, and as simulated from its own profile.
+Does the simulator predict the real run? Mean TTFT and TPOT of five workloads on a real vLLM instance, and as simulated
+from its own profile.
 
-    python benchmarks/parity.py [--rounds 3] [--load 0.5] [--seconds 8] [--profile-minutes 0.75] [--name parity] [--more]
+    python benchmarks/parity.py [--rounds 3] [--load 0.5] [--seconds 8] [--profile-minutes 0.75] [--name parity]
+    [--more]
 
-Each round runs `cascadeinfer profile` on an engine with the same options, then starts the instance, and replays the same arrivals and lengths,
-workload after workload, to the real thing and to the simulator with that profile. A round is short, so that profile and workloads see
-the same machine; rounds are compared to show how much the machine itself changes meanwhile. Results are written after every round; with
-`--more` rounds are added to those of an earlier run.
+Each round runs `cascadeinfer profile` on an engine with the same options, then starts the instance, and replays the
+same arrivals and lengths, workload after workload, to the real thing and to the simulator with that profile. A round is
+short, so that profile and workloads see the same machine; rounds are compared to show how much the machine itself
+changes meanwhile. Results are written after every round; with `--more` rounds are added to those of an earlier run.
 
-The instance computes on one core (the last); everything else has the rest, as a front end should: on cores that are shared, steps take up to half as
-long again as in the profile, by an amount that depends on the load, which no step model knows. The real side is the runtime
-under vLLM's `AsyncLLM`, tokens in, text streamed out. What it adds before the first token (queues between processes, detokenisation) is not in the step
-model: it is measured in each round, with single short requests beside a few that decode, and added to every predicted TTFT as one number,
-`front_end_s`. Nothing is added to TPOT. Rates follow from the profile: `--load` of what the model says the instance can serve.
+The instance computes on one core (the last); everything else has the rest, as a front end should: on cores that are
+shared, steps take up to half as long again as in the profile, by an amount that depends on the load, which no step
+model knows. The real side is the runtime under vLLM's `AsyncLLM`, tokens in, text streamed out. What it adds before the
+first token (queues between processes, detokenisation) is not in the step model: it is measured in each round, with
+single short requests beside a few that decode, and added to every predicted TTFT as one number, `front_end_s`. Nothing
+is added to TPOT. Rates follow from the profile: `--load` of what the model says the instance can serve.
 
-Beside the latencies stands `step_time`: the profile's prediction of the very steps that the engine made in the workload, over the time that they took. An
-error there is the step model's, or the machine's that has changed since. The `learnt` prediction is of the same simulator with the profile as the
-server would have it after the workload, which it learns on while it serves (`core/cost/learning.py`): it has seen the steps, not the latencies.
-What is left of its error is the simulator's.
+Beside the latencies stands `step_time`: the profile's prediction of the very steps that the engine made in the
+workload, over the time that they took. An error there is the step model's, or the machine's that has changed since. The
+`learnt` prediction is of the same simulator with the profile as the server would have it after the workload, which it
+learns on while it serves (`core/cost/learning.py`): it has seen the steps, not the latencies. What is left of its error
+is the simulator's.
 """
 
 from __future__ import annotations
@@ -125,7 +129,10 @@ class Bench:
         llm.runtime.instance_reported = heard
 
     async def one(self, prompt_tokens: int, output_tokens: int, moments: list[float] | None = None) -> list[float]:
-        """Run a request; the moment at which it was sent and that of each of its tokens at the client, also while they come."""
+        """
+        Run a request; the moment at which it was sent and that of each of its tokens at the client, also while they
+        come.
+        """
         self._numbers += 1
         parameters = SamplingParams(
             temperature=0, max_tokens=output_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
@@ -282,7 +289,10 @@ def measure(options: argparse.Namespace, done: int, write: Callable[[dict[str, A
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per workload and figure: real, predicted, error (median over rounds), and how far the real figure is from round to round."""
+    """
+    Per workload and figure: real, predicted, error (median over rounds), and how far the real figure is from round to
+    round.
+    """
     table: dict[str, Any] = {}
     for workload in WORKLOADS:
         rows = [one["workloads"][workload.name] for one in rounds]
@@ -314,7 +324,8 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def show(table: dict[str, Any]) -> None:
     """A table on standard output."""
     print(
-        "| workload | figure | real ms; max / min of rounds | predicted / real: median; per round | error | learnt / real: median; per round | error "
+        "| workload | figure | real ms; max / min of rounds | predicted / real: median; per round | error | learnt "
+        "/ real: median; per round | error "
         "| step time: predicted / real |\n|---|---|---|---|---|---|---|---|"
     )
     for name, row in table["workloads"].items():
@@ -325,7 +336,8 @@ def show(table: dict[str, Any]) -> None:
                 per_round = ", ".join(f"{ratio:.2f}" for ratio in found["per_round"])
                 cells.append(f"{found['over_real']:.2f}; {per_round} | {100 * found['error']:.0f} %")
             print(
-                f"| {name} | {figure.removesuffix('_s').upper()} | {1e3 * row[figure]['real']:.1f}; {row[figure]['real_max_over_min']:.2f} "
+                f"| {name} | {figure.removesuffix('_s').upper()} | {1e3 * row[figure]['real']:.1f}; "
+                f"{row[figure]['real_max_over_min']:.2f} "
                 f"| {' | '.join(cells)} | {row['step_time']['predicted_over_real']:.2f} |"
             )
     print(json.dumps(table["median_error"]))

@@ -3,9 +3,9 @@ What the runtime itself costs per token and per load report: its own code, witho
 
     python benchmarks/runtime_per_token.py [--requests 32] [--steps 2000] [--repetitions 15]
 
-The runtime gets step outputs as an engine would send them (one token for each running request) and hands them on; and it gets load
-reports, which the policy sees. The engine is a stub that does nothing. Best and median over repetitions of the mean time per call: the best
-is what the code costs, the median what this machine made of it.
+The runtime gets step outputs as an engine would send them (one token for each running request) and hands them on; and
+it gets load reports, which the policy sees. The engine is a stub that does nothing. Best and median over repetitions of
+the mean time per call: the best is what the code costs, the median what this machine made of it.
 """
 
 import argparse

@@ -1,11 +1,13 @@
 """
 An instance that is stopped nine tenths of the time: what share of the requests does it get, and what does that cost?
 
-    python benchmarks/slow_instance.py [--source LABEL=SRC_FOLDER ...] [--rounds 2] [--requests 80] [--gap-s 0.5] [--name slow_instance]
+    python benchmarks/slow_instance.py [--source LABEL=SRC_FOLDER ...] [--rounds 2] [--requests 80] [--gap-s 0.5]
+    [--name slow_instance]
 
-Real servers, one after the other in rotating order, one per source tree: three instances of the tiny model in one stage. Each serves the same
-requests twice, in open loop with the same exponential gaps: first with all instances well, then with one of them under SIGSTOP for 0.9 s of every
-second. Compare trees side by side, `--source now=src --source before=/path/to/an/older/checkout/src`; ratios are what counts.
+Real servers, one after the other in rotating order, one per source tree: three instances of the tiny model in one
+stage. Each serves the same requests twice, in open loop with the same exponential gaps: first with all instances well,
+then with one of them under SIGSTOP for 0.9 s of every second. Compare trees side by side, `--source now=src --source
+before=/path/to/an/older/checkout/src`; ratios are what counts.
 """
 
 from __future__ import annotations

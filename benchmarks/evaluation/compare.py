@@ -1,8 +1,9 @@
 """
 Cells side by side: ratios of policies on the same requests, and what rate a policy carries within a limit.
 
-Every policy sees the same requests for a seed, so ratios are taken per seed and then averaged (geometrically); `spread` is the standard error of that
-mean over seeds, pooled over all points because two seeds alone say little about their own spread.
+Every policy sees the same requests for a seed, so ratios are taken per seed and then averaged (geometrically); `spread`
+is the standard error of that mean over seeds, pooled over all points because two seeds alone say little about their own
+spread.
 """
 
 import math
@@ -78,8 +79,8 @@ def rate_within(results: Results, point: Point, policy: str, field: Field, share
     """
     Highest rate at which a share of the requests keeps a limit, between the loads that were run.
 
-    Linear between the last load that keeps it and the first that does not; NaN where a load is missing, and where the lowest fails
-    or the highest keeps it.
+    Linear between the last load that keeps it and the first that does not; NaN where a load is missing, and where the
+    lowest fails or the highest keeps it.
     """
     loads = (*LOADS, OVERLOAD)
     points = [replace(point, load=load) for load in loads]

@@ -1,7 +1,8 @@
 """
 Which cells the evaluation has.
 
-- The paper's two clusters, 16 H20 and 16 L40: every trace, loads from light to above what plain load balancing carries. 16 H100 and 16 A100 at two loads.
+- The paper's two clusters, 16 H20 and 16 L40: every trace, loads from light to above what plain load balancing carries.
+  16 H100 and 16 A100 at two loads.
 - Llama-3.1-70B with tensor parallel 4 on four instances of H20 (the paper's large model).
 - The cascade with parts switched off.
 """

@@ -3,8 +3,9 @@ The paper's evaluation, simulated: run the grid, write `docs/evaluation.md` and 
 
     make figures            (or: .venv/bin/python benchmarks/evaluation/run.py --traces ../shared/data/traces)
 
-Cells that are in the results file and were made by the code as it is are not run again, so an interrupted run goes on where it was. The whole grid takes
-one to two hours on two cores. `--only TEXT` runs the cells whose name contains the text; `--report` only writes the page.
+Cells that are in the results file and were made by the code as it is are not run again, so an interrupted run goes on
+where it was. The whole grid takes one to two hours on two cores. `--only TEXT` runs the cells whose name contains the
+text; `--report` only writes the page.
 """
 
 import argparse

@@ -1,11 +1,13 @@
 """
-Time per event of `policy.handle`, by policy and kind of event, in a simulated cluster with about 100 requests per instance:
+Time per event of `policy.handle`, by policy and kind of event, in a simulated cluster with about 100 requests per
+instance:
 
     python benchmarks/micro/policies.py [--instances 16 256] [--policies cascade ...] [--seconds 8]
 
-The events are those of a real run (simulator, H100, Llama-3.1-8B, 90 % short chats and 10 % long documents; the cascade is given three
-stages, so that it hands over), so the mix of kinds is the simulator's: reports, arrivals, ends, messages, migrations. Only `handle` and
-`next_timer_s` are timed. Budgets (medians over all events): 20 us at 16 instances, 60 us at 256.
+The events are those of a real run (simulator, H100, Llama-3.1-8B, 90 % short chats and 10 % long documents; the cascade
+is given three stages, so that it hands over), so the mix of kinds is the simulator's: reports, arrivals, ends,
+messages, migrations. Only `handle` and `next_timer_s` are timed. Budgets (medians over all events): 20 us at 16
+instances, 60 us at 256.
 """
 
 import argparse

@@ -1,8 +1,10 @@
 """
-Processes of a measurement: started each in a process group of its own, ended by id with everything they started, their processor time added up.
+Processes of a measurement: started each in a process group of its own, ended by id with everything they started, their
+processor time added up.
 
-Not in a session of their own: Linux shares out a core by sessions first (autogroup), so that a router in its own would get as much of it as a server
-with all its engines, and the load generator's niceness would count for nothing against either.
+Not in a session of their own: Linux shares out a core by sessions first (autogroup), so that a router in its own would
+get as much of it as a server with all its engines, and the load generator's niceness would count for nothing against
+either.
 """
 
 import contextlib
@@ -105,7 +107,8 @@ def client_first() -> None:
     """
     Let this process and what it starts from now on go before others, where that is allowed (root).
 
-    The load generator needs little, and its waiting would count as the server's. Only against processes of the same session (see above).
+    The load generator needs little, and its waiting would count as the server's. Only against processes of the same
+    session (see above).
     """
     if os.geteuid() == 0:
         os.setpriority(os.PRIO_PROCESS, 0, CLIENT_NICENESS)

@@ -1,15 +1,17 @@
 """
 Ours against what people use today, on the same engines and the same traces, interleaved.
 
-    python benchmarks/peers/run.py measure --model tiny --rounds 3 [--starts 1] [--only vllm-dp,servers] [--workloads mixed]
-    python benchmarks/peers/run.py report [--only-json NAME]
+    python benchmarks/peers/run.py measure --model tiny --rounds 3 [--starts 1] [--only vllm-dp,servers] [--workloads
+    mixed] python benchmarks/peers/run.py report [--only-json NAME]
 
-A cell is one system, one workload, one round: a trace replayed with `cascadeinfer bench`. Finished cells are kept in out/peers and not measured
-again, so a run may be interrupted, or cut into slices with `--starts` and `--budget-s` (servers started, seconds after which no cell is begun;
-exit code 3 while cells are missing, 0 when none is). All systems of a round get the same lengths and arrivals, with different words, so that nothing lies in a prefix cache from the
-system before. The order of the systems rotates from round to round.
+A cell is one system, one workload, one round: a trace replayed with `cascadeinfer bench`. Finished cells are kept in
+out/peers and not measured again, so a run may be interrupted, or cut into slices with `--starts` and `--budget-s`
+(servers started, seconds after which no cell is begun; exit code 3 while cells are missing, 0 when none is). All
+systems of a round get the same lengths and arrivals, with different words, so that nothing lies in a prefix cache from
+the system before. The order of the systems rotates from round to round.
 
-A cell in which the client came late is not kept. Beside each cell stand the load average and the share of the machine's processor time that went to other work while it ran.
+A cell in which the client came late is not kept. Beside each cell stand the load average and the share of the machine's
+processor time that went to other work while it ran.
 """
 
 import argparse
@@ -45,7 +47,10 @@ REQUIREMENTS = HERE / "requirements.txt"
 INCOMPLETE = 3
 CELL_TIMEOUT_S = 400
 LATE_S = 0.25
-"""A cell whose requests went out later than this (99th percentile) says more about the client than about the system: it is measured again."""
+"""
+A cell whose requests went out later than this (99th percentile) says more about the client than about the system: it is
+measured again.
+"""
 WARM_UP_REQUESTS = 12
 WARM_UP_RATE_RPS = 4.0
 

@@ -1,9 +1,10 @@
 """
 The systems that are compared, by what has to be started for them.
 
-All run the same engines: same model, dtype, context, KV blocks per instance, eager execution, one core per engine where there are as many. What
-differs is who spreads the requests: our server over its own engines; `vllm serve --data-parallel-size N` with its own balancing and, as it
-comes, N API processes; or a router over N `vllm serve` servers.
+All run the same engines: same model, dtype, context, KV blocks per instance, eager execution, one core per engine where
+there are as many. What differs is who spreads the requests: our server over its own engines; `vllm serve
+--data-parallel-size N` with its own balancing and, as it comes, N API processes; or a router over N `vllm serve`
+servers.
 """
 
 import contextlib
@@ -92,7 +93,8 @@ def engine_options(setup: Setup) -> list[str]:
 def running(group: Group, setup: Setup) -> Iterator[list[Service]]:
     """The servers of a group, ready."""
     common = {
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn", **setup.environment,
     }  # fmt: skip
     cores = split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0)))

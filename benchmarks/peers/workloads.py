@@ -1,9 +1,10 @@
 """
 The workloads: lengths drawn once per round from plain laws, so that anyone can make them again.
 
-`mixed` is the case operators complain about: chat turns, chats that have gone on for long, and documents to be read, all to one model.
-`equal` has requests of one length and so nothing that a scheduler could tell apart. Arrivals are Poisson. Lengths and rates are per model, since
-what a core of a processor does in a second differs by two orders of magnitude between the two.
+`mixed` is the case operators complain about: chat turns, chats that have gone on for long, and documents to be read,
+all to one model. `equal` has requests of one length and so nothing that a scheduler could tell apart. Arrivals are
+Poisson. Lengths and rates are per model, since what a core of a processor does in a second differs by two orders of
+magnitude between the two.
 """
 
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ class ModelCase:
 BLOCK_TOKENS = 32
 CASES = {
     "tiny": ModelCase(
-        max_model_len=4608, kv_blocks=1024, stages="0-1024:1,1024-:1", long_tokens=1024, ttft_slo_s=1.0, tpot_slo_s=0.05,
+        max_model_len=4608, kv_blocks=1024, stages="0-1024:1,1024-:1", long_tokens=1024, ttft_slo_s=1.0,
+        tpot_slo_s=0.05,
         workloads={
             "mixed": Workload(
                 (

@@ -14,7 +14,10 @@ SECONDS = st.floats(0, 1e6)
     SECONDS,
 )
 def test_never_later(lead_s: float, answers: list[tuple[float, float]], moment_s: float) -> None:
-    """Whatever delays the answers, the moment is not later than on the true clock, and late by the quickest answer's delay at most."""
+    """
+    Whatever delays the answers, the moment is not later than on the true clock, and late by the quickest answer's delay
+    at most.
+    """
     bound = ClockBound()
     for answered_s, delay_s in answers:
         bound.answered(answered_s + lead_s, answered_s + delay_s)

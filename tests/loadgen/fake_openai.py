@@ -1,8 +1,8 @@
 """
 A small OpenAI server on the loopback that behaves as it is told, request by request.
 
-It tokenises by words (each word is one token, and a text has one token more, as with a begin-of-sequence token), streams one chunk per
-token, and keeps what it was asked. A `Behaviour` per request says how it answers.
+It tokenises by words (each word is one token, and a text has one token more, as with a begin-of-sequence token),
+streams one chunk per token, and keeps what it was asked. A `Behaviour` per request says how it answers.
 """
 
 import asyncio

@@ -3,8 +3,8 @@ Make the shipped profiles and docs/profiles.md from ../shared/data/gpu.
 
     OMP_NUM_THREADS=1 .venv/bin/python tools/profiles/build_profiles.py --date 2026-11-23
 
-Prints one row of fit errors per profile. `catalogue.py` has the devices, models and assumptions, `measured.py` reads the tables,
-`parts.py` composes and fits, `report.py` writes the page.
+Prints one row of fit errors per profile. `catalogue.py` has the devices, models and assumptions, `measured.py` reads
+the tables, `parts.py` composes and fits, `report.py` writes the page.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def fit_errors(setting: Setting, dense: FitResult, attention: FitResult, prefill
 
 
 def combined_errors(dense: FitResult, attention: FitResult, prefill: FitResult) -> dict[str, float]:
-    """Standard errors of the sums: parts are independent, so they add in quadrature; the prefill part's floor is not used."""
+    """Standard errors of the sums: parts are independent, so they add in quadrature, without the prefill floor."""
     used = (dense.errors, attention.errors, {n: e for n, e in prefill.errors.items() if n != "base_s"})
     names = sorted({name for errors in used for name in errors})
     return {name: float(np.sqrt(sum(errors.get(name, 0.0) ** 2 for errors in used))) for name in names}
@@ -144,7 +144,10 @@ def notes_of(setting: Setting) -> tuple[str, ...]:
         "decode attention of mixed lengths: simulated from the backend's split rule, not measured",
         "step overhead 0.6 ms and 2 us per request: assumed, not measured",
         "no whole step was measured: the step is the sum of its measured or derived parts",
-        f"KV transfer at {device.transfer_bytes_s / 1e9:.1f} GB/s per device: 80 % of one network card or PCIe link, assumed",
+        (
+            f"KV transfer at {device.transfer_bytes_s / 1e9:.1f} GB/s per device: 80 % of one network card or PCIe "
+            "link, assumed"
+        ),
         *device.notes,
     ]
     if model.experts:

@@ -1,4 +1,7 @@
-"""Reading ../shared/data/gpu: decode and prefill attention cells, matrix products at any shape, all-reduce. Seconds throughout."""
+"""
+Reading ../shared/data/gpu: decode and prefill attention cells, matrix products at any shape, all-reduce. Seconds
+throughout.
+"""
 
 import csv
 import gzip
@@ -52,7 +55,10 @@ def _neighbours(sizes: list[int], size: int) -> tuple[int, int, float]:
 
 @lru_cache(maxsize=256)
 def _gemm_curve(suffix: str, n: int, k: int) -> tuple[Column, Column]:
-    """Times of an (m, k) x (k, n) product over m: interpolated in log n and log k; columns above 65,536 are done in equal parts."""
+    """
+    Times of an (m, k) x (k, n) product over m: interpolated in log n and log k; columns above 65,536 are done in equal
+    parts.
+    """
     parts = -(-n // 65_536)
     if parts > 1:
         m, time_s = _gemm_curve(suffix, n // parts, k)
@@ -76,7 +82,8 @@ def gemm_s(device: Device, source: Device, tokens: Column, n: int, k: int) -> Co
     """
     Times of matrix products with `tokens` rows.
 
-    A derived device takes the longer of its source's time scaled by bandwidth and the compute time at its source's efficiency.
+    A derived device takes the longer of its source's time scaled by bandwidth and the compute time at its source's
+    efficiency.
     """
     m, time_s = _gemm_curve(device.tables, n, k)
     time_s = np.interp(tokens, m, time_s)

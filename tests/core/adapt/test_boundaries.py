@@ -100,7 +100,10 @@ def test_wrong_boundary_is_mended(factor: float) -> None:
 
 
 def test_drifting_workload_is_followed() -> None:
-    """When all lengths grow to the fourfold in eight minutes, the boundary keeps up: its cost stays within 4 % of the lowest."""
+    """
+    When all lengths grow to the fourfold in eight minutes, the boundary keeps up: its cost stays within 4 % of the
+    lowest.
+    """
     rate_per_s = 14.0
     scales = [4.0 ** min(1.0, interval / 200) for interval in range(240)]
     start = best_boundary(1.0, rate_per_s)
@@ -111,7 +114,10 @@ def test_drifting_workload_is_followed() -> None:
 
 
 def balance(boundary: int, steps: int, *, spread: float = 0.0) -> list[int]:
-    """A closed loop without a cost model: loads are the work below and above the boundary (uniform in log length up to 16K)."""
+    """
+    A closed loop without a cost model: loads are the work below and above the boundary (uniform in log length up to
+    16K).
+    """
     rng = np.random.default_rng(1)
     refiner = BoundaryRefiner(SETTINGS)
     path: list[int] = []
@@ -159,7 +165,10 @@ def test_pressure_beats_the_outlook() -> None:
     loads=st.lists(st.tuples(st.floats(0, 1.5), st.floats(0, 1.5)), max_size=30),
 )
 def test_ranges_never_get_empty(low: int, width: int, loads: list[tuple[float, float]]) -> None:
-    """Whatever is observed, the boundary stays between its neighbours, and moves away from one that it is too near to only outwards."""
+    """
+    Whatever is observed, the boundary stays between its neighbours, and moves away from one that it is too near to only
+    outwards.
+    """
     boundary, high = low + width, low + 2 * width
     refiner = BoundaryRefiner(SETTINGS)
     for lower, upper in loads:
@@ -173,7 +182,10 @@ def test_ranges_never_get_empty(low: int, width: int, loads: list[tuple[float, f
 
 
 def test_outlook_of_the_impossible() -> None:
-    """Where the present boundary cannot carry the load, one that can gains everything; beyond the neighbours nothing is gained."""
+    """
+    Where the present boundary cannot carry the load, one that can gains everything; beyond the neighbours nothing is
+    gained.
+    """
     histogram = LengthHistogram.from_requests([100] * 50 + [20_000] * 50, [100] * 100)
     around = Neighbours(0, None, 0.5, 0.5)
     gain_of = outlook(problem_of(histogram, 12.0), 30_000, around, (1, 7))

@@ -56,7 +56,10 @@ def test_the_past_fades() -> None:
     running=st.lists(st.integers(0, 9000), min_size=1, max_size=10),
 )
 def test_futures_are_beyond_the_present_and_ordered(ended: list[int], running: list[int]) -> None:
-    """Every quantile is longer than what the request has, higher levels are not shorter, and a lone runner lasts as long again."""
+    """
+    Every quantile is longer than what the request has, higher levels are not shorter, and a lone runner lasts as long
+    again.
+    """
     survival = OutputSurvival(10_000)
     survival.add(np.array(ended, dtype=np.int64), np.ones(len(ended)))
     so_far = np.array(running, dtype=np.int64)

@@ -36,7 +36,10 @@ def asks_of(world: World) -> list[SendMessage]:
 @settings(max_examples=60)
 @given(steps=NETWORK)
 def test_nothing_is_held_for_ever(steps: list[tuple[int, int]]) -> None:
-    """Whatever was lost, late or doubled: when the network is quiet and time has passed, no place is held and no award is open."""
+    """
+    Whatever was lost, late or doubled: when the network is quiet and time has passed, no place is held and no award is
+    open.
+    """
     policy, world = staged()
     for number in range(8):
         world.arrive(f"r{number}", 20 + 40 * number)

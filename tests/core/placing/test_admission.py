@@ -74,7 +74,7 @@ def test_lower_priorities_run_first_and_equal_ones_in_order() -> None:
 
 
 def test_a_full_queue_refuses_who_would_run_last() -> None:
-    """An urgent newcomer pushes out the youngest of the least urgent; one that is less urgent than all is refused itself."""
+    """An urgent newcomer displaces the youngest of the least urgent; one less urgent than all is refused itself."""
     world = world_with(2)
     world.arrive("running", 50)
     world.arrive("old", 50, priority=1)
@@ -102,7 +102,10 @@ def test_refused_clients_are_told_the_observed_wait() -> None:
 
 
 def test_orphans_with_output_are_not_refused() -> None:
-    """A client that is reading is not told to come again: after its instance's death its request waits beside a full queue."""
+    """
+    A client that is reading is not told to come again: after its instance's death its request waits beside a full
+    queue.
+    """
     world = world_with(1)
     world.join("b")
     world.arrive("reading", 50)
