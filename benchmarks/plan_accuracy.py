@@ -1,16 +1,15 @@
 """
-Predicted against simulated QoE: does the planner's model hold at finite load, and does it put layouts in the right
-order?
+Predicted against simulated QoE: does the planner's model hold at finite load, and does it rank layouts correctly?
 
     .venv/bin/python benchmarks/plan_accuracy.py --traces ../shared/data/traces [--profiles h100-llama-3.1-8b,...]
-    [--loads 0.3,0.5,...]
+        [--loads 0.3,0.5,...]
 
 For each profile, trace and load (share of the one-stage capacity) the best layout of 1, 2, 3 ... stages is predicted
 and simulated: `least_loaded` for one stage, `static_stages` with hand-overs for several. Requests are drawn with
 replacement from the trace, arrivals are Poisson; only requests that arrive in the middle of the run count, so that the
-cluster is full while they run. Regret is how much worse the layout that the planner chooses fares, in the simulator,
-than the best of those simulated; layouts are simulated on the same arrivals. With --rivals, layouts next to the chosen
-one are among them. Writes Markdown to standard output and one CSV row per run to --csv.
+cluster is full while they run. Regret is how much worse the planner's choice performs in the simulator than the best of
+the simulated layouts; all are simulated on the same arrivals. With --rivals, layouts close to the chosen one are
+included. Writes Markdown to standard output and one CSV row per run to --csv.
 """
 
 import argparse
@@ -46,11 +45,11 @@ DEFAULT_TRACES = (
 )
 PULL_S = 0.02
 """
-Pause of a hand-over beside the transfer: set-up of the pull, the commands around it, the steps that end first
+Pause of a hand-over beyond the transfer: set-up of the pull, the commands around it, the steps that end first
 (simulated: 20 ms).
 """
 RESIDENCES = 12.0
-"""A run lasts so many mean residences (at least `--seconds`), so that most of it is steady."""
+"""Length of a run in mean residences (at least `--seconds`), so that most of it is steady."""
 COUNTED = (0.3, 0.75)
 """Arrivals between these shares of the run are counted."""
 
@@ -76,13 +75,13 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Predicted over simulated, less one."""
+        """Relative error of the prediction."""
         return self.predicted_ms / self.simulated_ms - 1.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the planner's rule chooses among the simulated layouts of one point, and how that fares."""
+    """The planner's choice among the simulated layouts of one point, and how it performs."""
 
     chosen: Row
     predicted_gain: float
@@ -249,13 +248,13 @@ def joined(numbers: tuple[int, ...]) -> str:
 
 
 def cells(rows: list[Row]) -> str:
-    """Predicted and simulated, by number of stages."""
+    """Predicted and simulated cost, by number of stages."""
     return ", ".join(f"{r.stages}: {r.predicted_ms:.1f} / {r.simulated_ms:.1f} ({r.error:+.0%})" for r in rows)
 
 
 def verdict_on(rows: list[Row], margin: float) -> Verdict:
     """
-    The planner's rule: fewest stages within the tolerance of the best predicted; one stage unless that gains the
+    The planner's rule: the fewest stages within the tolerance of the best prediction; one stage unless that gains the
     margin.
     """
     one = next(row for row in rows if row.stages == 1)

@@ -2,12 +2,12 @@
 An instance that is stopped nine tenths of the time: what share of the requests does it get, and what does that cost?
 
     python benchmarks/slow_instance.py [--source LABEL=SRC_FOLDER ...] [--rounds 2] [--requests 80] [--gap-s 0.5]
-    [--name slow_instance]
+        [--name slow_instance]
 
 Real servers, one after the other in rotating order, one per source tree: three instances of the tiny model in one
 stage. Each serves the same requests twice, in open loop with the same exponential gaps: first with all instances well,
-then with one of them under SIGSTOP for 0.9 s of every second. Compare trees side by side, `--source now=src --source
-before=/path/to/an/older/checkout/src`; ratios are what counts.
+then with one of them under SIGSTOP for 0.9 s of every second. To compare source trees, run `--source now=src --source
+before=/path/to/an/older/checkout/src`; only ratios count.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Server:
     """`cascadeinfer serve` from one source tree."""
 
     def __init__(self, source: Path, folder: Path) -> None:
-        """Start it."""
+        """Start the server."""
         port = free_port()
         self.url = f"http://{LOOPBACK}:{port}"
         arguments = measuring.tiny_engine_args(folder / "model", max_model_tokens=1024, kv_blocks=256)
@@ -62,7 +62,7 @@ class Server:
         )
 
     async def until_ready(self, http: httpx.AsyncClient) -> None:
-        """Until all instances are up."""
+        """Wait until all instances are up."""
         end_s = time.monotonic() + READY_S
         while time.monotonic() < end_s and self.process.poll() is None:
             with contextlib.suppress(httpx.TransportError, KeyError):
@@ -72,7 +72,7 @@ class Server:
         sys.exit(f"the server does not get ready; see {self._log.name}")
 
     def stop(self) -> None:
-        """By a signal; by force if that does not help."""
+        """Stop by a signal, or by force if that does not help."""
         self.process.terminate()
         try:
             self.process.wait(60)
@@ -82,13 +82,13 @@ class Server:
 
 
 async def pid_of_sick(http: httpx.AsyncClient) -> int:
-    """The process that will be stopped."""
+    """Id of the process that will be stopped."""
     instances = (await http.get("/admin/instances")).json()["instances"]
     return next(int(instance["pid"]) for instance in instances if instance["id"] == SICK)
 
 
 async def ended(http: httpx.AsyncClient) -> dict[str, float]:
-    """Per instance, requests that have ended there."""
+    """Requests that have ended, per instance."""
     found: dict[str, float] = {}
     for line in (await http.get("/metrics")).text.splitlines():
         if match := re.match(r'vllm:request_success_total\{.*engine="(\w+)".*\} (\S+)', line):
@@ -97,7 +97,7 @@ async def ended(http: httpx.AsyncClient) -> dict[str, float]:
 
 
 async def make_sick(pid: int) -> None:
-    """Until cancelled."""
+    """Stop and continue the process until cancelled."""
     try:
         while True:
             os.kill(pid, signal.SIGSTOP)
@@ -130,7 +130,7 @@ async def phase(http: httpx.AsyncClient, rng: np.random.Generator, n_requests: i
 
 
 async def measure(source: Path, number: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One server: well, then with one instance sick, on the same requests' gaps and lengths."""
+    """One server: first well, then with one instance sick, with the same gaps and lengths."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server(source, Path(folder))
         try:

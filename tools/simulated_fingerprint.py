@@ -1,6 +1,5 @@
 """
-Fingerprints of simulated runs: a change that should not change behaviour gives the same ones before and after, to the
-last bit.
+Fingerprints of simulated runs: a change that preserves behaviour gives the same ones before and after, to the last bit.
 
     python tools/simulated_fingerprint.py > before.txt      # and after the change: ... | diff before.txt -
 
@@ -25,7 +24,7 @@ COMMAND = "from cascadeinfer.cli.main import main; raise SystemExit(main())"
 
 
 def fingerprints(folder: Path, policy: str, rate: int) -> dict[str, str]:
-    """Of one simulation: a log per seed, and the records of all seeds."""
+    """Fingerprints of one simulation: a log per seed, and the records of all seeds."""
     name = f"{policy}-{rate}"
     words = [
         "simulate", "--profile", "h200-llama-3.1-8b", "--trace", "sample", "--rate", str(rate), "--instances", "6",

@@ -1,4 +1,4 @@
-"""`docs/evaluation.md`: tables and plots of the grid, each figure of the paper beside ours."""
+"""`docs/evaluation.md`: tables and plots of the grid, with the paper's figures next to ours."""
 
 import math
 import re
@@ -30,7 +30,7 @@ from grid import (
 MARKER: Final = re.compile(r"<!-- tables -->.*<!-- end of tables -->", re.DOTALL)
 HIGH_LOAD: Final = 0.85
 MIXED: Final = TRACES[:5]
-"""Traces whose lengths differ much (coefficient of variation above 0.7); the other two are nearly alike."""
+"""Traces whose lengths differ much (coefficient of variation above 0.7); in the other two they are nearly equal."""
 PAPER_BASELINES: Final = {
     "vLLM": "round_robin",
     "vLLM's own data-parallel balancer": "vllm_dp",
@@ -42,7 +42,7 @@ KEPT: Final = 0.9
 
 def write_report(results: Results, page: Path) -> None:
     """
-    Put the tables between the page's markers, and the plots beside it. The words around them are written by hand.
+    Put the tables between the page's markers, and the plots beside it. The surrounding text is written by hand.
 
     Raises:
         ValueError: The page has no markers.

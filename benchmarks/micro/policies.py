@@ -35,7 +35,7 @@ RATE_PER_INSTANCE = 21.0
 
 
 class Timed:
-    """A policy with a stop-watch."""
+    """A policy that times its calls."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -68,7 +68,7 @@ def workload(instances: int, seconds: float) -> Trace:
 
 
 def make(name: str, instances: int, config: SimConfig) -> Policy:
-    """A fresh policy; stages where it has any."""
+    """A fresh policy, with stages where it supports them."""
     ids = instance_ids(instances)
     cuts = (0, instances // 4, instances // 2, instances)
     layout = StageLayout.from_boundaries((300, 1500), tuple(ids[a:b] for a, b in pairwise(cuts)))

@@ -1,10 +1,9 @@
 """
-Cells to tables: `benchmarks/results/peers.json` with every figure, and the tables in docs/benchmarks.md between their
-marks.
+From cells to tables: `benchmarks/results/peers.json` with every figure, and the tables between the marks of
+docs/benchmarks.md.
 
 A figure of a system is its mean over rounds; a ratio is system over ours, round by round, as geometric mean with the
-lowest and highest round. With a handful of rounds an interval by Student's t says little beside them; the JSON has
-every round.
+lowest and highest round. With a handful of rounds a Student's t interval would add little; the JSON has every round.
 """
 
 import json
@@ -48,10 +47,10 @@ Cell = dict[str, Any]
 
 def write(out: Path, only_json: str | None = None) -> None:
     """
-    Read all cells, write the JSON and the page; with a name, the JSON of that name and no page.
+    Read all cells, write the JSON and the page; with a name, only the JSON of that name.
 
-    A model of which `out` has no cell keeps those that the JSON has, with the machine and the time that it names for
-    them: `out` is not kept, and one model is measured again without the other.
+    For a model without cells in `out`, the JSON's earlier cells are kept, with the machine and time given for them:
+    `out` is not kept, and one model is measured again without the other.
     """
     cells = [cell for model in CASES for workload in CASES[model].workloads for cell in cells_of(out, model, workload)]
     kept: dict[str, Any] = {}
@@ -85,10 +84,7 @@ def write(out: Path, only_json: str | None = None) -> None:
 
 
 def kept_from(file: Path, measured: set[str]) -> tuple[list[Cell], dict[str, Any]]:
-    """
-    The JSON's cells of models that were not measured now, and for each such model the machine and the time of its
-    report.
-    """
+    """The JSON's cells of models not measured now, and the machine and time of the report for each such model."""
     if not file.is_file():
         return [], {}
     before = json.loads(file.read_text())
@@ -99,7 +95,7 @@ def kept_from(file: Path, measured: set[str]) -> tuple[list[Cell], dict[str, Any
 
 
 def cells_of(out: Path, model: str, workload: str) -> list[Cell]:
-    """Every finished cell in figures, systems in the order of the groups."""
+    """Every finished cell as figures, systems in the order of the groups."""
     case = CASES[model]
     slo = Slo(case.ttft_slo_s, case.tpot_slo_s)
     order = [system for group in groups_for(case) for system in group.systems]
@@ -126,7 +122,7 @@ def cells_of(out: Path, model: str, workload: str) -> list[Cell]:
 
 
 def compare(cells: Sequence[Cell]) -> dict[str, Any]:
-    """Per group and system: means over rounds, and ratios to ours of the same round."""
+    """Per group and system: means over rounds, and ratios to ours in the same round."""
     systems = list(dict.fromkeys(cell["system"] for cell in cells))
     by_key = {(cell["system"], cell["round"]): cell for cell in cells}
     ours = systems[0]
@@ -153,7 +149,7 @@ def compare(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _ratio(own: Sequence[Cell], by_key: dict[tuple[str, int], Cell], ours: str, group: str, figure: str) -> Any:
-    """System over ours in the rounds that have both, as [geometric mean, lowest, highest]; None without any."""
+    """Ratio of a system to ours in rounds that have both: [geometric mean, lowest, highest], or None."""
     ratios = []
     for cell in own:
         other = by_key.get((ours, cell["round"]))

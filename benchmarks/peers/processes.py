@@ -1,10 +1,10 @@
 """
-Processes of a measurement: started each in a process group of its own, ended by id with everything they started, their
-processor time added up.
+Processes of a measurement: each started in its own process group and ended by id with everything it started; their
+processor time is summed.
 
-Not in a session of their own: Linux shares out a core by sessions first (autogroup), so that a router in its own would
-get as much of it as a server with all its engines, and the load generator's niceness would count for nothing against
-either.
+They do not get their own sessions: Linux divides a core by sessions first (autogroup), so a router in its own session
+would get as much of it as a server with all its engines, and the load generator's niceness would count for nothing
+against either.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Service:
     """One server or router."""
 
     def __init__(self, name: str, command: Sequence[str], port: int, environment: Mapping[str, str], log: Path) -> None:
-        """Start it; its output goes to `log`."""
+        """Start the process; its output goes to `log`."""
         self.name = name
         self.port = port
         self.log = log
@@ -49,11 +49,11 @@ class Service:
 
     @property
     def url(self) -> str:
-        """Where it serves."""
+        """Its base URL."""
         return f"http://127.0.0.1:{self.port}"
 
     def wait_ready(self, path: str, timeout_s: float) -> None:
-        """Until it answers this path with 200. Raises FailedError when it ends or takes too long."""
+        """Wait until it answers this path with 200. Raises FailedError when it ends or takes too long."""
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             if self._process.poll() is not None:
@@ -75,13 +75,13 @@ class Service:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-n_lines:])
 
     def tree(self) -> list[psutil.Process]:
-        """It and everything it started."""
+        """The process and everything it started."""
         with contextlib.suppress(psutil.NoSuchProcess):
             return [self._root, *self._root.children(recursive=True)]
         return []
 
     def cpu_s(self) -> float:
-        """Processor time of the tree so far, children that ended included where their parent waited for them."""
+        """Processor time of the tree so far, including ended children for which their parent waited."""
         total = 0.0
         for process in self.tree():
             with contextlib.suppress(psutil.Error):
@@ -105,10 +105,10 @@ class Service:
 
 def client_first() -> None:
     """
-    Let this process and what it starts from now on go before others, where that is allowed (root).
+    Give this process and those it starts from now on priority over others, where that is allowed (root).
 
-    The load generator needs little, and its waiting would count as the server's. Only against processes of the same
-    session (see above).
+    The load generator needs little, and its waiting would count as the server's. Works only against processes of the
+    same session (see above).
     """
     if os.geteuid() == 0:
         os.setpriority(os.PRIO_PROCESS, 0, CLIENT_NICENESS)

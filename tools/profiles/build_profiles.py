@@ -62,7 +62,7 @@ MOST_TOKENS = 1_000_000
 """Largest batch of the comparison of rules."""
 
 SPLITWISE_MEAN_OUTPUT_TOKENS = 64
-"""splitwise_perf_model generates 128 tokens for most rows; its token time is their mean."""
+"""splitwise_perf_model generates 128 tokens in most rows; its token time is their mean."""
 
 BACKENDS = {"fa2": "FlashAttention-2", "fa3": "FlashAttention-3", "trtllm-gen": "FlashInfer trtllm-gen"}
 
@@ -93,7 +93,7 @@ def fitting_parallel(device: Device, model: Model) -> int:
 
 
 def setting_of(device: Device, model: Model) -> Setting:
-    """Which tables a profile is made from."""
+    """The tables that a profile is made from."""
     source = DEVICE_OF[device.scaled_from] if device.scaled_from else device
     prefill = next(d for d in DEVICES if d.tables == (device.prefill_from or device.tables) and d.scaled_from is None)
     return Setting(model, device, fitting_parallel(device, model), source, prefill)
@@ -199,7 +199,7 @@ def build(setting: Setting, date: str) -> tuple[CostProfile, StepModel]:
 
 
 def reductions(batches: list[NDArray[np.int64]]) -> list[tuple[str, int, ReductionError]]:
-    """How well each rule's fast form matches the simulation of the same kernel, by KV heads per device."""
+    """How closely each rule's fast form matches the simulation of the same kernel, by KV heads per device."""
     flashinfer = AttentionKernel(SplitRule.FLASHINFER_TENSOR_CORE, 132, 2, 3.15e12, 14e9, 11e-6, 5.5e-6, 1.2e-6)
     kernels = {
         "FA3, H100, cap 32": DEVICE_OF["h100"].kernel,

@@ -2,9 +2,9 @@
 Devices, models and assumptions behind the shipped profiles. Every number has its source beside it.
 
 "K1", "K2", "K3" are sections 1, 2 and 3 of ../shared/data/kernels.md, which names the original sources; "(U)" marks
-general knowledge that no source here confirms. Derived devices have no measurements of their own: `scaled_from` names
-the device whose tables are scaled, by the ratio of bandwidths where the source is bound by memory and of peak rates
-where it is bound by compute.
+general knowledge that no source here confirms. Derived devices have no measurements: `scaled_from` names the device
+whose tables are scaled, by the ratio of bandwidths where the source is bound by memory and of peak rates where it is
+bound by compute.
 """
 
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from cascadeinfer.core.cost.splitkv import AttentionKernel, SplitRule
 
 GPU_MEMORY_UTILIZATION = 0.9
-"""Asked for by the project; vLLM's own default is close to it."""
+"""Required by the project; vLLM's own default is close to it."""
 
 RESERVED_BYTES = 2_000_000_000
-"""(U) CUDA context, communication buffers, activations of a profile run, CUDA graphs: 1.5-3 GB as vLLM logs them."""
+"""(U) CUDA context, communication buffers, activations of a profile run, CUDA graphs: 1.5-3 GB in vLLM's logs."""
 
 BLOCK_SIZE_TOKENS = 16
 """vLLM's default on CUDA."""
 
 LONGEST_SERVED_TOKENS = 32_768
-"""A profile is made for the fewest devices whose KV cache holds one such request (vLLM refuses to start otherwise)."""
+"""A profile is made for the fewest devices whose KV cache holds one such request (otherwise vLLM refuses to start)."""
 
 STEP_OVERHEAD_S = 0.6e-3
 """
@@ -51,7 +51,7 @@ PCIE_BYTES_S = 0.8 * 32e9
 """KV transfer between PCIe devices: PCIe 4 x16 one way (K1), 80 % of it (U)."""
 
 MOE_COMPUTE_SHARE = 0.6
-"""(U) Rate of grouped expert products over a large dense product's: experts see few rows each."""
+"""(U) Rate of grouped expert products as a share of a large dense product's: experts see few rows each."""
 
 MOE_FLOOR_S = 25e-6
 """(U) Per layer: routing, top-k, permutation and two grouped launches."""
@@ -63,11 +63,11 @@ class Device:
     A GPU.
 
     Attributes:
-        tables: Suffix of its files in ../shared/data/gpu, or of the device it is scaled from.
+        tables: Suffix of its files in ../shared/data/gpu, or of those of the device it is scaled from.
         kernel: Its decode-attention kernel.
         kernel_measured: Whether the kernel's numbers were fitted to measurements on this device.
         allreduce: File suffix of the all-reduce table, or None for the PCIe formula.
-        prefill_from: Device whose prefill-attention table is scaled, where this one has none.
+        prefill_from: Device whose prefill-attention table is scaled, if this one has none.
     """
 
     name: str
@@ -98,12 +98,12 @@ def _fa3(sms: int, bandwidth_tb_s: float, block_gb_s: float) -> AttentionKernel:
 
 _FA2_BLOCK_BYTES_S = 15.5e9
 """
-A lone thread block of FA2. A100: K3 has 8.7 GB/s, fitted with the rate in full waves; 1.185 waves (256 tiles of 4K-8K
-tokens on 216 slots) leave 40 blocks alone for 136-264 us, which gives 15.4-15.9, and the simulation's error on K3's 123
-cells falls from 4.5 % (p90 19 %) to 3.2 % (9 %). FlashInfer's CUDA-core kernel on A800 (8,250 cells of
+Rate of a lone thread block of FA2. A100: K3 has 8.7 GB/s, fitted with the rate in full waves; 1.185 waves (256 tiles of
+4K-8K tokens on 216 slots) leave 40 blocks alone for 136-264 us, which gives 15.4-15.9, and the simulation's error on
+K3's 123 cells falls from 4.5 % (p90 19 %) to 3.2 % (9 %). FlashInfer's CUDA-core kernel on A800 (8,250 cells of
 frontier_a800_flashinfer_llama2-7b, another kernel and source) fits best at the same 15.5. L40S: any rate from 10 on
-fits its cells alike (K3: weakly constrained); taken from A100, same kernel and tile, which makes the price of mixed
-lengths the smaller one.
+fits its cells equally well (K3: weakly constrained); taken from A100, same kernel and tile, which makes the price of
+mixed lengths the smaller one.
 """
 
 _FA2_L40S = AttentionKernel(SplitRule.FA2, 142, 1, 0.73e12, _FA2_BLOCK_BYTES_S, 11e-6, 3e-6, 1e-6)  # K3
@@ -167,7 +167,7 @@ class Model:
 
     Attributes:
         parameters: Of the whole model.
-        experts: Of a layer; 0: dense.
+        experts: Experts of a layer; 0 for a dense model.
         ffn: Width of the feed-forward layer, or of one expert.
     """
 
@@ -204,4 +204,4 @@ MODELS = (
 )
 
 LLAMA_2_70B = Model("llama-2-70b", "Llama-2-70B", 80, 8192, 64, 8, 28672, 32000, 68.98e9)
-"""For the check against splitwise_perf_model; shape as Llama-3.1-70B but for the vocabulary."""
+"""For the check against splitwise_perf_model; shape as Llama-3.1-70B except for the vocabulary."""

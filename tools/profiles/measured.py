@@ -1,6 +1,6 @@
 """
-Reading ../shared/data/gpu: decode and prefill attention cells, matrix products at any shape, all-reduce. Seconds
-throughout.
+Reading ../shared/data/gpu: decode and prefill attention cells, matrix products at any shape, all-reduce. Times in
+seconds.
 """
 
 import csv
@@ -46,7 +46,7 @@ def gemm_tokens(suffix: str) -> NDArray[np.int64]:
 
 
 def _neighbours(sizes: list[int], size: int) -> tuple[int, int, float]:
-    """The two sizes around one, and where it lies between them in logarithms."""
+    """The two sizes around one, and its position between them in logarithms."""
     low = max((s for s in sizes if s <= size), default=sizes[0])
     high = min((s for s in sizes if s >= size), default=sizes[-1])
     weight = 0.0 if low == high else float(np.log(size / low) / np.log(high / low))
@@ -114,7 +114,7 @@ class DecodeCells:
     time_s: Column
 
     def kv_bytes(self, kv_heads: int) -> Column:
-        """KV that a call reads."""
+        """KV bytes that a call reads."""
         return self.batch * self.kv_len * kv_heads * KV_HEAD_BYTES
 
 

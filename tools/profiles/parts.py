@@ -1,7 +1,7 @@
 """
 Step-time parts of a model on a device, each from its own table: dense layers, decode attention, prefill attention.
 
-A part is sampled as whole-model seconds over batch features and fitted by itself with `fit_step_model`; the step model
+A part is sampled as whole-model seconds over batch features and fitted separately with `fit_step_model`; the step model
 is the sum of the parts. The launch floor of an attention call counts once per layer, in the decode part: vLLM puts
 decode and prefill into one call.
 """
@@ -72,7 +72,7 @@ def samples(
     prefill: Column | None = None,
     attention: Column | None = None,
 ) -> StepSamples:
-    """Samples with the columns left out zero."""
+    """Samples in which omitted columns are zero."""
     none = np.zeros_like(step_s)
     columns = [
         none if c is None else np.asarray(c, dtype=np.float64) for c in (n_decode, kv, kv_max, prefill, attention)
@@ -82,8 +82,8 @@ def samples(
 
 def expert_layers_s(setting: Setting, tokens: Column) -> tuple[Column, float]:
     """
-    Times of all layers' experts, derived: reading the experts that are picked or computing, whichever is longer; and
-    the read of all.
+    Times of all layers' experts, derived: the longer of reading the picked experts and computing; and the read of all
+    experts.
     """
     model, device, source = setting.model, setting.device, setting.source
     share = 3.0 * model.hidden * model.ffn / setting.tensor_parallel
@@ -149,8 +149,8 @@ def fit_dense(setting: Setting) -> FitResult:
 
 def decode_attention_cells(setting: Setting) -> DecodeCells:
     """
-    One layer's decode attention: measured, or simulated where the kernel was not measured and the tables cannot stand
-    for it.
+    One layer's decode attention: measured, or simulated where the kernel was not measured and the tables cannot replace
+    it.
     """
     device, (q_heads, kv_heads) = setting.device, setting.heads
     cells = decode_cells(device.tables, q_heads, kv_heads)
@@ -186,8 +186,8 @@ def attention_samples(setting: Setting) -> tuple[StepSamples, StepSamples]:
 BLOCK_RATES = (0.84, 0.88, 0.92, 0.96, 1.0, 1.04)
 """
 Shares of FA3's rate per thread block to try. Its longest piece is 1.1 x the mean load of an SM in any batch of up to 15
-requests x 8 heads, so the rate that closes the fast form on equal lengths is what it needs on mixed ones; the maximum
-hides too high a rate from least squares, hence the scan.
+requests x 8 heads, so the rate that closes the fast form on equal lengths is the one it needs on mixed lengths. The
+maximum hides too high a rate from least squares, hence the scan.
 """
 
 
@@ -211,8 +211,8 @@ def fit_attention(setting: Setting) -> FitResult:
 
 def prefill_samples(setting: Setting) -> StepSamples:
     """
-    All layers' attention of whole prompts: what fits into a step, and long single ones (a chunk's attention costs per
-    pair).
+    All layers' attention of whole prompts: those that fit into a step, and long single ones (a chunk's attention costs
+    per pair).
     """
     batch, length, time_s = prefill_cells(setting.prefill_source.tables, *setting.heads)
     ratio = setting.prefill_source.flops_s / setting.device.flops_s
@@ -248,7 +248,7 @@ def assemble(dense: StepModel, attention: StepModel, prefill: StepModel) -> Step
 
 def composed_steps(setting: Setting) -> StepSamples:
     """
-    Whole steps composed from the tables: decode batches beyond the L2 cache, prompts in one step, and prompts beside 32
+    Whole steps composed from the tables: decode batches beyond the L2 cache, prompts in one step, and prompts with 32
     decoding requests.
 
     Sums of measured (or, for derived parts, derived) components; no whole step was measured.

@@ -1,4 +1,4 @@
-"""docs/profiles.md: table of fit errors, how to read it, the check against whole-model measurements."""
+"""docs/profiles.md: table of fit errors, how to read it, check against whole-model measurements."""
 
 import csv
 import gzip
@@ -27,10 +27,7 @@ LONGEST_TOKENS = 131_072
 
 
 def mixed_batches(rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """
-    Decode batches drawn from every trace: requests in proportion to their decode steps, at a uniform point of their
-    output.
-    """
+    """Decode batches drawn from every trace: requests weighted by decode steps, at a uniform point of their output."""
     batches = []
     for name in TRACES:
         with gzip.open(DATA / "traces" / f"{name}.csv.gz", "rt", newline="") as stream:
