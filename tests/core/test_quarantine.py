@@ -165,10 +165,7 @@ def test_leaving_lets_the_next_one_in() -> None:
 
 
 def test_a_death_without_a_token_is_forgiven_with_the_next() -> None:
-    """
-    It waited there, or was sent to an instance that was dead already; one that kills at once is found by its second
-    death all the same.
-    """
+    """It waited there or was sent to a dead instance; one that kills at once is still found by its second death."""
     quarantine = Quarantine()
     quarantine.die("0", ["waited", "ran", "poison"], ["waited", "poison"])
     for request_id in ("waited", "ran"):
@@ -264,10 +261,7 @@ class World:
 
 @given(st.integers(0, 10**6), st.integers(0, 3), st.integers(0, 8), st.integers(0, 3))
 def test_poison_is_found_and_nobody_waits_for_ever(seed: int, n_poison: int, n_innocent: int, n_kills: int) -> None:
-    """
-    All ends; poison costs three instances at most; without other deaths no innocent is ended, and with them only after
-    two.
-    """
+    """All end; poison costs at most three instances; innocents end only by other deaths, and not before two."""
     world = World(seed, n_poison, n_innocent, n_kills)
     for request_id in list(world.left):
         world.put(request_id)

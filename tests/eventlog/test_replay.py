@@ -40,10 +40,7 @@ def test_the_log_has_what_happened(tmp_path: Path) -> None:
 
 
 def test_the_first_difference_is_found(tmp_path: Path) -> None:
-    """
-    A log whose 4th dispatch names another instance: the replay stops there, with the log's view, its own, and what was
-    before.
-    """
+    """A log whose 4th dispatch names another instance: the replay stops there, with both views and what was before."""
     path = tmp_path / "log"
     simulated_log(path, SPECS["round_robin"])
     lines = lines_of(path)
@@ -143,10 +140,7 @@ def test_sums_are_those_of_the_run(tmp_path: Path) -> None:
 
 
 def test_a_story_has_every_part_of_a_life(tmp_path: Path) -> None:
-    """
-    A request that moved: it arrived, was dispatched, ran, was asked for, bid for, awarded, moved, and ended, in this
-    order.
-    """
+    """A request that moved: arrived, dispatched, ran, was asked for, bid for, awarded, moved, ended, in this order."""
     path = tmp_path / "log"
     seen = simulated_log(path, SPECS["cascade"])
     moved = next(e.request_id for e, _ in seen if isinstance(e, MigrationEnded) and e.outcome == "moved")

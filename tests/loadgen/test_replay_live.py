@@ -133,10 +133,7 @@ async def test_a_failed_request_is_counted_as_what_it_is(behaviour: Behaviour, k
 
 
 async def test_a_refusal_within_a_stream_is_a_refusal() -> None:
-    """
-    A server that sends status 200 and then the error event of an overload has refused the request like one that says
-    429.
-    """
+    """A server that sends status 200 and then the error event of an overload has refused the request, like a 429."""
     refused = Behaviour(tokens=0, error_in_stream=True, error_code=429)
     trace = Trace.from_columns([5, 6], [4, 4], [0.0, 0.05])
     result = await replayed(FakeServer(lambda number: refused if number == 0 else Behaviour()), trace)
@@ -186,10 +183,7 @@ async def test_without_usage_tokens_are_counted_by_chunks() -> None:
 
 
 async def test_prompts_share_what_the_trace_says_and_nothing_else() -> None:
-    """
-    Equal hashes give equal blocks at the start; the rest differs; other seeds share nothing; the same seed is the same
-    prompt.
-    """
+    """Equal hashes give equal leading blocks, the rest differs, seeds share nothing, and a seed fixes the prompt."""
     trace = Trace.from_columns(
         [40, 40, 40], [1, 1, 1], [0.0, 0.0, 0.0], prefix_hashes=[[7, 8], [7, 9], [5, 6]], prefix_block_tokens=16
     )

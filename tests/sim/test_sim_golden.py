@@ -125,10 +125,7 @@ def test_a_cached_prefix_is_not_computed() -> None:
 
 
 def test_reports_say_what_is_so_between_two_steps() -> None:
-    """
-    At 100 ms, in the step [97, 108), the request has 1 + 7 tokens; its KV cache fills the blocks for those and the next
-    step's.
-    """
+    """At 100 ms, in the step [97, 108), the request has 1 + 7 tokens; its blocks hold those and the next step's."""
     reports: list[tuple[float, InstanceReported]] = []
 
     def look(now_s: float, event: object, _: object) -> None:

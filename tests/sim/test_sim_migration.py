@@ -47,10 +47,7 @@ def moving(faults: FaultPlan, **changes: object) -> tuple[SimResult, MoveOnce]:
 @pytest.mark.parametrize("detect_s", [0.0, 0.004, 0.3])
 @pytest.mark.parametrize("victim", ["i0", "i1"])
 def test_a_crash_at_each_step_loses_nothing(moment: str, detect_s: float, victim: str) -> None:
-    """
-    Whichever side dies whenever, and however late that is noticed: one MigrationEnded, every token once, the request
-    finishes.
-    """
+    """Whichever side dies, however late that is noticed: one MigrationEnded, each token once, the request finishes."""
     at_s = MOMENTS[moment]
     policy = MoveOnce(0.1)
     settings = config(
@@ -172,10 +169,7 @@ def staged() -> tuple[SimConfig, StaticStages]:
 
 
 def test_static_stages_hand_over_for_real() -> None:
-    """
-    On a mixed trace requests that outgrow 512 tokens move with their KV cache to the second stage, and none is computed
-    again.
-    """
+    """On a mixed trace requests that outgrow 512 tokens move to the second stage, and none is recomputed."""
     settings, policy = staged()
     trace = mixed_trace(300, 12.0, 1)
     result = simulate(trace, policy, settings, check=True)
@@ -198,10 +192,7 @@ def test_static_stages_hand_over_for_real() -> None:
 
 
 def test_a_drained_instance_empties_and_leaves() -> None:
-    """
-    Requests move off it to the other stage or finish; then it is gone, without orphans, and nothing is placed there
-    again.
-    """
+    """Its requests move to the other stage or finish; then it is gone, without orphans, and gets nothing more."""
     settings, policy = staged()
     lost: list[tuple[float, InstanceLost]] = []
 
@@ -255,7 +246,7 @@ def test_crash_and_departure_around_moves(
     crash_s: float, victim: str, detect_s: float, leave_s: float, seed: int
 ) -> None:
     """
-    Three requests, one moving, one client leaving, one instance dying, at any times: invariants hold and the others
+    Three requests, one moving, one client leaving, one instance dying, at any times: invariants hold, the others
     finish.
     """
     trace = Trace.from_columns([20, 30, 10], [60, 40, 50], [0.0, 0.0, 0.01])

@@ -28,10 +28,7 @@ def chunks(plan: StepPlan) -> list[tuple[str, int]]:
 
 
 def test_prompts_are_cut_to_the_budget_and_decodes_come_first() -> None:
-    """
-    A prompt of 20 takes 16 tokens of budget, then 4; the next prompt gets what is left; a decode costs one of the
-    budget.
-    """
+    """A prompt of 20 takes 16 tokens of budget, then 4; the next prompt gets the rest; a decode costs one token."""
     s = scheduler()
     for r in (request("a", 20, 5), request("b", 30, 5)):
         s.push(r)
@@ -177,10 +174,7 @@ def test_room_is_refused_to_movers_while_a_queue_wants_it() -> None:
 
 
 def test_a_cut_request_leaves_with_its_blocks_pinned() -> None:
-    """
-    The cut takes effect at the end of the step: one more token comes, and the computed tokens' blocks stay until
-    unpinned.
-    """
+    """The cut takes effect at the end of the step: one more token comes; computed blocks stay until unpinned."""
     s = scheduler()
     a = request("a", 7, 9)
     s.push(a)

@@ -1,4 +1,4 @@
-"""What an instance's agent answers when its instance does not."""
+"""What an instance's agent answers while its instance is silent."""
 
 from cascadeinfer.core.bidask.bidder import Bidder
 from cascadeinfer.core.bidask.rounds import BidAskSettings, Outbox

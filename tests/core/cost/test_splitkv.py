@@ -101,10 +101,7 @@ def test_ratio_on_trace_batches_is_the_references(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(TABLES))
 def test_error_on_measured_equal_lengths_is_the_references(name: str) -> None:
-    """
-    Against measured cells beyond the L2 cache the median and p90 errors are those that the reference simulation
-    printed.
-    """
+    """Beyond the L2 cache, median and p90 errors against measured cells are those of the reference simulation."""
     kernel, errors = KERNELS[name], []
     with gzip.open(DATA / "gpu" / f"aic_decode_attn_{TABLES[name]}.csv.gz", "rt", newline="") as stream:
         for row in csv.DictReader(stream):
@@ -187,10 +184,7 @@ def test_fa3_leaves_a_huge_batch_whole() -> None:
 
 
 def test_flashinfer_budgets_of_its_two_paths() -> None:
-    """
-    33 requests x 8 heads fill the tensor-core budget (2 x 132 / 8): they are the last to be split; CUDA cores stop
-    there.
-    """
+    """33 requests x 8 heads fill the tensor-core budget (2 x 132 / 8), the last to be split; CUDA cores stop there."""
     cuda = replace(FLASHINFER, rule=SplitRule.FLASHINFER_CUDA_CORE)
     assert flashinfer_chunk_tokens(lengths_of([4096] * 32), 8, FLASHINFER) == 4096
     assert flashinfer_chunk_tokens(lengths_of([4096] * 34), 8, FLASHINFER) is None
@@ -200,10 +194,7 @@ def test_flashinfer_budgets_of_its_two_paths() -> None:
 
 @given(LENGTHS, KV_HEADS, RULES)
 def test_pieces_cover_every_token(lengths: NDArray[np.int64], kv_heads: int, rule: SplitRule) -> None:
-    """
-    Whatever the rule, a batch's pieces add up to its tokens, rounded up to blocks at most, and there is one per
-    request.
-    """
+    """By every rule a batch's pieces add up to its tokens, rounded up to blocks at most, one or more per request."""
     pieces = plan_pieces(lengths, kv_heads, replace(A100, rule=rule))
     assert (pieces.tokens > 0).all()
     assert lengths.sum() <= pieces.tokens.sum() <= (-(-lengths // 128) * 128).sum()

@@ -115,7 +115,7 @@ def test_a_full_instance_is_no_candidate() -> None:
     st.lists(st.integers(0, 3), max_size=5),
 )
 def test_matches_per_instance(prompts: list[tuple[list[int], str]], asked: list[int]) -> None:
-    """Per instance the longest beginning of any prompt that went there, as a search over all prompts finds it."""
+    """Per instance, the longest beginning of any prompt that went there, as found by a search over all prompts."""
     index = PrefixIndex(1000)
     path = lambda blocks: tuple(hash(tuple(blocks[: n + 1])) for n in range(len(blocks)))  # noqa: E731
     for blocks, instance_id in prompts:

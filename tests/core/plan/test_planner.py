@@ -190,10 +190,7 @@ def test_weighted_latency_of_ttft_alone_is_the_mean_ttft() -> None:
 
 
 def test_explanation_names_the_decision_and_its_limits() -> None:
-    """
-    The explanation has boundaries, gain, margin, a row per stage, costs per stage count, and the outcome at other
-    rates.
-    """
+    """The explanation has boundaries, gain, margin, a row per stage, costs per stage count, and other rates."""
     planned = mixed_plan()
     text = explain(planned)
     assert f"{len(planned.stages)} stages" in text

@@ -1,4 +1,4 @@
-"""Each baseline follows its formula, on examples small enough to reckon by hand."""
+"""Each baseline follows its formula, on examples small enough to work out by hand."""
 
 from collections.abc import Callable
 

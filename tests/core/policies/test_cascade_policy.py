@@ -316,10 +316,7 @@ def report_steps(world: World, steps: tuple[StepSample, ...]) -> None:
 
 
 def test_costs_are_learnt_from_nothing_and_stages_follow() -> None:
-    """
-    With one stage and no cost model, reported steps give a model, and the workload then gives stages; the reason is
-    told.
-    """
+    """With one stage and no cost model, reported steps give a model; then the workload gives stages, and a reason."""
     planning = PlanSettings(interval_s=15.0, min_requests=100)
     world = World(Cascade(learning=LearningSettings(interval_s=5.0), planning=planning), LARGE)
     world.join(*(f"i{number}" for number in range(6)), "a", "b")
@@ -362,10 +359,7 @@ def test_prices_follow_what_is_learnt() -> None:
 
 
 def test_a_fault_in_planning_leaves_the_layout_and_is_told() -> None:
-    """
-    A planner that raises costs nothing but the plan: the layout stays, is published with the failure, and it is asked
-    again.
-    """
+    """A planner that raises only loses the plan: the layout stays, published with the failure; planning goes on."""
     asked = []
 
     def planner(*arguments: object) -> StageLayout | None:

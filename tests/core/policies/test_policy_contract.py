@@ -155,10 +155,7 @@ def test_requests_wait_for_the_first_instance(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_nothing_new_goes_to_a_silent_instance(name: str) -> None:
-    """
-    What is new, and what waited there, goes to the others; when nobody answers everybody is used; then all is as
-    before.
-    """
+    """New and waiting requests go to the other instances; when all are silent, all are used; then all is as before."""
     world = World(MAKERS[name](), may_hold_back=name == "cascade with a queue")
     world.join("i0", "i2", "i4")
     for number in range(6):
@@ -195,10 +192,7 @@ for name in MAKERS:
 
 
 def test_hash_seed_decides_nothing() -> None:
-    """
-    The same run in processes with different string hashing gives the same effects: nothing depends on the order of
-    sets.
-    """
+    """The same run with different string hashing gives the same effects: nothing depends on the order of sets."""
     digests = [
         subprocess.run(
             [sys.executable, "-c", DIGEST],
