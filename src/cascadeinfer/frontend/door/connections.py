@@ -226,7 +226,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._sending = None
 
     def _overdue(self, timeout_s: float) -> None:
-        # The server has paused reading, which is not the client's fault
+        # While the server has paused reading, a late body is not the client's fault.
         if self._phase is _Phase.BODY and self.flow.read_paused:
             self._wait_for(_Phase.BODY, timeout_s)
             return

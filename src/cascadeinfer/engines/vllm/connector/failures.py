@@ -46,7 +46,7 @@ class Failures:
         if request.is_finished():
             return
         request.kv_transfer_params = None
-        # The scheduler asks nothing for requests that have it set, and would let this one run
+        # With it set, the scheduler would not ask the connector and would let the request run.
         request.skip_reading_prefix_cache = False
         self._ending.add(request.request_id)
 
