@@ -1,17 +1,20 @@
 """
-What one front-end process carries, and what several carry: `cascadeinfer serve --api-servers M` against `vllm serve --api-server-count M`.
+Capacity of one and of several front-end processes: `cascadeinfer serve --api-servers M` and `vllm serve
+--api-server-count M`.
 
-    python benchmarks/front_end_scale.py [--rounds 2] [--samples 4] [--requests 64] [--tokens 200] [--prefix "flock /tmp/lock"]
+    python benchmarks/front_end_scale.py [--rounds 2] [--samples 4] [--requests 64] [--tokens 200]
+        [--prefix "flock /tmp/lock"]
 
-Both serve the tiny model with two engines and stream completions over HTTP, each request on a connection of its own. On a machine
-with few cores the engines and the load generator take most of them, so tokens per second over the wall say little about the front end. What
-does is the CPU time of the front-end processes per token (everything the server has started except the engines; vLLM's coordinator is
-part of its front end): its inverse is what a front-end process carries that has a core for itself, which is how it should be run. So here the
-front end, all its processes, has the first core for itself, and engines and load share the others: a process that is interrupted by another at
-every token takes more time for the same work. Both are reported.
+Both serve the tiny model with two engines and stream completions over HTTP, each request on its own connection. On a
+machine with few cores the engines and the load generator take most of them, so tokens per second of wall time say
+little about the front end. The CPU time of the front-end processes per token does (everything the server has started
+except the engines; vLLM's coordinator is part of its front end): its inverse is what a front-end process carries with a
+core to itself, which is how it should be run. Here the whole front end has the first core to itself, and engines and
+load share the others, because a process that is interrupted at every token takes more time for the same work. Both
+figures are reported.
 
-Every start of a side is a process of its own; sides take turns in each round, in rotating order. Ratios are ours over vLLM's with the same
-number of processes, sample by sample within a round.
+Every start of a side is a separate process; sides take turns in each round, in rotating order. Ratios are ours over
+vLLM's with the same number of processes, sample by sample within a round.
 """
 
 import argparse
@@ -75,7 +78,7 @@ def environment_of(side: str) -> dict[str, str]:
 
 
 def front_end_of(server: psutil.Process) -> list[psutil.Process]:
-    """The server and all it has started, engines excepted."""
+    """The server and everything it has started, except engines."""
     everyone = [server, *server.children(recursive=True)]
     engines = [process for process in everyone if "EngineCore" in " ".join(process.cmdline())]
     inside = {process.pid for engine in engines for process in (engine, *engine.children(recursive=True))}
@@ -88,7 +91,10 @@ def front_end_cpu_s(server: psutil.Process) -> float:
 
 
 def set_apart(server: psutil.Process) -> None:
-    """The first core is the front end's, the others are the engines' and the load's (this process's); with one core there is nothing to set apart."""
+    """
+    Give the first core to the front end, and the others to the engines and the load (this process); does nothing with
+    one core.
+    """
     first, *others = sorted(os.sched_getaffinity(0))
     if not others:
         return
@@ -100,7 +106,7 @@ def set_apart(server: psutil.Process) -> None:
 
 
 async def load(url: str, n_requests: int, n_tokens: int, rng: np.random.Generator) -> None:
-    """All requests at once, streamed, each on a connection of its own; every one must give all its tokens."""
+    """All requests at once, streamed, each on its own connection; every one must return all its tokens."""
     body = {"model": MODEL, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     body["stream_options"] = {"include_usage": True}
 
@@ -160,7 +166,7 @@ def sample_side(side: str, options: argparse.Namespace) -> list[dict[str, float]
 def one_sample(
     url: str, server: psutil.Process, options: argparse.Namespace, rng: np.random.Generator
 ) -> dict[str, float]:
-    """The figures of one load."""
+    """Figures of one load."""
     wall_s, cpu_s = time.perf_counter(), front_end_cpu_s(server)
     asyncio.run(load(url, options.requests, options.tokens, rng))
     wall_s, cpu_s = time.perf_counter() - wall_s, front_end_cpu_s(server) - cpu_s
@@ -200,7 +206,7 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Parse; as the parent run the rounds, as a child one side."""
+    """Parse the options; the parent runs the rounds, a child one side."""
     parser = measuring.sides_parser(__doc__, SIDES, name="front_end_scale", rounds=2, samples=4, requests=64)
     parser.add_argument("--prefix", default="", help="command under which each side is started, such as a lock")
     options = parser.parse_args()

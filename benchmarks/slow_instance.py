@@ -1,11 +1,13 @@
 """
 An instance that is stopped nine tenths of the time: what share of the requests does it get, and what does that cost?
 
-    python benchmarks/slow_instance.py [--source LABEL=SRC_FOLDER ...] [--rounds 2] [--requests 80] [--gap-s 0.5] [--name slow_instance]
+    python benchmarks/slow_instance.py [--source LABEL=SRC_FOLDER ...] [--rounds 2] [--requests 80] [--gap-s 0.5]
+        [--name slow_instance]
 
-Real servers, one after the other in rotating order, one per source tree: three instances of the tiny model in one stage. Each serves the same
-requests twice, in open loop with the same exponential gaps: first with all instances well, then with one of them under SIGSTOP for 0.9 s of every
-second. Compare trees side by side, `--source now=src --source before=/path/to/an/older/checkout/src`; ratios are what counts.
+Real servers, one after the other in rotating order, one per source tree: three instances of the tiny model in one
+stage. Each serves the same requests twice, in open loop with the same exponential gaps: first with all instances well,
+then with one of them under SIGSTOP for 0.9 s of every second. To compare source trees, run `--source now=src --source
+before=/path/to/an/older/checkout/src`; only ratios count.
 """
 
 from __future__ import annotations
@@ -63,13 +65,13 @@ def all_are_up(server: ServedProcess) -> bool:
 
 
 async def pid_of_sick(http: httpx.AsyncClient) -> int:
-    """The process that will be stopped."""
+    """Id of the process that will be stopped."""
     instances = (await http.get("/admin/instances")).json()["instances"]
     return next(int(instance["pid"]) for instance in instances if instance["id"] == SICK)
 
 
 async def ended(http: httpx.AsyncClient) -> dict[str, float]:
-    """Per instance, requests that have ended there."""
+    """Requests that have ended, per instance."""
     found: dict[str, float] = {}
     for line in (await http.get("/metrics")).text.splitlines():
         if match := re.match(r'vllm:request_success_total\{.*engine="(\w+)".*\} (\S+)', line):
@@ -78,7 +80,7 @@ async def ended(http: httpx.AsyncClient) -> dict[str, float]:
 
 
 async def make_sick(pid: int) -> None:
-    """Until cancelled."""
+    """Stop and continue the process until cancelled."""
     try:
         while True:
             os.kill(pid, signal.SIGSTOP)

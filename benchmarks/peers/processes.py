@@ -27,7 +27,7 @@ class Service(ServedProcess):
         super().__init__(command, port=port, log=log, name=name, environment=environment, own_session=False)
 
     def cpu_s(self) -> float:
-        """Processor time of the tree so far, children that ended included where their parent waited for them."""
+        """Processor time of the tree so far, including ended children for which their parent waited."""
         total = 0.0
         for process in self.family():
             with contextlib.suppress(psutil.Error):
@@ -37,9 +37,10 @@ class Service(ServedProcess):
 
 def client_first() -> None:
     """
-    Let this process and what it starts from now on go before others, where that is allowed (root).
+    Give this process and those it starts from now on priority over others, where that is allowed (root).
 
-    The load generator needs little, and its waiting would count as the server's. Only against processes of the same session (see above).
+    The load generator needs little, and its waiting would count as the server's. Works only against processes of the
+    same session (see above).
     """
     if os.geteuid() == 0:
         os.setpriority(os.PRIO_PROCESS, 0, CLIENT_NICENESS)

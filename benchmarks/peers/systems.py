@@ -1,9 +1,10 @@
 """
-The systems that are compared, by what has to be started for them.
+The systems compared, grouped by what has to be started for them.
 
-All run the same engines: same model, dtype, context, KV blocks per instance, eager execution, one core per engine where there are as many. What
-differs is who spreads the requests: our server over its own engines; `vllm serve --data-parallel-size N` with its own balancing and, as it
-comes, N API processes; or a router over N `vllm serve` servers.
+All run the same engines: same model, dtype, context, KV blocks per instance, eager execution, and one core per engine
+where there are enough. They differ in what distributes the requests: our server over its own engines; `vllm serve
+--data-parallel-size N` with its own balancing and, by default, N API processes; or a router over N `vllm serve`
+servers.
 """
 
 import contextlib
@@ -33,11 +34,11 @@ OURS = [sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", 
 @dataclass(frozen=True)
 class Group:
     """
-    What is started together.
+    A set of processes started together.
 
     Attributes:
-        systems: That are measured on it, one after the other.
-        options: Of our server; None for the peers.
+        systems: Systems measured on it, one after the other.
+        options: Options of our server; None for the peers.
     """
 
     name: str
@@ -65,8 +66,8 @@ class Setup:
     What a group is started with.
 
     Attributes:
-        model: Folder.
-        router_bin: Where the routers' commands are.
+        model: Folder of the model.
+        router_bin: Folder of the routers' commands.
         logs: Folder of logs.
     """
 
@@ -78,7 +79,7 @@ class Setup:
 
 
 def engine_options(setup: Setup) -> list[str]:
-    """The same for every engine of every system."""
+    """Options shared by every engine of every system."""
     return [
         str(setup.model),
         "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
@@ -92,7 +93,8 @@ def engine_options(setup: Setup) -> list[str]:
 def running(group: Group, setup: Setup) -> Iterator[list[Service]]:
     """The servers of a group, ready."""
     common = {
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn", **setup.environment,
     }  # fmt: skip
     cores = split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0)))
@@ -126,7 +128,7 @@ def running(group: Group, setup: Setup) -> Iterator[list[Service]]:
 
 @contextlib.contextmanager
 def entry_of(system: str, servers: list[Service], setup: Setup) -> Iterator[list[Service]]:
-    """What the load goes to, first, and what else runs for it: the router before the servers, or the only server."""
+    """The service that gets the load, first, then the others: the router before the servers, or the only server."""
     kind, _, policy = system.partition(":")
     if not policy:
         yield servers

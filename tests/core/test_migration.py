@@ -60,7 +60,7 @@ def test_nothing_is_both_followed_and_ignored() -> None:
 @pytest.mark.parametrize("happening", Happening)
 @pytest.mark.parametrize("state", State)
 def test_each_pair_is_followed_ignored_or_refused(state: State, happening: Happening) -> None:
-    """A pair of the table leads on; an ignored one changes nothing; any other raises, with the story, and changes nothing."""
+    """A pair in the table leads on; an ignored one changes nothing; any other raises and changes nothing."""
     migration = migration_in(state)
     story = list(migration.story)
     key = (state, happening)

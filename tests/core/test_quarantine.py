@@ -99,7 +99,7 @@ def test_after_a_third_death_that_told_nothing_no_token_proves_anything() -> Non
 
 
 def test_what_was_not_sent_is_not_to_blame() -> None:
-    """Instances that die together: whoever is placed on the next one before that has answered has no part in its death."""
+    """Instances die together: requests placed on the next one before it has answered have no part in its death."""
     quarantine = Quarantine()
     assert quarantine.answer("1") is None
     assert quarantine.die("0", ["a", "b"]) is None
@@ -165,7 +165,7 @@ def test_leaving_lets_the_next_one_in() -> None:
 
 
 def test_a_death_without_a_token_is_forgiven_with_the_next() -> None:
-    """It waited there, or was sent to an instance that was dead already; one that kills at once is found by its second death all the same."""
+    """It waited there or was sent to a dead instance; one that kills at once is still found by its second death."""
     quarantine = Quarantine()
     quarantine.die("0", ["waited", "ran", "poison"], ["waited", "poison"])
     for request_id in ("waited", "ran"):
@@ -308,7 +308,7 @@ def test_a_poison_that_cleared_itself_is_taken_for_another(seed: int) -> None:
 
 @pytest.mark.parametrize("n_requests", [1, 30])
 def test_an_ordinary_death_costs_little(n_requests: int) -> None:
-    """However many there were, all are through after as many steps as there are, each step one more on each instance."""
+    """However many there are, all are through after as many steps, each step one more on each instance."""
     quarantine = Quarantine()
     names = [f"r{i}" for i in range(n_requests)]
     die(quarantine, "0", names)

@@ -75,7 +75,7 @@ def random_trace(rng: np.random.Generator, n: int, rate_rps: float, *, prompts: 
 
 
 class Restless(LeastLoaded):
-    """Least loaded, but moves running requests about at random and chatters: for tests of everything around it."""
+    """Least loaded, but migrates running requests at random and sends messages: for tests of everything around it."""
 
     def __init__(self, seed: int, move_probability: float = 0.5) -> None:
         super().__init__()

@@ -12,7 +12,9 @@ from cascadeinfer.workload.lengths import Empirical
 
 N = 200_000
 SIGNIFICANCE = 1e-4
-"""Seeds are fixed, so a test passes or fails for good; a wrong sampler of this size fails by many orders of magnitude."""
+"""
+Seeds are fixed, so a test passes or fails for good; a wrong sampler of this size fails by many orders of magnitude.
+"""
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -63,7 +65,7 @@ def test_gamma_gaps_have_their_mean_and_variation(cv: float) -> None:
     ("law", "shape"), [("gamma", 0.25), ("gamma", 1.0), ("gamma", 4.0), ("weibull", 0.6), ("weibull", 2.0)]
 )
 def test_a_renewal_window_has_its_expected_count(law: str, shape: float) -> None:
-    """Seen through a short window, a stationary process has exactly rate * duration arrivals on average, whatever its law."""
+    """Seen through a short window, a stationary process has on average rate * duration arrivals, whatever its law."""
     counts = np.array([len(renewal_window(law, shape, 3.0, 1.0, rng(s))) for s in range(4000)])
     assert mean_is(counts, 3.0, float(counts.std()))
 

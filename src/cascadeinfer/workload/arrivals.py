@@ -1,5 +1,5 @@
 """
-Arrival processes: times of `n` requests in seconds, not decreasing, drawn exactly (no gap is ever clamped or rounded).
+Arrival processes: times of `n` requests in seconds, non-decreasing, drawn exactly (no gap is ever clamped or rounded).
 
 Each takes its generator. The first request comes after the first gap. A recorded trace is its own arrival process: use
 `Trace.at_rate` to replay it at another speed.
@@ -21,7 +21,7 @@ def poisson_arrivals(rate_rps: float, n: int, rng: np.random.Generator) -> NDArr
 
 def gamma_arrivals(rate_rps: float, cv: float, n: int, rng: np.random.Generator) -> NDArray[np.float64]:  # (n,)
     """
-    Gamma gaps: bursty for a coefficient of variation above 1, even for below 1, Poisson at 1.
+    Gamma gaps: bursty for a coefficient of variation above 1, regular below 1, Poisson at 1.
 
     Shape k = 1 / cv^2 and scale cv^2 / rate give mean 1 / rate and standard deviation cv / rate.
     """
@@ -35,15 +35,15 @@ def renewal_window(
     """
     A stationary renewal process seen through a window: arrival times in `[0, duration_s)`.
 
-    The first arrival is the residual of a length-biased gap, so the expected count is exactly `rate_rps * duration_s`, whatever
-    the gaps' law.
+    The first arrival is the residual of a length-biased gap, so the expected count is exactly `rate_rps * duration_s`,
+    whatever the gaps' law.
 
     Args:
-        law: Of the gaps: `gamma` or `weibull`.
-        shape: Of that law; 1 is Poisson for both.
+        law: Law of the gaps: `gamma` or `weibull`.
+        shape: Shape of that law; 1 is Poisson for both.
         rate_rps: Mean rate.
-        duration_s: Of the window.
-        rng: Where to draw from.
+        duration_s: Length of the window.
+        rng: Source of randomness.
     """
     _positive(shape=shape, rate_rps=rate_rps, duration_s=duration_s)
     if law == "gamma":

@@ -10,7 +10,7 @@ from cascadeinfer.core.errors import TraceError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Empirical:
-    """Lengths seen before, drawn with replacement; `weights` (not normalised) default to equal ones."""
+    """Lengths seen before, drawn with replacement; `weights` (not normalised) are equal by default."""
 
     tokens: NDArray[np.int64]
     weights: NDArray[np.float64] | None = None

@@ -75,7 +75,7 @@ def test_exact_samples_give_the_model_back() -> None:
 
 
 def test_noise_is_within_the_error_bars() -> None:
-    """With 3 % noise the coefficients lie within four standard errors of the truth, and the median residual is the noise's."""
+    """With 3 % noise, coefficients lie within four standard errors of the truth, and the residual is the noise's."""
     found = fitted(measured(TRUTH, noise=0.03))
     for name in FREE:
         assert abs(getattr(found.model, name) - getattr(TRUTH, name)) < 4 * found.errors[name], name

@@ -125,7 +125,7 @@ def test_a_floor_excludes_slow_stages() -> None:
 
 
 def test_hand_overs_cost_their_pause() -> None:
-    """A stage that takes all requests over costs (pause + per token x boundary) / output more than with free hand-overs."""
+    """A stage that takes over all requests costs (pause + per token x boundary) / output more than free hand-overs."""
     histogram = LengthHistogram.from_requests([100], [1001], buckets_per_octave=16)
     costs = []
     for hand_over in (HandOverCost(0.0), HandOverCost(0.05, 1e-5)):
@@ -136,7 +136,7 @@ def test_hand_overs_cost_their_pause() -> None:
 
 
 def test_a_stage_that_hands_over_too_often_is_infeasible() -> None:
-    """Hand-overs into and out of an instance are limited; more instances, or a higher limit, make the stage feasible."""
+    """Hand-overs into and out of an instance are limited; more instances or a higher limit make a stage feasible."""
     histogram = LengthHistogram.from_requests([100], [1001])
     boundary = histogram.nearest_edge(512)
 
@@ -175,7 +175,7 @@ def test_quantiles_of_the_longest_are_those_of_draws() -> None:
 def simulate_one_instance(
     model: StepModel, arrivals: list[float], prompts: list[int], outputs: list[int], budget: int
 ) -> float:
-    """Mean normalised latency on one instance with continuous batching, decode first, chunked prefill in order of arrival."""
+    """Mean normalised latency on one instance: continuous batching, decode first, chunked prefill by arrival."""
     now, waiting, decoding = 0.0, [], []
     todo = list(zip(arrivals, range(len(arrivals)), strict=True))
     heapq.heapify(todo)
@@ -214,7 +214,7 @@ def simulate_one_instance(
 
 @pytest.mark.parametrize("load", [0.2, 0.5, 0.75])
 def test_prediction_agrees_with_a_step_simulation(load: float) -> None:
-    """On one instance, whose fluctuations are largest, the predicted mean normalised latency is within 10 % of simulation."""
+    """On one instance, which fluctuates most, the predicted mean normalised latency is within 10 % of simulation."""
     rng = np.random.default_rng(5)
     n = 1500
     prompts = np.minimum(rng.lognormal(6.5, 1.0, n).astype(int) + 1, 20_000)

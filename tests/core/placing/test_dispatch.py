@@ -63,7 +63,7 @@ def test_room_needs_blocks_one_more_and_a_slot() -> None:
 
 
 def test_pick_passes_over_who_has_no_room() -> None:
-    """The least loaded is passed over when the request does not fit there; when it fits nowhere, the least loaded queues it."""
+    """The least loaded is skipped when a request does not fit there; when it fits nowhere, it queues there."""
     view = cluster({"a": [200, 200, 200], "b": [100, 100, 100, 100]})
     assert name(least_loaded(view.available())) == "a"
     assert name(pick(view.available(), 300)) == "a"
@@ -82,7 +82,7 @@ def test_pick_leaves_the_draining_out() -> None:
 
 
 def test_price_counts_what_a_step_costs_everybody() -> None:
-    """Of two instances with as many tokens, the one with fewer requests is cheaper; load, here, does not tell them apart."""
+    """Of two instances with as many tokens, the one with fewer requests is cheaper, although their loads are equal."""
     view = cluster({"a": [290, 290], "b": [580]})
     assert name(least_loaded(view.available())) == "a"
     assert name(cheapest(view.available())) == "b"
@@ -92,7 +92,7 @@ def test_price_counts_what_a_step_costs_everybody() -> None:
 
 
 def test_crowded_instances_are_dear() -> None:
-    """Beyond 60 % of the KV cache the price rises, to the fivefold at full."""
+    """Beyond 60 % of the KV cache the price rises, fivefold when full."""
     view = cluster({"a": [1000], "b": [590]})
     plain = 2 * (0.01 + 1e-4 + 1000 * 1e-6 + 1000 * 5e-5 / 128)
     assert abs(view.instances["a"].price - 5.0 * plain) < 1e-12

@@ -76,7 +76,7 @@ def test_gain_approaches_the_cauchy_schwarz_bound() -> None:
 
 
 def test_margin_decides() -> None:
-    """A margin just below the gain keeps the stages, one just above gives one stage, and the best layout stays known."""
+    """A margin just below the gain keeps the stages, one just above gives one stage; the best layout stays known."""
     gain = mixed_plan().gain
     below = mixed_plan(margin=gain - 0.001)
     above = mixed_plan(margin=gain + 0.001)
@@ -88,7 +88,7 @@ def test_margin_decides() -> None:
 
 
 def test_plan_is_consistent() -> None:
-    """Shares add to one, instances to all, the cost is the stages', and hand-overs into a stage are those at its boundary."""
+    """Shares and instances add up, the cost is the stages', and hand-overs into a stage are those at its boundary."""
     planned = mixed_plan()
     assert sum(planned.instances) == 16
     assert sum(s.share_of_requests for s in planned.stages) == pytest.approx(1.0)
@@ -112,7 +112,7 @@ def test_same_input_same_plan() -> None:
 
 
 def test_prediction_of_the_planned_layout_is_the_plans() -> None:
-    """`predict` of the planned boundaries and instances costs what the plan says; other splits of the instances cost more."""
+    """`predict` of the planned boundaries and instances costs what the plan says; other splits cost more."""
     planned = mixed_plan()
     again = predict(planned.problem, planned.proposal)
     assert again.cost == pytest.approx(planned.cost)
@@ -192,7 +192,7 @@ def test_weighted_latency_of_ttft_alone_is_the_mean_ttft() -> None:
 
 
 def test_explanation_names_the_decision_and_its_limits() -> None:
-    """The explanation has boundaries, gain, margin, a row per stage, costs per stage count, and the outcome at other rates."""
+    """The explanation has boundaries, gain, margin, a row per stage, costs per stage count, and other rates."""
     planned = mixed_plan()
     text = explain(planned)
     assert f"{len(planned.stages)} stages" in text

@@ -155,7 +155,7 @@ def test_a_new_layout_moves_nothing_at_once() -> None:
 
 
 def test_a_follower_takes_over_the_stages_of_another_process() -> None:
-    """With neither planning nor refinement of its own the layout in force is the one announced, and requests go by it."""
+    """Without its own planning and refinement, the layout in force is the announced one, and requests follow it."""
     world = staged(refine=False, replan=False)
     world.emit(LayoutAnnounced("layout", StageLayout.from_boundaries((600,), (("a", "c"), ("b",)))))
     layouts = [effect.layout for effect in world.log if isinstance(effect, PublishLayout)]
@@ -167,7 +167,7 @@ def test_a_follower_takes_over_the_stages_of_another_process() -> None:
 
 
 def test_planning_sees_the_arrivals_of_other_processes() -> None:
-    """What another process says it has seen is in the workload that the planner gets: rate, lengths, what still runs."""
+    """What another process has seen is in the workload that the planner gets: rate, lengths, unfinished requests."""
     asked: list[tuple[LengthHistogram, float]] = []
 
     def planner(workload: LengthHistogram, rate_per_s: float, *_: object) -> Proposal | None:
@@ -202,7 +202,7 @@ def test_planner_takes_what_gains_and_keeps_what_is_as_good() -> None:
 
 
 def test_a_small_sample_has_to_promise_more() -> None:
-    """What a new plan must gain falls with the root of the requests seen, towards the hysteresis; it is what decides."""
+    """The gain required of a new plan falls with the root of the requests seen, towards the hysteresis, and decides."""
     settings = PlanSettings(hysteresis=0.06)
     assert settings.needed_gain(1000.0) == pytest.approx(0.12)
     assert settings.needed_gain(4000.0) == pytest.approx(0.09)
@@ -314,7 +314,7 @@ def report_steps(world: World, steps: tuple[StepSample, ...]) -> None:
 
 
 def test_costs_are_learnt_from_nothing_and_stages_follow() -> None:
-    """With one stage and no cost model, reported steps give a model, and the workload then gives stages; the reason is told."""
+    """With one stage and no cost model, reported steps give a model; then the workload gives stages, and a reason."""
     planning = PlanSettings(interval_s=15.0, min_requests=100)
     world = World(Cascade(learning=LearningSettings(interval_s=5.0), planning=planning), LARGE)
     world.join(*(f"i{number}" for number in range(6)), "a", "b")
@@ -357,7 +357,7 @@ def test_prices_follow_what_is_learnt() -> None:
 
 
 def test_a_fault_in_planning_leaves_the_layout_and_is_told() -> None:
-    """A planner that raises costs nothing but the plan: the layout stays, is published with the failure, and it is asked again."""
+    """A planner that raises only loses the plan: the layout stays, published with the failure; planning goes on."""
     asked = []
 
     def planner(*arguments: object) -> Proposal | None:

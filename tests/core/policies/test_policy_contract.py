@@ -1,9 +1,10 @@
 """
 What every policy owes its shell, under random legal sequences of events.
 
-`World` (tests/support) checks each effect as it is carried out: each request is dispatched exactly once while somebody takes requests, never to
-an instance that drains or is gone, nor to one that does not answer while another does; orphans are dispatched anew; pinned, waiting and moving requests do not start to move; a migration
-starts where the request is; no instance has more migrations than allowed.
+`World` (tests/support) checks each effect as it is carried out: each request is dispatched exactly once while somebody
+takes requests, never to an instance that drains or is gone, nor to one that does not answer while another does; orphans
+are dispatched anew; pinned, waiting and moving requests do not start to move; a migration starts where the request is;
+no instance has more migrations than allowed.
 """
 
 import os
@@ -94,7 +95,7 @@ def act(world: World, kind: int, a: int, b: int) -> None:  # noqa: C901, PLR0912
 
 
 def run(name: str, steps: list[tuple[int, int, int]]) -> World:
-    """A run of these commands, started with three instances and ended with all instances up and every request placed."""
+    """A run of these commands, started with three instances and ended with all instances up and all requests placed."""
     world = World(MAKERS[name](), SMALL, may_hold_back=name == "cascade with a queue")
     world.join("i0", "i2", "i4")
     for kind, a, b in steps:
@@ -153,7 +154,7 @@ def test_requests_wait_for_the_first_instance(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_nothing_new_goes_to_a_silent_instance(name: str) -> None:
-    """What is new, and what waited there, goes to the others; when nobody answers everybody is used; then all is as before."""
+    """New and waiting requests go to the other instances; when all are silent, all are used; then all is as before."""
     world = World(MAKERS[name](), may_hold_back=name == "cascade with a queue")
     world.join("i0", "i2", "i4")
     for number in range(6):
@@ -190,7 +191,7 @@ for name in MAKERS:
 
 
 def test_hash_seed_decides_nothing() -> None:
-    """The same run in processes with different string hashing gives the same effects: nothing depends on the order of sets."""
+    """The same run with different string hashing gives the same effects: nothing depends on the order of sets."""
     digests = [
         subprocess.run(
             [sys.executable, "-c", DIGEST],

@@ -1,9 +1,9 @@
 """
 Predicted service of one stage: a range of lengths, k instances, a request rate.
 
-The step time comes from the steady state (`steady_state.py`), waiting from the queues (`queues.py`); here they become the stage's
-part of an objective, a weighted sum of waits, steps, hand-overs and missed limits. docs/planning.md has the derivations and a table of
-errors against the simulator.
+The step time comes from the steady state (`steady_state.py`), waiting from the queues (`queues.py`). Here they become
+the stage's part of an objective, a weighted sum of waits, steps, hand-overs and missed limits. docs/planning.md has the
+derivations and a table of errors against the simulator.
 
 Everything is compiled, pure, and O(1) in the number of requests.
 """
@@ -37,7 +37,7 @@ from cascadeinfer.core.cost.steady_state import (
 DEMAND_ROWS: Final = 9
 """Rows of a stage table that hold the plain demand: `Column.STEPS` to `Column.LAST_STEPS` in order."""
 W_WAIT: Final = 9
-"""Weight of each start's waiting time; from here on the weights of an objective (`plan/objective.py`)."""
+"""Weight of each start's waiting time. From here on, rows are weights of an objective (`plan/objective.py`)."""
 W_PROMPT: Final = 10
 """Weighted prompt tokens."""
 W_ATTENTION: Final = 11
@@ -47,7 +47,10 @@ W_CHUNKS: Final = 12
 W_STEPS: Final = 13
 """Weighted decode steps."""
 W_STARTS: Final = 14
-"""Weight of each start's delays while it decodes; less the next row at a boundary, the weight of the hand-overs there."""
+"""
+Weight of each start's delays while it decodes; its difference to the next row at a boundary is the weight of the
+hand-overs there.
+"""
 W_LASTS: Final = 15
 """The same weight where requests do their last step."""
 W_ATTAIN_STEPS: Final = 16
@@ -94,15 +97,15 @@ class StageService(NamedTuple):
 
     Attributes:
         cost: Its part of the objective; infinite when the stage cannot carry the load.
-        step_s: Step time a decoding token sees.
+        step_s: Step time that a decoding token sees.
         decode_step_s: The same without prefills.
         batch: Requests decoding.
-        utilisation: Share of each second that is work, not the constant cost of steps.
+        utilisation: Share of each second that is work, excluding the constant cost of steps.
         prefill_utilisation: Share of each second in which a prompt is in prefill.
         kv_use: KV tokens in use over capacity.
-        wait_s: From arrival to the start of a request's own prefill, mean.
+        wait_s: Mean time from arrival to the start of a request's own prefill.
         ttft_s: Mean time to first token of requests that start here.
-        stall_s: Extra decode time of a request from prompts queued when it began to decode.
+        stall_s: Extra decode time of a request, caused by prompts queued when it began to decode.
     """
 
     cost: float
@@ -154,7 +157,8 @@ def _misses(
     """Requests that miss their TTFT, plus fractions of requests that miss their TPOT (union bound), per request."""
     table, terms, per_pair_s = inputs.table, inputs.terms, times.per_pair_s
     late = 0.0
-    # Half of the waits below the mean, half above, as an exponential has them; none at all for those who find no queue.
+    # Half of the waits are below the mean and half above, as in an exponential; a request that finds no queue does not
+    # wait.
     for share, wait in ((1.0 - wait_share, 0.0), (0.5 * wait_share, 0.31), (0.5 * wait_share, 1.69)):
         left_s = terms.ttft_slo_s - times.decode_s - wait * wait_s / max(wait_share, 1e-9)
         longest = 0.0
@@ -182,7 +186,7 @@ def _stage_cost(
     table, limits, terms = inputs.table, inputs.limits, inputs.terms
     decode_s, per_token_s, per_pair_s = times.decode_s, times.per_token_s, times.per_pair_s
     room = max(1.0, limits.max_batched_tokens - stage.rate * stage.steps * t)
-    # A request is held up in at most each of its steps, by a full one; the two bounds are blended as 1/x + 1/y.
+    # A full step delays a request in at most each of its steps; the two bounds are blended as 1/x + 1/y.
     stall = prefill.stall_s * (table[W_STARTS, j] - table[W_STARTS, i])
     most = (decode_s + room * per_token_s) * (table[W_STEPS, j] - table[W_STEPS, i])
     stall = stall * most / (stall + most) if stall > 0.0 else 0.0
@@ -299,7 +303,7 @@ def stage_service(
     )  # in and out
     if moved > limits.hand_overs_per_s:
         return _infeasible()
-    # No step can be longer than what keeps tokens in flight within KV cache, batch slots and token budget.
+    # No step can be longer than the time that keeps tokens in flight within KV cache, batch slots and token budget.
     t_max = limits.tpot_limit_s
     if steps > 0.0:
         t_max = min(t_max, limits.kv_tokens / (rate * stage.kv_steps), limits.max_num_seqs / (rate * steps))

@@ -1,13 +1,14 @@
 """
-What a simulated instance does, without time or I/O of its own: requests, blocks, cuts, pins, reservations, pulls.
+A simulated instance without time or I/O: requests, blocks, cuts, pins, reservations, pulls.
 
-It imitates one vLLM EngineCore with our connector (`engines/vllm/connector/scheduler_side.py` has the rules) as the runtime sees it. Every
-step takes the same time: see the package's header for what this is not.
+It imitates one vLLM EngineCore with our connector (`engines/vllm/connector/scheduler_side.py` has the rules) as the
+runtime sees it. Every step takes the same time: the package's header says what this is not.
 
-Theory of operation. Blocks are counted, not stored; a sequence's KV cache is its digest (`model.py`). A pull copies the digest; what is
-pulled after its lease has ended is garbage, because the real source may have given the blocks to another request by then. The target
-therefore does not use a pull that has a deadline and is over later (`Resume.pull_before_s`). Each step gives every running request its
-tokens within the budget (long prompts in chunks), preempting the youngest when blocks run out, then admits waiting requests in order.
+Theory of operation. Blocks are counted, not stored; a sequence's KV cache is its digest (`model.py`). A pull copies the
+digest. What is pulled after its lease has ended is garbage, because the real source may have given the blocks to
+another request by then; the target therefore discards a pull that ends after its deadline (`Resume.pull_before_s`).
+Each step gives every running request its tokens within the budget (long prompts in chunks), preempting the youngest
+when blocks run out, then admits waiting requests in order.
 """
 
 import math
@@ -32,15 +33,15 @@ _GARBAGE: Final = 0xBAD
 @dataclass(slots=True)
 class Sequence:
     """
-    One request here.
+    One request of this instance.
 
     Attributes:
         token_ids: Prompt and output so far.
         computed: Leading tokens with KV cache, whose digest is `digest`.
         last_output_tokens: Output tokens at which it ends; lowered by a cut.
         ticket: Where to pull its KV cache; None when there is nothing (more) to pull.
-        pull_ends_s: When the pull under way ends.
-        pull_before_s: When the pull must be over for its blocks to be used.
+        pull_ends_s: When the current pull ends.
+        pull_before_s: Deadline of the pull; its blocks are used only if it ends before.
     """
 
     engine_request_id: str
@@ -81,8 +82,8 @@ class SimulatedCore:
         core_id: Differs between incarnations of an instance.
         alive: Whether its process lives: only then can its pins be read.
         readable: Finds a connected peer by its `core_id`.
-        spoiled_cuts: So many of the next cuts find no KV cache (fault injection).
-        stale_reads: Pulls of this instance that it used although the lease had ended before they were over.
+        spoiled_cuts: Number of coming cuts that find no KV cache (fault injection).
+        stale_reads: Pulls that this instance used although the lease had ended before they were over.
     """
 
     core_id: str
@@ -110,7 +111,7 @@ class SimulatedCore:
     # --- commands ----------------------------------------------------------------------------------------------------
 
     def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None) -> None:
-        """A new or a resumed request queues."""
+        """Queue a new or resumed request."""
         params = request.payload if isinstance(request.payload, SimulatedParams) else SimulatedParams()
         output = resume.output_token_ids if resume is not None else []
         sequence = Sequence(
@@ -176,7 +177,7 @@ class SimulatedCore:
         return None
 
     def release_reservation(self, reservation_id: str) -> None:
-        """Give reserved blocks back, if there are any."""
+        """Free the reserved blocks, if there are any."""
         self.reservations.pop(reservation_id, None)
 
     def release_pin(self, engine_request_id: str) -> None:
@@ -184,7 +185,7 @@ class SimulatedCore:
         self.pins.pop(engine_request_id, None)
 
     def report(self, now_s: float) -> tuple[InstanceReport, EngineCounters]:
-        """The load and the counters now."""
+        """The current load and counters."""
         self.expire(now_s)
         report = InstanceReport(
             running_ids=tuple(s.engine_request_id for s in self.running),
@@ -212,7 +213,7 @@ class SimulatedCore:
         return report, counters
 
     def free_blocks(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks that are not in use."""
         held = sum(s.blocks for s in self.running) + sum(s.blocks for s in self.waiting)
         held += sum(pin.blocks for pin in self.pins.values())
         held += sum(blocks for blocks, _ in self.reservations.values())
@@ -221,7 +222,7 @@ class SimulatedCore:
         return free
 
     def expire(self, now_s: float) -> None:
-        """End leases and reservations whose time is up."""
+        """End expired leases and reservations."""
         for request_id in [r for r, pin in self.pins.items() if pin.expires_s <= now_s]:
             del self.pins[request_id]
             self.expired.add(request_id)
@@ -231,7 +232,7 @@ class SimulatedCore:
     # --- what peers do over the network ------------------------------------------------------------------------------
 
     def read(self, engine_request_id: str, now_s: float) -> int | None:
-        """A peer pulls: the digest, after which the pin is released; None when the read fails."""
+        """Serve a peer's pull: the digest, after which the pin is released; None when the read fails."""
         if not self.alive:
             return None
         self.expire(now_s)
@@ -241,7 +242,7 @@ class SimulatedCore:
         return None if pin is None else pin.digest
 
     def renew(self, engine_request_id: str, now_s: float) -> None:
-        """A peer that will pull is alive; NIXL extends by two thirds of the lease."""
+        """Extend a lease for a peer that is going to pull; NIXL extends it by two thirds."""
         self.expire(now_s)
         if (pin := self.pins.get(engine_request_id)) is not None:
             pin.expires_s = max(pin.expires_s, now_s + self.times.lease_s * 2 / 3)
@@ -253,7 +254,7 @@ class SimulatedCore:
         return bool(self.running or self.waiting)
 
     def step(self, now_s: float) -> list[SimulatedDelta]:
-        """One step that ends now: its tokens, in order of the running requests."""
+        """Run one step that ends now; returns its tokens, in order of the running requests."""
         self.expire(now_s)
         self._renew_leases(now_s)
         self.steps += 1
@@ -273,7 +274,7 @@ class SimulatedCore:
         return deltas
 
     def _time(self, scheduled: list[tuple[Sequence, int]]) -> None:
-        """Say how long a step with this in it takes, and remember it for the next report."""
+        """Compute how long a step with this batch takes, and record it for the next report."""
         decoding = [s.computed + 1 for s, n_new in scheduled if s.n_output > 0 and n_new == 1]
         prompts = [(s.computed, n_new) for s, n_new in scheduled if s.n_output == 0 or n_new > 1]
         batch = BatchFeatures(
@@ -321,7 +322,7 @@ class SimulatedCore:
                 break
             if sequence.ticket is not None and not self._pulled(sequence, sequence.ticket, now_s):
                 if sequence.pull_ends_s is None:
-                    break  # no blocks for it: those behind it wait their turn
+                    break  # no blocks for it; those behind it wait their turn
                 continue
             n_new = min(len(sequence.token_ids) - sequence.computed, budget)
             if not self._hold(sequence, sequence.computed + n_new):
@@ -358,7 +359,7 @@ class SimulatedCore:
         return True
 
     def _hold(self, sequence: Sequence, n_tokens: int) -> bool:
-        """Get the blocks that so many tokens need; False when there are too few."""
+        """Allocate the blocks that this many tokens need; False when there are too few."""
         more = self.capacity.blocks_for(n_tokens) - sequence.blocks
         if more > 0 and self.free_blocks() < more:
             return False
