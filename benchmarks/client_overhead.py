@@ -1,23 +1,27 @@
 """
-What our engine client costs over vLLM's own: two instances behind `AsyncLLM`, ours against `data_parallel_size=2`, the same load.
+The cost of our engine client compared with vLLM's own: two instances behind `AsyncLLM`, ours against
+`data_parallel_size=2`.
 
-Three sides, so that one can see where a difference comes from:
+Three sides show where a difference comes from:
 
 - `cascadeinfer`: our client and runtime, `round_robin`, our KV connector loaded, load reports on; no request moves.
 - `vllm_dp`: vLLM's data parallelism as one would run it, without a KV connector.
-- `vllm_dp_nixl`: the same with NIXL's own connector loaded and idle, which is what any live migration over NIXL has to pay in the engine.
+- `vllm_dp_nixl`: the same with NIXL's own connector loaded and idle, which is what any live migration over NIXL has to
+  pay in the engine.
 
     python benchmarks/client_overhead.py [--rounds 3] [--requests 48] [--tokens 200] [--name client_overhead]
 
-Each round starts every side, each in a process of its own, in rotating order, so that a machine that gets busier or slower meets all.
-A process warms up, then gives several samples of the same load: requests as token ids, all at once, greedy, of fixed
-length, streamed through `AsyncLLM.generate` with detokenisation. Model, dtype, block size, blocks, eager execution and the cores of each
-engine are the same; statistics are on, as in a server.
+Each round starts every side in a separate process, in rotating order, so that a machine that gets busier or slower
+affects all of them. A process warms up, then takes several samples of the same load: requests as token ids, all at
+once, greedy, of fixed length, streamed through `AsyncLLM.generate` with detokenisation. Model, dtype, block size,
+blocks, eager execution and the cores of each engine are the same; statistics are on, as in a server.
 
-Three figures per sample: tokens per second over the wall (engines and client share the cores); the CPU time of the client's process per token;
-and its work per token, which is the same in units of a fixed piece of Python that runs in between, on the same core at the same time. CPU time alone compares
-the sides' engines as well: where two of the machine's cores are one core with two threads, which a virtual machine need not tell, everything takes
-longer beside an engine that computes than beside one that spins in `sched_yield`. Ratios are ours over the other side's, sample by sample within a round.
+Each sample has three figures: tokens per second of wall time (engines and client share the cores); CPU time of the
+client's process per token; and its work per token, which is the CPU time in units of a fixed piece of Python that runs
+in between, on the same core at the same time. CPU time alone also compares the sides' engines: where two of the
+machine's cores are two threads of one core, which a virtual machine need not reveal, everything takes longer beside an
+engine that computes than beside one that spins in `sched_yield`. Ratios are ours over the other side's, sample by
+sample within a round.
 """
 
 from __future__ import annotations
@@ -39,8 +43,8 @@ import numpy as np
 import measuring
 
 if __name__ == "__main__":
-    # The engines' processes import this file again (spawn) and need none of it; numba, which the planner brings in, would even end
-    # vLLM's CPU worker: it looks into every loaded module, and llvmlite's answers any name.
+    # The engines' processes import this file again (spawn) and need none of it; numba, which the planner brings in,
+    # would even end vLLM's CPU worker: it looks into every loaded module, and llvmlite's answers any name.
     measuring.quiet_environment()
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -67,7 +71,7 @@ FIGURES = ("tokens_per_s", "client_cpu_us_per_token", "client_work_per_token")
 
 @contextlib.asynccontextmanager
 async def running(side: str, folder: Path) -> AsyncIterator[Any]:
-    """An `AsyncLLM` over two engines of the tiny model, on either side's client."""
+    """An `AsyncLLM` over two engines of the tiny model, with either side's client."""
     arguments = measuring.tiny_engine_args(folder, max_model_tokens=MAX_MODEL_TOKENS, kv_blocks=KV_BLOCKS)
     arguments["max_num_seqs"] = MAX_NUM_SEQS
     if side == OURS:
@@ -91,7 +95,7 @@ async def running(side: str, folder: Path) -> AsyncIterator[Any]:
 
 
 def free_ports_in_a_row(n_ports: int) -> int:
-    """The first of some neighbouring free ports: vLLM adds the rank to the one it is given."""
+    """The first of several consecutive free ports: vLLM adds the rank to the one it is given."""
     while True:
         first = free_port()
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
@@ -101,7 +105,7 @@ def free_ports_in_a_row(n_ports: int) -> int:
 
 
 def yardstick_s() -> float:
-    """CPU seconds of a fixed piece of Python, about 0.1 ms: how fast this core is at the moment."""
+    """CPU seconds of a fixed piece of Python, about 0.1 ms: the current speed of this core."""
     begun_s = time.thread_time()
     table: dict[int, str] = {}
     for number in range(500):
@@ -111,7 +115,7 @@ def yardstick_s() -> float:
 
 @contextlib.asynccontextmanager
 async def measured_yardsticks() -> AsyncIterator[list[float]]:
-    """One after the other while the block runs."""
+    """Takes yardsticks one after another while the block runs."""
     taken: list[float] = []
 
     async def take() -> None:
@@ -127,7 +131,7 @@ async def measured_yardsticks() -> AsyncIterator[list[float]]:
 
 
 async def load(llm: Any, n_requests: int, n_tokens: int, rng: np.random.Generator, tag: str) -> dict[str, float]:
-    """One sample: all requests at once, all tokens streamed; the figures."""
+    """One sample: all requests at once, all tokens streamed; returns its figures."""
     parameters = SamplingParams(
         temperature=0, max_tokens=n_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
     )
@@ -166,7 +170,7 @@ async def sample_side(side: str, options: argparse.Namespace) -> list[dict[str, 
 
 
 def compare(rounds: list[dict[str, list[dict[str, float]]]]) -> dict[str, Any]:
-    """Per figure: each side, and per other side the ratio ours over it, sample by sample within a round."""
+    """Per figure: each side, and for each other side the ratio of ours to it, sample by sample within a round."""
     rng = np.random.default_rng(1)
     figures: dict[str, Any] = {}
     for figure in FIGURES:
@@ -196,7 +200,7 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Parse; as the parent run the rounds, as a child one side."""
+    """Parse the options; the parent runs the rounds, a child one side."""
     parser = measuring.sides_parser(__doc__, SIDES, name="client_overhead", rounds=3, samples=5, requests=48)
     options = parser.parse_args()
     if options.side is not None:

@@ -1,15 +1,16 @@
 """
-Moves that are made as late as can be: does a stream ever get tokens from blocks that were not pinned any more?
+Migrations made as late as possible: does a stream ever get tokens from blocks that are no longer pinned?
 
     python benchmarks/forced_lease.py [--repetitions 20] [--controls 3] [--from-hearing 3] [--name forced_lease]
 
-Two real vLLM instances with the tiny model, little room and no prefix cache, under the runtime. A repetition moves one request. The moment
-the cut is heard of, the target is stopped (SIGSTOP) and the front end stands still for 4.7 s; then other requests fill the source, so that
-they get the moved request's blocks when its lease of 10 s ends; the target goes on 10.4 s after the cut. In the controls nobody is late, or
-the front end alone, or the target alone and within the limit.
+Two real vLLM instances with the tiny model, little room and no prefix cache, under the runtime. A repetition moves one
+request. When the front end learns of the cut, the target is stopped (SIGSTOP) and the front end stands still for 4.7 s;
+then other requests fill the source, so that they get the moved request's blocks when its lease of 10 s ends; the target
+resumes 10.4 s after the cut. In the controls nothing is late, or only the front end, or only the target and within the
+limit.
 
-`--from-hearing` repetitions show that the scene is one: in them the deadline is counted from when the cut was *heard* of, which was the rule
-once, and the stream gets another request's KV cache.
+`--from-hearing` repetitions show that the scene is effective: they count the deadline from when the front end *learned*
+of the cut, as an earlier rule did, and the stream gets another request's KV cache.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ if TYPE_CHECKING or __name__ == "__main__":
 
     from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
     from cascadeinfer.core.events import Event, MigrationEnded, TimerFired
-    from cascadeinfer.core.migration import MigrationTimes
+    from cascadeinfer.core.migration import MigrationLimits
     from cascadeinfer.core.policies.least_loaded import LeastLoaded
     from cascadeinfer.core.view import InstanceView, RequestView
     from cascadeinfer.engines.protocol import KvTicket
@@ -59,7 +60,7 @@ PROMPT_TOKENS = 150
 OUTPUT_TOKENS = 60
 TOKENS_BEFORE = 8
 FILLERS = 4
-"""Streams of requests that fill the source, one request after the other in each."""
+"""Streams of requests that fill the source; each sends one request after the other."""
 KV_BLOCKS = 128
 MAX_MODEL_TOKENS = 2048
 SOURCE, TARGET = "0", "1"
@@ -68,12 +69,12 @@ SOURCE, TARGET = "0", "1"
 @dataclass(frozen=True)
 class Scene:
     """
-    Who is late.
+    Which parts are late.
 
     Attributes:
-        front_end_s: How long the front end stands still when it hears of the cut.
-        target_s: When the target goes on, after the cut; 0: it is not stopped.
-        from_hearing: Count the deadline from when the cut is heard of.
+        front_end_s: How long the front end stands still when it learns of the cut.
+        target_s: When the target resumes, after the cut; 0 if it is not stopped.
+        from_hearing: Count the deadline from when the front end learns of the cut.
     """
 
     front_end_s: float = 0.0
@@ -92,16 +93,16 @@ CONTROLS = ("nobody late", "front end late", "target late")
 
 
 class Placed(LeastLoaded):
-    """Puts every request on the source, and moves when it is told to."""
+    """Puts every request on the source, and migrates on demand."""
 
     def __init__(self) -> None:
-        """Nothing to do yet."""
+        """Start without pending migrations."""
         super().__init__()
         self.asked: list[Effect] = []
         self.ended: list[MigrationEnded] = []
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
-        """Least loaded, and what was asked for."""
+        """Least loaded, plus the migrations asked for."""
         if isinstance(event, MigrationEnded):
             self.ended.append(event)
         effects = super().handle(event, now_s)
@@ -116,7 +117,7 @@ class Placed(LeastLoaded):
 
 
 class Clients:
-    """Whoever waits for tokens."""
+    """Clients that wait for tokens."""
 
     def __init__(self, runtime: Runtime) -> None:
         """Begin to listen."""
@@ -144,23 +145,23 @@ class Clients:
         await self._runtime.submit(request_with(request_id, prompt, sampling))
 
     async def until_tokens(self, request_id: str, n_tokens: int) -> None:
-        """Wait for so many."""
+        """Wait for this many tokens."""
         async with self._news:
             await self._news.wait_for(lambda: len(self._tokens[request_id]) >= n_tokens)
 
     async def until_end(self, request_id: str) -> list[int]:
-        """Wait for the end; all tokens."""
+        """Wait for the end; returns all tokens."""
         await self._ended[request_id].wait()
         return self._tokens[request_id]
 
     async def stop(self) -> None:
-        """Do not listen any more."""
+        """Stop listening."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
 
 class Stage:
-    """The runtime, and how its parts are made late."""
+    """The runtime, and the means to make its parts late."""
 
     def __init__(self, runtime: Runtime, policy: Placed, clients: Clients) -> None:
         """Take over a started runtime."""
@@ -170,7 +171,7 @@ class Stage:
         self._rng = np.random.default_rng(0)
 
     async def play(self, name: str, scene: Scene) -> dict[str, Any]:
-        """One repetition: whether the tokens are right, and how the migration ended."""
+        """Play one repetition; returns whether the tokens are right, and how the migration ended."""
         prompt = measuring.random_prompt(self._rng, PROMPT_TOKENS)
         await self._clients.send(f"{name}-alone", prompt, OUTPUT_TOKENS)
         expected = list(await self._clients.until_end(f"{name}-alone"))
@@ -195,7 +196,7 @@ class Stage:
 
     @contextlib.contextmanager
     def _late(self, scene: Scene, fill: Any) -> Any:
-        """Meanwhile, the news of a cut stops the target and the front end."""
+        """In this context, the news of a cut stops the target and the front end."""
         migrator = self._runtime._migrator  # noqa: SLF001 - its news are made late
         heard = migrator.cut_took_effect
         target = self._runtime.fleet.engine(TARGET)
@@ -209,7 +210,7 @@ class Stage:
                 threading.Timer(scene.target_s, os.kill, (pid, signal.SIGCONT)).start()
             time.sleep(scene.front_end_s)
             if scene.from_hearing:
-                migrator._records[migration_id].cut_sent_s = time.monotonic()  # noqa: SLF001 - as above
+                migrator._records[migration_id].migration.cut_sent_s = time.monotonic()  # noqa: SLF001 - as above
             heard(migration_id, ticket)
             fill()
 
@@ -230,7 +231,7 @@ class Stage:
 
 
 async def run_all(repetitions: dict[str, int]) -> list[dict[str, Any]]:
-    """Start, play every scene as often as it is asked for, stop; one row per scene."""
+    """Start, play every scene as often as asked for, stop; one row per scene."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = measuring.tiny_engine_args(Path(folder), max_model_tokens=MAX_MODEL_TOKENS, kv_blocks=KV_BLOCKS)
         arguments["enable_prefix_caching"] = False
@@ -244,7 +245,7 @@ async def run_all(repetitions: dict[str, int]) -> list[dict[str, Any]]:
             policy,
             lambda read: RuntimeMetrics(registry, read),
             supervision=SupervisionTimes(hang_s=60.0),
-            migration=MigrationTimes(resume_s=LEASE_S - MARGIN_S),
+            migration=MigrationLimits(resume_s=LEASE_S - MARGIN_S),
         )
         await runtime.start()
         clients = Clients(runtime)
@@ -262,7 +263,7 @@ async def run_all(repetitions: dict[str, int]) -> list[dict[str, Any]]:
 
 
 def summary(played: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many, how many wrong, how they ended."""
+    """Number of repetitions, number with wrong tokens, and how migrations ended."""
     endings = [f"{one['outcome']} {one['detail']}".strip() for one in played]
     return {
         "n": len(played),

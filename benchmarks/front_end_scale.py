@@ -1,27 +1,27 @@
 """
-What one front-end process carries, and what several carry: `cascadeinfer serve --api-servers M` against `vllm serve --api-server-count M`.
+Capacity of one and of several front-end processes: `cascadeinfer serve --api-servers M` and `vllm serve
+--api-server-count M`.
 
-    python benchmarks/front_end_scale.py [--rounds 2] [--samples 4] [--requests 64] [--tokens 200] [--prefix "flock /tmp/lock"]
+    python benchmarks/front_end_scale.py [--rounds 2] [--samples 4] [--requests 64] [--tokens 200]
+        [--prefix "flock /tmp/lock"]
 
-Both serve the tiny model with two engines and stream completions over HTTP, each request on a connection of its own. On a machine
-with few cores the engines and the load generator take most of them, so tokens per second over the wall say little about the front end. What
-does is the CPU time of the front-end processes per token (everything the server has started except the engines; vLLM's coordinator is
-part of its front end): its inverse is what a front-end process carries that has a core for itself, which is how it should be run. So here the
-front end, all its processes, has the first core for itself, and engines and load share the others: a process that is interrupted by another at
-every token takes more time for the same work. Both are reported.
+Both serve the tiny model with two engines and stream completions over HTTP, each request on its own connection. On a
+machine with few cores the engines and the load generator take most of them, so tokens per second of wall time say
+little about the front end. The CPU time of the front-end processes per token does (everything the server has started
+except the engines; vLLM's coordinator is part of its front end): its inverse is what a front-end process carries with a
+core to itself, which is how it should be run. Here the whole front end has the first core to itself, and engines and
+load share the others, because a process that is interrupted at every token takes more time for the same work. Both
+figures are reported.
 
-Every start of a side is a process of its own; sides take turns in each round, in rotating order. Ratios are ours over vLLM's with the same
-number of processes, sample by sample within a round.
+Every start of a side is a separate process; sides take turns in each round, in rotating order. Ratios are ours over
+vLLM's with the same number of processes, sample by sample within a round.
 """
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import httpx
 import numpy as np
 import psutil
 
 import measuring
 from cascadeinfer.cluster.local import LOOPBACK, free_port, split_cores
 from cascadeinfer.engines.vllm.connector.cores import NAP_S
+from cascadeinfer.loadgen.served_process import ServedProcess, ServerFailedError
 
 N_INSTANCES = 2
 PROCESSES = (1, 2)
@@ -70,16 +70,15 @@ def command_of(side: str, folder: Path, port: int) -> list[str]:
 
 
 def environment_of(side: str) -> dict[str, str]:
-    """What the server of a side gets; vLLM's engines get the cores that ours get by themselves, and wait asleep as ours do."""
-    own = dict(os.environ)
-    if side.startswith("vllm"):
-        own["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0))))
-        own["PEERS_NAP_S"] = str(NAP_S)
-    return own
+    """What the server of a side gets beside ours; vLLM's engines get the cores that ours get by themselves, and wait asleep as ours do."""
+    if not side.startswith("vllm"):
+        return {}
+    cores = "|".join(split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0))))
+    return {"VLLM_CPU_OMP_THREADS_BIND": cores, "PEERS_NAP_S": str(NAP_S)}
 
 
 def front_end_of(server: psutil.Process) -> list[psutil.Process]:
-    """The server and all it has started, engines excepted."""
+    """The server and everything it has started, except engines."""
     everyone = [server, *server.children(recursive=True)]
     engines = [process for process in everyone if "EngineCore" in " ".join(process.cmdline())]
     inside = {process.pid for engine in engines for process in (engine, *engine.children(recursive=True))}
@@ -92,7 +91,10 @@ def front_end_cpu_s(server: psutil.Process) -> float:
 
 
 def set_apart(server: psutil.Process) -> None:
-    """The first core is the front end's, the others are the engines' and the load's (this process's); with one core there is nothing to set apart."""
+    """
+    Give the first core to the front end, and the others to the engines and the load (this process); does nothing with
+    one core.
+    """
     first, *others = sorted(os.sched_getaffinity(0))
     if not others:
         return
@@ -104,7 +106,7 @@ def set_apart(server: psutil.Process) -> None:
 
 
 async def load(url: str, n_requests: int, n_tokens: int, rng: np.random.Generator) -> None:
-    """All requests at once, streamed, each on a connection of its own; every one must give all its tokens."""
+    """All requests at once, streamed, each on its own connection; every one must return all its tokens."""
     body = {"model": MODEL, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
     body["stream_options"] = {"include_usage": True}
 
@@ -124,64 +126,47 @@ async def load(url: str, n_requests: int, n_tokens: int, rng: np.random.Generato
     assert n_out == n_requests * n_tokens, f"{n_out} tokens came"
 
 
-def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Until the server lists its model."""
-    end_s = time.monotonic() + START_TIMEOUT_S
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            httpx.get(f"{url}/v1/models", timeout=5).raise_for_status()
-            return
-        if server.poll() is not None or time.monotonic() > end_s:
-            sys.exit("the server did not start")
-        time.sleep(0.5)
-
-
-def wait_until_all_serve(url: str, side: str) -> None:
-    """Until all of our processes do; vLLM's listen when all are ready."""
-    while side.startswith("cascadeinfer") and not side.endswith("-1"):
-        if all(one["up"] for one in httpx.get(f"{url}/admin/instances", timeout=5).json()["front_ends"]):
-            return
-        time.sleep(0.5)
+def all_serve(server: ServedProcess, side: str) -> bool:
+    """Whether all of our processes do; vLLM's listen when all are ready."""
+    if not server.answers("/v1/models"):
+        return False
+    if side.startswith("vllm") or side.endswith("-1"):
+        return True
+    return all(one["up"] for one in json.loads(server.page("/admin/instances"))["front_ends"])
 
 
 def sample_side(side: str, options: argparse.Namespace) -> list[dict[str, float]]:
     """Start a side, warm up, sample."""
     rng = np.random.default_rng(0)
     port = free_port()
-    url = f"http://{LOOPBACK}:{port}"
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with log.open("w") as stream:
-            server = subprocess.Popen(
-                command_of(side, Path(folder) / "model", port),
-                env=environment_of(side),
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-            )
-        everyone: list[psutil.Process] = []
+        server = ServedProcess(
+            command_of(side, Path(folder) / "model", port),
+            port=port,
+            log=Path(folder) / "log",
+            environment=environment_of(side),
+            own_session=False,  # the load generator shares the cores with it
+            stop_timeout_s=STOP_TIMEOUT_S,
+        )
         try:
-            wait_until_ready(url, server)
-            wait_until_all_serve(url, side)
-            root = psutil.Process(server.pid)
-            everyone = [root, *root.children(recursive=True)]
-            set_apart(root)
-            for _ in range(2):
-                asyncio.run(load(url, options.requests, options.tokens, rng))
-            return [one_sample(url, root, options, rng) for _ in range(options.samples)]
+            with server:
+                server.wait_until(lambda: all_serve(server, side), "serving", START_TIMEOUT_S, poll_s=0.5)
+                root = psutil.Process(server.pid)
+                set_apart(root)
+                for _ in range(2):
+                    asyncio.run(load(server.url, options.requests, options.tokens, rng))
+                return [one_sample(server.url, root, options, rng) for _ in range(options.samples)]
+        except ServerFailedError as error:
+            sys.exit(str(error))
         except BaseException:
-            sys.stderr.write(log.read_text()[-3000:])
+            sys.stderr.write(server.log_tail())
             raise
-        finally:
-            if server.poll() is None:
-                server.send_signal(signal.SIGTERM)
-            for process in psutil.wait_procs(everyone, timeout=STOP_TIMEOUT_S)[1]:
-                process.kill()
 
 
 def one_sample(
     url: str, server: psutil.Process, options: argparse.Namespace, rng: np.random.Generator
 ) -> dict[str, float]:
-    """The figures of one load."""
+    """Figures of one load."""
     wall_s, cpu_s = time.perf_counter(), front_end_cpu_s(server)
     asyncio.run(load(url, options.requests, options.tokens, rng))
     wall_s, cpu_s = time.perf_counter() - wall_s, front_end_cpu_s(server) - cpu_s
@@ -221,7 +206,7 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Parse; as the parent run the rounds, as a child one side."""
+    """Parse the options; the parent runs the rounds, a child one side."""
     parser = measuring.sides_parser(__doc__, SIDES, name="front_end_scale", rounds=2, samples=4, requests=64)
     parser.add_argument("--prefix", default="", help="command under which each side is started, such as a lock")
     options = parser.parse_args()

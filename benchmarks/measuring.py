@@ -1,8 +1,8 @@
 """
-What the benchmarks on real engines share: the tiny model, its engine arguments, statistics, the file of results.
+Shared parts of the benchmarks on real engines: the tiny model, its engine arguments, statistics, the results file.
 
-The tiny model keeps the engines' own work small, so that what is measured (a pause, a client) is not lost in it. Ratios are what counts;
-absolute times are those of the machine named in the results.
+The tiny model keeps the engines' own work small, so that what is measured (a pause, a client) is not lost in it. Only
+ratios count; absolute times are those of the machine named in the results.
 """
 
 import argparse
@@ -25,20 +25,20 @@ from cascadeinfer.engines.models.tiny import VOCAB_SIZE, make_tiny_llama
 RESULTS = Path(__file__).parent / "results"
 BLOCK_TOKENS = 32
 FIRST_TEXT_ID = 3
-"""Ids below are special tokens of the tiny model."""
+"""Lower ids are special tokens of the tiny model."""
 BOOTSTRAP_SAMPLES = 10_000
 RESULT_MARK = "RESULT "
 
 
 def quiet_environment() -> None:
-    """Before vLLM is imported: no hub, no usage statistics, warnings only."""
+    """Set up the environment before vLLM is imported: no hub, no usage statistics, warnings only."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
 def tiny_engine_args(folder: Path, *, max_model_tokens: int, kv_blocks: int) -> dict[str, Any]:
-    """Arguments of vLLM's `AsyncEngineArgs` for the tiny model, made in `folder`; the same for whatever is compared."""
+    """Arguments of vLLM's `AsyncEngineArgs` for the tiny model, made in `folder`; the same for everything compared."""
     return {
         "model": str(make_tiny_llama(folder)),
         "dtype": "float32",
@@ -53,7 +53,7 @@ def tiny_engine_args(folder: Path, *, max_model_tokens: int, kv_blocks: int) -> 
 def sides_parser(
     description: str | None, sides: Sequence[str], *, name: str, rounds: int, samples: int, requests: int
 ) -> argparse.ArgumentParser:
-    """Options of a benchmark that compares sides, each started in a process of its own."""
+    """Options of a benchmark that compares sides, each started in a separate process."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="starts of each side")
     parser.add_argument("--samples", type=int, default=samples, help="samples per start")
@@ -65,7 +65,7 @@ def sides_parser(
 
 
 def rotating_rounds(sides: Sequence[str], n_rounds: int, run: Callable[[str], Any]) -> list[dict[str, Any]]:
-    """Per round what each side gave; the order of the sides rotates from round to round."""
+    """Results of each side per round; the order of the sides rotates from round to round."""
     rounds = []
     for number in range(n_rounds):
         turn = number % len(sides)
@@ -91,12 +91,12 @@ def run_in_own_process(
 
 
 def print_samples(samples: list[dict[str, float]]) -> None:
-    """What a child tells its parent."""
+    """Pass a child's samples to its parent."""
     print(RESULT_MARK + json.dumps(samples))
 
 
 def random_prompt(rng: np.random.Generator, n_tokens: int) -> list[int]:
-    """Token ids of text that no engine has seen: nothing of it is in a prefix cache."""
+    """Token ids of text that no engine has seen, so that nothing of it is in a prefix cache."""
     return [int(token) for token in rng.integers(FIRST_TEXT_ID, VOCAB_SIZE, n_tokens)]
 
 
@@ -122,7 +122,7 @@ def bootstrap_interval(values: NDArray[np.float64], rng: np.random.Generator) ->
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on: the processor, its cores, how busy it was at the start, versions, the commit."""
+    """The machine: its processor, cores, load at the start, versions, the commit."""
     model = next(
         (
             line.partition(":")[2].strip()

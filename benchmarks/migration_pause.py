@@ -1,15 +1,16 @@
 """
-How long a request pauses when it moves, against the time between its tokens: KV pull against recompute.
+How long a request pauses when it moves, compared with the time between its tokens: KV pull against recompute.
 
     python benchmarks/migration_pause.py [--contexts 200,1000,4000] [--repetitions 15] [--name migration_pause]
 
-Two real vLLM instances with the tiny model, nothing else running. A repetition is one request: some tokens on the source, room reserved at
-the target, a cut, the rest at the target; with the ticket (the target pulls the KV cache) or without (it computes it anew). The two
-ways take turns, in random order within a pair, and so do the directions, so that both see the same machine. Every prompt is new, so that
-no prefix cache helps.
+Two real vLLM instances with the tiny model, nothing else running. A repetition is one request: some tokens on the
+source, room reserved at the target, a cut, the rest at the target; with the ticket (the target pulls the KV cache) or
+without (it recomputes it). The two ways alternate, in random order within a pair, and so do the directions, so that
+both see the same machine. Every prompt is new, so that no prefix cache helps.
 
-The pause is the time from the source's last token to the target's first, as they arrive in the front end. The time between
-tokens is the median before the cut, of the same request. The runtime's own work (policy, streams) is not in it; it is microseconds.
+The pause is the time from the source's last token to the target's first, as they arrive in the front end. The time
+between tokens is the median before the cut, of the same request. The runtime's own work (policy, streams) is excluded;
+it takes microseconds.
 """
 
 from __future__ import annotations
@@ -27,24 +28,23 @@ import numpy as np
 import measuring
 
 if __name__ == "__main__":
-    # The engines' processes import this file again (spawn) and need none of it; numba, which the planner brings in, would even end
-    # vLLM's CPU worker: it looks into every loaded module, and llvmlite's answers any name.
+    # The engines' processes import this file again (spawn) and need none of it; numba, which the planner brings in,
+    # would even end vLLM's CPU worker: it looks into every loaded module, and llvmlite's answers any name.
     measuring.quiet_environment()
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import SamplingParams
 
+    from cascadeinfer.core.migration import ROOM_SLACK_TOKENS
     from cascadeinfer.engines.protocol import EngineRequest, KvTicket, Resume
     from cascadeinfer.engines.vllm.instance import VllmInstance
     from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
     from cascadeinfer.engines.vllm.plain_request import request_with
 
 TOKENS_BEFORE = 24
-"""At the source, after which it is cut; enough for a median of the time between tokens."""
+"""Tokens at the source before the cut; enough for a median of the time between tokens."""
 TOKENS_AFTER = 8
 MAX_MODEL_TOKENS = 8192
 KV_BLOCKS = 512
-ROOM_SLACK_TOKENS = 64
-"""Room reserved beyond the length at the cut, as the runtime does."""
 WAYS = ("pull", "recompute")
 
 
@@ -59,7 +59,7 @@ class Run:
 
 
 def request_of(request_id: str, prompt: list[int]) -> EngineRequest:
-    """A greedy request of exactly as many tokens as are measured."""
+    """A greedy request of exactly the measured number of tokens."""
     n_tokens = TOKENS_BEFORE + TOKENS_AFTER + 2  # the cut takes effect one or two tokens after it was asked for
     sampling = SamplingParams(temperature=0, max_tokens=n_tokens, ignore_eos=True)
     sampling.update_from_generation_config({}, None)
@@ -67,7 +67,7 @@ def request_of(request_id: str, prompt: list[int]) -> EngineRequest:
 
 
 async def run_once(source: VllmInstance, target: VllmInstance, request_id: str, prompt: list[int], way: str) -> Run:
-    """One request that moves once, one of the two ways."""
+    """One request that moves once, in one of the two ways."""
     run = Run(request_of(request_id, prompt), [], [], [])
     await source.add(request_id, run.request)
     ticket: KvTicket | None = None
@@ -143,7 +143,7 @@ async def run_all(contexts: list[int], repetitions: int) -> list[dict[str, Any]]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """A table on standard output: medians with their 95 % intervals."""
+    """Print a table: medians with their 95 % intervals."""
 
     def cell(spread: dict[str, Any], scale: float, digits: int) -> str:
         low, high = spread["median_low"] * scale, spread["median_high"] * scale

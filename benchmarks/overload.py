@@ -1,15 +1,17 @@
 """
-Ten times more requests than a server can take, for a minute: what is answered, what is refused, what memory does, and how soon all is as before.
+Ten times more requests than a server can take, for a minute: what is answered or refused, memory, and time to recover.
 
     python benchmarks/overload.py [--times 10] [--seconds 60] [--name overload]
 
-A real server (`cascadeinfer serve`, policy `cascade`, two instances of the tiny model, `--max-queued-requests 32`). First its capacity is measured: answers per
-second while as many requests as it takes are under way. Then one trace is replayed in open loop, streams on a connection each: calm at a share of
-the capacity, overload, calm again. Meanwhile the memory of the front end and of the engines is read every second (resident set size; what processes share
-counts in each). Nothing is retried by the client.
+A real server (`cascadeinfer serve`, policy `cascade`, two instances of the tiny model, `--max-queued-requests 32`).
+First its capacity is measured: answers per second while as many requests as it takes are in progress. Then one trace is
+replayed in open loop, each stream on its own connection: calm at a share of the capacity, overload, calm again.
+Meanwhile the memory of the front end and of the engines is read every second (resident set size; memory shared by
+processes counts in each). The client retries nothing.
 
-"Recovered" is the first moment after the overload from which every request of the calm gets its first token within a second. All latencies count from
-the time at which a request was due, so a client that the machine leaves no time is in them; how late it was is among the figures.
+"Recovered" is the first moment after the overload from which every request of the calm gets its first token within a
+second. All latencies count from the time at which a request was due, so they include the delay of a client that the
+machine leaves no time; that lateness is among the figures.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import psutil
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "peers"))
 
-from processes import Service, client_first, stopped_at_end  # noqa: E402 - in the folder below
+from processes import Service, client_first  # noqa: E402 - in the folder below
 
 import measuring  # noqa: E402
 from cascadeinfer.cluster.local import LOOPBACK, free_port  # noqa: E402
@@ -58,16 +60,16 @@ MEMORY_S = 1.0
 
 @dataclass
 class Memory:
-    """What the server holds, in bytes, over time."""
+    """Memory of the server in bytes, over time."""
 
     server: Service
     front_end: list[int] = field(default_factory=list)
     engines: list[int] = field(default_factory=list)
 
     async def watch(self) -> None:
-        """Read it every second until cancelled."""
+        """Read the memory every second until cancelled."""
         while True:
-            front_end, *engines = self.server.tree()
+            front_end, *engines = self.server.family()
             self.front_end.append(front_end.memory_info().rss)
             total = 0
             for process in engines:
@@ -78,7 +80,7 @@ class Memory:
 
 
 def command(folder: Path, port: int) -> list[str]:
-    """The server."""
+    """The command of the server."""
     arguments = measuring.tiny_engine_args(folder, max_model_tokens=1024, kv_blocks=1024)
     return [
         sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "serve", arguments["model"],
@@ -91,7 +93,7 @@ def command(folder: Path, port: int) -> list[str]:
 
 async def capacity_rps(client: OpenAiClient, prompts: PromptMaker, n_prompts: int) -> float:
     """
-    Answers per second while as many requests are under way as run and half as many again.
+    Answers per second with as many requests in progress as can run, and half as many again.
 
     Each client's first answer has another length, so that they do not all end together.
     """
@@ -119,7 +121,7 @@ async def capacity_rps(client: OpenAiClient, prompts: PromptMaker, n_prompts: in
 
 
 def trace_of(rate_rps: float, options: argparse.Namespace) -> tuple[Trace, tuple[float, float]]:
-    """Calm, overload, calm; and when the overload begins and ends."""
+    """Calm, overload, calm; and the times at which the overload begins and ends."""
     rng = np.random.default_rng(0)
     phases = (
         (CALM_S, CALM_SHARE * rate_rps),
@@ -138,7 +140,7 @@ def trace_of(rate_rps: float, options: argparse.Namespace) -> tuple[Trace, tuple
 
 
 def figures(result: Replay, borders: tuple[float, float], rate_rps: float, memory: Memory) -> dict[str, Any]:
-    """What came of it."""
+    """Figures of the replay."""
     begin_s, end_s = borders
     records = result.records
     before = records.arrived_in(0.0, begin_s)
@@ -165,7 +167,7 @@ def figures(result: Replay, borders: tuple[float, float], rate_rps: float, memor
 
 
 def phase(records: RequestRecords) -> dict[str, Any]:
-    """Of the requests that arrived in one phase."""
+    """Figures of the requests that arrived in one phase."""
     done = records.rows(records.finished)
     return {
         "requests": len(records),
@@ -183,7 +185,7 @@ def spread(values: list[int]) -> dict[str, int]:
 
 
 async def measure(server: Service, options: argparse.Namespace) -> dict[str, Any]:
-    """Capacity, then the trace, with an eye on the memory."""
+    """Measure the capacity, then replay the trace while watching the memory."""
     async with OpenAiClient.connect(server.url) as client:
         n_prompts = 4000
         warm = Trace.from_columns([PROMPT_TOKENS] * n_prompts, [OUTPUT_TOKENS] * n_prompts, [0.0] * n_prompts)
@@ -209,15 +211,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     measuring.quiet_environment()
     host = measuring.machine()
-    with tempfile.TemporaryDirectory() as folder, stopped_at_end([]) as services:
+    with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        services.append(Service("server", command(Path(folder) / "model", port), port, {}, Path(folder) / "server.log"))
-        services[0].wait_ready("/health/ready", START_TIMEOUT_S)
-        client_first()
-        found = asyncio.run(measure(services[0], options))
+        with Service("server", command(Path(folder) / "model", port), port, Path(folder) / "server.log") as server:
+            server.wait_ready("/health/ready", START_TIMEOUT_S)
+            client_first()
+            found = asyncio.run(measure(server, options))
     settings = {
-        "times": options.times, "seconds": options.seconds, "calm_share": CALM_SHARE, "calm_s": CALM_S, "calm_after_s": CALM_AFTER_S, "instances": N_INSTANCES,
-        "max_num_seqs": MAX_NUM_SEQS, "max_queued_requests": MAX_QUEUED, "prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS,
+        "times": options.times, "seconds": options.seconds, "calm_share": CALM_SHARE, "calm_s": CALM_S,
+        "calm_after_s": CALM_AFTER_S, "instances": N_INSTANCES,
+        "max_num_seqs": MAX_NUM_SEQS, "max_queued_requests": MAX_QUEUED, "prompt_tokens": PROMPT_TOKENS,
+        "output_tokens": OUTPUT_TOKENS,
     }  # fmt: skip
     print(measuring.write_results(options.name, host, settings, found))
     print(found)

@@ -1,23 +1,27 @@
 """
-Does the simulator predict the real run? Mean TTFT and TPOT of five workloads on a real vLLM instance, and as simulated from its own profile.
+Does the simulator predict the real run? Mean TTFT and TPOT of five workloads on a real vLLM instance, and as simulated
+from its own profile.
 
-    python benchmarks/parity.py [--rounds 3] [--load 0.5] [--seconds 8] [--profile-minutes 0.75] [--name parity] [--more]
+    python benchmarks/parity.py [--rounds 3] [--load 0.5] [--seconds 8] [--profile-minutes 0.75] [--name parity]
+        [--more]
 
-Each round runs `cascadeinfer profile` on an engine with the same options, then starts the instance, and replays the same arrivals and lengths,
-workload after workload, to the real thing and to the simulator with that profile. A round is short, so that profile and workloads see
-the same machine; rounds are compared to show how much the machine itself changes meanwhile. Results are written after every round; with
-`--more` rounds are added to those of an earlier run.
+Each round runs `cascadeinfer profile` on an engine with the same options, then starts the instance, and replays the
+same arrivals and lengths, workload after workload, on the real system and in the simulator with that profile. A round
+is short, so that profile and workloads see the same machine; comparing rounds shows how much the machine itself changes
+meanwhile. Results are written after every round; `--more` adds rounds to those of an earlier run.
 
-The instance computes on one core (the last); everything else has the rest, as a front end should: on cores that are shared, steps take up to half as
-long again as in the profile, by an amount that depends on the load, which no step model knows. The real side is the runtime
-under vLLM's `AsyncLLM`, tokens in, text streamed out. What it adds before the first token (queues between processes, detokenisation) is not in the step
-model: it is measured in each round, with single short requests beside a few that decode, and added to every predicted TTFT as one number,
-`front_end_s`. Nothing is added to TPOT. Rates follow from the profile: `--load` of what the model says the instance can serve.
+The instance computes on one core (the last); everything else has the rest, as a front end should: on shared cores,
+steps take up to half as long again as in the profile, by an amount that depends on the load, which no step model knows.
+The real side is the runtime under vLLM's `AsyncLLM`, tokens in, text streamed out. What it adds before the first token
+(queues between processes, detokenisation) is not in the step model: it is measured in each round, with single short
+requests beside a few that decode, and added to every predicted TTFT as one number, `front_end_s`. Nothing is added to
+TPOT. Rates follow from the profile: `--load` times what the model says the instance can serve.
 
-Beside the latencies stands `step_time`: the profile's prediction of the very steps that the engine made in the workload, over the time that they took. An
-error there is the step model's, or the machine's that has changed since. The `learnt` prediction is of the same simulator with the profile as the
-server would have it after the workload, which it learns on while it serves (`core/cost/learning.py`): it has seen the steps, not the latencies.
-What is left of its error is the simulator's.
+Besides the latencies, `step_time` is the profile's prediction of the very steps that the engine made in the workload,
+over the time that they took. An error there comes from the step model, or from a machine that has changed since. The
+`learnt` prediction is that of the same simulator with the profile as the server would have it after the workload,
+because it learns while it serves (`core/cost/learning.py`): it has seen the steps, not the latencies. The rest of its
+error is the simulator's.
 """
 
 from __future__ import annotations
@@ -65,11 +69,11 @@ MAX_MODEL_TOKENS = 2048
 MAX_NUM_SEQS = 48
 KV_BLOCKS = 1600
 BESIDE = (12, 64, 600)
-"""Requests that decode while the front end is measured, their prompts and their output."""
+"""Number of requests that decode while the front end is measured, their prompt and their output length."""
 SINGLE_TOKENS = 64
 SINGLE_REQUESTS = 24
 REPORT_S = 0.05
-"""Between two reports, which bring the steps that the engine timed."""
+"""Interval of the reports, which carry the steps that the engine timed."""
 FIGURES = ("ttft_s", "tpot_s")
 KINDS = ("predicted", "learnt")
 FEWEST, MOST = 24, 160
@@ -78,7 +82,7 @@ FEWEST, MOST = 24, 160
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """How lengths are drawn, and how uneven arrivals are (coefficient of variation of the gaps)."""
+    """Distribution of lengths, and burstiness of arrivals (coefficient of variation of the gaps)."""
 
     name: str
     lengths: Callable[[np.random.Generator, int], tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -92,7 +96,7 @@ def _equal(
 
 
 def _mixed(rng: np.random.Generator, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Nine chat turns to one document."""
+    """Nine chat turns per document."""
     long = rng.random(n) < 0.1
     prompts = np.where(long, rng.integers(900, 1600, n), rng.integers(16, 200, n))
     return prompts, rng.integers(16, 150, n)
@@ -108,10 +112,10 @@ WORKLOADS = (
 
 
 class Bench:
-    """The running system and what is asked of it."""
+    """The running system, with its measurements."""
 
     def __init__(self, llm: Any, rng: np.random.Generator) -> None:
-        """Take over a started one, and listen to what its instance tells of its steps."""
+        """Take over a started system, and listen to its instance's reports of its steps."""
         self.llm = llm
         self.rng = rng
         self.steps: list[StepSample] = []
@@ -125,7 +129,10 @@ class Bench:
         llm.runtime.instance_reported = heard
 
     async def one(self, prompt_tokens: int, output_tokens: int, moments: list[float] | None = None) -> list[float]:
-        """Run a request; the moment at which it was sent and that of each of its tokens at the client, also while they come."""
+        """
+        Run a request; returns when it was sent and when each of its tokens reached the client. `moments` is filled as
+        they come.
+        """
         self._numbers += 1
         parameters = SamplingParams(
             temperature=0, max_tokens=output_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
@@ -139,7 +146,7 @@ class Bench:
         return moments
 
     async def front_end_s(self, model: StepModel) -> float:
-        """What a first token takes beyond half a decode step and its own step, median."""
+        """Median time of a first token beyond half a decode step and its own step."""
         count, prompt, output = BESIDE
         beside: list[list[float]] = [[] for _ in range(count)]
         decoding = [asyncio.create_task(self.one(prompt, output, moments)) for moments in beside]
@@ -160,7 +167,7 @@ class Bench:
         return float(np.median(extra))
 
     async def replay(self, trace: Trace) -> dict[str, float]:
-        """The trace in real time, open loop: mean TTFT and TPOT, from now on `steps` are those that it takes."""
+        """Replay the trace in real time, open loop: mean TTFT and TPOT. Afterwards `steps` has the steps it took."""
         await asyncio.sleep(2 * REPORT_S)
         self.steps.clear()
         start_s = time.perf_counter() + 0.2
@@ -181,12 +188,12 @@ class Bench:
 
 
 def engine_options() -> dict[str, Any]:
-    """Of the engine that is profiled and of the one that serves."""
+    """Options of the profiled engine and of the one that serves."""
     return {"max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": MAX_MODEL_TOKENS, "enable_prefix_caching": False}
 
 
 def measured_profile(arguments: dict[str, Any], folder: Path, minutes: float) -> CostProfile:
-    """What `cascadeinfer profile` makes of the engine."""
+    """The profile that `cascadeinfer profile` makes of the engine."""
     file = folder / "profile.json"
     command = [sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "profile", arguments["model"]]
     for name, value in arguments.items():
@@ -219,7 +226,7 @@ def predicted(trace: Trace, model: StepModel, capacity: Any, front_end_s: float)
 def trace_of(
     workload: Workload, model: StepModel, capacity: Any, options: argparse.Namespace, seed: int
 ) -> tuple[Trace, float]:
-    """Some seconds of arrivals at the share of the capacity that was asked for, and their rate."""
+    """A few seconds of arrivals at the requested share of the capacity, and their rate."""
     rng = np.random.default_rng(seed)
     prompts, outputs = workload.lengths(rng, 1000)
     most_rps = capacity_rate(LengthHistogram.from_requests(prompts, outputs), model, capacity, 1)
@@ -267,7 +274,7 @@ async def serve_round(
 
 
 def measure(options: argparse.Namespace, done: int, write: Callable[[dict[str, Any]], None]) -> None:
-    """Rounds; `write` gets each of them, of which `done` were there before."""
+    """Run the rounds; `write` gets each of them, of which `done` existed before."""
     *others, last = sorted(os.sched_getaffinity(0))
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(last)
     os.sched_setaffinity(0, others)
@@ -282,7 +289,7 @@ def measure(options: argparse.Namespace, done: int, write: Callable[[dict[str, A
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per workload and figure: real, predicted, error (median over rounds), and how far the real figure is from round to round."""
+    """Per workload and figure: real, predicted, error (median over rounds), and the real figure's spread."""
     table: dict[str, Any] = {}
     for workload in WORKLOADS:
         rows = [one["workloads"][workload.name] for one in rounds]
@@ -314,7 +321,8 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def show(table: dict[str, Any]) -> None:
     """A table on standard output."""
     print(
-        "| workload | figure | real ms; max / min of rounds | predicted / real: median; per round | error | learnt / real: median; per round | error "
+        "| workload | figure | real ms; max / min of rounds | predicted / real: median; per round | error | learnt "
+        "/ real: median; per round | error "
         "| step time: predicted / real |\n|---|---|---|---|---|---|---|---|"
     )
     for name, row in table["workloads"].items():
@@ -325,7 +333,8 @@ def show(table: dict[str, Any]) -> None:
                 per_round = ", ".join(f"{ratio:.2f}" for ratio in found["per_round"])
                 cells.append(f"{found['over_real']:.2f}; {per_round} | {100 * found['error']:.0f} %")
             print(
-                f"| {name} | {figure.removesuffix('_s').upper()} | {1e3 * row[figure]['real']:.1f}; {row[figure]['real_max_over_min']:.2f} "
+                f"| {name} | {figure.removesuffix('_s').upper()} | {1e3 * row[figure]['real']:.1f}; "
+                f"{row[figure]['real_max_over_min']:.2f} "
                 f"| {' | '.join(cells)} | {row['step_time']['predicted_over_real']:.2f} |"
             )
     print(json.dumps(table["median_error"]))

@@ -1,14 +1,15 @@
 """
-Predicted against simulated QoE: does the planner's model hold at finite load, and does it put layouts in the right order?
+Predicted against simulated QoE: does the planner's model hold at finite load, and does it rank layouts correctly?
 
-    .venv/bin/python benchmarks/plan_accuracy.py --traces ../shared/data/traces [--profiles h100-llama-3.1-8b,...] [--loads 0.3,0.5,...]
+    .venv/bin/python benchmarks/plan_accuracy.py --traces ../shared/data/traces [--profiles h100-llama-3.1-8b,...]
+        [--loads 0.3,0.5,...]
 
-For each profile, trace and load (share of the one-stage capacity) the best layout of 1, 2, 3 ... stages is predicted and simulated:
-`least_loaded` for one stage, `static_stages` with hand-overs for several. Requests are drawn with replacement from the trace, arrivals are
-Poisson; only requests that arrive in the middle of the run count, so that the cluster is full while they run. Regret is how much worse
-the layout that the planner chooses fares, in the simulator, than the best of those simulated; layouts are simulated on the same arrivals.
-With --rivals, layouts next to the chosen one are among them.
-Writes Markdown to standard output and one CSV row per run to --csv.
+For each profile, trace and load (share of the one-stage capacity) the best layout of 1, 2, 3 ... stages is predicted
+and simulated: `least_loaded` for one stage, `static_stages` with hand-overs for several. Requests are drawn with
+replacement from the trace, arrivals are Poisson; only requests that arrive in the middle of the run count, so that the
+cluster is full while they run. Regret is how much worse the planner's choice performs in the simulator than the best of
+the simulated layouts; all are simulated on the same arrivals. With --rivals, layouts close to the chosen one are
+included. Writes Markdown to standard output and one CSV row per run to --csv.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.traces import load_trace
 from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.profile import CostProfile
+from cascadeinfer.core.layout import Proposal
 from cascadeinfer.core.plan.planner import Plan, capacity_rate, predict, solve
 from cascadeinfer.core.plan.problem import (
     DEFAULT_MARGIN,
@@ -38,11 +40,17 @@ from cascadeinfer.sim.run import simulate
 from cascadeinfer.sim.settings import NetworkConfig, SimConfig, instance_ids
 from cascadeinfer.workload.trace import Trace
 
-DEFAULT_TRACES = "azure_2023_conv,sharegpt_v3_firstturn_llama3,sharegpt_8k_llama2,servegen_deepseek_r1_1h,mooncake_synthetic,bwb_llama2"
+DEFAULT_TRACES = (
+    "azure_2023_conv,sharegpt_v3_firstturn_llama3,sharegpt_8k_llama2,servegen_deepseek_r1_1h,"
+    "mooncake_synthetic,bwb_llama2"
+)
 PULL_S = 0.02
-"""Pause of a hand-over beside the transfer: set-up of the pull, the commands around it, the steps that end first (simulated: 20 ms)."""
+"""
+Pause of a hand-over beyond the transfer: set-up of the pull, the commands around it, the steps that end first
+(simulated: 20 ms).
+"""
 RESIDENCES = 12.0
-"""A run lasts so many mean residences (at least `--seconds`), so that most of it is steady."""
+"""Length of a run in mean residences (at least `--seconds`), so that most of it is steady."""
 COUNTED = (0.3, 0.75)
 """Arrivals between these shares of the run are counted."""
 
@@ -68,13 +76,13 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Predicted over simulated, less one."""
+        """Relative error of the prediction."""
         return self.predicted_ms / self.simulated_ms - 1.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the planner's rule chooses among the simulated layouts of one point, and how that fares."""
+    """The planner's choice among the simulated layouts of one point, and how it performs."""
 
     chosen: Row
     predicted_gain: float
@@ -167,7 +175,7 @@ def point(
             layouts.setdefault((best.boundaries_tokens, best.instances), best)
     if options.rivals:
         layouts |= rivals(chosen)
-    layouts.setdefault(((), (n,)), predict(chosen.problem, (), (n,)))
+    layouts.setdefault(((), (n,)), predict(chosen.problem, Proposal((), (n,))))
     residence_s = max(stage.service.step_s for stage in chosen.stages) * histogram.mean_output_tokens
     seconds = max(options.seconds, RESIDENCES * residence_s)
     count = int(min(options.requests, max(1500, rate * seconds)))
@@ -183,7 +191,10 @@ def point(
 
 
 def rivals(chosen: Plan) -> dict[tuple[tuple[int, ...], tuple[int, ...]], Plan]:
-    """Layouts near the chosen one that the planner did not choose: boundaries moved by half, an instance moved to the end or start."""
+    """
+    Layouts near the chosen one that the planner did not choose: boundaries moved by half, an instance moved to the end
+    or start.
+    """
     bounds, instances = chosen.boundaries_tokens, chosen.instances
     if not bounds:
         return {}
@@ -194,7 +205,7 @@ def rivals(chosen: Plan) -> dict[tuple[tuple[int, ...], tuple[int, ...]], Plan]:
         moved[taker] += 1
         if min(moved) >= 1:
             wanted.append((bounds, tuple(moved)))
-    found = (predict(chosen.problem, *layout) for layout in wanted)
+    found = (predict(chosen.problem, Proposal(*layout)) for layout in wanted)
     return {(layout.boundaries_tokens, layout.instances): layout for layout in found if np.isfinite(layout.cost)}
 
 
@@ -238,12 +249,15 @@ def joined(numbers: tuple[int, ...]) -> str:
 
 
 def cells(rows: list[Row]) -> str:
-    """Predicted and simulated, by number of stages."""
+    """Predicted and simulated cost, by number of stages."""
     return ", ".join(f"{r.stages}: {r.predicted_ms:.1f} / {r.simulated_ms:.1f} ({r.error:+.0%})" for r in rows)
 
 
 def verdict_on(rows: list[Row], margin: float) -> Verdict:
-    """The planner's rule: fewest stages within the tolerance of the best predicted; one stage unless that gains the margin."""
+    """
+    The planner's rule: the fewest stages within the tolerance of the best prediction; one stage unless that gains the
+    margin.
+    """
     one = next(row for row in rows if row.stages == 1)
     best = min(row.predicted_ms for row in rows)
     near = [row for row in rows if row.predicted_ms <= best * (1.0 + DEFAULT_STAGE_TOLERANCE)]
@@ -260,13 +274,15 @@ def report(rows: list[Row], margin: float) -> None:
     for row in rows:
         points.setdefault((row.profile, row.trace, row.load), []).append(row)
     print(
-        "| profile | trace | load | stages: predicted / simulated ms per token (error) | chosen | simulated gain | regret |"
+        "| profile | trace | load | stages: predicted / simulated ms per token (error) | chosen | simulated gain | "
+        "regret |"
     )
     print("|---|---|---|---|---|---|---|")
     for (profile, trace, load), runs in points.items():
         v = verdict_on(runs, margin)
         print(
-            f"| {profile} | {trace} | {load:.0%} | {cells(runs)} | {v.chosen.stages} | {v.simulated_gain:.1%} | {v.regret:.1%} |"
+            f"| {profile} | {trace} | {load:.0%} | {cells(runs)} | {v.chosen.stages} | {v.simulated_gain:.1%} | "
+            f"{v.regret:.1%} |"
         )
     print("\n| load | runs | median error | 90th percentile | worst | order of pairs right |")
     print("|---|---|---|---|---|---|")
@@ -281,7 +297,8 @@ def report(rows: list[Row], margin: float) -> None:
             if abs(a.predicted_ms / b.predicted_ms - 1.0) > DEFAULT_STAGE_TOLERANCE
         ]
         print(
-            f"| {label} | {len(errors)} | {np.median(errors):.1%} | {np.quantile(errors, 0.9):.1%} | {errors.max():.1%} "
+            f"| {label} | {len(errors)} | {np.median(errors):.1%} | {np.quantile(errors, 0.9):.1%} | "
+            f"{errors.max():.1%} "
             f"| {np.mean(pairs):.0%} of {len(pairs)} |"
         )
     print(

@@ -1,11 +1,11 @@
 """
-What the runtime itself costs per token and per load report: its own code, without engines, network or detokenisation.
+Cost of the runtime per token and per load report: its own code, without engines, network or detokenisation.
 
     python benchmarks/runtime_per_token.py [--requests 32] [--steps 2000] [--repetitions 15]
 
-The runtime gets step outputs as an engine would send them (one token for each running request) and hands them on; and it gets load
-reports, which the policy sees. The engine is a stub that does nothing. Best and median over repetitions of the mean time per call: the best
-is what the code costs, the median what this machine made of it.
+The runtime gets step outputs as an engine would send them (one token for each running request) and hands them on, and
+load reports, which the policy sees. The engine is a stub that does nothing. Reported are best and median over
+repetitions of the mean time per call: the best is the cost of the code, the median includes this machine's noise.
 """
 
 import argparse
@@ -34,7 +34,7 @@ CAPACITY = InstanceCapacity(kv_blocks=100_000, block_size_tokens=16, max_num_seq
 
 
 class StubEngine:
-    """Takes every request and says nothing by itself."""
+    """Accepts every request and sends nothing by itself."""
 
     instance_id = "0"
     pid = None

@@ -1,22 +1,23 @@
 """
 An instance that is stopped nine tenths of the time: what share of the requests does it get, and what does that cost?
 
-    python benchmarks/slow_instance.py [--source LABEL=SRC_FOLDER ...] [--rounds 2] [--requests 80] [--gap-s 0.5] [--name slow_instance]
+    python benchmarks/slow_instance.py [--source LABEL=SRC_FOLDER ...] [--rounds 2] [--requests 80] [--gap-s 0.5]
+        [--name slow_instance]
 
-Real servers, one after the other in rotating order, one per source tree: three instances of the tiny model in one stage. Each serves the same
-requests twice, in open loop with the same exponential gaps: first with all instances well, then with one of them under SIGSTOP for 0.9 s of every
-second. Compare trees side by side, `--source now=src --source before=/path/to/an/older/checkout/src`; ratios are what counts.
+Real servers, one after the other in rotating order, one per source tree: three instances of the tiny model in one
+stage. Each serves the same requests twice, in open loop with the same exponential gaps: first with all instances well,
+then with one of them under SIGSTOP for 0.9 s of every second. To compare source trees, run `--source now=src --source
+before=/path/to/an/older/checkout/src`; only ratios count.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
+import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ import numpy as np
 
 import measuring
 from cascadeinfer.cluster.local import LOOPBACK, free_port
+from cascadeinfer.loadgen.served_process import ServedProcess, ServerFailedError
 
 N_INSTANCES = 3
 N_TOKENS = 100
@@ -38,55 +40,38 @@ MODEL = "tiny"
 SICK = "0"
 
 
-class Server:
+def server_of(source: Path, folder: Path) -> ServedProcess:
     """`cascadeinfer serve` from one source tree."""
+    port = free_port()
+    arguments = measuring.tiny_engine_args(folder / "model", max_model_tokens=1024, kv_blocks=256)
+    words = [
+        "serve", arguments["model"], "--host", LOOPBACK, "--port", str(port), "--served-model-name", MODEL,
+        "--instances", str(N_INSTANCES), "--stages", f"0-:{N_INSTANCES}", "--dtype", "float32", "--enforce-eager",
+        "--block-size", str(measuring.BLOCK_TOKENS), "--num-gpu-blocks-override", "256", "--max-model-len", "1024",
+    ]  # fmt: skip
+    return ServedProcess(
+        [sys.executable, "-c", "from cascadeinfer.cli.main import main; raise SystemExit(main())", *words],
+        port=port,
+        log=folder / "log",
+        environment={"PYTHONPATH": str(source.resolve()), "OMP_NUM_THREADS": "1"},
+        own_session=False,  # the load generator shares the cores with it
+        stop_timeout_s=60.0,
+    )
 
-    def __init__(self, source: Path, folder: Path) -> None:
-        """Start it."""
-        port = free_port()
-        self.url = f"http://{LOOPBACK}:{port}"
-        arguments = measuring.tiny_engine_args(folder / "model", max_model_tokens=1024, kv_blocks=256)
-        words = [
-            "serve", arguments["model"], "--host", LOOPBACK, "--port", str(port), "--served-model-name", MODEL,
-            "--instances", str(N_INSTANCES), "--stages", f"0-:{N_INSTANCES}", "--dtype", "float32", "--enforce-eager",
-            "--block-size", str(measuring.BLOCK_TOKENS), "--num-gpu-blocks-override", "256", "--max-model-len", "1024",
-        ]  # fmt: skip
-        self._log = (folder / "log").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "from cascadeinfer.cli.main import main; raise SystemExit(main())", *words],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(source.resolve()), "OMP_NUM_THREADS": "1"},
-        )
 
-    async def until_ready(self, http: httpx.AsyncClient) -> None:
-        """Until all instances are up."""
-        end_s = time.monotonic() + READY_S
-        while time.monotonic() < end_s and self.process.poll() is None:
-            with contextlib.suppress(httpx.TransportError, KeyError):
-                if len((await http.get("/health/ready")).json()["instances"]) == N_INSTANCES:
-                    return
-            await asyncio.sleep(0.2)
-        sys.exit(f"the server does not get ready; see {self._log.name}")
-
-    def stop(self) -> None:
-        """By a signal; by force if that does not help."""
-        self.process.terminate()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        self._log.close()
+def all_are_up(server: ServedProcess) -> bool:
+    """Whether every instance is."""
+    return server.answers("/health/ready") and len(json.loads(server.page("/health/ready"))["instances"]) == N_INSTANCES
 
 
 async def pid_of_sick(http: httpx.AsyncClient) -> int:
-    """The process that will be stopped."""
+    """Id of the process that will be stopped."""
     instances = (await http.get("/admin/instances")).json()["instances"]
     return next(int(instance["pid"]) for instance in instances if instance["id"] == SICK)
 
 
 async def ended(http: httpx.AsyncClient) -> dict[str, float]:
-    """Per instance, requests that have ended there."""
+    """Requests that have ended, per instance."""
     found: dict[str, float] = {}
     for line in (await http.get("/metrics")).text.splitlines():
         if match := re.match(r'vllm:request_success_total\{.*engine="(\w+)".*\} (\S+)', line):
@@ -95,7 +80,7 @@ async def ended(http: httpx.AsyncClient) -> dict[str, float]:
 
 
 async def make_sick(pid: int) -> None:
-    """Until cancelled."""
+    """Stop and continue the process until cancelled."""
     try:
         while True:
             os.kill(pid, signal.SIGSTOP)
@@ -127,24 +112,25 @@ async def phase(http: httpx.AsyncClient, rng: np.random.Generator, n_requests: i
     return {"p50_s": p50, "p90_s": p90, "p99_s": p99, "share": grown.get(SICK, 0.0) / sum(grown.values())}
 
 
-async def measure(source: Path, number: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One server: well, then with one instance sick, on the same requests' gaps and lengths."""
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(source, Path(folder))
+async def both_phases(url: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Well, then with one instance sick, on the same requests' gaps and lengths."""
+    async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=httpx.Limits()) as http:
+        await phase(http, np.random.default_rng(0), 10, options.gap_s)  # the first ones warm up
+        well = await phase(http, np.random.default_rng([1, number]), options.requests, options.gap_s)
+        sick = asyncio.create_task(make_sick(await pid_of_sick(http)))
         try:
-            async with httpx.AsyncClient(base_url=server.url, timeout=600.0, limits=httpx.Limits()) as http:
-                await server.until_ready(http)
-                await phase(http, np.random.default_rng(0), 10, options.gap_s)  # the first ones warm up
-                well = await phase(http, np.random.default_rng([1, number]), options.requests, options.gap_s)
-                sick = asyncio.create_task(make_sick(await pid_of_sick(http)))
-                try:
-                    ill = await phase(http, np.random.default_rng([2, number]), options.requests, options.gap_s)
-                finally:
-                    sick.cancel()
-                    await asyncio.gather(sick, return_exceptions=True)
+            ill = await phase(http, np.random.default_rng([2, number]), options.requests, options.gap_s)
         finally:
-            server.stop()
+            sick.cancel()
+            await asyncio.gather(sick, return_exceptions=True)
     return {"all well": well, "one sick": ill}
+
+
+def measure(source: Path, number: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One server, from its start to its end."""
+    with tempfile.TemporaryDirectory() as folder, server_of(source, Path(folder)) as server:
+        server.wait_until(lambda: all_are_up(server), "all instances up", READY_S)
+        return asyncio.run(both_phases(server.url, number, options))
 
 
 def main() -> None:
@@ -162,7 +148,10 @@ def main() -> None:
     host, rounds = measuring.machine(), []
     for number in range(options.rounds):
         labels = list(sources)[number % len(sources) :] + list(sources)[: number % len(sources)]
-        rounds.append({label: asyncio.run(measure(Path(sources[label]), number, options)) for label in labels})
+        try:
+            rounds.append({label: measure(Path(sources[label]), number, options) for label in labels})
+        except ServerFailedError as error:
+            sys.exit(str(error))
         for label in sources:
             print(number, label, rounds[-1][label])
     settings = {"requests": options.requests, "gap_s": options.gap_s, "sources": list(sources)}

@@ -4,16 +4,18 @@ A scheduling policy of your own in a few lines, compared with round robin on the
     python examples/own_policy.py
 
 The policy takes two instances at random and sends the request to the one with fewer tokens ("power of two choices"). The same class serves on
-real engines once it has a name in `cascadeinfer.core.policies.POLICIES`.
+real engines, is simulated by name, logged and replayed once its `INFO` is a line of `cascadeinfer.core.policies.POLICIES`.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.traces import load_trace
+from cascadeinfer.core.policies.info import PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.policies.round_robin import RoundRobin
 from cascadeinfer.core.policy import Policy
@@ -26,7 +28,7 @@ from cascadeinfer.workload.drawing import ArrivalLaw, draw_requests
 class TwoChoices(PlacingPolicy):
     """Dispatches each request to the lighter of two instances that are drawn at random."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, *, seed: int = 0) -> None:
         """Policies draw from generators of their own, so that a run can be repeated."""
         super().__init__()
         self._rng = np.random.default_rng(seed)
@@ -35,6 +37,9 @@ class TwoChoices(PlacingPolicy):
         """The one whose requests have fewer tokens."""
         drawn = self._rng.choice(len(candidates), size=min(2, len(candidates)), replace=False)
         return min((candidates[int(i)] for i in drawn), key=lambda instance: instance.kv_tokens)
+
+
+INFO: Final = PolicyInfo(make=TwoChoices, help="the lighter of two instances drawn at random")
 
 
 def mean_latency_s(policy: Policy, *, rate_per_s: float, requests: int) -> float:

@@ -1,5 +1,6 @@
 """The documentation says what is so: generated pages are current, links lead somewhere, names are those of the code, commands parse."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -198,3 +199,68 @@ def test_the_paper_page_names_what_exists() -> None:
     roots = (ROOT / "src" / "cascadeinfer", ROOT / "tests", ROOT)
     assert len(paths) > 20
     assert [path for path in paths if not any((root / path).exists() for root in roots)] == []
+
+
+NAMED_IN_FILE = re.compile(r"\[`([\w.]+)`\]\((\.\./src/[\w/]+\.py)\)")
+
+
+def defined_in(path: Path) -> set[str]:
+    """Every class, function and constant of a module, those of a class as `Class.name`."""
+
+    def names(body: list[ast.stmt], prefix: str) -> Iterator[str]:
+        for node in body:
+            match node:
+                case ast.ClassDef():
+                    yield prefix + node.name
+                    yield from names(node.body, f"{prefix}{node.name}.")
+                case ast.FunctionDef() | ast.AsyncFunctionDef():
+                    yield prefix + node.name
+                case ast.Assign():
+                    yield from (prefix + target.id for target in node.targets if isinstance(target, ast.Name))
+                case ast.AnnAssign(target=ast.Name(id=name)):
+                    yield prefix + name
+                case _:
+                    pass
+
+    return set(names(ast.parse(path.read_text(encoding="utf-8")).body, ""))
+
+
+def test_the_tour_names_what_exists() -> None:
+    """It has ten stops, each begins with a link to a name in a file, and every such link names what the file defines."""
+    stops = re.split(r"^## \d+\. .*\n", page("tour.md").partition("\n## The same")[0], flags=re.MULTILINE)[1:]
+    assert len(stops) == 10
+    assert all(NAMED_IN_FILE.match(stop.lstrip()) for stop in stops)
+    named = NAMED_IN_FILE.findall(page("tour.md"))
+    missing = [(name, file) for name, file in named if name not in defined_in((ROOT / "docs" / file).resolve())]
+    assert missing == []
+
+
+def shown_by_the_tour() -> list[tuple[str, list[str]]]:
+    """Commands of the tour, each with the lines of output that the page shows for it."""
+    shown: list[tuple[str, list[str]]] = []
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page("tour.md"), flags=re.DOTALL | re.MULTILINE):
+        if language == "":
+            shown += [(command, []) for command in commands_in(f"```\n{block}```")]
+        elif language == "text" and not block.startswith('"event"'):
+            shown[-1][1].extend(block.splitlines())
+    return shown
+
+
+def test_the_tour_shows_what_its_commands_print(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The simulated run and its replays print, line by line, what the page shows of them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    compared = 0
+    for command, lines in shown_by_the_tour():
+        words = shlex.split(command)[1:]
+        if words[0] not in {"simulate", "replay"} or "out/tour.jsonl" not in words:
+            continue
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert not end.value.code
+        printed = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if line not in printed] == []
+        compared += len(lines)
+    assert compared > 10

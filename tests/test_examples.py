@@ -5,6 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from cascadeinfer.config.policy import make_policy
+from cascadeinfer.config.schema import ServeOptions
+from cascadeinfer.core.policies import POLICIES
+from cascadeinfer.evaluation.runs import RunSpec, run_once
+from cascadeinfer.evaluation.setting import load_setting
+from cascadeinfer.eventlog.reader import open_log
+from cascadeinfer.eventlog.replay import replay
+from cascadeinfer.results.summary import Slo
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAID = {
     "own_policy.py": ("RoundRobin", "TwoChoices", "simulated"),
@@ -24,3 +33,16 @@ def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     output = capsys.readouterr().out
     assert [words for words in SAID[name] if words not in output] == []
+
+
+def test_one_line_makes_an_own_policy_one_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its `INFO` in `POLICIES` it is made for `serve`, simulated by name, logged and replayed; nothing else has to know it."""
+    own = runpy.run_path(str(EXAMPLES / "own_policy.py"))
+    monkeypatch.setitem(POLICIES, "two_choices", own["INFO"])
+    assert isinstance(make_policy(ServeOptions(policy="two_choices")), own["TwoChoices"])
+    setting = load_setting("h200-llama-3.1-8b", Path("sample"), 3)
+    log = tmp_path / "log"
+    run_once(setting, RunSpec("two_choices", 8.0, 0, 100, Slo(2.0, 0.1)), event_log=log)
+    replayed = replay(open_log(log))
+    assert replayed.difference is None
+    assert replayed.effects >= 100

@@ -3,8 +3,9 @@ Make `tests/data` and the sample trace of the package from a folder of public tr
 
     python tools/make_test_data.py ../shared/data
 
-Traces of which a test needs every row are copied; of the others every n-th row is kept. Of the measurements only the cells are kept that
-the tests compare. `tests/data/README.md` has sources and licences. The same input gives the same bytes.
+Traces of which a test needs every row are copied; of the others every n-th row is kept. Of the measurements only the
+cells compared by the tests are kept. `tests/data/README.md` has sources and licences. The same input gives the same
+bytes.
 """
 
 import csv
@@ -50,13 +51,13 @@ def write(path: Path, header: list[str], rows: Iterable[list[str]]) -> None:
 
 
 def write_bytes(path: Path, text: str) -> None:
-    """Text, compressed without a time stamp."""
+    """Write text, compressed without a time stamp."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def traces(source: Path) -> None:
-    """The traces of the tests, and the sample of the package."""
+    """Make the traces of the tests, and the sample of the package."""
     for name, every in EVERY.items():
         header, rows = read(source / f"{name}.csv.gz")
         write(TEST_DATA / "traces" / f"{name}.csv.gz", header, rows[::every])
@@ -70,7 +71,7 @@ def traces(source: Path) -> None:
 
 
 def measurements(source: Path) -> None:
-    """Measured kernel times, and what the reference simulation of thread blocks printed."""
+    """Make the measured kernel times, and what the reference simulation of thread blocks printed."""
     (TEST_DATA / "gpu").mkdir(parents=True, exist_ok=True)
     output = "splitkv_sim_output.txt"
     (TEST_DATA / "gpu" / output).write_text((source / output).read_text())

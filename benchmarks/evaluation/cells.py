@@ -1,9 +1,10 @@
 """
-One cell of the grid: a profile, a trace, a load, a policy, a seed. Run it, keep its figures in a CSV file, find them there again.
+One cell of the grid: a profile, a trace, a load, a policy, a seed. Runs it, keeps its figures in a CSV file, finds them
+again.
 
-Loads are shares of the rate that plain load balancing carries in steady state (`Setting.one_stage_capacity_rps`), so that cells of different
-GPUs and traces can be compared. A cell's figures are valid for the code that made them: each row has a fingerprint of the modules that decide
-them, and a row with another fingerprint is run again.
+Loads are shares of the rate that plain load balancing carries in steady state (`Setting.one_stage_capacity_rps`), so
+that cells of different GPUs and traces can be compared. A cell's figures are valid for the code that made them: each
+row has a fingerprint of the modules that determine them, and a row with another fingerprint is run again.
 """
 
 import csv
@@ -29,19 +30,19 @@ CONTEXT_TOKENS: Final = 32_768
 SECONDS: Final = 60.0
 FEWEST_REQUESTS: Final = 4_000
 MOST_REQUESTS: Final = 12_000
-"""Requests come for `SECONDS`, but at least and at most so many of them."""
+"""Requests arrive for `SECONDS`, but at least and at most this many."""
 WARM_UP: Final = 0.2
 COOL_DOWN: Final = 0.1
 SLO: Final = Slo(ttft_s=2.0, tpot_s=0.1)
 SHORT_QUANTILE: Final = 0.5
 LONG_QUANTILE: Final = 0.9
 DECIDING: Final = ("core", "sim", "workload", "evaluation", "results")
-"""Packages that decide a cell's figures."""
+"""Packages that determine a cell's figures."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What is run."""
+    """The parameters of a run."""
 
     profile: str
     trace: str
@@ -54,17 +55,17 @@ class Cell:
 @dataclass(frozen=True, slots=True)
 class Figures:
     """
-    What came out, over the counted requests; times in milliseconds but for end-to-end latencies, which are in seconds.
+    Results over the counted requests; times in milliseconds except end-to-end latencies, which are in seconds.
 
     Attributes:
         code: Fingerprint of the code.
         rate_per_s: The load as a rate.
         norm_short_ms: Normalised latency of the shorter half of the requests, by prompt + output.
-        norm_long_ms: Of the longest tenth.
+        norm_long_ms: The same for the longest tenth.
         tokens_per_s: Output tokens of requests that finished in the counted time.
         in_slo: Share within TTFT 2 s and TPOT 100 ms.
-        within_5x: Share that took at most 5 times as long as they would alone on an idle instance.
-        within_20x: At most 20 times.
+        within_5x: Share that took at most 5 times as long as it would alone on an idle instance.
+        within_20x: The same for 20 times.
         stages: In force at the end.
     """
 
@@ -139,7 +140,7 @@ def run_cell(cell: Cell, traces: Path) -> Figures:
 
 
 def requests_of(rate_rps: float) -> int:
-    """How many requests a run has; the same for every policy."""
+    """Number of requests of a run; the same for every policy."""
     return min(MOST_REQUESTS, max(FEWEST_REQUESTS, math.ceil(rate_rps * SECONDS)))
 
 
@@ -164,7 +165,7 @@ def _setting(profile: str, trace: str, instances: int) -> Setting:
 
 @cache
 def fingerprint() -> str:
-    """Of the code that decides figures."""
+    """Fingerprint of the code that determines figures."""
     package = Path(cascadeinfer.__file__).parent
     digest = hashlib.sha256()
     for name in DECIDING:
@@ -192,7 +193,7 @@ def append(file: Path, cell: Cell, figures: Figures) -> None:
 
 
 def write(file: Path, results: Results, order: Iterable[Cell]) -> None:
-    """These cells in this order, and no others."""
+    """Write these cells in this order, and no others."""
     file.unlink(missing_ok=True)
     for cell in order:
         if cell in results:

@@ -1,8 +1,9 @@
 """
-Cells side by side: ratios of policies on the same requests, and what rate a policy carries within a limit.
+Comparison of cells: ratios of policies on the same requests, and the rate that a policy carries within a limit.
 
-Every policy sees the same requests for a seed, so ratios are taken per seed and then averaged (geometrically); `spread` is the standard error of that
-mean over seeds, pooled over all points because two seeds alone say little about their own spread.
+Every policy sees the same requests for a seed, so ratios are taken per seed and then averaged (geometrically). `spread`
+is the standard error of that mean over seeds, pooled over all points because two seeds alone say little about their own
+spread.
 """
 
 import math
@@ -17,7 +18,7 @@ Field = Callable[[Figures], float]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Where policies are compared."""
+    """A point at which policies are compared."""
 
     profile: str
     trace: str
@@ -25,18 +26,18 @@ class Point:
     instances: int = 16
 
     def cell(self, policy: str, seed: int) -> Cell:
-        """One of its cells."""
+        """One of the point's cells."""
         return Cell(self.profile, self.trace, self.load, policy, seed, self.instances)
 
 
 def mean(results: Results, point: Point, policy: str, field: Field) -> float:
-    """Over seeds; NaN where a cell is missing."""
+    """Mean over seeds; NaN where a cell is missing."""
     values = [field(results[cell]) for seed in SEEDS if (cell := point.cell(policy, seed)) in results]
     return sum(values) / len(values) if len(values) == len(SEEDS) else math.nan
 
 
 def ratios(results: Results, point: Point, policy: str, other: str, field: Field) -> list[float]:
-    """Policy over the other, per seed; empty where a cell is missing or a figure is not positive."""
+    """Ratio of a policy to another, per seed; empty where a cell is missing or a figure is not positive."""
     found = []
     for seed in SEEDS:
         ours, theirs = results.get(point.cell(policy, seed)), results.get(point.cell(other, seed))
@@ -78,8 +79,8 @@ def rate_within(results: Results, point: Point, policy: str, field: Field, share
     """
     Highest rate at which a share of the requests keeps a limit, between the loads that were run.
 
-    Linear between the last load that keeps it and the first that does not; NaN where a load is missing, and where the lowest fails
-    or the highest keeps it.
+    Linear between the last load that keeps it and the first that does not; NaN where a load is missing, and where the
+    lowest fails or the highest keeps it.
     """
     loads = (*LOADS, OVERLOAD)
     points = [replace(point, load=load) for load in loads]

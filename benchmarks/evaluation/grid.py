@@ -1,7 +1,8 @@
 """
-Which cells the evaluation has.
+The cells of the evaluation.
 
-- The paper's two clusters, 16 H20 and 16 L40: every trace, loads from light to above what plain load balancing carries. 16 H100 and 16 A100 at two loads.
+- The paper's two clusters, 16 H20 and 16 L40: every trace, loads from light to above what plain load balancing carries.
+  16 H100 and 16 A100 at two loads.
 - Llama-3.1-70B with tensor parallel 4 on four instances of H20 (the paper's large model).
 - The cascade with parts switched off.
 """
@@ -32,7 +33,7 @@ CASCADE: Final = "cascade"
 BASELINES: Final = ("round_robin", "least_loaded", "vllm_dp", "llumnix", "prefix_aware", "static_length")
 POOLS: Final = "static_length"
 POOLS_LOADS: Final = (0.3, 0.6)
-"""Fixed pools overflow above that: at 85 % load they are several times as slow as anything else."""
+"""Fixed pools overflow above that: at 85 % load they are several times slower than anything else."""
 FEWER_BASELINES: Final = ("round_robin", "least_loaded", "vllm_dp", "llumnix")
 SEEDS: Final = (0, 1)
 
@@ -49,7 +50,7 @@ ABLATION_LOADS: Final = (0.6, 0.85)
 
 
 def cells() -> list[Cell]:
-    """All, in the order in which they are run: what the most tables need comes first."""
+    """All cells, in the order in which they are run: those that most tables need come first."""
     main = product(PAPER_GPUS, TRACES, (*LOADS, OVERLOAD), (CASCADE, *BASELINES))
     other = product(OTHER_GPUS, TRACES, FEWER_LOADS, (CASCADE, *FEWER_BASELINES))
     ablations = product(PAPER_GPUS, ABLATION_TRACES, ABLATION_LOADS, ABLATIONS)

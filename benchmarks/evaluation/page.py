@@ -1,4 +1,4 @@
-"""`docs/evaluation.md`: tables and plots of the grid, each figure of the paper beside ours."""
+"""`docs/evaluation.md`: tables and plots of the grid, with the paper's figures next to ours."""
 
 import math
 import re
@@ -30,7 +30,7 @@ from grid import (
 MARKER: Final = re.compile(r"<!-- tables -->.*<!-- end of tables -->", re.DOTALL)
 HIGH_LOAD: Final = 0.85
 MIXED: Final = TRACES[:5]
-"""Traces whose lengths differ much (coefficient of variation above 0.7); the other two are nearly alike."""
+"""Traces whose lengths differ much (coefficient of variation above 0.7); in the other two they are nearly equal."""
 PAPER_BASELINES: Final = {
     "vLLM": "round_robin",
     "vLLM's own data-parallel balancer": "vllm_dp",
@@ -42,7 +42,7 @@ KEPT: Final = 0.9
 
 def write_report(results: Results, page: Path) -> None:
     """
-    Put the tables between the page's markers, and the plots beside it. The words around them are written by hand.
+    Put the tables between the page's markers, and the plots beside it. The surrounding text is written by hand.
 
     Raises:
         ValueError: The page has no markers.
@@ -61,8 +61,10 @@ def _sections(results: Results) -> list[str]:
     done = sum(cell in results for cell in cells())
     return [
         (
-            f"{done} of {len(cells())} cells; code {', '.join(code)}; {len(SEEDS)} seeds; requests come for {SECONDS:g} s, "
-            f"at least {FEWEST_REQUESTS:,} and at most {MOST_REQUESTS:,} of them; sequences up to {CONTEXT_TOKENS:,} tokens."
+            f"{done} of {len(cells())} cells; code {', '.join(code)}; {len(SEEDS)} seeds; requests come for "
+            f"{SECONDS:g} s, "
+            f"at least {FEWEST_REQUESTS:,} and at most {MOST_REQUESTS:,} of them; "
+            f"sequences up to {CONTEXT_TOKENS:,} tokens."
         ),
         "### Cascade over the best baseline\n\n" + _over_best(results),
         f"### Cascade over each baseline at {HIGH_LOAD:.0%} load\n\n" + _over_each(results),
@@ -94,14 +96,21 @@ def _over_best(results: Results) -> str:
     alike = geometric(m for p, m in means.items() if p.trace not in MIXED)
     return "\n".join(
         [
-            "Mean normalised latency of `cascade` over that of the baseline that is best at this point (its name in brackets). Below 1 is better.",
+            (
+                "Mean normalised latency of `cascade` over that of the baseline that is best at this point "
+                "(its name in brackets). Below 1 is better."
+            ),
             "",
             *_table(["profile", "trace", *(f"{load:.0%} load" for load in LOADS)], rows),
             "",
-            (f"Geometric mean {mixed:.3f} on traces of mixed lengths, {alike:.3f} on the two whose lengths are nearly alike. Standard error of a point "
-            f"{error:.1%} (pooled over points). Points above 1 by more than two standard errors: {'; '.join(worse) or 'none'}."),
+            (
+                f"Geometric mean {mixed:.3f} on traces of mixed lengths, "
+                f"{alike:.3f} on the two whose lengths are nearly alike. "
+                f"Standard error of a point {error:.1%} (pooled over points). "
+                f"Points above 1 by more than two standard errors: {'; '.join(worse) or 'none'}."
+            ),
         ]
-    )  # fmt: skip
+    )
 
 
 def _over_each(results: Results) -> str:
@@ -125,7 +134,10 @@ def _over_each(results: Results) -> str:
             rows.append(row)
     return "\n".join(
         [
-            "Ratios of `cascade` to the baseline, geometric mean over all traces (lowest to highest). Below 1 is better.",
+            (
+                "Ratios of `cascade` to the baseline, geometric mean over all traces (lowest to highest). Below 1 is "
+                "better."
+            ),
             "",
             *_table(["profile", "baseline", *(name for name, _ in fields)], rows),
         ]
@@ -184,8 +196,10 @@ def _rates(results: Results) -> str:
     return "\n".join(
         [
             (
-                f"Highest rate (requests/s, between the loads that were run) at which {KEPT:.0%} of the requests take at most 5 times as long as alone; the same "
-                f"for TTFT 2 s and TPOT 100 ms; output tokens per second at {OVERLOAD:.0%} load. Each beside the best baseline and `round_robin`. "
+                f"Highest rate (requests/s, between the loads that were run) at which {KEPT:.0%} of the requests "
+                "take at most 5 times as long as alone; the same "
+                f"for TTFT 2 s and TPOT 100 ms; output tokens per second at {OVERLOAD:.0%} load. Each beside the "
+                "best baseline and `round_robin`. "
                 "`-`: kept at every load, or at none."
             ),
             "",
@@ -228,7 +242,10 @@ def _large(results: Results) -> str:
             rows.append(row)
     return "\n".join(
         [
-            "Ratios of `cascade` to the baseline: normalised latency (below 1 is better); output tokens per second (above 1 is better).",
+            (
+                "Ratios of `cascade` to the baseline: normalised latency (below 1 is better); output tokens per second "
+                "(above 1 is better)."
+            ),
             "",
             *_table(["trace", "load", *FEWER_BASELINES], rows),
         ]
@@ -252,8 +269,11 @@ def _ablations(results: Results) -> str:
     return "\n".join(
         [
             (
-                f"Ratios to the whole `cascade`, geometric mean over {', '.join(ABLATION_TRACES)} at {' and '.join(f'{load:.0%}' for load in ABLATION_LOADS)} load on both of the "
-                "paper's GPUs (lowest to highest). All but `cascade-cold` start with the plan for the trace's own lengths and rate."
+                "Ratios to the whole `cascade`, "
+                f"geometric mean over {', '.join(ABLATION_TRACES)} "
+                f"at {' and '.join(f'{load:.0%}' for load in ABLATION_LOADS)} load "
+                "on both of the paper's GPUs (lowest to highest). "
+                "All but `cascade-cold` start with the plan for the trace's own lengths and rate."
             ),
             "",
             *_table(["variant", "normalised", "e2e mean", "e2e p99", "tokens/s"], rows),

@@ -3,8 +3,9 @@ The paper's evaluation, simulated: run the grid, write `docs/evaluation.md` and 
 
     make figures            (or: .venv/bin/python benchmarks/evaluation/run.py --traces ../shared/data/traces)
 
-Cells that are in the results file and were made by the code as it is are not run again, so an interrupted run goes on where it was. The whole grid takes
-one to two hours on two cores. `--only TEXT` runs the cells whose name contains the text; `--report` only writes the page.
+Cells in the results file that were made by the current code are not run again, so an interrupted run resumes where it
+was. The whole grid takes one to two hours on two cores. `--only TEXT` runs the cells whose name contains the text;
+`--report` only writes the page.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main() -> int:
 
 
 def fill(results: Results, options: argparse.Namespace) -> None:
-    """Run the missing cells; each is kept as soon as it is there, and what older code made until then."""
+    """Run the missing cells. Each is kept as soon as it is done; until then, the result of older code is kept."""
     code = fingerprint()
     wanted = [cell for cell in cells() if options.only in name_of(cell)]
     todo = [cell for cell in wanted if cell not in results or (results[cell].code != code and not options.keep)]
@@ -81,7 +82,7 @@ def _keep(results: Results, cell: Cell, figures: Figures) -> None:
 
 
 def name_of(cell: Cell) -> str:
-    """For `--only`."""
+    """Name of a cell for `--only`."""
     return f"{cell.profile} {cell.trace} {cell.load:g} {cell.policy} {cell.seed}"
 
 

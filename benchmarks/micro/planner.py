@@ -1,13 +1,14 @@
 """
-Time to plan, beside exhaustive search over the same candidates, extrapolated.
+Time to plan, compared with exhaustive search over the same candidates, extrapolated.
 
     .venv/bin/python benchmarks/micro/planner.py [--profile h100-llama-3.1-8b] [--trace PATH]
 
-Workload: lengths from 1 token to 128K (log-normal, seeded) unless a trace is given. Plans at 70 % of the one-stage capacity. The first
-plan of each size is not timed (compilation, or loading the compiled code from its cache). Exhaustive search tries every set of
-boundaries with every way to give instances to stages: sum over s of C(c - 1, s - 1) C(n - 1, s - 1) = C(c + n - 2, n - 1) layouts
-for c intervals and n instances; its time is that number times the measured time of one compiled prediction per stage. The paper
-(arXiv 2512.19179) reports about 51 hours for naive search and 0.06 s for its planner, for 16 instances at 128K.
+Workload: lengths from 1 token to 128K (log-normal, seeded) unless a trace is given. Plans at 70 % of the one-stage
+capacity. The first plan of each size is not timed (compilation, or loading the compiled code from its cache).
+Exhaustive search tries every set of boundaries with every way to assign instances to stages: sum over s of C(c - 1, s -
+1) C(n - 1, s - 1) = C(c + n - 2, n - 1) layouts for c intervals and n instances; its time is that number times the
+measured time of one compiled prediction per stage. The paper (arXiv 2512.19179) reports about 51 hours for naive search
+and 0.06 s for its planner, for 16 instances at 128K.
 """
 
 import argparse
@@ -43,11 +44,13 @@ def main() -> None:
     started = time.perf_counter()
     histogram = LengthHistogram.from_requests(prompts, outputs)
     print(
-        f"profile {profile.name}, {len(prompts)} requests up to {int((prompts + outputs).max())} tokens, load {options.load:g}"
+        f"profile {profile.name}, {len(prompts)} requests up to {int((prompts + outputs).max())} tokens, load "
+        f"{options.load:g}"
     )
     print(f"histogram of all of them: {1e3 * (time.perf_counter() - started):.1f} ms (first call)\n")
     print(
-        f"{'instances':>9} {'candidates':>10} {'stages':>6} {'plan ms':>8} {'cpu ms':>7} {'ns/prediction':>13}  exhaustive search"
+        f"{'instances':>9} {'candidates':>10} {'stages':>6} {'plan ms':>8} {'cpu ms':>7} {'ns/prediction':>13}  "
+        "exhaustive search"
     )
     for n in SIZES:
         rate = options.load * capacity_rate(histogram, profile.step_model, profile.capacity, n)
@@ -76,7 +79,7 @@ def lengths(trace: Path | None, longest: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def timed(problem: PlanProblem, repeats: int) -> tuple[float, float]:
-    """Median wall and processor time of a plan from its histogram."""
+    """Median wall and processor time of planning from a histogram."""
     walls, cpus = [], []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -87,20 +90,13 @@ def timed(problem: PlanProblem, repeats: int) -> tuple[float, float]:
 
 
 def prediction_time_s(problem: PlanProblem, repeats: int) -> float:
-    """Processor time of one prediction of one stage, compiled, averaged over the table that the program needs."""
+    """Processor time of one compiled prediction of one stage, averaged over the table that the program needs."""
     candidates = problem.candidates()
     units = min(problem.n_instances, MAX_UNITS)
-    args = (
-        problem.n_instances / units,
-        problem.rate_per_s,
-        problem.coefficients,
-        problem.limits,
-        problem.terms,
-    )
     times = []
     for _ in range(repeats):
         cpu = time.process_time()
-        stage_costs(problem.table, problem.edges, candidates, units, *args)
+        stage_costs(problem.inputs, candidates, units, problem.n_instances / units)
         times.append(time.process_time() - cpu)
     return float(np.median(times)) / (comb(len(candidates), 2) * units)
 

@@ -1,11 +1,13 @@
 """
-Time per event of `policy.handle`, by policy and kind of event, in a simulated cluster with about 100 requests per instance:
+Time per event of `policy.handle`, by policy and kind of event, in a simulated cluster with about 100 requests per
+instance:
 
     python benchmarks/micro/policies.py [--instances 16 256] [--policies cascade ...] [--seconds 8]
 
-The events are those of a real run (simulator, H100, Llama-3.1-8B, 90 % short chats and 10 % long documents; the cascade is given three
-stages, so that it hands over), so the mix of kinds is the simulator's: reports, arrivals, ends, messages, migrations. Only `handle` and
-`next_timer_s` are timed. Budgets (medians over all events): 20 us at 16 instances, 60 us at 256.
+The events are those of a real run (simulator, H100, Llama-3.1-8B, 90 % short chats and 10 % long documents; the cascade
+is given three stages, so that it hands over), so the mix of kinds is the simulator's: reports, arrivals, ends,
+messages, migrations. Only `handle` and `next_timer_s` are timed. Budgets (medians over all events): 20 us at 16
+instances, 60 us at 256.
 """
 
 import argparse
@@ -33,7 +35,7 @@ RATE_PER_INSTANCE = 21.0
 
 
 class Timed:
-    """A policy with a stop-watch."""
+    """A policy that times its calls."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -66,13 +68,14 @@ def workload(instances: int, seconds: float) -> Trace:
 
 
 def make(name: str, instances: int, config: SimConfig) -> Policy:
-    """A fresh policy; stages where it has any."""
+    """A fresh policy, with stages where it supports them."""
     ids = instance_ids(instances)
     cuts = (0, instances // 4, instances // 2, instances)
     layout = StageLayout.from_boundaries((300, 1500), tuple(ids[a:b] for a, b in pairwise(cuts)))
     if name == "cascade":
         return Cascade(layout=layout, step_model=config.step_model, replan=False)
-    return POLICIES[name](layout=layout) if name in {"static_stages", "static_length"} else POLICIES[name]()
+    info = POLICIES[name]
+    return info.make(layout=layout) if info.takes_layout else info.make()
 
 
 def measure(name: str, instances: int, seconds: float) -> None:

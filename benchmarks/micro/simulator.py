@@ -1,13 +1,15 @@
 """
 Speed of the simulator: virtual seconds per second of one core.
 
-    .venv/bin/python benchmarks/micro/simulator.py [--trace PATH] [--rate 40] [--instances 16] [--policies round_robin,cascade]
+    .venv/bin/python benchmarks/micro/simulator.py [--trace PATH] [--rate 40] [--instances 16]
+        [--policies round_robin,cascade]
 
-Workload: lengths drawn from the ShareGPT trace beside the checkout, Poisson arrivals, on a cluster with the step times of the profile. The
-stages of `static_stages` and `cascade` are the planner's, or an even cut when it wants a single stage, so that requests do move. Each policy runs
-once untimed (compilation, or loading the compiled code from its cache) and then `--repeats` times; the fastest counts, in processor
-time, because other work on the machine only ever adds. The policy's own share is measured in one more run, with a clock around its
-every call. The last line runs the first policy step by step, with `fast_forward` off: what the compiled stretches save.
+Workload: lengths drawn from the ShareGPT trace beside the checkout, Poisson arrivals, on a cluster with the step times
+of the profile. The stages of `static_stages` and `cascade` are the planner's, or an even cut when it wants a single
+stage, so that requests do move. Each policy runs once untimed (compilation, or loading the compiled code from its
+cache) and then `--repeats` times; the fastest run counts, in processor time, because other work on the machine only
+ever adds. The policy's share is measured in one more run, with a clock around each of its calls. The last line runs the
+first policy step by step, with `fast_forward` off, which shows what the compiled stretches save.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from cascadeinfer.core.events import Event
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.planner import plan
 from cascadeinfer.core.policies import POLICIES
+from cascadeinfer.core.policies.info import Circumstances
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.sim.run import SimResult, simulate
 from cascadeinfer.sim.settings import NetworkConfig, SimConfig, instance_ids
@@ -38,7 +41,7 @@ CONTEXT_TOKENS = 32_768
 
 
 class Clocked:
-    """A policy with a clock around it."""
+    """A policy that times its calls."""
 
     def __init__(self, policy: Policy) -> None:
         self.spent_s = 0.0
@@ -86,11 +89,13 @@ def main() -> None:
     )
     layout = stages(profile, trace, options.rate, options.instances)
     print(
-        f"{profile.name}, {options.instances} instances, {options.rate:g} requests/s for {trace.duration_s:.0f} s virtual; "
+        f"{profile.name}, {options.instances} instances, {options.rate:g} requests/s for {trace.duration_s:.0f} s "
+        "virtual; "
         f"stages cut at {layout.boundaries_tokens}\n"
     )
     print(
-        f"{'policy':>16} {'cpu s':>7} {'x real time':>11} {'steps':>9} {'events':>8} {'moves':>6} {'policy us/call':>14} {'calls':>7}"
+        f"{'policy':>16} {'cpu s':>7} {'x real time':>11} {'steps':>9} {'events':>8} {'moves':>6} "
+        f"{'policy us/call':>14} {'calls':>7}"
     )
     names = options.policies.split(",")
     for name in names:
@@ -107,7 +112,8 @@ def row(name: str, cpu_s: float, trace: Trace, result: SimResult, policy: str) -
     """Print one line."""
     moved = sum(outcome == "moved" for outcome in result.migrations.outcome)
     print(
-        f"{name:>16} {cpu_s:>7.2f} {trace.duration_s / cpu_s:>11.0f} {result.steps:>9} {result.events:>8} {moved:>6} {policy}"
+        f"{name:>16} {cpu_s:>7.2f} {trace.duration_s / cpu_s:>11.0f} {result.steps:>9} {result.events:>8} "
+        f"{moved:>6} {policy}"
     )
 
 
@@ -131,15 +137,13 @@ def stages(profile: CostProfile, trace: Trace, rate_rps: float, instances: int) 
 
 def make(name: str, profile: CostProfile, layout: StageLayout) -> Policy:
     """A fresh policy."""
-    if name == "static_stages":
-        return POLICIES[name](layout=layout)
-    if name == "cascade":
-        return POLICIES[name](layout=layout, step_model=profile.step_model)
-    return POLICIES[name]()
+    info = POLICIES[name]
+    layout_to_start = layout if info.starts_with_plan else None
+    return info.make(**info.options_for(Circumstances(layout=layout_to_start, step_model=profile.step_model)))
 
 
 def fastest(trace: Trace, fresh: Callable[[], Policy], config: SimConfig, repeats: int) -> tuple[float, SimResult]:
-    """Least processor time of a run, after one that is not timed."""
+    """Least processor time of a run, after an untimed one."""
     result = simulate(trace, fresh(), config)
     times_s = []
     for _ in range(repeats):

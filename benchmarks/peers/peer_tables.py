@@ -1,8 +1,9 @@
 """
-Cells to tables: `benchmarks/results/peers.json` with every figure, and the tables in docs/benchmarks.md between their marks.
+From cells to tables: `benchmarks/results/peers.json` with every figure, and the tables between the marks of
+docs/benchmarks.md.
 
-A figure of a system is its mean over rounds; a ratio is system over ours, round by round, as geometric mean with the lowest and highest
-round. With a handful of rounds an interval by Student's t says little beside them; the JSON has every round.
+A figure of a system is its mean over rounds; a ratio is system over ours, round by round, as geometric mean with the
+lowest and highest round. With a handful of rounds a Student's t interval would add little; the JSON has every round.
 """
 
 import json
@@ -46,10 +47,10 @@ Cell = dict[str, Any]
 
 def write(out: Path, only_json: str | None = None) -> None:
     """
-    Read all cells, write the JSON and the page; with a name, the JSON of that name and no page.
+    Read all cells, write the JSON and the page; with a name, only the JSON of that name.
 
-    A model of which `out` has no cell keeps those that the JSON has, with the machine and the time that it names for them: `out` is not
-    kept, and one model is measured again without the other.
+    For a model without cells in `out`, the JSON's earlier cells are kept, with the machine and time given for them:
+    `out` is not kept, and one model is measured again without the other.
     """
     cells = [cell for model in CASES for workload in CASES[model].workloads for cell in cells_of(out, model, workload)]
     kept: dict[str, Any] = {}
@@ -83,7 +84,7 @@ def write(out: Path, only_json: str | None = None) -> None:
 
 
 def kept_from(file: Path, measured: set[str]) -> tuple[list[Cell], dict[str, Any]]:
-    """The JSON's cells of models that were not measured now, and for each such model the machine and the time of its report."""
+    """The JSON's cells of models not measured now, and the machine and time of the report for each such model."""
     if not file.is_file():
         return [], {}
     before = json.loads(file.read_text())
@@ -94,7 +95,7 @@ def kept_from(file: Path, measured: set[str]) -> tuple[list[Cell], dict[str, Any
 
 
 def cells_of(out: Path, model: str, workload: str) -> list[Cell]:
-    """Every finished cell in figures, systems in the order of the groups."""
+    """Every finished cell as figures, systems in the order of the groups."""
     case = CASES[model]
     slo = Slo(case.ttft_slo_s, case.tpot_slo_s)
     order = [system for group in groups_for(case) for system in group.systems]
@@ -121,7 +122,7 @@ def cells_of(out: Path, model: str, workload: str) -> list[Cell]:
 
 
 def compare(cells: Sequence[Cell]) -> dict[str, Any]:
-    """Per group and system: means over rounds, and ratios to ours of the same round."""
+    """Per group and system: means over rounds, and ratios to ours in the same round."""
     systems = list(dict.fromkeys(cell["system"] for cell in cells))
     by_key = {(cell["system"], cell["round"]): cell for cell in cells}
     ours = systems[0]
@@ -148,7 +149,7 @@ def compare(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _ratio(own: Sequence[Cell], by_key: dict[tuple[str, int], Cell], ours: str, group: str, figure: str) -> Any:
-    """System over ours in the rounds that have both, as [geometric mean, lowest, highest]; None without any."""
+    """Ratio of a system to ours in rounds that have both: [geometric mean, lowest, highest], or None."""
     ratios = []
     for cell in own:
         other = by_key.get((ours, cell["round"]))
@@ -173,7 +174,10 @@ def _figures(group: str, rows: dict[str, Any]) -> list[str]:
     lines = [
         f"{group.capitalize()} requests; latencies as mean / p50 / p99, means over rounds:",
         "",
-        "| system | rounds | requests | failed | TTFT ms | TPOT ms | norm. latency ms/token | e2e s | tokens/s | goodput req/s | in SLO | load, other work |",
+        (
+            "| system | rounds | requests | failed | TTFT ms | TPOT ms | norm. latency ms/token | e2e s | tokens/s | "
+            "goodput req/s | in SLO | load, other work |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for system, row in rows.items():
@@ -186,14 +190,18 @@ def _figures(group: str, rows: dict[str, Any]) -> list[str]:
             f"| {system} | {len(row['rounds'])} | {row['requests']} | {row['failed']} | {three('ttft_s', 1e3)} "
             f"| {three('tpot_s', 1e3)} | {three('normalised_latency_s', 1e3)} | {three('e2e_s', 1.0)} "
             f"| {_shown(figures['throughput_tokens_per_s'], 1.0)} | {_shown(figures['goodput_rps'], 1.0)} "
-            f"| {100 * figures['slo_attainment']:.0f} % | {row['load_1min']:.1f}, {100 * row['others_cpu_share']:.0f} % |"
+            f"| {100 * figures['slo_attainment']:.0f} % | {row['load_1min']:.1f}, "
+            f"{100 * row['others_cpu_share']:.0f} % |"
         )
     return [*lines, ""]
 
 
 def _ratios(group: str, rows: dict[str, Any], ours: str) -> list[str]:
     lines = [
-        f"{group.capitalize()} requests, times `{ours}`, [lowest, highest round]; latencies above 1 are slower than ours:",
+        (
+            f"{group.capitalize()} requests, times `{ours}`, [lowest, highest round]; latencies above 1 are slower "
+            "than ours:"
+        ),
         "",
         f"| system | {' | '.join(RATIO_FIGURES)} |",
         "|---|" + "---|" * len(RATIO_FIGURES),

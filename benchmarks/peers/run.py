@@ -1,15 +1,18 @@
 """
-Ours against what people use today, on the same engines and the same traces, interleaved.
+Our server and what people use today, on the same engines and the same traces, interleaved.
 
-    python benchmarks/peers/run.py measure --model tiny --rounds 3 [--starts 1] [--only vllm-dp,servers] [--workloads mixed]
+    python benchmarks/peers/run.py measure --model tiny --rounds 3 [--starts 1] [--only vllm-dp,servers]
+        [--workloads mixed]
     python benchmarks/peers/run.py report [--only-json NAME]
 
-A cell is one system, one workload, one round: a trace replayed with `cascadeinfer bench`. Finished cells are kept in out/peers and not measured
-again, so a run may be interrupted, or cut into slices with `--starts` and `--budget-s` (servers started, seconds after which no cell is begun;
-exit code 3 while cells are missing, 0 when none is). All systems of a round get the same lengths and arrivals, with different words, so that nothing lies in a prefix cache from the
-system before. The order of the systems rotates from round to round.
+A cell is one system, one workload, one round: a trace replayed with `cascadeinfer bench`. Finished cells are kept in
+out/peers and not measured again, so a run may be interrupted, or split with `--starts` and `--budget-s` (servers
+started, seconds after which no cell is begun; exit code 3 while cells are missing, 0 when none is). All systems of a
+round get the same lengths and arrivals, with different words, so that no prefix cache holds anything from the system
+before. The order of the systems rotates from round to round.
 
-A cell in which the client came late is not kept. Beside each cell stand the load average and the share of the machine's processor time that went to other work while it ran.
+A cell in which the client was late is not kept. Each cell also records the load average and the share of the machine's
+processor time that went to other work while it ran.
 """
 
 import argparse
@@ -31,12 +34,13 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE.parent))
 
 import peer_tables  # noqa: E402 - beside this file, needs the folder above
-from processes import FailedError, Service, client_first  # noqa: E402
+from processes import Service, client_first  # noqa: E402
 from systems import Group, Setup, entry_of, groups_for, running  # noqa: E402
 from workloads import CASES, write_trace  # noqa: E402
 
 from cascadeinfer.engines.models import embedded  # noqa: E402
 from cascadeinfer.engines.models.tiny import make_tiny_llama  # noqa: E402
+from cascadeinfer.loadgen.served_process import ServerFailedError  # noqa: E402
 from cascadeinfer.results.record_files import read_records  # noqa: E402
 
 OUT = ROOT / "out" / "peers"
@@ -45,13 +49,16 @@ REQUIREMENTS = HERE / "requirements.txt"
 INCOMPLETE = 3
 CELL_TIMEOUT_S = 400
 LATE_S = 0.25
-"""A cell whose requests went out later than this (99th percentile) says more about the client than about the system: it is measured again."""
+"""
+A cell whose requests went out later than this (99th percentile) says more about the client than about the system: it is
+measured again.
+"""
 WARM_UP_REQUESTS = 12
 WARM_UP_RATE_RPS = 4.0
 
 
 def install_routers() -> Path:
-    """The routers' own virtual environment; made once, again when the requirements have changed."""
+    """The routers' virtual environment; made once, and again when the requirements change."""
     stamp = VENV / ".installed"
     wanted = REQUIREMENTS.read_text()
     if not stamp.is_file() or stamp.read_text() != wanted:
@@ -63,12 +70,12 @@ def install_routers() -> Path:
 
 
 def model_folder(name: str) -> Path:
-    """The model, made if need be."""
+    """The model's folder; the model is made if needed."""
     return embedded.prepare() if name == "smollm2" else make_tiny_llama(OUT / "models" / "tiny")
 
 
 def cell_file(model: str, workload: str, system: str, number: int) -> Path:
-    """Where a cell's records go; a JSON file of the same name has what was beside it."""
+    """File of a cell's records; a JSON file of the same name has its circumstances."""
     return OUT / model / workload / f"{system.replace(' ', '_').replace(':', '-').replace(',', '')}.{number}.parquet"
 
 
@@ -119,7 +126,7 @@ def replay(model: str, workload: str, system: str, number: int, services: list[S
 
 
 def bench(url: str, engine_url: str, trace: Path, seed: int, *words: str) -> subprocess.CompletedProcess[str]:
-    """`cascadeinfer bench` in a process of its own; requests may fail, the generator may not."""
+    """`cascadeinfer bench` in a separate process; requests may fail, the generator may not."""
     command = [
         sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "bench", "--url", url, "--tokenize-url",
         engine_url, "--trace", str(trace), "--model", "bench", "--seed", str(seed), "--prompts", "text", *words,
@@ -128,7 +135,7 @@ def bench(url: str, engine_url: str, trace: Path, seed: int, *words: str) -> sub
         command, capture_output=True, text=True, timeout=CELL_TIMEOUT_S, check=False, preexec_fn=client_first
     )
     if done.returncode not in {0, 1} or "Traceback" in done.stderr:
-        raise FailedError(f"bench ended with {done.returncode}:\n{done.stderr}")
+        sys.exit(f"peers: bench ended with {done.returncode}:\n{done.stderr}")
     return done
 
 
@@ -143,7 +150,7 @@ def _stolen_s(times: Any) -> float:
 
 
 def warm_up(model: str, workload: str, entry: Service, engine_url: str) -> None:
-    """Requests of every kind, not measured: first contact, compilation, allocator."""
+    """Send unmeasured requests of every kind: first contact, compilation, allocator."""
     trace = OUT / model / "warm-up.jsonl"
     trace.parent.mkdir(parents=True, exist_ok=True)
     write_trace(CASES[model].workloads[workload], 10_000, trace)
@@ -157,7 +164,7 @@ def warm_up(model: str, workload: str, entry: Service, engine_url: str) -> None:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """Measure what is missing; the exit code."""
+    """Measure what is missing; returns the exit code."""
     setup = Setup(CASES[options.model], model_folder(options.model), install_routers(), OUT / "logs")
     setup.logs.mkdir(parents=True, exist_ok=True)
     chosen = [g for g in groups_for(setup.case) if not options.only or g.name in options.only.split(",")]
@@ -200,7 +207,7 @@ def _measure_group(
 
 
 def main() -> None:
-    """Parse and do."""
+    """Parse the options and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure", help="measure missing cells")
@@ -219,7 +226,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:
         sys.exit(measure(options))
-    except FailedError as error:
+    except ServerFailedError as error:
         sys.exit(f"peers: {error}")
 
 

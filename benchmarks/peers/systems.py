@@ -1,9 +1,10 @@
 """
-The systems that are compared, by what has to be started for them.
+The systems compared, grouped by what has to be started for them.
 
-All run the same engines: same model, dtype, context, KV blocks per instance, eager execution, one core per engine where there are as many. What
-differs is who spreads the requests: our server over its own engines; `vllm serve --data-parallel-size N` with its own balancing and, as it
-comes, N API processes; or a router over N `vllm serve` servers.
+All run the same engines: same model, dtype, context, KV blocks per instance, eager execution, and one core per engine
+where there are enough. They differ in what distributes the requests: our server over its own engines; `vllm serve
+--data-parallel-size N` with its own balancing and, by default, N API processes; or a router over N `vllm serve`
+servers.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from processes import FailedError, Service, stopped_at_end
+from processes import Service
 from workloads import BLOCK_TOKENS, ModelCase
 
 from cascadeinfer.cluster.local import free_port, split_cores
@@ -33,11 +34,11 @@ OURS = [sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", 
 @dataclass(frozen=True)
 class Group:
     """
-    What is started together.
+    A set of processes started together.
 
     Attributes:
-        systems: That are measured on it, one after the other.
-        options: Of our server; None for the peers.
+        systems: Systems measured on it, one after the other.
+        options: Options of our server; None for the peers.
     """
 
     name: str
@@ -65,8 +66,8 @@ class Setup:
     What a group is started with.
 
     Attributes:
-        model: Folder.
-        router_bin: Where the routers' commands are.
+        model: Folder of the model.
+        router_bin: Folder of the routers' commands.
         logs: Folder of logs.
     """
 
@@ -78,7 +79,7 @@ class Setup:
 
 
 def engine_options(setup: Setup) -> list[str]:
-    """The same for every engine of every system."""
+    """Options shared by every engine of every system."""
     return [
         str(setup.model),
         "--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager",
@@ -92,31 +93,34 @@ def engine_options(setup: Setup) -> list[str]:
 def running(group: Group, setup: Setup) -> Iterator[list[Service]]:
     """The servers of a group, ready."""
     common = {
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn", **setup.environment,
     }  # fmt: skip
     cores = split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0)))
     options = engine_options(setup)
 
-    def start(name: str, command: list[str], environment: dict[str, str]) -> Service:
-        port = free_port()
-        return Service(
-            name, [*command, "--port", str(port)], port, {**common, **environment}, setup.logs / f"{name}.log"
-        )
+    with contextlib.ExitStack() as stack:  # stops what has been started, the last one first
+        services: list[Service] = []
 
-    with stopped_at_end([]) as services:
+        def start(name: str, command: list[str], environment: dict[str, str]) -> None:
+            port = free_port()
+            command = [*command, "--port", str(port)]
+            service = Service(name, command, port, setup.logs / f"{name}.log", {**common, **environment})
+            services.append(stack.enter_context(service))
+
         if group.options is not None:
             words = ["--instances", str(N_INSTANCES), *group.options]
-            services.append(start(group.name, [*OURS, *options, *words], {}))
+            start(group.name, [*OURS, *options, *words], {})
         elif group.name.startswith("vllm-dp"):
             words = ["--data-parallel-size", str(N_INSTANCES)]
             waiting = {} if group.name == "vllm-dp-spinning" else NAPPING
             place = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(cores)}
-            services.append(start(group.name, [*SERVE, *options, *words], {**place, **waiting}))
+            start(group.name, [*SERVE, *options, *words], {**place, **waiting})
         else:
             for number, own in enumerate(cores):
                 name = f"{group.name}-{number}"
-                services.append(start(name, [*SERVE, *options], {"VLLM_CPU_OMP_THREADS_BIND": own, **NAPPING}))
+                start(name, [*SERVE, *options], {"VLLM_CPU_OMP_THREADS_BIND": own, **NAPPING})
         for service in services:
             service.wait_ready("/health", READY_TIMEOUT_S)
         yield services
@@ -124,7 +128,7 @@ def running(group: Group, setup: Setup) -> Iterator[list[Service]]:
 
 @contextlib.contextmanager
 def entry_of(system: str, servers: list[Service], setup: Setup) -> Iterator[list[Service]]:
-    """What the load goes to, first, and what else runs for it: the router before the servers, or the only server."""
+    """The service that gets the load, first, then the others: the router before the servers, or the only server."""
     kind, _, policy = system.partition(":")
     if not policy:
         yield servers
@@ -133,11 +137,9 @@ def entry_of(system: str, servers: list[Service], setup: Setup) -> Iterator[list
     command = [str(setup.router_bin / kind), *(["launch"] if kind == "sglang-router" else [])]
     command += ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics_port), "--policy", policy]
     command += ["--worker-urls", *(server.url for server in servers)]
-    log = setup.logs / f"{kind}-{policy}.log"
-    with stopped_at_end([]) as routers:
-        routers.append(Service(system, command, port, {}, log))
-        routers[0].wait_ready("/v1/models", ROUTER_TIMEOUT_S)
-        yield [*routers, *servers]
+    with Service(system, command, port, setup.logs / f"{kind}-{policy}.log") as router:
+        router.wait_ready("/v1/models", ROUTER_TIMEOUT_S)
+        yield [router, *servers]
 
 
-__all__ = ["FailedError", "Group", "Setup", "entry_of", "groups_for", "running"]
+__all__ = ["Group", "Setup", "entry_of", "groups_for", "running"]

@@ -1,9 +1,10 @@
 """
-The workloads: lengths drawn once per round from plain laws, so that anyone can make them again.
+The workloads: lengths drawn once per round from plain laws, so that anyone can reproduce them.
 
-`mixed` is the case operators complain about: chat turns, chats that have gone on for long, and documents to be read, all to one model.
-`equal` has requests of one length and so nothing that a scheduler could tell apart. Arrivals are Poisson. Lengths and rates are per model, since
-what a core of a processor does in a second differs by two orders of magnitude between the two.
+`mixed` is the case operators complain about: chat turns, long-running chats, and documents to read, all sent to one
+model. `equal` has requests of one length and so nothing that a scheduler could tell apart. Arrivals are Poisson.
+Lengths and rates are per model, because what a processor core does in a second differs by two orders of magnitude
+between the two.
 """
 
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ class Kind:
     One kind of request.
 
     Attributes:
-        share: Of all requests.
-        prompt: Lowest and highest prompt length, uniform between.
-        output: The same of the answer.
+        share: Share of all requests.
+        prompt: Lowest and highest prompt length, uniform between them.
+        output: The same for the answer.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Workload:
     """
     Attributes:
         rate_rps: Mean arrival rate.
-        duration_s: Of the arrivals.
+        duration_s: Duration of the arrivals.
     """
 
     kinds: tuple[Kind, ...]
@@ -65,12 +66,12 @@ class ModelCase:
     A model with its engine options and workloads.
 
     Attributes:
-        max_model_len: Context.
-        kv_blocks: Per instance.
-        stages: Of our fixed layout: short requests, long ones.
+        max_model_len: Context length.
+        kv_blocks: KV blocks per instance.
+        stages: Our fixed layout: short requests, long ones.
         long_tokens: Total length from which a request counts as long; the boundary of the stages.
-        ttft_slo_s: SLO.
-        tpot_slo_s: SLO.
+        ttft_slo_s: SLO on the time to first token.
+        tpot_slo_s: SLO on the time per output token.
     """
 
     max_model_len: int
@@ -85,7 +86,8 @@ class ModelCase:
 BLOCK_TOKENS = 32
 CASES = {
     "tiny": ModelCase(
-        max_model_len=4608, kv_blocks=1024, stages="0-1024:1,1024-:1", long_tokens=1024, ttft_slo_s=1.0, tpot_slo_s=0.05,
+        max_model_len=4608, kv_blocks=1024, stages="0-1024:1,1024-:1", long_tokens=1024, ttft_slo_s=1.0,
+        tpot_slo_s=0.05,
         workloads={
             "mixed": Workload(
                 (

@@ -12,69 +12,122 @@ from cascadeinfer.core.bidask.rounds import TRANSITIONS as ROUND_TRANSITIONS
 from cascadeinfer.core.bidask.rounds import BidAskSettings, RoundEvent
 from cascadeinfer.core.bidask.rounds import State as RoundState
 from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.migration import IGNORED, OUTCOMES, TRANSITIONS, Action, Happening, State
+from cascadeinfer.core.migration import (
+    IGNORED,
+    LEASE_MARGIN_S,
+    OUTCOMES,
+    TRANSITIONS,
+    Action,
+    Happening,
+    MigrationLimits,
+    NotBegun,
+    State,
+    explains,
+)
+from cascadeinfer.core.refusals import Refusal
 
 HERE = Path(__file__).parent
 
 MEANINGS = {
-    MigrationOutcome.MOVED: "the request decodes on the target, its KV cache was pulled",
-    MigrationOutcome.RECOMPUTED: "the request decodes on the target, which computed its KV cache anew",
+    MigrationOutcome.MOVED: "the request decodes on the target, which pulled its KV cache",
+    MigrationOutcome.RECOMPUTED: "the request decodes on the target, which recomputed its KV cache",
     MigrationOutcome.STAYED: "the request decodes on the source",
-    MigrationOutcome.ENDED: "the request is over: it finished or its client left",
-    MigrationOutcome.LOST: "the instance that had it died, or does not answer; it is placed anew like every orphan",
+    MigrationOutcome.ENDED: "the request is over: it finished or its client disconnected",
+    MigrationOutcome.LOST: "the instance that had it died or does not answer; the request is placed again like any orphan",
+}
+
+REFUSALS = {
+    Refusal.NO_SLOT: ("the target", "its batch is full"),
+    Refusal.NO_BLOCKS: ("the target", "its KV cache is full"),
+    Refusal.TARGET_DOWN: ("the shell", "the target is not up"),
+    Refusal.NOT_CONNECTED: ("the shell", "KV cache cannot go from the source to the target"),
+    Refusal.UNKNOWN: ("the source", "it has no such request (any more)"),
+    Refusal.UNMOVABLE: ("the source", "the request cannot be taken apart into prompt and output"),
+    Refusal.WAITING: (
+        "the source",
+        "the request does not run: it has been preempted, or its KV cache is still on the way",
+    ),
+    Refusal.PREFILLING: ("the source", "the request's prompt is not computed yet"),
+    Refusal.ALREADY_CUT: ("the source", "the request has been cut"),
+    Refusal.ENDING: ("the source", "the next token is the last one"),
+    Refusal.OUTGREW_ROOM: ("the shell", "the request has grown past the room asked for"),
+    Refusal.MIGRATIONS: ("source or target", "as many migrations as may be are under way there"),
+}
+NOT_BEGUN = {
+    NotBegun.STALE: "the request has ended, or has been moved by a death or another migration, since the policy's last look",
+    NotBegun.SUSPECTED: "instances have died under the request, and it is kept where it is",
 }
 
 MIGRATION_INTRO = """\
 # The migration protocol
 
-One request moves from its *source* to its *target* instance with its KV cache. The table below is the whole protocol: it is
-`TRANSITIONS` in `src/cascadeinfer/core/migration.py`, and this page is drawn from it (`python docs/protocols/draw.py`).
-The simulator and the runtime both follow it.
+One request moves from its *source* to its *target* instance with its KV cache. The tables below are the whole protocol.
+They are in `src/cascadeinfer/core/migration.py` and `refusals.py`, and this page is generated from them
+(`python docs/protocols/draw.py`). The simulator and the runtime both follow them; a test compares the two path by path.
 
-The request decodes on the source until the cut. The target has reserved room by then, so nothing is given up in vain. The cut
-ends the request at its next token and pins its KV cache under a lease; the target pulls it and goes on. The target's first token
-ends the migration. Whatever goes wrong on the way, the request goes on where its tokens are safe, or is computed anew from prompt and
-output so far.
+The request decodes on the source until the cut. By then the target has reserved room, so the source gives nothing up in
+vain. The cut ends the request at its next token and pins its KV cache under a lease; the target pulls the cache and
+continues. The target's first token ends the migration. Whatever goes wrong in between, the request continues where its
+tokens are safe, or is recomputed from its prompt and output so far.
 """
 BIDASK_INTRO = """\
 # The bid-ask protocol
 
-An instance that has a request to give away finds a taker by itself: it *asks* a few instances, those with room *bid*, the best bid is
-*awarded*, and when the bidder *accepts* the [migration](migration.md) begins. Nobody sees more than its own instance, the layout and the
-messages sent to it. The table below is the whole protocol: it is `TRANSITIONS` in `src/cascadeinfer/core/bidask/rounds.py`, and this
-page is drawn from it (`python docs/protocols/draw.py`). `tests/scenarios/` has it in written conversations.
+To give a request away, an instance's agent opens a *round*: it *asks* a few instances, those with room *bid*, the best
+bid is *awarded*, and when the bidder *accepts*, the [migration](migration.md) begins. An agent sees only its own
+instance, the layout and the messages sent to it. The table below is the whole protocol. It is `TRANSITIONS` in
+`src/cascadeinfer/core/bidask/rounds.py`, and this page is generated from it (`python docs/protocols/draw.py`).
+`tests/scenarios/` has negotiations as transcripts.
 
-The request decodes on at the asker until the migration cuts it: a full, busy or dead next stage costs it nothing. A round that came to
-nothing makes the request rest, twice as long after each failure, and the asker asks nobody for the same reason for a while.
+The request keeps decoding at the asker until the migration cuts it, so a full, busy or dead next stage costs only
+messages. After a failed round the request rests, twice as long after each failure, and the agent does not ask for the
+same reason for a while.
 """
 BIDASK_MESSAGES = (
-    ("`Ask`", "asker", "will you take this request? names its length, the reason and the asker's load"),
-    ("`Bid`", "bidder", "yes: price and load, free blocks, migrations; its room is held back"),
+    ("`Ask`", "asker", "will you take this request? with its length, the reason and the asker's load"),
+    ("`Bid`", "bidder", "yes: with price, load, free blocks and migrations; the bidder holds the room back"),
     (
         "`Decline`",
         "bidder",
-        "no: `busy`, `no_slot`, `no_blocks`, `no_gain`, `draining`, `suspect`, or after an award `expired`",
+        "no: `busy`, `no_slot`, `no_blocks`, `no_gain`, `draining`, `suspect`, or `expired` after an award",
     ),
-    ("`Award`", "asker", "you have it: keep a place"),
+    ("`Award`", "asker", "it is yours: keep a place"),
     ("`Accept`", "bidder", "the place is kept: start the migration"),
     ("`Withdraw`", "asker", "forget the bid or the place"),
-    ("`Advert`", "anybody", "my load, to stage peers now and then; no part of a round"),
+    ("`Advert`", "any agent", "my load, sent to stage peers now and then; not part of a round"),
 )
 BIDASK_LOST = (
-    ("`Ask`, `Bid` or `Decline`", "a bid less; the round closes when the asker's time is up"),
+    ("`Ask`, `Bid` or `Decline`", "one bid less; the round closes when the asker's time is up"),
     (
         "`Award` or `Accept`",
-        "the asker withdraws and awards the next best bid; the place falls free at the latest when its time is up",
+        "the asker withdraws and awards the next best bid; the place is free at the latest when its time is up",
     ),
-    ("`Withdraw`", "the place falls free when its time is up"),
+    ("`Withdraw`", "the place is free when its time is up"),
 )
 BIDASK_TIMES = """\
-An asker waits {s.bid_wait_s:g} s for bids and {s.award_wait_s:g} s for the accept; a bidder holds room back for {s.offer_life_s:g} s and
-keeps an awarded place for {s.keep_life_s:g} s, longer than the asker waits, so no migration starts to a place that is gone. At most
-{s.max_migrations} migrations at once per instance, both directions together; kept places and awards under way count."""
+An asker waits {s.bid_wait_s:g} s for bids and {s.award_wait_s:g} s for the accept; a bidder holds room back for
+{s.offer_life_s:g} s and keeps an awarded place for {s.keep_life_s:g} s, longer than the asker waits, so no migration
+starts towards a place that is gone. An instance has at most {s.max_migrations} migrations at once, in both directions
+together; kept places and awards under way count."""
+MIGRATION_LIMITS = """\
+A state with a limit ends with `timed_out`: `asking` after {l.ask_s:g} s, `cutting` after {l.cut_s:g} s. `resuming` ends
+{l.resume_s:g} s after the cut was *sent*, which is {margin_s:g} s before a lease of {lease_s:g} s could end
+(`--kv-lease-s`); a cut that is heard of with less than {l.least_pull_s:g} s left is `cut_late`. The other states last as
+long as the instance that has the request lives and answers.
+
+The target is asked for room for {l.room_slack_tokens} tokens more than the request has at the start, because the request
+keeps decoding until it is cut. One that outgrows that room before it is cut stays (`outgrew_room`)."""
+DETAIL_INTRO = """\
+The record of a migration, its metric and the event that the policy receives give the reason in one word, `detail`: the
+last happening that explains anything (the column above), with the refusal behind it, such as `timed_out`,
+`target_lost` or `cut_refused:ending`. An answer that grants what was asked explains nothing; neither does an ignored
+happening, nor the source's answer to a withdrawal, whose cause is known by then. `detail` is empty for `moved` only."""
+NOT_BEGUN_INTRO = """\
+A migration that a policy asks for in vain is over before its first state: `ended` if the request has ended, else
+`stayed`."""
 IGNORED_INTRO = """\
-Legal, and nothing changes. Everything that is in neither table is a bug of the caller: it raises `InvalidTransition` and changes
-nothing."""
+These combinations are legal and change nothing. Anything in neither table is a bug of the caller: it raises
+`InvalidTransition` and changes nothing."""
 
 
 def migration_page() -> str:
@@ -95,9 +148,15 @@ def migration_page() -> str:
             "Actions are carried out in the order given.",
             "",
             *_table(
-                ("state", "what happens", "next state", "actions"),
+                ("state", "what happens", "next state", "actions", "explains"),
                 [
-                    (state.value, happening.value, following.value, ", ".join(f"`{a.value}`" for a in actions) or "-")
+                    (
+                        state.value,
+                        happening.value,
+                        following.value,
+                        ", ".join(f"`{a.value}`" for a in actions) or "-",
+                        "yes" if explains(state, happening) else "-",
+                    )
                     for (state, happening), (following, actions) in TRANSITIONS.items()
                 ],
             ),
@@ -111,12 +170,32 @@ def migration_page() -> str:
                 sorted((state.value, happening.value) for state, happening in IGNORED),
             ),
             "",
+            "## Limits",
+            "",
+            MIGRATION_LIMITS.format(
+                l=MigrationLimits(), margin_s=LEASE_MARGIN_S, lease_s=MigrationLimits().resume_s + LEASE_MARGIN_S
+            ),
+            "",
+            "## Refusals",
+            "",
+            "The words behind `room_refused` and `cut_refused`, the same on the wire, in records, metrics and logs.",
+            "",
+            *_table(("word", "who says it", "why"), [(f"`{r.value}`", *REFUSALS[r]) for r in Refusal]),
+            "",
             "## Outcomes",
             "",
             *_table(
                 ("final state", "outcome of the migration"),
                 [(state.value, MEANINGS[outcome]) for state, outcome in OUTCOMES.items()],
             ),
+            "",
+            "## The record's detail",
+            "",
+            DETAIL_INTRO,
+            "",
+            NOT_BEGUN_INTRO,
+            "",
+            *_table(("detail", "why"), [(f"`{n.value}`", NOT_BEGUN[n]) for n in NotBegun]),
             "",
             f"{len(TRANSITIONS)} transitions, {len(State)} states, {len(Happening)} happenings, {len(Action)} actions.",
             "",
@@ -135,7 +214,7 @@ def bidask_page() -> str:
             *_bidask_diagram(),
             "```",
             "",
-            "The left side is the asker's view of a round, the right side a bidder's.",
+            "The states from `asking` to `resting` are the asker's view of a round, those from `offering` to `receiving` a bidder's.",
             "",
             "## Messages",
             "",
@@ -143,8 +222,8 @@ def bidask_page() -> str:
             "",
             "## Transitions",
             "",
-            "Everything that is not in this table raises `InvalidTransition` and changes nothing; late and doubled messages are told apart",
-            "before they get here.",
+            "Anything not in this table raises `InvalidTransition` and changes nothing. Late and duplicate messages are sorted",
+            "out before they get here.",
             "",
             *_table(
                 ("state", "what happens", "next state"),

@@ -19,13 +19,14 @@ from vllm.logger import configure_logging_from_args
 from cascadeinfer.cluster.local import LOOPBACK, ProcessStart
 from cascadeinfer.cluster.runtime_folder import runtime_folder
 from cascadeinfer.config.event_log import event_log_of
-from cascadeinfer.config.policy import CASCADE, make_policy, warm_up_planner
+from cascadeinfer.config.policy import make_policy
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.rules import rules_of
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.cost.suitability import check_suits
-from cascadeinfer.core.migration import MigrationTimes
+from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
+from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
 from cascadeinfer.engines.vllm.instance import VllmInstance
@@ -61,8 +62,6 @@ from cascadeinfer.runtime.supervise import SupervisionTimes
 
 logger = logging.getLogger(__name__)
 
-LEASE_MARGIN_S = 3.0
-"""A pull must be over this long before a lease would end that had begun when the cut was sent."""
 STOP_TIMEOUT_S = 5.0
 PROFILE_LEASE_S = 30
 """Of pulls that are measured: nobody waits for their blocks."""
@@ -78,7 +77,7 @@ async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
         ProfileError: It is of another model or set-up.
     """
     if options.profile is None:
-        if options.policy_name() == CASCADE:
+        if POLICIES[options.policy_name()].uses_profile:
             logger.info("no profile: one stage until what steps cost has been learnt")
         return
     first = runtime.live_engines()[0]
@@ -110,8 +109,7 @@ def make_runtime(
         ConfigError: An option is wrong; nothing has been started.
     """
     policy = make_policy(options)
-    if options.policy_name() == CASCADE:
-        warm_up_planner()
+    POLICIES[options.policy_name()].warm_up()
     several = options.api_servers > 1
     if several:
         engine_args = dataclasses.replace(engine_args, _api_process_count=options.api_servers)
@@ -131,7 +129,7 @@ def make_runtime(
         supervision=SupervisionTimes(
             report_s=options.report_interval_s, suspect_s=options.suspect_after_s, hang_s=options.hang_timeout_s
         ),
-        migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
+        migration=MigrationLimits.under_lease(options.kv_lease_s),
         source=source,
         observer=event_log,
         poison_deaths=options.poison_deaths,
@@ -342,7 +340,7 @@ async def _follow(
                 backoff_first_s=REATTACH_S,
                 backoff_max_s=REATTACH_S,
             ),
-            migration=MigrationTimes(resume_s=options.kv_lease_s - LEASE_MARGIN_S),
+            migration=MigrationLimits.under_lease(options.kv_lease_s),
             observer=event_log,
             poison_deaths=options.poison_deaths,
         )

@@ -177,6 +177,19 @@ def test_compare_finds_the_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert (tmp_path / f"c-{group}.png").read_bytes().startswith(PNG)
 
 
+def test_figures_of_one_run_have_their_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A single run's figures come with half the width of their 95 % interval: the one in the JSON file."""
+    out = tmp_path / "c.json"
+    assert (
+        run("bench", "compare", write(tmp_path, "a.parquet", "one", 1.0, 0), "--warm-up", "0", "--json", str(out)) == 0
+    )
+    figure = json.loads(out.read_text())["labels"]["one"]["runs"][0]["all"]["figures"]["e2e_s_mean"]
+    assert figure["low"] < figure["value"] < figure["high"]
+    text = capsys.readouterr().out
+    assert f"{figure['value']:.2f} ±{(figure['high'] - figure['low']) / 2:.2f}" in text
+    assert "± half of the 95 % interval" in text
+
+
 def test_records_survive_their_file(tmp_path: Path) -> None:
     """Written and read back, records, errors and header are the same."""
     records = synthetic(1.0, 0)

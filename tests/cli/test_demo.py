@@ -22,9 +22,10 @@ from cascadeinfer.config.schema import options_of
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.demo import server as demo_server
 from cascadeinfer.demo.requests import TASKS, ChatState, ChatTask, make_states, take_placements
-from cascadeinfer.demo.server import DemoServer, ServerFailedError, server_command
+from cascadeinfer.demo.server import DemoServer, server_command
 from cascadeinfer.demo.view import Board, Summary, TextCheck, length_bar, render_board, render_summary, summarise
 from cascadeinfer.engines.models.tiny import make_tiny_llama
+from cascadeinfer.loadgen.served_process import ServerFailedError
 
 TASK = ChatTask("story", "Tell me a story.", 100)
 
@@ -236,7 +237,7 @@ def test_a_server_that_does_not_start_is_reported(server: DemoServer) -> None:
     server.command = [sys.executable, "-c", "import sys; print('no such model'); sys.exit(3)"]
     server.start()
     with pytest.raises(ServerFailedError, match="exit code 3"):
-        asyncio.run(server.wait_ready(lambda _: None))
+        asyncio.run(server.becomes_ready(lambda _: None))
     assert server.log_tail() == "no such model"
 
 
@@ -290,7 +291,7 @@ def test_ready_and_pages_of_a_server(server: DemoServer) -> None:
     )
     server.command = [sys.executable, "-c", program, str(server.port)]
     server.start()
-    asyncio.run(server.wait_ready(lambda _: None))
+    asyncio.run(server.becomes_ready(lambda _: None))
     assert asyncio.run(server.snapshot()) == {"stages": []}
     with pytest.raises(ServerFailedError, match="/metrics with 404"):
         asyncio.run(server.text("/metrics"))

@@ -1,6 +1,8 @@
 """`cascadeinfer simulate`: the comparison, its files and bad input."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -258,3 +260,38 @@ def test_a_complaint_about_a_trace_names_the_file(tmp_path: Path, capsys: pytest
     assert told.count("\n") == 1
     assert "line 2: prompt_tokens is above" in told
     assert str(bad) in told
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "written"),
+    [
+        ("--event-log", "log.gz", "log.gz"),
+        ("--json", "a.json", "a.json"),
+        ("--parquet", "rows", "rows"),
+        ("--plot", "x", "x-cdf.png"),
+    ],
+)
+def test_a_full_disk_ends_in_one_line(
+    trace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    name: str,
+    written: str,
+) -> None:
+    """A file that passed the check and cannot be written after all is named with its option, and nothing of it is left."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("pyarrow")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", fail)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    words = small(trace, policy="least_loaded", seeds="1", requests="2000")
+    assert run(*words, option, str(folder / name)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cascadeinfer: error: {option}: cannot write {folder / written}: No space left on device (")
+    assert list(folder.iterdir()) == []

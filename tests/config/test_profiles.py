@@ -54,7 +54,7 @@ def test_shipped_file_is_what_the_script_makes(name: str, monkeypatch: pytest.Mo
     """Building a profile again from the measurements gives the shipped coefficients, errors and capacity."""
     if not MEASUREMENTS.is_dir():
         pytest.skip(f"the published measurements are not here: {MEASUREMENTS}")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "profiles"))
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "profiles"))
     script = importlib.import_module("build_profiles")
     shipped = load_profile(name)
     device = script.DEVICE_OF[name.split("-", maxsplit=1)[0]]

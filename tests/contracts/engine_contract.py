@@ -172,7 +172,7 @@ async def reservations_hold_slots(bed: Bed) -> None:
     engine, n = bed.b.engine, bed.b.capacity.max_num_seqs
     ids = [f"slot{i}" for i in range(n + 1)]
     answers = [await engine.reserve(reservation_id, 1) for reservation_id in ids]
-    assert answers == [None] * n + ["no_slots"]
+    assert answers == [None] * n + ["no_slot"]
     for reservation_id in ids:
         await engine.release_reservation(reservation_id)
     await bed.settled()

@@ -1,4 +1,4 @@
-"""A moment of ours on another clock: never later than it is, exact when one answer was quick."""
+"""A moment on our clock, converted to another: never later than it is, exact when one answer was quick."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ SECONDS = st.floats(0, 1e6)
     SECONDS,
 )
 def test_never_later(lead_s: float, answers: list[tuple[float, float]], moment_s: float) -> None:
-    """Whatever delays the answers, the moment is not later than on the true clock, and late by the quickest answer's delay at most."""
+    """Whatever delays the answers, the moment is not too late, and at most the quickest answer's delay too early."""
     bound = ClockBound()
     for answered_s, delay_s in answers:
         bound.answered(answered_s + lead_s, answered_s + delay_s)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.layout import Stage, StageLayout
+from cascadeinfer.core.layout import Proposal, Stage, StageLayout
 from cascadeinfer.core.types import LengthRange
 
 A, B = ("a",), ("b",)
@@ -70,3 +70,32 @@ def test_instances_know_their_stage() -> None:
     """An instance's stage is found; an unknown instance has none."""
     layout = StageLayout.from_boundaries((5,), (("b", "a"), ("c",)))
     assert [layout.stage_index_of_instance(i) for i in "abcd"] == [0, 0, 1, None]
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "sizes", "message"),
+    [
+        ((500,), (4,), "no stages"),
+        ((), (), "no stages"),
+        ((500,), (4, 0), "no stages"),
+        ((500, 400), (1, 1, 2), "not strictly increasing"),
+        ((0,), (1, 1), "not strictly increasing"),
+    ],
+)
+def test_bad_proposals_are_refused(boundaries: tuple[int, ...], sizes: tuple[int, ...], message: str) -> None:
+    """Every stage of a proposal has an instance, and there is one boundary fewer than stages, all increasing."""
+    with pytest.raises(PlanError, match=message):
+        Proposal(boundaries, sizes)
+
+
+def test_a_proposal_is_dealt_out_in_order() -> None:
+    """The first instances get the shortest stage; a layout's own proposal gives it back; another number of instances is an error."""
+    layout = Proposal((100, 900), (1, 2, 1)).on(("c", "d", "a", "b"))
+    assert [stage.instance_ids for stage in layout.stages] == [("c",), ("a", "d"), ("b",)]
+    assert layout.boundaries_tokens == (100, 900)
+    assert Proposal.like(layout) == Proposal((100, 900), (1, 2, 1))
+    assert Proposal.like(layout).on(("c", "a", "d", "b")) == layout
+    with pytest.raises(PlanError, match="for 4 instances, not 3"):
+        Proposal((100, 900), (1, 2, 1)).on(("a", "b", "c"))
+    with pytest.raises(PlanError, match="in two stages"):
+        Proposal((100,), (1, 1)).on(("a", "a"))

@@ -7,18 +7,33 @@ from pathlib import Path
 
 import pytest
 
+from cascadeinfer.core.effects import MigrationReason, StartMigration
 from cascadeinfer.core.errors import InvalidTransition
 from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.migration import IGNORED, OUTCOMES, TRANSITIONS, Action, Happening, Migration, State
+from cascadeinfer.core.migration import (
+    IGNORED,
+    LEASE_MARGIN_S,
+    OUTCOMES,
+    TRANSITIONS,
+    Action,
+    Happening,
+    Migration,
+    MigrationLimits,
+    NotBegun,
+    State,
+    not_begun,
+)
+from cascadeinfer.core.refusals import Refusal
 
 FINAL = set(OUTCOMES)
 OPEN = [state for state in State if state not in FINAL]
+MOVE = StartMigration("test", "m", "r", "a", "b", MigrationReason.OPERATOR)
 PROTOCOLS = Path(__file__).parents[2] / "docs" / "protocols"
 
 
 def migration_in(state: State) -> Migration:
     """A migration that is in this state."""
-    return Migration("m", "r", "a", "b", 10, state)
+    return Migration(MOVE, 10, state=state)
 
 
 def test_final_states_have_outcomes() -> None:
@@ -45,22 +60,22 @@ def test_nothing_is_both_followed_and_ignored() -> None:
 @pytest.mark.parametrize("happening", Happening)
 @pytest.mark.parametrize("state", State)
 def test_each_pair_is_followed_ignored_or_refused(state: State, happening: Happening) -> None:
-    """A pair of the table leads on; an ignored one changes nothing; any other raises, with the story, and changes nothing."""
+    """A pair in the table leads on; an ignored one changes nothing; any other raises and changes nothing."""
     migration = migration_in(state)
     story = list(migration.story)
     key = (state, happening)
     if key in TRANSITIONS:
         following, actions = TRANSITIONS[key]
-        assert migration.handle(happening) == actions
+        assert migration.handle(happening, 0.0) == actions
         assert migration.state is following
         assert migration.story == [*story, f"({happening.value})", following.value]
     elif key in IGNORED:
-        assert migration.handle(happening) == ()
+        assert migration.handle(happening, 0.0) == ()
         assert migration.state is state
         assert migration.story == story
     else:
         with pytest.raises(InvalidTransition) as raised:
-            migration.handle(happening)
+            migration.handle(happening, 0.0)
         assert (raised.value.state, raised.value.event) == (state.value, happening.value)
         assert raised.value.story == tuple(story)
         assert migration.state is state
@@ -87,6 +102,109 @@ def reach(after: dict[State, set[State]], start: State) -> set[State]:
             seen.add(state)
             todo.append(state)
     return seen
+
+
+GRANTED, CUT, TOKEN = Happening.ROOM_GRANTED, Happening.CUT_DONE, Happening.FIRST_TOKEN
+LATE, GONE = Happening.TIMED_OUT, Happening.TARGET_LOST
+
+
+@pytest.mark.parametrize(
+    ("happenings", "detail"),
+    [
+        pytest.param([GRANTED, CUT, TOKEN], "", id="all as asked"),
+        pytest.param([Happening.ROOM_REFUSED], "room_refused:no_slot", id="the target's refusal"),
+        pytest.param([GRANTED, Happening.CUT_REFUSED], "cut_refused:no_slot", id="the source's refusal"),
+        pytest.param([GRANTED, LATE, Happening.CUT_UNDONE], "timed_out", id="withdrawn"),
+        pytest.param([GRANTED, LATE, Happening.CUT_REFUSED], "timed_out", id="withdrawn, refused after all"),
+        pytest.param([GRANTED, LATE, GONE, Happening.CUT_UNDONE], "timed_out", id="withdrawn, then the target died"),
+        pytest.param([GRANTED, GONE, Happening.CUT_EMPTY, TOKEN], "target_lost", id="withdrawn in vain"),
+        pytest.param([GRANTED, LATE, Happening.SOURCE_LOST], "source_lost", id="news while withdrawing"),
+        pytest.param([GRANTED, Happening.CUT_LATE, TOKEN], "cut_late", id="taken back"),
+        pytest.param([GRANTED, CUT, LATE, GONE, TOKEN], "timed_out", id="taken back, then the target died"),
+        pytest.param([GRANTED, CUT, LATE, Happening.PLACE_SILENT], "place_silent", id="taken back in vain"),
+        pytest.param([GRANTED, Happening.CUT_EMPTY, TOKEN], "cut_empty", id="computed anew"),
+    ],
+)
+def test_detail_is_the_last_thing_that_explains(happenings: list[Happening], detail: str) -> None:
+    """Answers as asked for, what the table ignores, and the source's answers to a withdrawal explain nothing."""
+    migration = migration_in(State.ASKING)
+    for happening in happenings:
+        is_refusal = happening in {Happening.ROOM_REFUSED, Happening.CUT_REFUSED}
+        migration.handle(happening, 0.0, Refusal.NO_SLOT if is_refusal else None)
+    ended = migration.ended()
+    assert (ended.outcome, ended.detail) == (OUTCOMES[migration.state], detail)
+
+
+def test_only_a_plain_move_has_no_detail() -> None:
+    """On every path: `moved` has an empty detail, every other outcome has a reason."""
+    todo = [migration_in(State.ASKING)]
+    while todo:
+        before = todo.pop()
+        if before.outcome is not None:
+            assert (before.detail == "") == (before.outcome is MigrationOutcome.MOVED), before.story
+            continue
+        for state, happening in TRANSITIONS:
+            if state is before.state:
+                after = replace(before, story=list(before.story))
+                after.handle(happening, 0.0)
+                todo.append(after)
+
+
+def test_a_migration_that_does_not_begin() -> None:
+    """A live request stays, one that has ended has ended; the word says why."""
+    stays = not_begun(MOVE, NotBegun.SUSPECTED, is_live=True)
+    assert (stays.migration_id, stays.outcome, stays.detail) == ("m", MigrationOutcome.STAYED, "suspected")
+    over = not_begun(MOVE, NotBegun.STALE, is_live=False)
+    assert (over.outcome, over.detail) == (MigrationOutcome.ENDED, "stale")
+
+
+LIMITS = MigrationLimits(ask_s=1.0, cut_s=2.0, resume_s=3.0, least_pull_s=0.5, room_slack_tokens=8)
+
+
+def test_limits_of_states() -> None:
+    """Asking and cutting have their own limits; resuming ends at a moment that counts from when the cut was sent; nothing else ends by itself."""
+    migration = Migration(MOVE, 10, LIMITS)
+    assert migration.limit_s(50.0) == 1.0
+    migration.handle(Happening.ROOM_GRANTED, 100.0)
+    assert (migration.limit_s(100.0), migration.cut_sent_s, migration.deadline_s) == (2.0, 100.0, 103.0)
+    migration.handle(Happening.CUT_DONE, 101.5)
+    assert migration.limit_s(101.5) == 1.5
+    assert [migration.is_overdue(now_s) for now_s in (102.9, 103.0)] == [False, True]
+    migration.handle(Happening.TIMED_OUT, 103.0)
+    assert migration.limit_s(103.0) is None
+    assert not migration.is_overdue(200.0)
+
+
+def test_what_news_of_a_cut_means() -> None:
+    """Nothing pinned: empty; less time left than a pull needs: late; else done."""
+    migration = Migration(MOVE, 10, LIMITS)
+    migration.handle(Happening.ROOM_GRANTED, 100.0)
+    assert migration.cut_heard(100.0, 0) is Happening.CUT_EMPTY
+    assert migration.cut_heard(102.5, 9) is Happening.CUT_DONE
+    assert migration.cut_heard(102.75, 9) is Happening.CUT_LATE
+    migration.limits = replace(LIMITS, least_pull_s=0.0)
+    assert migration.cut_heard(103.0, 9) is Happening.CUT_LATE
+
+
+def test_room() -> None:
+    """The target is asked for the slack as well; whoever has grown so far that the next token needs more is not cut."""
+    migration = Migration(MOVE, 10, LIMITS)
+    assert migration.room_tokens == 18
+    assert [migration.has_outgrown_room(n_tokens) for n_tokens in (17, 18)] == [False, True]
+
+
+def test_limits_under_a_lease() -> None:
+    """A pull is over a margin before the lease ends; the usual limits are those under the usual lease."""
+    assert MigrationLimits.under_lease(10.0) == MigrationLimits()
+    assert MigrationLimits.under_lease(30.0).resume_s == 30.0 - LEASE_MARGIN_S
+
+
+def test_refusals_travel_as_their_words() -> None:
+    """Every refusal comes back from its word; no word means granted; an unknown word is an error."""
+    assert [Refusal.read(refusal.value) for refusal in Refusal] == list(Refusal)
+    assert Refusal.read(None) is None
+    with pytest.raises(ValueError, match="no_room"):
+        Refusal.read("no_room")
 
 
 def test_at_target_follows_the_request() -> None:

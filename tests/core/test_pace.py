@@ -1,4 +1,4 @@
-"""How slow an instance is beside the others: in proportion, deaf to noise and hiccups, and forgotten when it is over."""
+"""How slow an instance is beside the others: proportional, deaf to noise and hiccups, and forgotten once over."""
 
 import random
 

@@ -99,7 +99,7 @@ def test_after_a_third_death_that_told_nothing_no_token_proves_anything() -> Non
 
 
 def test_what_was_not_sent_is_not_to_blame() -> None:
-    """Instances that die together: whoever is placed on the next one before that has answered has no part in its death."""
+    """Instances die together: requests placed on the next one before it has answered have no part in its death."""
     quarantine = Quarantine()
     assert quarantine.answer("1") is None
     assert quarantine.die("0", ["a", "b"]) is None
@@ -165,7 +165,7 @@ def test_leaving_lets_the_next_one_in() -> None:
 
 
 def test_a_death_without_a_token_is_forgiven_with_the_next() -> None:
-    """It waited there, or was sent to an instance that was dead already; one that kills at once is found by its second death all the same."""
+    """It waited there or was sent to a dead instance; one that kills at once is still found by its second death."""
     quarantine = Quarantine()
     quarantine.die("0", ["waited", "ran", "poison"], ["waited", "poison"])
     for request_id in ("waited", "ran"):
@@ -259,10 +259,8 @@ class World:
                     self.end(request_id)
 
 
-@given(st.integers(0, 10**6), st.integers(0, 3), st.integers(0, 8), st.integers(0, 3))
-def test_poison_is_found_and_nobody_waits_for_ever(seed: int, n_poison: int, n_innocent: int, n_kills: int) -> None:
-    """All ends; poison costs three instances at most; without other deaths no innocent is ended, and with them only after two."""
-    world = World(seed, n_poison, n_innocent, n_kills)
+def through(world: World) -> list[str]:
+    """Run a world to its end; the innocents that were ended."""
     for request_id in list(world.left):
         world.put(request_id)
     for _ in range(400):
@@ -271,17 +269,46 @@ def test_poison_is_found_and_nobody_waits_for_ever(seed: int, n_poison: int, n_i
         world.step()
     assert not world.left
     assert set(world.poison) <= set(world.ended)
-    innocents = [request_id for request_id in world.ended if request_id not in world.poison]
-    assert all(world.deaths[request_id] >= 2 for request_id in world.ended)
-    if n_kills == 0 and n_poison <= 1:
-        assert not innocents
-        assert all(world.deaths[request_id] <= 3 for request_id in world.poison)
     assert world.quarantine.is_idle
+    return [request_id for request_id in world.ended if request_id not in world.poison]
+
+
+@given(st.integers(0, 10**6), st.integers(0, 3), st.integers(0, 8), st.integers(0, 3))
+def test_poison_is_found_and_nobody_waits_for_ever(seed: int, n_poison: int, n_innocent: int, n_kills: int) -> None:
+    """All ends, and no request is ended before its second death."""
+    world = World(seed, n_poison, n_innocent, n_kills)
+    through(world)
+    assert all(world.deaths[request_id] >= 2 for request_id in world.ended)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 8))
+def test_what_one_poison_costs(seed: int, n_innocent: int) -> None:
+    """
+    Poison that kills whenever it is computed costs two instances and nobody else.
+
+    One that clears itself by a token and kills later costs three at most. It looks like what its instance was just computing for the first
+    time, so one suspected request beside it may be ended in its place, never two.
+    """
+    world = World(seed, 1, n_innocent, 0)
+    innocents = through(world)
+    if world.poison["p0"] == "at once":
+        assert (innocents, world.deaths["p0"]) == ([], 2)
+    else:
+        assert (len(innocents), world.deaths["p0"]) in {(0, 2), (0, 3), (1, 3)}
+
+
+@pytest.mark.parametrize("seed", [17, 24, 27, 242])
+def test_a_poison_that_cleared_itself_is_taken_for_another(seed: int) -> None:
+    """Seeds in which that happens: without them the bound above might never be met."""
+    world = World(seed, 1, 5, 0)
+    innocents = through(world)
+    assert world.poison["p0"] == "later"
+    assert (len(innocents), world.deaths["p0"]) == (1, 3)
 
 
 @pytest.mark.parametrize("n_requests", [1, 30])
 def test_an_ordinary_death_costs_little(n_requests: int) -> None:
-    """However many there were, all are through after as many steps as there are, each step one more on each instance."""
+    """However many there are, all are through after as many steps, each step one more on each instance."""
     quarantine = Quarantine()
     names = [f"r{i}" for i in range(n_requests)]
     die(quarantine, "0", names)

@@ -45,7 +45,7 @@ def test_nobody_there() -> None:
 
 
 def test_strangers_go_where_instances_lack() -> None:
-    """An instance that the plan does not name joins the stage that lacks most, the longest among equals, and stays there."""
+    """An instance not named by the plan joins the stage that lacks most, the longest among equals, and stays there."""
     roster = Roster(PLAN)
     roster.follow(["a", "c", "d", "x", "y", "z"])
     assert shown(roster) == "0-100: a,y | 100-300: c | 300-: d,x,z"
@@ -62,7 +62,7 @@ def test_without_a_plan_there_is_one_stage() -> None:
 
 
 def test_boundaries_move_and_survive_absence() -> None:
-    """A moved boundary is in force at the next look, also after the stage was empty for a while; a new plan replaces it."""
+    """A moved boundary is in force at the next look, even after the stage was empty; a new plan replaces it."""
     roster = Roster(PLAN)
     roster.follow(list("abcde"))
     roster.move_boundary(0, 120)
@@ -85,7 +85,7 @@ def test_boundaries_never_cross(boundary: int) -> None:
 
 @given(st.lists(st.sets(st.sampled_from("abcdexyz"), max_size=8), max_size=12))
 def test_layouts_cover_everybody(history: list[set[str]]) -> None:
-    """Whoever is there is in exactly one stage, and every length has a stage with somebody (StageLayout checks that)."""
+    """Every instance is in exactly one stage, and every length has a stage with instances (StageLayout checks that)."""
     roster = Roster(PLAN)
     for there in history:
         roster.follow(sorted(there))

@@ -90,7 +90,7 @@ def test_report_replaces_lengths_and_leaves_strangers_out() -> None:
 
 
 def test_blocks_between_reports() -> None:
-    """Room follows what came and went since the report: blocks of the newcomer are taken, those of the finished are free."""
+    """Room follows changes since the report: a newcomer's blocks are taken, those of a finished request are free."""
     view = books("a")
     arrive(view, "r", 95, "a")
     report(view, "a", {"r": 100}, {}, 12)  # two blocks more than its length: shared, pinned or reserved
@@ -116,7 +116,7 @@ def test_preempted_request_waits_again() -> None:
 
 
 def test_a_prompt_under_way_still_counts_as_queued() -> None:
-    """A request that runs but has no new token is being computed; its first new token ends that, a preemption begins it again."""
+    """A request that runs without a new token is being computed, until its next token; so again after preemption."""
     view = books("a")
     arrive(view, "r", 30, "a")
     a = view.instances["a"]
@@ -234,7 +234,7 @@ def test_books_balance(steps: list[tuple[int, int, int]]) -> None:
 
 
 def test_foreign_requests_are_load() -> None:
-    """What other front-end processes have on an instance counts in load, price, room and queue like the own, and is not ours to know."""
+    """Requests of other front-end processes count in load, price, room and queue like ours, but stay unknown."""
     foreign, own = books("a"), books("a")
     view = InstanceReport((), (), (), (), 30, 0.02, foreign_running_tokens=(100, 140), foreign_waiting_tokens=(50,))
     foreign.apply(InstanceReported("c", "a", view))

@@ -348,7 +348,7 @@ class Chaos:
         cores = [(i["pid"], f"kill, {i['phase']}") for i in seen if i["pid"] is not None]
         others = [
             (process.pid, "kill, any process")
-            for process in self.server.processes()[1:]
+            for process in self.server.family()[1:]
             if "resource_tracker" not in _command(process)
         ]
         candidates = others if whoever else cores

@@ -7,6 +7,7 @@ each, without compilation, with few KV blocks (NIXL registers each one).
 
 import dataclasses
 import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         runner = item.get_closest_marker("runner")
         if runner is not None and runner.args[0] != RUNNER:
             item.add_marker(pytest.mark.skip(reason=f"of vLLM's {runner.args[0]} model runner (see CONTRIBUTING.md)"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sigterm_is_as_good_as_ctrl_c() -> Iterator[None]:
+    """
+    SIGTERM, from `timeout` for instance, ends the tests by way of their fixtures.
+
+    Servers lead sessions of their own, so that a signal to the tests' process group does not reach them.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

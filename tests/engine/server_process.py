@@ -1,14 +1,10 @@
 """`cascadeinfer serve` as a process, and what tests ask of it."""
 
 import contextlib
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import psutil
 from cascadeinfer.cluster.local import LOOPBACK, free_port
 from cascadeinfer.cluster.runtime_folder import LOCK, NAME
 from cascadeinfer.engines.vllm.segments import PREFIX, SHARED_MEMORY
+from cascadeinfer.loadgen.served_process import ServedProcess
 from conftest import QUICK_ENVIRONMENT
 
 START_DEADLINE_S = 240.0
@@ -31,44 +28,48 @@ OTHERS_WORDS = re.compile(r"\((EngineCore|Worker)|.*\"(GET|POST|DELETE) ")
 """Lines of the log that are not the front end's own."""
 
 
-class ServerProcess:
+class ServerProcess(ServedProcess):
     """A real server on a free port: two instances, two stages, an API key."""
 
-    def __init__(self, model: Path, log: Path, *arguments: str, program: Sequence[str] | None = None) -> None:
-        """Start it: `cascadeinfer`, unless another program is named."""
-        self.port = free_port()
-        self.url = f"http://{LOOPBACK}:{self.port}"
-        self.log = log
-        words = ["serve", str(model), "--host", LOOPBACK, "--port", str(self.port), "--served-model-name", MODEL]
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *arguments: str,
+        program: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`cascadeinfer`, unless another program is named; with these variables added to those of quick tests."""
+        port = free_port()
+        words = ["serve", str(model), "--host", LOOPBACK, "--port", str(port), "--served-model-name", MODEL]
         words += ["--instances", "2", "--stages", "0-64:1,64-:1", "--api-key", API_KEY, "--report-interval-s", "0.02"]
         words += ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--num-gpu-blocks-override", "256"]
         words += ["--max-model-len", "1024", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-        self._log_file = log.open("w")
-        self.process = subprocess.Popen(
+        super().__init__(
             [*(program or (str(Path(sys.executable).parent / "cascadeinfer"),)), *words, *arguments],
-            stdout=self._log_file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **QUICK_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            port=port,
+            log=log,
+            environment={**QUICK_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(environment or {})},
+            stop_timeout_s=60.0,
+            children_timeout_s=20.0,
         )
 
     def wait_until_ready(self, n_instances: int = 2) -> None:
         """Until `/health/ready` says so with all instances."""
         self.poll(lambda: len(self.get("/health/ready").json()["instances"]) == n_instances, "ready", START_DEADLINE_S)
 
-    def poll(self, condition: Any, what: str, deadline_s: float = 120.0) -> None:
+    def poll(self, condition: Callable[[], object], what: str, deadline_s: float = 120.0) -> None:
         """Until the condition holds; a refused connection is not an answer yet."""
-        end_s = time.monotonic() + deadline_s
-        while True:
-            try:
-                if condition():
-                    return
-            except (httpx.TransportError, KeyError):
-                pass
-            assert self.process.poll() is None, f"the server ended: {self.story()}"
-            assert time.monotonic() < end_s, f"not within {deadline_s:g} s: {what}; {self.story()}"
-            time.sleep(0.05)
 
-    def story(self, n_lines: int = 60) -> str:
+        def holds() -> bool:
+            try:
+                return bool(condition())
+            except (httpx.TransportError, KeyError):
+                return False
+
+        self.wait_until(holds, what, deadline_s, poll_s=0.05)
+
+    def log_tail(self, n_lines: int = 60) -> str:
         """The end of the log without the engines' own words and the access log."""
         lines = [line for line in self.log.read_text().splitlines() if not OTHERS_WORDS.match(line)]
         return "\n".join(line[:300] for line in lines[-n_lines:])
@@ -103,18 +104,13 @@ class ServerProcess:
                 total += float(match[2])
         return total
 
-    def processes(self) -> list[psutil.Process]:
-        """The server and everything it has started."""
-        own = psutil.Process(self.process.pid)
-        return [own, *own.children(recursive=True)]
-
     def resources(self) -> dict[str, int]:
         """
         What the server's own process has: processes below it, threads of ZMQ, open files, listening ports; and the machine's shared memory.
 
         Other threads do not count: Python's executor starts some of its few when they are first needed.
         """
-        own = psutil.Process(self.process.pid)
+        own = psutil.Process(self.pid)
         names = [Path(f"/proc/{own.pid}/task/{thread.id}/comm").read_text() for thread in own.threads()]
         return {
             "processes": len(own.children(recursive=True)),
@@ -126,14 +122,14 @@ class ServerProcess:
 
     def folder(self) -> Path:
         """The server's own, whose lock it has open."""
-        links = [link.readlink() for link in Path(f"/proc/{self.process.pid}/fd").iterdir() if link.is_symlink()]
+        links = [link.readlink() for link in Path(f"/proc/{self.pid}/fd").iterdir() if link.is_symlink()]
         [folder] = [link.parent for link in links if link.name == LOCK and NAME.fullmatch(link.parent.name)]
         return folder
 
     def open_files(self) -> Counter[str]:
         """The server's own open files by kind: path without numbers, so that a leak says where it comes from."""
         kinds: Counter[str] = Counter()
-        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+        for link in Path(f"/proc/{self.pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 kinds[re.sub(r"[0-9a-f-]*[0-9][0-9a-f-]*", "*", str(link.readlink()))] += 1
         return kinds
@@ -145,19 +141,6 @@ class ServerProcess:
         return seen["requests"]["live"] == 0 and all(
             instance["up"] and not any(instance[name] for name in held) for instance in seen["instances"]
         )
-
-    def stop(self) -> None:
-        """Whatever state it is in; for the end of the tests."""
-        everyone = self.processes() if self.process.poll() is None else []
-        if everyone:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-        for process in psutil.wait_procs(everyone, timeout=20)[1]:
-            process.kill()
-        self._log_file.close()
 
 
 def _bearer(key: str | None) -> dict[str, str]:

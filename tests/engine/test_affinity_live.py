@@ -18,12 +18,9 @@ HITS = "vllm:prefix_cache_hits_total"
 def server(tiny_model: Path, tmp_path: Path) -> Iterator[ServerProcess]:
     """Two instances in one stage."""
     words = ("--policy", "cascade", "--stages", "0-:2", "--max-model-len", "4096")
-    server = ServerProcess(tiny_model, tmp_path / "log", *words, program=QUICK_SERVER)
-    try:
+    with ServerProcess(tiny_model, tmp_path / "log", *words, program=QUICK_SERVER) as server:
         server.wait_until_ready()
         yield server
-    finally:
-        server.stop()
 
 
 def turn(server: ServerProcess, prompt: list[int], n_tokens: int) -> None:

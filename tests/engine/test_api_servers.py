@@ -35,13 +35,10 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """The server with all its processes up."""
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ("--api-servers", str(N_PROCESSES), "--hang-timeout-s", str(HANG_TIMEOUT_S))
-    server = ServerProcess(tiny_model, log, *arguments, program=QUICK_SERVER)
-    try:
+    with ServerProcess(tiny_model, log, *arguments, program=QUICK_SERVER) as server:
         server.wait_until_ready()
         wait_until_all_serve(server)
         yield server
-    finally:
-        server.stop()
 
 
 def wait_until_all_serve(server: ServerProcess, restarts: int = 0) -> None:
@@ -108,11 +105,11 @@ def test_a_pause_of_process_0_is_nobodys_death(server: ServerProcess) -> None:
     with ThreadPoolExecutor(N_REQUESTS) as executor:
         futures = many(server, executor, N_TOKENS)
         before = server.admin()
-        server.process.send_signal(signal.SIGSTOP)
+        server.send_signal(signal.SIGSTOP)
         try:
             time.sleep(HANG_TIMEOUT_S + 2.0)
         finally:
-            server.process.send_signal(signal.SIGCONT)
+            server.send_signal(signal.SIGCONT)
         assert {future.result() for future in futures} == {alone}
     server.poll(server.idle, "idle")
     after = server.admin()
@@ -165,14 +162,14 @@ def test_admin_on_any_process(server: ServerProcess) -> None:
 
 def test_sigterm_drains_all_processes(server: ServerProcess) -> None:
     """Requests of both processes finish, no new one is taken, every process ends, the exit code is 0."""
-    everyone = server.processes()
+    everyone = server.family()
     alone = complete(server)
     with ThreadPoolExecutor(N_REQUESTS) as executor:
         futures = many(server, executor, N_TOKENS)
-        server.process.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         assert {future.result() for future in futures} == {alone}
-    assert server.process.wait(timeout=60) == 0
+    assert server.wait_ended(60) == 0
     _, alive = psutil.wait_procs(everyone, timeout=20)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-    assert "Traceback" not in server.story(n_lines=10_000), server.story()
+    assert "Traceback" not in server.log_tail(n_lines=10_000), server.log_tail()
     assert API_KEY not in server.log.read_text()

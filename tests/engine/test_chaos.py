@@ -34,12 +34,9 @@ def server(
 ) -> Iterator[ServerProcess]:
     """A server of its own, whose instances start quickly: two in the stage of the long ones."""
     options = ("--instances", str(N_INSTANCES), "--stages", "0-64:1,64-:2", "--distributed-executor-backend", "uni")
-    server = ServerProcess(tiny_model, tmp_path / "log", *options, program=QUICK_SERVER)
-    try:
+    with ServerProcess(tiny_model, tmp_path / "log", *options, program=QUICK_SERVER) as server:
         server.wait_until_ready(N_INSTANCES)
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.mark.timeout(1500)

@@ -158,7 +158,7 @@ async def test_reservation_without_slots(zoo: Zoo, name: str) -> None:
     attempt = await running(zoo, instance)
     ids = [f"s{number}" for number in range(MAX_SEQS)]
     answers = await asyncio.gather(*(instance.reserve(reservation_id, 1) for reservation_id in ids))
-    assert answers == [None] * (MAX_SEQS - 1) + ["no_slots"]
+    assert answers == [None] * (MAX_SEQS - 1) + ["no_slot"]
     await asyncio.gather(*(instance.release_reservation(reservation_id) for reservation_id in ids))
     await instance.abort([attempt.engine_request_id])
 

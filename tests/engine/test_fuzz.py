@@ -50,17 +50,10 @@ MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server whose instances start quickly, with two stages so that requests move."""
-    server = ServerProcess(
-        tiny_model,
-        tmp_path_factory.mktemp("fuzz") / "log",
-        *("--distributed-executor-backend", "uni"),
-        program=QUICK_SERVER,
-    )
-    try:
+    log = tmp_path_factory.mktemp("fuzz") / "log"
+    with ServerProcess(tiny_model, log, "--distributed-executor-backend", "uni", program=QUICK_SERVER) as server:
         server.wait_until_ready()
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +111,7 @@ def test_no_body_ends_an_instance(
         answers[f"{path} {_send(server, path, body)}"] += 1
 
     send()
-    assert restarts(server) == before, server.story()
+    assert restarts(server) == before, server.log_tail()
     server.poll(server.idle, "nothing held")
 
 

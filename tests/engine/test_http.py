@@ -50,12 +50,10 @@ TOOL: Any = {
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The server, ready; its log must hold no traceback at the end."""
     log = tmp_path_factory.mktemp("server") / "log"
-    server = ServerProcess(tiny_model, log, "--poison-deaths", "3")  # a test here ends two instances under one request
-    try:
+    words = ("--poison-deaths", "3")  # a test here ends two instances under one request
+    with ServerProcess(tiny_model, log, *words) as server:
         server.wait_until_ready()
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +62,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "server" in request.fixturenames:
         server: ServerProcess = request.getfixturevalue("server")
-        if server.process.poll() is None:
+        if server.exit_code is None:
             server.poll(server.idle, "idle")
 
 
@@ -284,7 +282,7 @@ def test_everything_listens_on_the_loopback(server: ServerProcess) -> None:
     folder = server.folder()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     listening, named = [], []
-    for process in server.processes():
+    for process in server.family():
         with contextlib.suppress(psutil.NoSuchProcess):
             inet = process.net_connections(kind="inet")
             listening += [(process.name(), c.laddr) for c in inet if c.status == psutil.CONN_LISTEN or not c.raddr]
@@ -301,7 +299,7 @@ def test_everything_listens_on_the_loopback(server: ServerProcess) -> None:
 
 def test_each_instance_computes_on_its_own_cores(server: ServerProcess) -> None:
     """The thread that computes the model stays where the instance was placed, though NIXL's connector moves it as it comes."""
-    workers = [process for process in server.processes() if process.name() == "VLLM::Worker"]
+    workers = [process for process in server.family() if process.name() == "VLLM::Worker"]
     first, second = (set(worker.cpu_affinity()) for worker in workers)
     assert first.isdisjoint(second) or len(os.sched_getaffinity(0)) < 2
 
@@ -579,11 +577,11 @@ def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
     """After SIGTERM, with an instance just being added, the running stream goes on to its end, new connections are refused, and all end."""
     expected = complete(client, n_tokens=900).choices[0].text
     assert server.post("/admin/instances", {}).status_code == 202
-    everyone, folder = server.processes(), server.folder()
+    everyone, folder = server.family(), server.folder()
     assert len(everyone) >= 5  # the server, two engines, two workers
     stream = complete(client, n_tokens=900, stream=True)
     text = next(stream).choices[0].text
-    server.process.send_signal(signal.SIGTERM)
+    server.send_signal(signal.SIGTERM)
     refused_while_running = False
     for chunk in stream:
         text += chunk.choices[0].text
@@ -594,8 +592,8 @@ def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
                 refused_while_running = True
     assert text == expected
     assert refused_while_running
-    assert server.process.wait(timeout=60) == 0
+    assert server.wait_ended(60) == 0
     assert not psutil.wait_procs(everyone, timeout=20)[1]
     assert not folder.exists()
     # A killed worker's engine may say what happened to it; the front end has nothing to complain of.
-    assert "Traceback" not in server.story(n_lines=10_000), server.story()
+    assert "Traceback" not in server.log_tail(n_lines=10_000), server.log_tail()

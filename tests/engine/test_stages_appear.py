@@ -69,14 +69,10 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     words = ("--policy", "cascade", "--instances", "2", "--stages", "0-:2", "--distributed-executor-backend", "uni")
     words += ("--max-model-len", "8192", "--num-gpu-blocks-override", "1024", "--no-enable-prefix-caching")
     words += ("--max-num-seqs", str(MAX_SEQS), "--max-queued-requests", str(MAX_QUEUED))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HURRY", "1")
-        server = ServerProcess(tiny_model, tmp_path_factory.mktemp("appear") / "log", *words, program=QUICK_SERVER)
-    try:
+    log = tmp_path_factory.mktemp("appear") / "log"
+    with ServerProcess(tiny_model, log, *words, program=QUICK_SERVER, environment={"HURRY": "1"}) as server:
         server.wait_until_ready(2)
         yield server
-    finally:
-        server.stop()
 
 
 class Clients:

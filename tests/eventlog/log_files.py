@@ -12,7 +12,8 @@ from cascadeinfer.core.events import Event, RequestArrived
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.types import InstanceCapacity
-from cascadeinfer.eventlog.writer import Header, header_of, write_log_file
+from cascadeinfer.eventlog.run_file import write_log_file
+from cascadeinfer.eventlog.writer import Header, header_of
 from cascadeinfer.sim.faults import Crash, Drain, FaultPlan
 from cascadeinfer.sim.run import simulate
 from cascadeinfer.sim.settings import SimConfig, instance_ids

@@ -100,7 +100,7 @@ def test_what_is_no_event_is_refused(line: bytes) -> None:
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_options_come_back(name: str) -> None:
     """Options of a policy come back equal, and make it."""
-    make = POLICIES[name]
+    make = POLICIES[name].make
     written = msgspec.json.encode(options_out(make, OPTIONS[name]))
     back = options_back(make, msgspec.json.decode(written))
     assert back == OPTIONS[name]
@@ -110,7 +110,7 @@ def test_options_come_back(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_every_option_has_a_form(name: str) -> None:
     """Every option of every policy can be written, but for functions (a planner of a test's own)."""
-    for option, hint in typing.get_type_hints(POLICIES[name].__init__).items():
+    for option, hint in typing.get_type_hints(POLICIES[name].make.__init__).items():
         if option not in {"return", "planner"}:
             wire_of(hint)
 
@@ -118,11 +118,11 @@ def test_every_option_has_a_form(name: str) -> None:
 def test_functions_are_refused() -> None:
     """An option that is a function cannot be written, and says so."""
     with pytest.raises(TypeError, match="cannot be logged"):
-        options_out(POLICIES["cascade"], {"planner": print})
+        options_out(POLICIES["cascade"].make, {"planner": print})
 
 
 @given(st.sampled_from([{"speed": 1}, {"migrate": "yes"}, {"interval_s": None}]))
 def test_wrong_options_are_refused(written: dict[str, Any]) -> None:
     """Options that the policy does not have, or of the wrong type, are refused by name."""
     with pytest.raises((TypeError, ValueError), match=next(iter(written))):
-        options_back(POLICIES["llumnix"], written)
+        options_back(POLICIES["llumnix"].make, written)

@@ -18,7 +18,7 @@ from cascadeinfer.eventlog.story import find_request, story_of
 
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_every_policy_does_the_same_again(name: str, tmp_path: Path) -> None:
-    """A simulated run with a crash, a drain and lost messages, replayed: event by event the same effects, none left out."""
+    """A simulated run with a crash, a drain and lost messages, replayed: the same effects for each event, all there."""
     path = tmp_path / "log.gz"
     seen = simulated_log(path, SPECS[name])
     done = replay(open_log(path))
@@ -40,7 +40,7 @@ def test_the_log_has_what_happened(tmp_path: Path) -> None:
 
 
 def test_the_first_difference_is_found(tmp_path: Path) -> None:
-    """A log whose 4th dispatch names another instance: the replay stops there, with the log's view, its own, and what was before."""
+    """A log whose 4th dispatch names another instance: the replay stops there, with both views and what was before."""
     path = tmp_path / "log"
     simulated_log(path, SPECS["round_robin"])
     lines = lines_of(path)
@@ -140,12 +140,15 @@ def test_sums_are_those_of_the_run(tmp_path: Path) -> None:
 
 
 def test_a_story_has_every_part_of_a_life(tmp_path: Path) -> None:
-    """A request that moved: it arrived, was dispatched, ran, was asked for, bid for, awarded, moved, and ended, in this order."""
+    """A request that moved: arrived, dispatched, ran, was asked for, bid for, awarded, moved, ended, in this order."""
     path = tmp_path / "log"
     seen = simulated_log(path, SPECS["cascade"])
     moved = next(e.request_id for e, _ in seen if isinstance(e, MigrationEnded) and e.outcome == "moved")
     text = [chapter.text for chapter in story_of(open_log(path), moved)]
-    wanted = ["arrived: ", "dispatched to ", "runs on ", " asks ", " bids: ", " awards ", " keeps a place", " begins at ", " is over: moved", "ended after "]  # fmt: skip
+    wanted = [
+        "arrived: ", "dispatched to ", "runs on ", " asks ", " bids: ", " awards ", " keeps a place", " begins at ",
+        " is over: moved", "ended after ",
+    ]  # fmt: skip
     found = [next(i for i, line in enumerate(text) if part in line) for part in wanted]
     assert found == sorted(found), text
     assert "(stage " in "".join(text)

@@ -16,6 +16,7 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.events import TimerFired
 from cascadeinfer.eventlog import writer
 from cascadeinfer.eventlog.reader import Gap, LoggedEvent, open_log, read_header
+from cascadeinfer.eventlog.run_file import write_log_file
 from cascadeinfer.eventlog.unwritten_log import UnwrittenLog
 from cascadeinfer.eventlog.writer import EventLog
 
@@ -47,7 +48,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_files_are_rotated_compressed_and_bounded(tmp_path: Path) -> None:
-    """Full files are compressed, at most so many are kept, each begins with the header of its part, and the rest reads as one log."""
+    """Full files are compressed, a bounded number is kept, each has its part's header, and all read as one log."""
     log = start_log(tmp_path / "log", max_bytes=2000, files=3)
     for i in range(100):
         log(float(i), arrival(i), [])
@@ -78,7 +79,7 @@ def test_an_earlier_log_moves_aside(tmp_path: Path) -> None:
 
 
 class Held(EventLog):
-    """An event log whose writer does not get on before it is let."""
+    """An event log whose writer waits until it is released."""
 
     def __init__(self, path: Path, buffered_events: int) -> None:
         """Hold the writer from the start."""
@@ -95,7 +96,7 @@ class Held(EventLog):
 
 
 def test_what_does_not_fit_is_dropped_counted_and_marked(tmp_path: Path) -> None:
-    """With a stuck writer the caller goes on; what did not fit the buffer is counted, and the log says where and how many."""
+    """With a stuck writer the caller goes on; what does not fit the buffer is counted, and the log says where."""
     log = Held(tmp_path / "log", buffered_events=5)
     log(0.0, arrival(0), [])
     assert log.writing.wait(10)  # the writer has the first in hand, the buffer is empty
@@ -130,7 +131,7 @@ def test_a_gap_in_the_middle_is_marked_before_what_follows(tmp_path: Path) -> No
 def test_a_full_disk_ends_the_log_not_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """When the disk fails the log ends with a word in the server's log; later events are counted as dropped, and nothing raises."""
+    """When the disk fails, the log ends with a message in the server's log; later events count as dropped."""
     log = start_log(tmp_path / "log")
 
     def fail(_: bytes) -> None:
@@ -183,14 +184,14 @@ def test_unwritable_paths_are_refused(tmp_path: Path, name: str) -> None:
         start_log(tmp_path / name)
     with (
         pytest.raises(ConfigError, match="--event-log"),
-        writer.write_log_file(tmp_path / name, header_for(SPECS["least_loaded"])),
+        write_log_file(tmp_path / name, header_for(SPECS["least_loaded"])),
     ):
         raise AssertionError
 
 
 def test_header_tells_what_a_replay_needs(tmp_path: Path) -> None:
     """The header is one line of JSON with format, schema, version, policy, options and instances."""
-    with writer.write_log_file(tmp_path / "log.gz", header_for(SPECS["static_stages"], profile="p")):
+    with write_log_file(tmp_path / "log.gz", header_for(SPECS["static_stages"], profile="p")):
         pass
     header = msgspec.json.decode(gzip.decompress((tmp_path / "log.gz").read_bytes()).splitlines()[0])
     assert header["format"] == "cascadeinfer-event-log"
@@ -220,7 +221,7 @@ def test_all_files_are_for_their_owner_only(tmp_path: Path) -> None:
     for i in range(100):
         log(float(i), arrival(i), [])
     log.close()
-    with writer.write_log_file(tmp_path / "whole.gz", header_for(SPECS["least_loaded"])):
+    with write_log_file(tmp_path / "whole.gz", header_for(SPECS["least_loaded"])):
         assert set(modes(tmp_path).values()) == {0o600}
     assert modes(tmp_path) == dict.fromkeys(("log", "log.1.gz", "log.2.gz", "whole.gz"), 0o600)
 
@@ -270,7 +271,10 @@ def test_a_readable_file_that_cannot_be_tightened_is_refused(tmp_path: Path, mon
 def test_a_disk_that_is_full_at_a_rotation_leaves_no_half_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """When a full file cannot be compressed the log ends and says why; the full file stays, half of a compressed one does not."""
+    """
+    When a full file cannot be compressed the log ends and says why; the full file stays, a half compressed one does
+    not.
+    """
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -1,8 +1,8 @@
 """
-A small OpenAI server on the loopback that behaves as it is told, request by request.
+A small OpenAI server on the loopback whose behaviour is set per request.
 
-It tokenises by words (each word is one token, and a text has one token more, as with a begin-of-sequence token), streams one chunk per
-token, and keeps what it was asked. A `Behaviour` per request says how it answers.
+It tokenises by words (each word is one token, and a text has one token more, as with a begin-of-sequence token),
+streams one chunk per token, and keeps the requests. A `Behaviour` per request says how it answers.
 """
 
 import asyncio
@@ -23,15 +23,15 @@ class Behaviour:
     How one request is answered.
 
     Attributes:
-        status: HTTP status; other than 200 with an error body.
-        tokens: That are streamed, at most; None for all that were asked for.
-        cut: End the connection after so many tokens, without an end of the stream.
+        status: HTTP status; with an error body unless it is 200.
+        tokens: Most tokens to stream; None for all that were asked for.
+        cut: Close the connection after this many tokens, without an end of the stream.
         clean_end: End the response in good order after `tokens`, but with neither finish reason nor [DONE].
         error_in_stream: Send an error object after `tokens`.
-        error_code: In that object.
+        error_code: Code in that object.
         usage: Whether the stream ends with usage.
-        wait_for: Waited for before the first token.
-        garbage: Send a line that is no JSON.
+        wait_for: Awaited before the first token.
+        garbage: Send a line that is not JSON.
     """
 
     status: int = 200

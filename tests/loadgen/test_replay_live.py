@@ -61,7 +61,7 @@ async def test_times_are_in_order_and_count_from_the_due_time() -> None:
 
 
 async def test_no_connection_is_used_twice() -> None:
-    """Requests ask for no keep-alive: a server that closes an idle connection just then would look as if it had failed."""
+    """Requests ask for no keep-alive: a server that closes an idle connection just then would seem to have failed."""
     server = FakeServer()
     await replayed(server)
     assert server.kept_connections == 0
@@ -122,7 +122,7 @@ async def test_arrivals_do_not_wait_for_answers() -> None:
     ids=["refused", "internal", "disconnect", "no end", "error event", "garbage"],
 )
 async def test_a_failed_request_is_counted_as_what_it_is(behaviour: Behaviour, kind: str) -> None:
-    """One request of four fails in each way: it has no finish, its error names the kind, and the others are untouched."""
+    """One request in four fails in each way: it has no finish, its error names the kind, the others are unaffected."""
     trace = Trace.from_columns([5, 6, 7, 8], [4, 4, 4, 4], [0.0, 0.05, 0.1, 0.15])
     result = await replayed(FakeServer(lambda number: behaviour if number == 2 else Behaviour()), trace)
     assert errors_by_kind(result.errors) == {kind: 1}
@@ -133,7 +133,7 @@ async def test_a_failed_request_is_counted_as_what_it_is(behaviour: Behaviour, k
 
 
 async def test_a_refusal_within_a_stream_is_a_refusal() -> None:
-    """A server that sends status 200 and then the error event of an overload has refused the request like one that says 429."""
+    """A server that sends status 200 and then the error event of an overload has refused the request, like a 429."""
     refused = Behaviour(tokens=0, error_in_stream=True, error_code=429)
     trace = Trace.from_columns([5, 6], [4, 4], [0.0, 0.05])
     result = await replayed(FakeServer(lambda number: refused if number == 0 else Behaviour()), trace)
@@ -183,7 +183,7 @@ async def test_without_usage_tokens_are_counted_by_chunks() -> None:
 
 
 async def test_prompts_share_what_the_trace_says_and_nothing_else() -> None:
-    """Equal hashes give equal blocks at the start; the rest differs; other seeds share nothing; the same seed is the same prompt."""
+    """Equal hashes give equal leading blocks, the rest differs, seeds share nothing, and a seed fixes the prompt."""
     trace = Trace.from_columns(
         [40, 40, 40], [1, 1, 1], [0.0, 0.0, 0.0], prefix_hashes=[[7, 8], [7, 9], [5, 6]], prefix_block_tokens=16
     )

@@ -1,5 +1,6 @@
 """The file of samples: what is in it survives an interruption, and is of one engine."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -120,3 +121,18 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
     log.close()
     assert log.runs == [RUN]
     assert read(log.path).runs == [RUN]
+
+
+@pytest.mark.parametrize("function", ["open", "write"])
+def test_a_disk_that_has_no_room_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """A file that cannot be made, or not even begun, is a ConfigError that names option and file, and is not left behind."""
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "p.samples.jsonl"
+    with monkeypatch.context() as patch, SampleLog(path) as log:
+        patch.setattr(os, function, fail)
+        with pytest.raises(ConfigError, match=r"--output: .*p\.samples\.jsonl cannot be written: No space left"):
+            log.open(HEADER)
+    assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from cascadeinfer.engines.simulated import SimulatedEngine
 from cascadeinfer.profiling.log import SampleLog
 from cascadeinfer.profiling.profiler import Found, Profiler, Progress, header_of, make_profile, measure_pulls
 from cascadeinfer.profiling.subject import Subject
+from cascadeinfer.profiling.verdict import Grade, judge
 from support.virtual_time import virtual_time
 
 LINE = ("base_s", "per_decode_s", "per_kv_token_s", "per_prefill_token_s", "per_prefill_attention_s")
@@ -70,6 +71,8 @@ async def test_finds_a_linear_step_model(tmp_path: Path) -> None:
     for name in LINE:
         assert getattr(found.profile.step_model, name) == pytest.approx(getattr(TRUTH, name), rel=0.01), name
     assert found.fit.held_out[0].p90 < 0.01
+    verdict = judge(found.profile, found.fit.samples)
+    assert (verdict.grade, verdict.unmeasured, verdict.remedies) == (Grade.GOOD, (), ())
 
 
 @virtual_time
@@ -159,10 +162,13 @@ async def test_the_time_is_kept(tmp_path: Path) -> None:
     profiler = await measured(path, subject, budget_s=10.0, watch=watch)
     await subject.engine.stop(1.0)
     assert 5.0 < profiler.spent_s < 11.0
-    profile = found_in(path, subject, len(profiler.kinds)).profile
+    found = found_in(path, subject, len(profiler.kinds))
+    profile = found.profile
     assert profile.measurement is not None
     assert 8 < profile.measurement.batches < len(profiler.kinds)
     assert profile.measurement.left_out == len(profiler.kinds) - profile.measurement.batches
+    told = " ".join(judge(profile, found.fit.samples).unmeasured)
+    assert f"{profile.measurement.left_out} of {len(profiler.kinds)} kinds of batch" in told
     assert profile.measurement.rounds == 2
     assert [p.done_s for p in watch.told] == sorted(p.done_s for p in watch.told)
     assert all(p.done_s + p.left_s <= 10.0 + 1e-6 for p in watch.told)

@@ -1,4 +1,4 @@
-"""Figures of live runs: groups, intervals by block bootstrap and over runs, ratios of pairs; checked by hand and on synthetic records."""
+"""Metrics of live runs: groups, bootstrap intervals, intervals over runs, ratios; by hand and on synthetic data."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_without_a_finished_request_there_are_no_latencies() -> None:
 
 
 def test_the_interval_covers_the_true_mean() -> None:
-    """Of 30 runs of independent exponential latencies with mean 1, nearly all 95 % intervals hold 1; correlated ones get wider."""
+    """Of 30 runs of independent exponential latencies, nearly all intervals hold the mean; correlation widens them."""
     rng = np.random.default_rng(5)
     n, held = 200, 0
     for _ in range(30):

@@ -18,7 +18,7 @@ def write_half(path: Path, error: BaseException) -> None:
 
 
 def test_what_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
-    """A folder, a file in a folder that is not there, a file below a file; nothing is left behind by a check that passes."""
+    """A folder, a file in a missing folder, a file below a file; a check that passes leaves nothing behind."""
     (tmp_path / "file").write_text("before")
     with pytest.raises(ConfigError, match=r"--json: .* is a folder"):
         check_output(tmp_path, "--json")

@@ -26,7 +26,7 @@ REQUESTS = RequestRecords(
 
 
 def test_latencies_of_requests() -> None:
-    """TTFT and end to end count from the arrival, TPOT from the first token over the others; what never happened is NaN."""
+    """TTFT and end-to-end count from arrival, TPOT from the first token; what never happened is NaN."""
     np.testing.assert_allclose(REQUESTS.ttft_s, [1.0, 0.5, math.nan])
     np.testing.assert_allclose(REQUESTS.tpot_s, [0.5, math.nan, math.nan])
     np.testing.assert_allclose(REQUESTS.e2e_s, [3.0, 0.5, math.nan])

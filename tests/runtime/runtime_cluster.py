@@ -16,10 +16,11 @@ from prometheus_client import CollectorRegistry
 from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
 from cascadeinfer.core.errors import ScalingRefusedError
 from cascadeinfer.core.events import Event, MigrationEnded, PinReason, TimerFired
-from cascadeinfer.core.migration import Happening, Migration, MigrationTimes, State
+from cascadeinfer.core.migration import Happening, Migration, MigrationLimits, State
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.quarantine import DEATHS
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import InstanceView, RequestView
 from cascadeinfer.engines.protocol import EngineRequest
@@ -34,7 +35,7 @@ from support.virtual_time import VirtualTimeLoop
 CAPACITY = InstanceCapacity(kv_blocks=128, block_size_tokens=16, max_num_seqs=8, max_batched_tokens=64)
 TIMES = SimulatedTimes()
 SUPERVISION = SupervisionTimes(report_s=0.1, hang_s=2.0, backoff_first_s=1.0, backoff_max_s=8.0, window_s=30.0)
-MIGRATION = MigrationTimes(ask_s=2.0, cut_s=5.0, resume_s=7.0)
+MIGRATION = MigrationLimits(ask_s=2.0, cut_s=5.0, resume_s=7.0)
 GRACE_S = 0.5
 """Within this everything must be free once the last request has ended: far below lease and reservation life."""
 PATIENCE_S = 600.0
@@ -129,7 +130,7 @@ class Cluster:
         capacity: InstanceCapacity = CAPACITY,
         times: SimulatedTimes = TIMES,
         supervision: SupervisionTimes = SUPERVISION,
-        migration: MigrationTimes = MIGRATION,
+        migration: MigrationLimits = MIGRATION,
         start_error: Callable[[str, int], str | None] = lambda _id, _n: None,
         max_instances: int = 8,
         observer: Observer | None = None,
@@ -176,11 +177,11 @@ class Cluster:
         )
         happen = self.runtime._migrator.happen
 
-        def watched(migration_id: str, happening: Happening, detail: str = "") -> None:
+        def watched(migration_id: str, happening: Happening, refusal: Refusal | None = None) -> None:
             record = self.runtime._migrator._records.get(migration_id)
             if record is not None:
                 self.pairs.append((record.migration.state, happening))
-            happen(migration_id, happening, detail)
+            happen(migration_id, happening, refusal)
 
         self.runtime._migrator.happen = watched  # type: ignore[method-assign]
 

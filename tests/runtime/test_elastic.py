@@ -28,7 +28,7 @@ def phases(cluster: Cluster) -> dict[str, str]:
 
 def policy_named(name: str) -> Policy:
     """A policy with its defaults."""
-    return StaticStages(layout=LAYOUT) if name == "static_stages" else POLICIES[name]()
+    return StaticStages(layout=LAYOUT) if name == "static_stages" else POLICIES[name].make()
 
 
 @virtual_time

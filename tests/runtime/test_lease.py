@@ -18,6 +18,7 @@ from runtime_cluster import MIGRATION, Client, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.events import MigrationEnded
 from cascadeinfer.core.migration import Happening, State
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.engines.simulated import SimulatedTimes
 from cascadeinfer.runtime.supervise import SupervisionTimes
 from support.virtual_time import run, virtual_time
@@ -40,11 +41,11 @@ class FrontEndStop:
         self._happen = cluster.runtime._migrator.happen
         cluster.runtime._migrator.happen = self._happen_unless_stopped  # type: ignore[method-assign]
 
-    def _happen_unless_stopped(self, migration_id: str, happening: Happening, detail: str = "") -> None:
+    def _happen_unless_stopped(self, migration_id: str, happening: Happening, refusal: Refusal | None = None) -> None:
         if self._is_stopped and happening is Happening.TIMED_OUT:
             self._late_timers.append(migration_id)
         else:
-            self._happen(migration_id, happening, detail)
+            self._happen(migration_id, happening, refusal)
 
     def stop(self) -> None:
         """From now on."""

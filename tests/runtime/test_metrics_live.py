@@ -7,6 +7,7 @@ from runtime_cluster import CAPACITY, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.effects import PublishLayout
 from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.refusals import Refusal
 from support.virtual_time import virtual_time
 
 GAUGES = ("up", "running", "waiting", "kv_usage", "kv_pulls", "failed_pulls", "pinned", "restarts")
@@ -69,7 +70,7 @@ async def test_counters_and_pause() -> None:
     """Migrations are counted by outcome, reason and detail; the pause of a moved request is observed once."""
     async with Cluster(places()) as cluster:
         await moved_once(cluster)
-        cluster["b"].refuse_room("no_blocks")
+        cluster["b"].refuse_room(Refusal.NO_BLOCKS)
         cluster.move("s0", "b")
         await asyncio.sleep(0.1)
         read = cluster.registry.get_sample_value

@@ -13,11 +13,12 @@ import pytest
 from runtime_cluster import Client, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.migration import IGNORED, OUTCOMES, TRANSITIONS, Happening, MigrationTimes, State
+from cascadeinfer.core.migration import IGNORED, OUTCOMES, TRANSITIONS, Happening, MigrationLimits, State
+from cascadeinfer.core.refusals import Refusal
 from support.virtual_time import virtual_time
 
 N_OUTPUT = 60
-LIMITS = MigrationTimes(ask_s=1.0, cut_s=0.3, resume_s=0.6)
+LIMITS = MigrationLimits(ask_s=1.0, cut_s=0.3, resume_s=0.6)
 NO_TIMER = {(state, Happening.TIMED_OUT) for state in (State.WITHDRAWING, State.RECOMPUTING, State.RETURNING)}
 """Ignored by the table, and the runtime sets no timer in these states: cannot be forced."""
 PAIRS = sorted((TRANSITIONS.keys() | IGNORED) - NO_TIMER, key=lambda pair: (pair[0].value, pair[1].value))
@@ -113,7 +114,7 @@ async def room_granted(scene: Scene, _: State) -> None:
 
 async def room_refused(scene: Scene, _: State) -> None:
     """The target says no."""
-    scene.cluster["b"].refuse_room("no_blocks")
+    scene.cluster["b"].refuse_room(Refusal.NO_BLOCKS)
     scene.cluster.move("r", "b")
 
 

@@ -116,7 +116,7 @@ async def test_pinned_requests_stay() -> None:
 @virtual_time
 async def test_every_policy_serves(name: str) -> None:
     """Each registered policy that needs no options serves a burst and survives a death."""
-    policy = Logged(POLICIES[name]())
+    policy = Logged(POLICIES[name].make())
     async with Cluster(policy, supervision=OFTEN) as cluster:
         clients = [await cluster.submit(f"r{i}", 20 + 20 * i, 100) for i in range(12)]
         await asyncio.sleep(0.3)
@@ -191,7 +191,7 @@ async def test_no_room_no_move() -> None:
         cluster.move("r", "c")
         await cluster.until(lambda: cluster.migration("r") is None)
         assert cluster.where("r") == "a"
-        assert [e.detail for e in policy.ended_migrations()] == ["room_refused:no_blocks", "room_refused:no_slots"]
+        assert [e.detail for e in policy.ended_migrations()] == ["room_refused:no_blocks", "room_refused:no_slot"]
         for each in [client, *beside]:
             await each.until_end()
 

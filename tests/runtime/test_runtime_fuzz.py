@@ -17,9 +17,10 @@ from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
 from cascadeinfer.core.errors import ScalingRefusedError
 from cascadeinfer.core.events import Event, InstanceReported
 from cascadeinfer.core.layout import StageLayout
-from cascadeinfer.core.migration import MigrationTimes
+from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policy import Policy
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.engines.simulated import SimulatedEngine
 from support.virtual_time import virtual_time
 
@@ -27,7 +28,7 @@ CASES = [("restless", seed) for seed in range(6)] + [(name, 6) for name in sorte
 LIVE_S = 15.0
 N_INSTANCES = 4
 """At first, and about so many later."""
-LIMITS = MigrationTimes(ask_s=0.5, cut_s=0.3, resume_s=0.8)
+LIMITS = MigrationLimits(ask_s=0.5, cut_s=0.3, resume_s=0.8)
 SMALL = replace(CAPACITY, kv_blocks=60, max_num_seqs=5)
 """Requests wait, are preempted, and find no room."""
 
@@ -94,7 +95,7 @@ async def terminate(engine: SimulatedEngine, rng: random.Random) -> None:
 
 async def at_once(engine: SimulatedEngine, rng: random.Random) -> None:
     """One of the faults that take no time."""
-    rng.choice((engine.hang, engine.lose_pins, engine.spoil_cut, lambda: engine.refuse_room("no_blocks")))()
+    rng.choice((engine.hang, engine.lose_pins, engine.spoil_cut, lambda: engine.refuse_room(Refusal.NO_BLOCKS)))()
 
 
 async def die(engine: SimulatedEngine, _: random.Random) -> None:
@@ -157,8 +158,10 @@ def policy_of(name: str, rng: random.Random) -> Policy:
     if name == "restless":
         return Restless(rng)
     if name == "static_stages":
-        return POLICIES[name](layout=StageLayout.from_boundaries((100, 180), (("a",), ("b", "d"), ("c",))), retry_s=0.1)
-    return POLICIES[name]()
+        return POLICIES[name].make(
+            layout=StageLayout.from_boundaries((100, 180), (("a",), ("b", "d"), ("c",))), retry_s=0.1
+        )
+    return POLICIES[name].make()
 
 
 @pytest.mark.parametrize(("name", "seed"), CASES)

@@ -22,8 +22,8 @@ from support.virtual_time import VirtualTimeLoop, run, virtual_time
 PATIENT = replace(SUPERVISION, hang_s=60.0)
 LAYOUT = StageLayout.from_boundaries((100,), (("a", "b"), ("c",)))
 MAKERS = {
-    **{name: POLICIES[name] for name in POLICIES if name != "static_stages"},
-    "static_stages": lambda: POLICIES["static_stages"](layout=LAYOUT),
+    **{name: POLICIES[name].make for name in POLICIES if name != "static_stages"},
+    "static_stages": lambda: POLICIES["static_stages"].make(layout=LAYOUT),
     "cascade in stages": lambda: Cascade(layout=LAYOUT),
     "cascade with a queue": lambda: Cascade(max_queued=20),
 }

@@ -9,6 +9,7 @@ from cascadeinfer.core.effects import Effect, MigrationReason, SendMessage, Star
 from cascadeinfer.core.events import Event, InstanceReported, MessageReceived, MigrationEnded, TimerFired
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.messages import Ask
+from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.policies.round_robin import RoundRobin
@@ -52,7 +53,7 @@ def tight(**changes: object) -> SimConfig:
         kv_bytes_per_token=1e6,
         context_tokens=150,
         network=NetworkConfig(link_bytes_per_s=1e9, max_pulls=2, pull_overhead_s=0.002),
-        room_slack_tokens=4,
+        migration=MigrationLimits(room_slack_tokens=4),
     )
     return replace(plain, **changes)
 
@@ -74,7 +75,7 @@ def random_trace(rng: np.random.Generator, n: int, rate_rps: float, *, prompts: 
 
 
 class Restless(LeastLoaded):
-    """Least loaded, but moves running requests about at random and chatters: for tests of everything around it."""
+    """Least loaded, but migrates running requests at random and sends messages: for tests of everything around it."""
 
     def __init__(self, seed: int, move_probability: float = 0.5) -> None:
         super().__init__()

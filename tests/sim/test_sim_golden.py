@@ -28,8 +28,8 @@ def test_two_requests_to_the_token() -> None:
     """
     A (100 prompt, 3 output) comes at 0, B (50, 2) at 25 ms.
 
-    A's prompt: [0, 20) ms, token 1 at 20. Decode: [20, 31), token 2. B came at 25, so the next step has A's decode and B's prompt:
-    10 + 1 + 5 = 16 ms, [31, 47): A's token 3 and B's token 1. B alone: [47, 58).
+    A's prompt: [0, 20) ms, token 1 at 20. Decode: [20, 31), token 2. B came at 25, so the next step has A's decode and
+    B's prompt: 10 + 1 + 5 = 16 ms, [31, 47): A's token 3 and B's token 1. B alone: [47, 58).
     """
     trace = Trace.from_columns([100, 50], [3, 2], [0.0, 0.025])
     requests = run(trace).requests
@@ -56,7 +56,8 @@ def test_a_long_prompt_goes_in_chunks_while_others_decode() -> None:
     """
     Budget 64: A (10, 5) decodes; B has 100 prompt tokens and comes at 5 ms.
 
-    A's prompt [0, 11). Then 1 decode + 63 tokens: 17.3 ms, to 28.3. Then 1 decode + 37 tokens: 14.7 ms, to 43.0: B's first token.
+    A's prompt [0, 11). Then 1 decode + 63 tokens: 17.3 ms, to 28.3. Then 1 decode + 37 tokens: 14.7 ms, to 43.0: B's
+    first token.
     """
     capacity = InstanceCapacity(kv_blocks=4096, block_size_tokens=16, max_num_seqs=64, max_batched_tokens=64)
     trace = Trace.from_columns([10, 100], [5, 1], [0.0, 0.005])
@@ -76,9 +77,9 @@ def test_a_migration_to_the_millisecond() -> None:
     """
     One request (100 prompt, 100 output) moves from i0 to i1, asked for at 100 ms.
 
-    Control messages take 1 ms: asked at 101, answered at 102, told to cut at 103. Steps end at 20 + 11 k ms, so the cut is at 108 with
-    9 tokens out. 108 of the 109 tokens are pulled, 1 MB each at 1 GB/s: from 108 + 1 + 5 to 222. i1's step ends at 233 with the tenth
-    token; 90 more at 11 ms each.
+    Control messages take 1 ms: asked at 101, answered at 102, told to cut at 103. Steps end at 20 + 11 k ms, so the cut
+    is at 108 with 9 tokens out. 108 of the 109 tokens are pulled, 1 MB each at 1 GB/s: from 108 + 1 + 5 to 222. i1's
+    step ends at 233 with the tenth token; 90 more at 11 ms each.
     """
     trace = Trace.from_columns([100], [100], [0.0])
     policy = MoveOnce(0.1)
@@ -99,7 +100,7 @@ def test_a_migration_to_the_millisecond() -> None:
 
 
 def test_what_the_target_has_cached_is_not_pulled() -> None:
-    """Of 108 tokens to pull, the target has the six units of 16 that an earlier request with the same prompt left there."""
+    """Of 108 tokens to pull, the target has the six units of 16 that an earlier request with that prompt left there."""
     hashes = [list(range(6))] * 2
     trace = Trace.from_columns([100, 100], [100, 2], [0.0, 0.0], prefix_hashes=hashes, prefix_block_tokens=16)
     result = simulate(
@@ -124,7 +125,7 @@ def test_a_cached_prefix_is_not_computed() -> None:
 
 
 def test_reports_say_what_is_so_between_two_steps() -> None:
-    """At 100 ms, in the step [97, 108), the request has 1 + 7 tokens; its KV cache fills the blocks for those and the next step's."""
+    """At 100 ms, in the step [97, 108), the request has 1 + 7 tokens; its blocks hold those and the next step's."""
     reports: list[tuple[float, InstanceReported]] = []
 
     def look(now_s: float, event: object, _: object) -> None:

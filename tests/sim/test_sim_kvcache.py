@@ -10,7 +10,7 @@ from cascadeinfer.sim.kvcache import KvCache
 
 
 def test_released_units_stay_until_blocks_are_needed() -> None:
-    """A unit nobody uses counts as free, is found again, and goes, least recently released first, when plain blocks run out."""
+    """An unused unit counts as free, is found again, and is evicted, oldest first, when plain blocks run out."""
     kv = KvCache(blocks=6, blocks_per_unit=2)
     kv.take(4)
     assert kv.publish(11)

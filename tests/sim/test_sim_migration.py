@@ -11,7 +11,7 @@ from sim_builders import ROUND_MODEL, MoveOnce, config, policy_named, same, tigh
 
 from cascadeinfer.core.events import InstanceLost, RequestFinished
 from cascadeinfer.core.layout import StageLayout
-from cascadeinfer.core.migration import MigrationTimes
+from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.sim.faults import Crash, Disconnect, Drain, FaultPlan, LateJoin
@@ -21,7 +21,8 @@ from cascadeinfer.workload.trace import Trace
 
 NETWORK = NetworkConfig(link_bytes_per_s=1e9, pull_overhead_s=0.005, control_s=0.001)
 TRACE = Trace.from_columns([100], [100], [0.0])
-# The same run as test_sim_golden's: asked 100, granted 102, cut command 103, cut 108, pull [114, 222), first token 233 ms.
+# The same run as test_sim_golden's: asked 100, granted 102, cut command 103, cut 108, pull [114, 222), first token 233
+# ms.
 MOMENTS = {
     "before the ask": 0.1005,
     "before the answer": 0.1015,
@@ -46,7 +47,7 @@ def moving(faults: FaultPlan, **changes: object) -> tuple[SimResult, MoveOnce]:
 @pytest.mark.parametrize("detect_s", [0.0, 0.004, 0.3])
 @pytest.mark.parametrize("victim", ["i0", "i1"])
 def test_a_crash_at_each_step_loses_nothing(moment: str, detect_s: float, victim: str) -> None:
-    """Whichever side dies whenever, and however late that is noticed: one MigrationEnded, every token once, the request finishes."""
+    """Whichever side dies, however late that is noticed: one MigrationEnded, each token once, the request finishes."""
     at_s = MOMENTS[moment]
     policy = MoveOnce(0.1)
     settings = config(
@@ -77,7 +78,7 @@ def test_a_crash_at_each_step_loses_nothing(moment: str, detect_s: float, victim
     ],
 )
 def test_a_crash_ends_a_migration_as_the_table_says(moment: str, victim: str, outcome: str, recomputed: bool) -> None:
-    """A death noticed at once has the outcome of `core/migration.py`; only a target lost before the cut costs nothing."""
+    """A death noticed at once has the outcome of `core/migration.py`; only a target lost before the cut is free."""
     result, policy = moving(FaultPlan(crashes=(Crash(MOMENTS[moment], victim, 1.0),)))
     assert [event.outcome.value for event in policy.ended] == [outcome]
     assert (result.requests.recomputed_tokens[0] > 0) == recomputed
@@ -111,7 +112,7 @@ def test_a_client_that_leaves_at_each_step_leaves_nothing_behind(moment: str) ->
 
 def test_a_pull_slower_than_the_lease_is_given_up() -> None:
     """When the time limit of RESUMING passes in the pull, the source takes the request back."""
-    result, policy = moving(FaultPlan(), migration=MigrationTimes(resume_s=0.05, least_pull_s=0.0))
+    result, policy = moving(FaultPlan(), migration=MigrationLimits(resume_s=0.05, least_pull_s=0.0))
     assert [event.outcome.value for event in policy.ended] == ["stayed"]
     assert policy.ended[0].detail == "timed_out"
     assert result.requests.recomputed_tokens[0] == 108
@@ -168,7 +169,7 @@ def staged() -> tuple[SimConfig, StaticStages]:
 
 
 def test_static_stages_hand_over_for_real() -> None:
-    """On a mixed trace requests that outgrow 512 tokens move with their KV cache to the second stage, and none is computed again."""
+    """On a mixed trace requests that outgrow 512 tokens move to the second stage, and none is recomputed."""
     settings, policy = staged()
     trace = mixed_trace(300, 12.0, 1)
     result = simulate(trace, policy, settings, check=True)
@@ -191,7 +192,7 @@ def test_static_stages_hand_over_for_real() -> None:
 
 
 def test_a_drained_instance_empties_and_leaves() -> None:
-    """Requests move off it to the other stage or finish; then it is gone, without orphans, and nothing is placed there again."""
+    """Its requests move to the other stage or finish; then it is gone, without orphans, and gets nothing more."""
     settings, policy = staged()
     lost: list[tuple[float, InstanceLost]] = []
 
@@ -244,7 +245,10 @@ def test_requests_of_a_dead_instance_go_on_elsewhere() -> None:
 def test_crash_and_departure_around_moves(
     crash_s: float, victim: str, detect_s: float, leave_s: float, seed: int
 ) -> None:
-    """Three requests, one moving, one client leaving, one instance dying, at any times: invariants hold and the others finish."""
+    """
+    Three requests, one moving, one client leaving, one instance dying, at any times: invariants hold, the others
+    finish.
+    """
     trace = Trace.from_columns([20, 30, 10], [60, 40, 50], [0.0, 0.0, 0.01])
     faults = FaultPlan(
         crashes=(Crash(crash_s, victim, 0.5),), disconnects=(Disconnect(leave_s, seed % 3),), message_drop=0.1

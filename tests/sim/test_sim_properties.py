@@ -60,7 +60,7 @@ def test_a_seed_is_a_run(name: str) -> None:
 
 @pytest.mark.parametrize("profile_name", ["a100-llama-3.1-8b", "h100-qwen3-30b-a3b", "l40s-llama-3.1-8b"])
 def test_fast_path_equals_step_by_step_on_shipped_profiles(profile_name: str) -> None:
-    """With split rules, waves and experts in the step time, and capacities of real devices, the two paths still agree to the last bit."""
+    """With split rules, waves, experts and capacities of real devices, the two paths still agree to the last bit."""
     profile = load_profile(profile_name)
     rng = np.random.default_rng(1)
     n = 150

@@ -17,7 +17,7 @@ TRACE = Trace.from_columns([10, 20], [5, 6], [0.0, 0.1])
 
 
 class Deaf(LeastLoaded):
-    """Hears and does nothing."""
+    """A policy that ignores every event."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:  # noqa: ARG002
         """See `Policy.handle`."""

@@ -28,7 +28,7 @@ def chunks(plan: StepPlan) -> list[tuple[str, int]]:
 
 
 def test_prompts_are_cut_to_the_budget_and_decodes_come_first() -> None:
-    """A prompt of 20 takes 16 tokens of budget, then 4; the next prompt gets what is left; a decode costs one of the budget."""
+    """A prompt of 20 takes 16 tokens of budget, then 4; the next prompt gets the rest; a decode costs one token."""
     s = scheduler()
     for r in (request("a", 20, 5), request("b", 30, 5)):
         s.push(r)
@@ -79,7 +79,7 @@ def test_slots_limit_the_batch_and_reservations_take_slots() -> None:
 
 
 def test_the_latest_is_preempted_and_comes_back_first_with_all_its_tokens() -> None:
-    """Two requests fill 4 blocks; when the first needs a fifth, the second is recomputed later: prompt and output so far."""
+    """Two requests fill 4 blocks; when the first needs a fifth, the second is recomputed later, prompt and output."""
     s = scheduler(blocks=4, budget=64)
     a, b = request("a", 7, 9), request("b", 7, 9)
     for r in (a, b, request("c", 3, 3)):
@@ -174,7 +174,7 @@ def test_room_is_refused_to_movers_while_a_queue_wants_it() -> None:
 
 
 def test_a_cut_request_leaves_with_its_blocks_pinned() -> None:
-    """The cut takes effect at the end of the step: one more token comes, and the computed tokens' blocks stay until unpinned."""
+    """The cut takes effect at the end of the step: one more token comes; computed blocks stay until unpinned."""
     s = scheduler()
     a = request("a", 7, 9)
     s.push(a)
@@ -196,9 +196,9 @@ def test_a_cut_is_refused_unless_the_request_decodes() -> None:
     s = scheduler()
     a = request("a", 20, 9)
     s.push(a)
-    assert s.request_cut(a) == "is_waiting"
+    assert s.request_cut(a) == "waiting"
     step(s)
-    assert s.request_cut(a) == "is_prefill"
+    assert s.request_cut(a) == "prefilling"
 
 
 def test_a_finish_beats_the_cut() -> None:

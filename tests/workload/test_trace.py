@@ -95,7 +95,7 @@ def test_sampling_keeps_order_and_draws_each_once() -> None:
 
 
 def test_resampling_draws_whole_rows_evenly() -> None:
-    """With replacement: prompt, output and hashes stay together, each row comes about equally often, and times are gone."""
+    """With replacement: prompt, output and hashes stay together, rows are equally likely, and times are gone."""
     n = 30_000
     drawn = HASHED.resample(n, np.random.default_rng(1))
     assert not drawn.has_arrivals
@@ -141,7 +141,7 @@ def test_capping_fits_and_never_lengthens(rows: list[tuple[int, int, float, list
 
 
 def test_a_cut_prompt_keeps_the_hashes_of_its_whole_blocks() -> None:
-    """Cut to 20 tokens, blocks of 8: two whole blocks are left; an uncut prompt keeps the hash of its last, partial block."""
+    """Cut to 20 tokens with blocks of 8, two whole blocks are left; an uncut prompt keeps its last, partial hash."""
     capped = HASHED.capped(21).trace
     assert capped.prefix_hashes == ((1,), (1, 2), (1, 2))
     uncut = HASHED.capped(100).trace

@@ -3,8 +3,8 @@ Make the shipped profiles and docs/profiles.md from ../shared/data/gpu.
 
     OMP_NUM_THREADS=1 .venv/bin/python tools/profiles/build_profiles.py --date 2026-11-23
 
-Prints one row of fit errors per profile. `catalogue.py` has the devices, models and assumptions, `measured.py` reads the tables,
-`parts.py` composes and fits, `report.py` writes the page.
+Prints one row of fit errors per profile. `catalogue.py` has the devices, models and assumptions, `measured.py` reads
+the tables, `parts.py` composes and fits, `report.py` writes the page.
 """
 
 import argparse
@@ -62,7 +62,7 @@ MOST_TOKENS = 1_000_000
 """Largest batch of the comparison of rules."""
 
 SPLITWISE_MEAN_OUTPUT_TOKENS = 64
-"""splitwise_perf_model generates 128 tokens for most rows; its token time is their mean."""
+"""splitwise_perf_model generates 128 tokens in most rows; its token time is their mean."""
 
 BACKENDS = {"fa2": "FlashAttention-2", "fa3": "FlashAttention-3", "trtllm-gen": "FlashInfer trtllm-gen"}
 
@@ -93,7 +93,7 @@ def fitting_parallel(device: Device, model: Model) -> int:
 
 
 def setting_of(device: Device, model: Model) -> Setting:
-    """Which tables a profile is made from."""
+    """The tables that a profile is made from."""
     source = DEVICE_OF[device.scaled_from] if device.scaled_from else device
     prefill = next(d for d in DEVICES if d.tables == (device.prefill_from or device.tables) and d.scaled_from is None)
     return Setting(model, device, fitting_parallel(device, model), source, prefill)
@@ -131,7 +131,7 @@ def fit_errors(setting: Setting, dense: FitResult, attention: FitResult, prefill
 
 
 def combined_errors(dense: FitResult, attention: FitResult, prefill: FitResult) -> dict[str, float]:
-    """Standard errors of the sums: parts are independent, so they add in quadrature; the prefill part's floor is not used."""
+    """Standard errors of the sums: parts are independent, so they add in quadrature, without the prefill floor."""
     used = (dense.errors, attention.errors, {n: e for n, e in prefill.errors.items() if n != "base_s"})
     names = sorted({name for errors in used for name in errors})
     return {name: float(np.sqrt(sum(errors.get(name, 0.0) ** 2 for errors in used))) for name in names}
@@ -144,7 +144,10 @@ def notes_of(setting: Setting) -> tuple[str, ...]:
         "decode attention of mixed lengths: simulated from the backend's split rule, not measured",
         "step overhead 0.6 ms and 2 us per request: assumed, not measured",
         "no whole step was measured: the step is the sum of its measured or derived parts",
-        f"KV transfer at {device.transfer_bytes_s / 1e9:.1f} GB/s per device: 80 % of one network card or PCIe link, assumed",
+        (
+            f"KV transfer at {device.transfer_bytes_s / 1e9:.1f} GB/s per device: 80 % of one network card or PCIe "
+            "link, assumed"
+        ),
         *device.notes,
     ]
     if model.experts:
@@ -196,7 +199,7 @@ def build(setting: Setting, date: str) -> tuple[CostProfile, StepModel]:
 
 
 def reductions(batches: list[NDArray[np.int64]]) -> list[tuple[str, int, ReductionError]]:
-    """How well each rule's fast form matches the simulation of the same kernel, by KV heads per device."""
+    """How closely each rule's fast form matches the simulation of the same kernel, by KV heads per device."""
     flashinfer = AttentionKernel(SplitRule.FLASHINFER_TENSOR_CORE, 132, 2, 3.15e12, 14e9, 11e-6, 5.5e-6, 1.2e-6)
     kernels = {
         "FA3, H100, cap 32": DEVICE_OF["h100"].kernel,

@@ -1,4 +1,7 @@
-"""Reading ../shared/data/gpu: decode and prefill attention cells, matrix products at any shape, all-reduce. Seconds throughout."""
+"""
+Reading ../shared/data/gpu: decode and prefill attention cells, matrix products at any shape, all-reduce. Times in
+seconds.
+"""
 
 import csv
 import gzip
@@ -43,7 +46,7 @@ def gemm_tokens(suffix: str) -> NDArray[np.int64]:
 
 
 def _neighbours(sizes: list[int], size: int) -> tuple[int, int, float]:
-    """The two sizes around one, and where it lies between them in logarithms."""
+    """The two sizes around one, and its position between them in logarithms."""
     low = max((s for s in sizes if s <= size), default=sizes[0])
     high = min((s for s in sizes if s >= size), default=sizes[-1])
     weight = 0.0 if low == high else float(np.log(size / low) / np.log(high / low))
@@ -52,7 +55,10 @@ def _neighbours(sizes: list[int], size: int) -> tuple[int, int, float]:
 
 @lru_cache(maxsize=256)
 def _gemm_curve(suffix: str, n: int, k: int) -> tuple[Column, Column]:
-    """Times of an (m, k) x (k, n) product over m: interpolated in log n and log k; columns above 65,536 are done in equal parts."""
+    """
+    Times of an (m, k) x (k, n) product over m: interpolated in log n and log k; columns above 65,536 are done in equal
+    parts.
+    """
     parts = -(-n // 65_536)
     if parts > 1:
         m, time_s = _gemm_curve(suffix, n // parts, k)
@@ -76,7 +82,8 @@ def gemm_s(device: Device, source: Device, tokens: Column, n: int, k: int) -> Co
     """
     Times of matrix products with `tokens` rows.
 
-    A derived device takes the longer of its source's time scaled by bandwidth and the compute time at its source's efficiency.
+    A derived device takes the longer of its source's time scaled by bandwidth and the compute time at its source's
+    efficiency.
     """
     m, time_s = _gemm_curve(device.tables, n, k)
     time_s = np.interp(tokens, m, time_s)
@@ -107,7 +114,7 @@ class DecodeCells:
     time_s: Column
 
     def kv_bytes(self, kv_heads: int) -> Column:
-        """KV that a call reads."""
+        """KV bytes that a call reads."""
         return self.batch * self.kv_len * kv_heads * KV_HEAD_BYTES
 
 

@@ -1,8 +1,9 @@
 """
 Step-time parts of a model on a device, each from its own table: dense layers, decode attention, prefill attention.
 
-A part is sampled as whole-model seconds over batch features and fitted by itself with `fit_step_model`; the step model is the sum of the
-parts. The launch floor of an attention call counts once per layer, in the decode part: vLLM puts decode and prefill into one call.
+A part is sampled as whole-model seconds over batch features and fitted separately with `fit_step_model`; the step model
+is the sum of the parts. The launch floor of an attention call counts once per layer, in the decode part: vLLM puts
+decode and prefill into one call.
 """
 
 from dataclasses import dataclass, replace
@@ -71,7 +72,7 @@ def samples(
     prefill: Column | None = None,
     attention: Column | None = None,
 ) -> StepSamples:
-    """Samples with the columns left out zero."""
+    """Samples in which omitted columns are zero."""
     none = np.zeros_like(step_s)
     columns = [
         none if c is None else np.asarray(c, dtype=np.float64) for c in (n_decode, kv, kv_max, prefill, attention)
@@ -80,7 +81,10 @@ def samples(
 
 
 def expert_layers_s(setting: Setting, tokens: Column) -> tuple[Column, float]:
-    """Times of all layers' experts, derived: reading the experts that are picked or computing, whichever is longer; and the read of all."""
+    """
+    Times of all layers' experts, derived: the longer of reading the picked experts and computing; and the read of all
+    experts.
+    """
     model, device, source = setting.model, setting.device, setting.source
     share = 3.0 * model.hidden * model.ffn / setting.tensor_parallel
     bandwidth = gemm_bandwidth_bytes_s(device, source, 65_536, model.hidden)
@@ -144,7 +148,10 @@ def fit_dense(setting: Setting) -> FitResult:
 
 
 def decode_attention_cells(setting: Setting) -> DecodeCells:
-    """One layer's decode attention: measured, or simulated where the kernel was not measured and the tables cannot stand for it."""
+    """
+    One layer's decode attention: measured, or simulated where the kernel was not measured and the tables cannot replace
+    it.
+    """
     device, (q_heads, kv_heads) = setting.device, setting.heads
     cells = decode_cells(device.tables, q_heads, kv_heads)
     chosen = cells.batch <= device.max_num_seqs
@@ -167,7 +174,7 @@ def beyond_cache(setting: Setting, cells: DecodeCells) -> np.ndarray:
 
 
 def attention_samples(setting: Setting) -> tuple[StepSamples, StepSamples]:
-    """All layers' decode attention: cells beyond the L2 cache, and those with the launch floor (KV under a fifth of it)."""
+    """All layers' decode attention: cells beyond the L2 cache, and those with the launch floor (KV below a fifth)."""
     cells = decode_attention_cells(setting)
     layers, kv_heads = setting.model.layers, setting.heads[1]
     every = samples(layers * cells.time_s, n_decode=cells.batch, kv=cells.batch * cells.kv_len, kv_max=cells.kv_len)
@@ -177,13 +184,18 @@ def attention_samples(setting: Setting) -> tuple[StepSamples, StepSamples]:
 
 
 BLOCK_RATES = (0.84, 0.88, 0.92, 0.96, 1.0, 1.04)
-"""Shares of FA3's rate per thread block to try. Its longest piece is 1.1 x the mean load of an SM in any batch of up to 15 requests x
-8 heads, so the rate that closes the fast form on equal lengths is what it needs on mixed ones; the maximum hides too high a rate
-from least squares, hence the scan."""
+"""
+Shares of FA3's rate per thread block to try. Its longest piece is 1.1 x the mean load of an SM in any batch of up to 15
+requests x 8 heads, so the rate that closes the fast form on equal lengths is the one it needs on mixed lengths. The
+maximum hides too high a rate from least squares, hence the scan.
+"""
 
 
 def fit_attention(setting: Setting) -> FitResult:
-    """Attention coefficients: split rule, cost of splitting and straggler from the kernel; floor, per request and per token from the cells."""
+    """
+    Attention coefficients: split rule, cost of splitting and straggler from the kernel; floor, per request and per
+    token from the cells.
+    """
     model, kernel = setting.model, setting.device.kernel
     large, tiny = attention_samples(setting)
     keep = np.linspace(0, len(tiny) - 1, min(len(tiny), max(8, len(large) // 4))).astype(np.int64)
@@ -198,7 +210,10 @@ def fit_attention(setting: Setting) -> FitResult:
 
 
 def prefill_samples(setting: Setting) -> StepSamples:
-    """All layers' attention of whole prompts: what fits into a step, and long single ones (a chunk's attention costs per pair)."""
+    """
+    All layers' attention of whole prompts: those that fit into a step, and long single ones (a chunk's attention costs
+    per pair).
+    """
     batch, length, time_s = prefill_cells(setting.prefill_source.tables, *setting.heads)
     ratio = setting.prefill_source.flops_s / setting.device.flops_s
     floor_s = float(time_s.min())
@@ -233,7 +248,8 @@ def assemble(dense: StepModel, attention: StepModel, prefill: StepModel) -> Step
 
 def composed_steps(setting: Setting) -> StepSamples:
     """
-    Whole steps composed from the tables: decode batches beyond the L2 cache, prompts in one step, and prompts beside 32 decoding requests.
+    Whole steps composed from the tables: decode batches beyond the L2 cache, prompts in one step, and prompts with 32
+    decoding requests.
 
     Sums of measured (or, for derived parts, derived) components; no whole step was measured.
     """

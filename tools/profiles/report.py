@@ -1,4 +1,4 @@
-"""docs/profiles.md: table of fit errors, how to read it, the check against whole-model measurements."""
+"""docs/profiles.md: table of fit errors, how to read it, check against whole-model measurements."""
 
 import csv
 import gzip
@@ -27,7 +27,7 @@ LONGEST_TOKENS = 131_072
 
 
 def mixed_batches(rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Decode batches drawn from every trace: requests in proportion to their decode steps, at a uniform point of their output."""
+    """Decode batches drawn from every trace: requests weighted by decode steps, at a uniform point of their output."""
     batches = []
     for name in TRACES:
         with gzip.open(DATA / "traces" / f"{name}.csv.gz", "rt", newline="") as stream:
@@ -102,37 +102,46 @@ PRICED = {
 PRICES = """
 ## What mixing does to a whole step
 
-Predicted step in ms, and as a multiple of the step of equal lengths with the same count and total. From the split rules, not measured. B200 is
-an upper bound (its blocks may be faster), L40S and L40 a lower one (theirs may be slower; 10 GB/s instead of 15.5 fits the data as well).
+Predicted step in ms, and as a multiple of the step of equal lengths with the same count and total. From the split
+rules, not measured. B200 is an upper bound (its blocks may be faster), L40S and L40 a lower one (theirs may be
+slower; 10 GB/s instead of 15.5 fits the data as well).
 """
 
 READING = """
 ## Reading
 
-Errors are median / 90th percentile of the absolute relative error in percent. `d` behind a figure: its samples are derived or composed, not
-measured on this device; `*` behind a backend: a main part of the profile is derived (the file's `derived` flag; its `notes` say which).
+Errors are median / 90th percentile of the absolute relative error in percent. `d` behind a figure: its samples are
+derived or composed, not measured on this device; `*` behind a backend: a main part of the profile is derived (the
+file's `derived` flag; its `notes` say which).
 
-- **decode attention**: the attention terms of the step model against one layer's measured kernel times x layers, equal lengths, cells whose
-  KV exceeds 1.5 x the L2 cache (smaller ones are L2-warm in the source) and whose batch vLLM would run. H20: simulated cells.
-- **dense layers**: base, per-token terms and knee against matrix products (interpolated in log n, log k between measured shapes),
-  elementwise kernels, all-reduce, output projection and the assumed overhead, for decode, prefill and both.
+- **decode attention**: the attention terms of the step model against one layer's measured kernel times x layers,
+  equal lengths, cells whose KV exceeds 1.5 x the L2 cache (smaller ones are L2-warm in the source) and whose batch
+  vLLM would run. H20: simulated cells.
+- **dense layers**: base, per-token terms and knee against matrix products (interpolated in log n, log k between
+  measured shapes), elementwise kernels, all-reduce, output projection and the assumed overhead, for decode, prefill
+  and both.
 - **prefill attention**: per token and per (token, context) pair, prompts from 128 to 16K tokens.
-- **whole step**: the profile against the sum of the parts' tables. Nobody measured whole steps on these devices with one engine; see the check
-  below for what there is.
-- **mixed lengths**: the profile's attention terms against the thread-block simulation of the same kernel on batches drawn from the seven
-  traces of shared/data (4 to 256 requests, in proportion to their decode steps, at a random point of their output, as many as fit the
-  KV cache). In brackets the median error of the same terms without heterogeneity. SIMULATED: no measured mixed batches exist.
-- **base ms**: an empty step (weights, floors, overhead); mixtures of experts pay for the experts they pick on top. **knee**: tokens in a step up
-  to which the products cost only the read of their weights. **us/token**: a prompt token above the knee, attention aside.
-- **KV K tokens**: capacity in thousands of tokens at gpu_memory_utilization 0.9 with 2 GB of working memory per device.
+- **whole step**: the profile against the sum of the parts' tables. Nobody measured whole steps on these devices with
+  one engine; see the check below for what there is.
+- **mixed lengths**: the profile's attention terms against the thread-block simulation of the same kernel on batches
+  drawn from the seven traces of shared/data (4 to 256 requests, in proportion to their decode steps, at a random
+  point of their output, as many as fit the KV cache). In brackets the median error of the same terms without
+  heterogeneity. SIMULATED: no measured mixed batches exist.
+- **base ms**: an empty step (weights, floors, overhead); mixtures of experts pay for the experts they pick on top.
+  **knee**: tokens in a step up to which the products cost only the read of their weights. **us/token**: a prompt
+  token above the knee, attention aside.
+- **KV K tokens**: capacity in thousands of tokens at gpu_memory_utilization 0.9 with 2 GB of working memory per
+  device.
 
-A name ends in `-tpN` where the model needs N devices: 4 for Llama-3.1-70B, else the fewest whose KV cache holds one request of 32K tokens.
-Qwen3-32B leaves an 80 GB device only 17K tokens, so it is `-tp2` there; an L40S or L40 needs two for both Qwen models.
+A name ends in `-tpN` where the model needs N devices: 4 for Llama-3.1-70B, else the fewest whose KV cache holds one
+request of 32K tokens. Qwen3-32B leaves an 80 GB device only 17K tokens, so it is `-tp2` there; an L40S or L40 needs
+two for both Qwen models.
 
 In a mixture of experts, uniform routing is assumed: n tokens read 1 - (1 - 8/128)^n of the experts.
 
-What stays out: mixed batches of prefill and decode under FA2 run without splits (kernels.md, section 4, item 11); rounding of lengths to
-blocks; FA3's wave quantisation for equal lengths at one to two waves (H20 with 8 KV heads shows it: p90 of simulated equal lengths 30 %).
+What stays out: mixed batches of prefill and decode under FA2 run without splits (kernels.md, section 4, item 11);
+rounding of lengths to blocks; FA3's wave quantisation for equal lengths at one to two waves (H20 with 8 KV heads
+shows it: p90 of simulated equal lengths 30 %).
 """
 
 
@@ -165,13 +174,17 @@ class Page:
             READING,
             "## The fast form of each split rule",
             "",
-            "`reduce_kernel` against the simulation of the same kernel on the trace batches up to a million tokens, percent. SIMULATED on both sides.",
+            (
+                "`reduce_kernel` against the simulation of the same kernel on the trace batches up to a million "
+                "tokens, percent. SIMULATED on both sides."
+            ),
             "",
             "| rule | KV heads per device | median | p90 | bias | median without the term |",
             "|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {name} | {kv_heads} | {100 * e.median:.1f} | {100 * e.p90:.1f} | {100 * e.bias:+.1f} | {100 * e.median_without:.0f} |"
+            f"| {name} | {kv_heads} | {100 * e.median:.1f} | {100 * e.p90:.1f} | {100 * e.bias:+.1f} | "
+            f"{100 * e.median_without:.0f} |"
             for name, kv_heads, e in self.reductions
         ]
         notes = dict.fromkeys(note for row in self.rows for note in row.profile.provenance.notes)
@@ -189,8 +202,9 @@ class Page:
 CHECK = """
 ## Check against whole-model measurements
 
-Llama-2-70B on DGX-A100 and DGX-H100, measured by the authors of Splitwise (ISCA 2024) with the vLLM of 2023, against a model made as above for
-its shape; median (range) of the ratio; prompts that fit one step of today's defaults. That vLLM launched kernels one by one from
-Python: 28 to 45 ms per step whatever the GPU, which hides the GPU at TP 4 and 8. At TP 2 on A100 the GPU is the bottleneck, and
-there the decode step agrees within some 10 to 20 %. Prompts were computed with older kernels (ratio above one).
+Llama-2-70B on DGX-A100 and DGX-H100, measured by the authors of Splitwise (ISCA 2024) with the vLLM of 2023, against
+a model made as above for its shape; median (range) of the ratio; prompts that fit one step of today's defaults. That
+vLLM launched kernels one by one from Python: 28 to 45 ms per step whatever the GPU, which hides the GPU at TP 4 and
+8. At TP 2 on A100 the GPU is the bottleneck, and there the decode step agrees within some 10 to 20 %. Prompts were
+computed with older kernels (ratio above one).
 """

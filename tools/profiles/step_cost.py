@@ -1,5 +1,5 @@
 """
-Nanoseconds per call of the step model, compiled and from Python, and of the simulation it stands for.
+Nanoseconds per call of the step model, compiled and from Python, and of the simulation that it replaces.
 
     OMP_NUM_THREADS=1 .venv/bin/python tools/profiles/step_cost.py
 """

@@ -26,8 +26,9 @@ from rich.markup import escape
 
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.demo.requests import STAYS, ChatState, make_states, run_chat, take_placements
-from cascadeinfer.demo.server import POLL_S, STAGE_BOUNDARY_TOKENS, DemoServer, ServerFailedError
+from cascadeinfer.demo.server import POLL_S, STAGE_BOUNDARY_TOKENS, DemoServer
 from cascadeinfer.demo.view import Board, Summary, TextCheck, render_board, render_summary, summarise
+from cascadeinfer.loadgen.served_process import ServerFailedError
 from cascadeinfer.results.output_files import check_output, replacing
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ def demo(
         with _stopped_at_the_end(server, console):
             summary = asyncio.run(_run(server, requests, console))
     except ServerFailedError as error:
-        console.print(f"[bold red]{escape(str(error))}[/]; the end of its log, {server.log}:")
-        console.print(server.log_tail(), markup=False, highlight=False, style="dim")
+        console.print(f"[bold red]{escape(error.reason)}[/]; the end of its log, {error.log}:")
+        console.print(error.log_tail, markup=False, highlight=False, style="dim")
         raise typer.Exit(EXIT_FAILED) from None
     except (KeyboardInterrupt, asyncio.CancelledError):
         console.print("interrupted; the server has been stopped")
@@ -87,11 +88,12 @@ def demo(
 
 @contextlib.contextmanager
 def _stopped_at_the_end(server: DemoServer, console: Console) -> Iterator[None]:
-    """Whatever happens, the server is stopped, and that it takes some seconds is said."""
+    """Whatever happens, the server is stopped, and the terminal says so, since that takes some seconds."""
     try:
         yield
     finally:
-        with console.status("stopping the server") if console.is_terminal else contextlib.nullcontext():
+        said = console.status("stopping the server") if console.is_terminal else contextlib.nullcontext()
+        with said, contextlib.suppress(KeyboardInterrupt):  # somebody is impatient: what was left has been killed
             server.stop()
 
 
@@ -125,7 +127,7 @@ async def _run(server: DemoServer, n_requests: int, console: Console) -> Summary
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     server.start()
     with _starting(console) as tick:
-        start_s = await server.wait_ready(tick)
+        start_s = await server.becomes_ready(tick)
     console.print(
         f"two instances serve {server.model_name} at {server.base_url} (after {start_s:.0f} s)", highlight=False
     )
@@ -236,7 +238,7 @@ async def _check(
             sending.cancel()
     after = await server.text("/metrics")
     if again.error:
-        raise ServerFailedError(f"the repetition of request {first.number} failed: {again.error}")
+        raise server.failure(f"the repetition of request {first.number} failed: {again.error}")
     return TextCheck(
         number=first.number,
         same_text=again.text == first.text,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cascadeinfer.config.profile_schema import ProfileOptions
     from cascadeinfer.profiling.log import SampleLog
     from cascadeinfer.profiling.profiler import Found
+    from cascadeinfer.profiling.verdict import Verdict
 
 EXIT_INTERRUPTED = 130
 
@@ -61,6 +62,7 @@ def profile(argv: list[str]) -> None:
         raise
     _write(options, found)
     _show(options, found)
+    _draw(options, found)
 
 
 def parse(argv: list[str]) -> "tuple[Namespace, ProfileOptions]":
@@ -140,7 +142,7 @@ def _tell_how_to_resume(log: "SampleLog", argv: Sequence[str], what: str) -> Non
 
 
 def _write(options: "ProfileOptions", found: "Found") -> None:
-    """Write the profile as a whole or not at all, then the plot."""
+    """Write the profile as a whole or not at all."""
     from cascadeinfer.core.cost.profile import encode_profile
 
     try:
@@ -149,17 +151,11 @@ def _write(options: "ProfileOptions", found: "Found") -> None:
     except ConfigError as error:
         error.add_note("--resume does not measure again")
         raise
-    if options.plot is not None:
-        from cascadeinfer.figures.drawing import save
-        from cascadeinfer.figures.fit_figure import fit_figure
-
-        title = f"{found.profile.model} on {found.profile.device}, {found.profile.backend} (measured)"
-        figure = fit_figure(found.fit.samples, found.fit.predicted_s, found.fit.spread, title)
-        save(figure, Path(options.plot).expanduser())
 
 
 def _show(options: "ProfileOptions", found: "Found") -> None:
     from cascadeinfer.cli.tables import console
+    from cascadeinfer.profiling.verdict import judge
 
     out = console()
     out.print(_coefficients(found))
@@ -174,7 +170,34 @@ def _show(options: "ProfileOptions", found: "Found") -> None:
     )
     for note in found.profile.provenance.notes:
         out.print(f"note: {note}", highlight=False)
+    for line in verdict_lines(judge(found.profile, found.fit.samples)):
+        out.print(line, highlight=False, markup=False)
     out.print(f"\nwritten to {options.output_path}; use it: cascadeinfer plan --profile {options.output_path} ...")
+
+
+def verdict_lines(verdict: "Verdict") -> list[str]:
+    """How good the profile is, what is missing, and what to do, a sentence each."""
+    error, noise = verdict.held_out, verdict.noise
+    varies = "" if noise is None else f"; the machine itself varies by {noise.median:.1%} from round to round"
+    lines = [f"steps not seen by the fit: median error {error.median:.1%}, nine in ten within {error.p90:.1%}{varies}"]
+    lines += [f"not measured: {what}" for what in verdict.unmeasured]
+    to_do = "; ".join(verdict.remedies)
+    lines.append(
+        f"verdict: {verdict.grade.name.lower()}: {verdict.grade.value}" + (f". To do: {to_do}" if to_do else "")
+    )
+    return lines
+
+
+def _draw(options: "ProfileOptions", found: "Found") -> None:
+    """The plot, if there shall be one: after the figures, which no full disk takes away."""
+    if options.plot is None:
+        return
+    from cascadeinfer.figures.drawing import save
+    from cascadeinfer.figures.fit_figure import fit_figure
+
+    title = f"{found.profile.model} on {found.profile.device}, {found.profile.backend} (measured)"
+    figure = fit_figure(found.fit.samples, found.fit.predicted_s, found.fit.spread, title)
+    save(figure, Path(options.plot).expanduser())
 
 
 def _coefficients(found: "Found") -> "Table":

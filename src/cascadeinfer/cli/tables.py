@@ -47,7 +47,7 @@ def console() -> "Console":
 
 
 def progress_bar() -> "Progress":
-    """On standard error: what is done, how much, time left."""
+    """On standard error, where that is a terminal: what is done, how much, time left."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -62,7 +62,7 @@ def progress_bar() -> "Progress":
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 def shown(cell: "Interval") -> str:

@@ -1,25 +1,18 @@
 """From the options of `serve` to the policy that they name."""
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
 
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.schema import ServeOptions
-from cascadeinfer.core.adapt.replanning import ModelPlanner, PlanSettings
-from cascadeinfer.core.cost.histogram import DEFAULT_MAX_TOKENS, LengthHistogram
-from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
-from cascadeinfer.core.cost.learning import LearningSettings, StepLearner
-from cascadeinfer.core.cost.samples import StepSample
+from cascadeinfer.core.adapt.replanning import PlanSettings
+from cascadeinfer.core.cost.histogram import DEFAULT_MAX_TOKENS
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.problem import HandOverCost
+from cascadeinfer.core.policies import POLICIES
+from cascadeinfer.core.policies.info import Circumstances, PolicyInfo
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.policy import Policy
-from cascadeinfer.core.types import InstanceCapacity
-
-CASCADE = "cascade"
-POLICIES_WITH_STAGES = ("cascade", "static_length", "static_stages")
-"""Policies that take a layout; without `--stages` it is one stage."""
 
 
 def policy_spec(options: ServeOptions, *, follows: bool = False) -> PolicySpec:
@@ -34,60 +27,46 @@ def policy_spec(options: ServeOptions, *, follows: bool = False) -> PolicySpec:
         ProfileError: The profile does not exist or cannot be read.
     """
     name = options.policy_name()
+    info = POLICIES[name]
     layout = options.layout()
-    if name == CASCADE:
-        return _cascade_spec(options, layout, follows=follows)
-    if options.profile is not None:
+    _check_takes(name, info, options)
+    return PolicySpec(name, info.options_for(_circumstances(options, layout, follows=follows)))
+
+
+def _check_takes(name: str, info: PolicyInfo, options: ServeOptions) -> None:
+    if options.profile is not None and not info.uses_profile:
         raise ConfigError(
-            f"policy {name} needs no profile", option="--profile", fix=f"leave it out, or use --policy {CASCADE}"
+            f"policy {name} needs no profile", option="--profile", fix=_or_use(lambda other: other.uses_profile)
         )
-    if options.max_queued_requests != ServeOptions().max_queued_requests:
+    if options.max_queued_requests != ServeOptions().max_queued_requests and not info.has_queue:
         raise ConfigError(
             f"policy {name} has no queue: its instances queue without a bound",
             option="--max-queued-requests",
-            fix=f"leave it out, or use --policy {CASCADE}",
+            fix=_or_use(lambda other: other.has_queue),
         )
-    if name in POLICIES_WITH_STAGES:
-        return PolicySpec(name, {"layout": layout})
-    if options.stages is not None:
+    if options.stages is not None and not info.takes_layout:
         raise ConfigError(
-            f"policy {name} has no stages",
-            option="--stages",
-            fix=f"leave it out, or use --policy {' or '.join(POLICIES_WITH_STAGES)}",
+            f"policy {name} has no stages", option="--stages", fix=_or_use(lambda other: other.takes_layout)
         )
-    return PolicySpec(name, {"clients": options.api_servers} if name == "vllm_dp" else {})
 
 
-def _cascade_spec(options: ServeOptions, layout: StageLayout, *, follows: bool) -> PolicySpec:
-    """
-    The cascade as it serves: it learns what steps cost, from the profile if there is one, and plans from what it sees.
-
-    One that follows does neither. The queue in front of the instances is shared out among the processes.
-    """
-    planning = PlanSettings(max_tokens=DEFAULT_MAX_TOKENS)
-    found: dict[str, Any] = {
-        "layout": layout,
-        "planning": planning,
-        "max_queued": -(-options.max_queued_requests // options.api_servers),
-    }
-    found |= {"refine": False, "replan": False} if follows else {"learning": LearningSettings()}
-    if options.profile is not None:
-        profile = load_profile(options.profile)
-        pause = HandOverCost(pause_per_token_s=profile.transfer_s(1))
-        found |= {"step_model": profile.step_model, "planning": replace(planning, hand_over=pause)}
-    return PolicySpec(CASCADE, found)
+def _or_use(fits: Callable[[PolicyInfo], bool]) -> str:
+    return f"leave it out, or use --policy {' or '.join(name for name, info in POLICIES.items() if fits(info))}"
 
 
-def warm_up_planner() -> None:
-    """Load, or compile, what planning needs: seconds that must not come upon a server that serves."""
-    capacity = InstanceCapacity(kv_blocks=10_000, block_size_tokens=16, max_num_seqs=256, max_batched_tokens=2048)
-    model = StepModel(base_s=0.01, per_decode_s=1e-5, per_kv_token_s=1e-7, per_prefill_token_s=1e-5, per_prefill_attention_s=1e-10)  # fmt: skip
-    planner = ModelPlanner(model, PlanSettings(max_tokens=DEFAULT_MAX_TOKENS))
-    workload = LengthHistogram.from_requests([100, 100, 4000], [50, 500, 300], max_tokens=DEFAULT_MAX_TOKENS)
-    planner(workload, 10.0, capacity, 4, StageLayout.single(("0", "1", "2", "3")))
-    learner = StepLearner(model)
-    learner.observe([StepSample(BatchFeatures(1, 10, 10), 0.01)])
-    learner.update(1.0)
+def _circumstances(options: ServeOptions, layout: StageLayout, *, follows: bool) -> Circumstances:
+    """What serving tells a policy; the queue in front of the instances is shared out among the processes."""
+    profile = None if options.profile is None else load_profile(options.profile)
+    hand_over = HandOverCost() if profile is None else HandOverCost(pause_per_token_s=profile.transfer_s(1))
+    return Circumstances(
+        layout=layout,
+        step_model=None if profile is None else profile.step_model,
+        planning=PlanSettings(max_tokens=DEFAULT_MAX_TOKENS, hand_over=hand_over),
+        learns=True,
+        follows=follows,
+        front_ends=options.api_servers,
+        max_queued=-(-options.max_queued_requests // options.api_servers),
+    )
 
 
 def make_policy(options: ServeOptions, *, follows: bool = False) -> Policy:

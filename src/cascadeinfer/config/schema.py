@@ -9,6 +9,7 @@ import argparse
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from cascadeinfer.config.options import add_options, check_bounds, options_from
 from cascadeinfer.config.options import option as _option
@@ -16,6 +17,13 @@ from cascadeinfer.core.errors import ConfigError, PlanError
 from cascadeinfer.core.layout import Stage, StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.types import InstanceId, LengthRange
+
+DEFAULT_POLICY: Final = "cascade"
+"""Policy of a server whose options name none."""
+DEFAULT_POLICY_WITH_STAGES: Final = "static_stages"
+"""The same when they give stages: those stay as they are."""
+_POLICIES_IN_WORDS: Final = "; ".join(f"{name} ({info.help})" for name, info in sorted(POLICIES.items()))
+_WITH_QUEUE: Final = f"policy {' or '.join(name for name, info in POLICIES.items() if info.has_queue)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,17 +38,17 @@ class ServeOptions:
     )
     policy: str | None = _option(
         None,
-        "Scheduling policy. Default: static_stages when --stages is given, else cascade, which plans its stages itself.",
+        f"Scheduling policy: {_POLICIES_IN_WORDS}. Default: {DEFAULT_POLICY_WITH_STAGES} when --stages is given, else {DEFAULT_POLICY}.",
         choices=tuple(sorted(POLICIES)),
     )
     profile: str | None = _option(
         None,
-        "Cost profile that the cascade starts from: a shipped name or a file. Without it, costs are learnt from nothing first.",
+        "Cost profile that the policy starts from: a shipped name or a file. Without it, costs are learnt from nothing first.",
         metavar="PROFILE",
     )
     max_queued_requests: int = _option(
         1024,
-        "Requests that may wait for room in front of the instances (policy cascade); more get HTTP 429.",
+        f"Requests that may wait for room in front of the instances ({_WITH_QUEUE}); more get HTTP 429.",
         low=1,
         high=1_000_000,
     )
@@ -173,7 +181,7 @@ class ServeOptions:
 
     def policy_name(self) -> str:
         """The policy asked for, or the default."""
-        return self.policy or ("static_stages" if self.stages is not None else "cascade")
+        return self.policy or (DEFAULT_POLICY_WITH_STAGES if self.stages is not None else DEFAULT_POLICY)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,10 @@
 """
 What a policy wants done: the closed union of its outputs.
 
-A shell carries effects out in the order given, each without waiting for the one before to finish. Every effect ends in an
-event: `Dispatch` in `RequestFinished` (or `InstanceLost`, or an `InstanceSuspected` that names it), `StartMigration` in exactly one `MigrationEnded`, `SendMessage` in
-at most one `MessageReceived`. `cause` is the `cause` of the event that led to it.
+A shell carries effects out in the order given, each without waiting for the one before to finish. Every effect ends in
+an event: `Dispatch` in `RequestFinished` (or `InstanceLost`, or an `InstanceSuspected` that names the request),
+`StartMigration` in exactly one `MigrationEnded`, `SendMessage` in at most one `MessageReceived`. `cause` is the `cause`
+of the event that led to the effect.
 """
 
 import enum
@@ -37,9 +38,10 @@ class Dispatch:
 @dataclass(frozen=True, slots=True)
 class Reject:
     """
-    Refuse a request, at its arrival or later; its client may come again after `retry_after_s` seconds.
+    Refuse a request, at its arrival or later; its client may retry after `retry_after_s` seconds.
 
-    Before its first token the client gets HTTP 429, after it an error in the stream; wherever it runs it is stopped.
+    Before its first token the client gets HTTP 429, afterwards an error in the stream. If it runs anywhere, it is
+    stopped.
     """
 
     cause: str
@@ -50,7 +52,10 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class StartMigration:
-    """Move a running request with its KV cache. The shell walks the table in `core/migration.py`; it may end in STAYED."""
+    """
+    Move a running request with its KV cache. The shell follows the table in `core/migration.py`; the outcome may be
+    STAYED.
+    """
 
     cause: str
     migration_id: MigrationId
@@ -79,11 +84,11 @@ class SendMessage:
 @dataclass(frozen=True, slots=True)
 class PublishLayout:
     """
-    The stage layout in force: show it to operators and metrics.
+    The stage layout in force, to be shown to operators and in metrics.
 
     Attributes:
-        why: What it was changed for, for people; empty when instances came or went.
-        failure: What kept the policy from changing it; the layout is then the one before.
+        why: Human-readable reason for the change; empty when instances came or went.
+        failure: What kept the policy from changing it; the layout is then the previous one.
     """
 
     cause: str

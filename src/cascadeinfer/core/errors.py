@@ -1,8 +1,8 @@
 """
 The project's exceptions, by fault.
 
-`CascadeError` is never raised itself. Each subclass says whose fault it is and carries the facts as attributes, so that a
-caller need not parse the sentence.
+`CascadeError` itself is never raised. Each subclass says whose fault it is and carries the facts as attributes, so that
+callers need not parse the message.
 """
 
 
@@ -17,7 +17,6 @@ class ConfigError(CascadeError):
     Attributes:
         option: The option at fault as the operator writes it, e.g. `--stages`.
         fix: What to write instead.
-
     """
 
     def __init__(self, message: str, *, option: str | None = None, fix: str | None = None) -> None:
@@ -46,7 +45,7 @@ class ProfileError(CascadeError):
 
 
 class EventLogError(CascadeError):
-    """An event log cannot be read, or not by this program, or not in full; the sentence names file and line."""
+    """An event log cannot be read at all, by this version or in full; the message names file and line."""
 
 
 class PlanError(CascadeError):
@@ -54,8 +53,7 @@ class PlanError(CascadeError):
     No stage layout can be planned: an empty histogram, no instances, or a demand above capacity.
 
     Attributes:
-        capacity_per_s: Requests per second that could be served, when the demand is above that; else None.
-
+        capacity_per_s: Requests per second that can be served when the demand exceeds that; else None.
     """
 
     def __init__(self, message: str, *, capacity_per_s: float | None = None) -> None:
@@ -97,7 +95,7 @@ class RequestRejectedError(CascadeError):
     The policy refused a request for now.
 
     Attributes:
-        retry_after_s: When its client may come again.
+        retry_after_s: When its client may retry, in seconds from now.
     """
 
     def __init__(self, reason: str, retry_after_s: float) -> None:
@@ -106,7 +104,7 @@ class RequestRejectedError(CascadeError):
 
 
 class RequestIdInUseError(CascadeError):
-    """A request has the id of one that lives; the one that lives is not touched."""
+    """A request has the id of another live request; the live one is not affected."""
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"request {request_id} is live already")

@@ -2,10 +2,10 @@
 What can happen: the closed union of a policy's inputs.
 
 Events are data, never behaviour. Each carries `cause`, the id of what brought it about (a request, a report's sequence
-number, an effect), so that a log of events and effects tells each request's story. Time is not in an event: it is the
+number, an effect), so that a log of events and effects tells each request's story. Events carry no time: it is the
 second argument of `Policy.handle`.
 
-An event is a fact: the policy's books follow it at once. In particular a request is where the last `Dispatch` or
+Events are facts; a policy updates its view at once. In particular, a request is where the last `Dispatch` or
 `MigrationEnded` put it, and during a migration it counts at its source.
 """
 
@@ -50,7 +50,7 @@ class MigrationOutcome(enum.StrEnum):
     """The request ended (finished, was aborted) before the move was complete."""
     LOST = "lost"
     """
-    The instance that had the request died on the way, or was to compute it anew and does not answer.
+    The request's instance died during the move, or was to recompute the request and does not answer.
 
     The `InstanceLost` or `InstanceSuspected` that follows names it.
     """
@@ -61,15 +61,16 @@ class InstanceReport:
     """
     An instance's load at one moment, between two steps.
 
-    `running_ids` and `running_tokens` (prompt + output so far) run in parallel, as do the two for waiting requests.
+    `running_ids` and `running_tokens` (prompt + output so far) are parallel, and so are the two fields for waiting
+    requests.
 
     Attributes:
-        kv_blocks_used: Blocks in use (not free and not merely cached).
-        step_s: Mean duration of the steps since the last report in seconds, 0.0 when there was none.
-        steps: Those steps, each with what was in it, as the engine timed them; empty when it does not.
-        foreign_running_tokens: Lengths of running requests that belong to other front-end processes: load here, but not ours to move.
+        kv_blocks_used: Blocks in use (neither free nor merely cached).
+        step_s: Mean duration of the steps since the last report in seconds; 0.0 when there was none.
+        steps: Those steps with their batches, as timed by the engine; empty when it does not time them.
+        foreign_running_tokens: Lengths of running requests of other front-end processes: load here, but not ours to
+            move.
         foreign_waiting_tokens: Lengths of their waiting requests.
-
     """
 
     running_ids: tuple[RequestId, ...]
@@ -84,12 +85,12 @@ class InstanceReport:
 
     @property
     def n_running(self) -> int:
-        """Requests that run, whosever they are."""
+        """Running requests of all front-end processes."""
         return len(self.running_ids) + len(self.foreign_running_tokens)
 
     @property
     def n_waiting(self) -> int:
-        """Requests that wait, whosever they are."""
+        """Waiting requests of all front-end processes."""
         return len(self.waiting_ids) + len(self.foreign_waiting_tokens)
 
 
@@ -99,11 +100,10 @@ class RequestArrived:
     A new request waits for its `Dispatch` (or `Reject`).
 
     Attributes:
-        max_output_tokens: The request's own cap; the policy must not take it for a forecast.
+        max_output_tokens: The request's own cap; a policy must not take it for a forecast.
         prefix_hashes: Hashes of the prompt's leading blocks, each covering all before it; empty when unknown.
         pin_reason: Why this request may never migrate, or None.
-        priority: vLLM's meaning: lower runs earlier.
-
+        priority: As in vLLM: lower runs earlier.
     """
 
     cause: str
@@ -126,7 +126,7 @@ class RequestFinished:
 
 @dataclass(frozen=True, slots=True)
 class InstanceReported:
-    """An instance said how loaded it is. Shells report every 50 to 250 ms, not every step."""
+    """An instance reported its load. Shells report every 50 to 250 ms, not every step."""
 
     cause: str
     instance_id: InstanceId
@@ -144,7 +144,7 @@ class InstanceJoined:
 
 @dataclass(frozen=True, slots=True)
 class InstanceDraining:
-    """An instance takes no new requests; those it has move away or finish. `InstanceLost` follows when it is gone."""
+    """An instance takes no new requests; its requests move away or finish. `InstanceLost` follows when it is gone."""
 
     cause: str
     instance_id: InstanceId
@@ -169,9 +169,10 @@ class InstanceLost:
 @dataclass(frozen=True, slots=True)
 class InstanceSuspected:
     """
-    An instance's report is overdue: it hangs, or is very slow. Nothing new goes there while another can take it.
+    An instance's report is overdue: it hangs or is very slow. It gets nothing new while another instance can take it.
 
-    Each id in `withdrawn_ids` needs a new `Dispatch`: it waited there without a token, and has been taken away. May come again with others.
+    Each id in `withdrawn_ids` needs a new `Dispatch`: the request waited there without a token and has been withdrawn.
+    The event may repeat with other ids.
     """
 
     cause: str
@@ -181,7 +182,7 @@ class InstanceSuspected:
 
 @dataclass(frozen=True, slots=True)
 class InstanceTrusted:
-    """An instance that was suspected answers in time again."""
+    """A suspected instance answers in time again."""
 
     cause: str
     instance_id: InstanceId
@@ -194,7 +195,7 @@ class MigrationEnded:
 
     Attributes:
         outcome: Where the request is now follows from it: the target for MOVED and RECOMPUTED, else the source or nowhere.
-        detail: A short reason, e.g. `refused:no_room`; a metric label, so from a small set.
+        detail: A short reason, e.g. `room_refused:no_blocks` (`core/migration.py` has the rule); a metric label, so from a small set.
 
     """
 
@@ -209,7 +210,7 @@ class MigrationEnded:
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
-    """A message of the bid-ask protocol reached its recipient's agent (late, or never, is allowed)."""
+    """A message of the bid-ask protocol reached its recipient's agent; it may be late, and others may be lost."""
 
     cause: str
     sender_id: InstanceId
@@ -219,14 +220,14 @@ class MessageReceived:
 
 @dataclass(frozen=True, slots=True)
 class TimerFired:
-    """The time that `Policy.next_timer_s` asked for has come."""
+    """The time requested by `Policy.next_timer_s` has come."""
 
     cause: str
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutAnnounced:
-    """The front-end process that plans for all has put these stages in force; a policy that has stages follows."""
+    """The front-end process that plans for all has put these stages in force; policies with stages adopt them."""
 
     cause: str
     layout: StageLayout
@@ -234,7 +235,7 @@ class LayoutAnnounced:
 
 @dataclass(frozen=True, slots=True)
 class SeenEnd:
-    """A request of another process that ended: its lengths in tokens, and when it came."""
+    """A finished request of another process: its lengths in tokens and its arrival time."""
 
     prompt_tokens: int
     output_tokens: int
@@ -243,7 +244,7 @@ class SeenEnd:
 
 @dataclass(frozen=True, slots=True)
 class SeenLive:
-    """A request of another process that runs or waits: when it came, its lengths in tokens so far, its own cap on the output."""
+    """A running or waiting request of another process: arrival, lengths in tokens so far, its own cap on the output."""
 
     arrived_s: float
     prompt_tokens: int
@@ -254,14 +255,14 @@ class SeenLive:
 @dataclass(frozen=True, slots=True)
 class WorkloadSeen:
     """
-    What another front-end process has seen since it last said so, for the one that plans for all. Times are on this policy's clock.
+    What another front-end process has seen since its last such event, for the one that plans for all. Times are on this
+    policy's clock.
 
     Attributes:
-        source: Which process.
-        n_arrived: Requests that came to it.
+        source: The process.
+        n_arrived: Requests that arrived there.
         ended: Those that ended.
         unfinished: Those that run or wait now.
-
     """
 
     cause: str

@@ -1,13 +1,15 @@
 """
-What a plan is: consecutive length ranges, each served by a group of instances.
+Stages: consecutive length ranges, each served by a group of instances.
 
-Invariants, checked on construction: the ranges tile `[0, infinity)` in order, every stage has at least one instance, and no
-instance is in two stages. A layout is a value; changing one makes another.
+A `Proposal` says how many instances each range gets, a `StageLayout` says which. Invariants, checked on construction: the ranges tile
+`[0, infinity)` in order, every stage has at least one instance, and no instance is in two stages. Both are values; changing one makes
+another.
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, LengthRange
@@ -74,10 +76,8 @@ class StageLayout:
         edges = (0, *boundaries_tokens, UNBOUNDED_TOKENS)
         if len(edges) != len(groups) + 1:
             raise PlanError(f"{len(boundaries_tokens)} boundaries make {len(edges) - 1} stages, not {len(groups)}")
-        try:
-            ranges = [LengthRange(lo, hi) for lo, hi in pairwise(edges)]
-        except ValueError as error:
-            raise PlanError(f"boundaries {boundaries_tokens} are not strictly increasing") from error
+        _check_increasing(boundaries_tokens)
+        ranges = [LengthRange(lo, hi) for lo, hi in pairwise(edges)]
         return cls(tuple(Stage(r, tuple(sorted(ids))) for r, ids in zip(ranges, groups, strict=True)))
 
     @property
@@ -100,3 +100,54 @@ class StageLayout:
             if instance_id in stage.instance_ids:
                 return index
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """
+    Stages by size: what the planner answers. Which instances serve them is for whoever knows the instances to say.
+
+    Attributes:
+        boundaries_tokens: Inner boundaries, strictly increasing, one fewer than stages.
+        sizes: Instances per stage, shortest lengths first.
+
+    Raises:
+        PlanError: The boundaries are not increasing, do not make as many stages as there are sizes, or a stage is empty.
+    """
+
+    boundaries_tokens: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Check the invariants of the module header."""
+        if len(self.sizes) != len(self.boundaries_tokens) + 1 or min(self.sizes) < 1:
+            raise PlanError(f"boundaries {self.boundaries_tokens} and instances {self.sizes} are no stages")
+        _check_increasing(self.boundaries_tokens)
+
+    @classmethod
+    def like(cls, layout: StageLayout) -> "Proposal":
+        """The stages of a layout without its names."""
+        return cls(layout.boundaries_tokens, tuple(len(stage.instance_ids) for stage in layout.stages))
+
+    @property
+    def n_instances(self) -> int:
+        """Instances of all stages."""
+        return sum(self.sizes)
+
+    def on(self, instance_ids: Sequence[InstanceId]) -> StageLayout:
+        """
+        The layout when instances are dealt out in this order, the stage of the shortest lengths first.
+
+        Raises:
+            PlanError: Their number is another one, or one is named twice.
+        """
+        if len(instance_ids) != self.n_instances:
+            raise PlanError(f"the plan is for {self.n_instances} instances, not {len(instance_ids)}")
+        ends = accumulate(self.sizes)
+        groups = tuple(tuple(instance_ids[end - n : end]) for end, n in zip(ends, self.sizes, strict=True))
+        return StageLayout.from_boundaries(self.boundaries_tokens, groups)
+
+
+def _check_increasing(boundaries_tokens: tuple[int, ...]) -> None:
+    if any(lo >= hi for lo, hi in pairwise((0, *boundaries_tokens, UNBOUNDED_TOKENS))):
+        raise PlanError(f"boundaries {boundaries_tokens} are not strictly increasing")

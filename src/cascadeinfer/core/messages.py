@@ -1,10 +1,11 @@
 """
-The bid-ask protocol's vocabulary: what agents say to one another.
+The bid-ask protocol's vocabulary: the messages between agents.
 
-An agent that must give a request away (it outgrew the stage, or the instance is overloaded) sends an `Ask` to candidates;
-each answers with a `Bid` or a `Decline`; the asker sends the best bidder an `Award`, and the bidder confirms with `Accept`
-(place reserved) or `Decline`; a late or beaten bid is let go with `Withdraw`. Only then does the asker start the migration. An
-`Advert` tells a stage peer one's load, so that it can see whether it is overloaded. `bidask.py` has the order in which they may come.
+An agent that must give a request away (it outgrew the stage, or the instance is overloaded) sends an `Ask` to
+candidates; each answers with a `Bid` or a `Decline`. The asker sends the best bidder an `Award`, which the bidder
+confirms with `Accept` (place reserved) or turns down with `Decline`; a late or losing bid is released with `Withdraw`.
+Only then does the asker start the migration. An `Advert` tells a stage peer the sender's load, so that the peer can see
+whether it is overloaded. `bidask/rounds.py` defines the order in which messages may come.
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,7 @@ class Ask:
 
     Attributes:
         reason: A `MigrationReason`.
-        load: The asker's load, the request counted; a bid for a rebalancing must be lower.
-
+        load: The asker's load, including the request; a bid for rebalancing must be lower.
     """
 
     ask_id: str
@@ -38,10 +38,9 @@ class Bid:
 
     Attributes:
         load: The bidder's load after taking the request (dimensionless, lower is better).
-        free_blocks: KV blocks it could still give.
+        free_blocks: KV blocks it can still provide.
         migrations: Migrations it takes part in now.
-        price: What the bidder's next step costs its requests and this one (`core/view.py`); of bids the lowest wins.
-
+        price: Cost of the bidder's next step to its requests and this one (`core/view.py`); the lowest bid wins.
     """
 
     ask_id: str
@@ -53,7 +52,7 @@ class Bid:
 
 @dataclass(frozen=True, slots=True)
 class Award:
-    """You have it: keep a place for the request."""
+    """Your bid won: keep a place for the request."""
 
     ask_id: str
     request_id: RequestId
@@ -84,7 +83,7 @@ class Withdraw:
 
 @dataclass(frozen=True, slots=True)
 class Advert:
-    """My load (dimensionless, 1.0 is full). To stage peers, now and then; wants no answer."""
+    """My load (dimensionless, 1.0 is full). Sent to stage peers now and then; expects no answer."""
 
     load: float
 

@@ -1,5 +1,7 @@
 """
-The migration protocol as a transition table: ask for room, cut, transfer, resume, done, or back out at every step.
+The migration protocol: a transition table with its limits and reasons.
+
+A request's migration asks for room, cuts, transfers, resumes and is done, or backs out at every step.
 
 Theory of operation. The request decodes on the source until the cut. Nothing is given up before the target has reserved room
 (ASKING). The cut (CUTTING) ends the request at its next token with its KV cache pinned under a lease. The target then pulls and
@@ -9,19 +11,25 @@ target computes the KV cache anew (RECOMPUTING). If the target is lost while the
 as well (WITHDRAWING, RETURNING).
 
 The lease begins when the cut takes effect, which the shell may hear of late. What it knows without any delay is when it *sent* the
-cut, and that is never later. So the deadline of the pull is counted from there (`MigrationTimes.deadline_s`): a first token that is
+cut, and that is never later. So the deadline of the pull is counted from there (`Migration.deadline_s`): a first token that is
 heard by then was computed from blocks that were still pinned, whatever was late. A token heard after it is not taken.
 
-`TRANSITIONS` is the whole protocol; both shells (simulator, runtime) carry out its actions. The diagram in
-`docs/protocols/migration.md` is generated from it (`python docs/protocols/draw.py`), and a test keeps the two alike.
+Everything that decides is here: what follows what (`TRANSITIONS`), how long each state may last and how much room is asked for
+(`MigrationLimits`), and what the record gives as the reason (`Migration.detail`); the words of those who say no are in
+`core/refusals.py`. Both shells (simulator, runtime) tell a `Migration` what has happened and carry out its actions; a test walks the
+table and feeds every path to both.
+The page `docs/protocols/migration.md` is drawn from this module (`python docs/protocols/draw.py`), and a test keeps the two alike.
 """
 
 import enum
+import math
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
+from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.core.errors import InvalidTransition
-from cascadeinfer.core.events import MigrationOutcome
+from cascadeinfer.core.events import MigrationEnded, MigrationOutcome
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
 
 
@@ -170,10 +178,43 @@ IGNORED: Final = frozenset(
 """Happenings that are legal and change nothing. Everything not named here or in TRANSITIONS is a bug of the shell."""
 
 
-@dataclass(frozen=True, slots=True)
-class MigrationTimes:
+_AS_ASKED: Final = frozenset({Happening.ROOM_GRANTED, Happening.CUT_DONE, Happening.FIRST_TOKEN})
+"""Whoever was asked did what it was asked for."""
+_NEWS_WHILE_WITHDRAWING: Final = frozenset({Happening.REQUEST_ENDED, Happening.CLIENT_LEFT, Happening.SOURCE_LOST})
+"""Why it withdraws is known by then; whatever else the source answers adds nothing."""
+
+
+def explains(state: State, happening: Happening) -> bool:
+    """Whether what happens in this state says why a migration ends as it does, and is no mere answer."""
+    if (state, happening) in IGNORED:
+        return False
+    return happening in _NEWS_WHILE_WITHDRAWING if state is State.WITHDRAWING else happening not in _AS_ASKED
+
+
+class NotBegun(enum.StrEnum):
+    """Why a migration that a policy asks for is over before its first state. The values are the record's `detail`."""
+
+    STALE = "stale"
+    """The request has ended, or was moved by a death or another migration, since the policy's last look."""
+    SUSPECTED = "suspected"
+    """Instances have died under the request, and it is kept where it is."""
+
+
+def not_begun(effect: StartMigration, why: NotBegun, *, is_live: bool) -> MigrationEnded:
+    """The end of a migration that does not begin; `is_live`: the request has not ended."""
+    return effect.ended(MigrationOutcome.STAYED if is_live else MigrationOutcome.ENDED, why.value)
+
+
+ROOM_SLACK_TOKENS: Final = 64
+"""Room for a request that moves goes so far beyond its length: it decodes on until it is cut."""
+LEASE_MARGIN_S: Final = 3.0
+"""A pull must be over this long before a lease would end that had begun when the cut was sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationLimits:
     """
-    How long each step may take, in seconds.
+    How long each step may take, in seconds, and how much a request may grow on the way.
 
     Attributes:
         ask_s: Until the target grants or refuses room.
@@ -181,23 +222,19 @@ class MigrationTimes:
         resume_s: From the sending of the cut until the target's first token. Must be below the lease on the source's blocks by a
             safe margin: what is pulled after the lease has ended may be another request's KV cache.
         least_pull_s: With less than this left of `resume_s` when the cut is heard of, pulling is not tried.
+        room_slack_tokens: Asked of the target beyond the length at the start.
     """
 
     ask_s: float = 2.0
     cut_s: float = 5.0
     resume_s: float = 7.0
     least_pull_s: float = 0.25
+    room_slack_tokens: int = ROOM_SLACK_TOKENS
 
-    def deadline_s(self, cut_sent_s: float) -> float:
-        """When the pull must be over, on the clock of the shell that sent the cut."""
-        return cut_sent_s + self.resume_s
-
-    def cut_heard(self, cut_sent_s: float, now_s: float, n_pinned_tokens: int) -> Happening:
-        """What the news of a cut means when it is heard now, with KV cache for so many tokens pinned."""
-        if n_pinned_tokens <= 0:
-            return Happening.CUT_EMPTY
-        left_s = self.deadline_s(cut_sent_s) - now_s
-        return Happening.CUT_DONE if left_s > 0 and left_s >= self.least_pull_s else Happening.CUT_LATE
+    @classmethod
+    def under_lease(cls, lease_s: float) -> Self:
+        """The usual limits where a cut request's blocks are pinned for so many seconds."""
+        return cls(resume_s=lease_s - LEASE_MARGIN_S)
 
 
 @dataclass(slots=True)
@@ -206,17 +243,41 @@ class Migration:
     One migration on its way.
 
     Attributes:
-        n_tokens: Sequence length when it began; the target reserves room for it and a little more.
+        effect: What the policy asked for.
+        n_tokens: Sequence length when it began.
+        cut_sent_s: When the cut was sent, on the shell's clock: the lease on the source's blocks begins then or later.
+        detail: Why it ends as it does, as far as is known: the last happening that explains anything, with its refusal; empty
+            where all went as asked. A metric label.
         story: States and happenings so far, for errors and logs.
     """
 
-    migration_id: MigrationId
-    request_id: RequestId
-    source_id: InstanceId
-    target_id: InstanceId
+    effect: StartMigration
     n_tokens: int
+    limits: MigrationLimits = field(default_factory=MigrationLimits)
     state: State = State.ASKING
+    cut_sent_s: float = math.nan
+    detail: str = ""
     story: list[str] = field(default_factory=lambda: [State.ASKING.value])
+
+    @property
+    def migration_id(self) -> MigrationId:
+        """Its name; the policy's choice."""
+        return self.effect.migration_id
+
+    @property
+    def request_id(self) -> RequestId:
+        """Who moves."""
+        return self.effect.request_id
+
+    @property
+    def source_id(self) -> InstanceId:
+        """Where the request is when it begins."""
+        return self.effect.source_id
+
+    @property
+    def target_id(self) -> InstanceId:
+        """Where it is to go."""
+        return self.effect.target_id
 
     @property
     def outcome(self) -> MigrationOutcome | None:
@@ -228,9 +289,51 @@ class Migration:
         """Whether the request is in the target's hands."""
         return self.state in {State.RESUMING, State.RECOMPUTING, State.MOVED, State.RECOMPUTED}
 
-    def handle(self, happening: Happening) -> tuple[Action, ...]:
+    @property
+    def room_tokens(self) -> int:
+        """Tokens that the target is asked to keep room for."""
+        return self.n_tokens + self.limits.room_slack_tokens
+
+    @property
+    def deadline_s(self) -> float:
+        """When the pull must be over, on the clock of the shell that sent the cut."""
+        return self.cut_sent_s + self.limits.resume_s
+
+    def limit_s(self, now_s: float) -> float | None:
+        """How long the state that begins now may last until TIMED_OUT; None: as long as it takes."""
+        match self.state:
+            case State.ASKING:
+                return self.limits.ask_s
+            case State.CUTTING:
+                return self.limits.cut_s
+            case State.RESUMING:
+                return self.deadline_s - now_s
+            case _:
+                return None
+
+    def is_overdue(self, now_s: float) -> bool:
+        """Whether the deadline of the pull has passed, also where the timer that says so is late itself."""
+        return self.state is State.RESUMING and now_s >= self.deadline_s
+
+    def has_outgrown_room(self, n_tokens: int) -> bool:
+        """Whether a request of this length must not be cut any more: with its next token it is longer than the room asked for."""
+        return n_tokens + 1 > self.room_tokens
+
+    def cut_heard(self, now_s: float, n_pinned_tokens: int) -> Happening:
+        """What the news of the cut means when it is heard now, with KV cache for so many tokens pinned."""
+        if n_pinned_tokens <= 0:
+            return Happening.CUT_EMPTY
+        left_s = self.deadline_s - now_s
+        return Happening.CUT_DONE if left_s > 0 and left_s >= self.limits.least_pull_s else Happening.CUT_LATE
+
+    def handle(self, happening: Happening, now_s: float, refusal: Refusal | None = None) -> tuple[Action, ...]:
         """
         Follow one happening.
+
+        Args:
+            happening: What has happened.
+            now_s: When, on the shell's clock.
+            refusal: With ROOM_REFUSED and CUT_REFUSED: why.
 
         Returns:
             What to do now, in order.
@@ -248,6 +351,15 @@ class Migration:
                 event=happening.value,
                 story=tuple(self.story),
             )
+        if explains(*key):
+            self.detail = happening.value if refusal is None else f"{happening.value}:{refusal.value}"
         self.state, actions = TRANSITIONS[key]
         self.story += [f"({happening.value})", self.state.value]
+        if Action.CUT in actions:
+            self.cut_sent_s = now_s
         return actions
+
+    def ended(self) -> MigrationEnded:
+        """The event in which it ends, to be asked for when it has an outcome."""
+        assert self.outcome is not None, self.story
+        return self.effect.ended(self.outcome, self.detail)

@@ -1,15 +1,16 @@
 """
-How slow an instance is beside the others, from the steps that it reports.
+How slow an instance is compared with the others, from the steps that it reports.
 
-    cost(instance)     = observed seconds / seconds expected by the price list, over its last reports, the worst of them left out
+    cost(instance)     = observed seconds / seconds expected by the price list, over its last reports without the worst
     slowness(instance) = cost(instance) / lower median of the costs of all instances
 
-Beside the others, because a price list that is wrong, or only has proportions, is wrong for all of them alike. Over many reports, because an
-instance that is stopped most of the time takes most of its steps as fast as ever, and one of them very long. Without the worst report,
-because one hiccup says nothing. A slowness below `SLOW_FROM` counts as 1 (`SLOW_UNTIL`, once it was above): instances that are alike differ by
-noise, and noise must decide nothing.
+The comparison is with the other instances, because a price list that is wrong, or only proportional, is wrong for all
+of them alike. It spans many reports, because an instance that is stopped most of the time takes most steps as fast as
+ever and one of them very long. The worst report is left out, because a single hiccup means nothing. A slowness below
+`SLOW_FROM` (or, once it was above, `SLOW_UNTIL`) counts as 1: identical instances differ by noise, and noise must
+decide nothing.
 
-An instance that computes nothing shows nothing: what is known of it fades, so that it is tried again.
+An idle instance provides no evidence: what is known of it fades, so that it is tried again.
 """
 
 from collections import deque
@@ -22,16 +23,22 @@ from cascadeinfer.core.types import InstanceId
 REPORTS_KEPT: Final = 16
 """Reports with steps that count: 1.6 s of work at the usual interval."""
 REPORTS_NEEDED: Final = 4
-"""With fewer nothing is known."""
+"""With fewer reports nothing is known."""
 IDLE_REPORTS_PER_FADING: Final = 30
-"""After so many reports without a step the oldest one with steps is forgotten: an idle instance is tried again after 39 s at the usual interval."""
+"""
+After this many reports without a step, the oldest one with steps is forgotten: at the usual interval an idle instance
+is tried again after 39 s.
+"""
 SLOW_FROM: Final = 2.0
-"""Price lists that are only proportions are off by less between a stage of long and a stage of short requests."""
+"""
+Between a stage of long requests and one of short requests, price lists that are only proportional err by less than
+this.
+"""
 SLOW_UNTIL: Final = 1.5
 
 
 class StepPrices(Protocol):
-    """What a step costs, linear in what is in it; see `Pricing`."""
+    """Cost of a step, linear in its contents; see `Pricing`."""
 
     base: float
     per_request: float
@@ -41,15 +48,15 @@ class StepPrices(Protocol):
 
 
 class Pace:
-    """The steps of one instance's last reports, summed up per report so that another price list can be laid on them."""
+    """The steps of one instance's last reports, summed per report so that another price list can be applied to them."""
 
     def __init__(self) -> None:
-        """Nothing is known."""
+        """Start with no knowledge."""
         self._reports: deque[tuple[float, int, int, int, int, float]] = deque(maxlen=REPORTS_KEPT)
         self._idle_reports = 0
 
     def note(self, steps: Sequence[StepSample]) -> bool:
-        """Take over the steps of one report. Returns whether that changes anything."""
+        """Record the steps of one report. Returns whether that changes anything."""
         if not steps:
             self._idle_reports += 1
             if not self._reports or self._idle_reports % IDLE_REPORTS_PER_FADING:
@@ -71,7 +78,7 @@ class Pace:
         return True
 
     def cost(self, prices: StepPrices) -> float | None:
-        """Observed over expected, see the module header; None while too little is known."""
+        """Observed over expected seconds, see the module header; None while too little is known."""
         if len(self._reports) < REPORTS_NEEDED:
             return None
         pairs = [(report[0], _expected(prices, *report[1:])) for report in self._reports]
@@ -94,23 +101,23 @@ def _expected(prices: StepPrices, n: int, decodes: int, kv_tokens: int, prefill_
 
 
 def lower_median(costs: Iterable[float]) -> float | None:
-    """The middle one, the smaller of two; None of none."""
+    """The middle value, the smaller of two; None for no values."""
     ranked = sorted(costs)
     return ranked[(len(ranked) - 1) // 2] if ranked else None
 
 
 def slowness_of(costs: Mapping[InstanceId, float], before: Mapping[InstanceId, float]) -> dict[InstanceId, float]:
     """
-    How slow each instance is beside the others; 1.0 where it makes no difference.
+    How slow each instance is compared with the others; 1.0 where it makes no difference.
 
     Args:
-        costs: Of those of which enough is known.
-        before: What was said of each the last time.
+        costs: Costs of the instances of which enough is known.
+        before: The previous slowness of each instance.
     """
     usual = lower_median(costs.values())
     slowness: dict[InstanceId, float] = {}
     for instance_id, cost in costs.items():
-        assert usual is not None  # there is a cost
+        assert usual is not None  # costs is not empty
         ratio = cost / usual
         limit = SLOW_UNTIL if before.get(instance_id, 1.0) > 1.0 else SLOW_FROM
         slowness[instance_id] = ratio if ratio >= limit else 1.0

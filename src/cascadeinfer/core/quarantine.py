@@ -1,23 +1,29 @@
 """
-Which request ends the instances that run it.
+Which request kills the instances that run it.
 
-An instance that dies says nothing of why. Its requests go on elsewhere, and one that kills whatever runs it would end one instance after
-the other. So every request that was in an engine when it died has a *death*, and is *suspected*: of suspected requests at most one at a
-time is in an engine, the others that are to run there are held back. Requests without a death run beside it. If that engine dies
-too, two deaths point at one request, and it is ended; those beside it have their first.
+The death of an instance does not say what caused it. Its requests continue elsewhere, and one that kills whatever runs
+it would end one instance after another. Every request that was in an engine when it died therefore gets a *death* and
+becomes *suspected*. An engine runs at most one suspected request at a time; others placed there are held back. Requests
+without a death run beside it. If that engine dies too, two deaths point at one request, which is ended; those beside it
+have their first death.
 
-Several instances may die of one outside cause, and one that is dead looks alive until somebody notices. A suspected request is therefore sent
-only to an instance that has answered a question asked after the last death; until then it is held back, and has no part in what happens there.
+Several instances may die of one outside cause, and a dead instance looks alive until somebody notices. A suspected
+request is therefore sent only to an instance that has answered a question asked after the last death. Until then it is
+held back and has no part in what happens there.
 
-A suspected request has proven itself with its first token since its death: it has passed the step in which it died, so after an ordinary death
-the others wait a step or two each. Its death counts on, unless it had no token of the attempt in which it died: then it waited there, was sent to an
-instance that was dead already, or has passed just the step in which it would have done it. If its instance dies again it is ended, unless others beside it have died before as well:
-which of them it was is then open, and each must have `PROOF_TOKENS` more. After one more death that told nothing, no number of tokens proves any of them.
+A suspected request proves itself with its first token since its death: it has passed the step in which it died, so
+after an ordinary death the others wait only a step or two each. Its death still counts, unless it had no token in the
+attempt that died: it then waited there, was sent to an instance that was already dead, or has now passed the very step
+in which it would have been the cause. If its instance dies again the request is ended, unless others there have died
+before as well. It is then open which of them was the cause, and each needs `PROOF_TOKENS` tokens to prove itself. After
+one more inconclusive death, no number of tokens proves any of them.
 
-A request that is taken away from an instance that hangs was perhaps what it hangs at. If that instance is given up, its death counts for the request too, wherever
-it is by then. If it answers again, or the request has a token elsewhere first, nothing has happened.
+A request taken away from a hanging instance may be the reason why it hangs. If that instance is given up, the death
+counts for this request too, wherever it is by then. If the instance answers again, or the request has a token elsewhere
+first, it does not count.
 
-Nothing is known here of time, streams or engines; whoever uses it says what happens and sends what it is told to.
+This module knows nothing of time, streams or engines: its caller reports what happens and sends the requests that it
+names.
 """
 
 from collections import deque
@@ -29,19 +35,22 @@ from cascadeinfer.core.types import InstanceId, RequestId
 
 DEATHS: Final = 2
 PROOF_TOKENS: Final = 16
-"""Of a request that could have done it and is not the only one: a block of vLLM's, and at ten requests on an instance a few seconds of waiting."""
+"""
+For a request that is one of several possible culprits: one vLLM block, and a few seconds of waiting with ten requests
+on an instance.
+"""
 
 
 @dataclass(slots=True)
 class Suspicion:
     """
-    Of one request.
+    Suspicion of one request.
 
     Attributes:
         deaths: Instances that died with it.
         forgivable: Those of them that are forgiven when it proves itself.
-        is_open: Whether it has not proven itself since.
-        proof_tokens: So many of one attempt prove it; None: none do, it is open until it ends.
+        is_open: Whether it has not proven itself since the last one.
+        proof_tokens: Tokens of one attempt that prove it; None when nothing does and it stays open until it ends.
     """
 
     deaths: int = 0
@@ -63,10 +72,10 @@ class Quarantine:
 
     def __init__(self, deaths: int = DEATHS) -> None:
         """
-        Nobody has died.
+        Start without deaths.
 
         Args:
-            deaths: So many name a culprit.
+            deaths: Number of deaths that identify a culprit.
         """
         self._deaths = deaths
         self.suspicions: dict[RequestId, Suspicion] = {}
@@ -79,7 +88,7 @@ class Quarantine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody has died, or is perhaps about to: nothing that happens to a request matters here."""
+        """Whether no instance has died or may be about to, so that nothing that happens to a request matters here."""
         return not self.suspicions and not self._taken
 
     def is_suspected(self, request_id: RequestId) -> bool:
@@ -94,10 +103,10 @@ class Quarantine:
 
     def may_enter(self, request_id: RequestId, instance_id: InstanceId) -> bool:
         """
-        A request is to run on an instance.
+        Place a request on an instance.
 
         Returns:
-            Whether it may be sent there now; else it is held back, until `leave`, `prove` or `answer` names it.
+            Whether it may be sent there now; if not, it is held back until `leave`, `prove` or `answer` names it.
         """
         if not self.is_suspected(request_id):
             return True
@@ -108,13 +117,16 @@ class Quarantine:
         return self._admit(instance_id) == request_id
 
     def answer(self, instance_id: InstanceId) -> RequestId | None:
-        """An instance has answered a question asked after the last death. Returns the one that may be sent there now, if any."""
+        """
+        Record that an instance answered a question asked after the last death. Returns the request that may be sent
+        there now, if any.
+        """
         self._answered.add(instance_id)
         cell = self._cells.get(instance_id)
         return self._admit(instance_id) if cell is not None and cell.inside is None else None
 
     def _admit(self, instance_id: InstanceId) -> RequestId | None:
-        """The first that is held back, if it may be sent; the cell exists."""
+        """The first request held back, if it may be sent; the cell must exist."""
         cell = self._cells[instance_id]
         if cell.inside is not None or not cell.held or instance_id not in self._answered:
             return None
@@ -122,7 +134,7 @@ class Quarantine:
         return cell.inside
 
     def leave(self, request_id: RequestId) -> RequestId | None:
-        """A request is on its instance no more. Returns the one that may be sent there now, if any was held back."""
+        """Record that a request left its instance. Returns the held request that may be sent there now, if any."""
         instance_id = self._cell_of.pop(request_id, None)
         if instance_id is None:
             return None
@@ -138,13 +150,13 @@ class Quarantine:
 
     def prove(self, request_id: RequestId, n_tokens: int) -> RequestId | None:
         """
-        A request has had tokens.
+        Record tokens of a request.
 
         Args:
-            n_tokens: So many of its present attempt.
+            n_tokens: Tokens of its present attempt.
 
         Returns:
-            The one that may be sent to its instance now, if any.
+            The request that may be sent to its instance now, if any.
         """
         self._forget_taken(request_id)
         suspicion = self.suspicions.get(request_id)
@@ -160,21 +172,21 @@ class Quarantine:
         return self.leave(request_id)
 
     def forget(self, request_id: RequestId) -> None:
-        """A request has ended; `leave` was called."""
+        """Record the end of a request; `leave` was called before."""
         self.suspicions.pop(request_id, None)
         self._forget_taken(request_id)
 
     def take_away(self, request_id: RequestId, instance_id: InstanceId) -> None:
-        """A request is taken away from an instance that is silent; call it before `leave`."""
+        """Record that a request is taken away from a silent instance; call it before `leave`."""
         if not self.is_held(request_id):
             self._taken.setdefault(instance_id, set()).add(request_id)
 
     def may_be_taken(self, request_id: RequestId) -> bool:
         """
-        Whether a request may be taken away from an instance that is silent.
+        Whether a request may be taken away from a silent instance.
 
-        Not one that could be why: it is suspected and in the engine, or was taken away from another that is still silent and has had no
-        token since.
+        A request that could be the reason stays: one that is suspected and in the engine, or was taken away from
+        another instance that is still silent and has had no token since.
         """
         if self.is_held(request_id):
             return True
@@ -185,21 +197,21 @@ class Quarantine:
             taken.discard(request_id)
 
     def trust(self, instance_id: InstanceId) -> None:
-        """A silent instance answers again, or has ended for a reason of its own."""
+        """Record that a silent instance answers again, or has ended for an unrelated reason."""
         self._taken.pop(instance_id, None)
 
     def die(
         self, instance_id: InstanceId, there: Iterable[RequestId], unstarted: Collection[RequestId] = ()
     ) -> RequestId | None:
         """
-        An instance died.
+        Record the death of an instance.
 
         Args:
-            there: The requests whose place it was; those that were held back were not in its engine.
+            there: The requests placed there; those that were held back were not in its engine.
             unstarted: Those of them that had no token there.
 
         Returns:
-            The request that did it, if that is known now. It may be elsewhere by now, if it was taken away.
+            The request that caused it, if that is now known. It may be elsewhere by now, if it was taken away.
         """
         self._answered.clear()
         cell = self._cells.pop(instance_id, _Cell())
@@ -216,7 +228,7 @@ class Quarantine:
             suspicion.is_open = True
             suspicion.proof_tokens = self._proof_tokens(suspicion.deaths)
         guilty = [request_id for request_id in inside if self.suspicions[request_id].deaths >= self._deaths]
-        # One that has proven itself since its last death is less likely than one that has not.
+        # A request that has proven itself since its last death is less likely than one that has not.
         for likely in ([request_id for request_id in guilty if request_id in was_open], guilty):
             if likely:
                 return likely[0] if len(likely) == 1 else None

@@ -1,9 +1,10 @@
 """
-How long somebody has been silent, counted by one who may have slept.
+How long a peer has been silent, measured by a watcher that may itself have slept.
 
-A process that was stopped (SIGSTOP, a debugger, a swapped-out machine), or whose event loop was blocked, finds all its time limits over
-when it goes on, and in its buffers the words of everybody who has spoken meanwhile. So whoever measures silence looks at its own
-watch at short intervals. A look that comes much later than it should tells of the watcher's own sleep: it says nothing of the other.
+A process that was stopped (SIGSTOP, a debugger, a swapped-out machine), or whose event loop was blocked, finds all its
+time limits expired when it resumes, and its buffers full of what everybody has sent meanwhile. A watcher therefore
+checks at short intervals. A check that comes much later than planned reveals the watcher's own sleep and says nothing
+of the peer.
 """
 
 from typing import Final
@@ -11,21 +12,21 @@ from typing import Final
 OVERSLEPT_SHARE: Final = 0.2
 """Share of a time limit, see `oversleeps`."""
 OVERSLEPT_LEAST_S: Final = 1.0
-"""Later than this at any rate: an event loop that has much to do is awake."""
+"""Least lateness that counts as sleep: a busy event loop is awake."""
 TOLERANCE_S: Final = 1e-6
-"""Of sums of intervals."""
+"""Rounding error of sums of intervals."""
 
 
 def oversleeps(limit_s: float) -> float:
-    """By how much a look may come late that is made within this time limit; any later, and the watcher has slept."""
+    """How late a check within this time limit may come; if it comes later, the watcher has slept."""
     return max(OVERSLEPT_SHARE * limit_s, OVERSLEPT_LEAST_S)
 
 
 class Silence:
     """
-    Says when a time limit is over.
+    Tells when a time limit is over.
 
-    After an own sleep the count starts again: the other gets the whole limit once more to answer.
+    After the watcher's own sleep the count restarts: the peer gets the whole limit to answer again.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -37,16 +38,16 @@ class Silence:
         self.counted_s = 0.0
 
     def heard(self) -> None:
-        """There was an answer."""
+        """Record that the peer was heard."""
         self.counted_s = 0.0
 
     def looked(self, meant_s: float, took_s: float) -> float:
         """
-        Nothing was heard between two looks.
+        Record that nothing was heard between two checks.
 
         Args:
-            meant_s: How long after the last look this one was meant to come.
-            took_s: How long after it came.
+            meant_s: Planned time between the last check and this one.
+            took_s: Actual time between them.
 
         Returns:
             How long the watcher has slept; 0.0 when it was awake.

@@ -1,8 +1,8 @@
 """
 Identifiers and small value types that every layer shares.
 
-Ids are opaque strings chosen by the shell; nothing in the core makes one from a counter. Lengths are in tokens and ranges
-are half-open, `[lo, hi)`.
+Ids are opaque strings chosen by the shell; nothing in the core makes one from a counter. Lengths are in tokens and
+ranges are half-open, `[lo, hi)`.
 """
 
 from dataclasses import dataclass
@@ -46,14 +46,13 @@ class LengthRange:
 @dataclass(frozen=True, slots=True)
 class InstanceCapacity:
     """
-    What one instance can hold; fixed while it lives.
+    Capacity of one instance; fixed while it lives.
 
     Attributes:
-        kv_blocks: KV cache blocks in all.
+        kv_blocks: KV cache blocks in total.
         block_size_tokens: Tokens per block.
         max_num_seqs: Requests that may run (not wait) at once.
         max_batched_tokens: Token budget of one step (vLLM's max_num_batched_tokens).
-
     """
 
     kv_blocks: int

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from cascadeinfer.core.events import InstanceReport, PinReason
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 
 KvTicket: TypeAlias = dict[str, Any]
@@ -128,7 +129,7 @@ class Engine(Protocol):
         """Stop requests. What was in flight may still come out."""
         ...
 
-    async def cut(self, engine_request_id: str) -> str | None:
+    async def cut(self, engine_request_id: str) -> Refusal | None:
         """
         Ask that a running request end at its next token with its KV cache pinned.
 
@@ -141,7 +142,7 @@ class Engine(Protocol):
         """Let a cut request go on; False when the cut has taken effect."""
         ...
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> str | None:
+    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
         """Hold room for a request of this many tokens; None, or why not."""
         ...
 

@@ -18,7 +18,8 @@ from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.evaluation.setting import Setting
 from cascadeinfer.evaluation.variants import policy_spec, starts_with_plan
-from cascadeinfer.eventlog.writer import header_of, write_log_file
+from cascadeinfer.eventlog.run_file import write_log_file
+from cascadeinfer.eventlog.writer import header_of
 from cascadeinfer.results.provenance import own_commit
 from cascadeinfer.results.records import InstanceSamples, MigrationRecords, RequestRecords
 from cascadeinfer.results.summary import RunSummary, Slo, summarise, summarise_between

@@ -1,46 +1,23 @@
 """
-Policies as experiments know them: every policy of `core/policies` under its own name, and variants of `cascade` with a part switched off.
+Policies as experiments know them: every policy of `core/policies` under its own name, and its variants with a part switched off.
 
 All start fresh. Policies with stages start with the layout that the planner gives for the trace's lengths and the run's rate, as an
-operator who knows yesterday's lengths would; `cascade-cold` starts with one stage and has to learn.
+operator who knows yesterday's lengths would, but for variants that are to find it themselves.
 """
-
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Final
 
 from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.core.policies import POLICIES
+from cascadeinfer.core.policies.info import Circumstances, Variant
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.evaluation.setting import Setting
 from cascadeinfer.sim.settings import instance_ids
 
-CASCADE: Final = "cascade"
-COLD: Final = "cascade-cold"
-
-CASCADE_VARIANTS: Final[Mapping[str, Mapping[str, bool]]] = MappingProxyType(
-    {
-        CASCADE: {},
-        COLD: {},
-        "cascade-no-refine": {"refine": False},
-        "cascade-no-rebalance": {"rebalance": False},
-        "cascade-no-affinity": {"affinity": False},
-        "cascade-no-replan": {"replan": False},
-        "cascade-static": {"refine": False, "replan": False},
-        "cascade-no-migrate": {"migrate": False},
-    }
-)
-"""Switches of `Cascade`; "static" is a plan that is never changed, neither by refinement nor by planning anew."""
-
-WITH_LAYOUT: Final = frozenset({"static_stages"})
-"""Other policies that need a layout."""
-
 
 def policy_names() -> list[str]:
     """Every name that `policy_spec` takes, sorted."""
-    return sorted({*POLICIES, *CASCADE_VARIANTS})
+    return sorted(_known())
 
 
 def check_policies(names: list[str], option: str = "--policy") -> None:
@@ -61,7 +38,8 @@ def check_policies(names: list[str], option: str = "--policy") -> None:
 
 def starts_with_plan(name: str) -> bool:
     """Whether this policy is given the planner's layout to start with."""
-    return name in WITH_LAYOUT or (name in CASCADE_VARIANTS and name != COLD)
+    policy, variant = _known()[name]
+    return POLICIES[policy].starts_with_plan and variant.starts_with_plan
 
 
 def policy_spec(name: str, setting: Setting, plan: Plan | None) -> PolicySpec:
@@ -73,16 +51,23 @@ def policy_spec(name: str, setting: Setting, plan: Plan | None) -> PolicySpec:
         setting: What it runs in.
         plan: For the policies of `starts_with_plan`.
     """
-    options: dict[str, Any] = {}
-    if plan is not None and starts_with_plan(name):
-        options["layout"] = plan.layout(instance_ids(setting.n_instances))
-    if name not in CASCADE_VARIANTS:
-        return PolicySpec(name, options)
-    planning = PlanSettings(
-        objective=setting.objective,
-        margin=setting.margin,
-        hand_over=setting.hand_over,
-        max_tokens=setting.context_tokens + 1,
+    policy, variant = _known()[name]
+    around = Circumstances(
+        layout=plan.layout(instance_ids(setting.n_instances)) if plan is not None and starts_with_plan(name) else None,
+        step_model=setting.profile.step_model,
+        planning=PlanSettings(
+            objective=setting.objective,
+            margin=setting.margin,
+            hand_over=setting.hand_over,
+            max_tokens=setting.context_tokens + 1,
+        ),
     )
-    options |= {**CASCADE_VARIANTS[name], "step_model": setting.profile.step_model, "planning": planning}
-    return PolicySpec(CASCADE, options)
+    return PolicySpec(policy, {**POLICIES[policy].options_for(around), **variant.options})
+
+
+def _known() -> dict[str, tuple[str, Variant]]:
+    """Each name's policy, and what is switched off there."""
+    known = {policy: (policy, Variant()) for policy in POLICIES}
+    for policy, info in POLICIES.items():
+        known |= {f"{policy}-{word}": (policy, variant) for word, variant in info.variants.items()}
+    return known

@@ -1,1 +1,4 @@
-"""The event log: what a policy was given and what it answered, written, read, replayed and told as a story."""
+"""
+The event log: what a policy was given and what it answered; writing, reading, replaying it and telling a request's
+story.
+"""

@@ -1,10 +1,11 @@
 """
-Values of the core as JSON and back: events, effects, and the options that policies are made with.
+Core values as JSON and back: events, effects, and the options that policies are built with.
 
-Everything is derived from the dataclasses of `core`: for each the codec makes a `msgspec.Struct` with the same fields, so that a new event or
-field is in the log without a line here. Members of a union (the events, the effects, the bid-ask messages, the planner's objectives) carry their
-class's name as `type`. A dataclass that is the item of a tuple is written as an array, with all that is in it: there may be many. Numbers that JSON lacks are
-written as the words `Infinity`, `-Infinity` and `NaN`.
+Everything is derived from the dataclasses of `core`: for each, the codec makes a `msgspec.Struct` with the same fields,
+so a new event or field is logged without a change here. Members of a union (the events, the effects, the bid-ask
+messages, the planner's objectives) carry their class name as `type`. A dataclass that is the item of a tuple is written
+as an array, including everything in it, because there may be many. Numbers that JSON lacks are written as the strings
+`Infinity`, `-Infinity` and `NaN`.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ NON_FINITE: Final[Mapping[str, float]] = types.MappingProxyType(
     {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 )
 CLOSED: Final[Mapping[Any, Any]] = types.MappingProxyType({Objective: BuiltInObjective})
-"""Protocols that stand in a field, each with the union of what can be written for it."""
+"""Protocols used as field types, each with the union of what can be written for it."""
 
 
 class Wire(NamedTuple):
@@ -36,8 +37,8 @@ class Wire(NamedTuple):
 
     Attributes:
         hint: The type as msgspec sees it.
-        out: To what msgspec encodes; None where the value already is that.
-        back: The other way.
+        out: Converts a value to what msgspec encodes; None where it needs no conversion.
+        back: The inverse.
     """
 
     hint: Any
@@ -72,12 +73,12 @@ def wire_of(hint: Any, *, tagged: bool = False, as_array: bool = False) -> Wire:
         return _wire_of_mapping(*arguments)
     if origin not in {None, Literal, tuple}:
         raise TypeError(f"values of type {hint} cannot be logged")
-    return Wire(hint, None, None)  # its values are JSON's own, or msgspec knows them
+    return Wire(hint, None, None)  # JSON has its values, or msgspec knows the type
 
 
 def _float_out(value: float) -> float | str:
     if math.isfinite(value):
-        return float(value)  # also of numpy's
+        return float(value)  # also of numpy's floats
     return "NaN" if math.isnan(value) else "Infinity" if value > 0.0 else "-Infinity"
 
 
@@ -179,17 +180,18 @@ def _wire_of_mapping(key: Any, value: Any) -> Wire:
 
 
 def _options_of(make: Callable[..., Any]) -> Mapping[str, Any]:
-    """The keyword options of what makes a policy, with their types."""
-    hints = typing.get_type_hints(getattr(make, "__init__") if isinstance(make, type) else make)  # noqa: B009 - mypy takes it for unsound
+    """The keyword options of a policy's constructor or factory, with their types."""
+    # `getattr`, because mypy takes `make.__init__` for unsound.
+    hints = typing.get_type_hints(getattr(make, "__init__") if isinstance(make, type) else make)  # noqa: B009 - mypy
     return {name: hint for name, hint in hints.items() if name != "return"}
 
 
 def options_out(make: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Options of a policy, as msgspec encodes them.
+    A policy's options, as msgspec encodes them.
 
     Raises:
-        TypeError: There is no such option, or its value cannot be written (a function, say).
+        TypeError: There is no such option, or its value cannot be written (a function, for example).
     """
     hints = _options_of(make)
     written = {}
@@ -207,7 +209,7 @@ def options_back(make: Callable[..., Any], written: Mapping[str, Any]) -> dict[s
 
     Raises:
         TypeError: There is no such option.
-        ValueError: A value is not one of the option's.
+        ValueError: A value does not fit its option.
     """
     hints = _options_of(make)
     options = {}

@@ -23,15 +23,17 @@ from cascadeinfer.eventlog.reader import Gap, LogReader
 class LogSummary:
     """
     Attributes:
-        first_s: The shell's clock at the first event; then at the last.
+        first_s: The shell's clock at the first event.
+        last_s: The same at the last event.
         events: By kind.
         failed: Events at which the policy raised.
         missing: Events that are not in the log.
         dispatches: By instance.
-        migrations: Those that ended, by reason, outcome and detail. The reason is `unknown` where the log does not have the beginning.
+        migrations: Ended migrations, by reason, outcome and detail; the reason is `unknown` if the log lacks their
+            start.
         messages: Bid-ask messages sent, by kind.
         memberships: What became of instances: time, what, instance.
-        layouts: With the time from which each was in force, and why.
+        layouts: Layouts with the time from which each was in force, and why.
     """
 
     first_s: float | None = None
@@ -56,7 +58,7 @@ class LogSummary:
 
     @property
     def arrived(self) -> int:
-        """Requests that came."""
+        """Requests that arrived."""
         return self.events["RequestArrived"]
 
     @property

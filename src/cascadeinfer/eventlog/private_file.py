@@ -1,8 +1,9 @@
 """
-Files that only their owner reads, from their first byte on.
+Files that only their owner can read, from their first byte on.
 
-The mode is asked for when the file is made, so that there is no moment at which it is wider, and set once more on the open file: a umask can
-narrow it, and a file that an earlier version has left may be readable by all. A file of somebody else's whose mode cannot be set is refused.
+The mode is set when the file is created, so that it is never wider, and again on the open file: a umask can narrow it,
+and a file left by an earlier version may be readable by all. A file of another user whose mode cannot be set is
+refused.
 """
 
 import os
@@ -18,12 +19,12 @@ def private(path: str, flags: int) -> int:
     The `opener` of a private file, for `open`.
 
     Raises:
-        OSError: It cannot be opened, or others could read it and it is not ours to change.
+        OSError: It cannot be opened, or others can read it and it is not ours to change.
     """
     descriptor = os.open(path, flags | os.O_CLOEXEC, PRIVATE_MODE)
     try:
         kept = os.fstat(descriptor)
-        # A pipe or a terminal that the operator has named is left as it is.
+        # A pipe or terminal named by the operator is left as it is.
         if stat.S_ISREG(kept.st_mode) and stat.S_IMODE(kept.st_mode) != PRIVATE_MODE:
             os.fchmod(descriptor, PRIVATE_MODE)
     except OSError:
@@ -33,7 +34,7 @@ def private(path: str, flags: int) -> int:
 
 
 def make_private(path: Path) -> None:
-    """Close a file to others that an earlier run may have left open to them; one that is not there is none."""
+    """Close a file to others that an earlier run may have left open to them; does nothing if it does not exist."""
     try:
         descriptor = private(str(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """
 Reading an event log: all its files in order, compressed or not, line by line, with errors that name file and line.
 
-A log whose writer was killed ends in the middle of a line, or without its last line; that is said (`LogReader.notes`), and what is there is
-read. Anything else that is wrong ends the reading.
+A log whose writer was killed ends in the middle of a line, or lacks its last line; `LogReader.notes` says so, and the
+rest is read. Anything else that is wrong ends the reading.
 """
 
 import gzip
@@ -42,13 +42,13 @@ LONGEST_SHOWN: Final = 60
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where something stands."""
+    """A position in a log."""
 
     path: Path
     line: int
 
     def __str__(self) -> str:
-        """For messages."""
+        """As shown in messages."""
         return f"{self.path}, line {self.line}"
 
 
@@ -66,7 +66,7 @@ class LoggedEvent:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """So many events are missing here."""
+    """A number of events that are missing here."""
 
     place: Place
     count: int
@@ -84,12 +84,12 @@ class _Versioned(msgspec.Struct):
 @dataclass
 class LogReader:
     """
-    An event log on disk. Iterate over it, as often as you like, for its events and gaps.
+    An event log on disk. Iterating over it, any number of times, gives its events and gaps.
 
     Attributes:
-        header: Of its first file that is there.
-        paths: Its files, the oldest first.
-        notes: What whoever reads should know: where it is cut short. Complete after an iteration.
+        header: Header of the first file that exists.
+        paths: Its files, oldest first.
+        notes: Remarks for the reader, e.g. where the log is cut short. Complete after an iteration.
     """
 
     header: Header
@@ -98,10 +98,10 @@ class LogReader:
 
     def spec(self) -> PolicySpec:
         """
-        What made the policy.
+        What built the policy.
 
         Raises:
-            EventLogError: This program has no such policy, or it takes no such option.
+            EventLogError: This version has no such policy, or the policy has no such option.
         """
         name = self.header.policy
         if name not in POLICIES:
@@ -109,7 +109,7 @@ class LogReader:
                 f"{self.paths[0]}, line 1: no policy {name!r}; this is version {self.header.version}'s log"
             )
         try:
-            return PolicySpec(name, options_back(POLICIES[name], self.header.options))
+            return PolicySpec(name, options_back(POLICIES[name].make, self.header.options))
         except (TypeError, ValueError, CascadeError) as error:
             raise EventLogError(f"{self.paths[0]}, line 1: policy {name}: {error}") from error
 
@@ -118,7 +118,7 @@ class LogReader:
         Its events and gaps in order.
 
         Raises:
-            EventLogError: A line is no line of a log, or numbers do not follow on one another.
+            EventLogError: A line is malformed, or event numbers are not consecutive.
         """
         self.notes.clear()
         last_n = 0 if self.header.part == 1 else None
@@ -151,7 +151,7 @@ class LogReader:
                 yield place, self._decoded(place, raw, decoder)
 
     def _lines(self, path: Path, *, may_break_off: bool) -> Iterator[tuple[Place, bytes]]:
-        """The lines of a file; one that is not ended is left out of the newest, with a note, and an error in others."""
+        """A file's lines. An unfinished one is dropped from the newest file with a note; in others it is an error."""
         number = 0
         try:
             with _opened(path) as file:
@@ -193,7 +193,7 @@ def _event_of(place: Place, line: EventLine) -> LoggedEvent:
 def _opened(path: Path) -> "gzip.GzipFile":
     with path.open("rb") as file:
         compressed = file.read(2) == GZIP_MAGIC
-    return gzip.open(path, "rb") if compressed else path.open("rb")  # type: ignore[return-value]  # both are binary files
+    return gzip.open(path, "rb") if compressed else path.open("rb")  # type: ignore[return-value]  # both binary
 
 
 def read_header(path: Path) -> Header:
@@ -201,7 +201,7 @@ def read_header(path: Path) -> Header:
     The header of one file.
 
     Raises:
-        EventLogError: It cannot be read, is no event log, or is one of a newer program.
+        EventLogError: It cannot be read, is no event log, or was written by a newer version.
     """
     place = Place(path, 1)
     try:
@@ -247,7 +247,7 @@ def open_log(path: Path) -> LogReader:
         try:
             found = read_header(sibling)
         except EventLogError:
-            continue  # of another run, or this log lacks a part, which is told below
+            continue  # from another run; if this log lacks a part, that is reported below
         if found.run == header.run:
             parts[found.part] = found, sibling
     numbers = sorted(parts)
@@ -260,5 +260,5 @@ def open_log(path: Path) -> LogReader:
 
 
 def _escaped(name: str) -> str:
-    """The name as a glob pattern that matches only itself."""
+    """The name as a glob pattern that matches only this name."""
     return re.sub(r"([\[\]*?])", r"[\1]", name)

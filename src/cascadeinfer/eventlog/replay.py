@@ -1,8 +1,9 @@
 """
-Does a policy do again what the log says it did? A fresh one is given the log's events at the log's times.
+Does a policy repeat what the log says it did? A fresh one is given the log's events at the log's times.
 
-A policy is a deterministic function of its options and its events (`core/policy.py`), so a difference means that the log was written by
-another version of the policy, on another machine (the last bit of a float), or that the policy is not deterministic, which is a bug.
+A policy is a deterministic function of its options and its events (`core/policy.py`). A difference therefore means that
+the log was written by another version of the policy or on another machine (the last bit of a float), or that the policy
+is not deterministic, which is a bug.
 """
 
 from collections import deque
@@ -16,7 +17,7 @@ from cascadeinfer.core.policy import Policy
 from cascadeinfer.eventlog.reader import Gap, LoggedEvent, LogReader
 
 CONTEXT_EVENTS: Final = 5
-"""Events before a difference that are shown with it."""
+"""Events shown before a difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,10 @@ class Difference:
     The first place where the replay departs from the log.
 
     Attributes:
-        logged: The event and what was done then.
-        effects: What the replay's policy wants.
-        failed: The exception that it raised, if it did.
-        before: The events before it, the oldest first.
+        logged: The event and its logged effects.
+        effects: The effects of the replayed policy.
+        failed: The exception that it raised, if any.
+        before: The preceding events, oldest first.
     """
 
     logged: LoggedEvent
@@ -39,7 +40,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What was compared; `difference` is None when everything was the same."""
+    """What was compared; `difference` is None when everything matched."""
 
     events: int
     effects: int
@@ -51,11 +52,13 @@ def replay(log: LogReader) -> Replay:
     Replay a log up to its end or the first difference.
 
     Raises:
-        EventLogError: The log cannot be replayed: its beginning was rotated away, or events are missing from somewhere on.
+        EventLogError: The log cannot be replayed: its beginning was rotated away, or events are missing from some point
+            on.
     """
     if log.header.part != 1:
         raise EventLogError(
-            f"{log.paths[0]}: the log begins with part {log.header.part}, the parts before it were rotated away: it cannot be "
+            f"{log.paths[0]}: the log begins with part {log.header.part}, the parts before it were rotated away: "
+            "it cannot be "
             "replayed (a larger --event-log-mb or --event-log-files keeps more)"
         )
     spec = log.spec()
@@ -85,5 +88,5 @@ def _handle(policy: Policy, entry: LoggedEvent) -> tuple[tuple[Effect, ...], str
         effects: Sequence[Effect] = policy.handle(entry.event, entry.at_s)
     except Exception as error:  # noqa: BLE001 - what the policy does is what is compared
         return (), type(error).__name__
-    policy.next_timer_s()  # every shell asks after each event
+    policy.next_timer_s()  # as every shell does after each event
     return tuple(effects), None

@@ -1,4 +1,4 @@
-"""One request's story from an event log, in words: what happened to it, when and where, and why."""
+"""One request's story from an event log, in words: what happened to it, when, where and why."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, RequestId
 from cascadeinfer.eventlog.reader import Gap, LogReader
 
 MOST_NAMED: Final = 5
-"""Requests named when a beginning fits several."""
+"""Most requests named when the beginning of an id fits several."""
 OUTCOMES: Final = {
     MigrationOutcome.MOVED: "moved with its KV cache",
     MigrationOutcome.RECOMPUTED: "moved, its KV cache computed anew",
@@ -41,7 +41,7 @@ class Chapter:
 
 def find_request(log: LogReader, beginning: str) -> RequestId:
     """
-    The request whose id this is, or begins with this.
+    The request whose id equals this or begins with it.
 
     Raises:
         EventLogError: There is none, or there are several.
@@ -77,7 +77,7 @@ def _named(event: Event) -> tuple[RequestId, ...]:
 
 @dataclass
 class _Telling:
-    """What the teller has to remember."""
+    """State of the narration."""
 
     request_id: RequestId
     layout: StageLayout | None = None
@@ -98,7 +98,9 @@ class _Telling:
             case InstanceReported():
                 yield from self._of_report(event)
             case InstanceLost() if me in event.orphan_ids:
-                yield f"lost its instance {event.instance_id} at {event.orphan_tokens[event.orphan_ids.index(me)]} tokens"
+                yield (
+                    f"lost its instance {event.instance_id} at {event.orphan_tokens[event.orphan_ids.index(me)]} tokens"
+                )
                 self.waiting = True
             case MigrationEnded(request_id=request_id) if request_id == me:
                 detail = f" ({event.detail})" if event.detail else ""
@@ -145,9 +147,15 @@ class _Telling:
             return
         match message:
             case Ask():
-                yield f"{sender} asks {recipient} to take it ({message.length_tokens} tokens, {message.reason.replace('_', ' ')})"
+                yield (
+                    f"{sender} asks {recipient} to take it ({message.length_tokens} tokens, "
+                    f"{message.reason.replace('_', ' ')})"
+                )
             case Bid():
-                yield f"{sender} bids: load {message.load:.2f}, price {message.price:.3g}, {message.free_blocks} free blocks"
+                yield (
+                    f"{sender} bids: load {message.load:.2f}, price {message.price:.3g}, {message.free_blocks} "
+                    "free blocks"
+                )
             case Award():
                 yield f"{sender} awards it to {recipient}"
             case Accept():
@@ -158,7 +166,7 @@ class _Telling:
                 yield f"{sender} asks {recipient} no more"
 
     def place(self, instance_id: InstanceId) -> str:
-        """An instance with its stage."""
+        """An instance with its stage's range."""
         stage = None if self.layout is None else self.layout.stage_index_of_instance(instance_id)
         if self.layout is None or stage is None or len(self.layout.stages) == 1:
             return instance_id

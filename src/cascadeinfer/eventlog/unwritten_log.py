@@ -1,4 +1,7 @@
-"""What stands for the event log of a process that serves on without one: it counts, so that metrics and `/admin` tell what is missing."""
+"""
+Replaces the event log of a process that serves on without one: it counts events, so that metrics and `/admin` show what
+is missing.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -10,12 +13,12 @@ from cascadeinfer.eventlog.writer import EventLog
 
 class UnwrittenLog:
     """
-    Stands for the event log of a process that serves on without one, since its file could not be opened.
+    Replaces the event log of a process whose log file could not be opened and which serves on without it.
 
     Attributes:
-        events: So far.
+        events: Events so far.
         dropped: All of them.
-        failure: Why.
+        failure: Why there is no log.
     """
 
     def __init__(self, failure: str) -> None:
@@ -36,13 +39,13 @@ class UnwrittenLog:
         self.events += 1
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 ServerLog: TypeAlias = EventLog | UnwrittenLog
-"""What a server keeps of its events."""
+"""The event log of a server."""
 
 
 def failure_of(log: ServerLog | None) -> Callable[[], str | None]:
-    """What asks why nothing more is written; None: all is well, or there is no log to write."""
+    """A function that returns why nothing more is written; None when all is well or there is no log to write."""
     return lambda: None if log is None else log.failure

@@ -11,7 +11,7 @@ A log is a *run*: from a policy's first event on. Its lines, told apart by `line
 What is in a line follows from `core` (`codec.py`). No prompt, no token and no output is in a log: ids and lengths only. Hashes of prompt
 blocks, which tell who has the same prompt, are replaced by hashes with a key that is not kept: equal ones stay equal.
 
-Two ways to write one. `write_log_file` writes at once (a simulation waits for it). `EventLog` is for a server: an event costs the
+Two ways to write one. `run_file.py` writes at once (a simulation waits for it). `EventLog` is for a server: an event costs the
 event loop a place in a bounded buffer; a thread encodes and writes; what does not fit is counted, and marked in the log by whoever reads the
 numbers: each event has the number that it had when it happened. Files are rotated by size with `logging`'s own handler, older ones are
 compressed, and at most so many are kept. All of them are for their owner's eyes only (`private_file.py`): ids and lengths tell what clients do.
@@ -27,7 +27,7 @@ import queue
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
@@ -163,7 +163,7 @@ def header_of(
         commit=commit,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         policy=spec.name,
-        options=options_out(POLICIES[spec.name], spec.options),
+        options=options_out(POLICIES[spec.name].make, spec.options),
         instances=tuple(instances),
         profile=profile,
         about=dict(about or {}),
@@ -197,40 +197,12 @@ class Encoder:
         return int.from_bytes(hashlib.blake2b(raw, key=self._key, digest_size=7).digest(), "little")
 
 
-@contextlib.contextmanager
-def write_log_file(path: Path, header: Header) -> Iterator[Callable[..., None]]:
-    """
-    Write a whole run to one file (compressed when its name ends in `.gz`), each event before the run goes on.
-
-    Yields:
-        What to call with each event, as an `EventLog` is called.
-
-    Raises:
-        ConfigError: The file cannot be written.
-    """
-    encoder = Encoder()
-    try:
-        plain = open(path, "wb", opener=private)  # noqa: SIM115 - Path.open has no opener; closed below
-    except OSError as error:
-        raise unwritable(path, error) from error
-    with plain, contextlib.ExitStack() as stack:
-        file = stack.enter_context(gzip.open(plain, "wb", GZIP_LEVEL)) if path.suffix == ".gz" else plain
-        file.write(encoder.line(header) + b"\n")
-        n = 0
-
-        def observe(now_s: float, event: Event, effects: Sequence[Effect], failed: str | None = None) -> None:
-            nonlocal n
-            n += 1
-            file.write(encoder.event((n, now_s, event, effects, failed)) + b"\n")
-
-        yield observe
-        file.write(encoder.line(EndLine(n, 0)) + b"\n")
-
-
 def unwritable(path: Path, error: OSError) -> ConfigError:
     """What the operator is told."""
     return ConfigError(
-        f"cannot write {path}: {error.strerror}", option="--event-log", fix="name a file in a folder that exists"
+        f"cannot write {path}: {error.strerror or error}",
+        option="--event-log",
+        fix="make room, or name a file in a folder that exists and can be written",
     )
 
 

@@ -1,8 +1,9 @@
 """
-Figures: what all have in common (size, colours, saving) and distributions of latencies.
+What all figures share (size, colours, saving), and distributions of latencies.
 
-Records and summaries in, a matplotlib `Figure` out; nothing is computed here that `summary.py` could say, and nothing is written but by
-`save`. Figures are made without pyplot, so there is no global state and no window. Needs the extra `figures`.
+Records and summaries in, a matplotlib `Figure` out. Nothing is computed here that `summary.py` provides, and only
+`save` writes anything. Figures are made without pyplot, so there is no global state and no window. Needs the extra
+`figures`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from cascadeinfer.results.records import RequestRecords
 
 DPI: Final = 110
 COLOURS: Final = ("#c0392b", "#2471a3", "#229954", "#7d3c98", "#b9770e", "#17a589", "#5d6d7e", "#d4ac0d")
-"""By order of policies; dark enough for white paper, apart from one another in hue and lightness."""
+"""In the order of the policies; dark enough for white paper, distinct in hue and lightness."""
 DASHES: Final = ("-", "--", "-.", ":")
 CDF_POINTS: Final = 400
 
@@ -35,7 +36,7 @@ LATENCIES: Final = (
 def grid_figure(
     rows: int, columns: int, title: str, *, width: float = 5.0, height: float = 3.2
 ) -> tuple[Figure, list[Axes]]:
-    """An empty figure of this many panels, each `width` by `height` inches, row by row."""
+    """An empty figure with this many panels, each `width` by `height` inches, row by row."""
     figure = Figure(figsize=(width * columns, height * rows + 0.3), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     figure.suptitle(title, fontsize=10)
@@ -48,12 +49,12 @@ def grid_figure(
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Colour and dashes of the so-manieth policy or stage."""
+    """Colour and dashes of a policy or stage, by its number."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[(number // len(COLOURS)) % len(DASHES)]}
 
 
 def logarithmic(panel: Axes, which: Literal["x", "y"]) -> None:
-    """A logarithmic axis with ticks like 0.1, 1, 10, not powers; over less than two decades also at 2 and 5."""
+    """Make an axis logarithmic with ticks like 0.1, 1, 10 rather than powers; below two decades also at 2 and 5."""
     (panel.set_xscale if which == "x" else panel.set_yscale)("log")
     axis = panel.xaxis if which == "x" else panel.yaxis
     low, high = panel.get_xlim() if which == "x" else panel.get_ylim()
@@ -81,7 +82,7 @@ def latency_cdfs(runs: Mapping[str, Sequence[RequestRecords]], title: str) -> Fi
 
     Args:
         runs: Per policy or server, the counted requests of each seed or run, which are pooled.
-        title: Above all; says whether this was simulated or measured.
+        title: Title of the figure; says whether this was simulated or measured.
     """
     figure, axes = grid_figure(2, 2, title)
     for axis, (label, field) in zip(axes, LATENCIES, strict=True):

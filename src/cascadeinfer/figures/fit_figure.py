@@ -17,7 +17,7 @@ BAND: Final = 0.1
 MARKERS: Final = ("o", "^", "s", "D")
 MAX_CURVES: Final = 6
 ERROR_LIMIT: Final = 60.0
-"""The error axis ends here, in percent; what is beyond is drawn on the edge."""
+"""End of the error axis, in per cent; points beyond it are drawn on the edge."""
 
 
 def fit_figure(samples: StepSamples, predicted_s: Column, spread: Column, title: str) -> Figure:
@@ -26,9 +26,9 @@ def fit_figure(samples: StepSamples, predicted_s: Column, spread: Column, title:
 
     Args:
         samples: Measured steps.
-        predicted_s: Of each sample, best by a fit that has not seen it.
-        spread: Of each sample, relative; drawn as bars in the third panel.
-        title: Above all.
+        predicted_s: Prediction for each sample, preferably by a fit that has not seen it.
+        spread: Relative spread of each sample; drawn as bars in the third panel.
+        title: Title of the figure.
     """
     figure, (against, errors, decode) = grid_figure(1, 3, title, width=4.6, height=3.9)
     masks = {name: mask for name, mask in region_masks(samples).items() if mask.any()}
@@ -63,7 +63,7 @@ def fit_figure(samples: StepSamples, predicted_s: Column, spread: Column, title:
 def _decode_panel(
     panel: Axes, samples: StepSamples, predicted_s: Column, spread: Column, masks: Mapping[str, NDArray[np.bool_]]
 ) -> None:
-    """Decode steps of like lengths over their KV, one colour per count: points measured, lines predicted."""
+    """Decode steps of similar lengths over their KV, one colour per count: points measured, lines predicted."""
     like = masks.get("decode, like lengths", np.zeros(len(samples), dtype=np.bool_))
     counts = sorted(set(samples.n_decode[like].tolist()))
     shown = (

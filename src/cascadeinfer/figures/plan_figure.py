@@ -1,4 +1,4 @@
-"""A plan drawn: where along the length axis requests, tokens and work lie, the stages over them, and what each number of stages would cost."""
+"""A plan drawn: requests, tokens and work over length, the stages, and the cost by number of stages."""
 
 from typing import Final
 
@@ -23,8 +23,8 @@ def plan_figure(plan: Plan, title: str) -> Figure:
     Three panels: shares over length with the stages, each stage's step time and batch, cost by number of stages.
 
     Args:
-        plan: As from the planner.
-        title: Above all.
+        plan: A plan from the planner.
+        title: Title of the figure.
     """
     figure, axes = grid_figure(1, 3, f"{title} (predicted)", height=3.4)
     _lengths(axes[0], plan)
@@ -65,7 +65,7 @@ def _lengths(axis: Axes, plan: Plan) -> None:
 
 
 def _occupied(plan: Plan) -> tuple[float, float]:
-    """Lengths between which nearly everything lies."""
+    """The range of lengths that contains nearly everything."""
     histogram = plan.problem.histogram
     prefix: NDArray[np.float64] = histogram.prefix[Column.STARTS]
     inside = np.flatnonzero(prefix > 1e-4)

@@ -1,4 +1,4 @@
-"""Figures over the request rate: latency and SLO curves of policies, with the seeds' confidence as a band."""
+"""Figures over the request rate: latency and SLO curves of policies, with confidence bands over the seeds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -24,8 +24,8 @@ def rate_curves(curves: Mapping[str, Sequence[Sequence[RunSummary]]], rates_rps:
 
     Args:
         curves: Per policy and rate, one summary per seed.
-        rates_rps: The rates.
-        title: Above all.
+        rates_rps: The rates, in requests per second.
+        title: Title of the figure.
     """
     figure, axes = grid_figure(2, 2, f"{title} (simulated)")
     for axis, (label, field, factor) in zip(axes, PANELS, strict=True):

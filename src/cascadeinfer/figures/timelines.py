@@ -1,4 +1,7 @@
-"""A run over time, per stage: requests running, their mean length, KV in use, step time; and where the stages' boundaries lay."""
+"""
+A run over time, per stage: running requests, their mean length, KV in use, step time, and the boundaries between
+stages.
+"""
 
 from collections.abc import Sequence
 from typing import Final
@@ -13,7 +16,7 @@ from cascadeinfer.figures.drawing import grid_figure, logarithmic, style_of
 from cascadeinfer.results.records import InstanceSamples
 
 BINS: Final = 120
-"""Points per curve: reports within one are averaged."""
+"""Most points per curve; the reports within one are averaged."""
 
 PANELS: Final = (
     ("running requests per instance", "running", 1.0),
@@ -25,12 +28,12 @@ PANELS: Final = (
 
 def stage_timelines(samples: InstanceSamples, layouts: Sequence[tuple[float, StageLayout]], title: str) -> Figure:
     """
-    Four panels over time, one curve per stage, and a fifth with the boundaries where there are any.
+    Four panels over time, one curve per stage, and a fifth with the boundaries if there are any.
 
     Args:
         samples: Reports of the instances.
         layouts: Layouts with the time from which each was in force.
-        title: Above all.
+        title: Title of the figure.
     """
     bounded = any(layout.boundaries_tokens for _, layout in layouts)
     figure, axes = grid_figure(3 if bounded else 2, 2, f"{title} (simulated)", height=2.6)
@@ -53,7 +56,7 @@ def stage_timelines(samples: InstanceSamples, layouts: Sequence[tuple[float, Sta
 def binned(
     samples: InstanceSamples, stage: int, values: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean of the values of one stage's reports over equal stretches of time; stretches without any are left out."""
+    """Mean of the values of one stage's reports over equal intervals of time; intervals without any are left out."""
     chosen = (samples.stage == stage) & np.isfinite(values)
     edges = np.linspace(0.0, max(float(samples.time_s[-1]), 1e-9), BINS + 1)
     places = np.clip(np.searchsorted(edges, samples.time_s[chosen], side="right") - 1, 0, BINS - 1)
@@ -64,7 +67,7 @@ def binned(
 
 
 def _boundaries(axis: Axes, layouts: Sequence[tuple[float, StageLayout]], end_s: float) -> None:
-    """Each boundary as a stair."""
+    """Draw each boundary as a step curve."""
     times = [since for since, _ in layouts] + [end_s]
     most = max(len(layout.boundaries_tokens) for _, layout in layouts)
     for index in range(most):

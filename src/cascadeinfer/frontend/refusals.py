@@ -1,13 +1,14 @@
 """
-A request that is refused gets its status, a stream too if it has not begun: HTTP 429 with `Retry-After`, 400 for what cannot be served, 500
-for a request that ends the instances which run it.
+Refused requests get their HTTP status, even streams that have not begun: 429 with `Retry-After`, 400 for what cannot be
+served, 500 for a request that kills the instances that run it.
 
-vLLM sends status 200 and the headers of a stream before it hands the request over, and a refusal then as the stream's first event; clients
-that wait and try again by themselves at a 429 (OpenAI's among them) take that for an answer that broke. So the head of a stream is held back until
-its first event is there, which loses nothing: no byte of the answer exists before. Later events are not looked at. Whole answers have their
-status already; what vLLM leaves out of them is when to come again.
+vLLM sends status 200 and the headers of a stream before it hands the request over, and then a refusal as the stream's
+first event. Clients that wait and retry at a 429 (OpenAI's among them) take that for an answer that broke. So the head
+of a stream is held back until its first event is there, which loses nothing: no byte of the answer exists before. Later
+events are not examined. Non-streamed answers already have their status; vLLM only leaves out when to retry.
 
-This is around the whole app and reads what it sends, since vLLM answers exceptions itself and has built its app before we get it.
+This wraps the whole app and reads what it sends, because vLLM answers exceptions itself and has built its app before we
+get it.
 """
 
 import json
@@ -24,9 +25,9 @@ from cascadeinfer.runtime.isolation import POISON_SENTENCE
 EVENT_STREAM: Final = b"text/event-stream"
 ERROR_EVENT: Final = b'data: {"error"'
 REFUSALS: Final = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.TOO_MANY_REQUESTS})
-"""What a request is refused with before it begins; other errors may come of a stream that had begun elsewhere."""
+"""Statuses that refuse a request before it begins; other errors may come from a stream that began elsewhere."""
 TRY_AGAIN: Final = re.compile(r"try again in ([0-9.]+) s")
-"""In the words of a RequestRejectedError, which is all of it that vLLM puts into an answer."""
+"""Matches the message of a RequestRejectedError, the only part of it that vLLM puts into an answer."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -47,7 +48,7 @@ class Refusals:
 
 
 class _Head:
-    """Holds back the head of one response, if what comes after it may change it."""
+    """Holds back the head of one response if what follows may change it."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -55,7 +56,7 @@ class _Head:
         self._is_decided = False
 
     def send(self, message: Message) -> Awaitable[None]:
-        """Not a coroutine of its own: every token of every stream passes here."""
+        """Forward a message. Not a coroutine: every token of every stream passes here."""
         return self._send(message) if self._is_decided else self._decide(message)
 
     async def _decide(self, message: Message) -> None:
@@ -76,7 +77,7 @@ class _Head:
         await self._send(message)
 
     async def _refuse(self, headers: Headers, refusal: dict[str, Any]) -> None:
-        """Instead of a stream."""
+        """Send a refusal instead of a stream."""
         body = json.dumps(refusal).encode()
         told = [header for header in headers if header[0].lower() != b"content-type"]
         told += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -86,11 +87,11 @@ class _Head:
 
 
 async def _dropped(_: Message) -> None:
-    """What vLLM still says after a refusal: the end of the stream."""
+    """Discards what vLLM still sends after a refusal: the end of the stream."""
 
 
 def _may_be_refusal(head: Message) -> bool:
-    """Whether it is that of a 429 that does not say when to come again, or of a stream."""
+    """Whether the head is that of a stream, or of a 429 that does not say when to retry."""
     named = {name.lower(): value for name, value in head["headers"]}
     if head["status"] == HTTPStatus.TOO_MANY_REQUESTS:
         return b"retry-after" not in named
@@ -98,7 +99,7 @@ def _may_be_refusal(head: Message) -> bool:
 
 
 def _refusal_in(body: bytes) -> dict[str, Any] | None:
-    """What a stream's first event says, if it is that the request is refused."""
+    """The refusal in a stream's first event, if it is one."""
     if not body.startswith(ERROR_EVENT):
         return None
     event: dict[str, Any] = json.loads(body.partition(b"\n")[0].removeprefix(b"data: "))
@@ -107,6 +108,9 @@ def _refusal_in(body: bytes) -> dict[str, Any] | None:
 
 
 def _retry_after(body: bytes) -> Headers:
-    """The header, in whole seconds, at least one; none when the body is not in our words (the operator's middleware may limit rates)."""
+    """
+    The `Retry-After` header, in whole seconds, at least one; empty when the body is not ours (the operator's middleware
+    may limit rates).
+    """
     told = TRY_AGAIN.search(body.decode(errors="replace"))
     return [] if told is None else [(b"retry-after", str(max(1, ceil(float(told[1])))).encode())]

@@ -1,11 +1,11 @@
 """
 vLLM's metrics for instances that come and go.
 
-vLLM's `PrometheusStatLogger` is made for a fixed set of engines. Ours keeps one for each instance, and all of them write to the same metric
-families: the classes through which vLLM makes its metrics, attributes that are meant to be replaced, are replaced by ones that return the
-family that is there already. When an instance is removed, its gauges are set to zero and its series dropped. (In Prometheus'
-multiprocess mode series cannot be dropped: counters then stay as they were, gauges at zero.) vLLM's log lines with statistics follow
-likewise.
+vLLM's `PrometheusStatLogger` is made for a fixed set of engines. Ours keeps one per instance, and all of them write to
+the same metric families: the classes through which vLLM creates its metrics, attributes that are meant to be replaced,
+are replaced by ones that return the existing family. When an instance is removed, its gauges are set to zero and its
+series dropped. (In Prometheus' multiprocess mode series cannot be dropped: counters then stay as they were, gauges at
+zero.) The same holds for vLLM's log lines with statistics.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ Family: TypeAlias = Counter | Gauge | Histogram
 
 
 class _Sharing:
-    """Called like a metric class; makes a family once and returns it from then on."""
+    """Called like a metric class; creates a family once and returns it from then on."""
 
     def __init__(self, metric_class: type[Family], families: dict[str, Family]) -> None:
         self._metric_class = metric_class
@@ -39,7 +39,7 @@ class _Sharing:
 
 
 def _sharing_logger_class(families: dict[str, Family]) -> type[PrometheusStatLogger]:
-    """VLLM's logger, which with its parts gets its metrics from these families."""
+    """VLLM's logger class, made to take its metrics and those of its parts from these families."""
     classes = {
         "_gauge_cls": _Sharing(Gauge, families),
         "_counter_cls": _Sharing(Counter, families),
@@ -55,7 +55,7 @@ def _sharing_logger_class(families: dict[str, Family]) -> type[PrometheusStatLog
 
 @contextlib.contextmanager
 def _nothing_unregistered() -> Iterator[None]:
-    """A logger unregisters all of vLLM's metrics when it is made, which is wrong for every one but the first."""
+    """Keep a new logger from unregistering all of vLLM's metrics, which only the first one may do."""
     original = loggers.unregister_vllm_metrics
     loggers.unregister_vllm_metrics = lambda: None
     try:
@@ -65,7 +65,7 @@ def _nothing_unregistered() -> Iterator[None]:
 
 
 class ElasticStatLogger(PrometheusStatLogger):
-    """vLLM's Prometheus metrics for the instances that there are. See the module header."""
+    """vLLM's Prometheus metrics for the current instances. See the module header."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
         """Made by vLLM's `StatLoggerManager`; instead of the base class's metrics it has one logger per instance."""
@@ -78,7 +78,7 @@ class ElasticStatLogger(PrometheusStatLogger):
             self.add(index)
 
     def add(self, index: int) -> None:
-        """An instance joins; one that was here before goes on where it was."""
+        """An instance joins; one that was here before continues its series."""
         if index not in self._loggers:
             with _nothing_unregistered():
                 self._loggers[index] = self._logger_class(self.vllm_config, [index])
@@ -96,12 +96,12 @@ class ElasticStatLogger(PrometheusStatLogger):
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
-        """A step's statistics; what still comes of an instance that is gone is dropped."""
+        """Record a step's statistics; those of a removed instance are dropped."""
         if (logger := self._loggers.get(engine_idx)) is not None:
             logger.record(scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
 
     def record_admission_rejection(self, reason: str) -> None:
-        """Counted once, for no instance."""
+        """Counted once, for no particular instance."""
         for logger in list(self._loggers.values())[:1]:
             logger.record_admission_rejection(reason)
 
@@ -123,8 +123,8 @@ class StatsFollower:
         """
         Args:
             manager: The loggers of the `AsyncLLM`, made for these instances.
-            vllm_config: What loggers are made with.
-            instances: Those of the start.
+            vllm_config: The configuration that loggers are made with.
+            instances: The instances at the start.
         """
         self._manager = manager
         self._vllm_config = vllm_config

@@ -2,15 +2,16 @@
 SIGINT and SIGTERM, from the first import to the last request.
 
     before the event loop attends     nothing of ours runs: the handler itself ends the process
-    while the server starts           the start is cancelled; when all that it had started has stopped, the process ends
+    while the server starts           the start is cancelled; the process ends when all it had started has stopped
     while it serves                   the first signal drains, the second stops at once
 
-A start that a signal has ended ends with one line and 128 + the signal's number, whatever it was doing; a second signal does not wait for what
-was started to stop, it kills it. The process ends by `os._exit`: an exception could be swallowed in the middle of somebody's import, and threads
-that are blocked inside vLLM would be waited for. So nothing may rely on Python's own clean-up: what has to be removed is in `at_leave`.
+A start interrupted by a signal ends with one line and 128 + the signal's number, whatever it was doing; a second signal
+kills what was started instead of waiting for it to stop. The process ends by `os._exit`: an exception could be
+swallowed in the middle of an import, and threads blocked inside vLLM would be waited for. So nothing may rely on
+Python's own clean-up: what has to be removed is in `at_leave`.
 
-Plain handlers (`signal.signal`) and not the event loop's: those run when the loop gets its turn, which it does not while a model is downloaded or
-a configuration made.
+The handlers are plain ones (`signal.signal`), not the event loop's: those run only when the loop gets its turn, which
+it does not while a model is downloaded or a configuration is made.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 import psutil
 
-if TYPE_CHECKING:  # seconds of imports, and signals are ours before them
+if TYPE_CHECKING:  # seconds of imports, and the signal handlers must come first
     import uvicorn
 
 logger = logging.getLogger(__name__)
@@ -40,17 +41,18 @@ class StopSignals:
     See the module header.
 
     Attributes:
-        told: Called with `at_once` when the server is to stop.
-        at_leave: Called, the last one first, before a process that was stopped while it started ends.
+        told: Called with `at_once` when the server must stop.
+        at_leave: Called, last one first, before a process that was stopped during its start ends.
     """
 
     def __init__(self, *, second_is_at_once: bool = True, says_so: bool = True) -> None:
         """
-        Nothing is installed yet.
+        Install nothing yet.
 
         Args:
-            second_is_at_once: Whether a second signal stops at once; a follower may get one from the terminal and one from process 0.
-            says_so: Whether a start that is stopped ends with a line.
+            second_is_at_once: Whether a second signal stops at once; a follower may get one from the terminal and one
+                from process 0.
+            says_so: Whether a stopped start prints a line.
         """
         self.told: list[Callable[[bool], None]] = []
         self.at_leave: list[Callable[[], None]] = []
@@ -67,18 +69,18 @@ class StopSignals:
         self._waiting: int | None = None
 
     def __enter__(self) -> Self:
-        """Take the signals over; in the main thread."""
+        """Take the signals over; must run in the main thread."""
         self._before = {number: signal.signal(number, self._on_signal) for number in NUMBERS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give them back."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Meanwhile a signal waits: what is made here is not in `at_leave` yet."""
+        """Defer signals in this context: what is made here is not in `at_leave` yet."""
         self._is_held = True
         try:
             yield
@@ -93,7 +95,7 @@ class StopSignals:
         self._starting = asyncio.current_task()
 
     async def until_stopped(self, serving: Awaitable[None]) -> None:
-        """Wait for the server's end; leave when it was stopped while it started."""
+        """Wait for the server to end; leave if it was stopped during its start."""
         try:
             await serving
         finally:
@@ -105,14 +107,14 @@ class StopSignals:
         From now on a signal drains this server.
 
         Raises:
-            CancelledError: One came before.
+            CancelledError: A signal came before.
         """
         if self._stopped_by is not None:
             raise asyncio.CancelledError
         self._server = server
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # forked, and has no handler of its own yet
+        if os.getpid() != self._pid:  # forked, without a handler of its own yet
             os._exit(128 + number)
         if self._is_held:
             self._waiting = number
@@ -121,7 +123,7 @@ class StopSignals:
             self._leave(number)
         if self._server is None:
             self._stopped_by = number
-        if not self._loop.is_closed():  # else the server has just ended
+        if not self._loop.is_closed():  # otherwise the server has just ended
             self._loop.call_soon_threadsafe(self._stop_by_signal)
 
     def _stop_by_signal(self) -> None:
@@ -143,14 +145,14 @@ class StopSignals:
             self._server.should_exit = True
 
     def _leave(self, number: int) -> NoReturn:
-        """End this process, and what it has started."""
+        """End this process and everything it has started."""
         kill_all_below()
         for clean in reversed(self.at_leave):
             with contextlib.suppress(OSError):  # what cannot be removed must not keep us here
                 clean()
         if self._says_so:
             line = f"cascadeinfer: stopped by {signal.Signals(number).name} while starting\n"
-            os.write(STDERR, line.encode())  # not through `sys.stderr`, which may be in the middle of a line
+            os.write(STDERR, line.encode())  # not `sys.stderr`, which may be in the middle of a line
         os._exit(128 + number)
 
 
@@ -158,7 +160,7 @@ def kill_all_below() -> None:
     """
     Kill every process below this one and wait for its end.
 
-    Python's resource tracker is spared: it ends with us, and removes the shared memory that others have left.
+    Python's resource tracker is spared: it ends with us, and removes the shared memory that others have left behind.
     """
     # Python says the number nowhere else.
     tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]  # noqa: SLF001 - see above

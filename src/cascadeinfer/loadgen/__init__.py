@@ -1,1 +1,1 @@
-"""Load on a live server: prompts of given lengths, streamed requests, replay of a trace in open loop."""
+"""Load on a live server: prompts of given lengths, streamed requests, open-loop replay of a trace."""

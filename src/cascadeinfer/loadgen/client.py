@@ -1,8 +1,9 @@
 """
-One streamed request to an OpenAI server, and what is seen of it.
+One streamed request to an OpenAI server, and what is observed of it.
 
-Nothing is retried: a request that fails is a failure of the server under this load, and is recorded as one. Chunks are decoded into a few
-typed fields only, since the client shares the machine with the server in many tests and each token costs a chunk.
+Nothing is retried: a request that fails is a failure of the server under this load, and is recorded as one. Chunks are
+decoded into a few typed fields only, because in many tests the client shares the machine with the server, and each
+token costs a chunk.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ DETAIL_CHARACTERS: Final = 200
 CONNECT_TIMEOUT_S: Final = 30.0
 SETUP_TIMEOUT_S: Final = 60.0
 LINE_BYTES: Final = 1 << 20
-"""Longest line of a stream; a chunk of one token has some hundred bytes."""
+"""Longest line of a stream; a one-token chunk has a few hundred bytes."""
 REFUSALS: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 
 
@@ -41,7 +42,10 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
     def has_token(self) -> bool:
-        """Whether a token came with it; a token's text may be empty in completions, but a chat's first chunk names only the role."""
+        """
+        Whether the chunk has a token. A token's text may be empty in completions, but a chat's first chunk only names
+        the role.
+        """
         delta = self.delta
         if delta is None:
             return True
@@ -70,16 +74,16 @@ _decode_chunk: Final = msgspec.json.Decoder(_Chunk).decode
 @dataclass(slots=True)
 class Answer:
     """
-    What came of one request; times on the clock that the client was given, NaN where something never happened.
+    The outcome of one request. Times are on the clock given to the client; NaN where something never happened.
 
     Attributes:
         sent_s: When the client began to send it.
-        first_token_s: When its first token came.
-        last_token_s: When its last token so far came.
+        first_token_s: When its first token arrived.
+        last_token_s: When its last token so far arrived.
         status: HTTP status, or the code of an error in the stream; 0 without an answer.
-        prompt_tokens: As the server counts; 0 when it does not say.
-        produced_tokens: As the server counts; chunks when it does not say.
-        cached_tokens: Of the prompt, as the server says.
+        prompt_tokens: As counted by the server; 0 when it does not say.
+        produced_tokens: As counted by the server; number of chunks when it does not say.
+        cached_tokens: Cached prompt tokens, as reported by the server.
         counted_by_chunks: Whether the server sent no usage.
         finish_reason: As in the stream; empty without one.
         error: What went wrong: kind, colon, detail. Empty when nothing did.
@@ -104,7 +108,7 @@ class Answer:
 
 
 class OpenAiClient:
-    """Requests to one server, over as many connections as there are requests under way."""
+    """Requests to one server, over as many connections as there are concurrent requests."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, *, api: Api, model: str) -> None:
         self._session = session
@@ -127,7 +131,8 @@ class OpenAiClient:
         origin = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-        # A connection each, as from so many users: one that is kept may be closed by the server just as the next request is sent on it.
+        # One connection per request, as from as many users: the server may close a kept one just as the next request is
+        # sent on it.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(
             connector=connector, timeout=timeout, headers=headers, read_bufsize=LINE_BYTES
@@ -157,10 +162,10 @@ class OpenAiClient:
         Send one request and read its stream to the end; failures are in the answer, never raised.
 
         Args:
-            body: As from `body`.
-            output_tokens: That were asked for.
+            body: From `body`.
+            output_tokens: Output tokens asked for.
             now_s: The clock.
-            timeout_s: After which the client leaves.
+            timeout_s: After this long the client gives up.
             request_id: Sent as `X-Request-Id`, so that the server's log can be matched.
         """
         answer = Answer(sent_s=now_s())
@@ -204,7 +209,7 @@ class OpenAiClient:
 
         Args:
             content: `prompt` or `messages`, and options.
-            url: Of a server with the same model, when requests go through a router that does not offer this.
+            url: A server with the same model, when requests go through a router without this endpoint.
 
         Raises:
             ConfigError: The server does not offer it.
@@ -229,11 +234,11 @@ class OpenAiClient:
 
 
 def _take(answer: Answer, chunk: _Chunk, now_s: Callable[[], float]) -> None:
-    """Enter one chunk."""
+    """Record one chunk."""
     if chunk.error is not None:
         detail = _short(msgspec.json.encode(chunk.error).decode())
         code = chunk.error.get("code") if isinstance(chunk.error, dict) else None
-        if code in REFUSALS:  # some servers refuse a stream when they have sent its head already
+        if code in REFUSALS:  # some servers refuse a stream after they have sent its head
             answer.status = code
             answer.error = f"HTTP {code}: {detail}"
         else:
@@ -273,5 +278,5 @@ async def _first_model(session: aiohttp.ClientSession, origin: str) -> str:
 
 
 def _short(what: object) -> str:
-    """One line, not too long."""
+    """A value as one short line."""
     return " ".join(str(what).split())[:DETAIL_CHARACTERS]

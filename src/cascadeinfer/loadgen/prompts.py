@@ -1,9 +1,9 @@
 """
-Prompts of given lengths, with nothing in common but what the trace says they share.
+Prompts of given lengths that share nothing but what the trace says they share.
 
-A prompt is a row of words drawn from a pool in which, for the tokenizer at hand, each word with its leading space is one token. So a
-prompt of n tokens is n words, as text or as token ids, whatever the model; the server's own counts are recorded beside it. Where the
-trace has prefix hashes, equal hashes give equal blocks.
+A prompt is a sequence of words drawn from a pool in which each word with its leading space is one token of the
+tokenizer at hand. So a prompt of n tokens is n words, as text or as token ids, whatever the model; the server's own
+counts are recorded beside it. Where the trace has prefix hashes, equal hashes give equal blocks.
 """
 
 import asyncio
@@ -45,12 +45,12 @@ class PromptMaker:
     Makes the prompt of each row of a trace.
 
     Attributes:
-        trace: Whose lengths and prefixes count.
+        trace: Determines lengths and shared prefixes.
         kind: Token ids or text.
         words: The pool.
         ids: Token ids of the pool.
-        extra_tokens: That the server puts before or around a text (begin of sequence, chat template).
-        seed: Other seeds, other prompts: nothing of another run is in a prefix cache.
+        extra_tokens: Tokens that the server adds to a text (begin of sequence, chat template).
+        seed: Different seeds give different prompts, so that nothing from another run is in a prefix cache.
     """
 
     trace: Trace
@@ -69,7 +69,7 @@ class PromptMaker:
         return " " + " ".join([self.words[number] for number in drawn])
 
     def _draw(self, row: int, n_words: int) -> list[int]:
-        """Numbers of words: shared blocks first, then words of this row alone."""
+        """Indices of words: shared blocks first, then words of this row alone."""
         parts: list[int] = []
         hashes = self.trace.prefix_hashes
         block = self.trace.prefix_block_tokens
@@ -87,7 +87,7 @@ async def make_prompts(
     client: OpenAiClient, trace: Trace, kind: PromptKind, *, seed: int, tokenize_url: str | None = None
 ) -> PromptMaker:
     """
-    Learn from the server which words are one token, and check that rows of them count as they should.
+    Learn from the server which words are one token, and check that sequences of them add up.
 
     Raises:
         ConfigError: The server has no `/tokenize`, too few words are one token, or they do not add up.
@@ -114,7 +114,7 @@ async def make_prompts(
 
 
 async def _extra_tokens(client: OpenAiClient, words: Sequence[str], tokenize_url: str | None) -> int:
-    """What comes on top of the words; the same for every number of them, or the prompts cannot be made exact."""
+    """Tokens on top of the words; must be the same for any number of them, or prompts cannot be exact."""
     rng = np.random.default_rng(0)
     extras = set()
     for n_words in CHECKED_WORDS:
@@ -125,7 +125,8 @@ async def _extra_tokens(client: OpenAiClient, words: Sequence[str], tokenize_url
         extras.add(len(await client.tokenize(content, tokenize_url)) - n_words)
     if len(extras) != 1 or min(extras) < 0:
         raise ConfigError(
-            f"this tokenizer merges words: rows of {', '.join(map(str, CHECKED_WORDS))} words have {sorted(extras)} tokens more",
+            "this tokenizer merges words: "
+            f"rows of {', '.join(map(str, CHECKED_WORDS))} words have {sorted(extras)} tokens more",
             option="--prompts",
             fix="ids, or words (lengths are then approximate)",
         )

@@ -1,9 +1,9 @@
 """
-Replay of a trace on a live server, in open loop: requests are sent at their times, however the server does.
+Open-loop replay of a trace on a live server: requests are sent at their times, however the server does.
 
-A closed loop, in which the next request waits for an answer, sends less to a slow server and so hides that it is slow. Latencies count from
-the time at which a request was due, so that a client too slow to send it does not hide that either; how late it was is recorded
-(`dispatched_s`).
+A closed loop, in which the next request waits for an answer, sends less to a slow server and so hides its slowness.
+Latencies count from the time at which a request was due, so that a client too slow to send it does not hide that
+either; its lateness is recorded (`dispatched_s`).
 """
 
 import asyncio
@@ -19,22 +19,23 @@ from cascadeinfer.results.records import RequestRecords
 from cascadeinfer.workload.trace import Trace
 
 LEAD_S: Final = 0.2
-"""From the start of the replay to the trace's time 0, so that its first requests are not late."""
+"""Time from the start of the replay to the trace's time 0, so that its first requests are not late."""
 LONGEST_BURST_S: Final = 0.02
-"""So long requests that are due are sent without a look at the streams."""
+"""Requests that are due are sent for at most this long before the streams get a turn."""
 INTERRUPTED: Final = "interrupted: the replay was ended before its answer was complete"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replay:
     """
-    What a replay leaves.
+    The result of a replay.
 
     Attributes:
         records: One row per request.
-        errors: Per request what went wrong, `kind: detail`; empty when nothing did.
-        ended_early: Requests that the server ended before their length (it does not know `ignore_eos`); their own length counts.
-        off_prompts: Requests whose prompt the server counts otherwise than the trace.
+        errors: Per request, what went wrong (`kind: detail`); empty when nothing did.
+        ended_early: Requests that the server ended before their length (it does not know `ignore_eos`); they count with
+            their own length.
+        off_prompts: Requests whose prompt length the server counts differently from the trace.
         counted_by_chunks: Requests for which the server sent no usage.
         interrupted: Whether the operator ended it; the rows are then the requests that had been sent.
     """
@@ -59,14 +60,15 @@ async def replay(
     """
     Send every request of the trace at its time and wait for all to end.
 
-    A cancellation (Ctrl-C) ends it early with what there is: hours of measurement are not lost for their last minute.
+    A cancellation (Ctrl-C) ends it early with the results so far: hours of measurement are not lost for their last
+    minute.
 
     Args:
-        trace: With arrival times.
-        client: Of the server.
-        prompts: Of this trace.
-        timeout_s: After which a request's client leaves.
-        name: Of the run; begins the request ids.
+        trace: A trace with arrival times.
+        client: A client of the server.
+        prompts: Prompts of this trace.
+        timeout_s: After this long a request's client gives up.
+        name: Name of the run; prefix of the request ids.
         on_end: Called with each answer, for progress.
     """
     trace.require_arrivals()
@@ -88,7 +90,8 @@ async def replay(
             for row in range(len(trace)):
                 output_tokens = int(trace.output_tokens[row])
                 body = client.body(prompts.prompt(row), output_tokens)
-                # Those that are due go out together: with many streams a turn of the loop may take longer than the time between two requests.
+                # Requests that are due go out together: with many streams, a turn of the loop may take longer than the
+                # time between two requests.
                 early_s = float(trace.arrival_s[row]) - now_s()
                 if early_s > 0.0 or now_s() - turned_s > LONGEST_BURST_S:
                     await asyncio.sleep(max(0.0, early_s))
@@ -103,7 +106,7 @@ async def replay(
 
 
 def _collect(trace: Trace, answers: Sequence[Answer]) -> Replay:
-    """Answers as columns."""
+    """Convert answers to columns."""
     n = len(answers)
     good = np.array([not a.error for a in answers])
     produced = np.array([a.produced_tokens for a in answers], dtype=np.int64)

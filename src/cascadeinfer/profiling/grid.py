@@ -1,14 +1,14 @@
 """
 Which batches to measure: everything the engine can hold, from one short request to as many long ones as fit.
 
-    decode   n requests of one length: count and length in powers, so that every corner of (count, KV) is there
+    decode   n requests of one length: count and length in powers, so that every corner of (count, KV) is covered
     mixed    one long request among short ones, a quarter long ones, lengths spread over the whole range
     prompt   prompts alone, up to the longest, which is computed in chunks after ever more context
     both     prompts of several sizes computed while a batch decodes
 
-Each kind of batch is reached by submitting its requests and waiting until all decode; the chunks on the way are measured too. Every
-other count is lowered by a quarter: engines that capture graphs do so at round sizes, and a profile of round sizes only would be
-too good.
+Each kind of batch is reached by submitting its requests and waiting until all decode; the chunks on the way are
+measured too. Every other count is lowered by a quarter: engines that capture graphs do so at round sizes, so a profile
+of round sizes only would be too optimistic.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,10 +32,10 @@ SPARE_TOKENS: Final = 32
 SHORTEST_TOKENS: Final = 16
 LENGTH_FACTOR: Final = 4
 SMALL_BATCHES: Final = 64
-"""Up to so many requests per batch, counts double; beyond, they quadruple, by turns from one and from two."""
+"""Up to this many requests per batch, counts double; beyond, they quadruple, starting alternately from one and two."""
 MIXED_COUNTS: Final = (4, 12, 48, 192)
 FULL_SHARE: Final = 0.95
-"""Of the KV blocks: a batch that fills them all would be preempted."""
+"""Share of the KV blocks to use: a batch that fills them all would be preempted."""
 FEWEST_KINDS: Final = 8
 
 
@@ -46,8 +46,8 @@ class BatchKind:
 
     Attributes:
         family: `decode`, `mixed`, `prompt` or `both`.
-        lengths: Prompt tokens of the requests that decode.
-        prompts: Tokens of the prompts that are added, each `PROMPT_REPEATS` times, one after another.
+        lengths: Prompt tokens of the decoding requests.
+        prompts: Tokens of the added prompts, each computed `PROMPT_REPEATS` times, one after another.
     """
 
     family: str
@@ -56,7 +56,7 @@ class BatchKind:
 
     @property
     def name(self) -> str:
-        """What it is, in words; unique in a grid."""
+        """A readable name, unique in a grid."""
         counts = {length: self.lengths.count(length) for length in dict.fromkeys(self.lengths)}
         spread = len(counts) > 3
         decoding = (
@@ -69,7 +69,7 @@ class BatchKind:
 
     @property
     def work_tokens(self) -> int:
-        """Tokens to compute on the way, the measure of how dear it is."""
+        """Tokens to compute to get there, a measure of its cost."""
         return sum(self.lengths) + PROMPT_REPEATS * sum(self.prompts) + DECODE_STEPS * len(self.lengths)
 
 
@@ -107,7 +107,7 @@ class Room:
         return blocks <= FULL_SHARE * capacity.kv_blocks
 
     def steps(self, kind: BatchKind) -> Iterator[tuple[BatchFeatures, float]]:
-        """The batches of the steps that a kind takes, roughly, and how many of each; for estimates of its time."""
+        """Approximate batches of the steps that a kind takes, with the number of each; for estimates of its time."""
         n, kv, budget = len(kind.lengths), sum(kind.lengths), self.capacity.max_batched_tokens
         if n:
             chunk = min(kv, budget)
@@ -121,17 +121,18 @@ class Room:
 
 def make_grid(room: Room) -> list[BatchKind]:
     """
-    The kinds of batch that fit, the least work first.
+    The kinds of batch that fit, least work first.
 
     Raises:
-        ConfigError: The engine holds too little to tell its coefficients apart.
+        ConfigError: The engine holds too little to distinguish its coefficients.
     """
     lengths = _lengths(room)
     kinds = [*_decode(room, lengths), *_mixed(room, lengths), *_prompts(room, lengths), *_both(room, lengths)]
     fitting = {kind.name: kind for kind in kinds if room.holds(kind)}
     if len(fitting) < FEWEST_KINDS:
         raise ConfigError(
-            f"the engine holds {room.capacity.kv_tokens} tokens, {room.capacity.max_num_seqs} requests and sequences of "
+            f"the engine holds {room.capacity.kv_tokens} tokens, {room.capacity.max_num_seqs} requests and "
+            "sequences of "
             f"{room.max_model_tokens}: {len(fitting)} kinds of batch fit, a profile needs {FEWEST_KINDS}",
             option="--max-model-len, --max-num-seqs, --kv-cache-memory-bytes",
             fix="raise the smallest",
@@ -191,7 +192,7 @@ def _some_long(short: int, count: int, n_long: int, top: int) -> tuple[int, ...]
 def _first_that_fits(
     room: Room, longest: int, shortest: int, lengths_of: Callable[[int], tuple[int, ...]]
 ) -> Iterator[BatchKind]:
-    """The mixed batch with the longest long requests that fit; none when they would be hardly longer than the short ones."""
+    """The mixed batch with the longest long requests that fit; none if they would hardly exceed the short ones."""
     top = longest
     while top >= 3 * shortest:
         kind = BatchKind("mixed", lengths_of(top))
@@ -202,7 +203,7 @@ def _first_that_fits(
 
 
 def _spread(low: int, count: int, high: int) -> tuple[int, ...]:
-    """Lengths at equal distances in logarithms, so that short ones are frequent, in a mixed order."""
+    """Lengths at equal logarithmic distances, so that short ones are frequent, in mixed order."""
     lengths = np.geomspace(low, high, count).round().astype(int)
     return tuple(int(lengths[(i * 7) % count]) for i in range(count)) if count % 7 else tuple(map(int, lengths))
 

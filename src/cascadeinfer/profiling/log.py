@@ -1,8 +1,8 @@
 """
-The steps measured, on disk as they come: a header line, then one JSON line per batch that was run.
+The measured steps, on disk as they arrive: a header line, then one JSON line per batch run.
 
-The file lies beside the profile and outlives an interruption: what is in it is not measured again. A line that an interruption cut short
-is dropped. The header says which engine the steps are of; going on with another engine's is refused.
+The file lies beside the profile and survives an interruption: what is in it is not measured again. A line cut short by
+an interruption is dropped. The header identifies the engine; resuming with another engine is refused.
 """
 
 import os
@@ -35,9 +35,9 @@ class BatchRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     Attributes:
         kind: The kind's name.
-        round: Which repetition of the grid, from 0.
+        round: Repetition of the grid, from 0.
         wall_s: From the first request sent to the last steps reported, at the client.
-        steps: What the engine did meanwhile, in order.
+        steps: The engine's steps meanwhile, in order.
     """
 
     kind: str
@@ -47,14 +47,14 @@ class BatchRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class PullRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One transfer of KV between two instances: its tokens, and the seconds until the target went on, a step apart."""
+    """One transfer of KV between two instances: its tokens, and the seconds until the target went on, less one step."""
 
     pulled_tokens: Annotated[int, msgspec.Meta(ge=1)]
     pull_s: float
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the steps are of."""
+    """The engine that the steps were measured on."""
 
     log_version: int
     engine: EngineIdentity
@@ -65,10 +65,10 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class SampleLog:
-    """The file, open for appending, and what it holds."""
+    """The file, open for appending, and its contents."""
 
     def __init__(self, path: Path) -> None:
-        """A log at this path, not opened yet."""
+        """A log at this path, not yet open."""
         self.path = path
         self.runs: list[BatchRun] = []
         self.pulls: list[PullRun] = []
@@ -80,8 +80,8 @@ class SampleLog:
         Refuse what cannot work, before anything is measured.
 
         Raises:
-            ConfigError: There are steps of an earlier run and they are not wanted, there are none but they are, or the file
-                cannot be written.
+            ConfigError: There are unwanted steps of an earlier run, wanted ones are missing, or the file cannot be
+                written.
         """
         has_steps = self.path.exists() and self.path.stat().st_size > 0
         if has_steps and not resume:
@@ -96,38 +96,46 @@ class SampleLog:
             with self.path.open("ab"):
                 pass
         except OSError as error:
-            raise ConfigError(f"{self.path} cannot be written: {error.strerror}", option="--output") from error
+            raise self._unwritable(error) from error
         if not has_steps and self.path.is_file():
             self.path.unlink()
 
     def open(self, header: Header) -> None:
         """
-        Read what is there, and be ready to append.
+        Read what is there, and prepare to append.
 
         Raises:
-            ConfigError: The steps there are of another engine, or the file is no log.
+            ConfigError: The steps there are of another engine, the file is no log, or it cannot be written; one without steps is
+                removed then.
         """
         if self.path.is_file() and self.path.stat().st_size > 0:
             self._read(header)
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise self._unwritable(error) from error
         if self._size:
             os.ftruncate(self._descriptor, self._size)
             os.lseek(self._descriptor, self._size, os.SEEK_SET)
-        else:
-            self._append(header)
+            return
+        try:
+            self._write(header)
+        except OSError as error:
+            self.path.unlink()
+            raise self._unwritable(error) from error
 
     def add(self, run: BatchRun) -> None:
-        """Keep a run. Raises ConfigError when the disk does not take it; what was kept before stays."""
+        """Append a run. Raises ConfigError when it cannot be written; earlier runs are kept."""
         self._append(run)
         self.runs.append(run)
 
     def add_pull(self, run: PullRun) -> None:
-        """Keep a transfer. Raises as `add`."""
+        """Append a transfer. Raises as `add`."""
         self._append(run)
         self.pulls.append(run)
 
     def close(self) -> None:
-        """Close the file. Doing it twice is harmless."""
+        """Close the file; idempotent."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -138,13 +146,21 @@ class SampleLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _append(self, record: Header | BatchRun | PullRun) -> None:
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"{self.path} cannot be written: {error.strerror}", option="--output", fix="make room, or write elsewhere"
+        )
+
+    def _write(self, record: Header | BatchRun | PullRun) -> None:
+        """Append a line. Raises OSError."""
         assert self._descriptor is not None, "open it first"
         line = msgspec.json.encode(record) + b"\n"
+        while line:
+            line = line[os.write(self._descriptor, line) :]
+
+    def _append(self, record: BatchRun | PullRun) -> None:
         try:
-            written = os.write(self._descriptor, line)
-            if written < len(line):
-                os.write(self._descriptor, line[written:])
+            self._write(record)
         except OSError as error:
             raise ConfigError(
                 f"{self.path} takes no more: {error.strerror}; {len(self.runs)} batches are kept",

@@ -1,9 +1,10 @@
 """
-Brings an engine into a wanted batch and takes the steps that the engine timed.
+Brings an engine into a wanted batch and collects the steps that the engine timed.
 
-A kind of batch is reached by sending its requests, with random and therefore different prompts (no prefix is shared, no expert
-favoured), and waiting until each has a token: then all decode. The added prompts follow one after another. The engine reports each step
-with the batch that it had, so nothing here has to guess what a step was: the ramp, too, is a series of good samples.
+A kind of batch is reached by sending its requests, with random and therefore different prompts (no prefix is shared, no
+expert favoured), and waiting until each has a token: then all decode. The added prompts follow one after another. The
+engine reports each step with its batch, so nothing here has to guess what a step was: the ramp, too, is a series of
+good samples.
 """
 
 import asyncio
@@ -21,16 +22,16 @@ from cascadeinfer.profiling.log import BatchRun, MeasuredStep
 from cascadeinfer.profiling.subject import Subject
 
 REPORT_INTERVAL_S: Final = 0.2
-"""The engine keeps the steps between two reports; asking between two steps costs one of them some 0.1 ms."""
+"""Polling interval. The engine keeps the steps in between; a poll between two steps costs about 0.1 ms."""
 STALL_S: Final = 300.0
-"""An engine that sends nothing for so long, with requests in it, hangs."""
+"""An engine that has requests but sends nothing for this long hangs."""
 FIRST_ID: Final = 3
-"""Ids below are special tokens in most vocabularies."""
+"""Lower ids are special tokens in most vocabularies."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """What one request has got."""
+    """What one request has produced so far."""
 
     tokens: int = 0
     ended: bool = False
@@ -40,13 +41,13 @@ class Progress:
 
 
 class Meter:
-    """Runs batches on one engine. Use it as a context: it listens to the engine meanwhile."""
+    """Runs batches on one engine. Use it as a context manager: it listens to the engine meanwhile."""
 
     def __init__(self, subject: Subject, *, seed: int = 0) -> None:
         """
         Args:
-            subject: A started engine, with nothing running in it.
-            seed: Of the prompts.
+            subject: A started engine with nothing running in it.
+            seed: Seed of the prompts.
         """
         self.subject = subject
         self._rng = np.random.default_rng(seed)
@@ -72,7 +73,7 @@ class Meter:
         Run one kind of batch.
 
         Raises:
-            EngineError: The engine died, or hangs.
+            EngineError: The engine died or hangs.
         """
         room = Room(self.subject.capacity, self.subject.max_model_tokens)
         await self._report()
@@ -94,7 +95,7 @@ class Meter:
         return BatchRun(kind=kind.name, round=round_number, wall_s=ended_s - begun_s, steps=steps)
 
     async def send(self, prompt_tokens: int, output_tokens: int) -> Progress:
-        """Send a request with a random prompt; what it gets."""
+        """Send a request with a random prompt; returns its progress."""
         request_id = f"profile-{next(self._numbers)}"
         return await self.send_prompt(request_id, self.random_prompt(prompt_tokens), output_tokens)
 
@@ -104,13 +105,13 @@ class Meter:
         return ids
 
     async def send_prompt(self, request_id: str, prompt: list[int], output_tokens: int) -> Progress:
-        """Send a request; what it gets."""
+        """Send a request; returns its progress."""
         progress = self._requests[request_id] = Progress()
         await self.subject.engine.add(request_id, self.subject.make_request(request_id, prompt, output_tokens))
         return progress
 
     def expect(self, request_id: str) -> Progress:
-        """Listen for a request that somebody else sends."""
+        """Listen for a request that is sent elsewhere."""
         progress = self._requests[request_id] = Progress()
         return progress
 
@@ -119,7 +120,7 @@ class Meter:
         Wait for outputs until the condition holds.
 
         Raises:
-            EngineError: The engine died, or hangs.
+            EngineError: The engine died or hangs.
         """
         while not condition():
             self._news.clear()
@@ -154,7 +155,7 @@ class Meter:
         await self.until(lambda: all(r.tokens >= goal or r.ended for r, goal in zip(decoding, goals, strict=True)))
 
     async def _report(self) -> bool:
-        """Take the engine's steps; whether it holds requests."""
+        """Collect the engine's steps; returns whether it holds requests."""
         report, _ = await self.subject.engine.report()
         self._steps += [
             MeasuredStep(

@@ -12,7 +12,7 @@ from cascadeinfer.profiling.grid import BatchKind, Room
 from cascadeinfer.profiling.log import BatchRun, MeasuredStep
 
 CAUTION: Final = 1.3
-"""A kind beyond what has been measured takes rather longer than a straight line says."""
+"""A kind beyond what has been measured takes longer than a straight line predicts."""
 STEPS_KEPT: Final = 4000
 
 
@@ -20,25 +20,25 @@ class Pace:
     """
     A linear step time, fitted anew after every run.
 
-    It is for planning the measurement only: quick and rough. What a run takes beside its steps (requests on their way, the end of the batch)
-    is in `overhead_s`.
+    It serves only to plan the measurement: quick and rough. The time of a run beyond its steps (requests on their way,
+    the end of the batch) is in `overhead_s`.
     """
 
     def __init__(self, room: Room) -> None:
-        """Nothing is known yet: everything takes no time."""
+        """Start without knowledge: everything takes no time."""
         self._room = room
         self._rows: list[tuple[float, ...]] = []
         self._coefficients: NDArray[np.float64] = np.zeros(5)
         self._overheads: list[float] = []
 
     def learn(self, run: BatchRun, taken_s: float) -> None:
-        """Take a run into account; `taken_s` is its whole time, clearing up included."""
+        """Take a run into account; `taken_s` is its whole time, including clean-up."""
         self._rows += [_row(step) for step in run.steps if step.step_s > 0.0]
         del self._rows[:-STEPS_KEPT]
         self._overheads.append(max(0.0, taken_s - sum(step.step_s for step in run.steps)))
         table = np.array(self._rows)
         if len(table):
-            # relative residuals, so that one long step does not drown all short ones
+            # relative residuals, so that one long step does not outweigh all short ones
             self._coefficients, _ = nnls(table[:, :5] / table[:, 5:], np.ones(len(table)))
 
     def seconds(self, kind: BatchKind) -> float:

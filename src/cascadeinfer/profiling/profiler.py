@@ -1,8 +1,9 @@
 """
-Measures the grid within a time, and makes the profile.
+Measures the grid within a time budget and makes the profile.
 
-The first round takes the kinds of batch from the cheapest up, leaving out what does not fit into half of the time; the next rounds repeat
-those in another order, so that a disturbance, or a machine that slows down, is not mistaken for a property of some batches.
+The first round runs the kinds of batch from the cheapest up, leaving out what does not fit into half of the time.
+Further rounds repeat them in another order, so that a disturbance, or a machine that slows down, is not mistaken for a
+property of some batches.
 """
 
 import math
@@ -30,12 +31,12 @@ FIRST_ROUND_SHARE: Final = 0.5
 ASSUMED_BYTES_PER_S: Final = 25e9
 """80 % of a PCIe 4.0 x16 link, as for the shipped profiles of cards without NVLink."""
 WHOLE_SHARE: Final = (0.8, 1.1)
-"""Step seconds over wall time within which the steps account for the time."""
+"""Bounds on step seconds over wall time between which the steps account for the time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the measurement is."""
+    """Progress of the measurement."""
 
     done_s: float
     left_s: float
@@ -46,7 +47,7 @@ Watch = Callable[[Progress], None]
 
 
 def header_of(subject: Subject) -> Header:
-    """What the log of this engine's steps begins with."""
+    """The header of the log of this engine's steps."""
     return Header(
         log_version=1,
         engine=subject.identity,
@@ -66,11 +67,11 @@ class Profiler:
         """
         Args:
             subject: A started engine.
-            log: Open; batches in it are not run again, and their time counts.
+            log: An open log; batches in it are not run again, and their time counts.
             budget_s: Seconds for all rounds.
-            watch: Told before every batch.
+            watch: Called before every batch.
             rounds: How often each kind of batch is run at most.
-            seed: Of the prompts and of the order.
+            seed: Seed of the prompts and of the order.
 
         Raises:
             ConfigError: The engine holds too little for a profile.
@@ -92,7 +93,7 @@ class Profiler:
 
     async def measure(self) -> None:
         """
-        Run the rounds; what was measured is in the log, whatever ends this.
+        Run the rounds; whatever ends this, the measurements are in the log.
 
         Raises:
             EngineError: The engine died or hangs.
@@ -105,7 +106,7 @@ class Profiler:
                 await self._round([first[i] for i in rng.permutation(len(first))], number, self._budget_s)
 
     async def _round(self, kinds: Sequence[BatchKind], number: int, until_s: float) -> list[BatchKind]:
-        """Run the kinds that the time allows; those that have been run in this round, now or before."""
+        """Run the kinds that the time allows; returns those that have been run in this round, now or before."""
         had = {run.kind for run in self._log.runs if run.round == number}
         ran = []
         for position, kind in enumerate(kinds):
@@ -125,7 +126,7 @@ class Profiler:
         self._pace.learn(run, taken_s)
 
     def _tell(self, rest: Sequence[BatchKind], number: int, until_s: float, kind: BatchKind) -> None:
-        """Time left: what the rest of this round and the rounds after it will take, within the time given."""
+        """Report the time left: the rest of this round and the rounds after it, within the budget."""
         this_s = min(self._pace.total_s(rest), max(0.0, until_s - self.spent_s))
         round_s = this_s + self.spent_s if number == 0 else self._pace.total_s(rest)
         left_s = this_s + (self._rounds - 1 - number) * round_s
@@ -135,7 +136,7 @@ class Profiler:
 
 async def measure_pulls(source: Subject, target: Subject, log: SampleLog, watch: Watch) -> None:
     """
-    Transfer requests between two connected instances, both ways in turn, those that are not in the log yet.
+    Transfer requests between two connected instances, in both directions alternately, except those already in the log.
 
     Raises:
         EngineError: A transfer failed.
@@ -154,7 +155,7 @@ async def measure_pulls(source: Subject, target: Subject, log: SampleLog, watch:
 @dataclass(frozen=True, slots=True)
 class Found:
     """
-    A profile and what it came from, for tables and figures.
+    A profile and its origin, for tables and figures.
 
     Attributes:
         step_share: Step seconds over wall time.
@@ -167,11 +168,11 @@ class Found:
 
 def make_profile(subject: Subject, log: SampleLog, *, n_kinds: int, command: str, date: str) -> Found:
     """
-    The profile of what is in the log.
+    The profile from the contents of the log.
 
     Args:
         n_kinds: Kinds of batch in the grid.
-        command: What the operator called.
+        command: The operator's command.
         date: Today (ISO).
 
     Raises:
@@ -265,5 +266,5 @@ def _measurement(log: SampleLog, points: Points, fit: ProfileFit, share: float, 
 
 
 def _slug(text: str) -> str:
-    """A name as profiles have them."""
+    """A text in the form of a profile name."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "profile"

@@ -27,6 +27,8 @@ NORMAL_OF_MAD: Final = 1.4826
 """Standard deviation over median absolute deviation of normal numbers."""
 MAX_RAMP_SAMPLES: Final = 8
 """Samples that the ramp of one kind of batch gives: it has as many steps as its prompts have chunks."""
+REPEATS: Final = "the same batch in another round"
+"""Name of the error that the machine itself makes."""
 
 Key = tuple[str, int, int, int]
 
@@ -148,7 +150,7 @@ def _repeats(deviations: Sequence[float]) -> RegionError | None:
     table = np.array(deviations)
     absolute = np.abs(table)
     return RegionError(
-        "the same batch in another round",
+        REPEATS,
         len(table),
         float(np.median(absolute)),
         float(np.quantile(absolute, 0.9)),

@@ -1,4 +1,4 @@
-"""What the profiler needs to know of the engine that it measures, beside the engine protocol."""
+"""What the profiler needs to know about the engine it measures, besides the engine protocol."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.protocol import Engine, EngineRequest
 
 MakeRequest = Callable[[str, list[int], int], EngineRequest]
-"""From (request id, prompt token ids, output tokens): a request that ends at so many tokens and not before."""
+"""From (request id, prompt token ids, output tokens): a request that produces exactly that many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +17,11 @@ class Subject:
     A started engine.
 
     Attributes:
-        capacity: What it said when it started.
+        capacity: As reported at its start.
         max_model_tokens: Longest sequence it takes.
         kv_bytes_per_token: Of the whole instance, all its devices together.
-        multiprocessors: Streaming multiprocessors of a device, which split rules of attention reckon with; None on a processor.
+        multiprocessors: Streaming multiprocessors of a device, used by the split rules of attention; None on a
+            processor.
     """
 
     engine: Engine

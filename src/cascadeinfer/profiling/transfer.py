@@ -1,9 +1,10 @@
 """
 The rate at which KV moves between two instances: requests are cut on one and resumed on the other, at several lengths.
 
-A pull is timed at the client, from the resumption to the first token from the target, less one step. Its slope over the length is the
-time per byte; what is left at length zero (messages, scheduling) is the same for every pull and does not count. Where the slope drowns in
-the noise, the rate is the longest pull's bytes over its whole time: less than the link can do, and what a hand-over really gets.
+A pull is timed at the client, from the resumption to the first token from the target, less one step. Its slope over the
+length is the time per byte; the rest at length zero (messages, scheduling) is the same for every pull and does not
+count. Where the slope drowns in the noise, the rate is the longest pull's bytes over its whole time: less than the link
+can do, and what a hand-over really gets.
 """
 
 import itertools
@@ -26,15 +27,15 @@ OUTPUT_TOKENS: Final = 96
 TOKENS_BEFORE_CUT: Final = 4
 TOKENS_AFTER: Final = 8
 SLOPE_SHARE: Final = 0.2
-"""Of the longest pull's time: a smaller part that grows with the length is not told from noise."""
+"""Share of the longest pull's time: a smaller part that grows with the length cannot be told from noise."""
 SLOPE_SPREAD: Final = 0.5
-"""Half the middle range of the slopes over their median: with a wider one the slope is noise."""
+"""Half the interquartile range of the slopes over their median: above it, the slope is noise."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransferRate:
     """
-    What was found.
+    The rate found.
 
     Attributes:
         note: How the rate follows from the pulls.

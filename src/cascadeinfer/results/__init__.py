@@ -1,1 +1,1 @@
-"""What runs leave behind: records, summaries and comparisons, with the provenance that goes into every output file."""
+"""Results of runs: records, summaries and comparisons, with the provenance that goes into every output file."""

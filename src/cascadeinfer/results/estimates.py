@@ -1,10 +1,11 @@
 """
-Figures of runs on live servers, each with its 95 % confidence interval, for all requests and for short and long ones apart.
+Metrics of runs on live servers, each with its 95 % confidence interval, for all requests and for short and long ones.
 
-Within one run requests are not independent: those that are under way together wait for each other. So the interval of one run is a moving-block
-bootstrap over the requests in order of arrival, with blocks at least as long as the number of requests under way together. Over
-several runs of one label the interval is Student's t on the runs' figures, as for the simulator's seeds. Two labels are compared run by run
-(ratios of runs with the same number), since runs that were taken one after the other saw the same machine.
+Within one run requests are not independent: concurrent ones wait for each other. The interval of one run is therefore a
+moving-block bootstrap over the requests in order of arrival, with blocks at least as long as the number of concurrent
+requests. Over several runs of one label the interval is Student's t on the runs' values, as for the simulator's seeds.
+Two labels are compared run by run (ratios of runs with the same number), because runs taken one after the other saw the
+same machine.
 """
 
 from collections import Counter
@@ -24,18 +25,18 @@ GROUPS: Final = ("all", "short", "long")
 RATES: Final = ("throughput_rps", "throughput_tokens_per_s", "goodput_rps", "slo_attainment")
 DRAWS: Final = 1000
 LONG_OVER_MEDIAN: Final = 4.0
-"""By default a request is long from this many times the median length on."""
+"""By default, a request is long from this multiple of the median length on."""
 
 
 def percentile_of_rows(values: NDArray[np.float64], share: float) -> NDArray[np.float64]:
     """
-    As `np.nanpercentile` along the last axis, which takes a Python step per row.
+    Like `np.nanpercentile` along the last axis, which takes a Python step per row.
 
     Args:
-        values: Each row with at least one number; NaN is left out.
+        values: Each row with at least one number; NaN is ignored.
         share: In [0, 1].
     """
-    ordered = np.sort(values, axis=-1)  # NaN goes to the end
+    ordered = np.sort(values, axis=-1)  # NaN is sorted to the end
     place = share * (np.count_nonzero(~np.isnan(ordered), axis=-1, keepdims=True) - 1)
     below = np.floor(place).astype(np.int64)
     low = np.take_along_axis(ordered, below, axis=-1)
@@ -55,7 +56,7 @@ STATISTICS: Final[dict[str, Statistic]] = {
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure with its 95 % interval; NaN ends where there is too little to say."""
+    """A value with its 95 % interval; the ends are NaN where there is too little data."""
 
     value: float
     low: float
@@ -65,11 +66,11 @@ class Estimate:
 @dataclass(frozen=True, slots=True)
 class GroupSummary:
     """
-    One run's figures of a group of requests.
+    One run's metrics of a group of requests.
 
     Attributes:
-        requests: That were counted.
-        failed: Of these, refused, broken off, incomplete or timed out; every one missed the SLO.
+        requests: Number of requests counted.
+        failed: Those refused, broken off, incomplete or timed out; every one missed the SLO.
         figures: By name: `ttft_s_mean`, `e2e_s_p99`, `goodput_rps`, ...
     """
 
@@ -79,7 +80,7 @@ class GroupSummary:
 
 
 def long_from_tokens(records: RequestRecords) -> int:
-    """From which total length on a request is long, where nobody says."""
+    """Default of the total length from which a request is long."""
     return int(np.ceil(LONG_OVER_MEDIAN * float(np.median(records.prompt_tokens + records.output_tokens))))
 
 
@@ -91,7 +92,7 @@ def groups_of(records: RequestRecords, long_tokens: int) -> dict[str, NDArray[np
 
 
 def counted_rows(records: RequestRecords, warm_up: float) -> RequestRecords:
-    """Without the first share of the requests, during which the server fills."""
+    """The records without the first share of the requests, during which the server fills."""
     return records.rows(np.arange(int(warm_up * len(records)), len(records)))
 
 
@@ -104,7 +105,7 @@ def summarise_groups(
     records: RequestRecords, slo: Slo, long_tokens: int, rng: np.random.Generator
 ) -> dict[str, GroupSummary]:
     """
-    Figures of one run, group by group.
+    Metrics of one run, group by group.
 
     Args:
         records: The counted requests, in order of arrival.
@@ -124,7 +125,7 @@ def summarise_groups(
 
 
 def _span_s(records: RequestRecords) -> float:
-    """From the first arrival to the last token of anyone, or to the last arrival when that is later."""
+    """Seconds from the first arrival to the last token of any request, or to the last arrival if that is later."""
     ends = [float(np.nanmax(records.finish_s))] if records.finished.any() else []
     return max([*ends, float(records.arrival_s[-1])]) - float(records.arrival_s[0])
 
@@ -164,7 +165,7 @@ def _latency(values: NDArray[np.float64], statistic: Statistic, draws: NDArray[n
 
 
 def _block_length(records: RequestRecords) -> int:
-    """Requests that were under way together, at least the cube root of their number."""
+    """Number of concurrent requests, at least the cube root of their total."""
     n = len(records)
     span_s = float(records.arrival_s[-1] - records.arrival_s[0])
     stay_s = float(np.nanmean(records.e2e_s)) if records.finished.any() else 0.0
@@ -183,7 +184,7 @@ def block_draws(n: int, block: int, rng: np.random.Generator) -> NDArray[np.int6
 
 
 def over_runs(runs: Sequence[Estimate]) -> Estimate:
-    """One run: its own interval. Several: mean and Student's t interval over the runs' values."""
+    """Of one run, its own interval; of several, mean and Student's t interval over the runs' values."""
     if len(runs) == 1:
         return runs[0]
     return _t_interval([run.value for run in runs])
@@ -191,7 +192,7 @@ def over_runs(runs: Sequence[Estimate]) -> Estimate:
 
 def ratio_over_runs(runs: Sequence[Estimate], reference: Sequence[Estimate]) -> Estimate:
     """
-    How many times the reference, run by run: geometric mean, with Student's t interval on the logarithms.
+    Ratio to the reference, run by run: geometric mean, with Student's t interval on the logarithms.
 
     Runs without a partner are left out. With one pair there is no interval.
     """

@@ -1,9 +1,9 @@
 """
-Output files that the operator names: checked before the work, and written whole or not at all.
+Output files named by the operator: checked before the work, and written whole or not at all.
 
-A file is written beside its place and then renamed, so that what was there before survives whatever goes wrong. What is no regular
-file (a pipe, `/dev/stdout`) cannot be renamed over: the whole content is copied there at the end. Writers never see such a path, for some
-remove a file that they could not write.
+A file is written beside its place and then renamed, so that an existing one survives whatever goes wrong. What is not a
+regular file (a pipe, `/dev/stdout`) cannot be replaced by renaming: the whole content is copied there at the end.
+Writers never see such a path, because some remove a file that they could not write.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from cascadeinfer.core.errors import ConfigError
 
 def check_output(path: Path, option: str) -> None:
     """
-    Refuse a file that could not be written.
+    Refuse a file that cannot be written.
 
     Raises:
         ConfigError: It is a folder, its folder does not exist, or nothing can be written there.
@@ -27,7 +27,7 @@ def check_output(path: Path, option: str) -> None:
         raise ConfigError(f"{path} is a folder", option=option, fix="name a file")
     if not path.parent.is_dir():
         raise ConfigError(f"there is no folder {path.parent}", option=option, fix="make it, or write elsewhere")
-    if _is_special(path):  # to open a pipe would wait for its reader
+    if _is_special(path):  # opening a pipe would wait for its reader
         if not os.access(path, os.W_OK):
             raise ConfigError(f"cannot write {path}: no permission", option=option)
         return
@@ -48,7 +48,7 @@ def replacing(path: Path, option: str) -> Iterator[Path]:
         Where to write it; renamed to `path` at the end, or removed when anything is raised.
 
     Raises:
-        ConfigError: It cannot be written; what was at `path` before is untouched.
+        ConfigError: It cannot be written; an existing file at `path` is untouched.
     """
     special = _is_special(path)
     folder = Path(tempfile.gettempdir()) if special else path.parent
@@ -66,7 +66,7 @@ def replacing(path: Path, option: str) -> Iterator[Path]:
 
 
 def cannot_write(path: Path, option: str, error: OSError) -> ConfigError:
-    """What the operator is told."""
+    """The error for the operator."""
     return ConfigError(
         f"cannot write {path}: {error.strerror or error}", option=option, fix="make room, or write elsewhere"
     )
@@ -81,5 +81,5 @@ def _refusing(path: Path, option: str) -> Iterator[None]:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether it is there and neither a regular file nor a link to one."""
+    """Whether it exists and is neither a regular file nor a link to one."""
     return path.exists() and not path.is_file()

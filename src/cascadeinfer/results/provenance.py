@@ -1,4 +1,4 @@
-"""Where a result comes from: program, version, commit, command line, profile, seeds. Goes into every output file."""
+"""Origin of a result: program, version, commit, command line, profile, seeds. Goes into every output file."""
 
 import subprocess
 import sys
@@ -14,11 +14,11 @@ from cascadeinfer.core.cost.profile import CostProfile
 
 def provenance(profile: CostProfile, seeds: Sequence[int], words: Sequence[str] | None = None) -> dict[str, Any]:
     """
-    What is needed to get the result again.
+    What is needed to reproduce a result.
 
     Args:
-        profile: That the step times come from.
-        seeds: Of the runs.
+        profile: The profile that the step times come from.
+        seeds: Seeds of the runs.
         words: The command line; this process's by default.
     """
     return {
@@ -36,20 +36,23 @@ def provenance(profile: CostProfile, seeds: Sequence[int], words: Sequence[str] 
 
 
 def own_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with `+changes` when files differ from it; None outside of one."""
+    """The commit of the checkout with this package, with `+changes` when files differ from it; None outside of one."""
 
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(  # noqa: S603 - fixed words
-                ["git", "-C", str(Path(__file__).parent), *words],  # noqa: S607 - found on the path, as the user's shell would
-                capture_output=True, text=True, timeout=10, check=False,
-            )  # fmt: skip
+                ["git", "-C", str(Path(__file__).parent), *words],  # noqa: S607 - from the path, like the user's shell
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=False,
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     if git("ls-files", "--error-unmatch", "provenance.py") is None:
-        return None  # a checkout of somebody else's that happens to lie around this installation
+        return None  # another checkout that happens to contain this installation
     commit = git("rev-parse", "HEAD")
     if commit is None:
         return None

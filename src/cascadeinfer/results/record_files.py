@@ -1,7 +1,9 @@
 """
-Records of one run on a live server as a Parquet file: the columns of `RequestRecords`, what went wrong per request, and where it all comes from.
+Records of one run on a live server as a Parquet file: the columns of `RequestRecords`, errors per request, and
+provenance.
 
-The schema's metadata holds, under `cascadeinfer`, a JSON object: label, SLO, warm-up and provenance. Needs the extra `bench`.
+The schema's metadata holds, under `cascadeinfer`, a JSON object with label, SLO, warm-up and provenance. Needs the
+extra `bench`.
 """
 
 import json
@@ -29,7 +31,7 @@ class RecordFile:
 
     Attributes:
         records: One row per request.
-        errors: Per request what went wrong, `kind: detail`; empty when nothing did.
+        errors: Per request, what went wrong (`kind: detail`); empty when nothing did.
         header: Label, SLO, warm-up, provenance.
     """
 
@@ -39,7 +41,7 @@ class RecordFile:
 
     @property
     def label(self) -> str:
-        """What was measured; runs with one label are repetitions of each other."""
+        """Name of what was measured; runs with the same label are repetitions."""
         return str(self.header.get("label", ""))
 
 
@@ -61,7 +63,7 @@ def read_records(file: Path) -> RecordFile:
     Read a run back.
 
     Raises:
-        ConfigError: It is not there, or not such a file.
+        ConfigError: The file does not exist or is not of this kind.
     """
     try:
         table = pq.read_table(file)

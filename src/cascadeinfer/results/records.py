@@ -1,8 +1,8 @@
 """
-What a run leaves behind, in columns: one row per request, per migration, per instance sample.
+Records of a run, in columns: one row per request, per migration, per instance sample.
 
-The simulator and the load generator of live servers both fill these; `results/summary.py` reads them. Times are seconds on the run's
-clock, NaN where something never happened. Definitions: `docs/metrics.md`.
+The simulator and the load generator for live servers both fill them; `results/summary.py` reads them. Times are seconds
+on the run's clock, NaN where something never happened. Definitions: `docs/metrics.md`.
 """
 
 from dataclasses import dataclass, fields
@@ -20,18 +20,18 @@ class RequestRecords:
     One row per request of the trace, in its order.
 
     Attributes:
-        arrival_s: When the request came.
+        arrival_s: When the request arrived.
         dispatched_s: When the policy first placed it.
         scheduled_s: When it first ran.
         first_token_s: When its first output token came.
         finish_s: When its last output token came; NaN when it did not finish.
-        prompt_tokens: Of the request.
-        output_tokens: That it would produce.
-        produced_tokens: That it has produced.
+        prompt_tokens: Length of the prompt.
+        output_tokens: Output it would produce.
+        produced_tokens: Output it has produced.
         migrations: Completed moves.
-        preemptions: Times it lost its KV cache for want of blocks.
-        recomputed_tokens: Computed more than once, for preemption, loss or a failed move.
-        prefix_hit_tokens: Not computed, because they were cached.
+        preemptions: Times it lost its KV cache for lack of blocks.
+        recomputed_tokens: Tokens computed more than once, after preemption, loss or a failed move.
+        prefix_hit_tokens: Tokens not computed, because they were cached.
         rejected: Whether the policy refused it.
         aborted: Whether its client left.
     """
@@ -83,7 +83,7 @@ class RequestRecords:
 
     @property
     def queueing_s(self) -> FloatColumn:
-        """From arrival until it first ran."""
+        """Seconds from arrival until it first ran."""
         return self.scheduled_s - self.arrival_s
 
     def rows(self, which: NDArray[np.bool_] | IntColumn) -> "RequestRecords":
@@ -91,7 +91,7 @@ class RequestRecords:
         return RequestRecords(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
 
     def arrived_in(self, start_s: float, end_s: float) -> "RequestRecords":
-        """Requests that arrived in `[start_s, end_s)`: cuts warm-up and cool-down off."""
+        """Requests that arrived in `[start_s, end_s)`: excludes warm-up and cool-down."""
         return self.rows((self.arrival_s >= start_s) & (self.arrival_s < end_s))
 
 
@@ -102,13 +102,13 @@ class MigrationRecords:
 
     Attributes:
         started_s: When the policy asked for it.
-        cut_s: When the source stopped decoding; NaN when it came to no cut.
+        cut_s: When the source stopped decoding; NaN without a cut.
         ended_s: When it was over; for a completed move, when the target's first token came.
-        row: Of the request in the trace.
+        row: Row of the request in the trace.
         source: Number of the instance.
         target: Number of the instance.
         tokens: Sequence length at the cut, 0 without one.
-        pulled_tokens: That went over the network.
+        pulled_tokens: Tokens whose KV went over the network.
         outcome: `MigrationOutcome` values.
         reason: `MigrationReason` values.
         detail: Why it ended as it did; empty for a plain move.
@@ -132,7 +132,7 @@ class MigrationRecords:
 
     @property
     def pause_s(self) -> FloatColumn:
-        """From the last token at the source to the first at the target; NaN when it came to no cut."""
+        """Seconds from the last token at the source to the first at the target; NaN without a cut."""
         return self.ended_s - self.cut_s
 
 
@@ -142,12 +142,12 @@ class InstanceSamples:
     One row per report of an instance, in order of time.
 
     Attributes:
-        time_s: Of the report.
+        time_s: Time of the report.
         instance: Number of the instance.
         stage: Index of its stage in the layout in force, -1 without one.
-        running: Requests that run.
+        running: Running requests.
         waiting: Requests in its queue.
-        running_tokens: Lengths of those that run, summed.
+        running_tokens: Sum of the lengths of the running requests.
         kv_use: Share of its blocks in use.
         step_s: Mean step time since its last report, 0.0 when it did not step.
     """
@@ -167,7 +167,7 @@ class InstanceSamples:
 
     @property
     def mean_tokens(self) -> FloatColumn:
-        """Mean length of the requests that run; NaN when none does."""
+        """Mean length of the running requests; NaN when there are none."""
         return np.asarray(self.running_tokens / np.where(self.running > 0, self.running, np.nan))
 
     def of_instance(self, number: int) -> "InstanceSamples":

@@ -1,8 +1,8 @@
 """
-Records to figures: means with confidence intervals, percentiles, throughput, SLO attainment and goodput.
+From records to metrics: means with confidence intervals, percentiles, throughput, SLO attainment and goodput.
 
-Only finished requests have latencies; what was rejected or never finished is counted, and counts as a miss of every SLO. The interval
-over several seeds is Student's t on the seeds' means, since requests of one run are not independent of each other.
+Only finished requests have latencies; rejected and unfinished ones are counted, and count as a miss of every SLO. The
+interval over several seeds is Student's t on the seeds' means, because requests of one run are not independent.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class Slo:
     What a request must keep to count as good.
 
     Attributes:
-        ttft_s: Most time to the first token.
-        tpot_s: Most time per output token after it.
+        ttft_s: Longest time to the first token.
+        tpot_s: Longest time per output token after it.
     """
 
     ttft_s: float
@@ -31,10 +31,10 @@ class Slo:
 @dataclass(frozen=True, slots=True)
 class RunSummary:
     """
-    One run in figures; seconds, requests per second and tokens per second.
+    Metrics of one run; seconds, requests per second and tokens per second.
 
     Attributes:
-        unfinished: Requests that were rejected, aborted or still under way at the end.
+        unfinished: Requests that were rejected, aborted or still in progress at the end.
         slo_attainment: Share of all requests that kept the SLO.
         goodput_rps: Requests that kept the SLO, per second of the run.
     """
@@ -58,11 +58,11 @@ class RunSummary:
 
 def summarise(records: RequestRecords, duration_s: float, slo: Slo) -> RunSummary:
     """
-    Figures of one run.
+    Metrics of one run.
 
     Args:
         records: Its requests.
-        duration_s: How long the run was, for the rates; > 0.
+        duration_s: Duration of the run, for the rates; > 0.
         slo: What counts as good.
 
     Raises:
@@ -94,12 +94,12 @@ def summarise(records: RequestRecords, duration_s: float, slo: Slo) -> RunSummar
 
 def summarise_between(records: RequestRecords, start_s: float, end_s: float, slo: Slo) -> RunSummary:
     """
-    Figures of a part of a run: latencies of requests that arrived in it, throughput of what finished in it.
+    Metrics of a part of a run: latencies of requests that arrived in it, throughput of what finished in it.
 
     Args:
         records: All requests of the run.
-        start_s: Where the part begins; leaves out the time in which the cluster fills.
-        end_s: Where it ends; leaves out the time in which it empties.
+        start_s: Start of the part; excludes the time in which the cluster fills.
+        end_s: End of the part; excludes the time in which it empties.
         slo: What counts as good.
 
     Raises:
@@ -122,7 +122,7 @@ class Interval:
     half_width: float
 
     def __str__(self) -> str:
-        """The mean, and the half-width where there is one."""
+        """The mean, and the half-width if there is one."""
         return f"{self.mean:.4g}" if np.isnan(self.half_width) else f"{self.mean:.4g} +- {self.half_width:.2g}"
 
 

@@ -1,7 +1,7 @@
 """
-Carries migrations out on two engines, following the table in `core/migration.py`.
+Carries migrations out on two engines, as `core/migration.py` says.
 
-`Migrator` feeds the table what happens (answers of engines, tokens, deaths, timers) and does what it says. Every command runs in a task of
+`Migrator` tells each migration what happens (answers of engines, tokens, deaths, timers) and does what it says. Every command runs in a task of
 its own; its answer is one more happening, ignored when the migration is over by then. Exactly one `on_ended` follows each `start`.
 
 The deadline of a pull counts from when the cut was sent. A front end that was stopped itself may find the target's tokens and the overdue
@@ -9,7 +9,7 @@ timer at the same moment, in any order: `expire` comes before the tokens of ever
 """
 
 import asyncio
-import math
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,15 +17,12 @@ from typing import Protocol
 
 from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.core.errors import EngineError
-from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.migration import Action, Happening, Migration, MigrationTimes, State
+from cascadeinfer.core.migration import Action, Happening, Migration, MigrationLimits
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceId, MigrationId
 from cascadeinfer.engines.protocol import Engine, KvTicket, Resume
 from cascadeinfer.runtime.commands import Commands
 from cascadeinfer.runtime.streams import Stream, StreamTable
-
-ROOM_SLACK_TOKENS = 64
-"""Room asked for beyond the length now: the request grows while the migration is under way."""
 
 
 @dataclass(slots=True)
@@ -34,32 +31,19 @@ class MigrationRecord:
     A migration and what is known of it.
 
     Attributes:
-        effect: What the policy asked for.
         source_request_id: The attempt's id at the source, for abort and unpin.
         ticket: The source's ticket, once cut.
-        cut_sent_s: When the cut was sent, on the migrator's clock: the lease on the source's blocks begins then or later.
         cut_s: When the cut took effect, on the loop's clock.
-        detail: Why it ended as it did.
     """
 
     migration: Migration
     stream: Stream
-    effect: StartMigration
     source_request_id: str
     started_s: float
     ticket: KvTicket | None = None
-    cut_sent_s: float = math.nan
     cut_s: float | None = None
     pause_s: float | None = None
-    detail: str = ""
     timer: asyncio.TimerHandle | None = None
-
-
-def _explains(before: State, happening: Happening) -> bool:
-    """Whether what happened says why a migration ends as it does, and is no mere answer to what was asked for."""
-    if before is State.WITHDRAWING:  # why it withdraws is known; the source's answers add nothing
-        return happening in {Happening.REQUEST_ENDED, Happening.CLIENT_LEFT, Happening.SOURCE_LOST}
-    return happening not in {Happening.ROOM_GRANTED, Happening.CUT_DONE, Happening.FIRST_TOKEN}
 
 
 class EngineDirectory(Protocol):
@@ -81,8 +65,8 @@ class Migrator:
         self,
         engines: EngineDirectory,
         streams: StreamTable,
-        on_ended: Callable[[MigrationRecord, MigrationOutcome], None],
-        times: MigrationTimes,
+        on_ended: Callable[[MigrationRecord], None],
+        limits: MigrationLimits,
         add_failed: Callable[[Stream, str], None],
         clock: Callable[[], float],
     ) -> None:
@@ -91,7 +75,7 @@ class Migrator:
             engines: Where to find the two engines.
             streams: The live requests; the migrator moves their attempts.
             on_ended: Called once per migration, when it is over.
-            times: Time limits per step.
+            limits: Of every migration.
             add_failed: Called with a request, and the id of its attempt, that could not be sent to an engine.
             clock: The time in seconds, that of the engines' `Resume.pull_before_s`. It must not stand still while a callback runs.
         """
@@ -99,7 +83,7 @@ class Migrator:
         self._engines = engines
         self._streams = streams
         self._on_ended = on_ended
-        self._times = times
+        self._limits = limits
         self._clock = clock
         self._records: dict[MigrationId, MigrationRecord] = {}
         self._commands = Commands("a migration command")
@@ -119,35 +103,24 @@ class Migrator:
         assert stream.migration is None
         assert stream.instance_id == effect.source_id
         assert stream.engine_request_id is not None
-        migration = Migration(
-            effect.migration_id, effect.request_id, effect.source_id, effect.target_id, stream.n_tokens
-        )
-        record = MigrationRecord(
-            migration,
-            stream,
-            effect,
-            stream.engine_request_id,
-            asyncio.get_running_loop().time(),
-        )
+        migration = Migration(effect, stream.n_tokens, self._limits)
+        record = MigrationRecord(migration, stream, stream.engine_request_id, asyncio.get_running_loop().time())
         stream.migration = migration
         self._records[effect.migration_id] = record
         self._arm(record)
         self._act(record, Action.ASK_ROOM)
 
-    def happen(self, migration_id: MigrationId, happening: Happening, detail: str = "") -> None:
+    def happen(self, migration_id: MigrationId, happening: Happening, refusal: Refusal | None = None) -> None:
         """Something happened to a migration; ignored when it is over."""
         record = self._records.get(migration_id)
         if record is None:
             return
         migration = record.migration
         before = migration.state
-        actions = migration.handle(happening)
-        if migration.state is not before and _explains(before, happening):
-            record.detail = f"{happening.value}:{detail}" if detail else happening.value
-        for action in actions:
+        for action in migration.handle(happening, self._clock(), refusal):
             self._act(record, action)
         if migration.outcome is not None:
-            self._end(record, migration.outcome)
+            self._end(record)
         elif migration.state is not before:
             self._arm(record)
 
@@ -160,7 +133,7 @@ class Migrator:
         record.cut_s = asyncio.get_running_loop().time()
         self._streams.displace(record.stream)
         n_pinned_tokens = ticket.get("remote_num_tokens") or 0
-        self.happen(migration_id, self._times.cut_heard(record.cut_sent_s, self._clock(), n_pinned_tokens))
+        self.happen(migration_id, record.migration.cut_heard(self._clock(), n_pinned_tokens))
 
     def token_came(self, stream: Stream, now_s: float) -> None:
         """A token of a request in migration came."""
@@ -182,7 +155,7 @@ class Migrator:
             return
         now_s = self._clock()
         for record in list(self._records.values()):
-            if record.migration.state is State.RESUMING and now_s >= self._times.deadline_s(record.cut_sent_s):
+            if record.migration.is_overdue(now_s):
                 self.happen(record.migration.migration_id, Happening.TIMED_OUT)
 
     def instance_lost(self, instance_id: InstanceId) -> None:
@@ -202,27 +175,22 @@ class Migrator:
         self._records.clear()
         await self._commands.stop()
 
-    def _end(self, record: MigrationRecord, outcome: MigrationOutcome) -> None:
+    def _end(self, record: MigrationRecord) -> None:
         if record.timer is not None:
             record.timer.cancel()
         del self._records[record.migration.migration_id]
         record.stream.migration = None
-        self._on_ended(record, outcome)
+        self._on_ended(record)
 
     def _arm(self, record: MigrationRecord) -> None:
-        limits = {
-            State.ASKING: self._times.ask_s,
-            State.CUTTING: self._times.cut_s,
-            State.RESUMING: self._times.deadline_s(record.cut_sent_s) - self._clock(),
-        }
         if record.timer is not None:
             record.timer.cancel()
             record.timer = None
-        limit_s = limits.get(record.migration.state)
+        migration = record.migration
+        limit_s = migration.limit_s(self._clock())
         if limit_s is not None:
-            migration_id = record.migration.migration_id
             record.timer = asyncio.get_running_loop().call_later(
-                limit_s, self.happen, migration_id, Happening.TIMED_OUT
+                limit_s, self.happen, migration.migration_id, Happening.TIMED_OUT
             )
 
     def _act(self, record: MigrationRecord, action: Action) -> None:
@@ -235,9 +203,6 @@ class Migrator:
                 self._add(record, record.migration.source_id, None)
             case Action.ABORT_AT_TARGET | Action.ABORT_AT_SOURCE:
                 self._abort(record, action)
-            case Action.CUT:
-                record.cut_sent_s = self._clock()
-                self._commands.send(self._command(record, action))
             case _:
                 self._commands.send(self._command(record, action))
 
@@ -250,7 +215,7 @@ class Migrator:
             list(record.stream.output_token_ids),
             ticket,
             record.migration.migration_id if ticket is not None else None,
-            self._times.deadline_s(record.cut_sent_s) if ticket is not None else None,
+            record.migration.deadline_s if ticket is not None else None,
         )
         failed = partial(self._add_failed, record.stream, engine_request_id)
         self._commands.send(engine.add(engine_request_id, record.stream.request, resume), failed)
@@ -268,33 +233,33 @@ class Migrator:
             self._commands.send(engine.abort([engine_request_id]))
 
     async def _command(self, record: MigrationRecord, action: Action) -> None:
-        """One command to one engine; a dead engine answers nothing, its loss is a happening of its own."""
+        """One command to one engine; one that dies on the way answers nothing, and its loss is a happening of its own."""
         migration = record.migration
         to_target = action in {Action.ASK_ROOM, Action.RELEASE_ROOM}
         engine = self._engines.engine(migration.target_id if to_target else migration.source_id)
         if engine is None:
             if action is Action.ASK_ROOM:
-                self.happen(migration.migration_id, Happening.ROOM_REFUSED, "target_down")
+                self.happen(migration.migration_id, Happening.ROOM_REFUSED, Refusal.TARGET_DOWN)
             return
         if action is Action.ASK_ROOM and not self._engines.connected(migration.source_id, migration.target_id):
-            self.happen(migration.migration_id, Happening.ROOM_REFUSED, "not_connected")
+            self.happen(migration.migration_id, Happening.ROOM_REFUSED, Refusal.NOT_CONNECTED)
             return
-        try:
+        with contextlib.suppress(EngineError):
             await self._ask(engine, record, action)
-        except EngineError:
-            record.detail = f"{action.value}:engine_died"
 
     async def _ask(self, engine: Engine, record: MigrationRecord, action: Action) -> None:
-        migration_id = record.migration.migration_id
+        migration = record.migration
+        migration_id = migration.migration_id
         match action:
             case Action.ASK_ROOM:
-                refused = await engine.reserve(migration_id, record.stream.n_tokens + ROOM_SLACK_TOKENS)
+                refused = await engine.reserve(migration_id, migration.room_tokens)
                 granted = refused is None
                 if granted and migration_id not in self._records:
                     await engine.release_reservation(migration_id)  # it ended while we asked
-                self.happen(migration_id, Happening.ROOM_GRANTED if granted else Happening.ROOM_REFUSED, refused or "")
+                self.happen(migration_id, Happening.ROOM_GRANTED if granted else Happening.ROOM_REFUSED, refused)
             case Action.CUT:
-                refused = await engine.cut(record.source_request_id)
+                outgrew = migration.has_outgrown_room(record.stream.n_tokens)
+                refused = Refusal.OUTGREW_ROOM if outgrew else await engine.cut(record.source_request_id)
                 if refused is not None:
                     self.happen(migration_id, Happening.CUT_REFUSED, refused)
             case Action.UNDO_CUT:

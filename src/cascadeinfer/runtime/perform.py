@@ -8,8 +8,8 @@ from functools import partial
 from typing import assert_never
 
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
-from cascadeinfer.core.events import Event, MessageReceived, MigrationOutcome
-from cascadeinfer.core.migration import MigrationTimes
+from cascadeinfer.core.events import Event, MessageReceived, MigrationEnded, MigrationOutcome
+from cascadeinfer.core.migration import MigrationLimits, NotBegun, not_begun
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import Resume
 from cascadeinfer.runtime.commands import Commands
@@ -42,7 +42,7 @@ class Performer:
         refuse_late: Callable[[Reject], None],
         fail: Callable[[Stream], None],
         isolation: Isolation,
-        times: MigrationTimes,
+        limits: MigrationLimits,
         clock: Callable[[], float],
     ) -> None:
         """
@@ -54,7 +54,7 @@ class Performer:
             refuse_late: Ends a request that the policy refuses after it has taken it.
             fail: Ends a request that cannot be sent to an engine.
             isolation: Keeps suspected requests apart.
-            times: Time limits for migrations.
+            limits: Of migrations.
             clock: The time in seconds.
         """
         self._fleet = fleet
@@ -66,7 +66,7 @@ class Performer:
         self._isolation = isolation
         isolation.send = self._send
         self._commands = Commands("a command to an instance")
-        self.migrator = Migrator(fleet, streams, self._migration_ended, times, self._add_failed, clock)
+        self.migrator = Migrator(fleet, streams, self._migration_ended, limits, self._add_failed, clock)
         self.migration_counts: dict[str, int] = {}
         self.arriving: set[RequestId] = set()
         self.rejected: dict[RequestId, Reject] = {}
@@ -148,22 +148,20 @@ class Performer:
     def _start_migration(self, effect: StartMigration) -> None:
         stream = self._streams.get(effect.request_id)
         if stream is None or stream.migration is not None or stream.instance_id != effect.source_id:
-            # The request ended or was moved by a death since the policy's last look: the migration ends before it began.
-            outcome = MigrationOutcome.ENDED if stream is None else MigrationOutcome.STAYED
-            self._end_migration(effect, outcome, "stale")
-            return
-        if self._isolation.keeps(stream):
-            self._end_migration(effect, MigrationOutcome.STAYED, "suspected")
-            return
-        self.migrator.start(effect, stream)
+            self._tell_end(effect, not_begun(effect, NotBegun.STALE, is_live=stream is not None))
+        elif self._isolation.keeps(stream):
+            self._tell_end(effect, not_begun(effect, NotBegun.SUSPECTED, is_live=True))
+        else:
+            self.migrator.start(effect, stream)
 
-    def _migration_ended(self, record: MigrationRecord, outcome: MigrationOutcome) -> None:
-        detail = record.detail if outcome is not MigrationOutcome.MOVED else ""
-        if record.pause_s is not None and outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
-            self._metrics.pause.labels(outcome.value).observe(record.pause_s)
-        self._end_migration(record.effect, outcome, detail)
+    def _migration_ended(self, record: MigrationRecord) -> None:
+        ended = record.migration.ended()
+        if record.pause_s is not None and ended.outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
+            self._metrics.pause.labels(ended.outcome.value).observe(record.pause_s)
+        self._tell_end(record.migration.effect, ended)
 
-    def _end_migration(self, effect: StartMigration, outcome: MigrationOutcome, detail: str) -> None:
-        self._metrics.migrations.labels(outcome.value, effect.reason.value, detail).inc()
-        self.migration_counts[outcome.value] = self.migration_counts.get(outcome.value, 0) + 1
-        self._emit(effect.ended(outcome, detail))
+    def _tell_end(self, effect: StartMigration, ended: MigrationEnded) -> None:
+        outcome = ended.outcome.value
+        self._metrics.migrations.labels(outcome, effect.reason.value, ended.detail).inc()
+        self.migration_counts[outcome] = self.migration_counts.get(outcome, 0) + 1
+        self._emit(ended)

@@ -24,7 +24,7 @@ from cascadeinfer.core.events import (
     RequestArrived,
     RequestFinished,
 )
-from cascadeinfer.core.migration import Happening, MigrationTimes
+from cascadeinfer.core.migration import Happening, MigrationLimits
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.quarantine import DEATHS
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
@@ -53,7 +53,7 @@ class Runtime:
         make_metrics: Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics],
         *,
         supervision: SupervisionTimes | None = None,
-        migration: MigrationTimes | None = None,
+        migration: MigrationLimits | None = None,
         source: EngineSource | None = None,
         observer: Observer | None = None,
         poison_deaths: int = DEATHS,
@@ -65,7 +65,7 @@ class Runtime:
             policy: The strategy; this object is its only driver.
             make_metrics: Makes the metrics from what reads the gauges.
             supervision: Limits and intervals for instances.
-            migration: Time limits for migrations.
+            migration: Limits of migrations.
             source: Makes engines of instances that are added later; None: none can be.
             observer: Sees every event with its effects: the event log.
             poison_deaths: Of instances under a request, after which it is ended.
@@ -85,7 +85,7 @@ class Runtime:
             self._refuse_late,
             self._fail,
             self._isolation,
-            migration or MigrationTimes(),
+            migration or MigrationLimits(),
             clock,
         )
         self._migrator = self._performer.migrator

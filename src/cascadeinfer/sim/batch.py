@@ -1,11 +1,11 @@
 """
 The decoding part of a batch, and its compiled fast path.
 
-All members gain one token per step, so nothing per member changes: a member's length is `base + steps`, its end is at the step
-`finish`, and it needs a new block whenever `(base + steps - 1) % block_size == 0`. A run of steps in which nobody ends and blocks
-suffice therefore costs O(1) per step: the sums move by constants and the number of blocks needed is looked up by `steps` modulo
-the block size. `cruise` carries such a run out with the very float operations of single steps, so that the fast path and the slow one
-give identical times (a test compares them).
+All members gain one token per step, so nothing per member changes: a member's length is `base + steps`, it ends at step
+`finish`, and it needs a new block whenever `(base + steps - 1) % block_size == 0`. A run of steps in which no member
+ends and blocks suffice therefore costs O(1) per step: the sums change by constants and the number of blocks needed is
+looked up by `steps` modulo the block size. `cruise` carries out such a run with exactly the float operations of single
+steps, so that the fast path and the slow one give identical times (a test compares them).
 """
 
 import numpy as np
@@ -23,7 +23,8 @@ def summarise(
     base: NDArray[np.int64], finish: NDArray[np.int64], n: int, by_residue: NDArray[np.int64]
 ) -> tuple[int, int, int]:
     """
-    Sum and maximum of `base` and minimum of `finish` over the first `n` members; fills the histogram of `base` modulo block size.
+    Sum and maximum of `base` and minimum of `finish` over the first `n` members; fills the histogram of `base` modulo
+    block size.
 
     Returns:
         (sum, maximum, minimum of finish); the maximum of no members is 0.
@@ -58,10 +59,11 @@ def cruise(
     """
     Run pure decode steps from the one in flight until the limit, or until one whose end needs a decision.
 
-    A step's end needs a decision when a member finishes with it or the next step's blocks are not there; that step is left in flight.
+    A step's end needs a decision when a member finishes with it or the next step's blocks are missing; that step is
+    left in flight.
 
     Args:
-        coefficients: Of the step time.
+        coefficients: Coefficients of the step time.
         by_residue: Members by `base` modulo block size.
         n: Members.
         base_sum: Sum of `base`.
@@ -70,8 +72,8 @@ def cruise(
         steps: Steps done.
         end_s: When the step in flight ends.
         flight_s: Its duration.
-        busy_s: Durations of steps done, summed.
-        free_blocks: That can be taken; those of the step in flight are taken already.
+        busy_s: Sum of the durations of steps done.
+        free_blocks: Blocks that can be taken; those of the step in flight are taken already.
         limit_s: Steps that end after this stay in flight.
 
     Returns:
@@ -96,10 +98,10 @@ def cruise(
 
 class DecodeBatch:
     """
-    Members that decode, in compact arrays.
+    Decoding members, in compact arrays.
 
     Attributes:
-        members: In no particular order (a leaving member's place is filled by the last).
+        members: In no particular order (the last one fills a leaving member's place).
         steps: Decode steps done since the instance started; never reset.
         changes: Counts changes of membership, so that others can cache what depends on it.
     """
@@ -132,7 +134,7 @@ class DecodeBatch:
         self.finish_min = NEVER
 
     def add(self, request: SimRequest) -> None:
-        """Take a member whose `produced` is settled; it decodes from the next step on."""
+        """Add a member whose `produced` is settled; it decodes from the next step on."""
         length = request.settled_tokens
         slot = len(self.members)
         request.base = length - self.steps
@@ -143,7 +145,7 @@ class DecodeBatch:
         self.changes += 1
 
     def remove(self, request: SimRequest) -> None:
-        """Let a member go and settle its `produced`."""
+        """Remove a member and settle its `produced`."""
         request.produced = self.length_of(request) - request.prompt_tokens
         last = self.members.pop()
         if last is not request:
@@ -160,7 +162,7 @@ class DecodeBatch:
         return request.base + self.steps
 
     def refresh(self) -> None:
-        """Bring the sums up to date with the membership."""
+        """Update the sums after a change of membership."""
         if self.seen != self.changes:
             self.base_sum, self.base_max, self.finish_min = summarise(
                 self.base, self.finish, len(self.members), self.by_residue

@@ -1,10 +1,10 @@
 """
-What must hold after every event, whatever the faults: checked by tests and on request, not in production runs.
+Invariants that hold after every event, whatever the faults; checked by tests and on request, not in production runs.
 
 - A request is in exactly one place: with the policy, on one instance, between two instances in a migration, or over.
-- Tokens come exactly once and in order: lengths only grow, never beyond the output, and the tokens that instances handed out are the
-  tokens that requests have.
-- Blocks are conserved: what requests hold, pins, reservations and caches add up to what the instance has.
+- Tokens come exactly once and in order: lengths only grow, never beyond the output, and the tokens that instances
+  handed out are those that requests have.
+- Blocks are conserved: what requests, pins, reservations and caches hold adds up to what the instance has.
 """
 
 from collections import Counter
@@ -16,17 +16,17 @@ from cascadeinfer.sim.requests import OVER, Phase, SimRequest
 
 
 class Checker:
-    """Checks a cluster; keeps what it must remember between two looks."""
+    """Checks a cluster; keeps what it must remember between two checks."""
 
     def __init__(self) -> None:
         self._produced: dict[RequestId, int] = {}
 
     def check(self, cluster: SimCluster) -> None:
         """
-        Look at everything.
+        Check everything.
 
         Raises:
-            AssertionError: Something does not hold; the simulator has a bug.
+            AssertionError: An invariant is violated; the simulator has a bug.
         """
         self._check_places(cluster)
         self._check_tokens(cluster)
@@ -77,7 +77,7 @@ def _produced(cluster: SimCluster, request: SimRequest) -> int:
 def _check_blocks(instance: SimInstance) -> None:
     scheduler = instance.scheduler
     kv = scheduler.kv
-    # A step in flight holds the blocks for its tokens, also where a crash froze it.
+    # A step in flight holds the blocks for its tokens, even where a crash froze it.
     in_flight = not instance.idle or not instance.alive
     private = sum(scheduler.reserved.values())
     users: Counter[int] = Counter()

@@ -24,13 +24,12 @@ from cascadeinfer.core.events import (
     InstanceReport,
     InstanceReported,
     MessageReceived,
-    MigrationOutcome,
     RequestArrived,
     RequestFinished,
     TimerFired,
 )
 from cascadeinfer.core.layout import StageLayout
-from cascadeinfer.core.migration import Happening
+from cascadeinfer.core.migration import Happening, NotBegun, not_begun
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.sim.fleet import Fleet
@@ -245,11 +244,11 @@ class SimCluster:
         request.phase = Phase.UNPLACED
         request.instance_id = None
 
-    def migration_ended(self, move: Move, outcome: MigrationOutcome) -> None:
+    def migration_ended(self, move: Move) -> None:
         """Record it and tell the policy."""
-        detail = move.detail if outcome is not MigrationOutcome.MOVED else ""
-        self.recorder.migration(move, outcome, detail, self.fleet.numbers)
-        self._emit(move.effect.ended(outcome, detail))
+        ended = move.migration.ended()
+        self.recorder.migration(move, ended, self.fleet.numbers)
+        self._emit(ended)
         for instance_id in (move.migration.source_id, move.migration.target_id):
             if instance_id in self.fleet.draining and (instance := self.instance(instance_id)) is not None:
                 self.kernel.at(self.kernel.now_s, Priority.CONTROL, self._leave_if_empty, instance)
@@ -331,9 +330,7 @@ class SimCluster:
             or self.migrator.move_of(request) is not None
             or request.instance_id != effect.source_id
         ):
-            # The request ended or was moved by a death since the policy's last look: the migration ends before it began.
-            outcome = MigrationOutcome.ENDED if request is None else MigrationOutcome.STAYED
-            self._emit(effect.ended(outcome, "stale"))
+            self._emit(not_begun(effect, NotBegun.STALE, is_live=request is not None))
             return
         self.migrator.start(effect, request, source.scheduler.length_of(request))
 

@@ -1,8 +1,8 @@
 """
 What goes wrong in a run, and when: a plan made beforehand, so that the same seed gives the same run.
 
-Instances crash (and may come back), drain, or join late; clients leave; messages are lost or late. Which message is lost is drawn
-when it is sent, from the run's own generator.
+Instances crash (and may come back), drain, or join late; clients leave; messages are lost or late. Whether a message is
+lost is drawn when it is sent, from the run's own generator.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from cascadeinfer.core.types import InstanceId
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """An instance dies at once; with `back_after_s` it joins again, empty, so long after the crash."""
+    """An instance dies at once; with `back_after_s` it joins again, empty, that long after the crash."""
 
     at_s: float
     instance_id: InstanceId
@@ -49,7 +49,7 @@ class Disconnect:
 @dataclass(frozen=True, slots=True)
 class FaultPlan:
     """
-    All of a run's faults.
+    All faults of a run.
 
     Attributes:
         message_drop: Probability that a bid-ask message is lost.
@@ -80,14 +80,14 @@ class FaultPlan:
         A random plan for fuzzing; the first instance never crashes, so that work can go on.
 
         Args:
-            rng: Where to draw from.
+            rng: Source of randomness.
             ids: The cluster's instances.
             rows: Requests in the trace.
             duration_s: Faults fall into `[0, duration_s)`.
             crashes_per_instance: Mean number per instance; each comes back.
             disconnect_share: Probability that a request's client leaves.
-            message_drop: As the attribute.
-            message_jitter_s: As the attribute.
+            message_drop: See the attribute.
+            message_jitter_s: See the attribute.
         """
         crashes: list[Crash] = []
         for instance_id in ids[1:]:

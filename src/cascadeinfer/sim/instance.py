@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.latency import step_time_s
 from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 from cascadeinfer.sim.batch import cruise
 from cascadeinfer.sim.requests import SimRequest
@@ -173,7 +174,7 @@ class SimInstance:
         self.scheduler.remove(request)
         self._changed(now_s, stop_cruise=True)
 
-    def reserve(self, migration_id: MigrationId, length_tokens: int, now_s: float) -> str | None:
+    def reserve(self, migration_id: MigrationId, length_tokens: int, now_s: float) -> Refusal | None:
         """Keep room for a request on its way here. Returns why not, or None."""
         refused = self.scheduler.reserve(migration_id, length_tokens)
         self._changed(now_s, stop_cruise=False)
@@ -184,7 +185,7 @@ class SimInstance:
         self.scheduler.unreserve(migration_id)
         self._changed(now_s, stop_cruise=bool(self.scheduler.waiting))
 
-    def request_cut(self, request: SimRequest, now_s: float) -> str | None:
+    def request_cut(self, request: SimRequest, now_s: float) -> Refusal | None:
         """Cut a request when the step in flight ends. Returns why not, or None."""
         refused = self.scheduler.request_cut(request)
         if refused is None:

@@ -1,9 +1,9 @@
 """
 The virtual clock: a heap of actions ordered by (time, priority, order, sequence).
 
-`priority` decides between things of different kinds at one moment: what an instance computed comes before what it is asked, and
-reports come last, so they show the moment's result. `order` decides between things of one kind (an instance's number), and the
-sequence of scheduling decides the rest. Nothing depends on hashing or on how actions compare.
+`priority` orders actions of different kinds at the same moment: an instance's results come before requests to it, and
+reports come last, so that they show the moment's result. `order` orders actions of one kind (by an instance's number),
+and the sequence of scheduling decides the rest. Nothing depends on hashing or on how actions compare.
 """
 
 import enum
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Priority(enum.IntEnum):
-    """Order of things that happen at the same moment."""
+    """Order of actions at the same moment."""
 
     STEP = 0
     """An instance's step ends."""
@@ -59,13 +59,13 @@ class Kernel:
         self._sequence += 1
 
     def next_s(self) -> float | None:
-        """When the next action is due, or None when there is none."""
+        """When the next action is due; None when there is none."""
         return self._heap[0][0] if self._heap else None
 
     def settled_s(self, order: int) -> float:
         """
-        Until when the steps of the instance with this number have happened: now, or just before now while the steps that end now
-        are still being gone through and its turn has not come.
+        Time up to which the steps of the instance with this number have happened: now, or just before now while the
+        steps that end now are still being processed and its turn has not come.
         """
         stepping = self._stepping
         return self.now_s if stepping is None or stepping >= order else math.nextafter(self.now_s, -math.inf)

@@ -1,11 +1,11 @@
 """
 KV cache accounting of one instance: blocks as counts, shared prefixes as units.
 
-A block is free, private to a request, or part of a *unit*: the blocks of one hashed piece of prompt (`blocks_per_unit` each; a
-trace's hash may cover many blocks, Mooncake's 512 tokens). A unit in use is counted once however many requests share it. A unit
-that nobody uses any more stays cached and is evicted, least recently released first, when no plain free block is left; this is
-vLLM's order too (its pool prepends uncached blocks to the free queue and appends cached ones). Eviction is by whole units, vLLM's
-by blocks from the prefix's end, which differs only while a unit is half evicted.
+A block is free, private to a request, or part of a *unit*: the blocks of one hashed piece of prompt (`blocks_per_unit`
+each; a trace's hash may cover many blocks, in Mooncake's case 512 tokens). A unit in use is counted once, however many
+requests share it. An unused unit stays cached and is evicted, least recently released first, when no plain free block
+is left; this is vLLM's order too (its pool prepends uncached blocks to the free queue and appends cached ones). We
+evict whole units, vLLM evicts blocks from the prefix's end, which differs only while a unit is half evicted.
 """
 
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 class KvCache:
     """
-    Blocks of one instance. `free_blocks` counts cached units too: they give way.
+    Blocks of one instance. `free_blocks` includes cached units, which can be evicted.
 
     Attributes:
         plain_free: Free blocks that cache nothing.
@@ -27,7 +27,7 @@ class KvCache:
     def __init__(self, blocks: int, blocks_per_unit: int = 0) -> None:
         """
         Args:
-            blocks: In all.
+            blocks: Total number of blocks.
             blocks_per_unit: Blocks that one prefix hash covers; 0 turns prefix caching off.
         """
         self.blocks = blocks
@@ -54,10 +54,10 @@ class KvCache:
 
     def hits(self, hashes: Sequence[int], max_units: int) -> tuple[int, int]:
         """
-        How much of a prompt is here.
+        How much of a prompt is cached here.
 
         Returns:
-            Leading units found (at most `max_units`), and how many of those are cached only: holding them costs free blocks.
+            Leading units found (at most `max_units`), and how many of those are unused: holding them costs free blocks.
         """
         found = idle = 0
         for unit in hashes[:max_units]:
@@ -79,10 +79,10 @@ class KvCache:
 
     def publish(self, unit: int) -> bool:
         """
-        Let others share a unit that a request has computed in private blocks.
+        Share a unit that a request has computed in private blocks.
 
         Returns:
-            Whether its blocks are the unit now; False when the hash is here already and the blocks stay private.
+            Whether its blocks are the unit now; False when the hash is already here and the blocks stay private.
         """
         if unit in self.used_by or unit in self.cached:
             return False
@@ -90,7 +90,7 @@ class KvCache:
         return True
 
     def release(self, hashes: Sequence[int]) -> None:
-        """Stop using units; those without users stay cached, the prompt's end to be evicted first."""
+        """Stop using units; those without users stay cached, to be evicted from the prompt's end first."""
         for unit in reversed(hashes):
             users = self.used_by[unit] - 1
             if users:

@@ -1,5 +1,5 @@
 """
-Carries migrations out between simulated instances, following the table in `core/migration.py`.
+Carries migrations out between simulated instances, as `core/migration.py` says.
 
 Times: the ask, its answer and the cut command take `control_s` each; the cut takes effect when the source's step in flight ends; the
 pull starts `control_s + pull_overhead_s` later and moves all tokens but the last (less what the target has cached) over the
@@ -16,14 +16,13 @@ from typing import Any, Protocol, assert_never
 from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.core.events import MigrationOutcome
 from cascadeinfer.core.migration import Action, Happening, Migration, State
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
 from cascadeinfer.sim.instance import SimInstance
 from cascadeinfer.sim.kernel import Kernel, Priority
 from cascadeinfer.sim.network import Network
 from cascadeinfer.sim.requests import SimRequest
 from cascadeinfer.sim.settings import SimConfig
-
-_NO_DETAIL = frozenset({Happening.ROOM_GRANTED, Happening.CUT_DONE, Happening.FIRST_TOKEN})
 
 
 @dataclass(slots=True, eq=False)
@@ -32,22 +31,18 @@ class Move:
     One migration and what is known of it.
 
     Attributes:
-        started_s: When the policy asked for it; then when the cut was sent and took effect, and when it was over.
+        started_s: When the policy asked for it; then when the cut took effect, and when it was over.
         tokens: Sequence length at the cut.
         pulled_tokens: That went over the network.
-        detail: Why it ended as it did.
     """
 
     migration: Migration
-    effect: StartMigration
     request: SimRequest
     started_s: float
-    cut_sent_s: float = math.nan
     cut_s: float = math.nan
     ended_s: float = math.nan
     tokens: int = 0
     pulled_tokens: int = 0
-    detail: str = ""
 
 
 class Host(Protocol):
@@ -65,7 +60,7 @@ class Host(Protocol):
         """The request is nowhere; the policy will be told."""
         ...
 
-    def migration_ended(self, move: Move, outcome: MigrationOutcome) -> None:
+    def migration_ended(self, move: Move) -> None:
         """A migration is over."""
         ...
 
@@ -91,27 +86,22 @@ class Migrator:
 
     def start(self, effect: StartMigration, request: SimRequest, length_tokens: int) -> None:
         """Begin; the request must be on the effect's source and in no migration."""
-        migration = Migration(effect.migration_id, effect.request_id, effect.source_id, effect.target_id, length_tokens)
-        move = Move(migration, effect, request, self._kernel.now_s)
+        move = Move(Migration(effect, length_tokens, self._config.migration), request, self._kernel.now_s)
         self.moves[effect.migration_id] = move
         self._of_request[effect.request_id] = move
         self._limit(move)
         self._act(move, Action.ASK_ROOM)
 
-    def happen(self, move: Move, happening: Happening, detail: str = "") -> None:
+    def happen(self, move: Move, happening: Happening, refusal: Refusal | None = None) -> None:
         """Something happened to a migration; ignored when it is over."""
         migration = move.migration
         if migration.migration_id not in self.moves:
             return
         before = migration.state
-        actions = migration.handle(happening)
-        if detail or happening not in _NO_DETAIL:
-            move.detail = f"{happening.value}:{detail}" if detail else happening.value
-        for action in actions:
+        for action in migration.handle(happening, self._kernel.now_s, refusal):
             self._act(move, action)
-        outcome = migration.outcome
-        if outcome is not None:
-            self._end(move, outcome)
+        if migration.outcome is not None:
+            self._end(move, migration.outcome)
         elif migration.state is not before:
             self._limit(move)
 
@@ -123,7 +113,7 @@ class Migrator:
             move.request.migrations += 1
         elif outcome is MigrationOutcome.LOST:
             self._displace(move.request)
-        self._host.migration_ended(move, outcome)
+        self._host.migration_ended(move)
 
     def first_token(self, request: SimRequest) -> None:
         """The instance that has a watched request sent its next token."""
@@ -136,8 +126,7 @@ class Migrator:
         move = self._of_request[request.request_id]
         move.cut_s = self._kernel.now_s
         move.tokens = request.settled_tokens
-        times = self._config.migration
-        self.happen(move, times.cut_heard(move.cut_sent_s, self._kernel.now_s, move.tokens - 1))
+        self.happen(move, move.migration.cut_heard(self._kernel.now_s, move.tokens - 1))
 
     def instance_crashed(self, instance_id: InstanceId) -> None:
         """Transfers from and to it stop; nobody knows why yet."""
@@ -154,15 +143,9 @@ class Migrator:
                 self.happen(move, Happening.TARGET_LOST)
 
     def _limit(self, move: Move) -> None:
-        times = self._config.migration
-        state = move.migration.state
-        limits = {
-            State.ASKING: times.ask_s,
-            State.CUTTING: times.cut_s,
-            State.RESUMING: times.deadline_s(move.cut_sent_s) - self._kernel.now_s,
-        }
-        if state in limits:
-            self._after(limits[state], self._timed_out, (move, state))
+        limit_s = move.migration.limit_s(self._kernel.now_s)
+        if limit_s is not None:
+            self._after(limit_s, self._timed_out, (move, move.migration.state))
 
     def _timed_out(self, what: tuple[Move, State]) -> None:
         move, state = what
@@ -178,7 +161,6 @@ class Migrator:
             case Action.ASK_ROOM:
                 self._after(control_s, self._ask_room, move)
             case Action.CUT:
-                move.cut_sent_s = self._kernel.now_s
                 self._after(control_s, self._cut, move)
             case Action.UNDO_CUT:
                 self._after(control_s, self._undo_cut, move)
@@ -207,29 +189,27 @@ class Migrator:
         if move.migration.state is not State.ASKING:
             return
         if target is None:
-            self._answer(move, "target_down")
+            self._answer(move, Refusal.TARGET_DOWN)
         elif target.alive:
-            length = move.migration.n_tokens + self._config.room_slack_tokens
-            refused = target.reserve(move.migration.migration_id, length, self._kernel.now_s)
+            migration = move.migration
+            refused = target.reserve(migration.migration_id, migration.room_tokens, self._kernel.now_s)
             self._host.touched(target)
             self._after(self._config.network.control_s, self._answered, (move, refused))
 
-    def _answered(self, what: tuple[Move, str | None]) -> None:
+    def _answered(self, what: tuple[Move, Refusal | None]) -> None:
         move, refused = what
         if move.migration.state is State.ASKING:
             self._answer(move, refused)
 
-    def _answer(self, move: Move, refused: str | None) -> None:
-        self.happen(move, Happening.ROOM_GRANTED if refused is None else Happening.ROOM_REFUSED, refused or "")
+    def _answer(self, move: Move, refused: Refusal | None) -> None:
+        self.happen(move, Happening.ROOM_GRANTED if refused is None else Happening.ROOM_REFUSED, refused)
 
     def _cut(self, move: Move) -> None:
         source = self._host.instance(move.migration.source_id)
         if move.migration.state is not State.CUTTING or source is None or not source.alive:
             return
-        # The step in flight adds one token; more than was asked room for must not go.
-        room = move.migration.n_tokens + self._config.room_slack_tokens
-        if source.scheduler.length_of(move.request) + 1 > room:
-            refused: str | None = "outgrew_room"
+        if move.migration.has_outgrown_room(source.scheduler.length_of(move.request)):
+            refused: Refusal | None = Refusal.OUTGREW_ROOM
         else:
             refused = source.request_cut(move.request, self._kernel.now_s)
             self._host.touched(source)

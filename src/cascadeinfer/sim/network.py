@@ -1,9 +1,10 @@
 """
-KV cache transfers between instances: one link per instance and direction, shared equally by the transfers on it.
+KV cache transfers between instances: one link per instance and direction, shared equally by its transfers.
 
-A transfer's rate is `link / max(transfers out of its source, transfers into its target)`: no link is ever overcommitted, and what
-one end cannot use is not given to others (simpler than max-min fairness, never faster). At most `max_pulls` transfers run per
-instance and direction; the rest start in order of asking as soon as both their ends have a place.
+A transfer's rate is `link / max(transfers out of its source, transfers into its target)`: no link is ever
+overcommitted, and what one end cannot use is not given to others (simpler than max-min fairness, never faster). At most
+`max_pulls` transfers run per instance and direction; the rest start in the order of their requests, as soon as both
+ends have a free slot.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Network:
         self._incoming: dict[InstanceId, int] = {}
 
     def __len__(self) -> int:
-        """Transfers running or in line."""
+        """Running and queued transfers."""
         return len(self._running) + len(self._queue)
 
     def start(
@@ -49,7 +50,7 @@ class Network:
         n_bytes: float,
         on_done: Callable[[MigrationId], None],
     ) -> None:
-        """Begin a transfer, or stand in line; `on_done` is called when the last byte is there, unless it is cancelled."""
+        """Begin a transfer, or queue it; `on_done` is called when the last byte has arrived, unless it is cancelled."""
         self._queue.append(_Transfer(transfer_id, source_id, target_id, n_bytes, on_done))
         self._admit()
 
@@ -82,7 +83,7 @@ class Network:
         self._incoming[transfer.target_id] -= 1
 
     def _share(self) -> None:
-        """Give every running transfer the rate it has now, and reckon anew when it will be done."""
+        """Update the rate of every running transfer and recompute when it will be done."""
         now_s = self._kernel.now_s
         for transfer in self._running.values():
             crowd = max(self._outgoing[transfer.source_id], self._incoming[transfer.target_id])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadeinfer.core.events import InstanceReport, MigrationOutcome
+from cascadeinfer.core.events import InstanceReport, MigrationEnded
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.results.records import FloatColumn, InstanceSamples, IntColumn, MigrationRecords, RequestRecords
@@ -44,9 +44,9 @@ class Recorder:
             )
         )
 
-    def migration(self, move: Move, outcome: MigrationOutcome, detail: str, numbers: Mapping[InstanceId, int]) -> None:
+    def migration(self, move: Move, ended: MigrationEnded, numbers: Mapping[InstanceId, int]) -> None:
         """Keep a migration that is over."""
-        effect = move.effect
+        effect = move.migration.effect
         self._moves.append(
             (
                 move.started_s,
@@ -57,9 +57,9 @@ class Recorder:
                 numbers[effect.target_id],
                 move.tokens,
                 move.pulled_tokens,
-                outcome.value,
+                ended.outcome.value,
                 effect.reason.value,
-                detail,
+                ended.detail,
             )
         )
 

@@ -1,25 +1,27 @@
 """
-What one instance runs in each step: continuous batching as vLLM V1 does it.
+What one instance runs in each step: continuous batching as in vLLM V1.
 
 Rules, in the order in which a step is planned:
-1. Running requests come first. Each decoding request gets one token; a block for it is taken when it crosses a block boundary.
-2. Prompts under way get what is left of the token budget, oldest first (chunked prefill).
-3. If a running request finds no block, the running request with the highest priority number, latest admitted among equals, is
-   preempted: its blocks are freed, and it goes to the head of the queue to be computed anew with all tokens it has.
-4. Waiting requests are admitted in order of (priority, arrival), preempted ones first, while budget, batch slots and blocks last;
-   the head must fit whole (vLLM's `scheduler_reserve_full_isl`), and nobody overtakes a head that does not. No admission in a step
-   that preempted.
-Source: vLLM 0.32 `v1/core/sched/scheduler.py`. Differences: decodes are planned before prompts wherever they stand in the running
-list, and only hashes that the trace knows are shared (vLLM also hashes output tokens).
+1. Running requests come first. Each decoding request gets one token, and a new block when it crosses a block boundary.
+2. Prompts in progress get what is left of the token budget, oldest first (chunked prefill).
+3. If a running request finds no block, the running request with the highest priority number, latest admitted among
+   equals, is preempted: its blocks are freed, and it goes to the head of the queue to be recomputed with all its
+   tokens.
+4. Waiting requests are admitted in order of (priority, arrival), preempted ones first, while budget, batch slots and
+   blocks last. The head must fit whole (vLLM's `scheduler_reserve_full_isl`), and nothing overtakes a head that does
+   not. A step that preempted admits nothing.
+Source: vLLM 0.32 `v1/core/sched/scheduler.py`. Differences: decodes are planned before prompts wherever they stand in
+the running list, and only hashes in the trace are shared (vLLM also hashes output tokens).
 
-A migration holds room here: `reserved` blocks and a slot from the ask on, `pulling` while the KV cache is on its way, and at the
-source `pinned` blocks from the cut until the pull is done.
+A migration holds room here: `reserved` blocks and a slot from the ask on, `pulling` while the KV cache is in transit,
+and at the source `pinned` blocks from the cut until the pull is done.
 """
 
 import math
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity, MigrationId, RequestId
 from cascadeinfer.sim.batch import DecodeBatch
 from cascadeinfer.sim.kvcache import KvCache
@@ -56,7 +58,7 @@ class Scheduler:
 
     def push(self, request: SimRequest) -> bool:
         """
-        Queue a request for computing all tokens it has.
+        Queue a request to compute all tokens it has.
 
         Returns:
             Whether it is the queue's head.
@@ -73,15 +75,15 @@ class Scheduler:
         heappush(self.waiting, (request.priority, place, request))
 
     def running_count(self) -> int:
-        """Requests that run."""
+        """Running requests."""
         return len(self.batch.members) + len(self.prefilling) + len(self.joining)
 
     def slots_taken(self) -> int:
-        """Requests that run and slots that are kept for requests on their way."""
+        """Running requests, plus slots kept for requests on their way."""
         return self.running_count() + len(self.pulling) + len(self.reserved)
 
     def requests(self) -> Iterator[SimRequest]:
-        """Everyone here, running first."""
+        """All requests here, running ones first."""
         yield from self.batch.members
         yield from self.prefilling
         yield from self.joining
@@ -105,7 +107,7 @@ class Scheduler:
         if not plan.preempted:
             self._admit(plan, budget, now_s)
         elif not self.batch.members and not plan.chunks:
-            return self.plan(now_s)  # everyone was preempted: nothing runs, so this one may admit
+            return self.plan(now_s)  # everything was preempted: nothing runs, so this plan may admit
         return plan
 
     def _grow_decodes(self) -> bool:
@@ -141,7 +143,7 @@ class Scheduler:
                     break
             else:
                 self._compute(plan, request, chunk, needed)
-        if plan.preempted:  # somebody who had a chunk already may be gone
+        if plan.preempted:  # a request that already had a chunk may be gone
             chunks = [(request, chunk) for request, chunk in plan.chunks if request.phase is Phase.PREFILL]
             plan.chunks, plan.prefill_tokens, plan.attention_tokens = [], 0, 0.0
             for request, chunk in chunks:
@@ -206,7 +208,7 @@ class Scheduler:
         self._next_front -= 1
 
     def _leave(self, request: SimRequest, *, next_token_has_block: bool) -> None:
-        """Take a running request out and free its blocks."""
+        """Remove a running request and free its blocks."""
         if request.phase is Phase.DECODE:
             computed = self.batch.length_of(request) - (0 if next_token_has_block else 1)
             self.batch.remove(request)
@@ -225,7 +227,7 @@ class Scheduler:
         self.kv.release(units)
 
     def complete(self, plan: StepPlan, now_s: float) -> StepEnd:
-        """Hand out the step's tokens: one per decoding request, the next one of each prompt that is done."""
+        """Hand out the step's tokens: one per decoding request, and the next one of each prompt that is complete."""
         end = StepEnd()
         if self.batch.members:
             self.batch.steps += 1
@@ -290,39 +292,41 @@ class Scheduler:
         self.watched[request.request_id] = request
 
     def watches_batch(self) -> bool:
-        """Whether the next token of a member of the batch is watched for."""
+        """Whether the next token of a member of the batch is watched."""
         return bool(self.watched) and any(request.phase is Phase.DECODE for request in self.watched.values())
 
-    def reserve(self, migration_id: MigrationId, length_tokens: int) -> str | None:
+    def reserve(self, migration_id: MigrationId, length_tokens: int) -> Refusal | None:
         """
-        Keep a slot and blocks for a request; the prompts under way and the queue come first.
+        Reserve a slot and blocks for a request; prompts in progress and the queue come first.
 
         Returns:
             Why not, or None.
         """
         if self.slots_taken() + len(self.waiting) >= self.capacity.max_num_seqs:
-            return "no_slot"
+            return Refusal.NO_SLOT
         blocks = self.capacity.blocks_for(length_tokens)
         promised = sum(self.capacity.blocks_for(request.goal) - request.blocks for request in self.prefilling)
         if blocks + self.waiting_blocks + promised > self.kv.free_blocks:
-            return "no_blocks"
+            return Refusal.NO_BLOCKS
         self.kv.take(blocks)
         self.reserved[migration_id] = blocks
         return None
 
     def unreserve(self, migration_id: MigrationId) -> None:
-        """Let a reservation go, if there is one."""
+        """Release a reservation, if there is one."""
         self.kv.give(self.reserved.pop(migration_id, 0))
 
-    def request_cut(self, request: SimRequest) -> str | None:
+    def request_cut(self, request: SimRequest) -> Refusal | None:
         """Cut a decoding request at the end of the step in flight. Returns why not, or None."""
+        if request.phase is Phase.PREFILL:
+            return Refusal.PREFILLING
         if request.phase is not Phase.DECODE:
-            return f"is_{request.phase.value}"
+            return Refusal.WAITING
         self.cut_requested[request.request_id] = request
         return None
 
     def undo_cut(self, request: SimRequest) -> bool:
-        """Take a cut back that has not taken effect. Returns whether there was one."""
+        """Undo a cut that has not taken effect. Returns whether there was one."""
         return self.cut_requested.pop(request.request_id, None) is not None
 
     def unpin(self, request_id: RequestId) -> None:
@@ -332,7 +336,7 @@ class Scheduler:
 
     def expect(self, request: SimRequest, migration_id: MigrationId) -> int:
         """
-        Turn a reservation into the blocks of a request that is cut.
+        Turn a reservation into the blocks of a cut request.
 
         Returns:
             Tokens to pull: all it has but the last, less what is cached here.
@@ -359,7 +363,7 @@ class Scheduler:
         self.joining.append(request)
 
     def remove(self, request: SimRequest) -> None:
-        """Take a request out wherever it is, e.g. because its client left."""
+        """Remove a request wherever it is, e.g. because its client left."""
         self.cut_requested.pop(request.request_id, None)
         self.watched.pop(request.request_id, None)
         request.watched = False

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.errors import ConfigError
-from cascadeinfer.core.migration import MigrationTimes
+from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.sim.faults import FaultPlan
 
@@ -43,8 +43,7 @@ class SimConfig:
         context_tokens: The model's longest sequence; no request may be longer.
         max_output_tokens: The cap that each request states; None states all the context left.
         network: Transfers and messages.
-        migration: Time limits.
-        room_slack_tokens: Asked of a migration's target beyond the length now (the runtime's figure).
+        migration: Limits of migrations, the same as the runtime's.
         report_interval_s: Between two reports of one instance; instances take turns.
         prefix_caching: Whether prompts share blocks by the trace's prefix hashes.
         detect_s: From a crash to its `InstanceLost`.
@@ -62,8 +61,7 @@ class SimConfig:
     context_tokens: int = 131_072
     max_output_tokens: int | None = None
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    migration: MigrationTimes = field(default_factory=MigrationTimes)
-    room_slack_tokens: int = 64
+    migration: MigrationLimits = field(default_factory=MigrationLimits)
     report_interval_s: float = 0.1
     prefix_caching: bool = False
     detect_s: float = 0.5

@@ -1,5 +1,5 @@
 """
-Arrival processes: times of `n` requests in seconds, not decreasing, drawn exactly (no gap is ever clamped or rounded).
+Arrival processes: times of `n` requests in seconds, non-decreasing, drawn exactly (no gap is ever clamped or rounded).
 
 Each takes its generator. The first request comes after the first gap. A recorded trace is its own arrival process: use
 `Trace.at_rate` to replay it at another speed.
@@ -21,44 +21,12 @@ def poisson_arrivals(rate_rps: float, n: int, rng: np.random.Generator) -> NDArr
 
 def gamma_arrivals(rate_rps: float, cv: float, n: int, rng: np.random.Generator) -> NDArray[np.float64]:  # (n,)
     """
-    Gamma gaps: bursty for a coefficient of variation above 1, even for below 1, Poisson at 1.
+    Gamma gaps: bursty for a coefficient of variation above 1, regular below 1, Poisson at 1.
 
     Shape k = 1 / cv^2 and scale cv^2 / rate give mean 1 / rate and standard deviation cv / rate.
     """
     _positive(rate_rps=rate_rps, cv=cv)
     return np.cumsum(rng.gamma(1.0 / cv**2, cv**2 / rate_rps, size=n))
-
-
-def on_off_arrivals(
-    on_rate_rps: float,
-    off_rate_rps: float,
-    mean_on_s: float,
-    mean_off_s: float,
-    n: int,
-    rng: np.random.Generator,
-) -> NDArray[np.float64]:  # (n,)
-    """
-    A Poisson process whose rate switches between two values (a two-state Markov-modulated Poisson process).
-
-    Phases have exponential durations; the first phase is drawn from the stationary law, so the mean rate from the start on is
-    `(on_rate * mean_on + off_rate * mean_off) / (mean_on + mean_off)`.
-    """
-    _positive(on_rate_rps=on_rate_rps, mean_on_s=mean_on_s, mean_off_s=mean_off_s)
-    if not (math.isfinite(off_rate_rps) and off_rate_rps >= 0.0):
-        raise TraceError(f"off_rate_rps must be zero or more, not {off_rate_rps}")
-    parts: list[NDArray[np.float64]] = []
-    drawn = 0
-    phase_start_s = 0.0
-    on = bool(rng.random() < mean_on_s / (mean_on_s + mean_off_s))
-    while drawn < n:
-        phase_s = rng.exponential(mean_on_s if on else mean_off_s)
-        count = int(rng.poisson((on_rate_rps if on else off_rate_rps) * phase_s))
-        # Given their number, the arrivals of a Poisson process are uniform over the phase.
-        parts.append(np.sort(phase_start_s + phase_s * rng.random(count)))
-        drawn += count
-        phase_start_s += phase_s
-        on = not on
-    return np.concatenate(parts)[:n] if parts else np.zeros(0)
 
 
 def renewal_window(
@@ -67,15 +35,15 @@ def renewal_window(
     """
     A stationary renewal process seen through a window: arrival times in `[0, duration_s)`.
 
-    The first arrival is the residual of a length-biased gap, so the expected count is exactly `rate_rps * duration_s`, whatever
-    the gaps' law.
+    The first arrival is the residual of a length-biased gap, so the expected count is exactly `rate_rps * duration_s`,
+    whatever the gaps' law.
 
     Args:
-        law: Of the gaps: `gamma` or `weibull`.
-        shape: Of that law; 1 is Poisson for both.
+        law: Law of the gaps: `gamma` or `weibull`.
+        shape: Shape of that law; 1 is Poisson for both.
         rate_rps: Mean rate.
-        duration_s: Of the window.
-        rng: Where to draw from.
+        duration_s: Length of the window.
+        rng: Source of randomness.
     """
     _positive(shape=shape, rate_rps=rate_rps, duration_s=duration_s)
     if law == "gamma":

@@ -1,4 +1,4 @@
-"""The requests of a run out of a trace: lengths drawn with arrivals from a law, or a stretch of the trace as it was recorded."""
+"""The requests of a run from a trace: lengths drawn with arrivals from a law, or a stretch of the trace as recorded."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,12 +13,12 @@ from cascadeinfer.workload.trace import Trace
 @dataclass(frozen=True, slots=True)
 class ArrivalLaw:
     """
-    When requests come.
+    When requests arrive.
 
     Attributes:
-        kind: `poisson`; `gamma`, gaps with the coefficient of variation `cv`; `recorded`, a stretch of the trace with its own times, lengths
-            and order, sped up or slowed down to the rate.
-        cv: Of gamma gaps, > 0.
+        kind: `poisson`; `gamma`, gaps with the coefficient of variation `cv`; `recorded`, a stretch of the trace with
+            its own times, lengths and order, scaled to the rate.
+        cv: Coefficient of variation of gamma gaps, > 0.
     """
 
     kind: Literal["poisson", "gamma", "recorded"] = "poisson"
@@ -29,17 +29,17 @@ def draw_requests(
     trace: Trace, law: ArrivalLaw, requests: int, rate_rps: float | None, rng: np.random.Generator
 ) -> Trace:
     """
-    So many requests at this rate; a function of its arguments.
+    The given number of requests at this rate; a function of its arguments.
 
     Args:
-        trace: To draw from.
-        law: When requests come.
-        requests: How many.
+        trace: The trace to draw from.
+        law: When requests arrive.
+        requests: Number of requests.
         rate_rps: Their mean rate; None for that of a recorded stretch.
-        rng: Where to draw from.
+        rng: Source of randomness.
 
     Raises:
-        ConfigError: Recorded arrivals are wanted, and the trace has none, or too few; or a law has no rate.
+        ConfigError: Recorded arrivals are wanted and the trace has none, or too few; or a law has no rate.
     """
     if law.kind == "recorded":
         return _stretch(trace, requests, rate_rps, rng)
@@ -52,7 +52,7 @@ def draw_requests(
 
 
 def _stretch(trace: Trace, requests: int, rate_rps: float | None, rng: np.random.Generator) -> Trace:
-    """Consecutive requests of the trace, from a place that the seed decides; times are scaled by the whole trace's mean rate."""
+    """Consecutive requests from a place in the trace chosen by the seed; times are scaled by the trace's mean rate."""
     if not trace.has_arrivals:
         raise ConfigError("the trace has no arrival times", option="--arrivals", fix="poisson, or gamma:CV")
     if requests > len(trace):

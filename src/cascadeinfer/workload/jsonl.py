@@ -1,7 +1,4 @@
-"""
-Our own file form of a trace:
-lines of JSON, a header and then one request per line. Nothing is lost in a round trip.
-"""
+"""Our own file format for traces: lines of JSON, a header and then one request per line. A round trip loses nothing."""
 
 from collections.abc import Iterable, Iterator
 from typing import Final
@@ -50,7 +47,8 @@ def from_jsonl(lines: Iterable[str]) -> Trace:
     Read what `to_jsonl` wrote.
 
     Raises:
-        TraceError: The header is missing or of another version, a line is not such JSON, or a field is missing or wrong.
+        TraceError: The header is missing or of another version, a line is not such JSON, or a field is missing or
+            wrong.
     """
     rows: list[_Row] = []
     header: _Header | None = None

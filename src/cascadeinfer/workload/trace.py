@@ -1,9 +1,9 @@
 """
 A trace: when requests arrive and how long they are.
 
-Columns in numpy, one row per request in order of arrival. A trace is a value: every change makes another, and whatever a change
-leaves out or shortens is counted, never silent. Source traces without arrival times have `has_arrivals` False and zeros in
-`arrival_s`; give them times with `with_arrivals` (see `workload/arrivals.py`) before they are run.
+Columns in numpy, one row per request in order of arrival. A trace is a value: every change makes another, and whatever
+a change leaves out or shortens is counted, never silent. Source traces without arrival times have `has_arrivals` False
+and zeros in `arrival_s`; give them times with `with_arrivals` (see `workload/arrivals.py`) before running them.
 """
 
 from collections.abc import Sequence
@@ -23,16 +23,18 @@ class Trace:
     Requests in order of arrival.
 
     Attributes:
-        arrival_s: Seconds since the trace's start, not decreasing.  # (n,)
+        arrival_s: Seconds since the trace's start, non-decreasing.  # (n,)
         prompt_tokens: At least 1.  # (n,)
         output_tokens: At least 1.  # (n,)
-        prefix_hashes: Per request, hashes of the prompt's leading blocks, each covering all before it; None when unknown.
+        prefix_hashes: Per request, hashes of the prompt's leading blocks, each covering all before it; None when
+            unknown.
         prefix_block_tokens: Tokens per hashed block; 0 without hashes.
         dropped_rows: Rows of the source that are not here, e.g. failed requests.
-        has_arrivals: Whether `arrival_s` means anything.
+        has_arrivals: Whether `arrival_s` is meaningful.
 
     Raises:
-        TraceError: A column is too short, not finite, negative, unsorted, or a length is below 1; the row is named.
+        TraceError: A column is too short, not finite, negative or unsorted, or a length is below 1; the message names
+            the row.
     """
 
     arrival_s: NDArray[np.float64]
@@ -48,7 +50,8 @@ class Trace:
         n = len(self.arrival_s)
         if len(self.prompt_tokens) != n or len(self.output_tokens) != n:
             raise TraceError(
-                f"columns differ in length: {n} arrivals, {len(self.prompt_tokens)} prompts, {len(self.output_tokens)} outputs"
+                f"columns differ in length: {n} arrivals, {len(self.prompt_tokens)} prompts, "
+                f"{len(self.output_tokens)} outputs"
             )
         if self.prefix_hashes is not None and len(self.prefix_hashes) != n:
             raise TraceError(f"{len(self.prefix_hashes)} prefix lists for {n} requests")
@@ -94,7 +97,7 @@ class Trace:
 
     @property
     def duration_s(self) -> float:
-        """From the start of the trace to its last arrival."""
+        """Seconds from the start of the trace to its last arrival."""
         return float(self.arrival_s[-1]) if len(self) else 0.0
 
     @property
@@ -126,7 +129,7 @@ class Trace:
         return replace(self, arrival_s=np.array(arrival_s, dtype=np.float64), has_arrivals=True)
 
     def at_rate(self, rate_rps: float) -> "Trace":
-        """The same arrivals stretched or squeezed in time to this mean rate; their pattern stays."""
+        """The same arrivals, scaled in time to this mean rate; their pattern stays."""
         if not (np.isfinite(rate_rps) and rate_rps > 0.0):
             raise TraceError(f"a rate must be positive, not {rate_rps}")
         return self.with_arrivals(self.arrival_s * (self.rate_rps / rate_rps))
@@ -185,7 +188,8 @@ class Trace:
         """
         The trace for a model with this context length: longer prompts and outputs are cut.
 
-        A prompt keeps at most `context_tokens - 1`, an output what is left; nothing is dropped, and the counts say what was cut.
+        A prompt keeps at most `context_tokens - 1`, an output what is left; nothing is dropped, and the counts say what
+        was cut.
         """
         if context_tokens < 2:
             raise TraceError(f"a context of {context_tokens} tokens holds no prompt and output")

@@ -52,13 +52,13 @@ def best_boundary(scale: float, rate_per_s: float) -> int:
 
 def follow(boundary: int, scales: list[float], rate_per_s: float, seed: int = 0) -> list[int]:
     """
-    A closed loop without instances: each interval requests come and go by the fluid, and the boundary is refined.
+    A closed loop without instances: in each interval requests come and go as a fluid, and the boundary is refined.
 
     Args:
-        boundary: At the start.
-        scales: Of the lengths, per interval.
+        boundary: Boundary at the start.
+        scales: Scale of the lengths, per interval.
         rate_per_s: Requests per second.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     rng = np.random.default_rng(seed)
     recent = RecentWorkload(SETTINGS.memory_s, 1 << 20)
@@ -89,7 +89,7 @@ def test_steady_workload_stands_still() -> None:
 
 @pytest.mark.parametrize("factor", [0.3, 3.0])
 def test_wrong_boundary_is_mended(factor: float) -> None:
-    """From three times too low or too high it comes to within 2 % of the lowest cost, by steps of 5 %."""
+    """From three times too low or too high it comes within 2 % of the lowest cost, by steps of 5 %."""
     best = best_boundary(1.0, 30.0)
     start = int(best * factor)
     path = follow(start, [1.0] * 150, 30.0)
@@ -100,7 +100,7 @@ def test_wrong_boundary_is_mended(factor: float) -> None:
 
 
 def test_drifting_workload_is_followed() -> None:
-    """When all lengths grow to the fourfold in eight minutes, the boundary keeps up: its cost stays within 4 % of the lowest."""
+    """When all lengths grow fourfold in eight minutes, the boundary keeps up: its cost is within 4 % of the lowest."""
     rate_per_s = 14.0
     scales = [4.0 ** min(1.0, interval / 200) for interval in range(240)]
     start = best_boundary(1.0, rate_per_s)
@@ -111,7 +111,10 @@ def test_drifting_workload_is_followed() -> None:
 
 
 def balance(boundary: int, steps: int, *, spread: float = 0.0) -> list[int]:
-    """A closed loop without a cost model: loads are the work below and above the boundary (uniform in log length up to 16K)."""
+    """
+    A closed loop without a cost model: loads are the work below and above the boundary, uniform in log length up to
+    16K.
+    """
     rng = np.random.default_rng(1)
     refiner = BoundaryRefiner(SETTINGS)
     path: list[int] = []
@@ -124,7 +127,7 @@ def balance(boundary: int, steps: int, *, spread: float = 0.0) -> list[int]:
 
 
 def test_without_a_model_loads_are_balanced() -> None:
-    """The boundary comes to where both sides are as full, and stays there also when loads are noisy."""
+    """The boundary settles where both sides are equally full, and stays there even when loads are noisy."""
     for start in (40, 6000):
         path = balance(start, 300)
         assert 128 / 1.9 < path[-1] < 128 * 1.9
@@ -159,7 +162,7 @@ def test_pressure_beats_the_outlook() -> None:
     loads=st.lists(st.tuples(st.floats(0, 1.5), st.floats(0, 1.5)), max_size=30),
 )
 def test_ranges_never_get_empty(low: int, width: int, loads: list[tuple[float, float]]) -> None:
-    """Whatever is observed, the boundary stays between its neighbours, and moves away from one that it is too near to only outwards."""
+    """The boundary always stays between its neighbours, and moves outwards only from one that it is too close to."""
     boundary, high = low + width, low + 2 * width
     refiner = BoundaryRefiner(SETTINGS)
     for lower, upper in loads:
@@ -173,7 +176,7 @@ def test_ranges_never_get_empty(low: int, width: int, loads: list[tuple[float, f
 
 
 def test_outlook_of_the_impossible() -> None:
-    """Where the present boundary cannot carry the load, one that can gains everything; beyond the neighbours nothing is gained."""
+    """Where the boundary cannot carry the load, one that can gains everything; beyond neighbours there is no gain."""
     histogram = LengthHistogram.from_requests([100] * 50 + [20_000] * 50, [100] * 100)
     around = Neighbours(0, None, 0.5, 0.5)
     gain_of = outlook(problem_of(histogram, 12.0), 30_000, around, (1, 7))

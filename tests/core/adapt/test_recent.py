@@ -9,7 +9,7 @@ from cascadeinfer.core.adapt.recent import RecentWorkload, Unfinished
 
 
 def test_too_little_is_nothing() -> None:
-    """Before the first request, at the same moment, and below the least number of finished requests there is nothing to say."""
+    """There is nothing to say before the first request, at the same moment, or with too few finished requests."""
     recent = RecentWorkload(60.0, 10_000)
     assert recent.look(5.0, 1) is None
     recent.note_arrival(10.0)
@@ -19,7 +19,7 @@ def test_too_little_is_nothing() -> None:
 
 
 def test_rate_and_lengths() -> None:
-    """100 arrivals in 50 s are 2 per second; the lengths are those that finished."""
+    """100 arrivals in 50 s are 2 per second; the lengths are those of finished requests."""
     recent = RecentWorkload(60.0, 10_000)
     for number in range(100):
         recent.note_arrival(0.5 * number)
@@ -33,7 +33,7 @@ def test_rate_and_lengths() -> None:
 
 
 def test_the_past_fades() -> None:
-    """After one time constant old lengths weigh 1/e of what they did, whenever they finished; the rate follows the new arrivals."""
+    """After one time constant old lengths weigh 1/e, whenever they finished; the rate follows the new arrivals."""
     recent = RecentWorkload(60.0, 10_000)
     for _ in range(100):
         recent.note_arrival(0.0)
@@ -65,9 +65,11 @@ def test_aborted_and_endless_requests_are_left_out() -> None:
 
 def test_requests_that_still_run_count_as_what_they_may_become() -> None:
     """
-    Ten seconds after a start, half of the requests (the long ones) run: those that finished alone give half of the mean output.
+    Ten seconds after a start, half of the requests (the long ones) still run: the finished ones alone give half of the
+    mean.
 
-    With the running ones at what finished requests teach, and beyond that at the length that they may reach, the mean is nearly right.
+    With the running ones at what finished requests suggest, and beyond that at the length that they may reach, the mean
+    is nearly right.
     """
     rng = np.random.default_rng(3)
     recent = RecentWorkload(300.0, 1 << 20)
@@ -94,7 +96,7 @@ def test_requests_that_still_run_count_as_what_they_may_become() -> None:
 
 
 def test_a_request_that_runs_is_never_taken_for_shorter_than_it_is() -> None:
-    """Whatever has finished, a running request's output in the histogram is longer than what it has, and within its own cap."""
+    """A running request's output in the histogram always exceeds what it has, and stays within its own cap."""
     recent = RecentWorkload(60.0, 10_000)
     for _ in range(50):
         recent.note_arrival(0.0)
@@ -110,7 +112,10 @@ def test_a_request_that_runs_is_never_taken_for_shorter_than_it_is() -> None:
 
 
 def test_a_window_in_which_hardly_anything_long_has_ended_says_nothing() -> None:
-    """While most requests have outlived all that finished (a start, long outputs), lengths would be guesses: nothing is said."""
+    """
+    While most requests have outlived all finished ones (a start, long outputs), lengths would be guesses: nothing is
+    said.
+    """
     recent = RecentWorkload(300.0, 1 << 17)
     for _ in range(500):
         recent.note_arrival(0.0)

@@ -1,4 +1,4 @@
-"""How long outputs get: the estimate against the truth, with and without requests that still run."""
+"""Distribution of output lengths: the estimate against the truth, with and without requests that still run."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ LEVELS = (0.25, 0.5, 0.75)
 
 
 def test_without_running_requests_quantiles_are_those_of_the_finished() -> None:
-    """A new request is expected to do as those before it did, to within a bucket (4.4 %)."""
+    """A new request is expected to last as long as those before it, to within a bucket (4.4 %)."""
     rng = np.random.default_rng(0)
     outputs = np.maximum(1, rng.lognormal(5.0, 0.7, 20_000)).astype(np.int64)
     survival = OutputSurvival(1 << 17)
@@ -42,7 +42,7 @@ def test_requests_cut_short_by_the_present_do_not_bias_the_estimate() -> None:
 
 
 def test_the_past_fades() -> None:
-    """After a decay to nothing new outputs alone count."""
+    """After a decay to nothing only new outputs count."""
     survival = OutputSurvival(10_000)
     survival.add(np.array([1000] * 10), np.ones(10))
     survival.decay(0.0)
@@ -56,7 +56,7 @@ def test_the_past_fades() -> None:
     running=st.lists(st.integers(0, 9000), min_size=1, max_size=10),
 )
 def test_futures_are_beyond_the_present_and_ordered(ended: list[int], running: list[int]) -> None:
-    """Every quantile is longer than what the request has, higher levels are not shorter, and a lone runner lasts as long again."""
+    """Every quantile exceeds the present length, higher levels are no shorter, a lone runner doubles its length."""
     survival = OutputSurvival(10_000)
     survival.add(np.array(ended, dtype=np.int64), np.ones(len(ended)))
     so_far = np.array(running, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Agents together, over a bad network: no place is held for ever, no request asks for ever, nobody is besieged."""
+"""Several agents over a bad network: no place is held for ever, no request asks for ever, no stage is flooded."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ NETWORK = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 10_000)), min_siz
 
 
 def staged(**options: object) -> tuple[Cascade, World]:
-    """Five instances in three stages that stand still."""
+    """Five instances in three fixed stages."""
     policy = Cascade(layout=LAYOUT, refine=False, **options)
     world = World(policy, SMALL)
     world.join("i0", "i1", "i2", "i3", "i4")
@@ -36,7 +36,7 @@ def asks_of(world: World) -> list[SendMessage]:
 @settings(max_examples=60)
 @given(steps=NETWORK)
 def test_nothing_is_held_for_ever(steps: list[tuple[int, int]]) -> None:
-    """Whatever was lost, late or doubled: when the network is quiet and time has passed, no place is held and no award is open."""
+    """Whatever was lost, late or duplicated: once the network is quiet and time has passed, nothing is held or open."""
     policy, world = staged()
     for number in range(8):
         world.arrive(f"r{number}", 20 + 40 * number)
@@ -69,7 +69,7 @@ def test_nothing_is_held_for_ever(steps: list[tuple[int, int]]) -> None:
 
 
 def test_a_full_stage_is_asked_less_and_less() -> None:
-    """While nobody has room, the asks of a whole instance thin out to a round per `rest_s_max`; decoding goes on."""
+    """While nobody has room, an instance's asks thin out to one round per `rest_s_max`; decoding goes on."""
     policy, world = staged(rebalance=False)
     for number in range(16):
         world.arrive(f"full{number}", 150)  # eight on each of the next stage's two instances: their batches are full
@@ -114,7 +114,7 @@ def test_near_a_boundary_nothing_wanders() -> None:
 
 
 def test_balance_settles() -> None:
-    """Four requests of 800 tokens on one of two peers: two move, then everything stands still."""
+    """Four requests of 800 tokens on one of two peers: two move, then nothing more."""
     policy = Cascade(migrate=True)
     world = World(policy, LARGE)
     world.join("i0")
@@ -137,7 +137,7 @@ def test_balance_settles() -> None:
 
 
 def test_refused_migration_rests() -> None:
-    """A migration that the target refuses is tried again later, not at once."""
+    """A migration refused by the target is retried later, not at once."""
     policy, world = staged(rebalance=False)
     world.arrive("r", 95)
     world.report("i0")

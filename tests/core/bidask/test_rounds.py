@@ -1,4 +1,4 @@
-"""The bid-ask table: complete, without dead ends, and deaf to what it does not allow."""
+"""The bid-ask table is complete, has no dead ends, and ignores what it does not allow."""
 
 import importlib.util
 from itertools import product
@@ -23,7 +23,7 @@ def round_in(state: State) -> Round:
 
 @pytest.mark.parametrize(("state", "event"), [k for k in product(State, RoundEvent) if k not in TRANSITIONS])
 def test_illegal_event_raises_and_changes_nothing(state: State, event: RoundEvent) -> None:
-    """What the table does not allow raises InvalidTransition, which names state and event, and the round is as it was."""
+    """What the table does not allow raises InvalidTransition with state and event, and leaves the round unchanged."""
     a_round = round_in(state)
     with pytest.raises(InvalidTransition) as caught:
         a_round.handle(event)
@@ -52,7 +52,7 @@ def reachable(start: State) -> set[State]:
 
 
 def test_every_state_is_reached_and_every_round_can_end() -> None:
-    """From NEW every state is reached; from every state CLOSED is; nothing leaves CLOSED; every event is of use."""
+    """NEW leads to every state, every state to CLOSED and CLOSED nowhere; every event is used."""
     assert reachable(State.NEW) == set(State) - {State.NEW}
     assert all(State.CLOSED in reachable(state) for state in State if state is not State.CLOSED)
     assert not reachable(State.CLOSED)
@@ -66,7 +66,7 @@ def test_the_two_sides_share_only_the_ends() -> None:
 
 
 def test_a_kept_place_outlives_the_asker_s_patience() -> None:
-    """A bidder keeps an awarded place longer than the asker waits for the accept, and an offer longer than a round can last."""
+    """A bidder keeps an awarded place longer than the asker waits for the accept, and an offer longer than a round."""
     settings = BidAskSettings()
     assert settings.keep_life_s > settings.award_wait_s
     assert settings.offer_life_s > settings.bid_wait_s + 2 * settings.award_wait_s

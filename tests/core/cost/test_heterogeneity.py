@@ -50,7 +50,7 @@ BATCHES = trace_batches()
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 @pytest.mark.parametrize("name", list(KERNELS))
 def test_fast_form_follows_the_simulation_on_mixed_batches(name: str, kv_heads: int) -> None:
-    """On batches from traces the median error is below 12 %, p90 below 25 %, and the term explains most of what it is for."""
+    """On batches from traces the median error is below 12 %, p90 below 25 %, and the term explains most of it."""
     error = reduction_error(KERNELS[name], BATCHES, kv_heads=kv_heads)
     assert error.batches > 70
     assert error.median < 0.12
@@ -68,7 +68,7 @@ def test_one_long_request_costs_what_the_simulation_says(name: str) -> None:
 
 
 def test_fa2_hurts_and_fa3_does_not() -> None:
-    """The price of one long request among 63 short ones is large under FA2 and small under FA3, in the fast form too."""
+    """One long request among 63 short ones costs much under FA2 and little under FA3, in the fast form too."""
     mixed, equal = np.array([2048] * 63 + [65_536]), np.full(64, (63 * 2048 + 65_536) // 64)
     for kernel, low, high in ((A100, 2.5, 8.0), (H100, 0.95, 1.15)):
         model = reduce_kernel(kernel, kv_heads=8, layers=1)

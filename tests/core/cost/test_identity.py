@@ -17,13 +17,14 @@ def test_the_same_engine_is_neither() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("architecture", "QwenForCausalLM"), ("layers", 80), ("hidden_size", 8192), ("kv_heads", 4), ("dtype", "float16"),
+        ("architecture", "QwenForCausalLM"), ("layers", 80), ("hidden_size", 8192), ("kv_heads", 4),
+        ("dtype", "float16"),
         ("kv_cache_dtype", "fp8"), ("quantization", "awq"), ("tensor_parallel", 2), ("device", "NVIDIA A100"),
         ("attention_backend", "FLASHINFER"), ("threads", 4), ("experts", 128), ("engine", "sglang"),
     ],
 )  # fmt: skip
 def test_another_engine_is_foreign(field: str, value: object) -> None:
-    """Another model, number format, split, device or attention backend forbids the profile, and is named with both values."""
+    """Another model, number format, split, device or attention backend forbids the profile; both values are named."""
     (reason,) = foreign(ENGINE, engine_identity(**{field: value}))
     assert reason == f"{field}: {getattr(ENGINE, field)} in the profile, {value} in the engine"
 

@@ -115,7 +115,7 @@ MODELS = st.builds(
 
 @given(MODELS, st.lists(st.integers(1, 131_072), min_size=1, max_size=64), st.integers(0, 4_096))
 def test_step_is_finite_and_never_below_its_floor(model: StepModel, lengths: list[int], prefill: int) -> None:
-    """For any coefficients and batch the step is finite, at least base plus balanced read, and longer with more prefill."""
+    """For any coefficients and batch, a step is finite, at least base plus balanced read, and grows with prefill."""
     batch = BatchFeatures(len(lengths), sum(lengths), max(lengths), prefill, prefill * (prefill + 1) / 2)
     step = model.step_s(batch)
     assert np.isfinite(step)
@@ -126,7 +126,7 @@ def test_step_is_finite_and_never_below_its_floor(model: StepModel, lengths: lis
 
 @given(MODELS, st.lists(st.integers(1, 131_072), min_size=2, max_size=64))
 def test_mixing_lengths_never_helps(model: StepModel, lengths: list[int]) -> None:
-    """At the same count and total, a longer longest request never makes the step shorter (partial waves and splitting cost apart)."""
+    """At the same count and total, a longer longest request never helps (partial waves and splits apart)."""
     model = replace(model, overlap_max=0.0, split_s=0.0, split_above_tokens=0.0)
     mean = -(-sum(lengths) // len(lengths))
     like = model.step_s(BatchFeatures(len(lengths), sum(lengths), mean))

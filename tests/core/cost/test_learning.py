@@ -1,4 +1,4 @@
-"""Step times learnt from steps: the truth is found, a start is kept where nothing is seen, disturbances hardly count."""
+"""Learning step times: the truth is found, a start is kept where nothing is seen, disturbances hardly count."""
 
 import math
 from dataclasses import replace
@@ -47,13 +47,13 @@ def steps(
 
 
 def worst_error(model: StepModel | None, truth: StepModel, rng: np.random.Generator) -> float:
-    """Of predictions for new batches."""
+    """Worst error of predictions for new batches."""
     assert model is not None
     return max(abs(model.step_s(batch) / truth.step_s(batch) - 1.0) for batch in batches(rng, 300))
 
 
 def test_a_model_is_learnt_from_nothing() -> None:
-    """After enough steps, and a second look that confirms the first, new batches are predicted within 5 %; never before."""
+    """After enough steps and a second, confirming look, new batches are predicted within 5 %; never before."""
     rng = np.random.default_rng(0)
     learner = StepLearner(None)
     assert not learner.is_due(0.0)
@@ -90,7 +90,7 @@ def test_steps_that_no_model_explains_are_not_trusted() -> None:
 
 @pytest.mark.parametrize("name", ["h100-llama-3.1-8b", "l40s-llama-3.1-8b", "h100-qwen3-30b-a3b"])
 def test_a_profile_follows_an_engine_that_is_slower_in_parts(name: str) -> None:
-    """Attention twice as slow and the rest 1.3 times: two minutes of steps bring every prediction from more than 20 % off to 8 %."""
+    """Attention twice as slow, the rest 1.3 times: two minutes of steps take predictions from over 20 % off to 8 %."""
     rng = np.random.default_rng(3)
     start = load_profile(name).step_model
     truth = replace(
@@ -153,7 +153,7 @@ def test_disturbed_steps_hardly_count() -> None:
 
 @pytest.mark.parametrize("start", [None, TRUTH])
 def test_total_time_is_right_when_like_steps_differ(start: StepModel | None) -> None:
-    """Step times that vary by 30 %: predictions add up to what the steps took, where a fit of relative errors lies a sixth below."""
+    """Step times vary by 30 %: predictions add up to the measured total; a fit of relative errors is a sixth low."""
     rng = np.random.default_rng(8)
     learner = StepLearner(start)
     for interval in range(1, 6):
@@ -168,7 +168,12 @@ def test_total_time_is_right_when_like_steps_differ(start: StepModel | None) -> 
 def test_no_factor_leaves_its_bounds() -> None:
     """An engine a hundred times as slow as its profile is believed up to the bound."""
     rng = np.random.default_rng(7)
-    slow = StepModel(**{name: 100.0 * getattr(TRUTH, name) for name in ("base_s", "per_decode_s", "per_kv_token_s", "per_prefill_token_s", "per_prefill_attention_s")})  # fmt: skip
+    slow = StepModel(
+        **{
+            name: 100.0 * getattr(TRUTH, name)
+            for name in ("base_s", "per_decode_s", "per_kv_token_s", "per_prefill_token_s", "per_prefill_attention_s")
+        }
+    )
     learner = StepLearner(TRUTH)
     for interval in range(1, 10):
         learner.observe(steps(slow, rng, 500))

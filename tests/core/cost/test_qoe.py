@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
-from cascadeinfer.core.cost.qoe import StageService
-from cascadeinfer.core.cost.steady_state import longest_in_batch
+from cascadeinfer.core.cost.qoe import StageService, longest_of
 from cascadeinfer.core.plan.problem import HandOverCost, PlanProblem, ServiceFloor
 from cascadeinfer.core.types import InstanceCapacity
 
@@ -126,7 +125,7 @@ def test_a_floor_excludes_slow_stages() -> None:
 
 
 def test_hand_overs_cost_their_pause() -> None:
-    """A stage that takes all requests over costs (pause + per token x boundary) / output more than with free hand-overs."""
+    """A stage that takes over all requests costs (pause + per token x boundary) / output more than free hand-overs."""
     histogram = LengthHistogram.from_requests([100], [1001], buckets_per_octave=16)
     costs = []
     for hand_over in (HandOverCost(0.0), HandOverCost(0.05, 1e-5)):
@@ -137,7 +136,7 @@ def test_hand_overs_cost_their_pause() -> None:
 
 
 def test_a_stage_that_hands_over_too_often_is_infeasible() -> None:
-    """Hand-overs into and out of an instance are limited; more instances, or a higher limit, make the stage feasible."""
+    """Hand-overs into and out of an instance are limited; more instances or a higher limit make a stage feasible."""
     histogram = LengthHistogram.from_requests([100], [1001])
     boundary = histogram.nearest_edge(512)
 
@@ -165,7 +164,7 @@ def test_quantiles_of_the_longest_are_those_of_draws() -> None:
         straggler_per_kv_token_s=1.0,
     )
     problem = PlanProblem(histogram, model, ROOMY, 1e-9, 1)
-    longest = longest_in_batch(problem.table, problem.edges, 0, len(problem.edges) - 1, problem.coefficients)
+    longest = longest_of(problem.inputs, 0, len(problem.edges) - 1)
     lengths = np.concatenate([np.arange(p + 1, p + o) for p, o in zip(prompts, outputs, strict=True)])
     for doublings in (0, 2, 5):
         draws = rng.choice(lengths, (4000, 2**doublings)).max(axis=1)
@@ -176,7 +175,7 @@ def test_quantiles_of_the_longest_are_those_of_draws() -> None:
 def simulate_one_instance(
     model: StepModel, arrivals: list[float], prompts: list[int], outputs: list[int], budget: int
 ) -> float:
-    """Mean normalised latency on one instance with continuous batching, decode first, chunked prefill in order of arrival."""
+    """Mean normalised latency on one instance: continuous batching, decode first, chunked prefill by arrival."""
     now, waiting, decoding = 0.0, [], []
     todo = list(zip(arrivals, range(len(arrivals)), strict=True))
     heapq.heapify(todo)
@@ -215,7 +214,7 @@ def simulate_one_instance(
 
 @pytest.mark.parametrize("load", [0.2, 0.5, 0.75])
 def test_prediction_agrees_with_a_step_simulation(load: float) -> None:
-    """On one instance, whose fluctuations are largest, the predicted mean normalised latency is within 10 % of simulation."""
+    """On one instance, which fluctuates most, the predicted mean normalised latency is within 10 % of simulation."""
     rng = np.random.default_rng(5)
     n = 1500
     prompts = np.minimum(rng.lognormal(6.5, 1.0, n).astype(int) + 1, 20_000)

@@ -101,7 +101,7 @@ def test_ratio_on_trace_batches_is_the_references(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(TABLES))
 def test_error_on_measured_equal_lengths_is_the_references(name: str) -> None:
-    """Against measured cells beyond the L2 cache the median and p90 errors are those that the reference simulation printed."""
+    """Beyond the L2 cache, median and p90 errors against measured cells are those of the reference simulation."""
     kernel, errors = KERNELS[name], []
     with gzip.open(DATA / "gpu" / f"aic_decode_attn_{TABLES[name]}.csv.gz", "rt", newline="") as stream:
         for row in csv.DictReader(stream):
@@ -120,7 +120,7 @@ def test_error_on_measured_equal_lengths_is_the_references(name: str) -> None:
 
 
 def test_flashinfer_on_a800_is_near_the_measurements() -> None:
-    """The CUDA-core rule with A100's numbers is within 4 % (median) of Llama-2-7B's measured decode attention on A800."""
+    """With A100's numbers the CUDA-core rule is within 4 % (median) of Llama-2-7B's decode attention on A800."""
     a800 = AttentionKernel(SplitRule.FLASHINFER_CUDA_CORE, 108, 4, 1.75e12, 15.5e9, 10e-6, 6e-6, 1e-6)
     errors = []
     with gzip.open(DATA / "gpu" / "frontier_a800_flashinfer_llama2-7b_decode.csv.gz", "rt", newline="") as stream:
@@ -134,7 +134,7 @@ def test_flashinfer_on_a800_is_near_the_measurements() -> None:
 
 
 def test_lone_block_rate_of_a100_follows_from_a_partial_wave() -> None:
-    """With 15.5 GB/s for a lone block the A100 simulation is nearer to the measurements than with the documented 8.7."""
+    """With 15.5 GB/s for a lone block the A100 simulation is closer to measurements than with the documented 8.7."""
     cells = [(32, 4096, 8, 418.9), (32, 8192, 8, 816.4), (64, 4096, 8, 682.0), (64, 4096, 4, 419.9)]
     faster = replace(A100, block_bandwidth_bytes_s=15.5e9, bandwidth_bytes_s=1.62e12)
     for kernel, most in ((faster, 0.06), (A100, 0.28)):
@@ -184,7 +184,7 @@ def test_fa3_leaves_a_huge_batch_whole() -> None:
 
 
 def test_flashinfer_budgets_of_its_two_paths() -> None:
-    """33 requests x 8 heads fill the tensor-core budget (2 x 132 / 8): they are the last to be split; CUDA cores stop there."""
+    """33 requests x 8 heads fill the tensor-core budget (2 x 132 / 8), the last to be split; CUDA cores stop there."""
     cuda = replace(FLASHINFER, rule=SplitRule.FLASHINFER_CUDA_CORE)
     assert flashinfer_chunk_tokens(lengths_of([4096] * 32), 8, FLASHINFER) == 4096
     assert flashinfer_chunk_tokens(lengths_of([4096] * 34), 8, FLASHINFER) is None
@@ -194,7 +194,7 @@ def test_flashinfer_budgets_of_its_two_paths() -> None:
 
 @given(LENGTHS, KV_HEADS, RULES)
 def test_pieces_cover_every_token(lengths: NDArray[np.int64], kv_heads: int, rule: SplitRule) -> None:
-    """Whatever the rule, a batch's pieces add up to its tokens, rounded up to blocks at most, and there is one per request."""
+    """By every rule a batch's pieces add up to its tokens, rounded up to blocks at most, one or more per request."""
     pieces = plan_pieces(lengths, kv_heads, replace(A100, rule=rule))
     assert (pieces.tokens > 0).all()
     assert lengths.sum() <= pieces.tokens.sum() <= (-(-lengths // 128) * 128).sum()

@@ -1,4 +1,4 @@
-"""A profile of another model is refused, with what differs; one of another device is told."""
+"""A profile of another model is refused with the difference; one of another device is accepted with a remark."""
 
 from dataclasses import replace
 from functools import partial

@@ -1,4 +1,4 @@
-"""Admission: the rate at which requests end, when a refused client may come again, who is refused, who runs first."""
+"""Admission: the rate at which requests end, when a refused client may retry, who is refused, who runs first."""
 
 import pytest
 from hypothesis import given
@@ -36,7 +36,7 @@ def test_the_wait_follows_the_rate() -> None:
 
 
 def test_an_unknown_rate_is_not_guessed() -> None:
-    """Before the second end, when all came at this very moment, and after a minute of nothing, the default is told."""
+    """Before the second end, when all came at the same moment, and after an idle minute, the default is given."""
     rate = DrainRate()
     assert rate.retry_after_s(9, 0.0, 7.0) == 7.0
     rate.note_end(1.0)
@@ -74,7 +74,7 @@ def test_lower_priorities_run_first_and_equal_ones_in_order() -> None:
 
 
 def test_a_full_queue_refuses_who_would_run_last() -> None:
-    """An urgent newcomer pushes out the youngest of the least urgent; one that is less urgent than all is refused itself."""
+    """An urgent newcomer displaces the youngest of the least urgent; one less urgent than all is refused itself."""
     world = world_with(2)
     world.arrive("running", 50)
     world.arrive("old", 50, priority=1)
@@ -102,7 +102,7 @@ def test_refused_clients_are_told_the_observed_wait() -> None:
 
 
 def test_orphans_with_output_are_not_refused() -> None:
-    """A client that is reading is not told to come again: after its instance's death its request waits beside a full queue."""
+    """A client that is reading is not told to retry: after its instance's death it waits beside a full queue."""
     world = world_with(1)
     world.join("b")
     world.arrive("reading", 50)
@@ -120,7 +120,7 @@ def test_orphans_with_output_are_not_refused() -> None:
 
 
 def test_a_prompt_as_long_as_the_cache_is_taken_by_an_idle_instance() -> None:
-    """What never has room beside a spare block does not wait for ever."""
+    """A request that never fits with a spare block does not wait for ever."""
     world = world_with(4)
     world.arrive("small", 50)
     world.arrive("whole", ONE_AT_A_TIME.kv_tokens, 1)

@@ -34,7 +34,7 @@ def place(world: World, request_id: str, prompt: int, hashes: tuple[int, ...] = 
 
 
 def test_a_conversation_returns_to_its_cache() -> None:
-    """Its next turn goes where the first was, not to the idle instance that comes first; without the switch it does not."""
+    """Its next turn follows the first, not the idle instance that comes first; without the switch it does not."""
     for affinity, expected in ((True, "b"), (False, "a")):
         world = world_of(affinity=affinity)
         place(world, "other", 9000)
@@ -53,7 +53,7 @@ def test_strangers_go_to_the_cheapest() -> None:
 
 
 def test_load_outweighs_a_cache() -> None:
-    """The same beginning goes to its cache while that is cheap; as requests heap up there the others take their share."""
+    """The same beginning goes to its cache while that is cheap; as requests pile up there, others take their share."""
     world = world_of()
     places = []
     for n in range(120):
@@ -115,7 +115,7 @@ def test_a_full_instance_is_no_candidate() -> None:
     st.lists(st.integers(0, 3), max_size=5),
 )
 def test_matches_per_instance(prompts: list[tuple[list[int], str]], asked: list[int]) -> None:
-    """Per instance the longest beginning of any prompt that went there, as a search over all prompts finds it."""
+    """Per instance, the longest beginning of any prompt that went there, as found by a search over all prompts."""
     index = PrefixIndex(1000)
     path = lambda blocks: tuple(hash(tuple(blocks[: n + 1])) for n in range(len(blocks)))  # noqa: E731
     for blocks, instance_id in prompts:

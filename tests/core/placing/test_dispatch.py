@@ -11,7 +11,6 @@ from cascadeinfer.core.placing.dispatch import (
     cheapest_with_room,
     has_room,
     least_loaded,
-    load_of,
     pick,
     pricing_of,
 )
@@ -43,8 +42,8 @@ def name(chosen: object) -> str | None:
 
 def test_load_is_the_larger_share() -> None:
     """300 of 1,000 tokens and 2 of 4 requests make a load of 0.5."""
-    assert load_of(cluster({"a": [100, 200]}).instances["a"]) == 0.5
-    assert load_of(cluster({"a": [600, 200]}).instances["a"]) == 0.8
+    assert cluster({"a": [100, 200]}).instances["a"].load == 0.5
+    assert cluster({"a": [600, 200]}).instances["a"].load == 0.8
 
 
 def test_least_loaded_and_ties() -> None:
@@ -64,7 +63,7 @@ def test_room_needs_blocks_one_more_and_a_slot() -> None:
 
 
 def test_pick_passes_over_who_has_no_room() -> None:
-    """The least loaded is passed over when the request does not fit there; when it fits nowhere, the least loaded queues it."""
+    """The least loaded is skipped when a request does not fit there; when it fits nowhere, it queues there."""
     view = cluster({"a": [200, 200, 200], "b": [100, 100, 100, 100]})
     assert name(least_loaded(view.available())) == "a"
     assert name(pick(view.available(), 300)) == "a"
@@ -83,7 +82,7 @@ def test_pick_leaves_the_draining_out() -> None:
 
 
 def test_price_counts_what_a_step_costs_everybody() -> None:
-    """Of two instances with as many tokens, the one with fewer requests is cheaper; load, here, does not tell them apart."""
+    """Of two instances with as many tokens, the one with fewer requests is cheaper, although their loads are equal."""
     view = cluster({"a": [290, 290], "b": [580]})
     assert name(least_loaded(view.available())) == "a"
     assert name(cheapest(view.available())) == "b"
@@ -93,7 +92,7 @@ def test_price_counts_what_a_step_costs_everybody() -> None:
 
 
 def test_crowded_instances_are_dear() -> None:
-    """Beyond 60 % of the KV cache the price rises, to the fivefold at full."""
+    """Beyond 60 % of the KV cache the price rises, fivefold when full."""
     view = cluster({"a": [1000], "b": [590]})
     plain = 2 * (0.01 + 1e-4 + 1000 * 1e-6 + 1000 * 5e-5 / 128)
     assert abs(view.instances["a"].price - 5.0 * plain) < 1e-12

@@ -47,7 +47,7 @@ def exhaustive(costs: np.ndarray, stages: int) -> float:
 def test_best_partitions_are_the_exhaustive_ones(
     seed: int, n_candidates: int, n_units: int, infinite_share: float
 ) -> None:
-    """For any stage costs, infinite ones among them, each stage count's value is that of exhaustive search and is attained."""
+    """For any stage costs, even infinite ones, each stage count's value is exhaustive search's and is attained."""
     rng = np.random.default_rng(seed)
     costs = rng.exponential(size=(n_candidates, n_candidates, n_units + 1))
     costs[rng.random(costs.shape) < infinite_share] = np.inf
@@ -84,7 +84,7 @@ models = st.builds(
 def test_plan_of_a_workload_is_the_exhaustive_one(
     workload: list[tuple[int, int]], model: StepModel, rate: float, n: int, objective: Objective
 ) -> None:
-    """For random workloads, models, rates and objectives the coarse program finds what exhaustive search over its grid finds."""
+    """For random workloads, models, rates and objectives the coarse program equals exhaustive search over its grid."""
     histogram = LengthHistogram.from_requests(*zip(*workload, strict=True))
     problem = PlanProblem(histogram, model, CAPACITY, rate, n, objective=objective, boundaries_per_octave=1)
     candidates = problem.candidates()[:: max(1, len(problem.candidates()) // 5)]
@@ -94,8 +94,7 @@ def test_plan_of_a_workload_is_the_exhaustive_one(
         for b in range(a + 1, len(candidates)):
             for k in range(1, n + 1):
                 costs[a, b, k] = problem.service(candidates[a], candidates[b], k).cost
-    args = (problem.rate_per_s, problem.coefficients, problem.limits, problem.terms)
-    assert np.allclose(stage_costs(problem.table, problem.edges, candidates, n, 1.0, *args), costs, rtol=1e-12)
+    assert np.allclose(stage_costs(problem.inputs, candidates, n, 1.0), costs, rtol=1e-12)
     max_stages = min(n, len(candidates) - 1)
     values, _, _ = best_partitions(costs, max_stages)
     for stages in range(1, max_stages + 1):

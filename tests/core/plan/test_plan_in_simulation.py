@@ -29,7 +29,7 @@ N_REQUESTS = 8000
 
 @pytest.mark.parametrize("load", [0.4, 0.75])
 def test_prediction_and_order_hold_in_simulation(load: float) -> None:
-    """Both predictions are within 15 % of simulation, and the planned stages beat one stage by at least half of what was predicted."""
+    """Both predictions are within 15 % of simulation, and the planned stages gain at least half of the prediction."""
     rng = np.random.default_rng(2)
     prompts = np.minimum(rng.lognormal(5.8, 1.3, N_REQUESTS).astype(int) + 1, 20_000)
     outputs = np.minimum(rng.geometric(1 / 150, N_REQUESTS), 600)

@@ -8,7 +8,7 @@ import pytest
 from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.layout import Proposal, StageLayout
 from cascadeinfer.core.plan.explain import explain
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, SloAttainment, WeightedLatency
 from cascadeinfer.core.plan.planner import Plan, capacity_rate, plan, predict
@@ -76,19 +76,19 @@ def test_gain_approaches_the_cauchy_schwarz_bound() -> None:
 
 
 def test_margin_decides() -> None:
-    """A margin just below the gain keeps the stages, one just above gives one stage, and the best layout stays known."""
+    """A margin just below the gain keeps the stages, one just above gives one stage; the best layout stays known."""
     gain = mixed_plan().gain
     below = mixed_plan(margin=gain - 0.001)
     above = mixed_plan(margin=gain + 0.001)
     assert len(below.stages) > 1
     assert len(above.stages) == 1
     assert above.best is not None
-    assert above.best.boundaries_tokens == below.boundaries_tokens
+    assert above.best.proposal.boundaries_tokens == below.boundaries_tokens
     assert above.gain == pytest.approx(gain)
 
 
 def test_plan_is_consistent() -> None:
-    """Shares add to one, instances to all, the cost is the stages', and hand-overs into a stage are those at its boundary."""
+    """Shares and instances add up, the cost is the stages', and hand-overs into a stage are those at its boundary."""
     planned = mixed_plan()
     assert sum(planned.instances) == 16
     assert sum(s.share_of_requests for s in planned.stages) == pytest.approx(1.0)
@@ -112,15 +112,17 @@ def test_same_input_same_plan() -> None:
 
 
 def test_prediction_of_the_planned_layout_is_the_plans() -> None:
-    """`predict` of the planned boundaries and instances costs what the plan says; other splits of the instances cost more."""
+    """`predict` of the planned boundaries and instances costs what the plan says; other splits cost more."""
     planned = mixed_plan()
-    again = predict(planned.problem, planned.boundaries_tokens, planned.instances)
+    again = predict(planned.problem, planned.proposal)
     assert again.cost == pytest.approx(planned.cost)
     assert again.one_stage_cost == pytest.approx(planned.one_stage_cost)
     first, second, *rest = planned.instances
     for moved in (1, -1):
         if first + moved >= 1 and second - moved >= 1:
-            other = predict(planned.problem, planned.boundaries_tokens, (first + moved, second - moved, *rest))
+            other = predict(
+                planned.problem, Proposal(planned.boundaries_tokens, (first + moved, second - moved, *rest))
+            )
             assert other.cost >= planned.cost * (1.0 - 1e-9)
 
 
@@ -190,7 +192,7 @@ def test_weighted_latency_of_ttft_alone_is_the_mean_ttft() -> None:
 
 
 def test_explanation_names_the_decision_and_its_limits() -> None:
-    """The explanation has boundaries, gain, margin, a row per stage, costs per stage count, and the outcome at other rates."""
+    """The explanation has boundaries, gain, margin, a row per stage, costs per stage count, and other rates."""
     planned = mixed_plan()
     text = explain(planned)
     assert f"{len(planned.stages)} stages" in text
@@ -234,7 +236,7 @@ def test_bad_problems_are_refused(change: dict, said: str) -> None:
 
 
 def test_bad_parts_are_refused() -> None:
-    """Negative pauses, weights and limits, and layouts that are none, are errors."""
+    """Negative pauses, weights and limits, and boundaries that the histogram cannot tell apart, are errors."""
     with pytest.raises(PlanError, match="pause_s"):
         HandOverCost(-1.0)
     with pytest.raises(PlanError, match="weights"):
@@ -244,7 +246,5 @@ def test_bad_parts_are_refused() -> None:
     with pytest.raises(PlanError, match="limits must be positive"):
         ServiceFloor(tpot_s=-1.0)
     problem = PlanProblem(MIXED, MODEL, CAPACITY, 10.0, 4)
-    with pytest.raises(PlanError, match="no layout"):
-        predict(problem, (500,), (4,))
-    with pytest.raises(PlanError, match="not increasing"):
-        predict(problem, (500, 400), (1, 1, 2))
+    with pytest.raises(PlanError, match="closer than the histogram's buckets"):
+        predict(problem, Proposal((5000, 5001), (1, 1, 2)))

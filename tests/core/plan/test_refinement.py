@@ -34,7 +34,7 @@ def cost_of(bounds: np.ndarray, instances: np.ndarray) -> float:
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), n_stages=st.integers(1, 5), shift=st.sampled_from([1, 4]))
 def test_a_partition_is_only_improved(seed: int, n_stages: int, shift: int) -> None:
-    """From any partition, the result is a partition of the same instances, costs what is said, and costs no more than before."""
+    """From any partition, the result has the same instances, costs what is said, and costs no more than before."""
     rng = np.random.default_rng(seed)
     last = len(PROBLEM.edges) - 1
     inner = np.sort(rng.choice(np.arange(60, 240), n_stages - 1, replace=False))
@@ -42,8 +42,7 @@ def test_a_partition_is_only_improved(seed: int, n_stages: int, shift: int) -> N
     cuts = np.sort(rng.choice(np.arange(1, 16), n_stages - 1, replace=False))
     instances = np.diff(np.concatenate(([0], cuts, [16]))).astype(np.int64)
     before = cost_of(bounds, instances)
-    args = (PROBLEM.rate_per_s, PROBLEM.coefficients, PROBLEM.limits, PROBLEM.terms)
-    cost = improve(PROBLEM.table, PROBLEM.edges, bounds, instances, 8, shift, *args)
+    cost = improve(PROBLEM.inputs, bounds, instances, 8, shift)
     assert cost <= before * (1.0 + 1e-9)
     assert instances.sum() == 16
     assert instances.min() >= 1
@@ -59,6 +58,5 @@ def test_an_infeasible_partition_is_made_feasible() -> None:
     bounds = np.array([0, middle, last], dtype=np.int64)
     instances = np.array([15, 1], dtype=np.int64)
     assert not np.isfinite(cost_of(bounds, instances))
-    args = (PROBLEM.rate_per_s, PROBLEM.coefficients, PROBLEM.limits, PROBLEM.terms)
-    cost = improve(PROBLEM.table, PROBLEM.edges, bounds, instances, 8, 1, *args)
+    cost = improve(PROBLEM.inputs, bounds, instances, 8, 1)
     assert np.isfinite(cost)

@@ -1,4 +1,4 @@
-"""Each baseline follows its formula, on examples small enough to reckon by hand."""
+"""Each baseline follows its formula, on examples small enough to work out by hand."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ from cascadeinfer.core.policies.vllm_dp import VllmDp
 from cascadeinfer.core.policy import Policy
 from support.policy_world import SMALL, World
 
-# --- vllm_dp ------------------------------------------------------------------------------------------------------------
+# --- vllm_dp ---------------------------------------------------------------------------------------------------------
 
 
 def report(policy: Policy, instance_id: str, *, running: int, waiting: int, kv_use: float) -> None:
@@ -109,7 +109,7 @@ def test_vllm_forgets_a_lost_engine() -> None:
     assert chosen(policy, 0) == "i0"
 
 
-# --- llumnix ------------------------------------------------------------------------------------------------------------
+# --- llumnix ---------------------------------------------------------------------------------------------------------
 
 
 def test_llumnix_dispatches_to_the_freest() -> None:
@@ -152,7 +152,7 @@ def test_llumnix_moves_the_shortest_from_full_to_free() -> None:
 
 
 def test_llumnix_leaves_a_balanced_pair_alone() -> None:
-    """Nothing moves between two instances that are both below the threshold, nor when the move would turn the difference round."""
+    """Nothing moves between two instances below the threshold, or when the move would reverse the difference."""
     world = loaded_pair(migrate_steps=1e6)
     world.grow("i0", 16)
     assert world.report("i0") == []
@@ -199,7 +199,7 @@ def test_llumnix_empties_a_draining_instance() -> None:
     assert move.reason is MigrationReason.DRAIN
 
 
-# --- prefix_aware -------------------------------------------------------------------------------------------------------
+# --- prefix_aware ----------------------------------------------------------------------------------------------------
 
 
 def prefix_world(**options: float) -> World:
@@ -275,7 +275,7 @@ def test_prefix_index_counts(prompts: list[tuple[list[int], str]]) -> None:
     assert not index._nodes
 
 
-# --- the simple ones ----------------------------------------------------------------------------------------------------
+# --- the simple ones -------------------------------------------------------------------------------------------------
 
 
 def places(world: World, prompts: list[int]) -> list[str | None]:
@@ -330,7 +330,7 @@ def test_static_length_refuses_nonsense(boundaries: tuple[int, ...]) -> None:
 
 
 def test_static_stages_hands_over_and_drains() -> None:
-    """A request that outgrew its range moves on; a draining instance gives its requests to the stage of their length."""
+    """A request that outgrew its range moves on; a draining instance's requests go to the stage of their length."""
     layout = StageLayout.from_boundaries((500,), (("i0", "i1"), ("i2",)))
     world = World(StaticStages(layout=layout))
     world.join("i0", "i1", "i2")
@@ -370,7 +370,7 @@ def test_static_stages_follow_who_is_there() -> None:
 
 @pytest.mark.parametrize("make", [LeastLoaded, RoundRobin, VllmDp, PrefixAware, StaticLength])
 def test_simple_policies_empty_a_draining_instance(make: Callable[[], Policy]) -> None:
-    """Running requests move off it, the longest first, three at once; one that could not move is tried again; pinned ones stay."""
+    """Running requests move off it, longest first, three at once; a failed move is retried; pinned ones stay."""
     world = World(make())
     world.join("a")
     lengths = {"r0": 100, "r1": 200, "r2": 300, "r3": 400, "pinned": 500}

@@ -21,7 +21,7 @@ from cascadeinfer.core.events import (
     SeenLive,
     WorkloadSeen,
 )
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.layout import Proposal, StageLayout
 from cascadeinfer.core.plan.problem import ServiceFloor
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.types import InstanceCapacity
@@ -127,10 +127,9 @@ def test_a_new_layout_moves_nothing_at_once() -> None:
     """When the plan changes, requests that are now too long leave three at a time; those too short stay."""
     calls: list[StageLayout] = []
 
-    def planner(_: object, __: object, ___: object, n: int, current: StageLayout) -> StageLayout | None:
+    def planner(_: object, __: object, ___: object, n: int, current: StageLayout) -> Proposal | None:
         calls.append(current)
-        names = tuple(str(number) for number in range(n))
-        return StageLayout.from_boundaries((50,), (names[:1], names[1:])) if len(calls) == 1 else None
+        return Proposal((50,), (1, n - 1)) if len(calls) == 1 else None
 
     settings = PlanSettings(interval_s=1.0, min_requests=1, most_unknown=1.0)
     world = World(Cascade(planner=planner, planning=settings, rebalance=False, refine=False), LARGE)
@@ -156,7 +155,7 @@ def test_a_new_layout_moves_nothing_at_once() -> None:
 
 
 def test_a_follower_takes_over_the_stages_of_another_process() -> None:
-    """With neither planning nor refinement of its own the layout in force is the one announced, and requests go by it."""
+    """Without its own planning and refinement, the layout in force is the announced one, and requests follow it."""
     world = staged(refine=False, replan=False)
     world.emit(LayoutAnnounced("layout", StageLayout.from_boundaries((600,), (("a", "c"), ("b",)))))
     layouts = [effect.layout for effect in world.log if isinstance(effect, PublishLayout)]
@@ -168,10 +167,10 @@ def test_a_follower_takes_over_the_stages_of_another_process() -> None:
 
 
 def test_planning_sees_the_arrivals_of_other_processes() -> None:
-    """What another process says it has seen is in the workload that the planner gets: rate, lengths, what still runs."""
+    """What another process has seen is in the workload that the planner gets: rate, lengths, unfinished requests."""
     asked: list[tuple[LengthHistogram, float]] = []
 
-    def planner(workload: LengthHistogram, rate_per_s: float, *_: object) -> StageLayout | None:
+    def planner(workload: LengthHistogram, rate_per_s: float, *_: object) -> Proposal | None:
         asked.append((workload, rate_per_s))
         return None
 
@@ -194,16 +193,16 @@ def test_planner_takes_what_gains_and_keeps_what_is_as_good() -> None:
     single = StageLayout.single(ids)
     better = planner(MIXED, 100.0, LARGE, 8, single)
     assert better is not None
-    assert len(better.stages) > 1
-    assert planner(MIXED, 100.0, LARGE, 8, better) is None
+    assert len(better.sizes) > 1
+    assert planner(MIXED, 100.0, LARGE, 8, better.on(ids)) is None
     assert planner(ALIKE, 100.0, LARGE, 8, single) is None
-    back = planner(ALIKE, 100.0, LARGE, 8, better)
+    back = planner(ALIKE, 100.0, LARGE, 8, better.on(ids))
     assert back is not None
-    assert len(back.stages) == 1
+    assert back.sizes == (8,)
 
 
 def test_a_small_sample_has_to_promise_more() -> None:
-    """What a new plan must gain falls with the root of the requests seen, towards the hysteresis; it is what decides."""
+    """The gain required of a new plan falls with the root of the requests seen, towards the hysteresis, and decides."""
     settings = PlanSettings(hysteresis=0.06)
     assert settings.needed_gain(1000.0) == pytest.approx(0.12)
     assert settings.needed_gain(4000.0) == pytest.approx(0.09)
@@ -215,11 +214,11 @@ def test_a_small_sample_has_to_promise_more() -> None:
 
 def test_planner_above_capacity_plans_for_what_can_be_served() -> None:
     """A demand that no layout can carry is planned as a share of what one can."""
-    single = StageLayout.single(tuple(f"i{number}" for number in range(8)))
-    planned = ModelPlanner(MODEL, PlanSettings(overload_share=0.8))(MIXED, 1e6, LARGE, 8, single)
+    ids = tuple(f"i{number}" for number in range(8))
+    planned = ModelPlanner(MODEL, PlanSettings(overload_share=0.8))(MIXED, 1e6, LARGE, 8, StageLayout.single(ids))
     assert planned is not None
-    assert len(planned.stages) > 1
-    assert ModelPlanner(MODEL, PlanSettings(overload_share=0.95))(MIXED, 1e6, LARGE, 8, planned) is not None
+    assert len(planned.sizes) > 1
+    assert ModelPlanner(MODEL, PlanSettings(overload_share=0.95))(MIXED, 1e6, LARGE, 8, planned.on(ids)) is not None
 
 
 def test_planner_gives_up_when_no_layout_keeps_the_floor() -> None:
@@ -233,7 +232,7 @@ def test_replanner_waits_for_enough() -> None:
     """It asks once per interval, and only when enough requests have finished."""
     asked: list[float] = []
 
-    def planner(*arguments: object) -> StageLayout | None:
+    def planner(*arguments: object) -> Proposal | None:
         asked.append(float(str(arguments[1])))
         return None
 
@@ -258,9 +257,8 @@ def test_replanner_waits_for_enough() -> None:
 def test_instances_keep_their_order_when_stages_are_dealt_out() -> None:
     """The instance whose requests are shortest becomes the short stage, so that few requests are out of place."""
 
-    def planner(_: object, __: object, ___: object, n: int, ____: StageLayout) -> StageLayout | None:
-        names = tuple(str(number) for number in range(n))
-        return StageLayout.from_boundaries((500,), (names[:1], names[1:]))
+    def planner(_: object, __: object, ___: object, n: int, ____: StageLayout) -> Proposal | None:
+        return Proposal((500,), (1, n - 1))
 
     world = World(
         Cascade(planner=planner, planning=PlanSettings(interval_s=1.0, min_requests=1, most_unknown=1.0)), LARGE
@@ -316,7 +314,7 @@ def report_steps(world: World, steps: tuple[StepSample, ...]) -> None:
 
 
 def test_costs_are_learnt_from_nothing_and_stages_follow() -> None:
-    """With one stage and no cost model, reported steps give a model, and the workload then gives stages; the reason is told."""
+    """With one stage and no cost model, reported steps give a model; then the workload gives stages, and a reason."""
     planning = PlanSettings(interval_s=15.0, min_requests=100)
     world = World(Cascade(learning=LearningSettings(interval_s=5.0), planning=planning), LARGE)
     world.join(*(f"i{number}" for number in range(6)), "a", "b")
@@ -359,10 +357,10 @@ def test_prices_follow_what_is_learnt() -> None:
 
 
 def test_a_fault_in_planning_leaves_the_layout_and_is_told() -> None:
-    """A planner that raises costs nothing but the plan: the layout stays, is published with the failure, and it is asked again."""
+    """A planner that raises only loses the plan: the layout stays, published with the failure; planning goes on."""
     asked = []
 
-    def planner(*arguments: object) -> StageLayout | None:
+    def planner(*arguments: object) -> Proposal | None:
         asked.append(arguments)
         raise RuntimeError("no such thing")
 

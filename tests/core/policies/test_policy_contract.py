@@ -1,9 +1,10 @@
 """
 What every policy owes its shell, under random legal sequences of events.
 
-`World` (tests/support) checks each effect as it is carried out: each request is dispatched exactly once while somebody takes requests, never to
-an instance that drains or is gone, nor to one that does not answer while another does; orphans are dispatched anew; pinned, waiting and moving requests do not start to move; a migration
-starts where the request is; no instance has more migrations than allowed.
+`World` (tests/support) checks each effect as it is carried out: each request is dispatched exactly once while somebody
+takes requests, never to an instance that drains or is gone, nor to one that does not answer while another does; orphans
+are dispatched anew; pinned, waiting and moving requests do not start to move; a migration starts where the request is;
+no instance has more migrations than allowed.
 """
 
 import os
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.events import MigrationEnded, MigrationOutcome, PinReason, RequestFinished, TimerFired
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.layout import Proposal, StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policy import Policy
@@ -29,20 +30,19 @@ IDS = ("i0", "i1", "i2", "i3", "i4")
 LAYOUT = StageLayout.from_boundaries((60, 200), (("i0", "i1"), ("i2", "i3"), ("i4",)))
 
 
-def flip(_: LengthHistogram, __: float, ___: InstanceCapacity, n: int, current: StageLayout) -> StageLayout | None:
+def flip(_: LengthHistogram, __: float, ___: InstanceCapacity, n: int, current: StageLayout) -> Proposal | None:
     """A planner that wants two stages, and the other way round next time."""
     if n < 2:
         return None
-    names = tuple(str(place) for place in range(n))
     first = 1 if len(current.stages[0].instance_ids) > 1 else n - 1
-    return StageLayout.from_boundaries((40 * first,), (names[:first], names[first:]))
+    return Proposal((40 * first,), (first, n - first))
 
 
 MAKERS: dict[str, Callable[[], Policy]] = {
-    **{name: POLICIES[name] for name in POLICIES if name != "static_stages"},
-    "static_stages": lambda: POLICIES["static_stages"](layout=LAYOUT),
-    "static_length in buckets": lambda: POLICIES["static_length"](layout=LAYOUT),
-    "llumnix, eager": lambda: POLICIES["llumnix"](migrate_steps=400.0, max_migrations=3, retry_s=0.1),
+    **{name: POLICIES[name].make for name in POLICIES if name != "static_stages"},
+    "static_stages": lambda: POLICIES["static_stages"].make(layout=LAYOUT),
+    "static_length in buckets": lambda: POLICIES["static_length"].make(layout=LAYOUT),
+    "llumnix, eager": lambda: POLICIES["llumnix"].make(migrate_steps=400.0, max_migrations=3, retry_s=0.1),
     "cascade in stages": lambda: Cascade(layout=LAYOUT),
     "cascade without migration": lambda: Cascade(layout=LAYOUT, migrate=False),
     "cascade with a queue": lambda: Cascade(layout=LAYOUT, max_queued=3),
@@ -95,7 +95,7 @@ def act(world: World, kind: int, a: int, b: int) -> None:  # noqa: C901, PLR0912
 
 
 def run(name: str, steps: list[tuple[int, int, int]]) -> World:
-    """A run of these commands, started with three instances and ended with all instances up and every request placed."""
+    """A run of these commands, started with three instances and ended with all instances up and all requests placed."""
     world = World(MAKERS[name](), SMALL, may_hold_back=name == "cascade with a queue")
     world.join("i0", "i2", "i4")
     for kind, a, b in steps:
@@ -154,7 +154,7 @@ def test_requests_wait_for_the_first_instance(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_nothing_new_goes_to_a_silent_instance(name: str) -> None:
-    """What is new, and what waited there, goes to the others; when nobody answers everybody is used; then all is as before."""
+    """New and waiting requests go to the other instances; when all are silent, all are used; then all is as before."""
     world = World(MAKERS[name](), may_hold_back=name == "cascade with a queue")
     world.join("i0", "i2", "i4")
     for number in range(6):
@@ -191,7 +191,7 @@ for name in MAKERS:
 
 
 def test_hash_seed_decides_nothing() -> None:
-    """The same run in processes with different string hashing gives the same effects: nothing depends on the order of sets."""
+    """The same run with different string hashing gives the same effects: nothing depends on the order of sets."""
     digests = [
         subprocess.run(
             [sys.executable, "-c", DIGEST],

@@ -1,1 +1,1 @@
-"""Following the workload at run time: what has been seen lately, where the boundaries go, when to plan anew."""
+"""Following the workload at run time: what has been seen recently, where the boundaries go, when to plan anew."""

@@ -1,9 +1,9 @@
 """
-How the cascade's layout follows the workload and the engines: learn what steps cost, plan anew, move boundaries.
+How the cascade's layout follows the workload and the engines: learn step costs, plan anew, move boundaries.
 
-Asked at every report, it does at most one of these when its time has come. What changes is the roster; nothing is moved here: requests
-that are then too long for their stage are handed over like all others. A fault of the planner leaves the layout as it is: it is told as
-`Adapted.failure`, and the next plan is tried an interval later.
+It is asked at every report and does at most one of these, when it is due. It changes only the roster and moves no
+request: requests that have become too long for their stage are handed over as usual. A fault of the planner leaves the
+layout as it is; it is reported as `Adapted.failure`, and planning is tried again one interval later.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ class Adapted:
     What has changed.
 
     Attributes:
-        layout: Why the roster's wish is another one; empty when it is not.
-        model: The cost model from now on; None when it is the same.
-        failure: Why nothing could be planned; empty when all went well.
+        layout: Why the roster's desired layout changed; empty when it did not.
+        model: The cost model from now on; None when it has not changed.
+        failure: Why planning failed; empty when it did not.
     """
 
     layout: str = ""
@@ -46,8 +46,8 @@ class Adaptation:
     See the module header.
 
     Attributes:
-        watch: To be told what comes and ends.
-        model: Cost of a step, in use now; None while nothing is known.
+        watch: Must be notified of arrivals and ends.
+        model: The step cost model in use; None while nothing is known.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class Adaptation:
     ) -> None:
         """
         Args:
-            roster: What is changed.
+            roster: The layout to change.
             view: The policy's books.
-            model: Cost of a step to start with.
-            planner: Instead of the one that the cost model gives.
-            learner: Follows what steps take; its model then counts.
+            model: Step cost model to start with.
+            planner: Replaces the planner built from the cost model.
+            learner: Learns step times; its model takes precedence.
             refine: Whether boundaries move between plans.
-            replan: Whether to plan.
+            replan: Whether to plan anew.
             refinement: How boundaries move.
             planning: When and how to plan.
         """
@@ -105,7 +105,7 @@ class Adaptation:
 
         Args:
             members: Instances of each stage in force.
-            now_s: The time.
+            now_s: The current time.
         """
         if self._learner is not None and self._learner.is_due(now_s):
             if not self._learner.update(now_s):
@@ -162,7 +162,7 @@ class Adaptation:
         return Adapted(layout=f"boundary {', '.join(moves)} tokens") if moves else NOTHING
 
     def _recent_problem(self, members: Sequence[Sequence[InstanceView]], now_s: float) -> PlanProblem | None:
-        """The recent workload as the planner sees it; None without a cost model, or when too little has been seen."""
+        """The recent workload as the planner sees it; None without a cost model or when too little has been seen."""
         if self.model is None:
             return None
         unfinished = self.watch.unfinished(self._view.requests.values())
@@ -173,6 +173,6 @@ class Adaptation:
 
 
 def _mean_tokens(instance: InstanceView) -> tuple[float, InstanceId]:
-    """Mean length of the requests there; then the id."""
+    """Sort key: mean length of the instance's requests, then its id."""
     tokens = instance.kv_tokens + instance.foreign_tokens
     return tokens / max(1, len(instance.request_ids) + instance.foreign_requests), instance.instance_id

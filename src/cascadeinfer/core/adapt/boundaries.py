@@ -1,16 +1,18 @@
 """
-Range refinement: neighbouring stages move their common boundary by small steps from what they observe.
+Range refinement: neighbouring stages move their common boundary in small steps, based on what they observe.
 
-Each side knows two things: how full its instances are, and what has arrived and finished of late (`recent.py`). From these, in order:
-1. *Pressure.* A side whose instances are nearly full gives, unless the other is nearly as full: the boundary moves away from it,
-   whatever any prediction says. What waits for memory is in no step time.
-2. *Outlook.* With a cost model: the two stages' predicted cost for the recent workload with the boundary one step up, one step down and
-   where it is (the planner's own prediction, so a boundary that the planner has just set stands still). It moves when that gains.
-3. *Balance.* Without a cost model: the fuller side gives.
+Each side knows how full its instances are, and what has arrived and finished recently (`recent.py`). Three rules apply,
+in this order:
+1. *Pressure.* If the instances of one side are nearly full and the other side's are not nearly as full, the boundary
+   moves away from the full side, whatever the prediction says: waiting for memory shows up in no step time.
+2. *Outlook.* With a cost model, the cost of the two stages is predicted for the recent workload with the boundary one
+   step up, one step down and unchanged. This is the planner's own prediction, so a boundary that the planner has just
+   set stays put. The boundary moves where the cost falls.
+3. *Balance.* Without a cost model, the fuller side gives.
 
-Damping: loads are smoothed; what is inside the dead bands moves nothing; one step changes the boundary by a few per cent; a boundary
-keeps its distance from its neighbours, so no range gets empty and none crosses another. Source: arXiv 2512.19179, section on adaptive
-range refinement.
+Damping: loads are smoothed; differences inside the dead bands move nothing; one step changes the boundary by a few per
+cent; a boundary keeps its distance from its neighbours, so no range becomes empty and no two cross. Source: arXiv
+2512.19179, section on adaptive range refinement.
 """
 
 import math
@@ -26,17 +28,17 @@ class RefineSettings:
     How fast and how far boundaries move.
 
     Attributes:
-        interval_s: Between two steps.
+        interval_s: Time between two steps.
         memory_s: Time constant of the recent workload.
         min_requests: Fewest finished requests for an outlook.
         smoothing: Weight of a new observation in the smoothed loads.
         step: Change of the log of the boundary in one step.
         least_gain: Share of the two stages' predicted cost that a step must save.
-        full_load: Load from which a side is nearly full.
-        idle_load: Without an outlook nothing moves while both sides are below this: there is nothing to balance.
+        full_load: Load from which a side counts as nearly full.
+        idle_load: Without an outlook, nothing moves while both sides are below this load: there is nothing to balance.
         load_band: Difference of loads (pressure), or log of their ratio (balance), that moves nothing.
         spacing: Least ratio between neighbouring boundaries.
-        shortest_tokens: No boundary below this.
+        shortest_tokens: Lower bound of every boundary.
     """
 
     interval_s: float = 2.0
@@ -55,13 +57,13 @@ class RefineSettings:
 @dataclass(frozen=True, slots=True)
 class Neighbours:
     """
-    Two stages and what lies around them.
+    Two stages and their surroundings.
 
     Attributes:
         below_tokens: Start of the lower stage.
-        above_tokens: End of the upper stage, None without one.
+        above_tokens: End of the upper stage; None if it is open.
         lower_load: Mean load of the lower stage's instances; 1.0 is full.
-        upper_load: The same of the upper stage.
+        upper_load: The same for the upper stage.
     """
 
     below_tokens: int
@@ -74,17 +76,17 @@ def outlook(
     problem: PlanProblem, boundary_tokens: int, around: Neighbours, instances: tuple[int, int]
 ) -> Callable[[int], float]:
     """
-    What moving a boundary would save by the planner's prediction.
+    What moving a boundary would save, by the planner's prediction.
 
     Args:
         problem: The recent workload and the cost model.
-        boundary_tokens: Where the boundary is.
+        boundary_tokens: The current boundary.
         around: Its two sides.
-        instances: Of the lower and of the upper stage.
+        instances: Number of instances of the lower and of the upper stage.
 
     Returns:
-        Saving as a share of the two stages' predicted cost, by the boundary's new place; lengths count as the nearest edge of the
-        workload's buckets.
+        Saving as a share of the two stages' predicted cost, as a function of the new boundary. Lengths are rounded to
+        the nearest edge of the workload's buckets.
     """
     histogram = problem.histogram
     low = histogram.nearest_edge(around.below_tokens)
@@ -116,15 +118,16 @@ class BoundaryRefiner:
 
     def step(self, boundary_tokens: int, around: Neighbours, gain_of: Callable[[int], float] | None) -> int:
         """
-        Where the boundary should be now.
+        The boundary after this step.
 
         Args:
-            boundary_tokens: Where it is.
+            boundary_tokens: The current boundary.
             around: Its two sides.
-            gain_of: What moving the boundary there would save, as a share of the two stages' predicted cost; None: no outlook.
+            gain_of: Saving of moving the boundary to a length, as a share of the two stages' predicted cost; None
+                without an outlook.
 
         Returns:
-            The same, or a length one step away, at its distance from the neighbours.
+            The same length, or one a step away that keeps its distance from the neighbours.
         """
         settings = self._settings
         weight = settings.smoothing

@@ -1,11 +1,12 @@
 """
-The workload of late: the lengths of what has arrived, and how much; the past fades exponentially.
+The recent workload: arrival rate and lengths, with the past fading exponentially.
 
-Each request counts by the age of its arrival, whether it has finished or not, so that the window holds whole cohorts: counting only
-what has finished would see too few long requests while they run, for minutes after a start or a change. A request that still runs
-enters with its prompt and with outputs that it may yet reach (`survival.py`), learnt from those that finished.
+Each request is weighted by the age of its arrival, whether it has finished or not, so that the window holds whole
+cohorts. Counting only finished requests would under-represent long ones while they run, for minutes after a start or a
+change. A running request enters with its prompt and with outputs that it may yet reach (`survival.py`), learnt from
+requests that finished.
 
-Finished requests are gathered in a list and enter the histogram at the next look: a finish costs next to nothing.
+Finished requests are collected in a list and enter the histogram at the next look, so a finish costs next to nothing.
 """
 
 import math
@@ -19,7 +20,7 @@ from cascadeinfer.core.adapt.survival import OutputSurvival
 from cascadeinfer.core.cost.histogram import HistogramBuilder, LengthHistogram
 
 QUANTILES: Final = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
-"""A running request enters once for each, in equal parts, with that quantile of the outputs it may reach."""
+"""A running request enters once per level, in equal parts, with that quantile of the output it may reach."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,10 +29,10 @@ class Unfinished:
     Requests that have arrived and not ended, in columns.
 
     Attributes:
-        arrived_s: When.
-        prompt_tokens: Of the request.
-        output_tokens: So far, 0 and more.
-        max_output_tokens: Its own cap, >= 1.
+        arrived_s: Time of arrival.
+        prompt_tokens: Prompt length.
+        output_tokens: Output so far, >= 0.
+        max_output_tokens: The request's own cap, >= 1.
     """
 
     arrived_s: NDArray[np.float64]
@@ -40,12 +41,15 @@ class Unfinished:
     max_output_tokens: NDArray[np.int64]
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of requests."""
         return len(self.arrived_s)
 
 
 MOST_UNKNOWN: Final = 0.1
-"""Share of requests that may outlive all that have finished; above, the window is too young to plan from (a start, all outputs long)."""
+"""
+Largest share of requests that may outlive all finished ones; above it the window is too young to plan from (a start, or
+only long outputs).
+"""
 
 NOBODY: Final = Unfinished(np.empty(0), *(np.empty(0, dtype=np.int64) for _ in range(3)))
 
@@ -57,7 +61,7 @@ class RecentWorkload:
         """
         Args:
             memory_s: Time constant with which the past fades.
-            max_tokens: Longest sequence; longer ones are left out.
+            max_tokens: Longest sequence; longer ones are ignored.
         """
         self._memory_s = memory_s
         self._max_tokens = max_tokens
@@ -71,13 +75,13 @@ class RecentWorkload:
         self._since_s: float | None = None
 
     def note_arrival(self, now_s: float) -> None:
-        """A request came. The first one starts the clock."""
+        """Record an arrival. The first one starts the clock."""
         if self._since_s is None:
             self._since_s = now_s
         self._new_arrivals += 1
 
     def note_finished(self, prompt_tokens: int, output_tokens: int, arrived_s: float) -> None:
-        """A request ended; one without output is no length to plan for."""
+        """Record the end of a request; one without output contributes no length."""
         if output_tokens >= 1 and prompt_tokens + output_tokens < self._max_tokens:
             self._finished.append((prompt_tokens, output_tokens, arrived_s))
 
@@ -89,16 +93,17 @@ class RecentWorkload:
         most_unknown: float = MOST_UNKNOWN,
     ) -> tuple[LengthHistogram, float] | None:
         """
-        What the workload is now.
+        The current workload.
 
         Args:
             now_s: The time; not before that of the last look.
-            min_requests: Fewest finished requests (fading) to say anything from.
-            unfinished: What runs or waits now.
-            most_unknown: Share of requests that may outlive all that have finished.
+            min_requests: Fewest finished requests (faded) needed for an answer.
+            unfinished: Requests running or waiting now.
+            most_unknown: Largest share of requests that may outlive all that have finished.
 
         Returns:
-            Lengths, and requests per second (positive); None when too little has been seen, of requests or of how long they get.
+            Lengths, and requests per second (positive); None while too few requests, or too few of their final lengths,
+            have been seen.
         """
         if self._since_s is None or now_s <= self._since_s:
             return None
@@ -118,7 +123,7 @@ class RecentWorkload:
         whole.merge(self._builder)
         self._foresee(whole, now_s, unfinished)
         if not whole.requests > 0.0:
-            return None  # what has finished arrived so long ago that it weighs nothing
+            return None  # the finished requests arrived so long ago that they weigh nothing
         return whole.snapshot(), self._arrivals / self._watched_s
 
     def _take_in(self, fade: float, now_s: float) -> None:
@@ -133,7 +138,7 @@ class RecentWorkload:
             self._finished.clear()
 
     def _foresee(self, whole: HistogramBuilder, now_s: float, unfinished: Unfinished) -> None:
-        """Add what has not ended, with the outputs it may reach."""
+        """Add unfinished requests with the outputs they may reach."""
         fits = unfinished.prompt_tokens + unfinished.output_tokens + 1 < self._max_tokens
         if not np.any(fits):
             return

@@ -16,16 +16,15 @@ from cascadeinfer.core.adapt.recent import MOST_UNKNOWN, NOBODY, RecentWorkload,
 from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.layout import Proposal, StageLayout
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
-from cascadeinfer.core.plan.planner import Plan, predict, solve
+from cascadeinfer.core.plan.planner import predict, solve
 from cascadeinfer.core.plan.problem import DEFAULT_MARGIN, DEFAULT_MAX_STAGES, HandOverCost, PlanProblem, ServiceFloor
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 
-Planner = Callable[[LengthHistogram, float, InstanceCapacity, int, StageLayout], StageLayout | None]
-"""(workload, requests per second, capacity of an instance, instances, layout in force) -> a better layout, or None. The names in the
-result count only by their number: `Replanner` deals out the instances."""
-
+Planner = Callable[[LengthHistogram, float, InstanceCapacity, int, StageLayout], Proposal | None]
+"""(workload, requests per second, capacity of an instance, instances, layout in force) -> better stages, or None. `Replanner` deals the
+instances out to them."""
 
 SURE_REQUESTS: Final = 1000.0
 """From so many requests on, the sample is less of an error than the model."""
@@ -107,7 +106,7 @@ class ModelPlanner:
 
     Attributes:
         model: The cost model; without one there is no plan.
-        why: What the last layout that was proposed gains.
+        why: What the last proposal gains.
     """
 
     def __init__(self, model: StepModel | None, settings: PlanSettings) -> None:
@@ -122,7 +121,7 @@ class ModelPlanner:
         capacity: InstanceCapacity,
         n_instances: int,
         current: StageLayout,
-    ) -> StageLayout | None:
+    ) -> Proposal | None:
         """See `Planner`."""
         settings = self._settings
         if self.model is None:
@@ -135,27 +134,21 @@ class ModelPlanner:
                 return None  # not even the least demand can be served within the floor: no layout is better than this
             problem = problem.with_rate(settings.overload_share * error.capacity_per_s)
             best = solve(problem)
-        instances = tuple(len(stage.instance_ids) for stage in current.stages)
-        if (best.boundaries_tokens, best.instances) == (current.boundaries_tokens, instances):
+        in_force = Proposal.like(current)
+        if best.proposal == in_force:
             return None
-        gain = settings.objective.gain(self._cost_of(problem, current, instances), best.cost)
+        gain = settings.objective.gain(self._cost_of(problem, in_force), best.cost)
         if gain < settings.needed_gain(workload.requests):
             return None
         self.why = f"planned from {workload.requests:.0f} requests at {rate_per_s:.3g}/s: predicted gain over the layout before {gain:.0%}"
-        return layout_of(best)
+        return best.proposal
 
     @staticmethod
-    def _cost_of(problem: PlanProblem, current: StageLayout, instances: tuple[int, ...]) -> float:
+    def _cost_of(problem: PlanProblem, in_force: Proposal) -> float:
         try:
-            return predict(problem, current.boundaries_tokens, instances).cost
+            return predict(problem, in_force).cost
         except PlanError:
             return float("inf")  # boundaries so near to one another that the workload's buckets do not tell them apart
-
-
-def layout_of(plan: Plan) -> StageLayout:
-    """A plan as a layout of numbered places."""
-    width = len(str(sum(plan.instances)))
-    return plan.layout(tuple(f"{place:0{width}d}" for place in range(sum(plan.instances))))
 
 
 class Replanner:
@@ -204,15 +197,4 @@ class Replanner:
         if seen is None:
             return None
         proposed = self._planner(*seen, capacity, len(ranked_ids), current)
-        return None if proposed is None else _deal(proposed, ranked_ids)
-
-
-def _deal(layout: StageLayout, ranked_ids: Sequence[InstanceId]) -> StageLayout:
-    """The layout's groups, filled with these instances in their order."""
-    groups: list[tuple[InstanceId, ...]] = []
-    dealt = 0
-    for stage in layout.stages:
-        groups.append(tuple(ranked_ids[dealt : dealt + len(stage.instance_ids)]))
-        dealt += len(stage.instance_ids)
-    assert dealt == len(ranked_ids), f"a plan for {dealt} instances, not {len(ranked_ids)}"
-    return StageLayout.from_boundaries(layout.boundaries_tokens, tuple(groups))
+        return None if proposed is None else proposed.on(ranked_ids)

@@ -1,10 +1,11 @@
 """
-How long outputs get, from requests that finished and requests that still run: the estimator of Kaplan and Meier.
+Distribution of output lengths, from finished and running requests: the Kaplan-Meier estimator.
 
-Source: E. L. Kaplan, P. Meier, *Nonparametric estimation from incomplete observations*, JASA 53 (1958). In each bucket of output lengths the
-hazard is the weight of those that ended there over the weight of those that got there; running requests got as far as they are. Beyond
-the longest that has finished nothing is known but that requests run there: survival is taken to fall as one over the length (a Pareto tail of
-index 1: a request there lasts as long again, on the median).
+Source: E. L. Kaplan, P. Meier, *Nonparametric estimation from incomplete observations*, JASA 53 (1958). In each bucket
+of output lengths the hazard is the weight of requests that ended there over the weight of those that got there; running
+requests have got as far as they are. Beyond the longest finished output nothing is known except that requests run
+there, so survival is assumed to fall as one over the length (a Pareto tail of index 1: the median request there doubles
+its length).
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +17,11 @@ from numpy.typing import NDArray
 from cascadeinfer.core.cost.histogram import DEFAULT_BUCKETS_PER_OCTAVE, log_edges
 
 MOST_FACTOR: Final = 2.0
-"""Outputs are not taken to get longer than so many times the longest known, or the request's own so far."""
+"""Outputs are assumed not to exceed this multiple of the longest known output or of the request's own output so far."""
 
 
 class OutputSurvival:
-    """Weights of ended requests by output length; ages by `decay`."""
+    """Weights of ended requests by output length, aged by `decay`."""
 
     def __init__(self, max_tokens: int) -> None:
         """
@@ -31,7 +32,7 @@ class OutputSurvival:
         self._ended = np.zeros(len(self._edges) - 1)
 
     def add(self, output_tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
-        """Requests that ended."""
+        """Add requests that ended."""
         np.add.at(self._ended, self._bucket_of(output_tokens), weights)
 
     def decay(self, factor: float) -> None:
@@ -45,12 +46,12 @@ class OutputSurvival:
         Outputs that running requests may reach.
 
         Args:
-            so_far_tokens: Output of each so far.
-            weights: Of each, in the estimate.
+            so_far_tokens: Output of each request so far.
+            weights: Weight of each request in the estimate.
             levels: Quantiles wanted, in (0, 1).
 
         Yields:
-            Per level, the output length of each request at that quantile of its future; more than it has.
+            Per level, the output length of each request at that quantile of its future; longer than its output so far.
         """
         survival = self._survival(so_far_tokens, weights)
         bucket = self._bucket_of(so_far_tokens)
@@ -69,11 +70,12 @@ class OutputSurvival:
 
     def unknown(self, so_far_tokens: NDArray[np.int64], weights: NDArray[np.float64]) -> float:
         """
-        Share of requests that outlive all that is known: whatever is said of their lengths is a guess. 1.0 when nothing has ended.
+        Share of requests that outlive everything known, so that any statement about their length is a guess; 1.0 when
+        nothing has ended.
 
         Args:
-            so_far_tokens: Output so far of each request that runs.
-            weights: Of each.
+            so_far_tokens: Output so far of each running request.
+            weights: Weight of each.
         """
         return float(self._survival(so_far_tokens, weights)[-1])
 
@@ -88,7 +90,10 @@ class OutputSurvival:
     def _within(
         self, survival: NDArray[np.float64], index: NDArray[np.int64], target: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """Lengths at which survival falls to the targets, linear inside of buckets; `index` is the first edge at or below."""
+        """
+        Lengths at which survival falls to the targets, linear inside buckets. `index` is the first edge at or below its
+        target.
+        """
         below = np.maximum(index - 1, 0)
         drop = survival[below] - survival[index]
         part = np.divide(survival[below] - target, drop, out=np.ones_like(target), where=drop > 0.0)

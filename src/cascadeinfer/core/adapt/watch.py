@@ -1,4 +1,4 @@
-"""What a policy notes of arrivals and ends, so that its recent workloads see whole cohorts (`recent.py`)."""
+"""What a policy records of arrivals and ends, so that its recent workloads see whole cohorts (`recent.py`)."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,37 +12,37 @@ from cascadeinfer.core.view import RequestView
 
 
 class WorkloadWatch:
-    """Tells several recent workloads (of different memory) what comes and goes. Without any it notes nothing."""
+    """Notifies several recent workloads (with different memories) of arrivals and ends; does nothing without any."""
 
     def __init__(self, workloads: Sequence[RecentWorkload]) -> None:
         """
         Args:
-            workloads: Those that are told.
+            workloads: The workloads to notify.
         """
         self._workloads = tuple(workloads)
         self._arrived_s: dict[RequestId, float] = {}
         self._elsewhere: dict[str, NDArray[np.float64]] = {}
 
     def arrived(self, request_id: RequestId, now_s: float) -> None:
-        """A request came."""
+        """A request arrived."""
         if self._workloads:
             self._arrived_s[request_id] = now_s
         for workload in self._workloads:
             workload.note_arrival(now_s)
 
     def finished(self, request: RequestView, output_tokens: int) -> None:
-        """It ended."""
+        """A request ended."""
         arrived_s = self._arrived_s.pop(request.request_id, None)
         if arrived_s is not None:
             for workload in self._workloads:
                 workload.note_finished(request.prompt_tokens, output_tokens, arrived_s)
 
     def refused(self, request_id: RequestId) -> None:
-        """It will not run: it was demand, but has no length."""
+        """A request will not run: it was demand, but has no length."""
         self._arrived_s.pop(request_id, None)
 
     def seen_elsewhere(self, event: WorkloadSeen, now_s: float) -> None:
-        """Another process's arrivals and ends count like the own ones."""
+        """Count another process's arrivals and ends like our own."""
         for workload in self._workloads:
             for _ in range(event.n_arrived):
                 workload.note_arrival(now_s)
@@ -52,7 +52,7 @@ class WorkloadWatch:
         self._elsewhere[event.source] = np.array(rows, dtype=np.float64).reshape(-1, 4)
 
     def unfinished(self, requests: Iterable[RequestView]) -> Unfinished:
-        """Those of these requests that have come and not ended, and what other processes last said of theirs."""
+        """Those of these requests that have not ended, plus the latest such list from each other process."""
         arrived_s = self._arrived_s
         here = [request for request in requests if request.request_id in arrived_s]
         own = [

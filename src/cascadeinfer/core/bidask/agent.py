@@ -1,16 +1,18 @@
 """
-The bid-ask agent of one instance: what it gives away, to whom it listens.
+The bid-ask agent of one instance: which requests to offer, whose bids to take.
 
-It sees its own instance (`InstanceView`, its requests), the layout in force (public) and the messages sent to it; of other
-instances it knows what they told it. It hands over requests that have outgrown the stage, moves requests to stage peers when it
-is overloaded, and empties the instance when that drains. What it wants sent and started goes into an `Outbox`; the caller gives it the
-time. The protocol is in `bidask.py`, its two sides in `asker.py` and `bidder.py`.
+It sees its own instance (`InstanceView` and its requests), the layout in force (public) and the messages sent to it; of
+other instances it knows only what they told it. It hands over requests that have outgrown the stage, moves requests to
+stage peers when it is overloaded, and empties a draining instance. Messages to send and migrations to start go into an
+`Outbox`; the caller passes in the time. The protocol is in `rounds.py`, its two sides in `asker.py` and `bidder.py`.
 
 Rules:
-- At most `max_migrations` at once, either way: migrations, kept places and awards under way count.
-- Overloaded means: above the mean of the stage peers' advertised loads by `imbalance_load` and by `imbalance_share` of it. One request at
-  a time moves for that, about half the difference in size, and only to a bidder that will still be less loaded than the asker is now.
-- A draining instance asks the stage of a request's length first, after each failure a stage further off.
+- At most `max_migrations` at once, both directions together: migrations, kept places and awards under way count.
+- An instance is overloaded when its load exceeds the mean of its stage peers' advertised loads both by `imbalance_load`
+  and by the share `imbalance_share` of that mean. It then moves one request at a time, of about half the difference in
+  size, and only to a bidder that will still be less loaded than the asker is now.
+- A draining instance first asks the stage that covers the request's length, and after each failure a stage further
+  away.
 """
 
 from collections.abc import Mapping
@@ -52,9 +54,9 @@ class Agent:
         """
         Args:
             own: The instance.
-            requests: All requests by id; the agent looks only at its instance's.
+            requests: All requests by id; the agent looks only at those of its instance.
             roster: The layout in force, which is public.
-            name: Prefix of its rounds' names; unique among all agents that ever were.
+            name: Prefix of its rounds' names; unique among all agents that ever existed.
             settings: Numbers of the protocol.
             rules: When a request is handed over.
             rebalance: Whether it moves requests to stage peers when it is overloaded.
@@ -75,7 +77,7 @@ class Agent:
         return self._own.migrations + self.bidder.kept + self.asker.awarding
 
     def review(self, now_s: float, out: Outbox) -> None:
-        """Look at the own instance, e.g. after its report: what should go, who should know."""
+        """Look at this instance, e.g. after its report: what should go, and who should know."""
         if self.asker.rounds:
             self.asker.end_rests(now_s)
         layout = self._roster.layout
@@ -93,7 +95,7 @@ class Agent:
                 self._advertise(stage.instance_ids, now_s, out)
 
     def receive(self, sender_id: InstanceId, message: BalanceMessage, now_s: float, out: Outbox) -> None:
-        """A message came, on time, late or twice."""
+        """Handle a message; it may be late or a duplicate."""
         match message:
             case Ask():
                 self.asker.heard[sender_id] = (message.load, now_s)
@@ -115,7 +117,7 @@ class Agent:
                 assert_never(message)
 
     def wake(self, now_s: float, out: Outbox) -> None:
-        """Some state's time may be up."""
+        """Handle the deadlines that have passed."""
         self.bidder.wake(now_s)
         self.asker.wake(now_s, out)
 
@@ -124,11 +126,11 @@ class Agent:
         return min(self.bidder.next_wake_s(), self.asker.next_wake_s())
 
     def request_left(self, request_id: RequestId, out: Outbox) -> None:
-        """A request of this instance has ended or was taken away."""
+        """Handle a request of this instance that has ended or was taken away."""
         self.asker.request_left(request_id, out)
 
     def move_ended(self, ask_id: str, outcome: MigrationOutcome, now_s: float) -> None:
-        """A migration from or to this instance is over."""
+        """Handle the end of a migration from or to this instance."""
         self.bidder.move_ended(ask_id)
         self.asker.move_ended(ask_id, outcome, now_s)
 
@@ -189,7 +191,7 @@ class Agent:
             self.asker.open(request, MigrationReason.REBALANCE, stage_ids, now_s, out)
 
     def _about_half(self, gap: float) -> RequestView | None:
-        """The request whose move comes nearest to halving the gap without turning it round; None when none does."""
+        """The request whose move comes nearest to halving the gap without reversing it; None when there is none."""
         capacity = self._own.capacity
         best: tuple[float, int, int] | None = None
         chosen: RequestView | None = None
@@ -203,7 +205,7 @@ class Agent:
         return chosen
 
     def _advertise(self, stage_ids: tuple[InstanceId, ...], now_s: float, out: Outbox) -> None:
-        """Tell the peers whose turn it is, round and round from the own place."""
+        """Advertise the load to the peers whose turn it is, round-robin from this instance's position."""
         self._next_advert_s = now_s + self._settings.advert_interval_s
         n = len(stage_ids)
         own_place = stage_ids.index(self._own.instance_id)

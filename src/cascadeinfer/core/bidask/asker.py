@@ -1,10 +1,10 @@
 """
 The asker's side of an instance's agent: rounds of asks, bids and awards, and the back-off after them.
 
-It is told which request should go and who may be asked (`open`); what it decides is whom to ask, whom to award, when to try again. A
-request that found no taker (or whose migration ended where it began) rests, twice as long each time; and after a round without a
-taker nobody is asked for the same reason for a while, likewise doubling: a full stage is not besieged by its neighbours' requests. Where
-a candidate was only busy with other migrations both pauses are short. See `bidask.py`.
+The caller names the request to give away and the candidates (`open`); the asker decides whom to ask, whom to award and
+when to try again. A request that finds no taker, or whose migration ends where it began, backs off exponentially. So
+does the asker, per reason, after a round without a taker, so that a full stage is not flooded by its neighbours'
+requests. Both pauses are short where a candidate was only busy with other migrations. See `rounds.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ class Asker:
     One instance as asker.
 
     Attributes:
-        rounds: Those that are not closed, by request; those at rest included.
-        heard: Loads that others have told, with the time.
+        rounds: Rounds that are not closed, by request, including those at rest.
+        heard: Loads that other instances have advertised, with the time.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class Asker:
         Args:
             own: The instance.
             settings: Numbers of the protocol.
-            name: Prefix of its rounds' names; unique among all askers that ever were.
-            slots_taken: Migrations, kept places and awards under way of this instance.
+            name: Prefix of its rounds' names; unique among all askers that ever existed.
+            slots_taken: This instance's migrations, kept places and awards under way.
             may_go: Whether a request can (still) be moved to an instance; asked when the accept comes.
         """
         self.rounds: dict[RequestId, Round] = {}
@@ -62,15 +62,15 @@ class Asker:
 
     @property
     def asking(self) -> int:
-        """Rounds in which bids are waited for."""
+        """Rounds that are waiting for bids."""
         return sum(r.state is State.ASKING for r in self.rounds.values()) if self.rounds else 0
 
     def may_ask(self, reason: MigrationReason, now_s: float) -> bool:
-        """Whether a round may be opened for this reason: not in a pause after a fruitless one."""
+        """Whether a round may be opened for this reason, i.e. no pause after a failed one is running."""
         return now_s >= self._asks_from_s[reason]
 
     def failures(self, request_id: RequestId) -> int:
-        """Rounds and migrations of this request that came to nothing."""
+        """Rounds and migrations of this request that failed."""
         return self._failures.get(request_id, 0)
 
     def open(
@@ -101,7 +101,10 @@ class Asker:
         return True
 
     def _choose(self, candidates: Sequence[InstanceId], now_s: float) -> list[InstanceId]:
-        """The `fan_out` with the lowest load heard of late; one not heard of counts as idle, and everyone has a turn."""
+        """
+        The `fan_out` candidates with the lowest recently heard load; unheard ones count as idle. All candidates take
+        turns.
+        """
         oldest_s = now_s - self._settings.heard_life_s
         own_id = self._own.instance_id
         n = len(candidates)
@@ -113,7 +116,7 @@ class Asker:
         return [candidate for _, _, candidate in sorted(ranked)[: self._settings.fan_out]]
 
     def take_bid(self, sender_id: InstanceId, bid: Bid, now_s: float, out: Outbox) -> None:
-        """Note a bid; one that is too late is let go."""
+        """Record a bid; withdraw from one that is too late."""
         asked = self._named(bid.ask_id)
         if asked is None or asked.state is not State.ASKING or sender_id not in asked.pending:
             said_twice = asked is not None and (sender_id in asked.bids or sender_id == asked.partner_id)
@@ -127,7 +130,7 @@ class Asker:
             self._close_bidding(asked, now_s, out)
 
     def take_decline(self, sender_id: InstanceId, message: Decline, now_s: float, out: Outbox) -> None:
-        """No bid, or a bid that cannot be kept."""
+        """Handle a candidate that does not bid, or a bidder that cannot keep its bid."""
         asked = self._named(message.ask_id)
         if asked is None:
             return
@@ -142,13 +145,13 @@ class Asker:
             self._close_bidding(asked, now_s, out)
 
     def take_accept(self, sender_id: InstanceId, message: Accept, now_s: float, out: Outbox) -> None:
-        """The place is kept: start the migration, if it can still be."""
+        """The place is kept: start the migration if it is still possible."""
         asked = self._named(message.ask_id)
         if asked is None or sender_id != asked.partner_id or asked.state not in {State.AWARDING, State.MOVING}:
             out.messages.append((sender_id, Withdraw(message.ask_id)))
             return
         if asked.state is State.MOVING:
-            return  # said twice
+            return  # a duplicate
         if not self._may_go(asked.request_id, sender_id):
             self._drop(asked, out)
             return
@@ -160,7 +163,7 @@ class Asker:
         out.moves.append(Move(asked.ask_id, asked.request_id, sender_id, asked.reason))
 
     def move_ended(self, ask_id: str, outcome: MigrationOutcome, now_s: float) -> None:
-        """A migration from this instance is over."""
+        """Handle the end of a migration from this instance."""
         asked = self._named(ask_id)
         if asked is None or asked.state is not State.MOVING:
             return
@@ -173,20 +176,20 @@ class Asker:
         self._forget(asked)
 
     def request_left(self, request_id: RequestId, out: Outbox) -> None:
-        """A request of this instance has ended or was taken away."""
+        """Handle a request of this instance that has ended or was taken away."""
         asked = self.rounds.get(request_id)
         if asked is not None and asked.state is not State.MOVING:
             self._drop(asked, out)
         self._failures.pop(request_id, None)
 
     def end_rests(self, now_s: float) -> None:
-        """Requests that have rested long enough may be offered again."""
+        """Forget the rests that are over, so that their requests can be offered again."""
         for asked in [r for r in self.rounds.values() if r.state is State.RESTING and r.deadline_s <= now_s]:
             asked.handle(RoundEvent.RESTED)
             del self.rounds[asked.request_id]
 
     def wake(self, now_s: float, out: Outbox) -> None:
-        """Go on without those that have not answered in time."""
+        """Go on without candidates that have not answered in time."""
         due = [r for r in self.rounds.values() if r.deadline_s <= now_s and r.state is not State.RESTING]
         for asked in due:
             if asked.state is State.AWARDING:
@@ -196,11 +199,11 @@ class Asker:
             self._close_bidding(asked, now_s, out)
 
     def next_wake_s(self) -> float:
-        """The earliest deadline; infinite when there is none. Rests wake nobody."""
+        """The earliest deadline; infinite when there is none. Rests do not count."""
         return min([r.deadline_s for r in self.rounds.values() if r.state is not State.RESTING], default=NEVER)
 
     def _close_bidding(self, asked: Round, now_s: float, out: Outbox) -> None:
-        """Award the best bid that is left, or rest."""
+        """Award the best remaining bid, or rest."""
         asked.pending.clear()
         best = asked.best_bid()
         free = self._slots_taken() < self._settings.max_migrations
@@ -219,7 +222,7 @@ class Asker:
         self._withdraw_rest(asked, out)
         self._rest(asked, now_s)
         if not self.may_ask(asked.reason, now_s):
-            return  # rounds that end together are one experience
+            return  # rounds that end at the same time count once
         if asked.busy:
             self._asks_from_s[asked.reason] = now_s + self._settings.busy_s
             return
@@ -242,7 +245,7 @@ class Asker:
         return next((asked for asked in self.rounds.values() if asked.ask_id == ask_id), None)
 
     def _drop(self, asked: Round, out: Outbox) -> None:
-        """The round is of no use any more."""
+        """Give up a round that is no longer needed."""
         if asked.state is State.AWARDING:
             assert asked.partner_id is not None
             out.messages.append((asked.partner_id, Withdraw(asked.ask_id)))

@@ -1,8 +1,9 @@
 """
 The bidder's side of an instance's agent: what it offers to take, and the places it keeps.
 
-A bid holds its room back until it is awarded, withdrawn or too old, and every later bid counts what is held back: two askers do not
-win one place. The award looks again, because requests have grown and arrived meanwhile. See `bidask.py`.
+A bid reserves its room until it is awarded, withdrawn or expired, and every later bid takes these reservations into
+account, so two askers cannot win the same place. The award checks again, because requests have grown and arrived
+meanwhile. See `rounds.py`.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,12 @@ from typing import Final
 from cascadeinfer.core.bidask.rounds import NEVER, BidAskSettings, Outbox, Round, RoundEvent, State
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.messages import Accept, Ask, Award, Bid, Decline, Withdraw
+from cascadeinfer.core.migration import ROOM_SLACK_TOKENS
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import InstanceView
 
 BUSY: Final = "busy"
-"""The one reason to decline that passes within a fraction of a second."""
+"""The only reason to decline that passes within a fraction of a second."""
 
 
 class Bidder:
@@ -31,7 +33,7 @@ class Bidder:
         Args:
             own: The instance.
             settings: Numbers of the protocol.
-            slots_taken: Migrations, kept places and awards under way of this instance.
+            slots_taken: This instance's migrations, kept places and awards under way.
         """
         self.offers: dict[str, Round] = {}
         self._own = own
@@ -46,7 +48,7 @@ class Bidder:
     def take_ask(self, sender_id: InstanceId, ask: Ask, now_s: float, out: Outbox) -> None:
         """Bid or decline."""
         if ask.ask_id in self.offers:
-            return  # said twice
+            return  # a duplicate
         refusal = self._refusal(ask.length_tokens)
         load = self._load_with(ask.length_tokens)
         if refusal is None and ask.reason == MigrationReason.REBALANCE.value and load >= ask.load:
@@ -70,8 +72,8 @@ class Bidder:
             out.messages.append((sender_id, Decline(award.ask_id, "expired")))
             return
         if offer.state is not State.OFFERING or offer.partner_id != sender_id:
-            return  # said twice
-        del self.offers[award.ask_id]  # its own room is not in its way
+            return  # a duplicate
+        del self.offers[award.ask_id]  # its own reservation must not count against it
         refusal = self._refusal(award.length_tokens)
         if refusal is not None:
             offer.handle(RoundEvent.ROOM_GONE)
@@ -83,26 +85,26 @@ class Bidder:
         out.messages.append((sender_id, Accept(award.ask_id)))
 
     def take_withdraw(self, sender_id: InstanceId, message: Withdraw) -> None:
-        """Let the place go, unless the migration has begun."""
+        """Release the place, unless the migration has begun."""
         offer = self.offers.get(message.ask_id)
         if offer is not None and offer.partner_id == sender_id and offer.state is not State.RECEIVING:
             self._close(offer, RoundEvent.WITHDRAWN)
 
     def move_began(self, ask_id: str) -> None:
-        """A migration towards this instance has begun."""
+        """Handle the start of a migration to this instance."""
         offer = self.offers.get(ask_id)
         if offer is not None and offer.state is State.KEEPING:
             offer.handle(RoundEvent.BEGAN)
             offer.deadline_s = NEVER
 
     def move_ended(self, ask_id: str) -> None:
-        """A migration towards this instance is over, one way or another."""
+        """Handle the end of a migration to this instance, whatever its outcome."""
         offer = self.offers.get(ask_id)
         if offer is not None and offer.state is State.RECEIVING:
             self._close(offer, RoundEvent.ENDED)
 
     def wake(self, now_s: float) -> None:
-        """Let go what nobody came for in time."""
+        """Release what was not claimed in time."""
         for offer in [o for o in self.offers.values() if o.deadline_s <= now_s]:
             self._close(offer, RoundEvent.EXPIRED)
 
@@ -115,7 +117,7 @@ class Bidder:
         del self.offers[offer.ask_id]
 
     def _refusal(self, length_tokens: int) -> str | None:
-        """Why this instance takes no request of this length now, or None."""
+        """Why this instance cannot take a request of this length now; None if it can."""
         own = self._own
         if own.draining:
             return "draining"
@@ -125,19 +127,19 @@ class Bidder:
             return BUSY
         if own.committed_requests + len(self._held()) >= own.capacity.max_num_seqs:
             return "no_slot"
-        needed = own.capacity.blocks_for(length_tokens + self._settings.room_slack_tokens)
+        needed = own.capacity.blocks_for(length_tokens + ROOM_SLACK_TOKENS)
         headroom = self._settings.headroom_blocks + own.committed_requests
         return "no_blocks" if self._free_blocks() - headroom < needed else None
 
     def _held(self) -> list[int]:
-        """Lengths of the requests that room is held back for."""
+        """Lengths of the requests that room is reserved for."""
         return [o.length_tokens for o in self.offers.values() if o.state is not State.RECEIVING]
 
     def _free_blocks(self) -> int:
         return self._own.free_blocks() - sum(map(self._own.capacity.blocks_for, self._held()))
 
     def _load_with(self, length_tokens: int) -> float:
-        """The load after taking a request of this length and all that is held back."""
+        """The load after taking a request of this length and everything that room is reserved for."""
         own = self._own
         held = self._held()
         tokens = own.committed_kv_tokens + length_tokens + sum(held)

@@ -1,13 +1,14 @@
 """
 Which running requests have outgrown their range, and which may move at all.
 
-A request is handed over when it is longer than its range by a margin, not at the boundary itself: boundaries move (`refine.py`), requests
-that end just beyond one are not worth a move, and the margin is what keeps a request near a boundary from wandering. Requests are
-handed over upwards only; one that is shorter than its stage (the boundary moved up, or it was placed there for want of room) grows
-into it or ends. Longest first: it is the one that slows the others most.
+A request is handed over when it exceeds its range by a margin, not at the boundary itself: boundaries move
+(`adapt/boundaries.py`), requests that end just beyond one are not worth a move, and the margin keeps requests near a
+boundary from moving back and forth. Requests are handed over upwards only. One that is shorter than its stage's range
+(the boundary moved up, or it was placed there for lack of room) grows into it or ends. The longest goes first, because
+it slows the others most.
 
-What may move: it decodes (it is not waiting, and has a token beyond its prompt), nothing pins it, it is in no migration, and it may
-produce enough further tokens to be worth it.
+A request may move when it decodes (it is not waiting, and has a token beyond its prompt), nothing pins it, it is in no
+migration, and it may still produce enough tokens for the move to pay.
 """
 
 from collections.abc import Mapping
@@ -23,9 +24,9 @@ class HandoverRules:
     When a request has outgrown its range.
 
     Attributes:
-        margin_share: Beyond the range's end, as a share of it.
-        margin_tokens: At least so many tokens beyond it.
-        min_remaining_tokens: A request that may produce fewer stays: it would be over before the move pays.
+        margin_share: Margin beyond the range's end, as a share of it.
+        margin_tokens: Least margin.
+        min_remaining_tokens: A request that may produce fewer tokens stays: it would end before the move pays.
     """
 
     margin_share: float = 0.05
@@ -56,7 +57,7 @@ def outgrown(
     place: InstanceView, hi_tokens: int, requests: Mapping[RequestId, RequestView], rules: HandoverRules
 ) -> list[RequestView]:
     """
-    Requests on this instance that should be handed over, the longest first (the earlier arrival among equals).
+    Requests on this instance that should be handed over, longest first, ties by arrival.
 
     Args:
         place: The instance.

@@ -1,22 +1,24 @@
 """
-The bid-ask protocol as a transition table: one round, seen by the asker and by each bidder.
+The bid-ask protocol as a transition table: one round, as seen by the asker and by each bidder.
 
-Theory of operation. Who has a request to give away opens a round: it sends an `Ask` to a few candidates (ASKING). Each candidate
-that has room holds it back for a moment and sends a `Bid` (OFFERING), the others a `Decline`. When all have answered, or time is
-up, the asker awards the best bid (AWARDING), or rests for a while that grows with every failure (RESTING). The bidder looks again, keeps
-the place and accepts (KEEPING), or declines because the place has gone meanwhile; then the asker awards the next best bid. With the
-`Accept` in hand the asker starts the migration (MOVING), the bidder sees it come (RECEIVING), and `core/migration.py` takes over.
-The request decodes on at the asker all the time; a full or deaf stage costs it nothing but messages.
+Theory of operation. To give a request away, an agent opens a round: it sends an `Ask` to a few candidates (ASKING).
+Each candidate with room reserves it for a moment and sends a `Bid` (OFFERING); the others send a `Decline`. When all
+have answered, or time is up, the asker awards the best bid (AWARDING), or rests for a while that grows with every
+failure (RESTING). The bidder checks again, keeps the place and accepts (KEEPING), or declines because the place has
+gone meanwhile; then the asker awards the next best bid. On `Accept` the asker starts the migration (MOVING), the bidder
+sees it arrive (RECEIVING), and `core/migration.py` takes over. The request keeps decoding at the asker all the time; a
+full or unresponsive stage costs only messages.
 
-Losses. Every state that waits for a message has a time limit. A lost `Ask` or `Bid` is a bid less. A lost `Award` or `Accept`: the
-asker withdraws and awards the next; the bidder's place falls free at the `Withdraw` or when its time is up, which is later than the
-asker's (`BidAskSettings`), so no migration starts to a place that is gone. Late messages name a round that is over or a state that
-does not want them: the agent (`agent.py`) answers with `Withdraw` where somebody might be holding a place, and drops the rest.
+Losses. Every state that waits for a message has a time limit. A lost `Ask` or `Bid` is one bid fewer. After a lost
+`Award` or `Accept` the asker withdraws and awards the next bid; the bidder's place is released by the `Withdraw` or
+when its time is up, which is later than the asker's (`BidAskSettings`), so no migration starts to a place that is gone.
+A late message names a round that is over, or a state that does not accept it: the agent (`agent.py`) answers with
+`Withdraw` where somebody might be holding a place, and drops the rest.
 
-`TRANSITIONS` is the whole protocol. Conditions (is it the last answer? is there still room?) are in the events' names, so the table is
-a plain map. The diagram in `docs/protocols/bidask.md` is generated from it (`python docs/protocols/draw.py`), and a test keeps
-the two alike. Source: arXiv 2512.19179, section on decentralised load balance; the ask-bid-award order is the contract net's
-(Smith 1980).
+`TRANSITIONS` is the whole protocol. Conditions (is it the last answer? is there still room?) are in the events' names,
+so the table is a plain map. The diagram in `docs/protocols/bidask.md` is generated from it (`python
+docs/protocols/draw.py`), and a test compares the two. Source: arXiv 2512.19179, section on decentralised load balance;
+the ask-bid-award order is that of the contract net (Smith 1980).
 """
 
 import enum
@@ -32,19 +34,19 @@ NEVER: Final = float("inf")
 
 
 class State(enum.Enum):
-    """Where a round is, for one of its parties."""
+    """State of a round, for one of its parties."""
 
     NEW = "new"
     ASKING = "asking"
     """Asker: asks are out."""
     AWARDING = "awarding"
-    """Asker: the best bidder has been told."""
+    """Asker: the best bid has been awarded."""
     MOVING = "moving"
     """Asker: the migration is under way."""
     RESTING = "resting"
-    """Asker: it came to nothing; the request is not offered again for a while."""
+    """Asker: the round failed; the request is not offered again for a while."""
     OFFERING = "offering"
-    """Bidder: a bid is out and its room held back."""
+    """Bidder: a bid is out and its room reserved."""
     KEEPING = "keeping"
     """Bidder: the award is accepted and a place kept."""
     RECEIVING = "receiving"
@@ -73,7 +75,7 @@ class RoundEvent(enum.Enum):
     """Asker: the migration ended where it began."""
     RESTED = "rested"
     DROPPED = "dropped"
-    """Asker: the request has ended, was lost, or need not move any more."""
+    """Asker: the request has ended, was lost, or no longer needs to move."""
     ASKED = "asked"
     """Bidder: an ask came and the bid has been sent."""
     AWARDED = "awarded"
@@ -86,7 +88,7 @@ class RoundEvent(enum.Enum):
     BEGAN = "began"
     """Bidder: the migration has begun."""
     ENDED = "ended"
-    """Bidder: the migration is over, one way or another."""
+    """Bidder: the migration is over, whatever its outcome."""
 
 
 TRANSITIONS: Final[dict[tuple[State, RoundEvent], State]] = {
@@ -127,17 +129,17 @@ class BidAskSettings:
         fan_out: Candidates asked per round.
         bid_wait_s: How long the asker waits for bids; a round closes earlier when all have answered.
         award_wait_s: How long it waits for the accept.
-        offer_life_s: How long a bidder holds room back for a bid; covers the asker's wait and a turned down award.
-        keep_life_s: How long it keeps an awarded place. Longer than `award_wait_s`, so that no migration starts to a place that is gone.
+        offer_life_s: How long a bidder reserves room for a bid; covers the asker's wait and one rejected award.
+        keep_life_s: How long it keeps an awarded place. Longer than `award_wait_s`, so that no migration starts to a
+            place that is gone.
         rest_s: First pause after a failure; doubles up to `rest_s_max`.
         busy_s: Pause after a round in which a candidate was only busy with other migrations; does not grow.
-        advert_interval_s: Between two adverts of one instance.
-        advert_fan_out: Peers that each goes to, taking turns.
-        heard_life_s: How long a load heard of counts.
-        imbalance_load: Difference from the peers' mean from which an instance is overloaded.
+        advert_interval_s: Time between two adverts of one instance.
+        advert_fan_out: Peers that each advert goes to, in turns.
+        heard_life_s: How long an advertised load counts.
+        imbalance_load: Difference from the peers' mean above which an instance is overloaded.
         imbalance_share: The same as a share of that mean; both must be exceeded.
         headroom_blocks: Blocks a bidder keeps free, beside one per request: requests grow.
-        room_slack_tokens: Growth of a request while it moves; shells ask its target for so much more room.
     """
 
     max_migrations: int = 3
@@ -155,7 +157,6 @@ class BidAskSettings:
     imbalance_load: float = 0.1
     imbalance_share: float = 0.25
     headroom_blocks: int = 8
-    room_slack_tokens: int = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -164,12 +165,12 @@ class Round:
     One round, as one of its parties keeps it.
 
     Attributes:
-        ask_id: Its name; the asker's choice, unique.
+        ask_id: Its name; chosen by the asker, unique.
         partner_id: Asker: the awarded bidder, once there is one. Bidder: the asker.
         deadline_s: When this state's time is up; infinite without a limit.
         pending: Asker: candidates that have not answered, in order of asking.
-        bids: Asker: bids that have come and were not turned down.
-        busy: Asker: somebody declined only because of too many migrations at once, which passes soon.
+        bids: Asker: bids that have arrived and were not turned down.
+        busy: Asker: a candidate declined only because of too many migrations at once, which passes soon.
     """
 
     ask_id: str
@@ -185,7 +186,7 @@ class Round:
 
     def handle(self, event: RoundEvent) -> None:
         """
-        Follow one event.
+        Apply one event.
 
         Raises:
             InvalidTransition: The table does not allow it in this state; nothing has changed.
@@ -198,7 +199,7 @@ class Round:
         self.state = after
 
     def best_bid(self) -> tuple[InstanceId, Bid] | None:
-        """The lowest price; then the lowest load, the fewest migrations, the smallest id."""
+        """The bid with the lowest price; ties by load, then fewest migrations, then smallest id."""
         if not self.bids:
             return None
         return min(self.bids.items(), key=lambda item: (item[1].price, item[1].load, item[1].migrations, item[0]))

@@ -1,5 +1,5 @@
 """
-What a step costs, and what service that gives.
+What a step costs, and the service that results.
 
 - `cascadeinfer.core.cost.latency`: the step model, coefficients and compiled form.
 - `cascadeinfer.core.cost.splitkv`: how attention backends cut KV into thread blocks, simulated.

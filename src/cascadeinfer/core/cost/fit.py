@@ -1,15 +1,15 @@
 """
 Fitting a step model to measured steps.
 
-`fit_step_model` finds the non-negative coefficients that minimise a robust loss of the *relative* residual, so that a 5 ms step and a
-500 ms step count alike and a few disturbed measurements do not bend the rest. A non-negative linear least-squares fit gives the
-start (scipy.optimize.nnls), bounded trust-region least squares with the soft-L1 loss does the rest (scipy.optimize.least_squares):
-the straggler's maximum and the knee of the dense layers make the model piecewise linear. The knee has several local optima, so it is
-started from a grid.
+`fit_step_model` finds the non-negative coefficients that minimise a robust loss of the *relative* residual, so that a 5
+ms step and a 500 ms step count alike and a few disturbed measurements do not distort the rest. A non-negative linear
+least-squares fit gives the start (scipy.optimize.nnls); bounded trust-region least squares with the soft-L1 loss does
+the rest (scipy.optimize.least_squares), because the straggler's maximum and the knee of the dense layers make the model
+piecewise linear. The knee has several local optima, so it is started from a grid.
 
-Which coefficients are free is the caller's choice: structure (split rules) comes from the backend, and a component measured by itself
-(one layer's attention, the matrix products) fits its own coefficients. A coefficient that no sample depends on is an error, not
-a guess. Error bars are standard errors from the Gauss-Newton covariance at the solution.
+The caller chooses the free coefficients: structure (split rules) comes from the backend, and a component measured
+separately (one layer's attention, the matrix products) fits its own coefficients. A coefficient that no sample depends
+on is an error, not a guess. Error bars are standard errors from the Gauss-Newton covariance at the solution.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,25 +30,30 @@ BENT: Final = frozenset({"straggler_per_kv_token_s", "dense_knee_tokens"})
 """Coefficients in which the step time is not linear; the linear start leaves them out."""
 
 KNEE_STARTS_TOKENS: Final = (16.0, 48.0, 96.0, 160.0, 256.0, 400.0, 800.0, 1600.0, 3200.0)
-"""Knees of dense models lie between 30 (H20, by arithmetic) and 400 tokens, of mixtures of experts up to some thousands."""
+"""
+Knees of dense models lie between 30 tokens (H20, by arithmetic) and 400, those of mixtures of experts up to a few
+thousand.
+"""
 
 STRAGGLER_STARTS: Final = (1.0, 0.75, 1.25, 1.6)
-"""Factors on the caller's straggler coefficient to start from: the maximum hides it where it is too small."""
+"""Starting factors on the caller's straggler coefficient: where it is too small, the maximum hides it."""
 
 REFINED_STARTS: Final = 4
-"""Starts of the grid, best first after the linear fit, that are refined."""
+"""Number of starts that are refined: the best of the grid after the linear fit."""
 
 INLIER_RESIDUAL: Final = 0.05
 """Relative residual up to which the loss is quadratic."""
 
 DIFFERENCE: Final = 1e-6
-"""Step of the forward differences, in unknowns scaled so that one changes a step by its own length."""
+"""Step of the forward differences, in unknowns scaled so that a change of one changes a step by its own length."""
 
 NEGLIGIBLE: Final = 1e-6
-"""A contribution below this share of a step is none."""
+"""A contribution below this share of a step counts as none."""
 
 INSEPARABLE: Final = 1e-6
-"""Ratio of singular values below which coefficients occur only together; forward differences are exact to some 1e-9."""
+"""
+Ratio of singular values below which coefficients occur only together; forward differences are exact to about 1e-9.
+"""
 
 SPARE_SAMPLES: Final = 3
 """Samples needed beyond the number of free coefficients."""
@@ -87,7 +92,7 @@ class StepSamples:
             raise ProfileError(f"samples: step_s of sample {int(np.argmin(self.step_s))} is zero")
 
     def __len__(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return len(self.step_s)
 
     @classmethod
@@ -113,9 +118,9 @@ class RegionError:
     Relative error of predictions over a part of the samples.
 
     Attributes:
-        median: Of the absolute relative error.
+        median: Median of the absolute relative error.
         p90: Its 90th percentile.
-        bias: Median of the signed error; above zero: predicted too long.
+        bias: Median of the signed error; positive when predictions are too long.
     """
 
     name: str
@@ -176,7 +181,7 @@ def _region(name: str, error: Column) -> RegionError:
 
 def residuals(model: StepModel, samples: StepSamples) -> tuple[RegionError, ...]:
     """
-    Relative errors on samples, those the model was fitted to or others (a held-out check): all, then each region that occurs.
+    Relative errors on samples (those the model was fitted to, or held-out ones): all, then each region that occurs.
 
     Raises:
         ProfileError: There are no samples.
@@ -186,7 +191,7 @@ def residuals(model: StepModel, samples: StepSamples) -> tuple[RegionError, ...]
 
 def regions_of(samples: StepSamples, predicted_s: Column) -> tuple[RegionError, ...]:
     """
-    As `residuals`, for predictions made in any way, e.g. each by a model that has not seen the sample.
+    Like `residuals`, for predictions made in any other way, e.g. each by a model that has not seen the sample.
 
     Raises:
         ProfileError: There are no samples.
@@ -199,7 +204,7 @@ def regions_of(samples: StepSamples, predicted_s: Column) -> tuple[RegionError, 
 
 
 def region_masks(samples: StepSamples) -> dict[str, NDArray[np.bool_]]:
-    """Which samples are of each region of batches; every sample is of one."""
+    """Masks of the samples in each region of batches; every sample is in exactly one."""
     decode, prefill = samples.n_decode > 0, samples.prefill_tokens > 0
     mixed = samples.kv_tokens_max * samples.n_decode > 1.5 * samples.kv_tokens
     return {
@@ -210,13 +215,6 @@ def region_masks(samples: StepSamples) -> dict[str, NDArray[np.bool_]]:
     }
 
 
-def hold_out(samples: StepSamples, share: float, rng: np.random.Generator) -> tuple[StepSamples, StepSamples]:
-    """Split samples at random into those to fit and those held out; `share` of them, at least one, is held out."""
-    order = rng.permutation(len(samples))
-    held = max(1, round(share * len(samples)))
-    return samples.where(np.sort(order[held:])), samples.where(np.sort(order[:held]))
-
-
 def _cost(coefficients: Column, samples: StepSamples) -> float:
     """The robust loss of all samples (soft L1, as in `_refine`)."""
     residual = _predict_with(coefficients, samples) / samples.step_s - 1.0
@@ -224,7 +222,10 @@ def _cost(coefficients: Column, samples: StepSamples) -> float:
 
 
 def _linear_start(start: Column, free: Sequence[int], samples: StepSamples) -> Column:
-    """Non-negative least squares over the free coefficients in which the model is linear; the bent ones keep their start."""
+    """
+    Non-negative least squares over the free coefficients in which the model is linear; the non-linear ones keep their
+    start.
+    """
     guess = start.copy()
     linear = [i for i in free if FIELDS[i] not in BENT]
     guess[linear] = 0.0
@@ -329,7 +330,7 @@ def _starts(start: StepModel, indices: Sequence[int]) -> list[Column]:
 
 
 def _undetermined(solution: OptimizeResult, indices: Sequence[int]) -> str:
-    """What is wrong with a solution some coefficients of which no sample depends on, or which only occur together; else empty."""
+    """Why a solution is undetermined: some coefficients affect no sample, or occur only together; else empty."""
     norms = np.linalg.norm(solution.jac, axis=0)
     silent = [FIELDS[i] for i, norm in zip(indices, norms, strict=True) if norm == 0.0]
     if silent:

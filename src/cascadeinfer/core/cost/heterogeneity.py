@@ -1,22 +1,23 @@
 """
-The fast form of a split rule: attention coefficients of the step model from a kernel, and how far they are from the simulation.
+The fast form of a split rule: attention coefficients of the step model from a kernel, and their error against
+simulation.
 
-`kernel_s` (splitkv.py) costs up to a millisecond per batch, the step model some ten nanoseconds; the planner and the simulator need
-the latter. What survives of a rule is the size of the longest piece, because a kernel ends when the last of two things ends: all
-bytes at the bandwidth of the device, or the longest piece at the bandwidth of a thread block.
+`kernel_s` (splitkv.py) costs up to a millisecond per batch, the step model some ten nanoseconds; the planner and the
+simulator need the latter. All that survives of a rule is the size of the longest piece, because a kernel ends with the
+later of two things: all bytes at the bandwidth of the device, or the longest piece at the bandwidth of a thread block.
 
-    rule                    longest piece                                        unsplit from
-    FA2                     kv_max / s, s = fewest splits with nearly full waves  0.8 x 2 SMs / kv_heads requests
-    FA3                     1.1 x kv_sum x kv_heads / SMs, >= kv_max / bound      993 requests
-    FlashInfer              kv_sum / (grid / kv_heads - (n - 1) / 2), but         grid / kv_heads requests
-                            >= kv_max / (grid / kv_heads - (n - 1))
-    trtllm-gen              kv_max x n x kv_heads / slots                         half of slots / kv_heads requests
+    rule         longest piece                                         unsplit from
+    FA2          kv_max / s, s = fewest splits with nearly full waves  0.8 x 2 SMs / kv_heads requests
+    FA3          1.1 x kv_sum x kv_heads / SMs, >= kv_max / bound      993 requests
+    FlashInfer   kv_sum / (grid / kv_heads - (n - 1) / 2), but         grid / kv_heads requests
+                 >= kv_max / (grid / kv_heads - (n - 1))
+    trtllm-gen   kv_max x n x kv_heads / slots                         half of slots / kv_heads requests
 
-FlashInfer's (n - 1) / 2: each request's last piece is half full on average, which takes half a place in the grid; a request much
-shorter than a piece takes a whole one. Kernels that serve
-requests in batch order (all but FA3) start the longest one, once the batch is more than one wave, on average half-way through what
-does not fit into the first wave: `overlap_max` = 1/2. What the form leaves out: rounding of lengths to blocks and FA3's wave
-quantisation at 1-2 waves (a batch of 17 equal requests x 8 KV heads on 132 SMs takes two waves; mixed lengths smooth this).
+FlashInfer's (n - 1) / 2: each request's last piece is half full on average, which takes half a place in the grid; a
+request much shorter than a piece takes a whole one. Kernels that serve requests in batch order (all but FA3) start the
+longest one, once the batch exceeds one wave, on average half-way through what does not fit into the first wave:
+`overlap_max` = 1/2. The form leaves out the rounding of lengths to blocks and FA3's wave quantisation at 1-2 waves (a
+batch of 17 equal requests x 8 KV heads on 132 SMs takes two waves; mixed lengths smooth this).
 """
 
 from collections.abc import Sequence
@@ -41,15 +42,16 @@ from cascadeinfer.core.cost.splitkv import (
 )
 
 LONG_CONTEXT_TOKENS = 131_072
-"""FA3's own bound grows with the longest length; the fast form takes the bound of a long one, for which it matters."""
+"""FA3's own bound grows with the longest length; the fast form takes the bound of a long one, where it matters."""
 
 IN_ORDER_OVERLAP = 0.5
-"""Mean start of the longest request among those that follow the first wave, as a share of the run."""
+"""Mean start of the longest request among those after the first wave, as a share of the run."""
 
 
 def reduce_kernel(kernel: AttentionKernel, *, kv_heads: int, layers: int) -> StepModel:
     """
-    The attention part of a step model: base, per-request, per-token and straggler coefficients and the split rule's numbers.
+    The attention part of a step model: base, per-request, per-token and straggler coefficients, and the split rule's
+    numbers.
 
     Args:
         kernel: Backend and device.
@@ -100,9 +102,9 @@ class ReductionError:
     Relative error of the fast form against the simulation of the same kernel.
 
     Attributes:
-        median: Of the absolute relative error.
+        median: Median of the absolute relative error.
         p90: Its 90th percentile.
-        bias: Median of the signed error; below zero: the fast form is too short.
+        bias: Median of the signed error; negative when the fast form is too short.
         median_without: Median absolute error of the same model without any heterogeneity term.
     """
 
@@ -128,7 +130,7 @@ def reduction_error(
         kernel: Backend and device.
         batches: KV lengths of each batch, in batch order.
         kv_heads: KV heads per device.
-        model: The fast form of one layer; None: `reduce_kernel`'s.
+        model: The fast form of one layer; `reduce_kernel`'s if None.
     """
     fast = model or reduce_kernel(kernel, kv_heads=kv_heads, layers=1)
     simulated_s = np.array([kernel_s(lengths, kv_heads, kernel) for lengths in batches])

@@ -1,17 +1,17 @@
 """
 The workload as the planner sees it: what happens at each sequence length.
 
-A request with prompt P and output O prefills its prompt in the bucket of P (its first token comes with the prefill) and then does one
-decode step at each length P+1 .. P+O-1; a step at length L reads L tokens of KV cache. Lengths are cut into log-spaced buckets
-`[edge, next edge)`; each bucket holds sums over requests (`Column`), and a snapshot holds their prefix sums, so that any range of
-whole buckets costs O(1). Columns are additive: histograms merge by adding, age by multiplying, and an added request touches only the
-buckets it passes through.
+A request with prompt P and output O prefills its prompt in the bucket of P (its first token comes with the prefill) and
+then does one decode step at each length P+1 .. P+O-1; a step at length L reads L tokens of KV cache. Lengths are cut
+into log-spaced buckets `[edge, next edge)`; each bucket holds sums over requests (`Column`), and a snapshot holds their
+prefix sums, so any range of whole buckets costs O(1). Columns are additive: histograms merge by adding and age by
+multiplying, and adding a request touches only the buckets it passes through.
 
-Hand-overs need no column of their own: the requests that cross an edge e are those that start below e less those whose last decode
+Hand-overs need no column: the requests that cross an edge e are those that start below e minus those whose last decode
 step lies below e (`STARTS` and `LAST_STEPS`).
 
-Three weightings of a request are kept, because a mean over requests weighs a step by what the mean divides by: plain (1), by output
-(1/O, "NL": normalised latency) and by decode steps (1/(O-1), "TPOT"; 0 when O = 1).
+Requests are weighted in three ways, because a mean over requests weighs a step by what the mean divides by: plain (1),
+by output (1/O, "NL": normalised latency) and by decode steps (1/(O-1), "TPOT"; 0 when O = 1).
 """
 
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.types import LengthRange
 
 DEFAULT_MAX_TOKENS: Final = 1 << 20
-"""Longest sequence a histogram takes unless told otherwise; above every served context known to us."""
+"""Longest sequence a histogram takes by default; above every served context known to us."""
 DEFAULT_BUCKETS_PER_OCTAVE: Final = 16
-"""Edges 4.4 % apart: finer than the planner can tell layouts apart, and still only 260 edges up to 128K."""
+"""Edges 4.4 % apart: finer than the planner can tell layouts apart, yet only 260 edges up to 128K."""
 
 
 class Columns(NamedTuple):
-    """Row numbers of the sums per bucket of lengths (compiled code reads them too). A is prefill attention, P (P + 1) / 2."""
+    """Row numbers of the sums per length bucket, also read by compiled code. A is prefill attention, P (P + 1) / 2."""
 
     STEPS: int = 0
     """Decode steps at lengths in the bucket."""
@@ -46,7 +46,7 @@ class Columns(NamedTuple):
     ATTENTION: int = 4
     """Their prefill attention A."""
     PROMPT_SQ: int = 5
-    """Sum of P^2; with the next two the second moment of prefill time."""
+    """Sum of P^2; with the next two rows, the second moment of prefill time."""
     PROMPT_ATTENTION: int = 6
     """Sum of P A."""
     ATTENTION_SQ: int = 7
@@ -66,7 +66,7 @@ class Columns(NamedTuple):
     ATTENTION_NL: int = 14
     """Prefill attention weighted by 1/O."""
     DECODING_STARTS_NL: int = 15
-    """The same without requests of one token, which never decode."""
+    """The same without one-token requests, which never decode."""
     LAST_STEPS_NL: int = 16
     """Last decode steps weighted by 1/O."""
     STEPS_TPOT: int = 17
@@ -84,7 +84,8 @@ N_COLUMNS: Final = len(Column)
 @lru_cache(maxsize=8)
 def log_edges(max_tokens: int, buckets_per_octave: int) -> NDArray[np.int64]:  # (n_buckets + 1,)
     """
-    Edges of the buckets: 0, then 1, 2, 3 ... as long as the spacing is below one token, then log-spaced, and `max_tokens + 1`.
+    Edges of the buckets: 0, then 1, 2, 3 ... while the spacing is below one token, then log-spaced, and `max_tokens +
+    1`.
 
     Raises:
         PlanError: `max_tokens` or `buckets_per_octave` is below 1.
@@ -157,8 +158,9 @@ class LengthHistogram:
 
     Attributes:
         edges_tokens: Bucket i is `[edges_tokens[i], edges_tokens[i + 1])`.  # (n_buckets + 1,)
-        prefix: Column sums over buckets below each edge, per request: row `Column.STARTS` ends at 1.  # (N_COLUMNS, n_buckets + 1)
-        requests: Weight of the requests behind it (a count, unless aged).
+        prefix: Per request, column sums over the buckets below each edge; row `Column.STARTS` ends at 1.
+            # (N_COLUMNS, n_buckets + 1)
+        requests: Total weight of the requests (their number, unless aged).
     """
 
     edges_tokens: NDArray[np.int64]
@@ -178,7 +180,8 @@ class LengthHistogram:
         The histogram of these requests.
 
         Raises:
-            PlanError: No requests, columns of different length, lengths that are not whole numbers >= 1 or beyond `max_tokens`.
+            PlanError: There are no requests, the columns differ in length, or a length is not a whole number >= 1 or
+                exceeds `max_tokens`.
         """
         builder = HistogramBuilder(max_tokens=max_tokens, buckets_per_octave=buckets_per_octave)
         builder.add_many(prompt_tokens, output_tokens)
@@ -186,7 +189,7 @@ class LengthHistogram:
 
     def total(self, column: int, lengths: LengthRange | None = None) -> float:
         """
-        Sum of a column per request, over the buckets from the one of `lo` up to the one of `hi` (excluded).
+        Sum of a column per request, over the buckets from that of `lo` up to that of `hi` (exclusive).
 
         Raises:
             PlanError: An end of the range is not on an edge.
@@ -199,7 +202,7 @@ class LengthHistogram:
 
     def edge_index(self, length_tokens: int) -> int:
         """
-        Index of the edge at this length; anything beyond the last edge is the last edge.
+        Index of the edge at this length; lengths beyond the last edge map to it.
 
         Raises:
             PlanError: There is no edge there.
@@ -217,13 +220,13 @@ class LengthHistogram:
 
     @property
     def hand_overs(self) -> NDArray[np.float64]:  # (n_buckets + 1,)
-        """Per edge: requests that would be handed over there, per request."""
+        """Hand-overs per request if this edge were a boundary, for each edge."""
         crossing: NDArray[np.float64] = self.prefix[Column.STARTS] - self.prefix[Column.LAST_STEPS]
         return crossing
 
     @property
     def longest_tokens(self) -> int:
-        """Upper edge of the last bucket in which a request ends, less one: no request was longer."""
+        """Upper edge of the last bucket in which a request ends, less one; no request was longer."""
         occupied = np.flatnonzero(np.diff(self.prefix[Column.ENDS]) > 0.0)
         return int(self.edges_tokens[occupied[-1] + 1]) - 1
 
@@ -242,10 +245,10 @@ class HistogramBuilder:
     """
     The mutable side: add requests as they finish, let the past fade, take snapshots.
 
-    A request costs O(buckets it passes through).
+    Adding a request costs O(buckets it passes through).
 
     Attributes:
-        edges_tokens: Of the buckets.  # (n_buckets + 1,)
+        edges_tokens: Edges of the buckets.  # (n_buckets + 1,)
         sums: Rows as in `Column`, weighted by age.  # (N_COLUMNS, n_buckets)
     """
 
@@ -254,7 +257,7 @@ class HistogramBuilder:
     ) -> None:
         """
         Args:
-            max_tokens: Longest prompt + output taken.
+            max_tokens: Longest prompt + output accepted.
             buckets_per_octave: Edges per doubling of length.
 
         Raises:
@@ -269,7 +272,7 @@ class HistogramBuilder:
 
     @property
     def requests(self) -> float:
-        """Weight of the requests in it."""
+        """Total weight of the requests in it."""
         return float(self.sums[Column.STARTS].sum())
 
     def add(self, prompt_tokens: int, output_tokens: int) -> None:
@@ -282,19 +285,20 @@ class HistogramBuilder:
         """
         prompt, output = index(prompt_tokens), index(output_tokens)
         if min(prompt, output) < 1 or prompt + output > self._max_tokens:
-            self.add_many([prompt], [output])  # which says what is wrong
+            self.add_many([prompt], [output])  # raises an error that names the fault
             return
-        self._prompt[0], self._output[0] = prompt, output  # once per request: no arrays built
+        self._prompt[0], self._output[0] = prompt, output  # runs once per request, so no arrays are built
         _add_requests(self.edges_tokens, self._prompt, self._output, self._weight, self.sums)
 
     def add_many(
         self, prompt_tokens: ArrayLike, output_tokens: ArrayLike, weights: NDArray[np.float64] | None = None
     ) -> None:
         """
-        Add requests, each with its weight (1 by default); nothing is added when one of them is refused.
+        Add requests, each with its weight (1 by default). If one is refused, nothing is added.
 
         Raises:
-            PlanError: Columns of different length, weights that are not finite and >= 0, lengths that are not whole numbers >= 1, or sums beyond `max_tokens`.
+            PlanError: The columns differ in length, a weight is negative or not finite, a length is not a whole number
+                >= 1, or a sum exceeds `max_tokens`.
         """
         prompts = _whole(prompt_tokens, "prompt_tokens")
         outputs = _whole(output_tokens, "output_tokens")
@@ -304,7 +308,8 @@ class HistogramBuilder:
         if len(too_long):
             i = int(too_long[0])
             raise PlanError(
-                f"request {i}: {prompts[i]} + {outputs[i]} tokens is longer than the histogram's {self._max_tokens} tokens"
+                f"request {i}: {prompts[i]} + {outputs[i]} tokens is longer than the histogram's "
+                f"{self._max_tokens} tokens"
             )
         each = np.ones(len(prompts)) if weights is None else weights
         if each.shape != prompts.shape or not np.all(np.isfinite(each) & (each >= 0.0)):

@@ -1,9 +1,9 @@
 """
-What makes a measured profile valid for an engine: the same model, numbers, split and device.
+What makes a measured profile valid for an engine: the same model, sizes, split and device.
 
-A profile of another model is not slightly wrong but wrong by factors, and nothing in a running system would say so. Every measured profile
-therefore carries the identity of the engine it was measured on, and whoever loads one for a running engine compares: `foreign` names
-what forbids its use, `stale` what makes it doubtful.
+A profile of another model is wrong by factors, not slightly, and nothing in a running system would show it. Every
+measured profile therefore carries the identity of the engine it was measured on, and whoever loads one for a running
+engine compares them: `foreign` names what forbids its use, `stale` what makes it doubtful.
 """
 
 from typing import Annotated, Final
@@ -19,21 +19,21 @@ class EngineIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     An engine, as far as its step times depend on it.
 
     Attributes:
-        engine: Which program, e.g. `vllm`.
+        engine: The engine program, e.g. `vllm`.
         engine_version: Its release.
-        model: As the operator calls it: a repository, or the last part of a folder's path.
+        model: The model as the operator names it: a repository, or the last part of a folder's path.
         architecture: The model's class.
-        layers, hidden_size, query_heads, kv_heads, head_size, vocabulary: Of the whole model.
-        experts: Of a mixture of experts; else 0.
-        dtype: Of weights and activations.
-        kv_cache_dtype: As the engine names it; `auto` is `dtype`.
-        quantization: Of the weights, or `none`.
+        layers, hidden_size, query_heads, kv_heads, head_size, vocabulary: Sizes of the whole model.
+        experts: Number of experts of a mixture of experts; else 0.
+        dtype: Type of weights and activations.
+        kv_cache_dtype: As the engine names it; `auto` means `dtype`.
+        quantization: Quantization of the weights, or `none`.
         tensor_parallel, pipeline_parallel: Devices that share the model.
         device: Name of one device, or of the processor.
         threads: Processor threads that compute; 0 on an accelerator.
         attention_backend: As the engine names it.
-        eager: Without compilation and graphs.
-        asynchronous: The next step is scheduled while one runs.
+        eager: Whether it runs without compilation and graphs.
+        asynchronous: Whether the next step is scheduled while one runs.
     """
 
     engine: Text
@@ -60,19 +60,19 @@ class EngineIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 DOUBTFUL: Final = frozenset({"engine_version", "eager", "asynchronous"})
-"""A difference here changes step times by percents, not by factors."""
+"""A difference here changes step times by a few per cent, not by factors."""
 
 NAMES: Final = frozenset({"model"})
-"""The same model has many names (a folder, a repository); its sizes tell."""
+"""The same model has many names (a folder, a repository); its sizes identify it."""
 
 
 def foreign(profile: EngineIdentity, engine: EngineIdentity) -> tuple[str, ...]:
-    """Why a profile must not be used for an engine, e.g. `layers: 32 in the profile, 80 in the engine`; empty when it may."""
+    """Why a profile must not be used for an engine (`layers: 32 in the profile, 80 in the engine`); empty if it may."""
     return _differences(profile, engine, frozenset(profile.__struct_fields__) - DOUBTFUL - NAMES)
 
 
 def stale(profile: EngineIdentity, engine: EngineIdentity) -> tuple[str, ...]:
-    """What makes a profile that may be used doubtful for an engine."""
+    """Why a profile that may be used for an engine is doubtful; empty when it is not."""
     return _differences(profile, engine, DOUBTFUL)
 
 

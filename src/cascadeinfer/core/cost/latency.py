@@ -7,37 +7,38 @@ Step time of an instance from the features of its batch.
     straggler_s = straggler_per_kv_token * kv_max / splits  the longest piece at the bandwidth of one thread block
     attention_s = max(balanced_s, straggler_s) + overlap * min(balanced_s, straggler_s) + split [if the backend splits]
     step_s      = base + per_decode * n_decode + attention_s + dense_s
-                + per_prefill_token * prefill_tokens + per_prefill_attention * prefill_attention
+                  + per_prefill_token * prefill_tokens + per_prefill_attention * prefill_attention
 
-*Dense layers.* Up to `dense_knee` tokens a matrix product costs the read of its weights, whatever the number of tokens (that read is
-in `base`); above it each token costs compute. A mixture of experts reads only the experts its tokens pick: with uniform routing an
-expert is missed by all of them with probability `expert_miss ** tokens`.
+*Dense layers.* Up to `dense_knee` tokens a matrix product costs the read of its weights, whatever the number of tokens
+(that read is in `base`); above it each token costs compute. A mixture of experts reads only the experts its tokens
+pick: with uniform routing, all tokens miss an expert with probability `expert_miss ** tokens`.
 
-*Mixed lengths.* An attention kernel cuts a request's KV into `splits` pieces by the rules of its backend (`splitkv.py`); no piece
-can be read faster than one thread block reads. The rules reduce to three numbers (`heterogeneity.py` derives them and measures
-the reduction against the thread-block simulation):
+*Mixed lengths.* An attention kernel cuts a request's KV into `splits` pieces by the rules of its backend
+(`splitkv.py`); no piece can be read faster than one thread block reads. The rules reduce to three numbers
+(`heterogeneity.py` derives them and measures the reduction against the thread-block simulation):
 
-    splits = 1                                              n_decode >= split_until_requests or kv_max <= split_above
-           = clamp(slots / n_decode, 1, split_cap)          one split count for the batch (trtllm-gen)
-           = the least count whose waves are nearly full    the same, as FlashAttention-2 rounds it (`split_efficiency` > 0)
-           = clamp(slots * kv_max / kv_sum, 1, split_cap)   one piece size for the batch (FlashAttention-3, FlashInfer)
+    splits = 1                                             n_decode >= split_until_requests or kv_max <= split_above
+           = clamp(slots / n_decode, 1, split_cap)         one split count for the batch (trtllm-gen)
+           = the least count whose waves are nearly full   the same, as FA2 rounds it (`split_efficiency` > 0)
+           = clamp(slots * kv_max / kv_sum, 1, split_cap)  one piece size for the batch (FA3, FlashInfer)
     slots  = split_slots - split_slots_per_request * (n_decode - 1)
 
-With one piece size and a budget of pieces (FlashInfer) the others also take one piece each, however short they are:
+With one piece size and a budget of pieces (FlashInfer), each of the other requests also takes one piece, however short:
 `splits <= split_slots - 2 * split_slots_per_request * (n_decode - 1)`.
 
 A kernel that takes requests in batch order needs a last, partial wave once the batch exceeds `wave_requests`. With
 `alike = kv_sum / (n_decode * kv_max)` (1 for equal lengths) and `waves = n_decode / wave_requests`:
 
-    overlap     = overlap_max * (1 - alike) * (1 - 1 / waves)       the longest request starts at a random moment of the run
+    overlap     = overlap_max * (1 - alike) * (1 - 1 / waves)  (the longest request starts at a random moment)
     balanced_s += alike ** 2 * max(0, straggler_s - (waves - floor(waves)) * wave_requests * per_kv_token * kv_max)
 
-The second line is the time a last wave of equal pieces takes beyond its share of the bandwidth (measured on A100: 32 requests x 8 heads
-= 1.19 waves take 1.26 times as long as 16 or 64 requests of the same total).
+The second line is the time that a last wave of equal pieces takes beyond its share of the bandwidth (measured on A100:
+32 requests x 8 heads = 1.19 waves take 1.26 times as long as 16 or 64 requests of the same total).
 
-With only the first six coefficients the model is linear but for the straggler. `step_time_s` is the compiled form, called by the
-simulator for every step and by the planner for every bucket; the order of `StepModel`'s fields is the order of its coefficients.
-Whoever edits this file while numba caches of its callers exist has to delete those (`*.nbi`): numba looks at the caller's file only.
+With only the first six coefficients the model is linear except for the straggler. `step_time_s` is the compiled form,
+called by the simulator for every step and by the planner for every bucket; the order of `StepModel`'s fields is the
+order of its coefficients. After editing this file, delete the numba caches (`*.nbi`) of its callers: numba checks only
+the caller's own file.
 """
 
 import math
@@ -52,15 +53,15 @@ from numpy.typing import NDArray
 @dataclass(frozen=True, slots=True)
 class BatchFeatures:
     """
-    What a step's cost depends on.
+    The features of a batch that determine a step's cost.
 
     Attributes:
         n_decode: Requests that decode one token.
         decode_kv_tokens: Sum of their lengths.
         decode_kv_tokens_max: The longest of them.
         prefill_tokens: Prompt tokens computed in this step, all chunks together.
-        prefill_attention_tokens: Sum over those tokens of the context each attends to: a chunk of c tokens after s computed
-            ones adds c * s + c * (c + 1) / 2.
+        prefill_attention_tokens: Sum over those tokens of the context each attends to: a chunk of c tokens after s
+            computed ones adds c * s + c * (c + 1) / 2.
     """
 
     n_decode: int
@@ -71,7 +72,7 @@ class BatchFeatures:
 
 
 MAX_WAVES = 16
-"""Waves tried for a split count; at 16 every count fills its last wave by 0.94 or more."""
+"""Waves tried for a split count; from 16 on every count fills its last wave to 0.94 or more."""
 
 
 @njit(cache=True)
@@ -96,7 +97,7 @@ def _splits(coefficients: NDArray[np.float64], n_decode: float, kv_tokens: float
 def decode_attention_s(
     coefficients: NDArray[np.float64], n_decode: float, kv_tokens: float, kv_tokens_max: float
 ) -> float:
-    """The part of a step that reads the decoding requests' KV, in seconds, without launch floor and per-request work."""
+    """Time to read the decoding requests' KV, in seconds; excludes the launch floor and per-request work."""
     balanced_s = coefficients[2] * kv_tokens
     straggler_s = coefficients[5] * kv_tokens_max
     split_s = 0.0
@@ -150,10 +151,10 @@ class StepModel:
     Coefficients of the step time, all >= 0. Fields that end in `_s` are seconds. Always build it by keyword.
 
     Attributes:
-        base_s: A step with nothing in it: weights, launch and CPU overhead.
-        per_decode_s: Each decoding request, beside its KV.
+        base_s: An empty step: weights, launch and CPU overhead.
+        per_decode_s: Each decoding request, excluding its KV.
         per_kv_token_s: Each token of KV cache read by a decoding request.
-        per_prefill_token_s: Each prompt token computed, beside the dense layers' compute above the knee.
+        per_prefill_token_s: Each prompt token computed, excluding the dense layers' compute above the knee.
         per_prefill_attention_s: Each (token, context token) pair of prefill attention.
         straggler_per_kv_token_s: Each token of the longest decoding request when one thread block per head reads it.
         dense_knee_tokens: Tokens in a step that ride along with the read of the weights.
@@ -163,10 +164,11 @@ class StepModel:
         split_s: Combining the pieces, if the backend splits.
         split_slots: Pieces that the backend spreads over the requests of a batch.
         split_slots_per_request: Slots lost per further request to rounding up (half a piece on average).
-        split_by_share: 1: pieces of one size (a request's pieces by its share of the KV); 0: one split count for the batch.
+        split_by_share: 1: pieces of one size (a request gets pieces by its share of the KV); 0: one split count for the
+            batch.
         split_until_requests: From this many requests on nothing is split. 0: never split.
         split_cap: Most pieces of one request.
-        overlap_max: Share of the shorter of (balanced, straggler) that is not hidden under the longer in a large batch.
+        overlap_max: Share of the shorter of (balanced, straggler) that the longer does not hide in a large batch.
         wave_requests: Requests that run at once; no overlap up to here.
         split_efficiency: How full the last wave of a split count has to be; 0: counts are not rounded.
         split_above_tokens: Requests up to this length are never split.
@@ -195,7 +197,7 @@ class StepModel:
 
     @property
     def compute_per_prefill_token_s(self) -> float:
-        """What a prompt token costs in a step that is already above the knee, attention aside."""
+        """Cost of a prompt token in a step that is already above the knee, excluding attention."""
         return self.per_prefill_token_s + self.per_dense_token_s
 
     def coefficients(self) -> NDArray[np.float64]:  # (20,)

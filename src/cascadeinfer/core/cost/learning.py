@@ -1,16 +1,17 @@
 """
 Step times learnt while serving: a cost model that follows the engine it runs on.
 
-The time of a step has five parts (`PARTS`): what it costs with nothing in it, its decoding requests, their attention, the dense layers
-of prompts, the prompts' attention. A start model, from a profile, says how each part depends on the batch; what is learnt is a factor
-for each, so that a device that is slower, shared or otherwise set up is followed without measuring a grid. Without a start model the
-parts are linear in the batch and the factors are the coefficients.
+The time of a step has five parts (`PARTS`): the empty step, its decoding requests, their attention, the dense layers of
+prompts, and the prompts' attention. A start model, from a profile, says how each part depends on the batch. One factor
+per part is learnt, so that a device that is slower, shared or configured differently is followed without measuring a
+grid. Without a start model the parts are linear in the batch and the factors are the coefficients.
 
-Factors are non-negative least squares of the *relative* residual, as in `fit.py`, over sums that fade with time; a step that takes
-ten times as long as any other (compilation, a disturbance) then hardly counts. Where steps of the same batch differ, such a fit lies below
-their mean (by twice the square of their coefficient of variation), and load is a sum of step times: one more factor for all parts makes predicted and
-measured time the same in total, outliers apart. A start model counts like `LearningSettings.prior_steps`
-steps that agree with it, which keeps parts that no step shows where they were, and no factor leaves its bounds.
+Factors are non-negative least squares of the *relative* residual, as in `fit.py`, over sums that fade with time; a step
+ten times as long as any other (compilation, a disturbance) then hardly counts. Where steps of the same batch differ,
+such a fit lies below their mean (by twice the square of their coefficient of variation), but load is a sum of step
+times. One more factor for all parts therefore makes predicted and measured time equal in total, outliers aside. A start
+model counts like `LearningSettings.prior_steps` steps that agree with it: parts that no step exercises keep their
+values, and no factor leaves its bounds.
 """
 
 from collections.abc import Sequence
@@ -31,13 +32,13 @@ PARTS: Final = ("step", "decodes", "decode attention", "prompts", "prompt attent
 _UNIT: Final = StepModel(
     base_s=1.0, per_decode_s=1.0, per_kv_token_s=1.0, per_prefill_token_s=1.0, per_prefill_attention_s=1.0
 )
-"""What factors multiply when nothing is known."""
+"""What the factors multiply when nothing is known."""
 MOST_WAITING: Final = 8192
-"""Steps kept between two updates; more say nothing new."""
+"""Steps kept between two updates; more add no information."""
 LEAST_SHARE: Final = 1e-3
-"""A part that makes up less of a step than this is not learnt: it stays as the start has it."""
+"""A part that makes up less of a step than this is not learnt; it keeps its start value."""
 OUTLIER_FACTOR: Final = 3.0
-"""Steps so many times longer than fitted do not count in the total."""
+"""Steps longer than fitted by this factor do not count in the total."""
 PROMPT_STEPS: Final = 10.0
 """Steps with prompt tokens, and steps without, that must have been seen before a model without a start is trusted."""
 
@@ -48,13 +49,14 @@ class LearningSettings:
     How a model follows its engine.
 
     Attributes:
-        interval_s: Between two updates.
+        interval_s: Time between two updates.
         memory_s: Time constant with which steps fade.
-        prior_steps: How many steps the start model is worth.
-        most_change: No factor goes above this, or below one over it.
-        tolerance: A new model is taken when it predicts the recent steps differently by so much (mean relative difference).
+        prior_steps: Number of steps that the start model counts for.
+        most_change: Upper bound of every factor; its reciprocal is the lower bound.
+        tolerance: A new model is adopted when its predictions for the recent steps differ by this much (mean relative
+            difference).
         min_steps: Fewest steps to learn a model without a start from.
-        most_error: Mean relative error up to which such a model is taken.
+        most_error: Largest mean relative error at which such a model is adopted.
     """
 
     interval_s: float = 10.0
@@ -68,18 +70,19 @@ class LearningSettings:
 
 class StepLearner:
     """
-    Follows the steps of alike instances.
+    Learns from the steps of identical instances.
 
     Attributes:
-        model: The model to use now; None before enough has been seen without a start.
-        error: Mean relative error of `model` (or, before there is one, of the candidate) on the steps of the last update; NaN before.
+        model: The model to use now; None while too little has been seen without a start.
+        error: Mean relative error of `model` (or, before there is one, of the candidate) on the steps of the last
+            update; NaN before the first.
     """
 
     def __init__(self, start: StepModel | None, settings: LearningSettings | None = None) -> None:
         """
         Args:
-            start: Of a profile; None to learn from nothing.
-            settings: How.
+            start: Model from a profile; None to learn from nothing.
+            settings: How to learn.
         """
         self.model = start
         self.error = float("nan")
@@ -98,12 +101,12 @@ class StepLearner:
         self._updated_s = 0.0
 
     def observe(self, steps: Sequence[StepSample]) -> None:
-        """Note steps; they are learnt from at the next update."""
+        """Record steps; the next update learns from them."""
         if len(self._waiting) < MOST_WAITING:
             self._waiting.extend(steps)
 
     def is_due(self, now_s: float) -> bool:
-        """Whether `update` should be called; the first time one interval after the first question."""
+        """Whether `update` should be called; first true one interval after the first call."""
         if self._next_s is None:
             self._next_s = now_s + self._settings.interval_s
             self._updated_s = now_s
@@ -111,10 +114,10 @@ class StepLearner:
 
     def update(self, now_s: float) -> bool:
         """
-        Learn from what was noted.
+        Learn from what was recorded.
 
         Returns:
-            Whether `model` is another one now.
+            Whether `model` has changed.
         """
         settings = self._settings
         self._next_s = now_s + settings.interval_s
@@ -148,11 +151,15 @@ class StepLearner:
         return self._steps >= self._settings.min_steps and min(self._prompt_steps, plain) >= PROMPT_STEPS
 
     def _take_in(self, samples: StepSamples, fade: float) -> None:
-        """Add steps to the fading sums, and find the factors anew."""
+        """Add steps to the fading sums and solve for the factors again."""
         parts_s = _parts(
             self._reference.coefficients(),
-            samples.n_decode, samples.kv_tokens, samples.kv_tokens_max, samples.prefill_tokens, samples.prefill_attention_tokens,
-        )  # fmt: skip
+            samples.n_decode,
+            samples.kv_tokens,
+            samples.kv_tokens_max,
+            samples.prefill_tokens,
+            samples.prefill_attention_tokens,
+        )
         shares = parts_s / samples.step_s[:, None]
         self._gram = fade * self._gram + shares.T @ shares
         self._aim = fade * self._aim + shares.sum(axis=0)
@@ -172,7 +179,7 @@ class StepLearner:
         return shares
 
     def _correction(self, modelled_s: float) -> float:
-        """Measured over modelled time; a start model counts here too like steps that agree with it."""
+        """Measured over modelled time; here too a start model counts like steps that agree with it."""
         if modelled_s <= 0.0:
             return 1.0
         agreeing_s = self._settings.prior_steps * modelled_s / self._steps if self._is_start_known else 0.0
@@ -209,7 +216,7 @@ def _parts(
     prefill: NDArray[np.float64],
     attention: NDArray[np.float64],
 ) -> NDArray[np.float64]:  # (samples, 5)
-    """What each part of each step takes by a model, in seconds; they sum up to `step_time_s`."""
+    """Time of each part of each step by a model, in seconds; the parts add up to `step_time_s`."""
     parts = np.empty((len(n_decode), 5))
     for i in range(len(n_decode)):
         tokens = n_decode[i] + prefill[i]
@@ -246,5 +253,5 @@ def _mean_error(model: StepModel, samples: StepSamples) -> float:
 
 
 def _difference(model: StepModel, other: StepModel, samples: StepSamples) -> float:
-    """Mean relative difference of what they predict for these batches."""
+    """Mean relative difference of the two models' predictions for these batches."""
     return float(np.abs(predict_s(other, samples) / predict_s(model, samples) - 1.0).mean())

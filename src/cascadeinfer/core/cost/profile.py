@@ -1,16 +1,17 @@
 """
 The profile file: everything about one model on one device that a plan or a simulation needs.
 
-JSON, one object, written by `tools/profiles/build_profiles.py` (shipped ones) and by `cascadeinfer profile` (measured ones).
-Decoding is strict: unknown fields, unknown or missing coefficients, non-finite or negative numbers, another schema version, and
-a KV capacity that does not follow from the memory figures are refused with the path of the offending value. Bump
-`SCHEMA_VERSION` with every change of meaning; `CostProfile` is what the rest of the project sees.
+JSON, one object, written by `tools/profiles/build_profiles.py` (shipped profiles) and by `cascadeinfer profile`
+(measured ones). Decoding is strict: unknown fields, unknown or missing coefficients, non-finite or negative numbers,
+another schema version, and a KV capacity that does not follow from the memory figures are refused with the path of the
+offending value. Bump `SCHEMA_VERSION` with every change of meaning; `CostProfile` is what the rest of the project sees.
 
-KV capacity as vLLM reckons it: what `gpu_memory_utilization` of the device leaves after weights and working memory, in whole
-blocks; tensor parallelism splits weights and KV heads over its devices. A measured profile has the capacity that the engine itself said.
+KV capacity is computed as in vLLM: what `gpu_memory_utilization` of the device leaves after weights and working memory,
+in whole blocks; tensor parallelism splits weights and KV heads over its devices. A measured profile has the capacity
+that the engine reported.
 
-Version 2 adds what a measured profile carries: the engine it is valid for, how it was measured, how transfers were. Version 1 files have
-none of it and load unchanged.
+Version 2 adds the fields of a measured profile: the engine it is valid for, and how steps and transfers were measured.
+Version 1 files have none of them and load unchanged.
 """
 
 import math
@@ -47,7 +48,7 @@ class Coefficient(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
-    What the KV capacity follows from; bytes are per device, the model's are of the whole model.
+    What the KV capacity follows from; sizes in bytes are per device, those of the model are for the whole model.
 
     Attributes:
         reserved_bytes: Working memory per device: context, communication buffers, activations, CUDA graphs.
@@ -70,7 +71,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class FitError(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Relative error of the model against samples: median and 90th percentile of the absolute, median of the signed error."""
+    """
+    Relative error of the model on samples: median and 90th percentile of the absolute error, median of the signed
+    error.
+    """
 
     part: Text
     samples: Count
@@ -87,14 +91,15 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     Attributes:
         batches: Kinds of batch that were run.
-        left_out: Kinds that the engine could hold but the time did not allow.
-        rounds: How often, at most, each was run.
+        left_out: Kinds of batch that the engine could hold but that were skipped for lack of time.
+        rounds: How often, at most, each kind was run.
         steps: Steps measured.
         outliers: Steps left out: far longer than others of the same batch (compilation, a disturbance).
         samples: Medians of like steps, which the coefficients are fitted to.
-        measuring_s: Seconds of measuring, the engine's start apart.
+        measuring_s: Seconds of measuring, excluding the engine's start.
         step_share: Sum of the steps' seconds over the wall time in which they ran.
-        max_decodes, max_kv_tokens, max_length_tokens, max_prefill_tokens: Largest values in a step; beyond them the model extrapolates.
+        max_decodes, max_kv_tokens, max_length_tokens, max_prefill_tokens: Largest values in a step; beyond them the
+            model extrapolates.
     """
 
     batches: Count
@@ -117,9 +122,9 @@ class TransferMeasurement(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
 
     Attributes:
         pulls: Transfers measured.
-        longest_tokens: Tokens of the longest.
-        fixed_s: What a transfer takes beside its bytes.
-        spread: Half the distance of the quartiles of the rate over the rate.
+        longest_tokens: Tokens of the longest transfer.
+        fixed_s: Time of a transfer that does not depend on its size.
+        spread: Half the interquartile range of the rate, as a share of the rate.
     """
 
     pulls: Count
@@ -133,7 +138,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     Where the numbers come from.
 
     Attributes:
-        command: What made the file.
+        command: The command that made the file.
         date: Day on which it was made, as passed in (ISO).
         sources: Data files and documents.
         notes: Each part that was not measured on this device, and each assumption.
@@ -174,19 +179,19 @@ class _Versioned(msgspec.Struct):
 @dataclass(frozen=True, slots=True)
 class CostProfile:
     """
-    One model on one device (or `tensor_parallel` of them): cost of a step, capacity, transfer.
+    One model on one device (or on `tensor_parallel` of them): cost of a step, capacity, transfer.
 
     Attributes:
         backend: Attention backend; its split rule is in the step model.
-        capacity: What one instance holds.
+        capacity: Capacity of one instance.
         kv_bytes_per_token: Of the whole instance, all its devices together.
         transfer_bytes_per_s: Effective rate at which KV moves to another instance.
         derived: A main part was not measured on this device; `provenance.notes` says which.
         coefficient_errors: Standard errors of the fitted coefficients, in their units.
-        memory: What the capacity follows from; None when the engine said it.
-        engine: The engine it was measured on; None for one that was not measured on a running engine.
-        measurement: How; None likewise.
-        transfer: How transfers were measured; None: `transfer_bytes_per_s` is assumed.
+        memory: What the capacity follows from; None when the engine reported it.
+        engine: The engine it was measured on; None if it was not measured on a running engine.
+        measurement: How it was measured; None likewise.
+        transfer: How transfers were measured; None if `transfer_bytes_per_s` is assumed.
     """
 
     name: str
@@ -296,7 +301,10 @@ def _checked(file: ProfileFile, origin: str) -> CostProfile:
 
 
 def _kv_bytes_per_token(file: ProfileFile, origin: str) -> int:
-    """Bytes of a token's KV; refuses a capacity that memory figures contradict, and a file that tells too little or too much."""
+    """
+    Bytes of a token's KV; refuses a capacity that contradicts the memory figures, and a file with too few or too many
+    fields.
+    """
     measured = (file.engine, file.measurement, file.transfer, file.kv_bytes_per_token)
     if file.schema_version == 1 and any(part is not None for part in measured):
         raise ProfileError(f"{origin}: engine, measurement, transfer and kv_bytes_per_token came with schema version 2")

@@ -1,23 +1,27 @@
 """
-How decode-attention backends cut a batch's KV cache into thread blocks, and what the kernel then takes.
+How decode-attention backends cut a batch's KV cache into thread blocks, and the time the kernel then takes.
 
-One layer, one query token per request, grouped-query attention: all query heads of a KV head share a tile, so the unit of work
-is (request, KV head, piece of its KV). `plan_pieces` restates each backend's rule; `kernel_s` puts the pieces on the device.
+One layer, one query token per request, grouped-query attention: all query heads of a KV head share a tile, so the unit
+of work is (request, KV head, piece of its KV). `plan_pieces` restates each backend's rule; `kernel_s` puts the pieces
+on the device.
 
 *Rules* (../shared/data/kernels.md, section 3, has the sources line by line):
 
-- FA2 (FlashAttention-2, `flash_api.cpp: num_splits_heuristic`, `flash_fwd_kernel.h`): ONE split count for the batch, from
-  tiles = requests x KV heads and the longest length; piece size = longest / splits, so that a short request is one piece.
-- FA3 (`hopper/heuristics.h`, `flash_prepare_scheduler.cu`): a split count per request, so that no piece exceeds 1.1 x the mean
-  load of an SM, up to a bound: the heuristic's for a batch of one, or what the engine passes (vLLM under CUDA graphs: 16, later 32).
-  Pieces are served longest first.
-- FlashInfer (`scheduler.cuh`): the smallest common piece size whose pieces fit the grid; none if the requests alone fill it. The
-  CUDA-core path compares with occupancy x SMs, the tensor-core path ("decode as prefill") has a budget of 2 x SMs / KV heads.
-- TRTLLM (trtllm-gen on SM100, closed source; kernels.md 3c and flashinfer issue 4832): pieces per request from one wave and the
-  longest length, in batch order. APPROXIMATE: nothing but this one sentence is published.
+- FA2 (FlashAttention-2, `flash_api.cpp: num_splits_heuristic`, `flash_fwd_kernel.h`): ONE split count for the batch,
+  from tiles = requests x KV heads and the longest length; piece size = longest / splits, so a short request is one
+  piece.
+- FA3 (`hopper/heuristics.h`, `flash_prepare_scheduler.cu`): a split count per request, so that no piece exceeds 1.1 x
+  the mean load of an SM, up to a bound: the heuristic's for a batch of one, or the one the engine passes (vLLM under
+  CUDA graphs: 16, later 32). Pieces are served longest first.
+- FlashInfer (`scheduler.cuh`): the smallest common piece size whose pieces fit the grid; none if the requests alone
+  fill it. The CUDA-core path compares with occupancy x SMs, the tensor-core path ("decode as prefill") has a budget of
+  2 x SMs / KV heads.
+- TRTLLM (trtllm-gen on SM100, closed source; kernels.md 3c and flashinfer issue 4832): pieces per request from one wave
+  and the longest length, in batch order. APPROXIMATE: only this one sentence is published.
 
-*Device*: a fluid model. `slots` thread blocks run at once; each streams at min(its own limit, its share of the device's bandwidth);
-a free slot takes the next piece in order. Times are in seconds, sizes in tokens until `kernel_s` multiplies by bytes.
+*Device*: a fluid model. `slots` thread blocks run at once; each streams at the lower of its own limit and its share of
+the device's bandwidth; a free slot takes the next piece in order. Times are in seconds, sizes in tokens until
+`kernel_s` multiplies by bytes.
 """
 
 import enum
@@ -59,7 +63,7 @@ FA3_UNSPLIT_BLOCKS = 4
 
 
 class SplitRule(enum.StrEnum):
-    """Attention backends with a rule of their own."""
+    """Attention backends with their own split rule."""
 
     FA2 = "fa2"
     FA3 = "fa3"
@@ -76,13 +80,13 @@ class AttentionKernel:
     Attributes:
         rule: Its split rule.
         sms: Streaming multiprocessors of the device.
-        blocks_per_sm: Thread blocks that one of them runs at once.
-        bandwidth_bytes_s: What all blocks together stream.
-        block_bandwidth_bytes_s: What one block streams when the others are idle.
+        blocks_per_sm: Thread blocks that run at once on one SM.
+        bandwidth_bytes_s: Bandwidth of all blocks together.
+        block_bandwidth_bytes_s: Bandwidth of one block when the others are idle.
         launch_s: Floor of a call.
         split_s: Added when any request is split (combining the pieces).
-        wave_s: Each time a slot is filled (prologue and epilogue of a block).
-        split_cap: Bound on FA3's splits that the engine passes; None: FA3's own heuristic.
+        wave_s: Added each time a slot is filled (prologue and epilogue of a block).
+        split_cap: Bound on FA3's splits that the engine passes; None for FA3's own heuristic.
         kv_head_bytes_per_token: K and V of one token and one KV head (head_dim 128, 16 bit: 512).
     """
 
@@ -125,7 +129,7 @@ def smallest_efficient_split(tiles: int, slots: int, candidates: Sequence[int]) 
 
 
 def fa2_splits(n_requests: int, longest_blocks: int, kv_heads: int, sms: int) -> int:
-    """FlashAttention-2's split count for a batch; it reckons with two blocks per SM."""
+    """FlashAttention-2's split count for a batch; it assumes two blocks per SM."""
     tiles = n_requests * kv_heads
     if tiles >= FULL_SHARE * 2 * sms:
         return 1
@@ -135,7 +139,7 @@ def fa2_splits(n_requests: int, longest_blocks: int, kv_heads: int, sms: int) ->
 
 
 def fa3_split_bound(longest_blocks: int, kv_heads: int, sms: int) -> int:
-    """FlashAttention-3's own bound on a request's splits; with variable lengths it reckons as for a batch of one."""
+    """FlashAttention-3's own bound on a request's splits; with variable lengths it assumes a batch of one."""
     if kv_heads >= FULL_SHARE * sms or longest_blocks <= FA3_UNSPLIT_BLOCKS:
         return 1
     return smallest_efficient_split(kv_heads, sms, range(1, min(MAX_SPLITS, sms, longest_blocks) + 1))
@@ -190,7 +194,7 @@ def plan_pieces(lengths: NDArray[np.int64], kv_heads: int, kernel: AttentionKern
 
     Args:
         lengths: KV tokens of each decoding request, in batch order, all >= 1.
-        kv_heads: KV heads per device (of the model, over the tensor-parallel degree), >= 1.
+        kv_heads: KV heads per device (of the model, divided by the tensor-parallel degree), >= 1.
         kernel: Backend and device.
     """
     match kernel.rule:
@@ -215,10 +219,12 @@ def plan_pieces(lengths: NDArray[np.int64], kv_heads: int, kernel: AttentionKern
 @njit(cache=True)
 def makespan_s(work_bytes: NDArray[np.float64], slots: int, bandwidth_bytes_s: float, block_bytes_s: float) -> float:
     """
-    Time until the last of the pieces is read, when a free slot takes the next in order and the running ones share the bandwidth.
+    Time until the last piece is read, when a free slot takes the next in order and the running ones share the
+    bandwidth.
 
-    All running blocks stream at one rate, so a piece that starts when each block has streamed v bytes ends at v + its size: plain
-    list scheduling in v, and only the passage of time depends on how many run. Complexity: O(pieces x log slots).
+    All running blocks stream at one rate, so a piece that starts when each block has streamed v bytes ends at v + its
+    size: plain list scheduling in v, and only the passage of time depends on the number of running blocks. Complexity:
+    O(pieces x log slots).
     """
     ends = [work_bytes[i] for i in range(min(slots, len(work_bytes)))]
     heapq.heapify(ends)
@@ -238,7 +244,7 @@ def makespan_s(work_bytes: NDArray[np.float64], slots: int, bandwidth_bytes_s: f
 
 
 def kernel_s(lengths: NDArray[np.int64], kv_heads: int, kernel: AttentionKernel) -> float:
-    """Simulated duration of one layer's decode attention for these lengths, in seconds. Arguments as for `plan_pieces`."""
+    """Simulated time of one layer's decode attention for these lengths, in seconds. Arguments as for `plan_pieces`."""
     pieces = plan_pieces(lengths, kv_heads, kernel)
     work_bytes = np.repeat(pieces.tokens, kv_heads) * float(kernel.kv_head_bytes_per_token)
     waves = -(-len(work_bytes) // kernel.slots)

@@ -1,15 +1,16 @@
 """
 Steady state of one instance of a stage: the step time that its tokens see.
 
-Each of the stage's k instances gets decode steps, KV reads and prefill work at constant rates. A token that waits t for its step shares
-it with what arrives in t, so t solves `t = step_time(own share + rates * t)`; for a linear step model that is the closed form
-`t = (base + own) / (1 - work / k)`. With Poisson arrivals and processor sharing it is exact, fluctuations of the batch included
-(generalised processor sharing, Cohen 1979: insensitive to the distribution of lengths). `own` is the token's own work, which shrinks
-as 1/k when the least loaded instance takes each arrival, because then the batch hardly fluctuates.
+Each of the stage's k instances gets decode steps, KV reads and prefill work at constant rates. A token that waits t for
+its step shares it with what arrives in t, so t solves `t = step_time(own share + rates * t)`; for a linear step model
+the closed form is `t = (base + own) / (1 - work / k)`. With Poisson arrivals and processor sharing it is exact,
+fluctuations of the batch included (generalised processor sharing, Cohen 1979: insensitive to the distribution of
+lengths). `own` is the token's own work, which shrinks as 1/k when the least loaded instance takes each arrival, because
+then the batch hardly fluctuates.
 
-Prefills come in chunks, not as a trickle: a step holds a chunk with probability (prefill tokens per step) / chunk, which matters where
-tokens below a knee are free. The straggler term needs the longest length of a batch: the average over quantiles of the maximum of
-`batch` draws from the stage's residence, by length.
+Prefills come in chunks rather than as a trickle: a step holds a chunk with probability (prefill tokens per step) /
+chunk, which matters where tokens below a knee are free. The straggler term needs the longest length of a batch: the
+average over quantiles of the maximum of `batch` draws from the stage's residence, by length.
 """
 
 from typing import Final, NamedTuple
@@ -22,15 +23,15 @@ from cascadeinfer.core.cost.histogram import Column
 from cascadeinfer.core.cost.latency import step_time_s
 
 _QUANTILES: Final = (1.0 / 6.0, 0.5, 5.0 / 6.0)
-"""Of the longest length in a batch; each stands for a third of the steps."""
+"""Quantiles of the longest length in a batch; each represents a third of the steps."""
 _DOUBLINGS: Final = 12
-"""Batches of 1, 2, 4 ... 4096 have their quantiles computed; between them they are interpolated."""
+"""Quantiles are computed for batches of 1, 2, 4 ... 4096 and interpolated between them."""
 _MAX_ITERATIONS: Final = 20
 _TOLERANCE: Final = 1e-5
 
 
 class StageLoad(NamedTuple):
-    """A range of buckets [i, j) as one of its k instances sees it; sums are per request of the whole workload."""
+    """A range of buckets [i, j) as seen by one of its k instances; sums are per request of the whole workload."""
 
     i: int
     j: int
@@ -70,7 +71,8 @@ def longest_in_batch(
     Quantiles of the longest length in batches of 1, 2, 4 ... requests of the stage's mix.
 
     Returns:
-        Row m for 2^m requests; no rows when the step model has no straggler term.  # (_DOUBLINGS + 1 or 0, len(_QUANTILES))
+        Row m for 2^m requests; no rows when the step model has no straggler term.
+            # (_DOUBLINGS + 1 or 0, len(_QUANTILES))
     """
     if coefficients[5] == 0.0 or table[Column.STEPS, j] <= table[Column.STEPS, i]:
         return np.empty((0, len(_QUANTILES)))
@@ -87,7 +89,7 @@ def longest_in_batch(
 def decode_step_s(
     coefficients: NDArray[np.float64], longest: NDArray[np.float64], stage: StageLoad, batch: float
 ) -> float:
-    """Step time of a batch of the stage's own mix without prefills, averaged over what its longest member may be."""
+    """Step time of a batch of the stage's own mix without prefills, averaged over the possible longest members."""
     if stage.steps <= 0.0:
         return step_time_s(coefficients, 0.0, 0.0, 0.0, 0.0, 0.0)
     mean_length = stage.kv_steps / stage.steps
@@ -106,8 +108,8 @@ def decode_step_s(
 
 @njit(cache=True, error_model="numpy")
 def prefill_per_token_s(coefficients: NDArray[np.float64], batch: float, chunk: float) -> float:
-    """Seconds that each token of a chunk adds to a step that decodes `batch` requests; attention not included."""
-    # The same short decodes in both, so that only the chunk makes a difference.
+    """Seconds that each token of a chunk adds to a step that decodes `batch` requests; excludes attention."""
+    # The same short decodes in both terms, so that only the chunk makes a difference.
     with_chunk = step_time_s(coefficients, batch, batch, 1.0, chunk, 0.0)
     return (with_chunk - step_time_s(coefficients, batch, batch, 1.0, 0.0, 0.0)) / chunk
 
@@ -115,10 +117,10 @@ def prefill_per_token_s(coefficients: NDArray[np.float64], batch: float, chunk: 
 @njit(cache=True, error_model="numpy")
 def meets_decode(present: float, n_instances: float) -> float:
     """
-    Probability that an arrival at a busy instance had no idle one to go to, with `present` requests per instance.
+    Probability that an arrival at a busy instance found no idle one, with `present` requests per instance.
 
-    An instance has nobody with probability exp(-present) when arrivals are spread blindly; the least loaded rule makes that
-    exp(-present (1 + present)). That all others are busy follows Sakasegawa's exponent.
+    An instance is empty with probability exp(-present) when arrivals are spread blindly; the least loaded rule makes
+    that exp(-present (1 + present)). The probability that all others are busy follows Sakasegawa's exponent.
     """
     exponent = np.sqrt(2.0 * (n_instances + 1.0)) - 2.0
     if present * (1.0 + present) > 18.0 + np.log(1.0 + exponent):
@@ -157,7 +159,8 @@ def solve_step_s(
     g_high = _step_seen_s(coefficients, longest, stage, t_max) - t_max
     if g_high > 0.0:
         return np.inf
-    # The right-hand side grows with t, so the root is not below its value at 0, nor (again) below its value there.
+    # The right-hand side grows with t, so the root is at least its value at 0 and, by the same argument, its value
+    # there.
     low = min(_step_seen_s(coefficients, longest, stage, 0.0), t_max)
     g_low = _step_seen_s(coefficients, longest, stage, low) - low
     if g_low <= _TOLERANCE * low:

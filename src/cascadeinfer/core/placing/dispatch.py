@@ -50,11 +50,6 @@ def pricing_of(model: StepModel | None, capacity: InstanceCapacity) -> Pricing:
     )
 
 
-def load_of(instance: InstanceView) -> float:
-    """Load of an instance, see the module header (dimensionless, 1.0 is full)."""
-    return instance.load
-
-
 def has_room(instance: InstanceView, length_tokens: int) -> bool:
     """Whether a request of this length could run at once: blocks (one more than it fills) and a slot in the batch."""
     capacity = instance.capacity

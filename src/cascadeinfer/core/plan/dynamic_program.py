@@ -21,9 +21,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from cascadeinfer.core.cost.qoe import ObjectiveTerms, stage_service
-from cascadeinfer.core.cost.queues import ServiceLimits
-from cascadeinfer.core.cost.steady_state import longest_in_batch
+from cascadeinfer.core.cost.qoe import ServiceInputs, longest_of, stage_service
 
 MAX_UNITS: Final = 128
 """Instances up to which the program places single ones."""
@@ -31,29 +29,16 @@ MAX_UNITS: Final = 128
 
 @njit(cache=True, error_model="numpy")
 def stage_costs(
-    table: NDArray[np.float64],
-    edges: NDArray[np.float64],
-    candidates: NDArray[np.int64],
-    n_units: int,
-    instances_per_unit: float,
-    rate_per_s: float,
-    coefficients: NDArray[np.float64],
-    limits: ServiceLimits,
-    terms: ObjectiveTerms,
+    inputs: ServiceInputs, candidates: NDArray[np.int64], n_units: int, instances_per_unit: float
 ) -> NDArray[np.float64]:
     """
     Cost of every possible stage.
 
     Args:
-        table: See `stage_service`.
-        edges: See `stage_service`.
+        inputs: See `stage_service`.
         candidates: Indices of the edges where a stage may begin or end, first and last included.  # (n_candidates,)
         n_units: Units of instances to place.
         instances_per_unit: Instances in a unit.
-        rate_per_s: Requests per second.
-        coefficients: Of the step time.
-        limits: Of an instance.
-        terms: Of the objective.
 
     Returns:
         cost[a, b, k] of the range between candidates a < b on k units; infinite elsewhere.  # (n_candidates, n_candidates, n_units + 1)
@@ -64,20 +49,10 @@ def stage_costs(
     costs = np.full((n, n, n_units + 1), np.inf)
     for a in range(n - 1):
         for b in range(a + 1, n):
-            longest = longest_in_batch(table, edges, candidates[a], candidates[b], coefficients)
+            low, high = candidates[a], candidates[b]
+            longest = longest_of(inputs, low, high)
             for k in range(1, n_units + 1):
-                costs[a, b, k] = stage_service(
-                    table,
-                    edges,
-                    candidates[a],
-                    candidates[b],
-                    longest,
-                    k * instances_per_unit,
-                    rate_per_s,
-                    coefficients,
-                    limits,
-                    terms,
-                ).cost
+                costs[a, b, k] = stage_service(inputs, low, high, longest, k * instances_per_unit).cost
     return costs
 
 

@@ -45,7 +45,7 @@ def _decision(plan: Plan) -> list[str]:
         head,
         f"one stage, predicted {describe(plan.cost)}.",
         (
-            f"The best of several stages (boundaries {_join(best.boundaries_tokens)}; instances {_join(best.instances)}) is "
+            f"The best of several stages (boundaries {_join(best.proposal.boundaries_tokens)}; instances {_join(best.proposal.sizes)}) is "
             f"predicted {describe(best.cost)}: a gain of {plan.gain:.1%}, below the margin of {problem.margin:.1%}."
         ),
     ]

@@ -1,5 +1,5 @@
 """
-The public entry: `plan(...) -> Plan`, `predict(...)` for a given layout, `capacity_rate(...)`.
+The public entry: `plan(...) -> Plan`, `predict(...)` for given stages, `capacity_rate(...)`.
 
 Dynamic program over coarse boundaries (`dynamic_program.py`), local refinement on the histogram's own grid (`refinement.py`), then
 the choice: of the plans within `stage_tolerance` of the best the one with fewest stages, and one stage unless that plan gains the
@@ -17,7 +17,7 @@ from cascadeinfer.core.cost.histogram import Column, LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.cost.qoe import StageService
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.layout import Proposal, StageLayout
 from cascadeinfer.core.plan.dynamic_program import MAX_UNITS, best_partitions, stage_costs
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
 from cascadeinfer.core.plan.problem import (
@@ -61,14 +61,13 @@ class StagePrediction:
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """
-    A layout with its prediction.
+    Proposed stages with their prediction.
 
     Attributes:
         stages: In order of length.
         cost: Predicted objective of this plan.
         one_stage_cost: Predicted objective of plain load balancing; infinite when that cannot carry the load.
-        best: The best layout of more than one stage, whether chosen or not: its inner boundaries, instances and cost; None when
-            only one stage is feasible.
+        best: The best proposal of more than one stage, whether chosen or not; None when only one stage is feasible.
         cost_by_stages: Cost of the best layout found with 1, 2, ... stages; infinite where none is feasible.
         problem: What was asked.
     """
@@ -91,6 +90,11 @@ class Plan:
         return tuple(stage.n_instances for stage in self.stages)
 
     @property
+    def proposal(self) -> Proposal:
+        """The stages by size."""
+        return Proposal(self.boundaries_tokens, self.instances)
+
+    @property
     def gain(self) -> float:
         """What the best layout of several stages gains over one stage, as the objective counts it; 0 when there is none."""
         return 0.0 if self.best is None else self.problem.objective.gain(self.one_stage_cost, self.best.cost)
@@ -102,20 +106,14 @@ class Plan:
         Raises:
             PlanError: Their number is not the plan's.
         """
-        if len(instance_ids) != sum(self.instances):
-            raise PlanError(f"the plan is for {sum(self.instances)} instances, not {len(instance_ids)}")
-        ids = sorted(instance_ids)
-        ends = np.cumsum(self.instances).tolist()
-        groups = tuple(tuple(ids[end - n : end]) for end, n in zip(ends, self.instances, strict=True))
-        return StageLayout.from_boundaries(self.boundaries_tokens, groups)
+        return self.proposal.on(sorted(instance_ids))
 
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Inner boundaries, instances per stage and the predicted cost."""
+    """A proposal and its predicted cost."""
 
-    boundaries_tokens: tuple[int, ...]
-    instances: tuple[int, ...]
+    proposal: Proposal
     cost: float
 
 
@@ -197,27 +195,26 @@ def solve(problem: PlanProblem) -> Plan:
     by_stages = tuple(float(value) for value in values)
     take_best = best is not None and problem.objective.gain(one_stage, best.cost) >= max(problem.margin, 1e-12)
     if best is None or not take_best:
-        return _describe(problem, (), (problem.n_instances,), one_stage, best, by_stages)
-    return _describe(problem, best.boundaries_tokens, best.instances, one_stage, best, by_stages)
+        return _describe(problem, Proposal((), (problem.n_instances,)), one_stage, best, by_stages)
+    return _describe(problem, best.proposal, one_stage, best, by_stages)
 
 
-def predict(problem: PlanProblem, boundaries_tokens: tuple[int, ...], instances: tuple[int, ...]) -> Plan:
+def predict(problem: PlanProblem, proposal: Proposal) -> Plan:
     """
-    The prediction for a given layout, e.g. the one in force; boundaries count as the nearest bucket edge.
+    The prediction for given stages, e.g. those in force; boundaries count as the nearest bucket edge.
 
-    `cost` is infinite when the layout cannot carry the load: that is an answer, not an error.
+    `cost` is infinite when they cannot carry the load: that is an answer, not an error.
 
     Raises:
-        PlanError: The boundaries do not make as many stages as there are groups, are not increasing, or a stage is empty.
+        PlanError: Two boundaries lie at the same edge of the histogram's buckets.
     """
-    if len(instances) != len(boundaries_tokens) + 1 or min(instances) < 1:
-        raise PlanError(f"boundaries {boundaries_tokens} and instances {instances} are no layout")
+    boundaries_tokens = proposal.boundaries_tokens
     edges = [problem.histogram.nearest_edge(boundary) for boundary in boundaries_tokens]
     if any(b <= a for a, b in zip([0, *edges], [*edges, len(problem.edges) - 1], strict=True)):
-        raise PlanError(f"boundaries {boundaries_tokens} are not increasing, or closer than the histogram's buckets")
-    one_stage = problem.service(0, len(problem.edges) - 1, sum(instances)).cost
-    rounded = tuple(int(problem.histogram.edges_tokens[edge]) for edge in edges)
-    return _describe(problem, rounded, instances, one_stage, None, (one_stage,))
+        raise PlanError(f"boundaries {boundaries_tokens} are closer than the histogram's buckets")
+    one_stage = problem.service(0, len(problem.edges) - 1, proposal.n_instances).cost
+    rounded = Proposal(tuple(int(problem.histogram.edges_tokens[edge]) for edge in edges), proposal.sizes)
+    return _describe(problem, rounded, one_stage, None, (one_stage,))
 
 
 def capacity_rate(
@@ -279,17 +276,7 @@ def _coarse(problem: PlanProblem) -> tuple[NDArray[np.float64], NDArray[np.int64
     candidates = problem.candidates()
     n_units = min(problem.n_instances, MAX_UNITS)
     max_stages = max(1, min(problem.max_stages, n_units, len(candidates) - 1))
-    costs = stage_costs(
-        problem.table,
-        problem.edges,
-        candidates,
-        n_units,
-        problem.n_instances / n_units,
-        problem.rate_per_s,
-        problem.coefficients,
-        problem.limits,
-        problem.terms,
-    )
+    costs = stage_costs(problem.inputs, candidates, n_units, problem.n_instances / n_units)
     values, bounds, units = best_partitions(costs, max_stages)
     return values, candidates[bounds], units
 
@@ -300,20 +287,11 @@ def _refine(problem: PlanProblem, bounds: NDArray[np.int64], units: NDArray[np.i
     instances = _whole_instances(units.astype(np.float64) * per_unit, problem.n_instances)
     bounds = bounds.copy()
     window = -(-_buckets_per_octave(problem) // problem.boundaries_per_octave)
-    cost = improve(
-        problem.table,
-        problem.edges,
-        bounds,
-        instances,
-        window,
-        max(1, round(per_unit)),
-        problem.rate_per_s,
-        problem.coefficients,
-        problem.limits,
-        problem.terms,
-    )
+    cost = improve(problem.inputs, bounds, instances, window, max(1, round(per_unit)))
     edges = problem.histogram.edges_tokens
-    return Partition(tuple(int(edges[b]) for b in bounds[1:-1]), tuple(int(n) for n in instances), float(cost))
+    return Partition(
+        Proposal(tuple(int(edges[b]) for b in bounds[1:-1]), tuple(int(n) for n in instances)), float(cost)
+    )
 
 
 def _buckets_per_octave(problem: PlanProblem) -> int:
@@ -333,13 +311,13 @@ def _whole_instances(shares: NDArray[np.float64], n_instances: int) -> NDArray[n
 
 def _describe(
     problem: PlanProblem,
-    boundaries_tokens: tuple[int, ...],
-    instances: tuple[int, ...],
+    proposal: Proposal,
     one_stage_cost: float,
     best: Partition | None,
     cost_by_stages: tuple[float, ...],
 ) -> Plan:
     prefix = problem.histogram.prefix
+    boundaries_tokens, instances = proposal.boundaries_tokens, proposal.sizes
     edges = [0, *(problem.histogram.edge_index(b) for b in boundaries_tokens), len(problem.edges) - 1]
     services = [problem.service(a, b, k) for a, b, k in zip(edges[:-1], edges[1:], instances, strict=True)]
     work = np.array([s.utilisation * k for s, k in zip(services, instances, strict=True)])

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.histogram import Column, LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.cost.qoe import ObjectiveTerms, StageService, stage_service
+from cascadeinfer.core.cost.qoe import ObjectiveTerms, ServiceInputs, StageService, range_service
 from cascadeinfer.core.cost.queues import ServiceLimits
-from cascadeinfer.core.cost.steady_state import longest_in_batch
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective, stage_table
 from cascadeinfer.core.types import InstanceCapacity
@@ -90,6 +89,7 @@ class PlanProblem:
         boundaries_per_octave: Candidate boundaries per doubling of length, before refinement.
         hand_over: Price of a hand-over.
         floor: Limits on every stage.
+        inputs: The same as compiled code reads it.
 
     Raises:
         PlanError: A number is out of range, or the longest request does not fit into an instance's KV cache.
@@ -107,11 +107,7 @@ class PlanProblem:
     boundaries_per_octave: int = 2
     hand_over: HandOverCost = field(default_factory=HandOverCost)
     floor: ServiceFloor = field(default_factory=ServiceFloor)
-    table: NDArray[np.float64] = field(init=False, repr=False)
-    edges: NDArray[np.float64] = field(init=False, repr=False)
-    coefficients: NDArray[np.float64] = field(init=False, repr=False)
-    limits: ServiceLimits = field(init=False, repr=False)
-    terms: ObjectiveTerms = field(init=False, repr=False)
+    inputs: ServiceInputs = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Validate, and prepare what the compiled code reads."""
@@ -120,27 +116,25 @@ class PlanProblem:
         coefficients = self.step_model.coefficients()
         if not np.all(np.isfinite(coefficients)):
             raise PlanError(f"the step model has coefficients that are not finite: {self.step_model}")
-        for name, value in (
-            ("table", stage_table(self.histogram, self.objective, capacity.max_batched_tokens)),
-            ("edges", self.histogram.edges_tokens.astype(np.float64)),
-            ("coefficients", coefficients),
-            (
-                "limits",
-                ServiceLimits(
-                    float(capacity.kv_tokens),
-                    float(capacity.max_num_seqs),
-                    float(capacity.max_batched_tokens),
-                    float(capacity.block_size_tokens),
-                    float(self.hand_over.pause_s),
-                    float(self.hand_over.pause_per_token_s),
-                    float(self.hand_over.per_instance_per_s),
-                    float(self.floor.ttft_s),
-                    float(self.floor.tpot_s),
-                ),
+        inputs = ServiceInputs(
+            table=stage_table(self.histogram, self.objective, capacity.max_batched_tokens),
+            edges=self.histogram.edges_tokens.astype(np.float64),
+            coefficients=coefficients,
+            rate_per_s=float(self.rate_per_s),
+            limits=ServiceLimits(
+                kv_tokens=float(capacity.kv_tokens),
+                max_num_seqs=float(capacity.max_num_seqs),
+                max_batched_tokens=float(capacity.max_batched_tokens),
+                block_tokens=float(capacity.block_size_tokens),
+                pause_s=float(self.hand_over.pause_s),
+                pause_per_token_s=float(self.hand_over.pause_per_token_s),
+                hand_overs_per_s=float(self.hand_over.per_instance_per_s),
+                ttft_limit_s=float(self.floor.ttft_s),
+                tpot_limit_s=float(self.floor.tpot_s),
             ),
-            ("terms", ObjectiveTerms(*(float(term) for term in self.objective.terms()))),
-        ):
-            object.__setattr__(self, name, value)
+            terms=ObjectiveTerms(*(float(term) for term in self.objective.terms())),
+        )
+        object.__setattr__(self, "inputs", inputs)
 
     def _check(self) -> None:
         if not (np.isfinite(self.rate_per_s) and self.rate_per_s > 0.0):
@@ -166,6 +160,11 @@ class PlanProblem:
         """Lower edge of the last bucket in which a request ends."""
         occupied = np.flatnonzero(np.diff(self.histogram.prefix[Column.ENDS]) > 0.0)
         return int(self.histogram.edges_tokens[occupied[-1]])
+
+    @property
+    def edges(self) -> NDArray[np.float64]:
+        """Lengths in tokens at which a stage may begin or end.  # (n_edges,)"""
+        return self.inputs.edges
 
     def with_rate(self, rate_per_s: float) -> "PlanProblem":
         """The same problem at another rate."""
@@ -193,16 +192,5 @@ class PlanProblem:
 
     def service(self, first_edge: int, last_edge: int, n_instances: float) -> StageService:
         """Prediction of the stage between these edges (indices) on this many instances."""
-        predicted: StageService = stage_service(
-            self.table,
-            self.edges,
-            first_edge,
-            last_edge,
-            longest_in_batch(self.table, self.edges, first_edge, last_edge, self.coefficients),
-            float(n_instances),
-            self.rate_per_s,
-            self.coefficients,
-            self.limits,
-            self.terms,
-        )
+        predicted: StageService = range_service(self.inputs, first_edge, last_edge, float(n_instances))
         return predicted

@@ -13,9 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from cascadeinfer.core.cost.qoe import ObjectiveTerms, stage_service
-from cascadeinfer.core.cost.queues import ServiceLimits
-from cascadeinfer.core.cost.steady_state import longest_in_batch
+from cascadeinfer.core.cost.qoe import ServiceInputs, longest_of, stage_service
 
 _INFEASIBLE: Final = 1e30
 """Stands for infinity, less a little for every instance: so infeasible stages attract instances and then become fewer."""
@@ -26,35 +24,19 @@ _SMALLEST_GAIN: Final = 1e-9
 
 
 @njit(cache=True, error_model="numpy")
-def _cost(
-    table: NDArray[np.float64],
-    edges: NDArray[np.float64],
-    i: int,
-    j: int,
-    longest: NDArray[np.float64],
-    k: int,
-    rate_per_s: float,
-    coefficients: NDArray[np.float64],
-    limits: ServiceLimits,
-    terms: ObjectiveTerms,
-) -> float:
-    cost = stage_service(table, edges, i, j, longest, float(k), rate_per_s, coefficients, limits, terms).cost
+def _cost(inputs: ServiceInputs, i: int, j: int, longest: NDArray[np.float64], k: int) -> float:
+    cost = stage_service(inputs, i, j, longest, float(k)).cost
     return cost if cost < _INFEASIBLE else _INFEASIBLE * (1.0 + 1.0 / k)
 
 
 @njit(cache=True, error_model="numpy")
 def _improve_pair(
-    table: NDArray[np.float64],
-    edges: NDArray[np.float64],
+    inputs: ServiceInputs,
     bounds: NDArray[np.int64],
     instances: NDArray[np.int64],
     costs: NDArray[np.float64],
     s: int,
     window: int,
-    rate_per_s: float,
-    coefficients: NDArray[np.float64],
-    limits: ServiceLimits,
-    terms: ObjectiveTerms,
 ) -> bool:
     """Move the boundary between stages s and s + 1 and a few instances across it, if that helps."""
     lowest = max(bounds[s] + 1, bounds[s + 1] - window)
@@ -66,15 +48,13 @@ def _improve_pair(
     found = False
     new_bound, new_split, new_cost = bounds[s + 1], instances[s], costs[s]
     for bound in range(lowest, highest + 1):
-        below = longest_in_batch(table, edges, bounds[s], bound, coefficients)
-        above = longest_in_batch(table, edges, bound, bounds[s + 2], coefficients)
+        below = longest_of(inputs, bounds[s], bound)
+        above = longest_of(inputs, bound, bounds[s + 2])
         for split in range(fewest, most + 1):
-            first = _cost(table, edges, bounds[s], bound, below, split, rate_per_s, coefficients, limits, terms)
+            first = _cost(inputs, bounds[s], bound, below, split)
             if first >= best:
                 continue
-            second = _cost(
-                table, edges, bound, bounds[s + 2], above, both - split, rate_per_s, coefficients, limits, terms
-            )
+            second = _cost(inputs, bound, bounds[s + 2], above, both - split)
             if first + second < best * (1.0 - _SMALLEST_GAIN):
                 best = first + second
                 new_bound, new_split, new_cost = bound, split, first
@@ -88,16 +68,11 @@ def _improve_pair(
 
 @njit(cache=True, error_model="numpy")
 def _shift_instances(
-    table: NDArray[np.float64],
-    edges: NDArray[np.float64],
+    inputs: ServiceInputs,
     bounds: NDArray[np.int64],
     instances: NDArray[np.int64],
     costs: NDArray[np.float64],
     largest_shift: int,
-    rate_per_s: float,
-    coefficients: NDArray[np.float64],
-    limits: ServiceLimits,
-    terms: ObjectiveTerms,
 ) -> bool:
     """Shift instances between any two stages while that helps, by halving steps."""
     found = False
@@ -110,15 +85,13 @@ def _shift_instances(
                     continue
                 fewer = instances[giver] - shift
                 low, high = bounds[giver], bounds[giver + 1]
-                longest = longest_in_batch(table, edges, low, high, coefficients)
-                less = _cost(table, edges, low, high, longest, fewer, rate_per_s, coefficients, limits, terms)
+                longest = longest_of(inputs, low, high)
+                less = _cost(inputs, low, high, longest, fewer)
                 if less >= costs[giver] + costs[taker]:
                     continue
                 low, high = bounds[taker], bounds[taker + 1]
-                longest = longest_in_batch(table, edges, low, high, coefficients)
-                more = _cost(
-                    table, edges, low, high, longest, instances[taker] + shift, rate_per_s, coefficients, limits, terms
-                )
+                longest = longest_of(inputs, low, high)
+                more = _cost(inputs, low, high, longest, instances[taker] + shift)
                 if less + more < (costs[giver] + costs[taker]) * (1.0 - _SMALLEST_GAIN):
                     instances[giver] -= shift
                     instances[taker] += shift
@@ -131,31 +104,21 @@ def _shift_instances(
 
 @njit(cache=True, error_model="numpy")
 def improve(
-    table: NDArray[np.float64],
-    edges: NDArray[np.float64],
+    inputs: ServiceInputs,
     bounds: NDArray[np.int64],
     instances: NDArray[np.int64],
     window: int,
     largest_shift: int,
-    rate_per_s: float,
-    coefficients: NDArray[np.float64],
-    limits: ServiceLimits,
-    terms: ObjectiveTerms,
 ) -> float:
     """
     Improve a partition in place.
 
     Args:
-        table: See `stage_service`.
-        edges: See `stage_service`.
+        inputs: See `stage_service`.
         bounds: Edge indices that bound the stages.  # (n_stages + 1,)
         instances: Whole instances per stage, >= 1.  # (n_stages,)
         window: Edges by which a boundary may move at once.
         largest_shift: Instances that may move at once between two stages.
-        rate_per_s: Requests per second.
-        coefficients: Of the step time.
-        limits: Of an instance.
-        terms: Of the objective.
 
     Returns:
         The cost afterwards; infinite when a stage is infeasible.
@@ -163,18 +126,12 @@ def improve(
     n = len(instances)
     costs = np.empty(n)
     for s in range(n):
-        longest = longest_in_batch(table, edges, bounds[s], bounds[s + 1], coefficients)
-        costs[s] = _cost(
-            table, edges, bounds[s], bounds[s + 1], longest, instances[s], rate_per_s, coefficients, limits, terms
-        )
+        longest = longest_of(inputs, bounds[s], bounds[s + 1])
+        costs[s] = _cost(inputs, bounds[s], bounds[s + 1], longest, instances[s])
     for _ in range(_MAX_ROUNDS):
-        moved = _shift_instances(
-            table, edges, bounds, instances, costs, largest_shift, rate_per_s, coefficients, limits, terms
-        )
+        moved = _shift_instances(inputs, bounds, instances, costs, largest_shift)
         for s in range(n - 1):
-            moved |= _improve_pair(
-                table, edges, bounds, instances, costs, s, window, rate_per_s, coefficients, limits, terms
-            )
+            moved |= _improve_pair(inputs, bounds, instances, costs, s, window)
         if not moved:
             break
     total = costs.sum()

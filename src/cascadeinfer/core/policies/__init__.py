@@ -1,31 +1,33 @@
 """
 Policies under one protocol, one file each.
 
-`POLICIES` maps the name on the command line to a class whose constructor takes keyword options only, all with defaults but
-`static_stages`' layout; `docs/policies.md` lists them. Nothing outside this package asks which policy runs.
+`POLICIES` maps the name on the command line to what the policy says of itself (`info.py`). A constructor takes keyword options only, all with
+defaults but `static_stages`' layout; `docs/policies.md` lists them. Nothing outside this package asks which policy runs.
 """
 
-from collections.abc import Callable
+from typing import Final
 
-from cascadeinfer.core.policies.cascade import Cascade
-from cascadeinfer.core.policies.least_loaded import LeastLoaded
-from cascadeinfer.core.policies.llumnix import Llumnix
-from cascadeinfer.core.policies.prefix_aware import PrefixAware
-from cascadeinfer.core.policies.round_robin import RoundRobin
-from cascadeinfer.core.policies.static_length import StaticLength
-from cascadeinfer.core.policies.static_stages import StaticStages
-from cascadeinfer.core.policies.vllm_dp import VllmDp
-from cascadeinfer.core.policy import Policy
+from cascadeinfer.core.policies import (
+    cascade,
+    least_loaded,
+    llumnix,
+    prefix_aware,
+    round_robin,
+    static_length,
+    static_stages,
+    vllm_dp,
+)
+from cascadeinfer.core.policies.info import PolicyInfo
 
-POLICIES: dict[str, Callable[..., Policy]] = {
-    "cascade": Cascade,
-    "least_loaded": LeastLoaded,
-    "llumnix": Llumnix,
-    "prefix_aware": PrefixAware,
-    "round_robin": RoundRobin,
-    "static_length": StaticLength,
-    "static_stages": StaticStages,
-    "vllm_dp": VllmDp,
+POLICIES: Final[dict[str, PolicyInfo]] = {
+    "cascade": cascade.INFO,
+    "least_loaded": least_loaded.INFO,
+    "llumnix": llumnix.INFO,
+    "prefix_aware": prefix_aware.INFO,
+    "round_robin": round_robin.INFO,
+    "static_length": static_length.INFO,
+    "static_stages": static_stages.INFO,
+    "vllm_dp": vllm_dp.INFO,
 }
 
 __all__ = ["POLICIES"]

@@ -14,19 +14,20 @@ others, at most `max_migrations` per instance at a time; those that are too shor
 Overload: with `max_queued` set, requests that fit nowhere wait here, by priority and then arrival, at most so many; of more the one that would
 run last is refused, with the time that the queue takes to drain (`core/placing/admission.py`). Without it the engines queue, as with every other policy.
 
-Inputs read: reports, messages, the cost model when there is one. Source: arXiv 2512.19179. Options for ablations: `refine`, `rebalance`,
-`replan`, `migrate`, `affinity`.
+Inputs read: reports, messages, the cost model when there is one. Source: arXiv 2512.19179.
 """
 
 from functools import partial
-from heapq import heappop, heappush
+from typing import Any, Final
 
 from cascadeinfer.core.adapt.adaptation import Adaptation
 from cascadeinfer.core.adapt.boundaries import RefineSettings
 from cascadeinfer.core.adapt.replanning import Planner, PlanSettings
+from cascadeinfer.core.adapt.warm_up import warm_up
 from cascadeinfer.core.bidask.agent import Agent
 from cascadeinfer.core.bidask.handover import HandoverRules
-from cascadeinfer.core.bidask.rounds import NEVER, BidAskSettings, Outbox
+from cascadeinfer.core.bidask.rounds import BidAskSettings, Outbox
+from cascadeinfer.core.bidask.wake_ups import WakeUps
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.cost.learning import LearningSettings, StepLearner
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
@@ -51,9 +52,13 @@ from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.placing.admission import DrainRate, to_refuse
 from cascadeinfer.core.placing.affinity import PrefixAffinity
 from cascadeinfer.core.placing.dispatch import TYPICAL_OUTPUT_TOKENS, cheapest, cheapest_with_room, pricing_of
+from cascadeinfer.core.policies.info import Circumstances, PolicyInfo, Variant
 from cascadeinfer.core.roster import Roster
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
+
+PARTS: Final = ("refine", "rebalance", "affinity", "replan", "migrate")
+"""Options that switch a part off, for ablations."""
 
 
 class Cascade:
@@ -124,8 +129,7 @@ class Cascade:
         self._urgency = 1.0 / TYPICAL_OUTPUT_TOKENS
         self._finished = 0
         self._incarnations: dict[InstanceId, int] = {}
-        self._wakes: list[tuple[float, InstanceId]] = []
-        self._wake_of: dict[InstanceId, float] = {}
+        self._wakes = WakeUps()
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:  # noqa: C901, PLR0912 - one arm per event
         """See `Policy.handle`."""
@@ -159,7 +163,7 @@ class Cascade:
                 for instance_id in (event.source_id, event.target_id):
                     if (agent := self.agents.get(instance_id)) is not None:
                         agent.move_ended(event.migration_id, event.outcome, now_s)
-                        self._schedule(instance_id, agent)
+                        self._wakes.at(instance_id, agent.next_wake_s())
             case InstanceJoined() | InstanceDraining() | InstanceLost():
                 self.view.apply(event)
                 self._follow_membership(event, now_s, effects)
@@ -174,9 +178,7 @@ class Cascade:
 
     def next_timer_s(self) -> float | None:
         """See `Policy.next_timer_s`."""
-        while self._wakes and self._wake_of.get(self._wakes[0][1]) != self._wakes[0][0]:
-            heappop(self._wakes)
-        return self._wakes[0][0] if self._wakes else None
+        return self._wakes.next_s()
 
     # --- placing --------------------------------------------------------------------------------------------------------
 
@@ -274,9 +276,7 @@ class Cascade:
             self._carry_out(instance_id, agent, out, cause, effects)
 
     def _wake(self, cause: str, now_s: float, effects: list[Effect]) -> None:
-        while (wake_s := self.next_timer_s()) is not None and wake_s <= now_s:
-            instance_id = self._wakes[0][1]
-            del self._wake_of[instance_id]
+        while (instance_id := self._wakes.take_due(now_s)) is not None:
             agent = self.agents[instance_id]
             out = Outbox()
             agent.wake(now_s, out)
@@ -292,14 +292,7 @@ class Cascade:
             effects.append(started)
             target = self.agents[move.target_id]
             target.bidder.move_began(move.ask_id)
-        self._schedule(instance_id, agent)
-
-    def _schedule(self, instance_id: InstanceId, agent: Agent) -> None:
-        """See to it that the agent is woken in time; too early a wake-up does no harm."""
-        wake_s = agent.next_wake_s()
-        if wake_s < self._wake_of.get(instance_id, NEVER):
-            self._wake_of[instance_id] = wake_s
-            heappush(self._wakes, (wake_s, instance_id))
+        self._wakes.at(instance_id, agent.next_wake_s())
 
     # --- the layout -----------------------------------------------------------------------------------------------------
 
@@ -321,7 +314,7 @@ class Cascade:
             )
         elif isinstance(event, InstanceLost):
             self.agents.pop(instance_id, None)
-            self._wake_of.pop(instance_id, None)
+            self._wakes.forget(instance_id)
             if self._affinity is not None:
                 self._affinity.forget(instance_id)
         self._follow_roster(event.cause, effects)
@@ -366,3 +359,30 @@ class Cascade:
             effects.append(PublishLayout(cause, self.roster.layout, failure=adapted.failure))
         if adapted.layout:
             self._follow_roster(cause, effects, adapted.layout)
+
+
+def _options_for(around: Circumstances) -> dict[str, Any]:
+    """Stages, costs and bounds as they are known; one that follows another process neither plans nor refines nor learns."""
+    found: dict[str, Any] = {"planning": around.planning}
+    given = {"layout": around.layout, "step_model": around.step_model, "max_queued": around.max_queued}
+    found |= {option: value for option, value in given.items() if value is not None}
+    if around.follows:
+        return found | {"refine": False, "replan": False}
+    return found | {"learning": LearningSettings()} if around.learns else found
+
+
+INFO: Final = PolicyInfo(
+    make=Cascade,
+    help="stages that plan themselves; requests move as they grow, and for balance",
+    takes_layout=True,
+    starts_with_plan=True,
+    has_queue=True,
+    uses_profile=True,
+    options_for=_options_for,
+    warm_up=warm_up,
+    variants={
+        "cold": Variant(starts_with_plan=False),
+        "static": Variant(options={"refine": False, "replan": False}),  # the first plan is never changed
+        **{f"no-{part}": Variant(options={part: False}) for part in PARTS},
+    },
+)

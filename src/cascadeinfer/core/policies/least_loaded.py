@@ -6,8 +6,10 @@ placed since. Edge case: when nothing has room, the least loaded queues the requ
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 from cascadeinfer.core.placing.dispatch import pick
+from cascadeinfer.core.policies.info import PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.view import InstanceView, RequestView
 
@@ -20,3 +22,6 @@ class LeastLoaded(PlacingPolicy):
         chosen = pick(candidates, request.tokens)
         assert chosen is not None  # candidates is not empty
         return chosen
+
+
+INFO: Final = PolicyInfo(make=LeastLoaded, help="the instance with the lowest share of KV tokens or batch slots")

@@ -16,10 +16,12 @@ improvement condition, request policy `SR` (shortest running), threshold 3 block
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 from cascadeinfer.core.bidask.handover import HandoverRules, movable
 from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
 from cascadeinfer.core.events import Event, InstanceReported, MigrationEnded, MigrationOutcome, RequestFinished
+from cascadeinfer.core.policies.info import PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.core.view import InstanceView, RequestView
@@ -132,3 +134,8 @@ def _freeness_for_migration(instance: InstanceView, more_tokens: int = 0, more_r
     free_blocks -= capacity.blocks_for(more_tokens)
     requests = instance.committed_requests - len(later) + more_requests
     return free_blocks * capacity.block_size_tokens / requests if requests > 0 else math.inf
+
+
+INFO: Final = PolicyInfo(
+    make=Llumnix, help="the freest instance; running requests move from the least free to the freest"
+)

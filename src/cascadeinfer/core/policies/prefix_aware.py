@@ -15,10 +15,12 @@ text by characters where we match blocks of tokens.
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event, InstanceLost
 from cascadeinfer.core.placing.prefix_index import PrefixIndex
+from cascadeinfer.core.policies.info import PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.view import InstanceView, RequestView
 
@@ -69,3 +71,8 @@ class PrefixAware(PlacingPolicy):
 
 def _queue(instance: InstanceView) -> int:
     return len(instance.request_ids) + instance.foreign_requests
+
+
+INFO: Final = PolicyInfo(
+    make=PrefixAware, help="where the prompt's beginning is probably cached, else the shortest queue"
+)

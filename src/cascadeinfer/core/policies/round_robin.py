@@ -6,7 +6,9 @@ Source: what nginx and most HTTP load balancers do by default.
 """
 
 from collections.abc import Sequence
+from typing import Final
 
+from cascadeinfer.core.policies.info import PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.view import InstanceView, RequestView
 
@@ -24,3 +26,6 @@ class RoundRobin(PlacingPolicy):
         chosen = next((c for c in candidates if c.instance_id > self._last_id), candidates[0])
         self._last_id = chosen.instance_id
         return chosen
+
+
+INFO: Final = PolicyInfo(make=RoundRobin, help="the next instance")

@@ -21,4 +21,4 @@ class PolicySpec:
 
     def make(self) -> Policy:
         """A fresh policy."""
-        return POLICIES[self.name](**self.options)
+        return POLICIES[self.name].make(**self.options)

@@ -10,10 +10,12 @@ bucket that has fewest instances for its share when it joins. Source: e.g. llm-d
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.placing.dispatch import pick
+from cascadeinfer.core.policies.info import PolicyInfo, layout_option
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.view import InstanceView, RequestView
 
@@ -51,3 +53,11 @@ class StaticLength(PlacingPolicy):
             named = None if self._layout is None else self._layout.stage_index_of_instance(candidate.instance_id)
             buckets[place * len(buckets) // len(candidates) if named is None else named].append(candidate)
         return buckets
+
+
+INFO: Final = PolicyInfo(
+    make=StaticLength,
+    help="the bucket of the prompt length; nothing moves",
+    takes_layout=True,
+    options_for=layout_option,
+)

@@ -11,6 +11,7 @@ move when it has fewer than `min_remaining_tokens` to go; a pinned request stays
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 from cascadeinfer.core.effects import Effect, MigrationReason, PublishLayout, StartMigration
 from cascadeinfer.core.events import (
@@ -27,6 +28,7 @@ from cascadeinfer.core.events import (
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.placing.dispatch import has_room, least_loaded, pick
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
+from cascadeinfer.core.policies.info import PolicyInfo, layout_option
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.roster import Roster
 from cascadeinfer.core.types import InstanceId, RequestId
@@ -152,3 +154,12 @@ class StaticStages(PlacingPolicy):
             return None
         members = self._in_stage(wanted, candidates)
         return least_loaded(i for i in members if i.migrations < self._max_migrations and has_room(i, request.tokens))
+
+
+INFO: Final = PolicyInfo(
+    make=StaticStages,
+    help="fixed stages; requests move to the next one as they grow",
+    takes_layout=True,
+    starts_with_plan=True,
+    options_for=layout_option,
+)

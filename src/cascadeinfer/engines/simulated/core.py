@@ -1,13 +1,14 @@
 """
-What a simulated instance does, without time or I/O of its own: requests, blocks, cuts, pins, reservations, pulls.
+A simulated instance without time or I/O: requests, blocks, cuts, pins, reservations, pulls.
 
-It imitates one vLLM EngineCore with our connector (`engines/vllm/connector/scheduler_side.py` has the rules) as the runtime sees it. Every
-step takes the same time: see the package's header for what this is not.
+It imitates one vLLM EngineCore with our connector (`engines/vllm/connector/scheduler_side.py` has the rules) as the
+runtime sees it. Every step takes the same time: the package's header says what this is not.
 
-Theory of operation. Blocks are counted, not stored; a sequence's KV cache is its digest (`model.py`). A pull copies the digest; what is
-pulled after its lease has ended is garbage, because the real source may have given the blocks to another request by then. The target
-therefore does not use a pull that has a deadline and is over later (`Resume.pull_before_s`). Each step gives every running request its
-tokens within the budget (long prompts in chunks), preempting the youngest when blocks run out, then admits waiting requests in order.
+Theory of operation. Blocks are counted, not stored; a sequence's KV cache is its digest (`model.py`). A pull copies the
+digest. What is pulled after its lease has ended is garbage, because the real source may have given the blocks to
+another request by then; the target therefore discards a pull that ends after its deadline (`Resume.pull_before_s`).
+Each step gives every running request its tokens within the budget (long prompts in chunks), preempting the youngest
+when blocks run out, then admits waiting requests in order.
 """
 
 import math
@@ -19,6 +20,7 @@ from typing import Final
 from cascadeinfer.core.cost.latency import BatchFeatures
 from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.protocol import EngineCounters, EngineRequest, KvTicket, Resume
 from cascadeinfer.engines.simulated.model import SimulatedDelta, SimulatedParams, SimulatedTimes, fold, next_token
@@ -31,15 +33,15 @@ _GARBAGE: Final = 0xBAD
 @dataclass(slots=True)
 class Sequence:
     """
-    One request here.
+    One request of this instance.
 
     Attributes:
         token_ids: Prompt and output so far.
         computed: Leading tokens with KV cache, whose digest is `digest`.
         last_output_tokens: Output tokens at which it ends; lowered by a cut.
         ticket: Where to pull its KV cache; None when there is nothing (more) to pull.
-        pull_ends_s: When the pull under way ends.
-        pull_before_s: When the pull must be over for its blocks to be used.
+        pull_ends_s: When the current pull ends.
+        pull_before_s: Deadline of the pull; its blocks are used only if it ends before.
     """
 
     engine_request_id: str
@@ -80,8 +82,8 @@ class SimulatedCore:
         core_id: Differs between incarnations of an instance.
         alive: Whether its process lives: only then can its pins be read.
         readable: Finds a connected peer by its `core_id`.
-        spoiled_cuts: So many of the next cuts find no KV cache (fault injection).
-        stale_reads: Pulls of this instance that it used although the lease had ended before they were over.
+        spoiled_cuts: Number of coming cuts that find no KV cache (fault injection).
+        stale_reads: Pulls that this instance used although the lease had ended before they were over.
     """
 
     core_id: str
@@ -109,7 +111,7 @@ class SimulatedCore:
     # --- commands ----------------------------------------------------------------------------------------------------
 
     def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None) -> None:
-        """A new or a resumed request queues."""
+        """Queue a new or resumed request."""
         params = request.payload if isinstance(request.payload, SimulatedParams) else SimulatedParams()
         output = resume.output_token_ids if resume is not None else []
         sequence = Sequence(
@@ -135,20 +137,20 @@ class SimulatedCore:
         self.running = [s for s in self.running if s.engine_request_id not in gone]
         self.waiting = [s for s in self.waiting if s.engine_request_id not in gone]
 
-    def cut(self, engine_request_id: str) -> str | None:
+    def cut(self, engine_request_id: str) -> Refusal | None:
         """See `CascadeSchedulerSide.cut`."""
         sequence = self._find(engine_request_id)
         if sequence is None:
-            return "unknown"
+            return Refusal.UNKNOWN
         if sequence.cut:
-            return "already_cut"
+            return Refusal.ALREADY_CUT
         if sequence in self.waiting:
-            return "waiting"
+            return Refusal.WAITING
         if sequence.n_output == 0 or sequence.computed < len(sequence.token_ids) - 1:
-            return "prefilling"
+            return Refusal.PREFILLING
         last = sequence.n_output + 1
         if last >= sequence.max_output_tokens or sequence.n_prompt + last >= self.max_model_len:
-            return "ending"
+            return Refusal.ENDING
         sequence.cut = True
         sequence.last_output_tokens = last
         return None
@@ -162,20 +164,20 @@ class SimulatedCore:
         sequence.last_output_tokens = sequence.max_output_tokens
         return True
 
-    def reserve(self, reservation_id: str, n_tokens: int, now_s: float) -> str | None:
+    def reserve(self, reservation_id: str, n_tokens: int, now_s: float) -> Refusal | None:
         """See `cascade_reserve`: a slot, and blocks for one more than the tokens fill."""
         self.expire(now_s)
         if len(self.running) + len(self.waiting) + len(self.reservations) >= self.capacity.max_num_seqs:
-            return "no_slots"
+            return Refusal.NO_SLOT
         n_blocks = self.capacity.blocks_for(n_tokens) + 1
         if reservation_id not in self.reservations:
             if self.free_blocks() < n_blocks:
-                return "no_blocks"
+                return Refusal.NO_BLOCKS
             self.reservations[reservation_id] = n_blocks, now_s + RESERVATION_LIFE_S
         return None
 
     def release_reservation(self, reservation_id: str) -> None:
-        """Give reserved blocks back, if there are any."""
+        """Free the reserved blocks, if there are any."""
         self.reservations.pop(reservation_id, None)
 
     def release_pin(self, engine_request_id: str) -> None:
@@ -183,7 +185,7 @@ class SimulatedCore:
         self.pins.pop(engine_request_id, None)
 
     def report(self, now_s: float) -> tuple[InstanceReport, EngineCounters]:
-        """The load and the counters now."""
+        """The current load and counters."""
         self.expire(now_s)
         report = InstanceReport(
             running_ids=tuple(s.engine_request_id for s in self.running),
@@ -211,7 +213,7 @@ class SimulatedCore:
         return report, counters
 
     def free_blocks(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks that are not in use."""
         held = sum(s.blocks for s in self.running) + sum(s.blocks for s in self.waiting)
         held += sum(pin.blocks for pin in self.pins.values())
         held += sum(blocks for blocks, _ in self.reservations.values())
@@ -220,7 +222,7 @@ class SimulatedCore:
         return free
 
     def expire(self, now_s: float) -> None:
-        """End leases and reservations whose time is up."""
+        """End expired leases and reservations."""
         for request_id in [r for r, pin in self.pins.items() if pin.expires_s <= now_s]:
             del self.pins[request_id]
             self.expired.add(request_id)
@@ -230,7 +232,7 @@ class SimulatedCore:
     # --- what peers do over the network ------------------------------------------------------------------------------
 
     def read(self, engine_request_id: str, now_s: float) -> int | None:
-        """A peer pulls: the digest, after which the pin is released; None when the read fails."""
+        """Serve a peer's pull: the digest, after which the pin is released; None when the read fails."""
         if not self.alive:
             return None
         self.expire(now_s)
@@ -240,7 +242,7 @@ class SimulatedCore:
         return None if pin is None else pin.digest
 
     def renew(self, engine_request_id: str, now_s: float) -> None:
-        """A peer that will pull is alive; NIXL extends by two thirds of the lease."""
+        """Extend a lease for a peer that is going to pull; NIXL extends it by two thirds."""
         self.expire(now_s)
         if (pin := self.pins.get(engine_request_id)) is not None:
             pin.expires_s = max(pin.expires_s, now_s + self.times.lease_s * 2 / 3)
@@ -252,7 +254,7 @@ class SimulatedCore:
         return bool(self.running or self.waiting)
 
     def step(self, now_s: float) -> list[SimulatedDelta]:
-        """One step that ends now: its tokens, in order of the running requests."""
+        """Run one step that ends now; returns its tokens, in order of the running requests."""
         self.expire(now_s)
         self._renew_leases(now_s)
         self.steps += 1
@@ -272,7 +274,7 @@ class SimulatedCore:
         return deltas
 
     def _time(self, scheduled: list[tuple[Sequence, int]]) -> None:
-        """Say how long a step with this in it takes, and remember it for the next report."""
+        """Compute how long a step with this batch takes, and record it for the next report."""
         decoding = [s.computed + 1 for s, n_new in scheduled if s.n_output > 0 and n_new == 1]
         prompts = [(s.computed, n_new) for s, n_new in scheduled if s.n_output == 0 or n_new > 1]
         batch = BatchFeatures(
@@ -320,7 +322,7 @@ class SimulatedCore:
                 break
             if sequence.ticket is not None and not self._pulled(sequence, sequence.ticket, now_s):
                 if sequence.pull_ends_s is None:
-                    break  # no blocks for it: those behind it wait their turn
+                    break  # no blocks for it; those behind it wait their turn
                 continue
             n_new = min(len(sequence.token_ids) - sequence.computed, budget)
             if not self._hold(sequence, sequence.computed + n_new):
@@ -357,7 +359,7 @@ class SimulatedCore:
         return True
 
     def _hold(self, sequence: Sequence, n_tokens: int) -> bool:
-        """Get the blocks that so many tokens need; False when there are too few."""
+        """Allocate the blocks that this many tokens need; False when there are too few."""
         more = self.capacity.blocks_for(n_tokens) - sequence.blocks
         if more > 0 and self.free_blocks() < more:
             return False

@@ -1,12 +1,13 @@
 """
 The asynchronous side of a simulated instance: a "process" that serves commands between steps, and its client.
 
-As with vLLM: commands are carried out in the order of the calls, between two steps; answers and outputs come back in order; an instance
-that dies is noticed a moment later, and whoever waits for its answer then gets an EngineError; a hung one answers nothing, but its
-pinned blocks can still be pulled.
+As with vLLM, commands are carried out in the order of the calls, between two steps, and answers and outputs come back
+in order. The death of an instance is noticed a moment later, and whoever waits for its answer then gets an EngineError.
+A hung instance answers nothing, but its pinned blocks can still be pulled.
 
-Faults are injected by `kill` (part of the protocol) and the methods under "faults". A held answer has had its effect at the instance
-already; held outputs likewise. Times are those of the running event loop.
+Faults are injected by `kill` (part of the protocol) and the methods under "faults". Commands whose answers are held
+back have already taken effect at the instance, and so have steps whose outputs are held back. Times are those of the
+running event loop.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from typing import Any
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 from cascadeinfer.engines.protocol import (
     Engine,
@@ -68,7 +70,7 @@ class SimulatedEngine:
             capacity: What it can hold.
             max_model_len: Longest sequence in tokens.
             times: How long things take.
-            start_error: Why it does not start, when it shall not.
+            start_error: Why its start fails; None if it succeeds.
         """
         self.instance_id = instance_id
         self.times = times or SimulatedTimes()
@@ -89,7 +91,7 @@ class SimulatedEngine:
         self._refused_connections = 0
         self._deaf = False
         self._says_it_listens = True
-        self._refusals: deque[str] = deque()
+        self._refusals: deque[Refusal] = deque()
         self._held_answers: dict[str, list[tuple[asyncio.Future[Any], Any]]] = {}
         self._held_outputs: list[SimulatedOutputs] | None = None
 
@@ -119,7 +121,7 @@ class SimulatedEngine:
         if self._refused_connections:
             self._refused_connections -= 1
             raise EngineError(f"no KV handshake with {peer.instance_id}", instance_id=self.instance_id)
-        if peer._deaf:  # noqa: SLF001 - another of our kind
+        if peer._deaf:  # noqa: SLF001 - another of this class
             self._peers.pop(peer.core.core_id, None)
             raise EngineError(f"{peer.instance_id} does not answer", instance_id=self.instance_id)
 
@@ -135,24 +137,24 @@ class SimulatedEngine:
         """See Engine.abort."""
         self._send("abort", lambda: self.core.abort(engine_request_ids))
 
-    async def cut(self, engine_request_id: str) -> str | None:
+    async def cut(self, engine_request_id: str) -> Refusal | None:
         """See Engine.cut."""
-        refused: str | None = await self._call("cut", lambda: self.core.cut(engine_request_id))
+        refused: Refusal | None = await self._call("cut", lambda: self.core.cut(engine_request_id))
         return refused
 
     async def undo_cut(self, engine_request_id: str) -> bool:
         """See Engine.undo_cut."""
         return bool(await self._call("undo_cut", lambda: self.core.undo_cut(engine_request_id)))
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> str | None:
+    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
         """See Engine.reserve."""
 
-        def at_instance() -> str | None:
+        def at_instance() -> Refusal | None:
             if self._refusals:
                 return self._refusals.popleft()
             return self.core.reserve(reservation_id, n_tokens, self._now_s())
 
-        refused: str | None = await self._call("reserve", at_instance)
+        refused: Refusal | None = await self._call("reserve", at_instance)
         return refused
 
     async def release_reservation(self, reservation_id: str) -> None:
@@ -221,7 +223,7 @@ class SimulatedEngine:
             self._process.cancel()
             await asyncio.wait([self._process])
             if not self._process.cancelled():
-                self._process.result()  # a bug of this engine: say so
+                self._process.result()  # raises if this engine has a bug
         self._notice_death()
         self._fail_pending()
 
@@ -247,11 +249,11 @@ class SimulatedEngine:
         self._news.set()
 
     def freeze(self) -> None:
-        """Neither answer nor step until `thaw`, as a process that is stopped; what is pinned can still be pulled."""
+        """Neither answer nor step until `thaw`, like a stopped process; what is pinned can still be pulled."""
         self._thawed.clear()
 
     def thaw(self) -> None:
-        """Go on."""
+        """End `freeze`."""
         self._thawed.set()
 
     def hang(self) -> None:
@@ -260,7 +262,7 @@ class SimulatedEngine:
             self._process.cancel()
 
     def hold_answers(self, command: str) -> None:
-        """Carry this command out but keep its answers back until `release_answers`."""
+        """Carry this command out but hold its answers back until `release_answers`."""
         self._held_answers.setdefault(command, [])
 
     def release_answers(self, command: str) -> None:
@@ -269,7 +271,7 @@ class SimulatedEngine:
             self._answer(command, future, result)
 
     def hold_outputs(self) -> None:
-        """Keep outputs back until `release_outputs`."""
+        """Hold outputs back until `release_outputs`."""
         if self._held_outputs is None:
             self._held_outputs = []
 
@@ -279,33 +281,33 @@ class SimulatedEngine:
         for outputs in held:
             self._outputs.put_nowait(outputs)
 
-    def refuse_room(self, reason: str) -> None:
+    def refuse_room(self, reason: Refusal) -> None:
         """Refuse the next reservation."""
         self._refusals.append(reason)
 
     def refuse_connection(self, n: int = 1) -> None:
-        """Let the next handshakes fail that this side begins."""
+        """Fail the next `n` handshakes that this side begins."""
         self._refused_connections += n
 
     def turn_deaf(self) -> None:
-        """Let nobody shake hands with it any more."""
+        """Fail all further handshakes of peers with this instance."""
         self._deaf = True
 
     def close_side_channel(self) -> None:
-        """Nobody listens there any more, and it knows."""
+        """Close its side channel; the instance notices."""
         self._deaf = True
         self._says_it_listens = False
 
     def lose_pins(self) -> None:
-        """Free what is pinned: pulls of it fail."""
+        """Free what is pinned, so that pulls of it fail."""
         self.core.pins.clear()
 
     def spoil_cut(self) -> None:
-        """The next cut takes effect without KV cache to pull, as when the request was preempted in the same step."""
+        """Let the next cut take effect without KV cache to pull, as when the request was preempted in the same step."""
         self.core.spoiled_cuts += 1
 
     def end_all(self, finish_reason: str) -> None:
-        """End every request without a token: `abort` as an instance does on SIGTERM, `error` as after an internal error."""
+        """End every request without a token: `abort` as on SIGTERM, `error` as after an internal error."""
         everyone = [s.engine_request_id for s in self.core.running + self.core.waiting]
         self.core.abort(everyone)
         self._emit([SimulatedDelta(request_id, [], finish_reason) for request_id in everyone])
@@ -318,7 +320,7 @@ class SimulatedEngine:
             while self._inbox:
                 self._carry_out(self._inbox.popleft())
             if self._steps and self.core.has_work() and self.times.step_model is not None:
-                # How long it takes depends on what is in it: computed first, then waited for, before anybody hears of it.
+                # The duration depends on the batch, so compute first, then wait, then emit.
                 deltas = self.core.step(self._now_s())
                 await asyncio.sleep(self.core.step_s)
                 await self._thawed.wait()

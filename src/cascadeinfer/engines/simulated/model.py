@@ -1,8 +1,9 @@
 """
-The simulated model and the records that requests and outputs take: no state, no time.
+The simulated model and the records for requests and outputs: no state, no time.
 
-The KV cache of a sequence is the digest of the tokens that it was computed from, and the next token is a function of the digest. A lost,
-repeated or reordered token, or KV cache of another request, therefore changes every token that follows.
+The KV cache of a sequence is the digest of the tokens that it was computed from, and the next token is a function of
+the digest. A lost, repeated or reordered token, or another request's KV cache, therefore changes every token that
+follows.
 """
 
 from collections.abc import Iterable
@@ -31,7 +32,7 @@ def next_token(digest: int) -> int:
 
 
 def generate(prompt_token_ids: list[int], max_tokens: int, stop_token_ids: Iterable[int] = ()) -> list[int]:
-    """What any instance generates for this prompt, undisturbed."""
+    """What every undisturbed instance generates for this prompt."""
     stops = frozenset(stop_token_ids)
     digest = fold(0, prompt_token_ids)
     output: list[int] = []
@@ -64,11 +65,11 @@ class SimulatedDelta:
 @dataclass(frozen=True, slots=True)
 class SimulatedTimes:
     """
-    Seconds.
+    Durations, in seconds.
 
     Attributes:
         step_s: One step, unless there is a `step_model`.
-        step_model: What a step takes, by what is in it; None: `step_s`.
+        step_model: Duration of a step by its batch; None for `step_s`.
         start_s: From start to ready.
         pull_s: A pull, whatever its size.
         lease_s: How long a cut request's blocks stay pinned unless the puller renews the lease.

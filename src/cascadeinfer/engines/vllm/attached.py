@@ -29,6 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine, EngineRequest, Resume
@@ -186,7 +187,7 @@ class AttachedInstance(VllmInstance):
             resume = dataclasses.replace(resume, reservation_id=self._own(resume.reservation_id))
         await super().add(engine_request_id, request, resume)
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> str | None:
+    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
         """See Engine.reserve."""
         return await super().reserve(self._own(reservation_id), n_tokens)
 

@@ -31,6 +31,7 @@ from cascadeinfer.core.cost.latency import BatchFeatures
 from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import (
@@ -251,19 +252,17 @@ class VllmInstance:
         """Stop requests."""
         await self._send(lambda client: client.abort_requests_async(engine_request_ids))
 
-    async def cut(self, engine_request_id: str) -> str | None:
+    async def cut(self, engine_request_id: str) -> Refusal | None:
         """See Engine.cut."""
-        refused: str | None = await self._call("cascade_cut", engine_request_id)
-        return refused
+        return Refusal.read(await self._call("cascade_cut", engine_request_id))
 
     async def undo_cut(self, engine_request_id: str) -> bool:
         """See Engine.undo_cut."""
         return bool(await self._call("cascade_undo_cut", engine_request_id))
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> str | None:
+    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
         """See Engine.reserve."""
-        refused: str | None = await self._call("cascade_reserve", reservation_id, n_tokens)
-        return refused
+        return Refusal.read(await self._call("cascade_reserve", reservation_id, n_tokens))
 
     async def release_reservation(self, reservation_id: str) -> None:
         """See Engine.release_reservation."""

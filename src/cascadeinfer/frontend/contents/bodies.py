@@ -1,11 +1,12 @@
 """
-An ASGI app around vLLM's server that looks at bodies before any model of vLLM's reads them.
+An ASGI app around vLLM's server that checks bodies before any vLLM model reads them.
 
-It looks for words which only the service may use, and at structural tags: vLLM compiles those while it parses the request, in the front end's
-event loop. (All other structured outputs are looked at where every API meets, in `params.py`.)
+It checks for words reserved for the service, and for structural tags, which vLLM compiles while it parses the request,
+in the front end's event loop. (All other structured outputs are checked in `params.py`, where every API meets.)
 
-Nearly every body is passed on unread: only one in which such a word stands, or could stand in disguise, is decoded. JSON allows a name to
-be written with escapes, and its decoder takes UTF-16 and UTF-32 as well; vLLM decodes with the same one, so both see the same.
+Nearly every body is passed on unread: only one that contains such a word, or may contain one in disguise, is decoded.
+JSON allows names to be written with escapes, and its decoder accepts UTF-16 and UTF-32; we use the same decoder as
+vLLM, so both see the same.
 """
 
 import json
@@ -22,7 +23,7 @@ from cascadeinfer.frontend.contents.words import FORBIDDEN, WHY_REFUSED, forbidd
 
 STRUCTURAL_TAG: Final = "structural_tag"
 TAG_FIELDS: Final = ("response_format", "structured_outputs", "text")
-"""Where a structural tag may stand in a request."""
+"""Where a request may contain a structural tag."""
 WORDS: Final = (*(word.encode() for word in FORBIDDEN), STRUCTURAL_TAG.encode())
 ESCAPE: Final = b"\\u"
 WIDE_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
@@ -30,13 +31,13 @@ METHODS_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
 
 class Bodies:
-    """See the module header. Bodies are bounded by whoever is outside."""
+    """See the module header. The surrounding app bounds the size of bodies."""
 
     def __init__(self, app: ASGIApp, limits: ContentLimits) -> None:
         """
         Args:
             app: The server.
-            limits: What bodies may say.
+            limits: What bodies may contain.
         """
         self._app = app
         self._limits = limits
@@ -70,12 +71,12 @@ class Bodies:
 
 
 def needs_a_look(body: bytes) -> bool:
-    """Whether a body has to be decoded to know."""
+    """Whether a body has to be decoded to decide."""
     return any(word in body for word in WORDS) or ESCAPE in body or body.startswith(WIDE_MARKS) or b"\0" in body[:4]
 
 
 def _decoded(body: bytes) -> Any:
-    """As vLLM decodes it; what cannot be decoded is refused there, with its own words."""
+    """The body as vLLM decodes it; vLLM itself refuses what cannot be decoded."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -83,7 +84,7 @@ def _decoded(body: bytes) -> Any:
 
 
 async def _whole(receive: Receive) -> tuple[bytes, Message]:
-    """The body, and the last message of it."""
+    """The body and its last message."""
     parts = []
     while True:
         message = await receive()
@@ -93,7 +94,7 @@ async def _whole(receive: Receive) -> tuple[bytes, Message]:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body once, and then what comes after it."""
+    """A `receive` that gives the body once, and then whatever follows it."""
     given = False
 
     async def receive_again() -> Message:
@@ -112,7 +113,7 @@ def _with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[
 
 
 def _tag_refusal(body: Any, limits: SchemaLimits) -> tuple[str, str] | None:
-    """The field with a structural tag that is too large, and why; None when there is none."""
+    """The field with a structural tag that is too large, and why; None if there is none."""
     for field in TAG_FIELDS if isinstance(body, Mapping) else ():
         value = body.get(field)
         if not isinstance(value, Mapping):

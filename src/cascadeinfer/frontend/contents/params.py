@@ -1,4 +1,7 @@
-"""What a request asks of the engine, as vLLM has understood it: the last look before it is handed over, whichever API it came by."""
+"""
+A request's sampling parameters as vLLM has understood them: the last check before the engine, whichever API it came
+through.
+"""
 
 import re
 from typing import Any, Final
@@ -16,14 +19,14 @@ UNSENDABLE: Final = (
     "a number in it is beyond 64 bits, or a text in it is not valid Unicode: it cannot be sent to an engine"
 )
 REQUEST_ID: Final = re.compile(f"{ID_CHARACTERS}{{1,256}}")
-"""As of `X-Request-Id`, and room for what vLLM puts around it."""
+"""Limit of `X-Request-Id`, plus room for what vLLM puts around it."""
 BAD_ID: Final = f"request_id {PLAIN_ID}"
 _ENCODER: Final = MsgpackEncoder()
 KINDS: Final = ("json", "regex", "choice", "grammar", "structural_tag")
 
 
 class ContentRefusedError(Exception):
-    """A request says what it may not; the sentence is for its client."""
+    """A request contains something that is not allowed; the message is for its client."""
 
 
 def checked_params(params: Any, limits: ContentLimits) -> Any:
@@ -43,10 +46,10 @@ def checked_params(params: Any, limits: ContentLimits) -> Any:
 
 def check_sendable(request_id: str, params: Any) -> None:
     """
-    Look at everything of a client's that goes to an engine, except its prompt: those ids are in the vocabulary.
+    Check everything from a client that goes to an engine, except its prompt, whose ids are in the vocabulary.
 
     Raises:
-        ContentRefusedError: Something of it fits into no message, or its id, which a body may choose, into no log.
+        ContentRefusedError: Some of it fits in no message, or its id, which a body may choose, in no log.
     """
     if not REQUEST_ID.fullmatch(request_id):
         raise ContentRefusedError(BAD_ID)

@@ -1,10 +1,12 @@
 """
-Whether a structured output is small enough to be compiled: measured before anything compiles it, in time proportional to its text.
+Whether a structured output is small enough to compile, measured before anything compiles it, in time linear in its
+text.
 
-Compiling a grammar takes what its *expanded* size says, not its text: a reference counts as what it refers to, every level of repetition in
-a regular expression multiplies. An engine compiles in a thread that nobody can stop, so a bomb outlives its client. Measured with xgrammar
-0.2 and a vocabulary of 128,000, one thread: an enum of 2,000 values 0.1 s, of 10,000 14 s; objects of four properties nested five deep
-(1,365 schemas) 0.3 s, seven deep (21,845) 19 s; a text of bounded length 4 to 8 s, and again for each different bound (8 of them 61 s).
+The cost of compiling a grammar depends on its *expanded* size, not on its text: a reference counts as what it refers
+to, and every level of repetition in a regular expression multiplies. An engine compiles in a thread that nobody can
+stop, so a bomb outlives its client. Measured with xgrammar 0.2 and a vocabulary of 128,000, one thread: an enum of
+2,000 values 0.1 s, of 10,000 14 s; objects of four properties nested five deep (1,365 schemas) 0.3 s, seven deep
+(21,845) 19 s; a text of bounded length 4 to 8 s, and again for each different bound (8 of them 61 s).
 """
 
 import json
@@ -15,36 +17,36 @@ from typing import Any, Final
 from cascadeinfer.frontend.contents.limits import SchemaLimits
 
 MAX_REPETITIONS: Final = 20_000
-"""Repetitions inside repetitions multiply: `(a{1,200}){1,200}` has 40,000. Those side by side add up."""
+"""Nested repetitions multiply: `(a{1,200}){1,200}` has 40,000. Adjacent ones add up."""
 MAX_PATTERN_REPETITIONS: Final = 2000
-"""In all patterns of a JSON schema together: they are written out, in a time that grows with the square, by the front end too."""
+"""Limit over all patterns of a JSON schema: they are expanded, in quadratic time, and by the front end too."""
 MAX_CHARACTERS: Final = 100_000
-"""Of all choices or enum values together."""
+"""Total length of all choices or enum values."""
 SCHEMA_MAPS: Final = frozenset({"properties", "patternProperties", "dependentSchemas"})
 VALUES: Final = frozenset({"enum", "const", "default", "example", "examples", "required", "dependentRequired", "type"})
 DEFINITIONS: Final = frozenset({"$defs", "definitions"})
 NUMBERS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 ROOTS: Final = frozenset({"json_schema", "schema"})
-"""Of a structural tag: schemas of their own, which references in them point into."""
+"""Keywords of a structural tag that hold complete schemas, to which references inside them are relative."""
 LITERAL: Final = re.compile(r"""\[(?:\\.|[^\]\\])*\]|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""", re.DOTALL)
 COUNT: Final = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
 
 
 class SchemaRefusedError(ValueError):
-    """A structured output is beyond a limit; the sentence names the measure, the limit and the option that sets it."""
+    """A structured output exceeds a limit; the message names the measure, the limit and the option that sets it."""
 
 
 def check_structured_output(kind: str, value: Any, limits: SchemaLimits) -> None:
     """
-    Refuse a structured output that might not be compiled in reasonable time.
+    Refuse a structured output that might not compile in reasonable time.
 
     Args:
         kind: `json`, `regex`, `choice`, `grammar` or `structural_tag`: vLLM's names.
-        value: As the client sent it.
+        value: The value as the client sent it.
         limits: What is allowed.
 
     Raises:
-        SchemaRefusedError: It is beyond one of them.
+        SchemaRefusedError: It exceeds a limit.
     """
     try:
         text = value if isinstance(value, str) else json.dumps(value, default=str)
@@ -69,7 +71,7 @@ def check_structured_output(kind: str, value: Any, limits: SchemaLimits) -> None
 
 def check_schema(schema: Any, limits: SchemaLimits) -> None:
     """
-    Refuse a JSON schema, or anything that contains some.
+    Refuse an oversized JSON schema, or anything that contains one.
 
     Raises:
         SchemaRefusedError: It is too deep, has too many parts or alternatives, or a pattern in it is too large.
@@ -79,7 +81,8 @@ def check_schema(schema: Any, limits: SchemaLimits) -> None:
 
 def measure_regex(pattern: str, limits: SchemaLimits) -> tuple[set[str], int]:
     """
-    The counted repetitions in a regular expression: different ones, each with what it repeats, and how much they repeat in all.
+    The distinct counted repetitions in a regular expression, each with what it repeats, and the total number of
+    repetitions.
 
     Raises:
         SchemaRefusedError: It is too long, or repeats too often.
@@ -90,7 +93,7 @@ def measure_regex(pattern: str, limits: SchemaLimits) -> tuple[set[str], int]:
 
 def measure_grammar(text: str) -> tuple[int, set[str]]:
     """
-    Alternatives and counted repetitions in an EBNF grammar; what is in quotation marks is neither.
+    Alternatives and counted repetitions in an EBNF grammar, ignoring quoted text.
 
     Raises:
         SchemaRefusedError: Something is repeated too often.
@@ -100,7 +103,7 @@ def measure_grammar(text: str) -> tuple[int, set[str]]:
 
 
 class _Measure:
-    """One schema. Parts are counted with references followed, each definition once and then multiplied."""
+    """Measures one schema. Parts are counted with references followed, each definition once and then multiplied."""
 
     def __init__(self, schema: Any, limits: SchemaLimits) -> None:
         self._root = schema
@@ -108,14 +111,14 @@ class _Measure:
         self._parts_of: dict[str, int] = {}
         self._open: set[str] = set()
         self._alternatives = 0
-        #: Different bounds of a text's length: of strings, and in regular expressions.
+        #: Distinct bounds of text lengths: of strings, and in regular expressions.
         self._lengths: set[str] = set()
         self._repetitions: dict[str, int] = {}
         self._ranges: set[str] = set()
         self._characters = 0
 
     def check(self) -> None:
-        """Raises SchemaRefusedError."""
+        """Raise SchemaRefusedError if a limit is exceeded."""
         parts = self._parts(self._root, 0)
         _hold("it has", parts, "parts, references followed,", self._limits.max_parts, "--structured-max-parts")
         _hold_lengths(self._lengths, self._limits)
@@ -127,7 +130,7 @@ class _Measure:
             )
 
     def _parts(self, node: Any, depth: int) -> int:
-        """How many schemas this one is, itself included; no more than one beyond the limit is counted."""
+        """Number of schemas in this one, including itself; counting stops just beyond the limit."""
         _hold("it is", depth, "levels deep", self._limits.max_depth, "--structured-max-depth")
         if isinstance(node, Sequence) and not isinstance(node, str):
             return sum(self._parts(part, depth + isinstance(part, list)) for part in node)
@@ -156,7 +159,7 @@ class _Measure:
                 self._lengths |= lengths
             return self._parts_of_reference(value, depth) if name == "$ref" else 0
         if name in DEFINITIONS | VALUES or not isinstance(value, Mapping | Sequence):
-            return 0  # definitions are counted where they are referred to; the text's size bounds the others
+            return 0  # definitions count where they are referred to; the text's size bounds the others
         if name == "patternProperties" and isinstance(value, Mapping):
             for pattern in value:
                 self._count_pattern(str(pattern))
@@ -164,10 +167,10 @@ class _Measure:
             return sum(self._parts(part, depth + 1) for part in value.values())
         if name in ROOTS and isinstance(value, Mapping):
             return self._parts_of_root(value, depth)
-        return self._parts(value, depth + 1)  # keywords that hold schemas, and whatever else may
+        return self._parts(value, depth + 1)  # keywords that hold schemas, and everything else that may
 
     def _parts_of_root(self, schema: Mapping[str, Any], depth: int) -> int:
-        """A schema inside a structural tag: its references are its own."""
+        """A schema inside a structural tag, with its own references."""
         outside = self._root, self._parts_of, self._open
         self._root, self._parts_of, self._open = schema, {}, set()
         try:
@@ -184,7 +187,7 @@ class _Measure:
         self._lengths |= lengths
 
     def _count_range(self, node: Mapping[str, Any]) -> None:
-        """A range of numbers becomes a regular expression with some branches for each digit."""
+        """A range of numbers becomes a regular expression with a few branches for each digit."""
         bounds = [node[name] for name in NUMBERS if isinstance(node.get(name), int | float)]
         if bounds and (key := repr(bounds)) not in self._ranges:
             self._ranges.add(key)
@@ -201,7 +204,7 @@ class _Measure:
 
 
 def _resolved(root: Any, reference: str) -> Any:
-    """What a reference inside the document points to; None for others, which the compiler refuses."""
+    """The target of a reference inside the document; None for others, which the compiler refuses."""
     if not reference.startswith("#"):
         return None
     node = root
@@ -215,14 +218,14 @@ def _resolved(root: Any, reference: str) -> Any:
 
 def _repetitions(pattern: str) -> tuple[set[str], int]:
     """
-    Counted repetitions, each with what it repeats, and how much they repeat in all: they add up side by side and multiply along the
-    nesting of groups. Escapes and character classes are passed over.
+    Counted repetitions, each with what it repeats, and the total number of repetitions: adjacent ones add up, nested
+    ones multiply. Escapes and character classes are skipped.
 
     Raises:
-        SchemaRefusedError: It is too much.
+        SchemaRefusedError: There are too many.
     """
     found = set()
-    # Per open group, where it begins and how much is repeated in it; the same of the last atom.
+    # Per open group, its start and its number of repetitions; then the same for the last atom.
     open_groups, atom, repeated, position = [[0, 0]], 0, 0, 0
     while position < len(pattern):
         character = pattern[position]
@@ -265,7 +268,7 @@ def _end_of_class(pattern: str, start: int) -> int:
 
 
 def _decoded(value: Any) -> Any:
-    """A schema as an object; text that is no JSON is the compiler's to refuse."""
+    """A schema as an object; the compiler refuses text that is not JSON."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,8 +1,9 @@
 """
-Words of a request that are the service's own: what instances tell each other of a request that moves.
+Words of a request that are reserved for the service: what instances tell each other about a moving request.
 
-vLLM takes them from clients on every API, for deployments in which another router makes them up. Here the service does, and a client that
-could say them would have an engine connect where it likes, read other clients' KV caches, or fill the prefix cache with foreign content.
+vLLM accepts them from clients on every API, for deployments in which another router sets them. Here the service does,
+and a client that could set them could have an engine connect anywhere, read other clients' KV caches, or fill the
+prefix cache with foreign content.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +12,16 @@ from typing import Any, Final
 FORBIDDEN: Final = ("kv_transfer_params", "ec_transfer_params")
 WHY_REFUSED: Final = "is not for clients: this service moves requests between its instances by itself"
 CONTAINERS: Final = ("vllm_xargs", "extra_args", "extra_kwargs", "extra_body", "sampling_params", "pooling_params")
-"""Fields whose content vLLM hands to the engine as it is; they may stand in one another."""
+"""Fields whose content vLLM hands to the engine unchanged; they may be nested in one another."""
 
 
 def forbidden_words(body: Any) -> Iterator[tuple[str, ...]]:
     """
-    Paths to the forbidden words of a decoded body, wherever vLLM would read them; message texts and tools' schemas are not looked into.
+    Paths to the forbidden words of a decoded body, wherever vLLM would read them; message texts and tool schemas are
+    not searched.
 
     Args:
-        body: An object; in a list, as batches have them, each element is one.
+        body: An object, or, as in batches, a list of objects.
     """
     if isinstance(body, Mapping):
         for name, value in body.items():

@@ -1,11 +1,11 @@
 """
-Limits of a connection that uvicorn does not have: how many there are, how long and how large a head may be, how long a body may take, how
-long an answer may go unread.
+Connection limits that uvicorn lacks: the number of connections, size and duration of heads, duration of bodies and of
+unread answers.
 
-A class for uvicorn's `http` option. A connection waits for a head, reads it, reads a body, belongs to its answer, and waits for the next
-request. All but the answer have a deadline; while one is written, and after the connection has been closed, the client has to take something of it every
-now and then. A connection beyond the most that there may be is still served
-a probe or a scrape, so that a flood does not look like a death, and HTTP 503 otherwise.
+A class for uvicorn's `http` option. A connection waits for a head, reads it, reads a body, sends the answer, and waits
+for the next request. Every phase but the answer has a deadline; while an answer is written, and after the connection
+has been closed, the client must read some of it now and then. A connection beyond the limit may still serve a probe or
+a scrape, so that a flood does not look like a death; it gets HTTP 503 otherwise.
 """
 
 import asyncio
@@ -19,21 +19,21 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from cascadeinfer.frontend.door.routes import OPEN
 
 SPARE_CONNECTIONS: Final = 64
-"""For probes and scrapes beyond the limit; more are closed at once."""
+"""Connections for probes and scrapes beyond the limit; more are closed at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
     """
-    What a client may take.
+    What a client may use.
 
     Attributes:
-        max_connections: Open at once in this process.
+        max_connections: Open connections in this process.
         head_timeout_s: From the connection, or the first byte of a further request, to the end of the head.
         body_timeout_s: From the end of the head to that of the body, while the server reads it.
-        max_head_bytes: Of all header fields and the target together.
+        max_head_bytes: All header fields and the target together.
         max_headers: Header fields of a request.
-        send_timeout_s: A client that takes nothing of what is sent for so long is disconnected.
+        send_timeout_s: A client that reads nothing of its answer for this long is disconnected.
     """
 
     max_connections: int
@@ -84,13 +84,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self._wait_for(_Phase.HEAD, self.limits.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is gone."""
+        """The connection is gone."""
         self._wait_for(_Phase.NEXT)
         self._stop_watching()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Some of a request came."""
+        """Part of a request arrived."""
         if self.transport.is_closing():
             return
         if self._phase is _Phase.NEXT:  # uvicorn's keep-alive timer ends with the first byte, be it an empty line
@@ -98,15 +98,15 @@ class GuardedProtocol(HttpToolsProtocol):
         self._undecided_bytes += len(data)
         super().data_received(data)
         if self._undecided_bytes > self.limits.max_head_bytes:
-            # A field, a chunk's head or a trailer that does not end: the parser says nothing of it before it has kept all of it.
-            # Another request's head, while this one is answered, is no different.
+            # A field, a chunk's head or a trailer that does not end: the parser keeps all of it before it reports any.
+            # The same goes for another request's head while this one is answered.
             if self._phase is _Phase.HEAD:
                 self._end_with(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             else:
                 self.transport.abort()
 
     def on_body(self, body: bytes) -> None:
-        """Some of the body."""
+        """Part of the body."""
         self._undecided_bytes = 0
         super().on_body(body)
 
@@ -116,7 +116,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """Some of the target."""
+        """Part of the target."""
         self._count_head(len(url))
         super().on_url(url)
 
@@ -138,18 +138,18 @@ class GuardedProtocol(HttpToolsProtocol):
         """The body is complete."""
         self._undecided_bytes = 0
         self._wait_for(_Phase.ANSWER)
-        self._look_for_next()  # it may have been answered unread
+        self._look_for_next()  # it may have been answered before it was read
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """An answer was written; those to pipelined requests may have to follow."""
+        """An answer was written; those to pipelined requests may follow."""
         self._look_for_next()
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_sending()
 
     def handle_websocket_upgrade(self) -> None:
-        """Another protocol takes over. It knows no bodies, and would wait for ever for what comes after one."""
+        """Another protocol takes over; it knows no bodies, and would wait for ever for what follows one."""
         self._wait_for(_Phase.NEXT)
         has_body = any(
             name == b"transfer-encoding" or (name == b"content-length" and value.strip() != b"0")
@@ -166,17 +166,17 @@ class GuardedProtocol(HttpToolsProtocol):
         self._watch_sending()
 
     def pause_writing(self) -> None:
-        """The client takes less than is sent."""
+        """The client reads more slowly than the server sends."""
         super().pause_writing()
         self._watch_sending()
 
     def resume_writing(self) -> None:
-        """It has taken some."""
+        """The client has read some."""
         self._stop_watching()
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """What came is no request, or its head is too large."""
+        """What arrived is not a request, or its head is too large."""
         self._wait_for(_Phase.NEXT)
         if self._bad_status is HTTPStatus.BAD_REQUEST:
             super().send_400_response(msg)
@@ -199,13 +199,16 @@ class GuardedProtocol(HttpToolsProtocol):
             self._deadline = self.loop.call_later(timeout_s, self._overdue, timeout_s)
 
     def _look_for_next(self) -> None:
-        """Whether all requests that have come are answered: uvicorn's keep-alive timer ends with any byte, also of a body that comes late."""
+        """
+        Whether all requests received are answered. uvicorn's keep-alive timer ends with any byte, including those of a
+        late body.
+        """
         cycle: RequestResponseCycle | None = getattr(self, "cycle", None)  # None before the first request
         if self._phase is _Phase.ANSWER and cycle is not None and cycle.response_complete:
             self._wait_for(_Phase.NEXT, self.timeout_keep_alive)
 
     def _watch_sending(self) -> None:
-        """From now on the client has to take something of what is unsent, until it has taken all of it or `_stop_watching`."""
+        """From now on, require the client to read some of what is unsent, until all is read or `_stop_watching`."""
         if self._sending is None:
             n_bytes = self.transport.get_write_buffer_size()
             self._sending = self.loop.call_later(self.limits.send_timeout_s, self._look_at_sending, n_bytes)
@@ -223,13 +226,14 @@ class GuardedProtocol(HttpToolsProtocol):
             self._sending = None
 
     def _overdue(self, timeout_s: float) -> None:
-        if self._phase is _Phase.BODY and self.flow.read_paused:  # the server does not read on: not the client's fault
+        # While the server has paused reading, a late body is not the client's fault.
+        if self._phase is _Phase.BODY and self.flow.read_paused:
             self._wait_for(_Phase.BODY, timeout_s)
             return
         if self._phase is _Phase.HEAD:
             self._end_with(HTTPStatus.REQUEST_TIMEOUT)
         else:
-            self.transport.close()  # the app, which waits for the body, hears that the client is gone
+            self.transport.close()  # the app, which waits for the body, learns that the client is gone
             self._watch_sending()
 
     def _end_with(self, status: HTTPStatus) -> None:

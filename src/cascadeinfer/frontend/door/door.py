@@ -1,8 +1,8 @@
 """
-An ASGI app around the whole server: asks for the key, bounds the body, checks what goes into logs.
+An ASGI app around the whole server: requires the key, bounds the body, checks what goes into logs.
 
-It stands outside everything, the operator's own middleware included: nothing of a request is read, and no route is looked up, before its
-key is known. Routes are closed unless `routes.py` says otherwise, so no list of paths has to be complete.
+It is outermost, even outside the operator's own middleware: nothing of a request is read, and no route is looked up,
+before its key is known. Routes are closed unless `routes.py` says otherwise, so no list of paths has to be complete.
 """
 
 import json
@@ -21,7 +21,7 @@ from cascadeinfer.frontend.door.routes import IMPOSSIBLE, Access, access_of
 ID_CHARACTERS: Final = "[A-Za-z0-9._:@/+=~-]"
 PLAIN_ID: Final = "must be 1 to 128 letters, digits or characters of . _ : @ / + = ~ -"
 REQUEST_ID: Final = re.compile(f"{ID_CHARACTERS}{{1,128}}".encode())
-"""What `X-Request-Id` may be: it goes into logs, metrics and file names of whoever reads them."""
+"""What `X-Request-Id` may be: it goes into logs, metrics and the file names of whoever reads them."""
 WEBSOCKET_DENIED: Final = 1008
 """The code of a policy violation; before the handshake the server answers it with HTTP 403."""
 
@@ -36,7 +36,7 @@ class _Refusal:
 
 
 class _BodyTooLargeError(Exception):
-    """More came than may come."""
+    """The body exceeds the limit."""
 
 
 class Door:
@@ -46,8 +46,8 @@ class Door:
         """
         Args:
             app: The server.
-            keys: What opens which routes.
-            max_body_bytes: Of a request's body; larger ones get HTTP 413.
+            keys: Which keys open which routes.
+            max_body_bytes: Limit on a request's body; larger ones get HTTP 413.
             root_path: The prefix under which a proxy has mounted the service.
         """
         self._app = app
@@ -99,7 +99,7 @@ class Door:
         )
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the app with a body that is counted as it comes: a chunked one says nothing of its length."""
+        """Run the app with a body that is counted as it arrives: a chunked body does not announce its length."""
         if not _has_body(scope["headers"]):
             await self._app(scope, receive, send)
             return
@@ -114,10 +114,10 @@ class Door:
                 raise _BodyTooLargeError
             return message
 
-        def noted_send(message: Message) -> Awaitable[None]:  # no coroutine of its own: every token passes here
+        def noted_send(message: Message) -> Awaitable[None]:  # not a coroutine: every token passes here
             nonlocal started
             if n_bytes > self._max_body_bytes and not started:
-                return _dropped()  # the app takes it for a body that cannot be parsed, which would be another status
+                return _dropped()  # the app would take it for a malformed body, which has another status
             started = True
             return send(message)
 
@@ -138,7 +138,7 @@ def _bad_request_id(headers: Headers) -> _Refusal | None:
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:
-    """A browser asks what it may ask, without a key; vLLM's CORS middleware answers before any route is looked up."""
+    """A browser's preflight, which carries no key; vLLM's CORS middleware answers it before any route is looked up."""
     return (
         scope.get("method") == "OPTIONS"
         and _header(headers, b"origin") is not None
@@ -151,13 +151,13 @@ def _has_body(headers: Headers) -> bool:
 
 
 def _header(headers: Headers, wanted: bytes) -> bytes | None:
-    """The value of a header that stands alone; one that comes twice means nothing."""
+    """The value of a header that occurs once; a repeated one counts as missing."""
     values = [value for name, value in headers if name.lower() == wanted]
     return values[0] if len(values) == 1 else None
 
 
 async def _dropped() -> None:
-    """What the app says of a body that was refused."""
+    """Discards what the app says about a refused body."""
 
 
 async def _deny(receive: Receive, send: Send) -> None:

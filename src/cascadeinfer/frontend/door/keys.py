@@ -1,4 +1,4 @@
-"""The keys that clients show, and whether one opens a route."""
+"""The keys that clients present, and whether one opens a route."""
 
 import hashlib
 import secrets
@@ -12,16 +12,16 @@ SCHEME: Final = b"bearer"
 
 class Keys:
     """
-    API keys and admin keys. A route whose kind of key was not given by the operator is open; an admin key opens every route.
+    API keys and admin keys. A route is open when the operator gave no key of its kind; an admin key opens every route.
 
-    Without admin keys the API keys serve for the admin routes too.
+    Without admin keys the API keys also open the admin routes.
     """
 
     def __init__(self, api_keys: Iterable[str], admin_keys: Iterable[str]) -> None:
         """
         Args:
-            api_keys: For inference; empty: anybody.
-            admin_keys: For everything else; empty: the API keys.
+            api_keys: For inference; if empty, inference is open to anybody.
+            admin_keys: For everything else; if empty, the API keys are used.
         """
         api, admin = _digests(api_keys), _digests(admin_keys)
         self.separate = bool(admin)
@@ -33,7 +33,7 @@ class Keys:
         self._known = api | admin
 
     def needed_for(self, access: Access) -> bool:
-        """Whether a route of this kind asks for a key at all."""
+        """Whether a route of this kind requires a key at all."""
         return self._opens[access] is not None
 
     def open(self, access: Access, authorization: bytes) -> bool:
@@ -42,7 +42,7 @@ class Keys:
         return keys is None or _is_among(authorization, keys)
 
     def knows(self, authorization: bytes) -> bool:
-        """Whether it is a key at all, if perhaps not for this route."""
+        """Whether it is a valid key, if perhaps not for this route."""
         return _is_among(authorization, self._known)
 
 
@@ -51,7 +51,7 @@ def _digests(keys: Iterable[str]) -> frozenset[bytes]:
 
 
 def _is_among(authorization: bytes, digests: frozenset[bytes]) -> bool:
-    """Compared in constant time, and with every key."""
+    """Whether the key is among these, compared in constant time and with every key."""
     scheme, _, shown = authorization.partition(b" ")
     digest = hashlib.sha256(shown).digest()
     same = [secrets.compare_digest(digest, known) for known in digests]

@@ -1,8 +1,10 @@
 """
-Which key a route asks for. What is not named here asks for the admin key: a route that a later vLLM adds is closed by default.
+Which key a route requires. Routes not listed here require the admin key, so one that a later vLLM adds is closed by
+default.
 
-`OPEN` is for probes and scrapers. `INFERENCE` is what clients of a model need. Everything else changes the service, or tells more of it
-than a client needs: pausing, sleeping, caches, weights, adapters, scaling, aborting other clients' requests, `/admin`.
+`OPEN` is for probes and scrapers. `INFERENCE` is what clients of a model need. Everything else changes the service, or
+reveals more of it than a client needs: pausing, sleeping, caches, weights, adapters, scaling, aborting other clients'
+requests, `/admin`.
 """
 
 import enum
@@ -38,7 +40,7 @@ IMPOSSIBLE: Final = {
     "/scale_elastic_ep": "instances are added and removed with POST and DELETE /admin/instances",
     "/is_scaling_elastic_ep": "instances are added and removed with POST and DELETE /admin/instances",
 }
-"""Routes of vLLM's that cannot work over several instances, and what to use instead."""
+"""vLLM routes that cannot work over several instances, and what to use instead."""
 _INFERENCE: Final = re.compile("|".join(f"(?:{pattern})" for pattern in INFERENCE))
 
 

@@ -1,4 +1,4 @@
-"""What the operator says of the door, and the door that follows from it."""
+"""The operator's settings for the door, and the door built from them."""
 
 import logging
 from argparse import Namespace
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class DoorSettings:
     """
-    Options of ours; vLLM's own (`--api-key`, `--h11-max-*`, `--root-path`) are in its arguments.
+    Our own options; vLLM's (`--api-key`, `--h11-max-*`, `--root-path`) are in its arguments.
 
     Attributes:
-        admin_keys: For everything but inference; empty: the API keys serve.
-        max_body_bytes: Of a request.
-        max_connections: Open at once in this process.
-        head_timeout_s: For the head of a request.
-        body_timeout_s: For its body.
-        send_timeout_s: For a client to take something of its answer.
+        admin_keys: For everything but inference; if empty, the API keys are used.
+        max_body_bytes: Limit on a request's body.
+        max_connections: Open connections in this process.
+        head_timeout_s: Time for the head of a request.
+        body_timeout_s: Time for its body.
+        send_timeout_s: Time in which a client must read some of its answer.
     """
 
     admin_keys: tuple[str, ...]
@@ -43,7 +43,7 @@ class DoorSettings:
         return Door(app, keys, max_body_bytes=self.max_body_bytes, root_path=args.root_path or "")
 
     def protocol(self, args: Namespace) -> type[GuardedProtocol]:
-        """The class for uvicorn's `http` option. vLLM's header limits hold here: they were made for another parser."""
+        """The class for uvicorn's `http` option. It enforces vLLM's header limits, made for another parser."""
         return guarded(
             ConnectionLimits(
                 self.max_connections,
@@ -57,10 +57,13 @@ class DoorSettings:
 
 
 def api_keys_of(args: Namespace) -> list[str]:
-    """VLLM's rule: the option, else the environment."""
+    """The API keys by vLLM's rule: the option, else the environment."""
     return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
 
 
 def without_keys(args: Namespace) -> Namespace:
-    """The arguments for vLLM's app, whose own check of a few paths the door replaces; the environment is not looked at either."""
+    """
+    The arguments for vLLM's app without keys: the door replaces its own check of a few paths, and the environment is
+    not consulted either.
+    """
     return Namespace(**{**vars(args), "api_key": [""]})

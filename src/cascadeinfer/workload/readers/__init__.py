@@ -1,9 +1,9 @@
 """
 Readers: public trace formats -> `Trace`, one file per family.
 
-Each takes an iterable of text lines. Malformed input raises `TraceError` with the line number and what is wrong; a row that the
-source marks as failed (no output tokens) is left out and counted in `Trace.dropped_rows`. Timestamps become seconds from the
-earliest request and rows are sorted by them (stable).
+Each takes an iterable of text lines. Malformed input raises `TraceError` with the line number and what is wrong; a row
+that the source marks as failed (no output tokens) is left out and counted in `Trace.dropped_rows`. Timestamps become
+seconds from the earliest request and rows are sorted by them (stable).
 """
 
 from cascadeinfer.workload.readers.delimited import read_azure, read_burstgpt, read_csv

@@ -1,14 +1,14 @@
 """
 Traces as comma-separated values.
 
-The separator (comma, semicolon, tab) and the case of the columns' names are found out from the header.
+The separator (comma, semicolon, tab) and the case of the column names are taken from the header.
 
-- The common form of this project: `arrival_s,prompt_tokens,output_tokens[,extra...]`; `arrival_s` empty in every row when the
-  source has no times. An extra column `row_id` joins prefix hashes (`read_hash_ids`).
-- Azure 2023 and 2024 (github Azure/AzurePublicDataset): `TIMESTAMP,ContextTokens,GeneratedTokens`; timestamps are wall-clock,
-  with up to seven decimals, in 2024 with a time zone.
-- BurstGPT (github HPMLL/BurstGPT): `Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type`, later releases with
-  `Session ID` and `Elapsed time`; seconds. Failed requests have no response tokens.
+- The common form of this project: `arrival_s,prompt_tokens,output_tokens[,extra...]`; `arrival_s` is empty in every row
+  when the source has no times. An extra column `row_id` joins prefix hashes (`read_hash_ids`).
+- Azure 2023 and 2024 (github Azure/AzurePublicDataset): `TIMESTAMP,ContextTokens,GeneratedTokens`; timestamps are
+  wall-clock, with up to seven decimals, in 2024 with a time zone.
+- BurstGPT (github HPMLL/BurstGPT): `Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type`, in later
+  releases with `Session ID` and `Elapsed time`; seconds. Failed requests have no response tokens.
 """
 
 import contextlib
@@ -41,7 +41,8 @@ def read_csv(
         prefix_block_tokens: Tokens per hashed block.
 
     Raises:
-        TraceError: A column is missing, a field is not a number, only some rows have a time, or a `row_id` has no hashes.
+        TraceError: A column is missing, a field is not a number, only some rows have a time, or a `row_id` has no
+            hashes.
     """
     rows = Rows()
     for line, row in _records(lines, COMMON_COLUMNS):
@@ -103,9 +104,10 @@ def read_burstgpt(lines: Iterable[str], *, model: str | None = None, log_type: s
 
 def separated(header: str, needed: Sequence[str]) -> tuple[str, list[str]] | None:
     """
-    How a header separates its columns: the separator and their names, those that are needed spelt as here.
+    How a header separates its columns: the separator and the column names, the needed ones spelt as here.
 
-    Spreadsheets write semicolons or tabs, and change the case of names; None when no separator shows all that are needed.
+    Spreadsheets write semicolons or tabs, and change the case of names. None when no separator yields all needed
+    columns.
     """
     spelling = {name.casefold(): name for name in needed}
     for separator in SEPARATORS:

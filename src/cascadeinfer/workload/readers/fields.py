@@ -1,7 +1,4 @@
-"""
-The parts every reader needs:
-numbers out of text with a line number in every complaint, and rows collected into a trace.
-"""
+"""Parts shared by all readers: numbers from text, with the line number in every error, and rows into a trace."""
 
 import csv
 import math
@@ -33,8 +30,8 @@ def csv_rows(reader: CsvReader, lines_before: int = 0) -> Iterator[list[str]]:
     Rows that are not blank.
 
     Args:
-        reader: Of the text.
-        lines_before: Lines of the file that the reader did not see, for complaints.
+        reader: The reader of the text.
+        lines_before: Lines of the file that the reader did not see, for error messages.
 
     Raises:
         TraceError: The text is no CSV, e.g. a quote is never closed.
@@ -48,7 +45,7 @@ def csv_rows(reader: CsvReader, lines_before: int = 0) -> Iterator[list[str]]:
 
 
 MAX_TOKENS: Final = 10**9
-"""No context is as long; sums over millions of requests still fit into 64 bits."""
+"""Longer than any context; sums over millions of requests still fit into 64 bits."""
 MAX_ID: Final = 2**63 - 1
 
 
@@ -57,15 +54,15 @@ def whole(value: object, name: str, line: int, *, most: int = MAX_TOKENS) -> int
     A count of tokens: a whole number >= 0, as text or number, taken exactly or not at all.
 
     Args:
-        value: `12`, `"12"`, or what says the same, such as `12.0` and `"1.2e1"`.
-        name: Of the column, for complaints.
-        line: Likewise.
-        most: The largest that makes sense.
+        value: `12`, `"12"`, or an equal value such as `12.0` and `"1.2e1"`.
+        name: Name of the column, for error messages.
+        line: Line number, likewise.
+        most: Largest plausible value.
 
     Raises:
-        TraceError: It is not one.
+        TraceError: It is no such number.
     """
-    real(value, name, line)  # it is a finite number at all
+    real(value, name, line)  # refuses what is not a finite number
     exact = Decimal(str(value).strip())
     if exact < 0:
         raise TraceError(f"{name} is negative: {_shown(value)}", line=line)
@@ -81,7 +78,7 @@ def real(value: object, name: str, line: int) -> float:
     A finite number, as text or number.
 
     Raises:
-        TraceError: It is not one.
+        TraceError: It is no such number.
     """
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TraceError(f"{name} is not a number: {_shown(value)}", line=line)
@@ -97,14 +94,14 @@ def real(value: object, name: str, line: int) -> float:
 
 
 def _shown(value: object) -> str:
-    """For a complaint, on one line."""
+    """A value for an error message, on one line."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def check_blocks(hash_ids: list[int], prompt_tokens: int, block_tokens: int, line: int) -> None:
     """
-    A prompt has one hash per block that it begins, at most.
+    Check that a prompt has at most one hash per block that it begins.
 
     Raises:
         TraceError: There are more.
@@ -120,10 +117,10 @@ def check_blocks(hash_ids: list[int], prompt_tokens: int, block_tokens: int, lin
 @dataclass(slots=True)
 class Rows:
     """
-    Rows of a source on their way to a trace.
+    Rows of a source, collected for a trace.
 
     Attributes:
-        dropped: Rows left out because the source says that they failed.
+        dropped: Rows left out because the source marks them as failed.
     """
 
     times_s: list[float] = field(default_factory=list)
@@ -134,7 +131,7 @@ class Rows:
 
     def add(self, time_s: float | None, prompt_tokens: int, output_tokens: int, line: int) -> bool:
         """
-        Take a row; a request that produced nothing failed, and is counted but not kept.
+        Add a row; a request that produced nothing failed, and is counted but not kept.
 
         Returns:
             Whether it was kept.

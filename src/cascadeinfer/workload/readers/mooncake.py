@@ -1,6 +1,7 @@
 """
-Mooncake traces (github kvcache-ai/Mooncake, FAST'25): one JSON object per line, `timestamp` in milliseconds, `input_length`,
-`output_length`, and `hash_ids`: one id per 512 tokens of prompt, equal ids meaning equal prefixes up to that block.
+Mooncake traces (github kvcache-ai/Mooncake, FAST'25): one JSON object per line, with `timestamp` in milliseconds,
+`input_length`, `output_length`, and `hash_ids`: one id per 512 tokens of prompt, equal ids meaning equal prefixes up to
+that block.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,7 +47,7 @@ def read_hash_ids(lines: Iterable[str]) -> dict[int, list[int]]:
     Prefix hashes kept beside a trace in the common form: `{"row_id": 0, "hash_ids": [...]}` per line.
 
     Raises:
-        TraceError: A line is not such an object, or a row_id comes twice.
+        TraceError: A line is not such an object, or a row_id occurs twice.
     """
     hashes: dict[int, list[int]] = {}
     for line, row in _objects(lines):

@@ -1,12 +1,14 @@
 """
-ServeGen (github alibaba/ServeGen, NSDI'26): not a list of requests but a law per client, from which a trace is drawn.
+ServeGen (github alibaba/ServeGen, NSDI'26): not a list of requests but laws per client, from which a trace is drawn.
 
-Per client two files. `chunk-<id>-trace.csv`, without header: window start in seconds, rate in requests/s, coefficient of
-variation, law of the gaps (`Gamma`, `Weibull`, empty when idle), its two arguments (shape first). `chunk-<id>-dataset.json`: window start ->
-`{"input_tokens": "{length: probability, ...}", "output_tokens": ...}`, the inner dicts written as Python literals.
+There are two files per client. `chunk-<id>-trace.csv`, without header: window start in seconds, rate in requests/s,
+coefficient of variation, law of the gaps (`Gamma`, `Weibull`, empty when idle), its two arguments (shape first).
+`chunk-<id>-dataset.json`: window start -> `{"input_tokens": "{length: probability, ...}", "output_tokens": ...}`, the
+inner dicts written as Python literals.
 
-Drawing: per client and window a stationary renewal process at the published rate and shape (`renewal_window`), prompt and output
-independent from the published laws. (ServeGen's own generator uses one random number for both, which correlates them.)
+Drawing: per client and window a stationary renewal process at the published rate and shape (`renewal_window`), prompt
+and output independently from the published laws. (ServeGen's own generator uses one random number for both, which
+correlates them.)
 """
 
 import ast
@@ -51,7 +53,7 @@ class LengthWindow:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One client: how often it asks, and how much, over the day."""
+    """One client: rate and lengths of its requests over the day."""
 
     client_id: int
     arrivals: tuple[ArrivalWindow, ...]
@@ -60,11 +62,11 @@ class Client:
 
 def parse_client(client_id: int, trace_lines: Iterable[str], dataset: str | bytes) -> Client:
     """
-    One client's two files.
+    Parse one client's two files.
 
     Raises:
-        TraceError: A line has not six fields, a number is wrong, a law is unknown, windows are not in order, or a length law is
-            not one.
+        TraceError: A line does not have six fields, a number is wrong, a law is unknown, windows are out of order, or a
+            length law is invalid.
     """
     arrivals: list[ArrivalWindow] = []
     reader = csv.reader(trace_lines)
@@ -94,14 +96,14 @@ def draw_trace(
     A trace of all clients over `[start_s, end_s)` of the published day, times from its start.
 
     Args:
-        clients: Drawn in order of id, so the result depends on the generator only.
+        clients: Drawn in order of id, so that the result depends on the generator only.
         start_s: On the published clock.
         end_s: On the published clock.
-        rng: Where to draw from.
+        rng: Source of randomness.
         rate_scale: Multiplies every client's rate.
 
     Raises:
-        TraceError: The window is empty, a client asks in a window before its first length law, or nothing was drawn.
+        TraceError: The window is empty, a client sends requests before its first length law, or nothing was drawn.
     """
     if not start_s < end_s:
         raise TraceError(f"the window [{start_s}, {end_s}) is empty")
@@ -161,7 +163,7 @@ def _law(text: str, where: str) -> Empirical | None:
         for k, v in pairs.items()
     ):
         raise TraceError(f"{where} is not a dict of lengths and probabilities")
-    # A published length of 0 is a request that produced nothing; it is not a request to serve.
+    # A published length of 0 is a request that produced nothing, which cannot be served.
     kept = {length: probability for length, probability in pairs.items() if length >= 1}
     if not kept or sum(kept.values()) <= 0.0:
         return None

@@ -1,7 +1,7 @@
 """
 ShareGPT conversations: `[{"conversations": [{"from": "human", "value": "..."}, ...]}, ...]`, text without times.
 
-The convention of vLLM's benchmark: the first turn is the prompt and the second the answer, whoever speaks. Token counts need the
+As in vLLM's benchmark, the first turn is the prompt and the second the answer, whoever speaks. Token counts need the
 tokenizer of the model in question, so it is passed in.
 """
 

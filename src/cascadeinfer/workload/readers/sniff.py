@@ -1,7 +1,4 @@
-"""
-Which format is it?
-Decided by the first line alone, so that a caller may name a file and no more.
-"""
+"""Detects a trace's format from the first line alone, so that a caller need only name a file."""
 
 import itertools
 import json
@@ -31,7 +28,7 @@ FORMATS: Final[dict[str, Callable[[Iterable[str]], Trace]]] = {
 }
 """Name -> reader, for formats that need nothing but the file."""
 DELIMITED: Final = {"csv": COMMON_COLUMNS, "azure": AZURE_COLUMNS, "burstgpt": BURSTGPT_COLUMNS}
-"""Those of them that are rows under a header, and the columns that each needs."""
+"""Those of them that are rows under a header, with the columns that each needs."""
 
 
 def sniff(first_line: str) -> str:
@@ -63,13 +60,13 @@ def sniff(first_line: str) -> str:
 
 def read_trace(lines: Iterable[str]) -> Trace:
     """
-    A trace in whatever format it is.
+    A trace in any known format.
 
     Raises:
         TraceError: The format is unknown, or the file is malformed.
     """
     every = iter(lines)
-    seen: list[str] = []  # blank lines too: complaints count them
+    seen: list[str] = []  # blank lines too, because error messages count them
     for line in every:
         seen.append(line)
         if line.strip():

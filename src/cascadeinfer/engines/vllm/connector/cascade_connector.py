@@ -13,7 +13,7 @@ from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.worker_side import CascadeWorkerSide
 
-commands.attach()  # vLLM looks utility calls up on EngineCore; this module is imported in every EngineCore process
+commands.attach()  # vLLM looks utility calls up on EngineCore; every EngineCore process imports this module
 
 
 class CascadeConnector(NixlPullConnector):
@@ -33,12 +33,12 @@ class CascadeConnector(NixlPullConnector):
             self.connector_worker = CascadeWorkerSide(vllm_config, self.engine_id, kv_cache_config)
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
-        """Keep the block pool in reach: reservations and the load report need it."""
+        """Keep a reference to the block pool for reservations and the load report."""
         if self.connector_scheduler is not None:
             self.connector_scheduler.bind(kv_cache_manager)
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        """Beside the scheduler this is called once at the end of each step, with the step's output taken in."""
+        """Called beside the scheduler once at the end of each step, after the step's output has been processed."""
         if self.connector_scheduler is not None:
             self.connector_scheduler.step_ended()
         return super().get_kv_connector_stats()

@@ -1,10 +1,10 @@
 """
 Commands to an instance: methods attached to vLLM's `EngineCore`.
 
-vLLM's utility calls look a method up by name on the EngineCore and run it in the engine's thread between two steps, so the commands
-may touch the scheduler's state. Arguments and results are plain values (msgpack). An engine without requests does not step, but it does
-answer utility calls; a command that leaves work for a step (a release) therefore relies on the finished request that still
-waits in the scheduler, which keeps the engine stepping.
+vLLM's utility calls look a method up by name on the EngineCore and run it in the engine's thread between two steps, so
+the commands may touch the scheduler's state. Arguments and results are plain values (msgpack). An engine without
+requests does not step, but it does answer utility calls; a command that leaves work for a step (a release) therefore
+relies on the finished request that still waits in the scheduler, which keeps the engine stepping.
 """
 
 import time
@@ -13,15 +13,11 @@ from typing import Any
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.engines.vllm.connector.held_blocks import held_blocks
 from cascadeinfer.engines.vllm.connector.identity import identity_of, kv_bytes_per_token
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker, release_on_worker
-
-ROOM_REFUSED_BLOCKS = "no_blocks"
-ROOM_REFUSED_SLOTS = "no_slots"
-REFUSED_MIGRATIONS = "migrations"
-"""As many migrations from or to this instance are under way as may be, those of all front-end processes together."""
 
 
 def _side(core: EngineCore) -> CascadeSchedulerSide:
@@ -34,7 +30,7 @@ def _side(core: EngineCore) -> CascadeSchedulerSide:
 
 
 def cascade_hello(core: EngineCore) -> dict[str, Any]:
-    """Who this instance is: its NIXL address and its capacity."""
+    """The identity of this instance: its NIXL address and its capacity."""
     side = _side(core)
     config = core.vllm_config
     return {
@@ -54,13 +50,13 @@ def cascade_hello(core: EngineCore) -> dict[str, Any]:
 
 
 def cascade_identity(core: EngineCore) -> dict[str, Any]:
-    """What this instance is, for cost profiles; asks a worker, so not for every report."""
+    """The identity of this instance for cost profiles. It asks a worker, so it is too slow for reports."""
     bytes_per_token = kv_bytes_per_token(core.scheduler.kv_cache_config, core.vllm_config)
     return {**identity_of(core), "kv_bytes_per_token": bytes_per_token}
 
 
 def cascade_handshake(core: EngineCore, engine_id: str, host: str, port: int, tp_size: int) -> bool:
-    """Start, or poll, the NIXL handshake with a peer; True once every rank has done it."""
+    """Start or poll the NIXL handshake with a peer; True once every rank has done it."""
     if engine_id == _side(core).engine_id:
         return True
     done = core.model_executor.collective_rpc(handshake_on_worker, args=(engine_id, host, port, tp_size))
@@ -68,17 +64,17 @@ def cascade_handshake(core: EngineCore, engine_id: str, host: str, port: int, tp
 
 
 def cascade_listens(core: EngineCore) -> bool:
-    """Whether the side channel is open; it is opened again if it is not."""
+    """Whether the side channel is open; a closed one is opened again."""
     return _side(core).side_channel.listens()
 
 
 def cascade_limit_migrations(core: EngineCore, max_migrations: int | None) -> None:
-    """From now on at most so many at once, whoever starts them."""
+    """Limit simultaneous migrations from now on, whoever starts them."""
     _side(core).max_migrations = max_migrations
 
 
 def _too_many_migrations(core: EngineCore) -> bool:
-    """Whether the limit over all front-end processes is reached; a lone process keeps to it by itself and sets none."""
+    """Whether the limit over all front-end processes is reached; a lone process enforces its own and sets none."""
     side = _side(core)
     if side.max_migrations is None:
         return False
@@ -87,10 +83,11 @@ def _too_many_migrations(core: EngineCore) -> bool:
 
 
 def cascade_cut(core: EngineCore, request_id: str) -> str | None:
-    """Cut a running request; None, or why not (see `CascadeSchedulerSide.cut`)."""
+    """Cut a running request; None, or the value of the `Refusal` (see `CascadeSchedulerSide.cut`)."""
     if _too_many_migrations(core):
-        return REFUSED_MIGRATIONS
-    return _side(core).cut(core.scheduler.requests.get(request_id))
+        return Refusal.MIGRATIONS.value
+    refused = _side(core).cut(core.scheduler.requests.get(request_id))
+    return None if refused is None else refused.value
 
 
 def cascade_undo_cut(core: EngineCore, request_id: str) -> bool:
@@ -99,25 +96,26 @@ def cascade_undo_cut(core: EngineCore, request_id: str) -> bool:
 
 
 def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int) -> str | None:
-    """Reserve blocks and a slot for a request on its way; None, or why not."""
+    """Reserve blocks and a slot for a request on its way; None, or the value of the `Refusal`."""
     if _too_many_migrations(core):
-        return REFUSED_MIGRATIONS
+        return Refusal.MIGRATIONS.value
     side = _side(core)
     scheduler = core.scheduler
     n_running, n_waiting = scheduler.get_request_counts()
     if n_running + n_waiting + len(side.reservations) >= scheduler.max_num_running_reqs:
-        return ROOM_REFUSED_SLOTS
+        return Refusal.NO_SLOT.value
     spoken_for = scheduler._inflight_prefill_reserved_blocks()  # noqa: SLF001 - a pull must fit beside them, or it waits
-    return None if side.reservations.reserve(reservation_id, n_tokens, spoken_for=spoken_for) else ROOM_REFUSED_BLOCKS
+    room = side.reservations.reserve(reservation_id, n_tokens, spoken_for=spoken_for)
+    return None if room else Refusal.NO_BLOCKS.value
 
 
 def cascade_release_reservation(core: EngineCore, reservation_id: str) -> bool:
-    """Give a reservation back."""
+    """Release a reservation."""
     return _side(core).reservations.release(reservation_id)
 
 
 def cascade_release_pin(core: EngineCore, request_id: str) -> bool:
-    """Let go of the blocks of a cut request that nobody will pull; False when none are pinned."""
+    """Release the blocks of a cut request that nobody will pull; False when none are pinned."""
     if request_id not in _side(core).pinned:
         return False
     core.model_executor.collective_rpc(release_on_worker, args=(request_id,))
@@ -125,7 +123,7 @@ def cascade_release_pin(core: EngineCore, request_id: str) -> bool:
 
 
 def cascade_forget_client(core: EngineCore, client_index: int) -> int:
-    """A front-end process died: abort its requests, give its reservations back. Returns how many requests there were."""
+    """Abort the requests and release the reservations of a dead front-end process. Returns the number of requests."""
     _side(core).timer.forget(client_index)
     orphans = [r.request_id for r in core.scheduler.requests.values() if r.client_index == client_index]
     core.abort_requests(orphans)
@@ -134,7 +132,10 @@ def cascade_forget_client(core: EngineCore, client_index: int) -> int:
 
 
 def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
-    """The instance's load now as one front-end process sees it: lengths by request, foreign lengths, blocks, counters, and the steps since it last asked."""
+    """
+    The current load as one front-end process sees it: lengths by request, foreign lengths, blocks, counters, and the
+    steps since it last asked.
+    """
     side = _side(core)
     running: list[tuple[str, int]] = []
     waiting: list[tuple[str, int]] = []
@@ -187,6 +188,6 @@ COMMANDS = (
 
 
 def attach() -> None:
-    """Make the commands methods of `EngineCore`. Doing it twice is harmless."""
+    """Make the commands methods of `EngineCore`; idempotent."""
     for command in COMMANDS:
         setattr(EngineCore, command.__name__, command)

@@ -1,14 +1,14 @@
 """
-A fault at one request ends that request, never the engine.
+A fault in handling one request ends that request, never the engine.
 
-An exception in a hook of the connector would go through the scheduler and end the EngineCore with every request in it.
-`Failures.at` catches it: the fault is logged with its traceback, the request is left out of the steps to come, and ends
-with the finish reason `error` when the next output is taken in. The scheduler has a list of requests to be ended so,
-those whose grammar does not compile; the failed ones are put on it.
+An exception in a hook of the connector would propagate through the scheduler and end the EngineCore with every request
+in it. `Failures.at` catches it: the fault is logged with its traceback, the request is left out of further steps and
+ends with the finish reason `error` when the next output is processed. The scheduler has a list of requests to end this
+way, those whose grammar does not compile; the failed ones are added to it.
 
-What such a request holds goes with it. One case needs help: a request that the scheduler believes to wait for a pull
-which the worker was never told of would wait, finished, for the end of that pull. It is made to look like one whose
-pull has failed, which the scheduler frees.
+What such a request holds is freed with it. One case needs help: a request that the scheduler believes to wait for a
+pull that the worker was never told of would wait, although finished, for the end of that pull. It is made to look like
+one whose pull has failed, which the scheduler frees.
 """
 
 import logging
@@ -22,19 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 class Failures:
-    """The requests that are to end with an error."""
+    """The requests that must end with an error."""
 
     def __init__(self) -> None:
-        """None yet."""
+        """Start empty."""
         self._ending: set[str] = set()
 
     def __contains__(self, request_id: str) -> bool:
-        """Whether a request is to end with an error."""
+        """Whether a request must end with an error."""
         return request_id in self._ending
 
     @contextmanager
     def at(self, request: Request, hook: str) -> Iterator[None]:
-        """Do something for a request; a fault is logged and ends it."""
+        """Run a hook for a request; a fault is logged and ends the request."""
         try:
             yield
         except Exception:
@@ -42,19 +42,23 @@ class Failures:
             self.end(request)
 
     def end(self, request: Request) -> None:
-        """End a request that has not finished with an error."""
+        """End a request with an error, unless it has finished."""
         if request.is_finished():
             return
         request.kv_transfer_params = None
-        request.skip_reading_prefix_cache = False  # the scheduler asks such ones for nothing, and would let it run
+        # With it set, the scheduler would not ask the connector and would let the request run.
+        request.skip_reading_prefix_cache = False
         self._ending.add(request.request_id)
 
     def forget(self, request_id: str) -> None:
-        """A request has finished."""
+        """Forget a request that has finished."""
         self._ending.discard(request_id)
 
     def hand_over(self, scheduler: Scheduler | None) -> None:
-        """At the end of a schedule: let the scheduler end them. Not before it is known; they do not run until then."""
+        """
+        Let the scheduler end them; called at the end of a schedule, once the scheduler is known. They do not run until
+        then.
+        """
         if not self._ending or scheduler is None:
             return
         for request_id in self._ending:

@@ -1,9 +1,9 @@
 """
-Bringing the grammar of a request that goes on here to where its output so far has taken it.
+Advance the grammar of a resumed request to where its output so far has taken it.
 
-Token by token, through what the scheduler itself calls after each step, so that the state is the one that the request
-had before: a grammar that has ended ignores what follows it, and with a reasoning parser only what follows the
-reasoning counts. In bulk some grammars answer otherwise (llguidance ignores tokens after the end one by one, and
+This goes token by token through what the scheduler itself calls after each step, so that the state equals the one the
+request had before: a grammar that has ended ignores what follows it, and with a reasoning parser only what follows the
+reasoning counts. In bulk some grammars answer differently (llguidance ignores tokens after the end one by one, but
 refuses them in one list).
 """
 
@@ -20,10 +20,11 @@ class GrammarRefusesError(Exception):
 
 def replay_grammar(manager: StructuredOutputManager, request: Request) -> None:
     """
-    Feed the output so far to a grammar that has been compiled and has seen nothing.
+    Feed the output so far to a freshly compiled grammar.
 
     Raises:
-        GrammarRefusesError: It does not accept it; the scheduler ends such a request with an error when it happens in a step.
+        GrammarRefusesError: The grammar does not accept it. When this happens in a step, the scheduler ends the request
+            with an error.
     """
     seen: list[int] = list(request.prompt_token_ids or ())
     before: Any = SimpleNamespace(  # the request as it was after each of its steps, as far as the manager looks

@@ -1,8 +1,8 @@
 """
-The KV blocks that no request runs or waits with, by what holds them.
+KV blocks that are held without a running or waiting request, by reason.
 
-Read from the scheduler's own tables, not from ours, so that what holds blocks is seen whatever brought it about. Blocks
-that several requests share count at each.
+Read from the scheduler's own tables rather than ours, so that held blocks are seen whatever caused them. Blocks shared
+by several requests count for each.
 """
 
 from typing import Final
@@ -19,7 +19,7 @@ ended); blocks that a step under way may still write.
 
 
 def held_blocks(scheduler: Scheduler, cut: dict[str, None], n_reserved: int) -> dict[str, int]:
-    """Blocks by reason; `cut`: the finished requests that are pinned because we cut them."""
+    """Blocks by reason; `cut` has the finished requests that are pinned because we cut them."""
     held = dict.fromkeys(HELD_BY, 0)
     held["reservations"] = n_reserved
     for request in scheduler.requests.values():

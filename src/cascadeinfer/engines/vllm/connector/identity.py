@@ -1,7 +1,7 @@
 """
-What an instance is, for cost profiles: the model's sizes, the device, the attention backend that its layers have really got.
+The identity of an instance for cost profiles: the model's sizes, the device, the attention backend actually used.
 
-Backend and device are asked of the worker: which backend vLLM takes is decided there, layer by layer.
+Backend and device are asked of the worker, because vLLM chooses the backend there, layer by layer.
 """
 
 from pathlib import Path
@@ -58,14 +58,14 @@ def identity_of(core: EngineCore) -> dict[str, Any]:
             "threads": worker["threads"],
             "attention_backend": worker["attention_backend"],
             "eager": bool(model.enforce_eager),
-            "asynchronous": core.async_scheduling,  # what the core was made with; it completes its configuration anew afterwards
+            "asynchronous": core.async_scheduling,  # as created; it completes its configuration again later
         },
         "multiprocessors": worker["multiprocessors"],
     }
 
 
 def kv_bytes_per_token(kv_cache_config: KVCacheConfig, config: VllmConfig) -> int:
-    """Bytes that a token's KV takes in all layers, all devices together."""
+    """KV bytes of a token in all layers, all devices together."""
     a_rank = sum(
         len(group.layer_names) * group.kv_cache_spec.page_size_bytes / group.kv_cache_spec.block_size
         for group in kv_cache_config.kv_cache_groups
@@ -74,14 +74,14 @@ def kv_bytes_per_token(kv_cache_config: KVCacheConfig, config: VllmConfig) -> in
 
 
 def _backend_of(layer: Any) -> str:
-    """A backend's name, FlashAttention's with its version: each has a split rule of its own."""
+    """A backend's name, with FlashAttention's version: each version has its own split rule."""
     name: str = layer.get_attn_backend().get_name()
     version = getattr(getattr(layer, "impl", None), "vllm_flash_attn_version", None)
     return f"{name}_{version}" if version else name
 
 
 def _processor() -> str:
-    """The processor's name as the kernel has it."""
+    """The processor's name as the kernel reports it."""
     lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, "") or "cpu"

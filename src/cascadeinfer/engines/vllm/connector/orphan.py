@@ -1,8 +1,10 @@
 """
-An engine's processes, and further front ends, end with the process that started them, instead of holding their memory (and device) for ever.
+An engine's processes, and further front ends, end with their parent process instead of holding memory (and device) for
+ever.
 
-Nothing in vLLM watches the front end: after a `kill -9` of the server the EngineCores would stay. Its workers do watch their EngineCore, but
-then leave by the long way, through shutdowns that may hang. The watch is a daemon thread that sleeps on the parent's sentinel.
+Nothing in vLLM watches the front end: after a `kill -9` of the server the EngineCores would stay. Its workers do watch
+their EngineCore, but then leave through shutdowns that may hang. The watch is a daemon thread that sleeps on the
+parent's sentinel.
 """
 
 import logging
@@ -15,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def end_with_parent() -> None:
-    """From now on, end this process when the process that started it has ended. No parent: nothing to watch."""
+    """From now on, end this process when its parent has ended. Does nothing without a parent."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -23,6 +25,6 @@ def end_with_parent() -> None:
     def watch() -> None:
         parent.join()
         logger.error("the process that started this one (pid %s) is gone: this one ends", parent.pid)
-        os.kill(os.getpid(), signal.SIGKILL)  # its main thread may be deep inside a step
+        os.kill(os.getpid(), signal.SIGKILL)  # the main thread may be deep inside a step
 
     threading.Thread(target=watch, name="cascade-parent-watch", daemon=True).start()

@@ -1,8 +1,8 @@
 """
-Blocks that are held for requests that are about to arrive.
+Blocks reserved for requests that are about to arrive.
 
-Whoever reserves takes the blocks from the pool at once; the request that arrives gives them back just before it asks for
-its own. A reservation that nobody claims ends by itself.
+A reservation takes its blocks from the pool at once; the arriving request returns them just before it asks for its own.
+A reservation that nobody claims expires.
 """
 
 import time
@@ -21,28 +21,28 @@ class _Reservation:
 
 
 class Reservations:
-    """By id; ids of further front-end processes begin with their prefix."""
+    """Reservations by id; ids of further front-end processes begin with their prefix."""
 
     def __init__(self, block_size: int, life_s: float) -> None:
-        """None yet; the pool comes later (`pool`)."""
+        """Start empty; the pool is set later (`pool`)."""
         self.pool: BlockPool | None = None
         self._block_size = block_size
         self._life_s = life_s
         self._held: dict[str, _Reservation] = {}
 
     def __len__(self) -> int:
-        """Those that hold blocks now."""
+        """Number of reservations that hold blocks now."""
         self._expire()
         return len(self._held)
 
     def reserve(self, reservation_id: str, n_tokens: int, *, spoken_for: int = 0) -> bool:
         """
-        Hold blocks for a request of this many tokens (one more than it fills); False when they are not free.
+        Reserve blocks for a request of this many tokens, plus one; False when they are not free.
 
         Args:
-            reservation_id: Of the reservation; an id that is held already is held on.
-            n_tokens: Length for which there shall be room.
-            spoken_for: Free blocks that others will need, which vLLM leaves free when a pull asks for its blocks.
+            reservation_id: Of the reservation; one that exists already is kept.
+            n_tokens: Length to reserve room for.
+            spoken_for: Free blocks that others will need; vLLM leaves as many free when a pull asks for its blocks.
         """
         self._expire()
         if reservation_id in self._held:
@@ -55,7 +55,7 @@ class Reservations:
         return True
 
     def release(self, reservation_id: str) -> bool:
-        """Give reserved blocks back; False when there is no such reservation."""
+        """Release reserved blocks; False when there is no such reservation."""
         reservation = self._held.pop(reservation_id, None)
         if reservation is None:
             return False
@@ -63,13 +63,13 @@ class Reservations:
         return True
 
     def release_those_of(self, client_index: int) -> None:
-        """A front-end process is gone: nobody will claim what it reserved."""
+        """Release the reservations of a front-end process that is gone."""
         prefix = reservation_prefix(client_index)
         for reservation_id in [r for r in self._held if r.startswith(prefix)]:
             self.release(reservation_id)
 
     def n_blocks(self) -> int:
-        """Blocks that they hold."""
+        """Blocks held by all reservations."""
         return sum(len(reservation.blocks) for reservation in self._held.values())
 
     def _expire(self) -> None:

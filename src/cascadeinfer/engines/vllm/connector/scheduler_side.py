@@ -1,17 +1,20 @@
 """
 The connector's half beside vLLM's scheduler: cut, pin, resume, reserve, report.
 
-Rules found out by experiment, each with a regression test in `tests/engine`:
+Rules found by experiment, each with a regression test in `tests/engine`:
 
-- Cut: cap the request's `max_tokens` at what it has plus what is in flight (at least one), so that it ends by length in the next
-  step or two; only then does it carry `do_remote_decode`, else every normal end would pin its blocks.
-- A request of N tokens has KV for N - 1: the last one was sampled, not yet computed. Exactly N - 1 are offered and asked for, and the
-  block ids are trimmed to them; one more kills the target at a block boundary, surplus blocks are taken from the wrong end.
-- A cut request that ended by itself (EOS, stop token, its own `max_tokens`, the model's maximum) is a real end and pins nothing.
-- A resumed request gets all N ids as its prompt; here they are split back, so that to the scheduler it looks preempted.
+- Cut: cap the request's `max_tokens` at what it has plus what is in flight (at least one), so that it ends by length in
+  the next step or two. Only then does it carry `do_remote_decode`; otherwise every normal end would pin its blocks.
+- A request of N tokens has KV for N - 1: the last one was sampled, not yet computed. Exactly N - 1 are offered and
+  asked for, and the block ids are trimmed to them; one more kills the target at a block boundary, and surplus blocks
+  are taken from the wrong end.
+- A cut request that ended by itself (EOS, stop token, its own `max_tokens`, the model's maximum) is a real end and pins
+  nothing.
+- A resumed request gets all N ids as its prompt; they are split here, so that to the scheduler it looks preempted.
 - The V1 model runner knows prompt ids only (`v1_runner.py`).
-- What is acted upon are the front end's words (`words.py`); `request.kv_transfer_params` holds them and nothing of a client's.
-- A hook that fails at a request ends that request (`failures.py`): an exception in a hook would end the engine.
+- Only the front end's words (`words.py`) are acted upon; `request.kv_transfer_params` holds them and nothing from a
+  client.
+- A hook that fails for a request ends that request (`failures.py`): an exception in a hook would end the engine.
 
 Everything here runs in the EngineCore's thread, between or inside steps; there are no locks.
 """
@@ -33,6 +36,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.engines.vllm.connector.deadline import attach_deadlines, is_over
 from cascadeinfer.engines.vllm.connector.failures import Failures
 from cascadeinfer.engines.vllm.connector.grammar_replay import replay_grammar
@@ -53,12 +57,15 @@ from cascadeinfer.engines.vllm.connector.words import Desk, can_go_on_elsewhere,
 logger = logging.getLogger(__name__)
 
 RESERVATION_LIFE_S = 60.0
-"""A reservation nobody claims (its controller died) ends by itself after this long, unless the transfer configuration says otherwise."""
+"""
+An unclaimed reservation (its controller died) expires after this long, unless the transfer configuration says
+otherwise.
+"""
 
 
 @dataclass(slots=True)
 class PendingCut:
-    """What a cut request was before, to undo the cut."""
+    """State of a request before its cut, for undoing it."""
 
     max_tokens: int
     kv_transfer_params: TransferParams | None
@@ -92,7 +99,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
             self.block_size,
             float(vllm_config.kv_transfer_config.get_from_extra_config("reservation_life_s", RESERVATION_LIFE_S)),
         )
-        #: Migrations at once, of all front-end processes together; None: the only process keeps to its limit itself.
+        #: Limit on simultaneous migrations over all front-end processes; None: the only process enforces its own limit.
         self.max_migrations: int | None = None
         #: Cut requests whose blocks are pinned until they are pulled, released or their lease ends.
         self.pinned: dict[str, None] = {}
@@ -107,10 +114,11 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
 
     def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]) -> None:
         """
-        Listen for the handshakes of peers, on a port of the system's choice.
+        Listen for the handshakes of peers, on a port chosen by the system.
 
-        A port that was chosen before may be taken by now, and then vLLM's listener ends while the start waits for it for ever. Here another
-        socket holds the port until ZMQ has it: both may, since neither listens yet and both allow reuse.
+        A port chosen in advance may be taken by now; vLLM's listener then ends while the start waits for it for ever.
+        Here another socket holds the port until ZMQ has it: both can bind it, since neither listens yet and both allow
+        reuse.
         """
         if self._nixl_handshake_listener_t is not None:  # it listens already, and tells peers what has changed
             super().set_xfer_handshake_metadata(metadata)
@@ -129,46 +137,47 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         host: str,
         port: int,
     ) -> None:
-        """In vLLM's thread: ours survives messages that are none."""
+        """Run in vLLM's thread: our listener survives malformed messages."""
         self.side_channel.listen(encoded_data, ready, stop, host, port)
 
     # --- commands (between steps) ------------------------------------------------------------------------------------
 
-    def cut(self, request: Request | None) -> str | None:  # noqa: PLR0911 - one line per reason
+    def cut(self, request: Request | None) -> Refusal | None:  # noqa: PLR0911 - one line per reason
         """
         End this request at its next token and pin its blocks.
 
         Returns:
-            None when the cut is under way, else why not: `unknown`, `unmovable`, `waiting`, `prefilling`,
-            `already_cut`, `ending`.
+            None when the cut is under way, else why not.
         """
         if request is None or request.is_finished():
-            return "unknown"
+            return Refusal.UNKNOWN
         if request.sampling_params is None or not can_go_on_elsewhere(request):
-            return "unmovable"
+            return Refusal.UNMOVABLE
         if request.request_id in self._failures:
-            return "ending"
+            return Refusal.ENDING
         if request.request_id in self._cuts:
-            return "already_cut"
+            return Refusal.ALREADY_CUT
         if request.status != RequestStatus.RUNNING or request.num_stale_output_tokens:
-            return "waiting"
+            return Refusal.WAITING
         if request.num_output_tokens == 0 or request.is_prefill_chunk:
-            return "prefilling"
+            return Refusal.PREFILLING
         in_flight = request.num_output_placeholders
         last_output_tokens = request.num_output_tokens + max(in_flight, 1)
         if last_output_tokens >= request.max_tokens:
-            return "ending"
+            return Refusal.ENDING
         if request.num_prompt_tokens + last_output_tokens >= self.max_model_len:
-            return "ending"
+            return Refusal.ENDING
         self._cuts[request.request_id] = PendingCut(request.max_tokens, request.kv_transfer_params)
         request.max_tokens = last_output_tokens
         request.kv_transfer_params = {"do_remote_decode": True}
-        self._reqs_in_batch.add(request.request_id)  # else the worker ignores the pin
-        self._reqs_not_processed.discard(request.request_id)  # left by an undone cut, and heard after the line above
+        self._reqs_in_batch.add(request.request_id)  # otherwise the worker ignores the pin
+        self._reqs_not_processed.discard(
+            request.request_id
+        )  # left by an undone cut; the worker reads it after the line above
         return None
 
     def undo_cut(self, request: Request | None) -> bool:
-        """Let a request that was cut go on; False when it has finished already (the cut stands)."""
+        """Let a cut request go on; False when it has already finished (the cut stands)."""
         if request is None or request.is_finished():
             return False
         pending = self._cuts.pop(request.request_id, None)
@@ -207,7 +216,10 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
             super().on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Ask for exactly the N - 1 tokens that have KV, less those in the local prefix cache; None: it does not run."""
+        """
+        Ask for exactly the N - 1 tokens that have KV, less those in the local prefix cache; None keeps the request from
+        running.
+        """
         if request.request_id in self._failures:
             return None, False
         with self._failures.at(request, "get_num_new_matched_tokens"):
@@ -226,9 +238,9 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
 
     def request_finished(self, request: Request, block_ids: BlockIds) -> tuple[bool, TransferParams | None]:
         """
-        Pin the blocks of a cut request; let every real end go its normal way.
+        Pin the blocks of a cut request; real ends take their normal course.
 
-        A fault pins nothing; a cut request is told as cut all the same, and goes on elsewhere without its KV cache.
+        A fault pins nothing; a cut request is still reported as cut, and continues elsewhere without its KV cache.
         """
         request_id = request.request_id
         pending = self._cuts.pop(request_id, None)
@@ -245,7 +257,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         return False, {CUT: True, "remote_num_tokens": 0}
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """Count the step, tell the V1 model runner of resumed requests in its own terms, let what has failed end."""
+        """Count the step, translate resumed requests for the V1 model runner, let failed ones end."""
         self.timer.scheduled(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens > 0:
             self.steps += 1
@@ -260,11 +272,11 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         return metadata
 
     def step_ended(self) -> None:
-        """The scheduler has taken a step's output in."""
+        """The scheduler has processed a step's output."""
         self.timer.ended(busy=bool(self._live))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Forget pins whose blocks the worker has let go, and count pulls that failed."""
+        """Forget pins whose blocks the worker has released, and count failed pulls."""
         super().update_connector_output(connector_output)
         self.failed_pulls += len(connector_output.failed_recving or ())
         for request_id in connector_output.finished_sending or ():
@@ -288,7 +300,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         request.prompt_token_ids = request.prompt_token_ids[:prompt_tokens]
         request.num_prompt_tokens = prompt_tokens
         request._output_token_ids.extend(output_ids)  # noqa: SLF001 - the list behind the read-only output_token_ids
-        request.prefill_stats = None  # else an assertion (computed <= prompt) ends the engine
+        request.prefill_stats = None  # otherwise an assertion (computed <= prompt) ends the engine
         if request.use_structured_output and output_ids:
             self._grammars_to_replay.add(request.request_id)
 
@@ -306,7 +318,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         if is_over(params):
             logger.warning("request %s is computed anew: the time to pull it is over", request.request_id)
             self._stop_heartbeat(request.request_id)
-            return 0, False  # NIXL tells the source all the same that nobody needs its blocks any more
+            return 0, False  # NIXL still tells the source that its blocks are no longer needed
         wanted = min(params.get("remote_num_tokens", 0), request.num_tokens - 1) - num_computed_tokens
         return (wanted, True) if wanted > 0 else (0, False)
 
@@ -333,7 +345,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         return delay_free, params
 
     def _drop_impossible_pulls(self) -> None:
-        """Of the pulls that are to begin with this step, those that NIXL cannot make a description of."""
+        """Drop those of the pulls beginning with this step for which NIXL cannot make a description."""
         for request_id, (request, block_ids, cached, awaits) in list(self._reqs_need_recv.items()):
             with self._failures.at(request, "build_connector_meta"):
                 NixlConnectorMetadata().add_new_req_to_recv(

@@ -1,9 +1,10 @@
 """
-An instance's side channel: the ZMQ socket at which peers ask for what they need to reach its KV cache (NIXL's handshake).
+An instance's side channel: the ZMQ socket at which peers ask for what they need to reach its KV cache (NIXL's
+handshake).
 
-vLLM's listener ends at the first message that it does not understand, and nobody notices until the next instance wants to shake hands. This one
-speaks the same protocol but drops such messages and goes on, takes no large ones, and is opened again on the same port when its
-thread has ended all the same.
+vLLM's listener ends at the first message that it does not understand, which nobody notices until the next instance
+tries to shake hands. This one speaks the same protocol but drops such messages and goes on, accepts no large ones, and
+is opened again on the same port when its thread has ended nevertheless.
 """
 
 import logging
@@ -23,11 +24,11 @@ from cascadeinfer.engines.patience import within
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES: Final = 4096
-"""A question has about twenty. ZMQ disconnects who sends more."""
+"""Largest message; a question has about twenty bytes. ZMQ disconnects senders of larger ones."""
 LOOK_MS: Final = 1000
-"""Between two looks whether to stop."""
+"""Interval at which the thread checks whether to stop."""
 LOGGED_MESSAGES: Final = 10
-"""Messages that nobody understands and that are logged one by one; then each hundredth."""
+"""Malformed messages that are logged individually; after that, every hundredth."""
 PROBE_TIMEOUT_S: Final = 5.0
 OPEN_TIMEOUT_S: Final = 5.0
 
@@ -44,7 +45,7 @@ class SideChannel:
     """
 
     def __init__(self) -> None:
-        """Nobody listens yet."""
+        """Start closed."""
         self.n_refused = 0
         self._open = threading.Event()
         self._thread: threading.Thread | None = None
@@ -58,7 +59,10 @@ class SideChannel:
         host: str,
         port: int,
     ) -> None:
-        """In a thread, until `stop` is set: answer questions. `ready` is set when the socket is open or cannot be."""
+        """
+        Answer questions until `stop` is set; runs in a thread. `ready` is set when the socket is open or cannot be
+        opened.
+        """
         self._thread, self._arguments = threading.current_thread(), (answers, stop, host, port)
         context: zmq.Context[Any] = zmq.Context()
         try:
@@ -72,16 +76,16 @@ class SideChannel:
                 while not stop.is_set():
                     self._answer_one(sock, answers)
         except zmq.ZMQError as error:
-            logger.error("the side channel on port %s is closed: %s", port, error)  # noqa: TRY400 - the port may be taken
+            logger.error("the side channel on port %s is closed: %s", port, error)  # noqa: TRY400 - an address in use
         finally:
             self._open.clear()
-            ready.set()  # else the start waits for ever
+            ready.set()  # otherwise the start waits for ever
             context.destroy(linger=0)
 
     def listens(self) -> bool:
-        """Whether the socket is open; if it was and is not, it is opened again."""
+        """Whether the socket is open; one that has closed is opened again."""
         if self._arguments is None:
-            return True  # there is none: nobody transfers anything
+            return True  # no channel, as nothing is transferred
         answers, stop, host, port = self._arguments
         if stop.is_set() or self._is_open():
             return True

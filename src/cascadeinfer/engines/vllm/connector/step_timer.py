@@ -1,10 +1,10 @@
 """
-The duration of each step, taken where the steps are made, with what was in it.
+The duration of each step and its batch, measured where the steps are made.
 
-A step begins when it is scheduled and ends when its output has been taken in. Where the engine was busy before, it begins at the end of the
-step before it: the work between two steps (messages, serialisation) is part of what a step costs, and with asynchronous scheduling, where a
-step is scheduled while another runs, the time from end to end is what the device took for it. So the seconds of a busy engine add up to
-wall time, and idle time is in none of them.
+A step begins when it is scheduled and ends when its output has been processed. If the engine was busy before, it begins
+at the end of the previous step: the work between two steps (messages, serialisation) is part of a step's cost, and with
+asynchronous scheduling, where a step is scheduled while another runs, the time from end to end is what the device took
+for it. So the seconds of a busy engine add up to wall time, and idle time is in none of them.
 """
 
 import time
@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from vllm.v1.core.sched.output import SchedulerOutput
 
 STEPS_KEPT: Final = 4096
-"""Steps between two reports beyond which the oldest are dropped; a report takes them all."""
+"""Steps kept between two reports, after which the oldest are dropped; a report takes them all."""
 
 
 class TimedStep(NamedTuple):
@@ -30,10 +30,10 @@ class TimedStep(NamedTuple):
 
 
 class StepTimer:
-    """Steps in the order in which they are scheduled, which is that in which they end."""
+    """Steps in the order in which they are scheduled, which is also the order in which they end."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """No step yet; `clock` gives seconds."""
+        """Start without steps; `clock` gives seconds."""
         self._clock = clock
         self._under_way: deque[tuple[float, bool, tuple[int, int, int, int, float]]] = deque()
         self._ended: dict[int, deque[TimedStep]] = {0: deque(maxlen=STEPS_KEPT)}
@@ -41,13 +41,16 @@ class StepTimer:
         self._was_busy = False
 
     def scheduled(self, output: SchedulerOutput) -> None:
-        """A step has been scheduled, empty ones included."""
+        """Record that a step has been scheduled, including empty ones."""
         self._under_way.append(
             (self._clock(), self._was_busy or bool(self._under_way), features_of(entries_of(output)))
         )
 
     def ended(self, *, busy: bool) -> None:
-        """The output of the oldest step under way has been taken in; `busy`: requests are left, so that the next step follows at once."""
+        """
+        Record that the output of the oldest running step has been processed; with `busy`, requests are left and the
+        next step follows at once.
+        """
         if not self._under_way:
             return
         scheduled_s, followed, features = self._under_way.popleft()
@@ -60,18 +63,18 @@ class StepTimer:
         self._last_end_s, self._was_busy = now_s, busy
 
     def idle(self) -> None:
-        """No request is left: what comes next does not follow on the last step."""
+        """Record that no request is left, so that the next step does not follow the last one directly."""
         self._was_busy = False
 
     def take(self, client_index: int) -> list[TimedStep]:
-        """The steps that have ended since this front-end process last took them, from its first time on."""
+        """The steps that have ended since this front-end process last took them; the first call starts its count."""
         kept = self._ended.setdefault(client_index, deque(maxlen=STEPS_KEPT))
         steps = list(kept)
         kept.clear()
         return steps
 
     def forget(self, client_index: int) -> None:
-        """A front-end process is gone."""
+        """Forget a front-end process that is gone."""
         self._ended.pop(client_index, None)
 
 
@@ -87,7 +90,10 @@ def entries_of(output: SchedulerOutput) -> Iterator[tuple[int, int]]:
 
 
 def features_of(entries: Iterable[tuple[int, int]]) -> tuple[int, int, int, int, float]:
-    """The fields of `BatchFeatures` from (computed before, computed now); one token is a decode, more are a chunk of a prompt."""
+    """
+    The fields of `BatchFeatures` from (computed before, computed now); one token is a decode, more are a chunk of a
+    prompt.
+    """
     n_decode = kv_tokens = kv_tokens_max = prefill_tokens = 0
     attention = 0.0
     for computed, new in entries:

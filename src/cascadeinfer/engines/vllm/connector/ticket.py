@@ -1,9 +1,9 @@
 """
-What travels between instances: the words that the connector adds to NIXL's own.
+What travels between instances: the fields that the connector adds to NIXL's own.
 
-A *cut* output carries NIXL's remote_* fields (where the pinned blocks are) plus `CUT`. A *resumed* request carries those fields back,
-plus `PROMPT_TOKENS`, which tells where the original prompt ends in the token ids (`words.py` carries them). Plain keys and values
-only: the dict goes through msgpack into another process.
+A *cut* output carries NIXL's remote_* fields (where the pinned blocks are) plus `CUT`. A *resumed* request carries
+those fields back, plus `PROMPT_TOKENS`, which says where the original prompt ends in the token ids (`words.py` carries
+them). Keys and values are plain: the dict goes through msgpack into another process.
 """
 
 from typing import Any, Final, TypeAlias
@@ -18,7 +18,7 @@ RESERVATION: Final = "cascade_reservation"
 """Id of the reservation that the resumed request takes over."""
 
 PULL_BEFORE: Final = "cascade_pull_before"
-"""When the pull must be over, on the clock of the instance that pulls."""
+"""Deadline of the pull, on the clock of the instance that pulls."""
 
 
 def resume_params(
@@ -29,13 +29,13 @@ def resume_params(
     pull_before_s: float | None = None,
 ) -> TransferParams:
     """
-    Parameters that make a request go on where it was cut.
+    Parameters that make a request continue where it was cut.
 
     Args:
-        ticket: The transfer parameters of the cut output, or None to compute the KV cache anew.
+        ticket: The transfer parameters of the cut output, or None to recompute the KV cache.
         prompt_tokens: Length of the original prompt.
         reservation_id: The reservation at the target that it takes over, if any.
-        pull_before_s: When the pull must be over, on the target's clock; None: whenever.
+        pull_before_s: Deadline of the pull, on the target's clock; None for no deadline.
     """
     params: TransferParams = {PROMPT_TOKENS: prompt_tokens}
     if reservation_id is not None:
@@ -55,5 +55,5 @@ def is_resumed(params: TransferParams | None) -> bool:
 
 
 def reservation_prefix(client_index: int) -> str:
-    """How the reservation ids of a front-end process begin, so that two processes never mean the same one."""
+    """Prefix of a front-end process's reservation ids, so that those of two processes never clash."""
     return f"client{client_index}/"

@@ -1,9 +1,10 @@
 """
-Telling the V1 model runner of resumed requests in its own terms.
+Translates resumed requests for the V1 model runner.
 
-It knows prompt ids only: the data of a new request is rewritten to hold all ids, `min_tokens` is shifted, and the
-output counts it is told later (after a preemption or a skipped step it rebuilds its state from them) leave out the
-tokens that came with the request. What may fail is done when the request comes; in a step that is made, nothing may.
+The runner knows prompt ids only: the data of a new request is rewritten to hold all ids, `min_tokens` is shifted, and
+the output counts sent to it later (it rebuilds its state from them after a preemption or a skipped step) exclude the
+tokens that came with the request. Everything that may fail is done when the request arrives; nothing may fail while a
+step is made.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from vllm.v1.request import Request
 
 @dataclass(slots=True)
 class _Resumed:
-    """A resumed request: its output tokens that it brought with it, and what the runner gets with its first step."""
+    """A resumed request: the output tokens it brought along, and what the runner gets with its first step."""
 
     n_brought: int
     unseen: Request | None
@@ -23,14 +24,14 @@ class _Resumed:
 
 
 class V1Terms:
-    """The resumed requests here, while they live."""
+    """The live resumed requests of this instance."""
 
     def __init__(self) -> None:
-        """None yet."""
+        """Start empty."""
         self._resumed: dict[str, _Resumed] = {}
 
     def came(self, request: Request, n_brought: int) -> None:
-        """A request has come that brought output tokens with it."""
+        """Record a request that arrived with output tokens."""
         sampling_params = request.sampling_params
         if sampling_params is not None and sampling_params.min_tokens:
             sampling_params = sampling_params.clone()
@@ -38,7 +39,7 @@ class V1Terms:
         self._resumed[request.request_id] = _Resumed(n_brought, request, sampling_params)
 
     def rewrite(self, scheduler_output: SchedulerOutput) -> None:
-        """A step is about to be sent to the runner."""
+        """Rewrite a step that is about to be sent to the runner."""
         if not self._resumed:
             return
         for new_request in scheduler_output.scheduled_new_reqs:
@@ -55,5 +56,5 @@ class V1Terms:
                 cached.num_output_tokens[index] -= resumed.n_brought
 
     def forget(self, request_id: str) -> None:
-        """A request has finished."""
+        """Forget a request that has finished."""
         self._resumed.pop(request_id, None)

@@ -1,14 +1,15 @@
 """
-What the front end tells the connector of a request, kept apart from what clients can say.
+The front end's words: its instructions to the connector about a request, kept apart from what clients can send.
 
-A client's words come to the engine in `SamplingParams.extra_args` (`vllm_xargs` and `kv_transfer_params` of every API
-end there), and the words of the front end have no other way beside a request. So they travel under a key of their own
-together with a token that the front end makes for each start of an instance and gives its processes through their
-environment: not through the `VllmConfig`, which vLLM logs. The connector opens what carries the token, and takes
-everything else of the kind out of the request before anybody acts on it (`docs/decisions/0009-words-under-a-token.md`).
+A client's fields reach the engine in `SamplingParams.extra_args` (`vllm_xargs` and `kv_transfer_params` of every API
+end there), and the front end has no other way to send something with a request. So its words travel under a separate
+key, together with a token that the front end creates for each start of an instance and passes to its processes through
+their environment, not through the `VllmConfig`, which vLLM logs. The connector opens what carries the token, and
+removes everything else of the kind from the request before anybody acts on it
+(`docs/decisions/0009-words-under-a-token.md`).
 
 Words that carry the token are checked nevertheless: they decide what the scheduler and NIXL do with memory, and neither
-bears surprises.
+tolerates invalid values.
 """
 
 import hmac
@@ -24,9 +25,9 @@ from cascadeinfer.engines.vllm.connector.ticket import PROMPT_TOKENS, PULL_BEFOR
 
 TOKEN_VARIABLE: Final = "CASCADEINFER_CONNECTOR_TOKEN"  # noqa: S105 - the variable's name
 KEY: Final = "cascadeinfer_words"
-"""Of our words in `extra_args`."""
+"""Key of our words in `extra_args`."""
 CLIENT_KEY: Final = "kv_transfer_params"
-"""Under which vLLM looks for a client's words, and gives them to connectors."""
+"""Key under which vLLM looks for a client's transfer parameters and passes them to connectors."""
 MAX_PORT: Final = 65535
 
 
@@ -50,19 +51,19 @@ def with_words(sampling_params: SamplingParams, words: TransferParams, token: st
 
 
 class Desk:
-    """Where requests leave what they carry for the connector."""
+    """Takes what requests carry for the connector out of them."""
 
     def __init__(self, token: str) -> None:
-        """Words count that carry this token."""
+        """Accept words that carry this token."""
         self._token = token.encode()
 
     @classmethod
     def of_this_process(cls) -> "Desk":
-        """With the token in the environment, taken out of it; without one nobody's words count."""
+        """A desk with the token from the environment, which is then removed; without one, no words are accepted."""
         return cls(os.environ.pop(TOKEN_VARIABLE, "") or new_token())
 
     def take(self, request: Request) -> TransferParams | None:
-        """The front end's words, None when there are none. Afterwards the request carries nobody's."""
+        """The front end's words, or None. Afterwards the request carries neither these nor a client's."""
         request.kv_transfer_params = None
         sampling_params = request.sampling_params
         if sampling_params is None or not isinstance(sampling_params.extra_args, dict):
@@ -80,16 +81,16 @@ class Desk:
 
 
 def can_go_on_elsewhere(request: Request) -> bool:
-    """Whether its prompt is whole and can be split from its output again."""
+    """Whether its prompt is complete and can be split from its output again."""
     return request.prompt_token_ids is not None and request.prompt_is_token_ids is None and not request.resumable
 
 
 def check_words(words: TransferParams, request: Request, block_size: int) -> None:
     """
-    Whether a request can go on as these words say.
+    Check that a request can continue as these words say.
 
     Raises:
-        WordsError: It cannot; says which word is wrong.
+        WordsError: It cannot; the message names the wrong word.
     """
     if request.prompt_token_ids is None or not can_go_on_elsewhere(request):
         raise WordsError("only a prompt of token ids that is complete can go on elsewhere")
@@ -123,7 +124,7 @@ def _check_ticket(words: TransferParams, block_size: int) -> None:
 
 
 def _whole(words: Mapping[str, Any], name: str, low: int, high: int | None = None) -> int:
-    """The whole number of this name, within these bounds."""
+    """The whole number under this name, within these bounds."""
     value = words.get(name)
     if type(value) is not int or value < low or (high is not None and value > high):
         raise WordsError(f"{name} is {value!r}, not a whole number from {low} to {high if high is not None else 'any'}")

@@ -1,7 +1,8 @@
 """
-The connector's half in a worker: handshakes before they are needed, release of pinned blocks on command, deadlines of pulls.
+The connector's half in a worker: handshakes in advance, release of pinned blocks on command, deadlines of pulls.
 
-`handshake` and `release` are called through the executor's collective RPC (see `commands.py`), between two steps, on every rank.
+`handshake` and `release` are called through the executor's collective RPC (see `commands.py`), between two steps, on
+every rank.
 """
 
 import logging
@@ -26,12 +27,12 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
         with sleeping_progress_thread(), kept_on_its_cores():
             super().__init__(*args, **kwargs)
         self._released: set[str] = set()
-        #: To be released as soon as the scheduler's half has told us of the pin (with the next step).
+        #: To be released as soon as the scheduler's half has announced the pin (with the next step).
         self._release_on_arrival: set[str] = set()
         self.deadlines = PullDeadlines()
 
     def release(self, request_id: str) -> None:
-        """Let go of the blocks pinned for this request before its lease ends; the caller knows that they are pinned."""
+        """Release the blocks pinned for this request before its lease ends; the caller knows that they are pinned."""
         if request_id not in self._reqs_to_send:
             self._release_on_arrival.add(request_id)
             return
@@ -50,7 +51,7 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
             self.release(request_id)
 
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
-        """NIXL's pull of one request; one that cannot be begun, or is begun too late, has failed, and the others begin."""
+        """NIXL's pull of one request. If it cannot begin, or begins too late, it fails alone; the others begin."""
         if meta.awaiting_kvs and self.deadlines.have_passed(req_id):
             logger.warning("request %s: its pull does not begin: the time for it is over", req_id)
             self._handle_failed_transfer(req_id, None, self._recv_failures, record_failed_transfer=False)
@@ -62,7 +63,7 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
             self._handle_failed_transfer(req_id, None, self._recv_failures, record_failed_transfer=False)
 
     def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
-        """NIXL's look at the pulls; one that is complete, but later than its blocks were pinned for sure, has failed."""
+        """NIXL's poll of the pulls; one that completed after its blocks were guaranteed to be pinned has failed."""
         done, failed = super()._pop_done_transfers(transfers)
         late = self.deadlines.late(done)  # the clock is read after the reads were seen to be complete
         for request_id in late:
@@ -70,7 +71,7 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
         return done, failed | late
 
     def get_transfer_results(self) -> KVConnectorTransferResults:
-        """NIXL's results plus what was released on command: the scheduler frees those blocks as if they had been read."""
+        """NIXL's results plus what was released on command; the scheduler frees those blocks as if they were read."""
         results = super().get_transfer_results()
         results.finished_sending.update(self._released)
         self._released.clear()

@@ -1,0 +1,68 @@
+"""
+The event log of a run that waits for it, a simulation's: one file, which takes its place when the run is over.
+
+A disk that fails ends the run, and leaves neither half a log nor the earlier one damaged.
+"""
+
+import contextlib
+import gzip
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from cascadeinfer.core.effects import Effect
+from cascadeinfer.core.events import Event
+from cascadeinfer.eventlog.private_file import private
+from cascadeinfer.eventlog.writer import GZIP_LEVEL, Encoder, EndLine, Header, unwritable
+
+
+@contextlib.contextmanager
+def write_log_file(path: Path, header: Header) -> Iterator[Callable[..., None]]:
+    """
+    Write a whole run to one file (compressed when its name ends in `.gz`), each event before the run goes on.
+
+    The file takes its place when the run is over. A run that breaks off leaves the log of its events up to there, which tells why.
+
+    Yields:
+        What to call with each event, as an `EventLog` is called.
+
+    Raises:
+        ConfigError: The file cannot be written; nothing of it is left, and what was at `path` before is untouched.
+    """
+    encoder = Encoder()
+    with _taking_its_place(path) as beside, contextlib.ExitStack() as stack:
+        plain = stack.enter_context(open(beside, "wb", opener=private))
+        file = stack.enter_context(gzip.open(plain, "wb", GZIP_LEVEL)) if path.suffix == ".gz" else plain
+        file.write(encoder.line(header) + b"\n")
+        n = 0
+
+        def observe(now_s: float, event: Event, effects: Sequence[Effect], failed: str | None = None) -> None:
+            nonlocal n
+            n += 1
+            file.write(encoder.event((n, now_s, event, effects, failed)) + b"\n")
+
+        yield observe
+        file.write(encoder.line(EndLine(n, 0)) + b"\n")
+
+
+@contextlib.contextmanager
+def _taking_its_place(path: Path) -> Iterator[Path]:
+    """
+    Where to write a log, which is renamed to `path` at the end, also when the run has raised; a pipe or a terminal is written to as it is.
+
+    Raises:
+        ConfigError: Writing has failed; the file is removed.
+    """
+    is_special = path.exists() and not path.is_file()
+    beside = path if is_special else path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        try:
+            yield beside
+        finally:
+            if not is_special and not isinstance(sys.exception(), OSError):
+                beside.replace(path)
+    except OSError as error:
+        if not is_special:
+            beside.unlink(missing_ok=True)
+        raise unwritable(path, error) from error

@@ -1,0 +1,136 @@
+"""
+An engine that does nothing by itself: a test says what it answers and when, what it sends, and when it dies.
+
+It computes nothing and keeps no books; the simulated engine is the one that behaves like an instance.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.refusals import Refusal
+from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.engines.protocol import (
+    Engine,
+    EngineCounters,
+    EngineDied,
+    EngineRequest,
+    KvTicket,
+    Resume,
+    TokenDelta,
+)
+from cascadeinfer.engines.simulated.instance import SimulatedOutputs
+from cascadeinfer.engines.simulated.model import SimulatedDelta
+
+IDLE = InstanceReport((), (), (), (), 0)
+
+
+class ScriptedEngine:
+    """See `Engine`; cut, undo_cut and reserve wait until the test answers."""
+
+    pid = None
+
+    def __init__(self, instance_id: str, capacity: InstanceCapacity) -> None:
+        """An engine that starts at once."""
+        self.instance_id = instance_id
+        self.asked_tokens: int | None = None
+        self._capacity = capacity
+        self._waiting: dict[str, asyncio.Future[Any]] = {}
+        self._outputs: asyncio.Queue[SimulatedOutputs | None] = asyncio.Queue()
+
+    # --- what a test says --------------------------------------------------------------------------------------------
+
+    def answer(self, command: str, result: Any) -> None:
+        """Answer a command that waits."""
+        self._waiting.pop(command).set_result(result)
+
+    def send(self, delta: SimulatedDelta) -> None:
+        """A step has brought this."""
+        self._outputs.put_nowait(SimulatedOutputs([delta]))
+
+    def die(self) -> None:
+        """The process is gone, and that is known."""
+        for future in self._waiting.values():
+            future.set_exception(EngineError("died", instance_id=self.instance_id))
+        self._waiting.clear()
+        self._outputs.put_nowait(None)
+
+    # --- the protocol ------------------------------------------------------------------------------------------------
+
+    async def start(self) -> InstanceCapacity:
+        """See Engine."""
+        return self._capacity
+
+    async def connect(self, peers: Sequence[Engine]) -> None:
+        """See Engine."""
+
+    async def listens(self) -> bool:
+        """See Engine."""
+        return True
+
+    async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
+        """See Engine."""
+
+    async def abort(self, engine_request_ids: list[str]) -> None:
+        """See Engine."""
+
+    async def cut(self, engine_request_id: str) -> Refusal | None:  # noqa: ARG002 - the protocol's
+        """See Engine."""
+        refused: Refusal | None = await self._answer_to("cut")
+        return refused
+
+    async def undo_cut(self, engine_request_id: str) -> bool:  # noqa: ARG002 - the protocol's
+        """See Engine."""
+        return bool(await self._answer_to("undo_cut"))
+
+    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:  # noqa: ARG002 - the protocol's
+        """See Engine."""
+        self.asked_tokens = n_tokens
+        refused: Refusal | None = await self._answer_to("reserve")
+        return refused
+
+    async def release_reservation(self, reservation_id: str) -> None:
+        """See Engine."""
+
+    async def release_pin(self, engine_request_id: str) -> None:
+        """See Engine."""
+
+    async def report(self) -> tuple[InstanceReport, EngineCounters]:
+        """See Engine."""
+        return IDLE, EngineCounters()
+
+    async def next_outputs(self) -> SimulatedOutputs:
+        """See Engine."""
+        outputs = await self._outputs.get()
+        if outputs is None:
+            raise EngineDied(self.instance_id)
+        return outputs
+
+    def ticket_of(self, delta: TokenDelta) -> KvTicket | None:
+        """See Engine."""
+        return delta.kv_transfer_params
+
+    def has_dropped(self, delta: TokenDelta) -> bool:  # noqa: ARG002 - the protocol's
+        """See Engine."""
+        return False
+
+    def has_failed(self, delta: TokenDelta) -> bool:  # noqa: ARG002 - the protocol's
+        """See Engine."""
+        return False
+
+    def failure_of(self, request_id: str) -> SimulatedOutputs:
+        """See Engine."""
+        return SimulatedOutputs([SimulatedDelta(request_id, [], "error")])
+
+    def kill(self) -> None:
+        """See Engine."""
+        self.die()
+
+    async def stop(self, timeout_s: float) -> None:
+        """See Engine."""
+
+    async def _answer_to(self, command: str) -> Any:
+        future = self._waiting[command] = asyncio.get_running_loop().create_future()
+        return await future
