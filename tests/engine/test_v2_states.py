@@ -141,7 +141,7 @@ async def mutate(zoo: Zoo, pair: tuple[str, str], name: str) -> None:
     ("mutation", "case", "seen"),
     [
         ("v1_terms", "presence and frequency", {"output_counts"}),
-        ("v1_terms", "min_tokens", {"min_total_tokens"}),
+        ("v1_terms", "min_tokens", {"prompt_tokens"}),
         ("no_split", "presence and frequency", {"prompt_tokens", "output_counts"}),
         ("no_split", "min_tokens", {"prompt_tokens", "min_total_tokens"}),
     ],
