@@ -123,7 +123,7 @@ class Elasticity:
             how = "is being removed" if record.life.state is State.REMOVING else "drains"
             raise ScalingRefusedError(f"instance {instance_id} {how} already")
         is_first = record.life.state in FIRST
-        others = [s for s in self._fleet if s is not record and s.life.allows(Deed.TAKE_IN_NEED)]
+        others = [other for other in self._fleet if other is not record and other.life.allows(Deed.TAKE_IN_NEED)]
         if not is_first and not others:
             raise ScalingRefusedError(
                 f"no instance but {instance_id} is up: its requests would have nowhere to go (add one, wait until it is up)"
