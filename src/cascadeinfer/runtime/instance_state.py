@@ -7,7 +7,7 @@ one that was drained is removed for good. What it says of its load while it is i
 again afterwards, whether it drains or not.
 
 `TRANSITIONS` is the whole life, and `ALLOWED` says what may be done with an instance in each state. Whoever holds an instance asks these tables
-and keeps no flag of its own. The pages in `docs/protocols/instance.md` are drawn from them (`python docs/protocols/draw.py`).
+and keeps no flag of its own. `docs/protocols/instance.md` is drawn from them (`python docs/protocols/draw.py`).
 
 This file knows no engine, no clock and no policy. What a policy knows of an instance (`core/view.py`, `core/roster.py`) follows from the events that
 the runtime sends with some of the transitions, and is less.

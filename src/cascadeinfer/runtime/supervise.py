@@ -4,7 +4,7 @@ One instance's life: start, pump its outputs, ask for its load, notice its death
 Silence is measured by one who may have slept (`core/silence.py`): a front end that was stopped for a minute does not kill instances for it.
 
 A `Supervisor` runs one task per instance for as long as the runtime lives. It reports facts through the `Listener` protocol and
-decides nothing.
+decides nothing; what may happen next, a restart for one, is in the table of `instance_state.py`.
 """
 
 import asyncio
