@@ -17,11 +17,12 @@ from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.events import MigrationOutcome, PinReason
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.engines.protocol import EngineRequest
+from cascadeinfer.runtime.instance_state import Happening
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.pairs import BrokenPair
 from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes, Supervisor
-from cascadeinfer.runtime.view import Departed, Drain, InstanceState, snapshot
+from cascadeinfer.runtime.view import Departed, Drain, InstanceRecord, snapshot
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -114,9 +115,10 @@ def test_operating_page_has_every_field_of_the_snapshot() -> None:
     streams.place(streams.open(EngineRequest("r", [1, 2], 3, None), 0.0), "0")
     supervisor = Supervisor("0", lambda _: pytest.fail("started"), None, SupervisionTimes())  # type: ignore[arg-type]
     supervisor.back_off.died(0.0, "killed")
+    supervisor.life.happen(Happening.START, 0.0)
     shown = snapshot(
-        [InstanceState(supervisor, drain=Drain(0.0, 1.0, 1))],
-        [Departed("1", "drained", None, 0.0)],
+        [InstanceRecord(supervisor, drain=Drain(0.0, 1.0, 1))],
+        [Departed("1", "drained", None, 0.0, supervisor.life)],
         StageLayout.single(("0",)),
         streams,
         0,

@@ -129,6 +129,46 @@ IGNORED_INTRO = """\
 These combinations are legal and change nothing. Anything in neither table is a bug of the caller: it raises
 `InvalidTransition` and changes nothing."""
 
+INSTANCE_INTRO = """\
+# An instance's life
+
+What the runtime knows of where an instance is: it is `TRANSITIONS` in `src/cascadeinfer/runtime/instance_state.py`, and this page is drawn from it
+(`python docs/protocols/draw.py`). `/admin/instances` shows the state of each and the last passages that led to it.
+
+An instance is started, shakes hands with all that are up, and joins them. It is in use from then on. Its death, whatever the cause, leads to a restart
+after a while; that of one that drains is its end. `tests/runtime/test_instance_life.py` forces each transition on a running runtime, and checks
+what each state allows by what requests and operators find.
+"""
+INSTANCE_ALLOWED = """\
+What may be done with an instance: it is *asked* for its load; *run*: requests run there, leave it by
+migration, and the front end's calls reach it; *take*: new requests are placed there and running ones moved there; *in need*: the same when no instance in
+use answers; *join* those that are up; be *restarted*, *drained*, *removed*. *Phase* is the word for operators."""
+DEEDS = {
+    Deed.BE_ASKED: "asked",
+    Deed.RUN: "run",
+    Deed.TAKE: "take",
+    Deed.TAKE_IN_NEED: "in need",
+    Deed.JOIN: "join",
+    Deed.BE_RESTARTED: "restarted",
+    Deed.BE_DRAINED: "drained",
+    Deed.BE_REMOVED: "removed",
+}
+INSTANCE_VIEW = """\
+## What the policy knows of it
+
+Two views of one thing. This table is the runtime's, and the truth. A policy knows less, later: its books (`ClusterView` in `core/view.py`) have an entry for each
+instance in use, made and changed by events that the runtime sends *after* the state has changed. From those that do not drain the roster (`core/roster.py`)
+makes the layout in force: who serves which stage. It knows nothing of starts, handshakes and restarts."""
+VIEWED = (
+    ("up", "a member, available", "`InstanceJoined`, `InstanceTrusted`"),
+    ("suspect", "a member, available while no other member is trusted", "`InstanceSuspected`"),
+    ("condemned", "what it was before: what is placed there now is an orphan at once", "-"),
+    ("draining", "no member: in no stage, and its requests move away", "`InstanceDraining`"),
+    ("draining_suspect", "no member, suspect", "`InstanceSuspected`, `InstanceDraining`"),
+    ("doomed", "no member", "`InstanceDraining`, unless it drained before"),
+    ("all others", "nothing", "`InstanceLost`, with the requests that were there"),
+)
+
 
 def migration_page() -> str:
     """The text of `migration.md`."""
@@ -242,6 +282,72 @@ def bidask_page() -> str:
     )
 
 
+def instance_page() -> str:
+    """The text of `instance.md`."""
+    transitions = instance_state.TRANSITIONS
+    n_states, n_happenings = len(instance_state.State), len(instance_state.Happening)
+    return "\n".join(
+        [
+            INSTANCE_INTRO,
+            "## States",
+            "",
+            "```mermaid",
+            *_instance_diagram(),
+            "```",
+            "",
+            "Not drawn: `drain`, which leads from every state in which nothing runs there to `removing`.",
+            "",
+            "## What each state allows",
+            "",
+            INSTANCE_ALLOWED,
+            "",
+            *_table(
+                ("state", "phase", *DEEDS.values()),
+                [
+                    (state.value, PHASES[state], *("yes" if deed in allowed else "-" for deed in DEEDS))
+                    for state, allowed in ALLOWED.items()
+                ],
+            ),
+            "",
+            INSTANCE_VIEW,
+            "",
+            *_table(("state", "in the policy's books", "made so by"), list(VIEWED)),
+            "",
+            "## Transitions",
+            "",
+            *_table(
+                ("state", "what happens", "next state"),
+                [(state.value, happening.value, after.value) for (state, happening), after in transitions.items()],
+            ),
+            "",
+            "## Without effect",
+            "",
+            IGNORED_INTRO,
+            "",
+            *_table(
+                ("state", "what happens"),
+                sorted((state.value, happening.value) for state, happening in instance_state.IGNORED),
+            ),
+            "",
+            f"{len(transitions)} transitions, {n_states} states, {n_happenings} happenings.",
+            "",
+        ]
+    )
+
+
+def _instance_diagram() -> list[str]:
+    labels: dict[tuple[str, str], list[str]] = {}
+    for (state, happening), after in instance_state.TRANSITIONS.items():
+        if happening is not instance_state.Happening.DRAIN or Deed.RUN in ALLOWED[state]:
+            labels.setdefault((state.value, after.value), []).append(happening.value)
+    return [
+        "stateDiagram-v2",
+        f"    [*] --> {instance_state.State.ADDED.value}",
+        *(f"    {start} --> {end}: {', '.join(happenings)}" for (start, end), happenings in labels.items()),
+        f"    {instance_state.State.GONE.value} --> [*]",
+    ]
+
+
 def _bidask_diagram() -> list[str]:
     labels: dict[tuple[str, str], list[str]] = {}
     for (state, event), after in ROUND_TRANSITIONS.items():
@@ -271,7 +377,11 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-PAGES: dict[str, Callable[[], str]] = {"migration.md": migration_page, "bidask.md": bidask_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "migration.md": migration_page,
+    "bidask.md": bidask_page,
+    "instance.md": instance_page,
+}
 
 
 def main() -> None:

@@ -188,7 +188,7 @@ async def test_follower_keeps_in_step_with_the_fleet() -> None:
         pair.tell(a="a2", b="b2")  # so quick that the news of its death were merged with those of its next life
         await until(lambda: pair.up() == {"a": "a2", "b": "b2"})
         pair.tell(b="b2")
-        await until(lambda: pair.runtime is not None and list(pair.runtime.fleet.states) == ["b"])
+        await until(lambda: pair.runtime is not None and list(pair.runtime.fleet.records) == ["b"])
 
 
 @pytest.mark.parametrize("why", [None, "its side channel is dead"])
@@ -220,7 +220,7 @@ async def test_follower_empties_what_drains() -> None:
         pair.channel.send(
             FleetNews([InstanceNews("a", attachment("a1"), 0, 1e9), InstanceNews("b", attachment("b1"), 0, None)])
         )
-        await until(lambda: "a" not in runtime.fleet.states)
+        await until(lambda: "a" not in runtime.fleet.records)
         await runtime.submit(EngineRequest("r", [1] * 10, 5, SimulatedParams()))
         assert runtime.tally()["on_instance"] == {"b": 1}
 

@@ -142,18 +142,18 @@ class Follower:
         if self._runtime is None or self._fleet_news is None:
             return
         self._runtime.fleet.pairs.foreign = frozenset(self._fleet_news.broken_pairs)
-        states = self._runtime.fleet.states
+        records = self._runtime.fleet.records
         news_of = {news.instance_id: news for news in self._fleet_news.instances}
         for instance_id, news in news_of.items():
-            if instance_id not in states and news.drain_ends_s is None:
+            if instance_id not in records and news.drain_ends_s is None:
                 self._runtime.elastic.adopt(instance_id, self._make_engine(instance_id))
-            elif instance_id in states:
-                states[instance_id].supervisor.restarts = news.restarts
+            elif instance_id in records:
+                records[instance_id].supervisor.restarts = news.restarts
                 if news.condemned is not None:
                     self._condemn(instance_id, news.condemned)
                 if news.drain_ends_s is not None:
                     self._drain(instance_id, max(0.0, news.drain_ends_s - time.monotonic()))
-        for instance_id in [i for i in states if i not in news_of]:
+        for instance_id in [i for i in records if i not in news_of]:
             self._condemn(instance_id, "process 0 has removed it")
             self._drain(instance_id, 0.0)
 
