@@ -25,6 +25,8 @@ from cascadeinfer.core.migration import (
     explains,
 )
 from cascadeinfer.core.refusals import Refusal
+from cascadeinfer.runtime import instance_state
+from cascadeinfer.runtime.instance_state import ALLOWED, PHASES, Deed
 
 HERE = Path(__file__).parent
 
@@ -132,17 +134,20 @@ These combinations are legal and change nothing. Anything in neither table is a 
 INSTANCE_INTRO = """\
 # An instance's life
 
-What the runtime knows of where an instance is: it is `TRANSITIONS` in `src/cascadeinfer/runtime/instance_state.py`, and this page is drawn from it
-(`python docs/protocols/draw.py`). `/admin/instances` shows the state of each and the last passages that led to it.
+What the runtime knows of an instance's life is `TRANSITIONS` in `src/cascadeinfer/runtime/instance_state.py`, and this
+page is generated from it (`python docs/protocols/draw.py`). `/admin/instances` shows each instance's state and its last
+changes.
 
-An instance is started, shakes hands with all that are up, and joins them. It is in use from then on. Its death, whatever the cause, leads to a restart
-after a while; that of one that drains is its end. `tests/runtime/test_instance_life.py` forces each transition on a running runtime, and checks
-what each state allows by what requests and operators find.
+An instance starts, shakes hands with all instances that are up, and joins them; from then on it is in use. When it dies,
+for whatever reason, it is restarted after a while; an instance that dies while it drains is gone.
+`tests/runtime/test_instance_life.py` forces each transition on a running runtime and checks what each state allows by
+what requests and operators find.
 """
 INSTANCE_ALLOWED = """\
-What may be done with an instance: it is *asked* for its load; *run*: requests run there, leave it by
-migration, and the front end's calls reach it; *take*: new requests are placed there and running ones moved there; *in need*: the same when no instance in
-use answers; *join* those that are up; be *restarted*, *drained*, *removed*. *Phase* is the word for operators."""
+What a state allows. *asked*: the instance is asked for its load. *run*: requests run there and may leave by migration,
+and the front end's calls reach it. *take*: new requests are placed there, and running ones moved there. *in need*: the
+same, while no instance in use answers. *join*: it may join those that are up. *restarted*, *drained*, *removed*: it may
+be. *phase* is the word for operators."""
 DEEDS = {
     Deed.BE_ASKED: "asked",
     Deed.RUN: "run",
@@ -156,9 +161,10 @@ DEEDS = {
 INSTANCE_VIEW = """\
 ## What the policy knows of it
 
-Two views of one thing. This table is the runtime's, and the truth. A policy knows less, later: its books (`ClusterView` in `core/view.py`) have an entry for each
-instance in use, made and changed by events that the runtime sends *after* the state has changed. From those that do not drain the roster (`core/roster.py`)
-makes the layout in force: who serves which stage. It knows nothing of starts, handshakes and restarts."""
+The table above is the runtime's and is authoritative. A policy knows less, and later: its `ClusterView`
+(`core/view.py`) has an entry for each instance in use, made and changed by events that the runtime sends *after* the
+state has changed. From the instances that do not drain, the roster (`core/roster.py`) makes the layout in force. It
+knows nothing of starts, handshakes and restarts."""
 VIEWED = (
     ("up", "a member, available", "`InstanceJoined`, `InstanceTrusted`"),
     ("suspect", "a member, available while no other member is trusted", "`InstanceSuspected`"),
