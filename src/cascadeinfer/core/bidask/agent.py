@@ -1,8 +1,8 @@
 """
 The bid-ask agent of one instance: what it gives away, to whom it listens.
 
-It sees its own instance (`InstanceView`, its requests), the layout in force (public) and the messages sent to it; of other
-instances it knows what they told it. It hands over requests that have outgrown the stage, moves requests to stage peers when it
+It sees its own instance (`InstanceView`, its requests), the layout in force and the kinds of its instances (public) and the messages sent
+to it; of other instances it knows what they told it. It hands over requests that have outgrown the stage, moves requests to stage peers when it
 is overloaded, and empties the instance when that drains. What it wants sent and started goes into an `Outbox`; the caller gives it the
 time. The protocol is in `bidask.py`, its two sides in `asker.py` and `bidder.py`.
 
@@ -11,9 +11,10 @@ Rules:
 - Overloaded means: above the mean of the stage peers' advertised loads by `imbalance_load` and by `imbalance_share` of it. One request at
   a time moves for that, about half the difference in size, and only to a bidder that will still be less loaded than the asker is now.
 - A draining instance asks the stage of a request's length first, after each failure a stage further off.
+- Asked is only who could hold the request at its longest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
 from cascadeinfer.core.bidask.asker import Asker
@@ -47,6 +48,7 @@ class Agent:
         name: str,
         settings: BidAskSettings,
         rules: HandoverRules,
+        able: Callable[[RequestView, Sequence[InstanceId]], Sequence[InstanceId]],
         rebalance: bool = True,
     ) -> None:
         """
@@ -57,6 +59,7 @@ class Agent:
             name: Prefix of its rounds' names; unique among all agents that ever were.
             settings: Numbers of the protocol.
             rules: When a request is handed over.
+            able: Those of these instances that could hold a request at its longest (`ClusterView.able_ids`).
             rebalance: Whether it moves requests to stage peers when it is overloaded.
         """
         self.asker = Asker(own, settings, name, self.slots_taken, self._may_go)
@@ -66,6 +69,7 @@ class Agent:
         self._roster = roster
         self._settings = settings
         self._rules = rules
+        self._able = able
         self._rebalances = rebalance
         self._adverts = 0
         self._next_advert_s = 0.0
@@ -150,7 +154,8 @@ class Agent:
                 return
             if request.request_id not in self.asker.rounds:
                 stage = layout.stages[layout.stage_index_of(request.tokens)]
-                slots -= self.asker.open(request, reason, stage.instance_ids, now_s, out)
+                candidates = self._able(request, stage.instance_ids)
+                slots -= self.asker.open(request, reason, candidates, now_s, out)
 
     def _empty(self, layout: StageLayout, now_s: float, out: Outbox) -> None:
         """Give everything away."""
@@ -164,8 +169,11 @@ class Agent:
                 continue
             home = layout.stage_index_of(request.tokens)
             by_distance = sorted(range(len(layout.stages)), key=lambda index: (abs(index - home), index))
-            stage = layout.stages[by_distance[self.asker.failures(request.request_id) % len(by_distance)]]
-            slots -= self.asker.open(request, MigrationReason.DRAIN, stage.instance_ids, now_s, out)
+            able = [self._able(request, layout.stages[index].instance_ids) for index in by_distance]
+            able = [instance_ids for instance_ids in able if instance_ids]
+            if able:
+                candidates = able[self.asker.failures(request.request_id) % len(able)]
+                slots -= self.asker.open(request, MigrationReason.DRAIN, candidates, now_s, out)
 
     def _rebalance(self, stage_ids: tuple[InstanceId, ...], now_s: float, out: Outbox) -> None:
         settings = self._settings
@@ -184,11 +192,11 @@ class Agent:
         rounds = self.asker.rounds.values()
         if any(r.reason is MigrationReason.REBALANCE and r.state is not State.RESTING for r in rounds):
             return
-        request = self._about_half(gap)
+        request = self._about_half(gap, stage_ids)
         if request is not None:
-            self.asker.open(request, MigrationReason.REBALANCE, stage_ids, now_s, out)
+            self.asker.open(request, MigrationReason.REBALANCE, self._able(request, stage_ids), now_s, out)
 
-    def _about_half(self, gap: float) -> RequestView | None:
+    def _about_half(self, gap: float, stage_ids: tuple[InstanceId, ...]) -> RequestView | None:
         """The request whose move comes nearest to halving the gap without turning it round; None when none does."""
         capacity = self._own.capacity
         best: tuple[float, int, int] | None = None
@@ -198,9 +206,13 @@ class Agent:
             if request.request_id in self.asker.rounds or share >= gap:
                 continue
             rank = (abs(share - gap / 2.0), request.tokens, request.arrival)
-            if best is None or rank < best:
+            if (best is None or rank < best) and self._has_taker(request, stage_ids):
                 best, chosen = rank, request
         return chosen
+
+    def _has_taker(self, request: RequestView, stage_ids: tuple[InstanceId, ...]) -> bool:
+        """Whether a stage peer could hold the request."""
+        return any(instance_id != self._own.instance_id for instance_id in self._able(request, stage_ids))
 
     def _advertise(self, stage_ids: tuple[InstanceId, ...], now_s: float, out: Outbox) -> None:
         """Tell the peers whose turn it is, round and round from the own place."""
