@@ -40,7 +40,7 @@ BIDASK_INTRO = """\
 # The bid-ask protocol
 
 An instance that has a request to give away finds a taker by itself: it *asks* a few instances, those with room *bid*, the best bid is
-*awarded*, and when the bidder *accepts* the [migration](migration.md) begins. Nobody sees more than its own instance, the layout and the
+*awarded*, and when the bidder *accepts* the [migration](migration.md) begins. Nobody sees more than its own instance, the layout, the kinds of its instances and the
 messages sent to it. The table below is the whole protocol: it is `TRANSITIONS` in `src/cascadeinfer/core/bidask/rounds.py`, and this
 page is drawn from it (`python docs/protocols/draw.py`). `tests/scenarios/` has it in written conversations.
 

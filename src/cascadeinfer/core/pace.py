@@ -4,7 +4,8 @@ How slow an instance is beside the others, from the steps that it reports.
     cost(instance)     = observed seconds / seconds expected by the price list, over its last reports, the worst of them left out
     slowness(instance) = cost(instance) / lower median of the costs of all instances
 
-Beside the others, because a price list that is wrong, or only has proportions, is wrong for all of them alike. Over many reports, because an
+Beside the others, because a price list that is wrong, or only has proportions, is wrong for all of them alike. (Where it is wrong for one
+kind of instances alone, those are slower, or faster, than they are priced, and this corrects it.) Over many reports, because an
 instance that is stopped most of the time takes most of its steps as fast as ever, and one of them very long. Without the worst report,
 because one hiccup says nothing. A slowness below `SLOW_FROM` counts as 1 (`SLOW_UNTIL`, once it was above): instances that are alike differ by
 noise, and noise must decide nothing.

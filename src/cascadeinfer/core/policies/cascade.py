@@ -195,9 +195,11 @@ class Cascade:
             return
         stuck: set[int] = set()
         for request in self.view.unplaced():
-            able = self.view.able(request, self.view.available())
             home = self._home(request)
-            if home in stuck or not able:
+            if home in stuck:
+                continue
+            able = self.view.able(request, self.view.available())
+            if not able:
                 continue
             chosen = self._choose(request, home, able)
             if chosen is not None and self._affinity is not None and request.prefix_hashes:
