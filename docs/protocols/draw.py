@@ -77,9 +77,9 @@ BIDASK_INTRO = """\
 
 To give a request away, an instance's agent opens a *round*: it *asks* a few instances, those with room *bid*, the best
 bid is *awarded*, and when the bidder *accepts*, the [migration](migration.md) begins. An agent sees only its own
-instance, the layout and the messages sent to it. The table below is the whole protocol. It is `TRANSITIONS` in
-`src/cascadeinfer/core/bidask/rounds.py`, and this page is generated from it (`python docs/protocols/draw.py`).
-`tests/scenarios/` has negotiations as transcripts.
+instance, the layout with the kinds of its instances, and the messages sent to it. The table below is the whole
+protocol. It is `TRANSITIONS` in `src/cascadeinfer/core/bidask/rounds.py`, and this page is generated from it (`python
+docs/protocols/draw.py`). `tests/scenarios/` has negotiations as transcripts.
 
 The request keeps decoding at the asker until the migration cuts it, so a full, busy or dead next stage costs only
 messages. After a failed round the request rests, twice as long after each failure, and the agent does not ask for the

@@ -71,20 +71,25 @@ REATTACH_S = 0.05
 
 async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
     """
-    Compare the profile with the engine that runs.
+    Compare the profile with every engine that runs.
 
     Raises:
-        ProfileError: It is of another model or set-up.
+        ProfileError: It is of another model or set-up than one of them.
     """
     if options.profile is None:
         if POLICIES[options.policy_name()].uses_profile:
             logger.info("no profile: one stage until what steps cost has been learnt")
         return
-    first = runtime.live_engines()[0]
-    assert isinstance(first, VllmInstance)
-    told = await first.identity()
-    for doubt in check_suits(load_profile(options.profile), told.engine, told.kv_bytes_per_token):
+    profile = load_profile(options.profile)
+    told = await asyncio.gather(*(instance.identity() for instance in _instances(runtime)))
+    doubts = [doubt for one in told for doubt in check_suits(profile, one.engine, one.kv_bytes_per_token)]
+    for doubt in dict.fromkeys(doubts):
         logger.warning("profile %s is a start value: %s", options.profile, doubt)
+
+
+def _instances(runtime: Runtime) -> list[VllmInstance]:
+    """Those that are up."""
+    return [engine for engine in runtime.live_engines() if isinstance(engine, VllmInstance)]
 
 
 def _metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics]:
@@ -143,9 +148,9 @@ async def running_llm(
     """Start a runtime and put vLLM's `AsyncLLM` on it; stop both at the end."""
     await runtime.start()
     try:
-        first = runtime.live_engines()[0]
-        assert isinstance(first, VllmInstance)
-        llm = make_llm(runtime, first.vllm_config, log_stats=log_stats, log_requests=log_requests)
+        # They serve the same model; a context that was fitted to an instance's memory may be shorter than another's.
+        narrowest = min(_instances(runtime), key=lambda instance: instance.hello["max_model_len"])
+        llm = make_llm(runtime, narrowest.vllm_config, log_stats=log_stats, log_requests=log_requests)
         try:
             yield llm
         finally:

@@ -162,8 +162,8 @@ class CascadeEngineClient(EngineCoreClient):
         self._runtime.abort(request_ids)
 
     async def get_supported_tasks_async(self) -> Any:
-        """Tasks of the model; every instance serves the same one."""
-        return await self.instances()[0].client.get_supported_tasks_async()
+        """Tasks of the model; every instance serves the same one, which is checked."""
+        return await self.to_all("get_supported_tasks_async")
 
     async def call_utility_async(self, method: str, *args: Any) -> Any:
         """A utility call to every instance."""

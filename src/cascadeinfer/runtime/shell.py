@@ -23,6 +23,7 @@ from cascadeinfer.core.events import (
     RequestArrived,
     RequestFinished,
 )
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.migration import Happening, MigrationLimits
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.quarantine import DEATHS
@@ -204,7 +205,7 @@ class Runtime:
         await self.fleet.join(engine, capacity)
         if self._streams.on_instance(engine.instance_id):
             self.announce_loss(engine.instance_id)  # the policy, which failed at its loss, sent requests to the dead
-        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, capacity))
+        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, InstanceKind(capacity)))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop the words of old attempts; hide the finishes of cuts."""
