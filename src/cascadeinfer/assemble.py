@@ -36,6 +36,7 @@ from cascadeinfer.engines.vllm.launch import (
     make_factories,
     parse_engine_args,
 )
+from cascadeinfer.engines.vllm.owned import attachment_of
 from cascadeinfer.engines.vllm.plain_request import make_plain_request
 from cascadeinfer.eventlog.unwritten_log import ServerLog, failure_of
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
@@ -81,9 +82,7 @@ async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
         if options.policy_name() == CASCADE:
             logger.info("no profile: one stage until what steps cost has been learnt")
         return
-    first = runtime.live_engines()[0]
-    assert isinstance(first, VllmInstance)
-    told = await first.identity()
+    told = await runtime.live_engines()[0].identity()
     for doubt in check_suits(load_profile(options.profile), told.engine, told.kv_bytes_per_token):
         logger.warning("profile %s is a start value: %s", options.profile, doubt)
 
@@ -145,9 +144,7 @@ async def running_llm(
     """Start a runtime and put vLLM's `AsyncLLM` on it; stop both at the end."""
     await runtime.start()
     try:
-        first = runtime.live_engines()[0]
-        assert isinstance(first, VllmInstance)
-        llm = make_llm(runtime, first.vllm_config, log_stats=log_stats, log_requests=log_requests)
+        llm = make_llm(runtime, runtime.live_engines()[0].config, log_stats=log_stats, log_requests=log_requests)
         try:
             yield llm
         finally:
@@ -228,7 +225,7 @@ async def _subject(engine: VllmInstance, capacity: InstanceCapacity) -> Subject:
     return Subject(
         engine=engine,
         capacity=capacity,
-        max_model_tokens=engine.hello["max_model_len"],
+        max_model_tokens=engine.hello.max_model_len,
         identity=told.engine,
         kv_bytes_per_token=told.kv_bytes_per_token,
         make_request=make_plain_request,
@@ -260,7 +257,7 @@ async def _serve_with_followers(
             process.start()
         return process
 
-    front_ends = FrontEnds(options.api_servers, runtime, start_process, loads, failure_of(event_log))
+    front_ends = FrontEnds(options.api_servers, runtime, start_process, attachment_of, loads, failure_of(event_log))
     signals.told.append(front_ends.tell_stop)
     front_ends.start()
     try:

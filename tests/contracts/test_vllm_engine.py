@@ -245,7 +245,7 @@ async def test_rubbish_on_the_side_channel_keeps_nobody_out(bed: Bed, maker: Vll
     assert isinstance(engine, VllmInstance)
     with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
         sock.setsockopt(zmq.LINGER, 10_000)
-        sock.connect(f"tcp://{engine.hello['host']}:{engine.hello['port']}")
+        sock.connect(f"tcp://{engine.hello.host}:{engine.hello.port}")
         for frames in ([b""], [b"", b"\xc1"], [b"", b"\x93\xc4\x0cget_meta_msg\x07\x07"], [b"", bytes(1 << 20)]):
             sock.send_multipart(frames)
     assert await engine.listens()

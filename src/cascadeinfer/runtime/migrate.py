@@ -159,7 +159,7 @@ class Migrator:
         record.ticket = ticket
         record.cut_s = asyncio.get_running_loop().time()
         self._streams.displace(record.stream)
-        n_pinned_tokens = ticket.get("remote_num_tokens") or 0
+        n_pinned_tokens = ticket.n_tokens
         self.happen(migration_id, self._times.cut_heard(record.cut_sent_s, self._clock(), n_pinned_tokens))
 
     def token_came(self, stream: Stream, now_s: float) -> None:

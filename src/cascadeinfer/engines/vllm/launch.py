@@ -24,9 +24,10 @@ from vllm.usage.usage_lib import UsageContext
 from cascadeinfer.cluster.local import LOOPBACK, Places, core_places, device_places, operator_environment
 from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.engines.vllm.attached import AttachedInstance
+from cascadeinfer.engines.vllm.attached import AttachedCore
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.engines.vllm.owned import OwnedCore
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class VllmSource:
 
         def make(start: int) -> VllmInstance:
             config = checked if checked is not None and start == 0 else self._config_of(instance_id)
-            return VllmInstance(
+            core = OwnedCore(
                 instance_id,
                 index,
                 config,
@@ -178,6 +179,7 @@ class VllmSource:
                 n_clients=self._n_clients,
                 max_migrations=self._settings.max_migrations,
             )
+            return VllmInstance(core)
 
         return make
 
@@ -232,20 +234,20 @@ def make_factories(
 def attached_factories(
     engine_args: AsyncEngineArgs,
     client_index: int,
-    attach: Callable[[AttachedInstance], Awaitable[Attachment]],
-) -> Callable[[InstanceId], Callable[[int], AttachedInstance]]:
+    attach: Callable[[AttachedCore], Awaitable[Attachment]],
+) -> Callable[[InstanceId], Callable[[int], VllmInstance]]:
     """
     Per instance that another process owns, what makes a further client of it for the n-th time.
 
     Args:
         engine_args: The operator's; what an instance's start has changed in the configuration comes with the attachment.
         client_index: This process's number among the clients.
-        attach: See AttachedInstance.
+        attach: See AttachedCore.
     """
     config = instance_config(engine_args, "attached", KvTransferSettings())
 
-    def make_maker(instance_id: InstanceId) -> Callable[[int], AttachedInstance]:
-        return lambda _: AttachedInstance(instance_id, copy.deepcopy(config), client_index, attach)
+    def make_maker(instance_id: InstanceId) -> Callable[[int], VllmInstance]:
+        return lambda _: VllmInstance(AttachedCore(instance_id, copy.deepcopy(config), client_index, attach))
 
     return make_maker
 

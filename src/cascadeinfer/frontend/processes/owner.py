@@ -23,21 +23,29 @@ from cascadeinfer.core.events import SeenEnd, SeenLive, WorkloadSeen
 from cascadeinfer.core.silence import Silence
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.patience import within
-from cascadeinfer.engines.vllm.attached import attachments_of
+from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.engines.vllm.attachment import Attachment
-from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.frontend.processes.channel import Channel
 from cascadeinfer.frontend.processes.messages import (
+    Added,
+    AddInstances,
     Answer,
+    DrainInstance,
+    Drains,
     FleetNews,
     FromFollower,
     InstanceNews,
     LayoutNews,
+    Look,
     Question,
+    Refused,
+    Shown,
     Stop,
     Summary,
+    UnknownInstance,
 )
 from cascadeinfer.runtime.shell import Runtime
+from cascadeinfer.runtime.view import InstanceState
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +91,7 @@ class FrontEnds:
         n_processes: int,
         runtime: Runtime,
         start_process: Callable[[int, socket.socket], BaseProcess],
+        attachment_of: Callable[[Engine, int], Attachment | None],
         loads: MutableSequence[int],
         event_log_failure: Callable[[], str | None] = lambda: None,
     ) -> None:
@@ -91,6 +100,7 @@ class FrontEnds:
             n_processes: All together.
             runtime: Process 0's; it owns the instances. It need not be started yet.
             start_process: Starts the follower of this number, with its end of a socket pair.
+            attachment_of: What the follower of this number must know of an instance; None while it does not run.
             loads: Open connections per process, shared, by which the least loaded one accepts.
             event_log_failure: Why process 0 writes no event log, though there should be one.
         """
@@ -99,7 +109,7 @@ class FrontEnds:
         self._loads = loads
         self._event_log_failure = event_log_failure
         self._followers = [FollowerState(index) for index in range(1, n_processes)]
-        self._attachments: dict[InstanceId, tuple[VllmInstance, list[Attachment]]] = {}
+        self._attachment_of = attachment_of
         self._tasks: list[asyncio.Task[None]] = []
         self._instances_started = False
         self._slept_s = 0.0
@@ -237,7 +247,7 @@ class FrontEnds:
                             tuple([SeenLive(*live) for live in message.unfinished]),
                         )
                     )
-                case Question():
+                case Look() | AddInstances() | DrainInstance():
                     channel.send(self._answer(message))
                 case _:
                     assert_never(message)
@@ -245,25 +255,24 @@ class FrontEnds:
     def _answer(self, question: Question) -> Answer:
         elastic = self._runtime.elastic
         try:
-            match question.what:
-                case "look":
-                    content: Any = self._snapshot()
-                case "add":
-                    content = elastic.add(question.count)
-                case "drain":
-                    content = elastic.drain(question.instance_id, question.timeout_s).instance_id
+            match question:
+                case Look(number):
+                    return Shown(number, self._snapshot())
+                case AddInstances(number, count):
+                    return Added(number, elastic.add(count))
+                case DrainInstance(number, instance_id, timeout_s):
+                    try:
+                        return Drains(number, elastic.drain(instance_id, timeout_s).instance_id)
+                    except UnknownInstanceError:
+                        return UnknownInstance(number, instance_id)
                 case _:
-                    raise AssertionError(question)
-        except UnknownInstanceError:
-            return Answer(question.number, unknown=question.instance_id)
+                    assert_never(question)
         except ScalingRefusedError as refused:
-            return Answer(question.number, refused=str(refused))
-        return Answer(question.number, content)
+            return Refused(question.number, str(refused))
 
     async def _forget(self, index: int) -> None:
         """Abort what a dead follower has left."""
         for engine in self._runtime.live_engines():
-            assert isinstance(engine, VllmInstance)
             try:
                 n_left = await within(FORGET_TIMEOUT_S, engine.forget_client(index))
             except (EngineError, TimeoutError) as error:  # it dies, or is found hung
@@ -279,7 +288,6 @@ class FrontEnds:
             await asyncio.sleep(LOOK_S)
             self._slept_s = time.monotonic() - looked_s
             try:
-                self._let_go_of_the_dead()
                 for follower in self._followers:
                     if follower.channel is not None and self._instances_started:
                         self._tell_news_to(follower)
@@ -293,11 +301,6 @@ class FrontEnds:
         self._say(follower, FleetNews(instances, broken_pairs))
         if (layout := self._runtime.fleet.layout) is not None:
             self._say(follower, LayoutNews.of(layout))
-
-    def _let_go_of_the_dead(self) -> None:
-        """Engines that are no more must not be kept, with their sockets, for what was once said of them."""
-        living = {id(engine) for engine in self._runtime.live_engines()}
-        self._attachments = {i: known for i, known in self._attachments.items() if id(known[0]) in living}
 
     def _look_after(self, follower: FollowerState) -> None:
         """One that hangs keeps its clients waiting, its requests running and its place on the listening socket."""
@@ -315,15 +318,8 @@ class FrontEnds:
             follower.said[type(news)] = news
             follower.channel.send(news)
 
-    def _news_of(self, state: Any, index: int) -> InstanceNews:
-        engine = state.engine
-        attachment = None
-        if engine is not None:
-            known = self._attachments.get(state.instance_id)
-            if known is None or known[0] is not engine:
-                assert isinstance(engine, VllmInstance)
-                known = self._attachments[state.instance_id] = (engine, attachments_of(engine))
-            attachment = known[1][index - 1]
+    def _news_of(self, state: InstanceState, index: int) -> InstanceNews:
+        attachment = None if state.engine is None else self._attachment_of(state.engine, index)
         drain_ends_s = None if state.drain is None else state.drain.ends_s
         return InstanceNews(
             state.instance_id, attachment, state.supervisor.restarts, drain_ends_s, state.supervisor.condemned
