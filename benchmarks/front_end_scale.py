@@ -35,7 +35,8 @@ import numpy as np
 import psutil
 
 import measuring
-from cascadeinfer.cluster.local import LOOPBACK, free_port, split_cores
+from cascadeinfer.cluster.local import LOOPBACK, free_port
+from cascadeinfer.cluster.places import split_cores
 from cascadeinfer.engines.vllm.connector.cores import NAP_S
 
 N_INSTANCES = 2

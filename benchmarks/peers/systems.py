@@ -16,7 +16,8 @@ from pathlib import Path
 from processes import FailedError, Service, stopped_at_end
 from workloads import BLOCK_TOKENS, ModelCase
 
-from cascadeinfer.cluster.local import free_port, split_cores
+from cascadeinfer.cluster.local import free_port
+from cascadeinfer.cluster.places import split_cores
 from cascadeinfer.engines.vllm.connector.cores import NAP_S
 
 N_INSTANCES = 2

@@ -16,7 +16,8 @@ from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import configure_logging_from_args
 
-from cascadeinfer.cluster.local import LOOPBACK, ProcessStart
+from cascadeinfer.cluster.local import LOOPBACK
+from cascadeinfer.cluster.process_start import ProcessStart
 from cascadeinfer.cluster.runtime_folder import runtime_folder
 from cascadeinfer.config.event_log import event_log_of
 from cascadeinfer.config.policy import CASCADE, make_policy, warm_up_planner

@@ -20,9 +20,9 @@ from engine_contract import OWN, SHARED, resume_pulls
 from vllm.platforms import current_platform
 
 from cascadeinfer.cluster.local import LOOPBACK
+from cascadeinfer.cluster.shared_memory import SHARED_MEMORY, segments_of
 from cascadeinfer.engines.protocol import Engine, EngineRequest, Resume
 from cascadeinfer.engines.vllm.connector.cascade_connector import CascadeConnector
-from cascadeinfer.engines.vllm.segments import SHARED_MEMORY, segments_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 

@@ -17,7 +17,7 @@ import psutil
 
 from cascadeinfer.cluster.local import LOOPBACK, free_port
 from cascadeinfer.cluster.runtime_folder import LOCK, NAME
-from cascadeinfer.engines.vllm.segments import PREFIX, SHARED_MEMORY
+from cascadeinfer.cluster.shared_memory import PREFIX, SHARED_MEMORY
 from conftest import QUICK_ENVIRONMENT
 
 START_DEADLINE_S = 240.0

@@ -142,13 +142,6 @@ class SimulatedCore:
         self.running = [s for s in self.running if s.engine_request_id not in gone]
         self.waiting = [s for s in self.waiting if s.engine_request_id not in gone]
 
-    def forget_all(self) -> int:
-        """Abort every request and give every reservation back. Returns how many requests there were."""
-        n_requests = len(self.running) + len(self.waiting)
-        self.running, self.waiting = [], []
-        self.reservations.clear()
-        return n_requests
-
     def cut(self, engine_request_id: str) -> str | None:
         """See `CascadeSchedulerSide.cut`."""
         sequence = self._find(engine_request_id)

@@ -107,8 +107,16 @@ class SimulatedEngine(SimulatedProcess):
 
     async def forget_client(self, client_index: int) -> int:
         """See Engine.forget_client; the process that has made it is its only client."""
-        n_left: int = await self._call("forget_client", lambda: 0 if client_index else self.core.forget_all())
-        return n_left
+
+        def at_instance() -> int:
+            everyone = [] if client_index else self._everyone()
+            if client_index == 0:
+                self.core.reservations.clear()
+            self.core.abort(everyone)
+            return len(everyone)
+
+        n_requests: int = await self._call("forget_client", at_instance)
+        return n_requests
 
     async def utility(self, method: str, *_: Any, **__: Any) -> Any:
         """See Engine.utility."""
@@ -228,6 +236,9 @@ class SimulatedEngine(SimulatedProcess):
 
     def end_all(self, finish_reason: str) -> None:
         """End every request without a token: `abort` as an instance does on SIGTERM, `error` as after an internal error."""
-        everyone = [s.engine_request_id for s in self.core.running + self.core.waiting]
+        everyone = self._everyone()
         self.core.abort(everyone)
         self._emit([SimulatedDelta(request_id, [], finish_reason) for request_id in everyone])
+
+    def _everyone(self) -> list[str]:
+        return [s.engine_request_id for s in self.core.running + self.core.waiting]

@@ -163,6 +163,9 @@ class AttachedCore:
     async def connect(self, channel: EngineChannel, peers: Sequence[EngineChannel]) -> None:
         """The owner has connected it to its peers before it said that it is up."""
 
+    async def detach(self, client: int) -> None:
+        """The owner sees by itself which processes are gone."""
+
     def died(self) -> None:
         """The owner says that it is gone."""
         self._pid = None

@@ -56,6 +56,10 @@ class EngineCoreLife(Protocol):
         """See Engine.connect."""
         ...
 
+    async def detach(self, client: int) -> None:
+        """A front-end process that used it, by this number, is gone."""
+        ...
+
     def kill(self) -> None:
         """See Engine.kill."""
         ...
@@ -184,7 +188,9 @@ class VllmInstance:
 
     async def forget_client(self, client_index: int) -> int:
         """See Engine.forget_client."""
-        return await self.channel.forget_client(client_index)
+        n_requests = await self.channel.forget_client(client_index)
+        await self.life.detach(client_index)
+        return n_requests
 
     async def utility(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """See Engine.utility; vLLM's client has these methods."""

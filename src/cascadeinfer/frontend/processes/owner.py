@@ -11,13 +11,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, MutableSequence
+from collections.abc import Awaitable, Callable, MutableSequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import Any, assert_never
 
 from prometheus_client import multiprocess
 
+from cascadeinfer.cluster.local import exit_of
 from cascadeinfer.core.errors import EngineError, ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import SeenEnd, SeenLive, WorkloadSeen
 from cascadeinfer.core.silence import Silence
@@ -91,7 +92,7 @@ class FrontEnds:
         n_processes: int,
         runtime: Runtime,
         start_process: Callable[[int, socket.socket], BaseProcess],
-        attachment_of: Callable[[Engine, int], Attachment | None],
+        attachment_of: Callable[[Engine, int], Awaitable[Attachment | None]],
         loads: MutableSequence[int],
         event_log_failure: Callable[[], str | None] = lambda: None,
     ) -> None:
@@ -100,7 +101,7 @@ class FrontEnds:
             n_processes: All together.
             runtime: Process 0's; it owns the instances. It need not be started yet.
             start_process: Starts the follower of this number, with its end of a socket pair.
-            attachment_of: What the follower of this number must know of an instance; None while it does not run.
+            attachment_of: Has an instance serve the follower of this number; what that one must know, None while it does not run.
             loads: Open connections per process, shared, by which the least loaded one accepts.
             event_log_failure: Why process 0 writes no event log, though there should be one.
         """
@@ -139,7 +140,7 @@ class FrontEnds:
             if follower.summary is None and follower.process is not None:
                 follower.process.kill()  # it does not serve yet, and may not listen before it has imported everything
         with contextlib.suppress(TimeoutError):
-            exits = [_exit_of(f.process) for f in self._followers if f.process is not None]
+            exits = [exit_of(f.process) for f in self._followers if f.process is not None]
             await within(timeout_s + EXIT_TIMEOUT_S, asyncio.gather(*exits))
         for task in self._tasks:
             task.cancel()
@@ -224,7 +225,7 @@ class FrontEnds:
         try:
             async with asyncio.TaskGroup() as group:
                 listening = group.create_task(self._listen(follower, follower.channel))
-                await _exit_of(follower.process)
+                await exit_of(follower.process)
                 listening.cancel()
         finally:
             follower.channel.close()
@@ -290,13 +291,13 @@ class FrontEnds:
             try:
                 for follower in self._followers:
                     if follower.channel is not None and self._instances_started:
-                        self._tell_news_to(follower)
+                        await self._tell_news_to(follower)
             except Exception:  # our own bug must not leave the followers without news for ever
                 logger.exception("internal error while followers were told the news")
 
-    def _tell_news_to(self, follower: FollowerState) -> None:
+    async def _tell_news_to(self, follower: FollowerState) -> None:
         self._look_after(follower)
-        instances = [self._news_of(state, follower.index) for state in self._runtime.fleet]
+        instances = [await self._news_of(state, follower.index) for state in self._runtime.fleet]
         broken_pairs = tuple([pair.instance_ids for pair in self._runtime.fleet.pairs.broken()])
         self._say(follower, FleetNews(instances, broken_pairs))
         if (layout := self._runtime.fleet.layout) is not None:
@@ -318,25 +319,12 @@ class FrontEnds:
             follower.said[type(news)] = news
             follower.channel.send(news)
 
-    def _news_of(self, state: InstanceState, index: int) -> InstanceNews:
-        attachment = None if state.engine is None else self._attachment_of(state.engine, index)
+    async def _news_of(self, state: InstanceState, index: int) -> InstanceNews:
+        attachment = None if state.engine is None else await self._attachment_of(state.engine, index)
         drain_ends_s = None if state.drain is None else state.drain.ends_s
         return InstanceNews(
             state.instance_id, attachment, state.supervisor.restarts, drain_ends_s, state.supervisor.condemned
         )
-
-
-async def _exit_of(process: BaseProcess) -> None:
-    """Wait until a process has ended."""
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[None] = loop.create_future()
-    watched = os.dup(process.sentinel)
-    loop.add_reader(watched, lambda: None if ended.done() else ended.set_result(None))
-    try:
-        await ended
-    finally:
-        loop.remove_reader(watched)
-        os.close(watched)
 
 
 def _shown(index: int, pid: int | None, restarts: int, summary: Summary | None) -> dict[str, Any]:
