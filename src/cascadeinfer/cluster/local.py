@@ -181,11 +181,18 @@ class LocalLauncher(Generic[HelloT]):
         life.creation = asyncio.ensure_future(asyncio.to_thread(self._create, life))
         try:
             await self._until_created(place, life, life.creation)
-            hello = await order.hello()
+            life.kept = self._keep(place, life, await order.hello())
         except Exception as error:
             raise EngineError(f"did not start: {error}", instance_id=place.instance_id) from error
-        life.kept = Kept(place, order.processes[0].pid or 0, hello, order.ready_payload, order.config)
         return life.kept
+
+    def _keep(self, place: Place, life: _Life[HelloT], hello: HelloT) -> Kept[HelloT]:
+        processes = life.engine.processes
+        if self._lives.get(place.instance_id) is not life or not processes:
+            raise EngineError("stopped while starting", instance_id=place.instance_id)
+        pid = processes[0].pid
+        assert pid is not None, "it has been started"
+        return Kept(place, pid, hello, life.engine.ready_payload, life.engine.config)
 
     @staticmethod
     def _create(life: _Life[HelloT]) -> None:

@@ -72,6 +72,8 @@ class OwnedCore:
         if self._stopped:
             raise EngineError("did not start: it was stopped before", instance_id=self.instance_id)
         kept = await self._launcher.start(self._place, self._processes)
+        if self._stopped:
+            raise EngineError("did not start: stopped while starting", instance_id=self.instance_id)
         channel = EngineChannel(self.instance_id, self.index, self._processes.client, kept.hello, self._token)
         if self._max_migrations is not None:
             await channel.limit_migrations(self._max_migrations)
