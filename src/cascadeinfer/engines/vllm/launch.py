@@ -158,7 +158,7 @@ class VllmSource:
         self._extra_environment = extra_environment or {}
         self._n_clients = n_clients
         self._n_placed = 0
-        self._launcher: Launcher[VllmProcesses, EngineHello] = LocalLauncher(
+        self._launcher: Launcher[VllmProcesses, EngineHello] = LocalLauncher[EngineHello](
             places_for(engine_args, n_instances), n_instances, self._further_needs_bytes()
         )
         self._place_of: dict[InstanceId, Place] = {}
