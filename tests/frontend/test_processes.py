@@ -13,7 +13,7 @@ from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.types import InstanceCapacity
-from cascadeinfer.engines.protocol import EngineRequest
+from cascadeinfer.engines.protocol import Engine, EngineRequest
 from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.frontend.processes import follower as follower_module
@@ -370,3 +370,48 @@ def test_a_follower_is_not_killed_for_the_owners_own_pause() -> None:
     assert not any(look(LOOK_S) for _ in range(int(HANG_S / LOOK_S) - 10))
     assert not look(48.0)
     assert looks_until_killed() == pytest.approx(HANG_S / LOOK_S, abs=1)
+
+
+class StubChannel:
+    """Keeps what is sent."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.sent: list[Any] = []
+
+    def send(self, message: Any) -> None:
+        """See Channel."""
+        self.sent.append(message)
+
+
+@pytest.mark.asyncio
+async def test_process_0_tells_each_follower_what_it_needs() -> None:
+    """News have an attachment of the follower's own for each instance that is up, none for one that is down; what has been said is not said again."""
+
+    async def attachment_of(engine: Engine, client: int) -> Attachment | None:
+        return attachment(f"{engine.instance_id} for {client}")
+
+    runtime = Runtime(
+        {name: lambda n_start, name=name: SimulatedEngine(name, n_start, CAPACITY) for name in "ab"},  # type: ignore[misc]
+        StaticStages(layout=LAYOUT),
+        lambda read: RuntimeMetrics(CollectorRegistry(), read),
+        supervision=SupervisionTimes(report_s=0.01, backoff_first_s=DEADLINE_S),
+    )
+    await runtime.start()
+    owner = FrontEnds(3, runtime, None, attachment_of, [0, 0, 0])  # type: ignore[arg-type]
+    channels = []
+    for follower in owner._followers:
+        follower.channel = StubChannel()  # type: ignore[assignment]
+        channels.append(follower.channel)
+        await owner._tell_news_to(follower)
+        await owner._tell_news_to(follower)
+    for client, channel in enumerate(channels, 1):
+        [first] = [message for message in channel.sent if isinstance(message, FleetNews)]
+        ids = [one.attachment and one.attachment.engine_id for one in first.instances]
+        assert ids == [f"a for {client}", f"b for {client}"]
+    runtime.fleet["b"].supervisor.engine.kill()
+    await until(lambda: runtime.fleet["b"].engine is None)
+    await owner._tell_news_to(owner._followers[0])
+    news = [message for message in channels[0].sent if isinstance(message, FleetNews)]
+    assert [one.attachment is None for one in news[-1].instances] == [False, True]
+    await runtime.stop(0.0)
