@@ -27,7 +27,9 @@ def attached(owner: "VllmInstance") -> "VllmInstance":
     from cascadeinfer.engines.vllm.owned import attachment_of
 
     async def attach(_: "AttachedCore") -> "Attachment":
-        return attachment_of(owner, 1)
+        attachment = await attachment_of(owner, 1)
+        assert attachment is not None
+        return attachment
 
     return VllmInstance(AttachedCore(owner.instance_id, owner.config, 1, attach))
 
