@@ -16,7 +16,8 @@ from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import configure_logging_from_args
 
-from cascadeinfer.cluster.local import LOOPBACK, ProcessStart
+from cascadeinfer.cluster.local import LOOPBACK
+from cascadeinfer.cluster.process_start import ProcessStart
 from cascadeinfer.cluster.runtime_folder import runtime_folder
 from cascadeinfer.config.event_log import event_log_of
 from cascadeinfer.config.policy import make_policy
@@ -37,6 +38,7 @@ from cascadeinfer.engines.vllm.launch import (
     make_factories,
     parse_engine_args,
 )
+from cascadeinfer.engines.vllm.owned import attachment_of
 from cascadeinfer.engines.vllm.plain_request import make_plain_request
 from cascadeinfer.eventlog.unwritten_log import ServerLog, failure_of
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
@@ -81,7 +83,7 @@ async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
             logger.info("no profile: one stage until what steps cost has been learnt")
         return
     profile = load_profile(options.profile)
-    told = await asyncio.gather(*(instance.identity() for instance in _instances(runtime)))
+    told = await asyncio.gather(*(engine.identity() for engine in runtime.live_engines()))
     doubts = [doubt for one in told for doubt in check_suits(profile, one.engine, one.kv_bytes_per_token)]
     for doubt in dict.fromkeys(doubts):
         logger.warning("profile %s is a start value: %s", options.profile, doubt)
@@ -149,8 +151,9 @@ async def running_llm(
     await runtime.start()
     try:
         # They serve the same model; a context that was fitted to an instance's memory may be shorter than another's.
-        narrowest = min(_instances(runtime), key=lambda instance: instance.hello["max_model_len"])
-        llm = make_llm(runtime, narrowest.vllm_config, log_stats=log_stats, log_requests=log_requests)
+        configs = [engine.config for engine in runtime.live_engines()]
+        narrowest = min(configs, key=lambda config: config.model_config.max_model_len)
+        llm = make_llm(runtime, narrowest, log_stats=log_stats, log_requests=log_requests)
         try:
             yield llm
         finally:
@@ -231,7 +234,7 @@ async def _subject(engine: VllmInstance, capacity: InstanceCapacity) -> Subject:
     return Subject(
         engine=engine,
         capacity=capacity,
-        max_model_tokens=engine.hello["max_model_len"],
+        max_model_tokens=engine.hello.max_model_len,
         identity=told.engine,
         kv_bytes_per_token=told.kv_bytes_per_token,
         make_request=make_plain_request,
@@ -263,7 +266,7 @@ async def _serve_with_followers(
             process.start()
         return process
 
-    front_ends = FrontEnds(options.api_servers, runtime, start_process, loads, failure_of(event_log))
+    front_ends = FrontEnds(options.api_servers, runtime, start_process, attachment_of, loads, failure_of(event_log))
     signals.told.append(front_ends.tell_stop)
     front_ends.start()
     try:
