@@ -52,7 +52,8 @@ if __name__ == "__main__":
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from cascadeinfer.assemble import make_runtime, running_llm
-    from cascadeinfer.cluster.local import LOOPBACK, free_port, split_cores
+    from cascadeinfer.cluster.local import LOOPBACK, free_port
+    from cascadeinfer.cluster.places import split_cores
     from cascadeinfer.config.schema import ServeOptions
     from cascadeinfer.engines.vllm.launch import CPU_UCX_TRANSPORTS
 

@@ -34,7 +34,8 @@ import numpy as np
 import psutil
 
 import measuring
-from cascadeinfer.cluster.local import LOOPBACK, free_port, split_cores
+from cascadeinfer.cluster.local import LOOPBACK, free_port
+from cascadeinfer.cluster.places import split_cores
 from cascadeinfer.engines.vllm.connector.cores import NAP_S
 from cascadeinfer.loadgen.served_process import ServedProcess, ServerFailedError
 

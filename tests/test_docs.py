@@ -13,15 +13,17 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cascadeinfer.cli.main import main
+from cascadeinfer.cluster.protocol import Launcher
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.events import MigrationOutcome, PinReason
 from cascadeinfer.core.layout import StageLayout
-from cascadeinfer.engines.protocol import EngineRequest
+from cascadeinfer.engines.protocol import Engine, EngineRequest
+from cascadeinfer.runtime.instance_state import Happening
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.pairs import BrokenPair
 from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes, Supervisor
-from cascadeinfer.runtime.view import Departed, Drain, InstanceState, snapshot
+from cascadeinfer.runtime.view import Departed, Drain, InstanceRecord, snapshot
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -114,9 +116,10 @@ def test_operating_page_has_every_field_of_the_snapshot() -> None:
     streams.place(streams.open(EngineRequest("r", [1, 2], 3, None), 0.0), "0")
     supervisor = Supervisor("0", lambda _: pytest.fail("started"), None, SupervisionTimes())  # type: ignore[arg-type]
     supervisor.back_off.died(0.0, "killed")
+    supervisor.life.happen(Happening.START, 0.0)
     shown = snapshot(
-        [InstanceState(supervisor, drain=Drain(0.0, 1.0, 1))],
-        [Departed("1", "drained", None, 0.0)],
+        [InstanceRecord(supervisor, drain=Drain(0.0, 1.0, 1))],
+        [Departed("1", "drained", None, 0.0, supervisor.life)],
         StageLayout.single(("0",)),
         streams,
         0,
@@ -264,3 +267,23 @@ def test_the_tour_shows_what_its_commands_print(
         assert [line for line in lines if line not in printed] == []
         compared += len(lines)
     assert compared > 10
+
+
+def members_of(protocol: type) -> set[str]:
+    """What a protocol asks for."""
+    return {name for name in (*vars(protocol), *protocol.__annotations__) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("protocol", [Engine, Launcher])
+def test_the_page_on_extending_has_every_member_and_no_other(protocol: type) -> None:
+    """The table of a protocol's members in docs/extending.md is complete and current."""
+    table = page("extending.md").partition(f"Members of `{protocol.__name__}`:")[2].strip().partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == members_of(protocol)
+
+
+def test_the_page_on_extending_names_what_exists() -> None:
+    """Every path in it is a module or a test of the checkout."""
+    paths = re.findall(r"`([a-z_/]+\.py)`", page("extending.md"))
+    roots = (ROOT / "src" / "cascadeinfer", ROOT, ROOT / "tests" / "contracts")
+    assert len(paths) > 10
+    assert [path for path in paths if not any((root / path).exists() for root in roots)] == []

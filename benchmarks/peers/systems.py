@@ -17,7 +17,8 @@ from pathlib import Path
 from processes import Service
 from workloads import BLOCK_TOKENS, ModelCase
 
-from cascadeinfer.cluster.local import free_port, split_cores
+from cascadeinfer.cluster.local import free_port
+from cascadeinfer.cluster.places import split_cores
 from cascadeinfer.engines.vllm.connector.cores import NAP_S
 
 N_INSTANCES = 2

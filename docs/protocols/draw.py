@@ -25,6 +25,8 @@ from cascadeinfer.core.migration import (
     explains,
 )
 from cascadeinfer.core.refusals import Refusal
+from cascadeinfer.runtime import instance_state
+from cascadeinfer.runtime.instance_state import ALLOWED, PHASES, Deed
 
 HERE = Path(__file__).parent
 
@@ -75,9 +77,9 @@ BIDASK_INTRO = """\
 
 To give a request away, an instance's agent opens a *round*: it *asks* a few instances, those with room *bid*, the best
 bid is *awarded*, and when the bidder *accepts*, the [migration](migration.md) begins. An agent sees only its own
-instance, the layout and the messages sent to it. The table below is the whole protocol. It is `TRANSITIONS` in
-`src/cascadeinfer/core/bidask/rounds.py`, and this page is generated from it (`python docs/protocols/draw.py`).
-`tests/scenarios/` has negotiations as transcripts.
+instance, the layout with the kinds of its instances, and the messages sent to it. The table below is the whole
+protocol. It is `TRANSITIONS` in `src/cascadeinfer/core/bidask/rounds.py`, and this page is generated from it (`python
+docs/protocols/draw.py`). `tests/scenarios/` has negotiations as transcripts.
 
 The request keeps decoding at the asker until the migration cuts it, so a full, busy or dead next stage costs only
 messages. After a failed round the request rests, twice as long after each failure, and the agent does not ask for the
@@ -128,6 +130,50 @@ A migration that a policy asks for in vain is over before its first state: `ende
 IGNORED_INTRO = """\
 These combinations are legal and change nothing. Anything in neither table is a bug of the caller: it raises
 `InvalidTransition` and changes nothing."""
+
+INSTANCE_INTRO = """\
+# An instance's life
+
+What the runtime knows of an instance's life is `TRANSITIONS` in `src/cascadeinfer/runtime/instance_state.py`, and this
+page is generated from it (`python docs/protocols/draw.py`). `/admin/instances` shows each instance's state and its last
+changes.
+
+An instance starts, shakes hands with all instances that are up, and joins them; from then on it is in use. When it dies,
+for whatever reason, it is restarted after a while; an instance that dies while it drains is gone.
+`tests/runtime/test_instance_life.py` forces each transition on a running runtime and checks what each state allows by
+what requests and operators find.
+"""
+INSTANCE_ALLOWED = """\
+What a state allows. *asked*: the instance is asked for its load. *run*: requests run there and may leave by migration,
+and the front end's calls reach it. *take*: new requests are placed there, and running ones moved there. *in need*: the
+same, while no instance in use answers. *join*: it may join those that are up. *restarted*, *drained*, *removed*: it may
+be. *phase* is the word for operators."""
+DEEDS = {
+    Deed.BE_ASKED: "asked",
+    Deed.RUN: "run",
+    Deed.TAKE: "take",
+    Deed.TAKE_IN_NEED: "in need",
+    Deed.JOIN: "join",
+    Deed.BE_RESTARTED: "restarted",
+    Deed.BE_DRAINED: "drained",
+    Deed.BE_REMOVED: "removed",
+}
+INSTANCE_VIEW = """\
+## What the policy knows of it
+
+The table above is the runtime's and is authoritative. A policy knows less, and later: its `ClusterView`
+(`core/view.py`) has an entry for each instance in use, made and changed by events that the runtime sends *after* the
+state has changed. From the instances that do not drain, the roster (`core/roster.py`) makes the layout in force. It
+knows nothing of starts, handshakes and restarts."""
+VIEWED = (
+    ("up", "a member, available", "`InstanceJoined`, `InstanceTrusted`"),
+    ("suspect", "a member, available while no other member is trusted", "`InstanceSuspected`"),
+    ("condemned", "what it was before: what is placed there now is an orphan at once", "-"),
+    ("draining", "no member: in no stage, and its requests move away", "`InstanceDraining`"),
+    ("draining_suspect", "no member, suspect", "`InstanceSuspected`, `InstanceDraining`"),
+    ("doomed", "no member", "`InstanceDraining`, unless it drained before"),
+    ("all others", "nothing", "`InstanceLost`, with the requests that were there"),
+)
 
 
 def migration_page() -> str:
@@ -242,6 +288,72 @@ def bidask_page() -> str:
     )
 
 
+def instance_page() -> str:
+    """The text of `instance.md`."""
+    transitions = instance_state.TRANSITIONS
+    n_states, n_happenings = len(instance_state.State), len(instance_state.Happening)
+    return "\n".join(
+        [
+            INSTANCE_INTRO,
+            "## States",
+            "",
+            "```mermaid",
+            *_instance_diagram(),
+            "```",
+            "",
+            "Not drawn: `drain`, which leads from every state in which nothing runs there to `removing`.",
+            "",
+            "## What each state allows",
+            "",
+            INSTANCE_ALLOWED,
+            "",
+            *_table(
+                ("state", "phase", *DEEDS.values()),
+                [
+                    (state.value, PHASES[state], *("yes" if deed in allowed else "-" for deed in DEEDS))
+                    for state, allowed in ALLOWED.items()
+                ],
+            ),
+            "",
+            INSTANCE_VIEW,
+            "",
+            *_table(("state", "in the policy's books", "made so by"), list(VIEWED)),
+            "",
+            "## Transitions",
+            "",
+            *_table(
+                ("state", "what happens", "next state"),
+                [(state.value, happening.value, after.value) for (state, happening), after in transitions.items()],
+            ),
+            "",
+            "## Without effect",
+            "",
+            IGNORED_INTRO,
+            "",
+            *_table(
+                ("state", "what happens"),
+                sorted((state.value, happening.value) for state, happening in instance_state.IGNORED),
+            ),
+            "",
+            f"{len(transitions)} transitions, {n_states} states, {n_happenings} happenings.",
+            "",
+        ]
+    )
+
+
+def _instance_diagram() -> list[str]:
+    labels: dict[tuple[str, str], list[str]] = {}
+    for (state, happening), after in instance_state.TRANSITIONS.items():
+        if happening is not instance_state.Happening.DRAIN or Deed.RUN in ALLOWED[state]:
+            labels.setdefault((state.value, after.value), []).append(happening.value)
+    return [
+        "stateDiagram-v2",
+        f"    [*] --> {instance_state.State.ADDED.value}",
+        *(f"    {start} --> {end}: {', '.join(happenings)}" for (start, end), happenings in labels.items()),
+        f"    {instance_state.State.GONE.value} --> [*]",
+    ]
+
+
 def _bidask_diagram() -> list[str]:
     labels: dict[tuple[str, str], list[str]] = {}
     for (state, event), after in ROUND_TRANSITIONS.items():
@@ -271,7 +383,11 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-PAGES: dict[str, Callable[[], str]] = {"migration.md": migration_page, "bidask.md": bidask_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "migration.md": migration_page,
+    "bidask.md": bidask_page,
+    "instance.md": instance_page,
+}
 
 
 def main() -> None:

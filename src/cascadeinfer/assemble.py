@@ -16,7 +16,8 @@ from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import configure_logging_from_args
 
-from cascadeinfer.cluster.local import LOOPBACK, ProcessStart
+from cascadeinfer.cluster.local import LOOPBACK
+from cascadeinfer.cluster.process_start import ProcessStart
 from cascadeinfer.cluster.runtime_folder import runtime_folder
 from cascadeinfer.config.event_log import event_log_of
 from cascadeinfer.config.policy import make_policy
@@ -37,6 +38,7 @@ from cascadeinfer.engines.vllm.launch import (
     make_factories,
     parse_engine_args,
 )
+from cascadeinfer.engines.vllm.owned import attachment_of
 from cascadeinfer.engines.vllm.plain_request import make_plain_request
 from cascadeinfer.eventlog.unwritten_log import ServerLog, failure_of
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
@@ -71,20 +73,25 @@ REATTACH_S = 0.05
 
 async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
     """
-    Compare the profile with the engine that runs.
+    Compare the profile with every engine that runs.
 
     Raises:
-        ProfileError: It is of another model or set-up.
+        ProfileError: It is of another model or set-up than one of them.
     """
     if options.profile is None:
         if POLICIES[options.policy_name()].uses_profile:
             logger.info("no profile: one stage until what steps cost has been learnt")
         return
-    first = runtime.live_engines()[0]
-    assert isinstance(first, VllmInstance)
-    told = await first.identity()
-    for doubt in check_suits(load_profile(options.profile), told.engine, told.kv_bytes_per_token):
+    profile = load_profile(options.profile)
+    told = await asyncio.gather(*(engine.identity() for engine in runtime.live_engines()))
+    doubts = [doubt for one in told for doubt in check_suits(profile, one.engine, one.kv_bytes_per_token)]
+    for doubt in dict.fromkeys(doubts):
         logger.warning("profile %s is a start value: %s", options.profile, doubt)
+
+
+def _instances(runtime: Runtime) -> list[VllmInstance]:
+    """Those that are up."""
+    return [engine for engine in runtime.live_engines() if isinstance(engine, VllmInstance)]
 
 
 def _metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics]:
@@ -143,9 +150,10 @@ async def running_llm(
     """Start a runtime and put vLLM's `AsyncLLM` on it; stop both at the end."""
     await runtime.start()
     try:
-        first = runtime.live_engines()[0]
-        assert isinstance(first, VllmInstance)
-        llm = make_llm(runtime, first.vllm_config, log_stats=log_stats, log_requests=log_requests)
+        # They serve the same model; a context that was fitted to an instance's memory may be shorter than another's.
+        configs = [engine.config for engine in runtime.live_engines()]
+        narrowest = min(configs, key=lambda config: config.model_config.max_model_len)
+        llm = make_llm(runtime, narrowest, log_stats=log_stats, log_requests=log_requests)
         try:
             yield llm
         finally:
@@ -226,7 +234,7 @@ async def _subject(engine: VllmInstance, capacity: InstanceCapacity) -> Subject:
     return Subject(
         engine=engine,
         capacity=capacity,
-        max_model_tokens=engine.hello["max_model_len"],
+        max_model_tokens=engine.hello.max_model_len,
         identity=told.engine,
         kv_bytes_per_token=told.kv_bytes_per_token,
         make_request=make_plain_request,
@@ -258,7 +266,7 @@ async def _serve_with_followers(
             process.start()
         return process
 
-    front_ends = FrontEnds(options.api_servers, runtime, start_process, loads, failure_of(event_log))
+    front_ends = FrontEnds(options.api_servers, runtime, start_process, attachment_of, loads, failure_of(event_log))
     signals.told.append(front_ends.tell_stop)
     front_ends.start()
     try:

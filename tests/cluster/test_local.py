@@ -10,16 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadeinfer.cluster.local import (
-    LOOPBACK,
-    ProcessStart,
-    core_places,
-    device_places,
-    free_port,
-    operator_environment,
-    split_cores,
-    split_devices,
-)
+from cascadeinfer.cluster.local import LOOPBACK, free_port
+from cascadeinfer.cluster.places import core_places, device_places, split_cores, split_devices
+from cascadeinfer.cluster.process_start import ProcessStart, operator_environment
 from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cascadeinfer.cluster import runtime_folder as module
-from cascadeinfer.cluster.local import ProcessStart
+from cascadeinfer.cluster.process_start import ProcessStart
 from cascadeinfer.cluster.runtime_folder import (
     LOCK,
     SOCKETS_VARIABLE,

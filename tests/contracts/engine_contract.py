@@ -31,7 +31,7 @@ async def cut_takes_effect_at_the_next_token(bed: Bed) -> None:
     (before, _), ticket = await asyncio.gather(bed.a.engine.report(), bed.cut("c1", heard))
     n_tokens = N_PROMPT + len(heard.token_ids)
     assert 0 <= n_tokens - before.running_tokens[0] <= 2 + 1, "a step may lie between report and cut"
-    assert ticket["remote_num_tokens"] == n_tokens - 1
+    assert ticket.n_tokens == n_tokens - 1
     assert not heard.dropped
     report, counters = await bed.a.engine.report()
     assert counters.pinned == 1
@@ -265,6 +265,46 @@ async def the_report_names_requests(bed: Bed) -> None:
         assert 20 + index <= lengths[f"q{index}"] <= 20 + index + n_sent, "what is counted is sent"
 
 
+async def says_what_it_is(bed: Bed) -> None:
+    """A started engine says whether its requests can move, what runs in it, and by which number metrics know it."""
+    first, second = bed.a.engine, bed.b.engine
+    assert first.movable
+    assert second.movable
+    assert first.index >= 0
+    told = await first.identity()
+    assert told.engine == (await second.identity()).engine, "two instances of one model are the same engine"
+    assert told.engine.layers > 0
+    assert told.kv_bytes_per_token > 0
+
+
+async def who_is_gone_leaves_nothing(bed: Bed) -> None:
+    """What a front-end process has left is aborted, reservations included; what another one is said to have left is nobody's."""
+    request = bed.maker.make_request("g1", N_PROMPT, N_OUTPUT)
+    heard = await (await bed.a.add("g1", request)).until_tokens(2)
+    assert await bed.a.engine.reserve("g-room", N_PROMPT) is None
+    assert await bed.a.engine.forget_client(7) == 0
+    assert (await bed.a.engine.report())[1].reserved == 1
+    assert await bed.a.engine.forget_client(0) == 1
+    await bed.settled()
+    assert len(heard.token_ids) < N_OUTPUT
+    assert await bed.alone(N_PROMPT, N_OUTPUT), "the next request of the same client is served"
+
+
+async def knows_no_other_methods(bed: Bed) -> None:
+    """What an engine does not offer is an EngineError, not a silent nothing."""
+    with pytest.raises(EngineError, match="has no fly_async"):
+        await bed.a.engine.utility("fly_async", 3)
+
+
+async def says_nothing_before_its_start(bed: Bed) -> None:
+    """What only a start tells is an EngineError before it; an engine that never started is stopped without harm."""
+    engine = bed.maker.make_engine("0")
+    with pytest.raises(EngineError):
+        _ = engine.movable
+    assert engine.pid is None
+    await engine.stop(0.0)
+
+
 async def death_is_told_once_everywhere(bed: Bed) -> None:
     """After a kill: `next_outputs` raises (which `died` tells), who waits for an answer gets an error, sending is silent, stopping harmless."""
     request = bed.maker.make_request("d1", N_PROMPT, 200)
@@ -325,5 +365,9 @@ SHARED = (
     a_resume_whose_time_is_over_computes_anew,
     a_resume_in_time_pulls,
     the_report_names_requests,
+    says_what_it_is,
+    who_is_gone_leaves_nothing,
+    knows_no_other_methods,
+    says_nothing_before_its_start,
 )
 OWN = (death_is_told_once_everywhere, a_pull_from_the_dead_recomputes, stop_ends_pending_calls)

@@ -20,9 +20,9 @@ from engine_contract import OWN, SHARED, resume_pulls
 from vllm.platforms import current_platform
 
 from cascadeinfer.cluster.local import LOOPBACK
+from cascadeinfer.cluster.shared_memory import SHARED_MEMORY, segments_of
 from cascadeinfer.engines.protocol import Engine, EngineRequest, Resume
 from cascadeinfer.engines.vllm.connector.cascade_connector import CascadeConnector
-from cascadeinfer.engines.vllm.segments import SHARED_MEMORY, segments_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
@@ -245,7 +245,7 @@ async def test_rubbish_on_the_side_channel_keeps_nobody_out(bed: Bed, maker: Vll
     assert isinstance(engine, VllmInstance)
     with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
         sock.setsockopt(zmq.LINGER, 10_000)
-        sock.connect(f"tcp://{engine.hello['host']}:{engine.hello['port']}")
+        sock.connect(f"tcp://{engine.hello.host}:{engine.hello.port}")
         for frames in ([b""], [b"", b"\xc1"], [b"", b"\x93\xc4\x0cget_meta_msg\x07\x07"], [b"", bytes(1 << 20)]):
             sock.send_multipart(frames)
     assert await engine.listens()

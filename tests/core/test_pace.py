@@ -10,6 +10,7 @@ from cascadeinfer.core.cost.latency import BatchFeatures
 from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.events import InstanceJoined, InstanceLost, InstanceReport, InstanceReported
 from cascadeinfer.core.instance import Pricing
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.pace import IDLE_REPORTS_PER_FADING, REPORTS_KEPT, REPORTS_NEEDED, Pace, slowness_of
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import ClusterView
@@ -32,7 +33,7 @@ def cluster(*instance_ids: str) -> ClusterView:
     """Books with these instances."""
     view = ClusterView(lambda _: PRICES)
     for instance_id in instance_ids:
-        view.apply(InstanceJoined("c", instance_id, CAPACITY))
+        view.apply(InstanceJoined("c", instance_id, InstanceKind(CAPACITY)))
     return view
 
 
@@ -119,7 +120,7 @@ def test_another_life_begins_unknown() -> None:
         report(view, "a", step(0.2))
         report(view, "b", step(0.02))
     view.apply(InstanceLost("c", "a"))
-    view.apply(InstanceJoined("c", "a", CAPACITY))
+    view.apply(InstanceJoined("c", "a", InstanceKind(CAPACITY)))
     report(view, "b", step(0.02))
     assert sorted((i.instance_id, i.slowness) for i in view.instances.values()) == [("a", 1.0), ("b", 1.0)]
 
@@ -151,3 +152,15 @@ def test_between_the_limits_the_last_word_holds() -> None:
     costs = {"a": 1.7, "b": 1.0}
     assert slowness_of(costs, {"a": 1.0}) == {"a": 1.0, "b": 1.0}
     assert slowness_of(costs, {"a": 3.0}) == {"a": 1.7, "b": 1.0}
+
+
+def test_a_kind_that_is_slow_as_a_whole_lags_behind_nobody() -> None:
+    """An instance that is slow beside others of its step model lags; those of a slow kind are dearer, and their steps can be learnt from."""
+    view = ClusterView(lambda _: PRICES)
+    for instance_id, key in (("a", ""), ("b", ""), ("c", ""), ("d", "slow"), ("e", "slow"), ("f", "")):
+        view.apply(InstanceJoined("c", instance_id, InstanceKind(CAPACITY, key)))
+    for _ in range(REPORTS_NEEDED):
+        for instance_id, factor in (("a", 1.0), ("b", 1.0), ("c", 5.0), ("d", 3.0), ("e", 3.0), ("f", 1.0)):
+            report(view, instance_id, step(0.02 * factor))
+    assert slowness(view) == [1.0, 1.0, 5.0, 3.0, 3.0, 1.0]
+    assert [round(instance.lag, 6) for instance in view.instances.values()] == [1.0, 1.0, 5.0, 1.0, 1.0, 1.0]

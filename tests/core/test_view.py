@@ -1,5 +1,8 @@
 """The books: loads, room and lengths are right after every event, however events cross."""
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +18,7 @@ from cascadeinfer.core.events import (
     RequestArrived,
     RequestFinished,
 )
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import ClusterView, InstanceView, Pricing
 
@@ -25,7 +29,7 @@ def books(*instance_ids: str) -> ClusterView:
     """A view with these instances."""
     view = ClusterView(lambda _: Pricing(1.0, 0.1, 0.01, 0.002, 0.0, 0.5))
     for instance_id in instance_ids:
-        view.apply(InstanceJoined("c", instance_id, CAPACITY))
+        view.apply(InstanceJoined("c", instance_id, InstanceKind(CAPACITY)))
     return view
 
 
@@ -227,7 +231,7 @@ def test_books_balance(steps: list[tuple[int, int, int]]) -> None:
         elif kind == 5 and len(view.instances) > 1:
             view.apply(InstanceLost("c", here, (name,), (b,)))
         elif kind == 6 and here not in view.instances:
-            view.apply(InstanceJoined("c", here, CAPACITY))
+            view.apply(InstanceJoined("c", here, InstanceKind(CAPACITY)))
         elif kind == 7 and known is not None and known.place is None and here in view.instances:
             view.carry_out([Dispatch("c", name, here)])
         check(view)
@@ -259,4 +263,40 @@ def test_foreign_requests_are_load() -> None:
 
 def test_views_compare_by_identity() -> None:
     """Two instances with equal numbers are two instances."""
-    assert InstanceView("a", CAPACITY) != InstanceView("a", CAPACITY)
+    assert InstanceView("a", InstanceKind(CAPACITY)) != InstanceView("a", InstanceKind(CAPACITY))
+
+
+def kinds_view() -> ClusterView:
+    """One instance of 1,000 tokens and one of 500."""
+    view = ClusterView(lambda kind: Pricing(1.0, 0.0, 1.0 / kind.capacity.kv_tokens))
+    half = replace(CAPACITY, kv_blocks=CAPACITY.kv_blocks // 2)
+    view.apply(InstanceJoined("c", "a", InstanceKind(CAPACITY)))
+    view.apply(InstanceJoined("c", "b", InstanceKind(half, "slow")))
+    return view
+
+
+def test_who_could_hold_a_request() -> None:
+    """The cap counts, not the length now; one beyond all caches counts as the largest, also while that one is away."""
+    view = kinds_view()
+    most = CAPACITY.kv_tokens
+    everybody = view.available()
+    for number, (prompt, cap, able) in enumerate(
+        [(1, most // 2 - 1, "ab"), (1, most // 2, "a"), (1, most - 1, "a"), (most // 2, 10 * most, "a")]
+    ):
+        view.apply(RequestArrived("c", f"r{number}", prompt, cap))
+        request = view.requests[f"r{number}"]
+        assert "".join(i.instance_id for i in view.able(request, everybody)) == able
+        assert "".join(view.able_ids(request, ("a", "b"))) == able
+    view.apply(InstanceLost("c", "a"))
+    assert list(view.able(view.requests["r3"], view.available())) == []
+    assert [i.instance_id for i in view.able(view.requests["r0"], view.available())] == ["b"]
+
+
+def test_each_kind_has_its_own_prices() -> None:
+    """Prices follow from an instance's own kind; one of a kind that comes late weighs the wait for a first token like all others."""
+    view = kinds_view()
+    one, other = view.instances["a"].pricing, view.instances["b"].pricing
+    assert other.per_token == pytest.approx(2.0 * one.per_token)
+    view.set_urgency(0.25)
+    view.apply(InstanceJoined("c", "late", InstanceKind(CAPACITY, "new")))
+    assert view.instances["late"].pricing.urgency == 0.25

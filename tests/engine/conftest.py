@@ -146,12 +146,12 @@ async def started_zoo(
         )
         instances[name] = factories[name](0)
         if kind.reservation_life_s is not None:
-            transfer = instances[name].vllm_config.kv_transfer_config
+            transfer = instances[name].config.kv_transfer_config
             transfer.kv_connector_extra_config["reservation_life_s"] = kind.reservation_life_s
         # vLLM switches asynchronous scheduling off on a CPU, where it does not pay; it works there, and devices use it.
-        instances[name].vllm_config.scheduler_config.async_scheduling = kind.asynchronous
+        instances[name].config.scheduler_config.async_scheduling = kind.asynchronous
         if ON_V2:
-            instances[name].vllm_config.reasoning_config = reasoning()
+            instances[name].config.reasoning_config = reasoning()
     everyone = list(instances.values())
     try:
         await asyncio.gather(*(instance.start() for instance in everyone))
@@ -224,7 +224,7 @@ def asynchronous(make: Callable[[int], Any]) -> Callable[[int], Any]:
 
     def make_asynchronous(start: int) -> Any:
         engine = make(start)
-        engine.vllm_config.scheduler_config.async_scheduling = True
+        engine.config.scheduler_config.async_scheduling = True
         return engine
 
     return make_asynchronous

@@ -13,7 +13,7 @@ import psutil
 
 from cascadeinfer.cluster.local import LOOPBACK, free_port
 from cascadeinfer.cluster.runtime_folder import LOCK, NAME
-from cascadeinfer.engines.vllm.segments import PREFIX, SHARED_MEMORY
+from cascadeinfer.cluster.shared_memory import PREFIX, SHARED_MEMORY
 from cascadeinfer.loadgen.served_process import ServedProcess
 from conftest import QUICK_ENVIRONMENT
 

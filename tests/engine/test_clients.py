@@ -10,7 +10,7 @@ import pytest_asyncio
 from zoo import Zoo, greedy
 
 if TYPE_CHECKING:
-    from cascadeinfer.engines.vllm.attached import AttachedInstance
+    from cascadeinfer.engines.vllm.attached import AttachedCore
     from cascadeinfer.engines.vllm.attachment import Attachment
     from cascadeinfer.engines.vllm.instance import VllmInstance
 
@@ -20,14 +20,18 @@ NAMES = ("async+cache", "sync")
 """The two instances of the zoo that these tests use."""
 
 
-def attached(owner: "VllmInstance") -> "AttachedInstance":
+def attached(owner: "VllmInstance") -> "VllmInstance":
     """A second client of an instance, not started yet."""
-    from cascadeinfer.engines.vllm.attached import AttachedInstance, attachments_of
+    from cascadeinfer.engines.vllm.attached import AttachedCore
+    from cascadeinfer.engines.vllm.instance import VllmInstance
+    from cascadeinfer.engines.vllm.owned import attachment_of
 
-    async def attach(_: "AttachedInstance") -> "Attachment":
-        return attachments_of(owner)[0]
+    async def attach(_: "AttachedCore") -> "Attachment":
+        attachment = await attachment_of(owner, 1)
+        assert attachment is not None
+        return attachment
 
-    return AttachedInstance(owner.instance_id, owner.vllm_config, 1, attach)
+    return VllmInstance(AttachedCore(owner.instance_id, owner.config, 1, attach))
 
 
 @pytest_asyncio.fixture(loop_scope="session")

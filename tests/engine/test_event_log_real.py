@@ -9,6 +9,7 @@ import pytest
 from zoo import greedy, random_prompt
 
 from cascadeinfer.core.events import InstanceJoined
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.eventlog.log_summary import summarise_log
@@ -47,7 +48,7 @@ async def test_what_real_engines_were_told_replays(
     try:
         for state in cluster.runtime.fleet:
             assert state.capacity is not None
-            driver.emit(InstanceJoined(f"up:{state.instance_id}", state.instance_id, state.capacity))
+            driver.emit(InstanceJoined(f"up:{state.instance_id}", state.instance_id, InstanceKind(state.capacity)))
         prompts = [random_prompt(20 + 5 * number, seed=number) for number in range(N_REQUESTS)]
         streams = [
             cluster.stream(prompt, greedy(140), request_id=f"log-{name}-{i}") for i, prompt in enumerate(prompts)

@@ -77,8 +77,8 @@ async def test_every_offset_around_block_boundaries(zoo: Zoo, source: str, targe
             assert attempt.output == expected
             return 0
         assert attempt.ticket is not None
-        assert attempt.ticket["remote_num_tokens"] == attempt.n_tokens - 1
-        assert len(attempt.ticket["remote_block_ids"][0]) == -(-(attempt.n_tokens - 1) // BLOCK)
+        assert attempt.ticket.n_tokens == attempt.n_tokens - 1
+        assert len(attempt.ticket.params["remote_block_ids"][0]) == -(-(attempt.n_tokens - 1) // BLOCK)
         await moved.until_end()
         assert moved.output == expected
         return attempt.n_tokens

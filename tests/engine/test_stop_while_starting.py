@@ -22,7 +22,7 @@ from server_process import QUICK_SERVER
 
 from cascadeinfer.cluster.local import free_port
 from cascadeinfer.cluster.runtime_folder import sweep
-from cascadeinfer.engines.vllm.segments import SHARED_MEMORY, segments_of
+from cascadeinfer.cluster.shared_memory import SHARED_MEMORY, segments_of
 from conftest import QUICK_ENVIRONMENT
 
 pytestmark = pytest.mark.engine

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from zoo import BLOCK, END_THINK_ID, EOS_ID, PAIRS, THINK_ID, Attempt, Zoo, random_prompt
 
+from cascadeinfer.engines.vllm.connector.ticket import VllmTicket
 from support.v2_states import PREFIX, Recording, State
 
 pytestmark = [pytest.mark.engine, pytest.mark.runner("V2"), pytest.mark.asyncio(loop_scope="session")]
@@ -134,7 +135,7 @@ async def test_states_after_a_recomputation(zoo: Zoo, recording: Recording, alon
 
 async def mutate(zoo: Zoo, pair: tuple[str, str], name: str) -> None:
     """Switch a fault on at the pair's target; an empty name switches it off."""
-    await zoo.instances[pair[1]].client.call_utility_async("cascade_test_mutate", name)
+    await zoo.instances[pair[1]].utility("call_utility_async", "cascade_test_mutate", name)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +167,9 @@ async def test_comparison_sees_wrong_blocks(zoo: Zoo, recording: Recording, alon
     attempt = await zoo.start(here, PROMPT, await params(zoo, "greedy"), request_id=_fresh("moved"))
     await attempt.until_output(12)
     assert await zoo.cut(attempt)
-    assert attempt.ticket is not None
-    [blocks] = attempt.ticket["remote_block_ids"]
+    assert isinstance(attempt.ticket, VllmTicket)
+    [blocks] = attempt.ticket.params["remote_block_ids"]
     assert len(blocks) > 1
-    rotated = {**attempt.ticket, "remote_block_ids": [[*blocks[1:], blocks[0]]]}
+    rotated = VllmTicket({**attempt.ticket.params, "remote_block_ids": [[*blocks[1:], blocks[0]]]})
     moved = await (await zoo.resume(attempt, there, ticket=rotated)).until_end()
     assert "text" in differences(recording, "greedy", moved, expected)

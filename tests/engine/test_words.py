@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from zoo import BLOCK, KINDS, Attempt, Zoo, greedy, random_prompt
 
+from cascadeinfer.engines.vllm.connector.ticket import VllmTicket
 from cascadeinfer.engines.vllm.instance import VllmInstance
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
@@ -46,9 +47,9 @@ async def test_what_a_client_says_changes_nothing(zoo: Zoo, name: str) -> None:
     assert not any(counters.held_blocks.values())
 
 
-async def with_ticket(zoo: Zoo, old: Attempt, target: VllmInstance, ticket: dict[str, Any]) -> Attempt:
-    """The request goes on at the target with this ticket in place of its own."""
-    return await zoo.resume(old, target, ticket=ticket)
+async def with_ticket(zoo: Zoo, old: Attempt, target: VllmInstance, params: dict[str, Any]) -> Attempt:
+    """The request goes on at the target with a ticket of these parameters in place of its own."""
+    return await zoo.resume(old, target, ticket=VllmTicket(params))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -66,8 +67,8 @@ async def test_impossible_tickets(zoo: Zoo, name: str) -> None:
     await old.until_output(5)
     if not await zoo.cut(old):
         pytest.skip("it ended before the cut")
-    ticket = old.ticket
-    assert ticket is not None
+    assert isinstance(old.ticket, VllmTicket)
+    ticket = old.ticket.params
     [blocks] = ticket["remote_block_ids"]
     for wrong in (
         {"remote_port": "x"},
@@ -89,15 +90,17 @@ async def test_impossible_tickets(zoo: Zoo, name: str) -> None:
 async def test_a_token_is_for_one_start(zoo: Zoo) -> None:
     """Words under another instance's token are nobody's: the whole text is taken for a prompt, and nothing is pulled."""
     here, other = zoo.instances["async"], zoo.instances["sync"]
-    assert here.connector_token != other.connector_token
+    assert here.channel.connector_token != other.channel.connector_token
     old = await zoo.start(other, random_prompt(40, 3), greedy(20))
     await old.until_end()
     pulls = (await zoo.counters(here)).pulls
-    right, here.connector_token = here.connector_token, other.connector_token
+    right, here.channel.connector_token = here.channel.connector_token, other.channel.connector_token
     try:
-        attempt = await zoo.resume(dataclasses.replace(old, token_ids=old.token_ids[:10]), here, ticket={**FORGED})
+        attempt = await zoo.resume(
+            dataclasses.replace(old, token_ids=old.token_ids[:10]), here, ticket=VllmTicket({**FORGED})
+        )
     finally:
-        here.connector_token = right
+        here.channel.connector_token = right
     await attempt.until_end()
     assert len(attempt.token_ids) == 20, "it was taken for a request that has run before"
     assert (await zoo.counters(here)).pulls == pulls

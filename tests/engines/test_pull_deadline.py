@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPu
 
 from cascadeinfer.engines.models.tiny import make_tiny_llama
 from cascadeinfer.engines.vllm.connector.deadline import PullDeadlines, attach_deadlines, is_over
-from cascadeinfer.engines.vllm.connector.ticket import PULL_BEFORE, resume_params
+from cascadeinfer.engines.vllm.connector.ticket import CUT, PULL_BEFORE, VllmTicket, resume_params
 from cascadeinfer.engines.vllm.connector.worker_side import CascadeWorkerSide
 
 
@@ -122,7 +122,7 @@ def test_a_read_whose_time_is_over_does_not_begin(monkeypatch: pytest.MonkeyPatc
 
 def test_the_word_goes_with_a_ticket_only() -> None:
     """A request that is computed anyway has no deadline; a deadline that is minus infinity has passed."""
-    ticket = {"remote_num_tokens": 39}
+    ticket = VllmTicket({CUT: True, "remote_num_tokens": 39})
     assert resume_params(ticket, prompt_tokens=30, pull_before_s=5.0)[PULL_BEFORE] == 5.0
     assert PULL_BEFORE not in resume_params(None, prompt_tokens=30, pull_before_s=5.0)
     assert PULL_BEFORE not in resume_params(ticket, prompt_tokens=30)

@@ -74,8 +74,12 @@ def test_compressed_logs_are_read_by_content(good: Path, tmp_path: Path) -> None
         (lambda _: [], r"line 1: not an event log"),
         (lambda _: [b"\x1f\x8b\x08\x00garbage of a gzip"], r"cannot be read"),
         (
-            lambda lines: [lines[0].replace(b'"schema_version":1', b'"schema_version":2'), *lines[1:]],
-            r"line 1: schema 2 of .*; this program reads 1",
+            lambda lines: [lines[0].replace(b'"schema_version":2', b'"schema_version":3'), *lines[1:]],
+            r"line 1: schema 3 of .*; this program reads 2",
+        ),
+        (
+            lambda lines: [lines[0].replace(b'"schema_version":2', b'"schema_version":1'), *lines[1:]],
+            r"line 1: schema 1 of .*; this program reads 2: replay it with the version that wrote it",
         ),
         (
             lambda lines: [lines[0].replace(b'"run":', b'"ran":'), *lines[1:]],
@@ -88,7 +92,7 @@ def test_compressed_logs_are_read_by_content(good: Path, tmp_path: Path) -> None
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(good: Path, tmp_path: Path, change: object, message: str) -> None:
-    """Garbage, missing or doubled lines, foreign files and newer schemas are errors that name file and line."""
+    """Garbage, missing or doubled lines, foreign files, newer and older schemas are errors that name file and line."""
     bad = write_lines(tmp_path / "bad", change(lines_of(good)))  # type: ignore[operator]
     with pytest.raises(EventLogError, match=message) as raised:
         read(bad)

@@ -195,7 +195,7 @@ def test_header_tells_what_a_replay_needs(tmp_path: Path) -> None:
         pass
     header = msgspec.json.decode(gzip.decompress((tmp_path / "log.gz").read_bytes()).splitlines()[0])
     assert header["format"] == "cascadeinfer-event-log"
-    assert (header["schema_version"], header["policy"], header["profile"]) == (1, "static_stages", "p")
+    assert (header["schema_version"], header["policy"], header["profile"]) == (2, "static_stages", "p")
     assert header["options"]["retry_s"] == 0.1
     assert header["instances"] == ["i0", "i1", "i2"]
 

@@ -13,7 +13,7 @@ from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.types import InstanceCapacity
-from cascadeinfer.engines.protocol import EngineRequest
+from cascadeinfer.engines.protocol import Engine, EngineRequest
 from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.frontend.processes import follower as follower_module
@@ -21,15 +21,21 @@ from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.channel import MAX_UNSENT_BYTES, Channel
 from cascadeinfer.frontend.processes.follower import Follower
 from cascadeinfer.frontend.processes.messages import (
-    Answer,
+    Added,
+    AddInstances,
+    DrainInstance,
     FleetNews,
     FromFollower,
     FromOwner,
     InstanceNews,
     LayoutNews,
+    Look,
     Question,
+    Refused,
+    Shown,
     Stop,
     Summary,
+    UnknownInstance,
 )
 from cascadeinfer.frontend.processes.owner import HANG_S, LOOK_S, FrontEnds
 from cascadeinfer.runtime.metrics import RuntimeMetrics
@@ -43,7 +49,7 @@ DEADLINE_S = 20.0
 
 def attachment(engine_id: str) -> Attachment:
     """Of one life of an instance."""
-    return Attachment(0, 1, {"engine_id": engine_id}, "", "ipc://in", "ipc://out", "token")
+    return Attachment(0, 1, engine_id, b"", "ipc://in", "ipc://out", "token")
 
 
 class Attached(SimulatedEngine):
@@ -136,7 +142,7 @@ class Pair:
     def up(self) -> dict[str, str]:
         """Instances that the follower's runtime uses, with the life it is attached to."""
         assert self.runtime is not None
-        return {e.instance_id: e.attachment.hello["engine_id"] for e in self.runtime.live_engines()}
+        return {e.instance_id: e.attachment.engine_id for e in self.runtime.live_engines()}
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -152,7 +158,7 @@ async def test_channel_keeps_order_and_size() -> None:
     ours, its = socket.socketpair()
     owner = await Channel[FromFollower].open(ours, FromFollower)
     its_channel = await Channel[FromOwner].open(its, FromOwner)
-    sent = [Answer(number, content="x" * 3**number) for number in range(14)] + [Stop(at_once=True)]
+    sent = [Shown(number, {"x": "x" * 3**number}) for number in range(14)] + [Stop(at_once=True)]
     for message in sent:
         owner.send(message)
     owner.close()
@@ -167,7 +173,7 @@ async def test_channel_gives_up_on_who_never_reads() -> None:
     with its:
         owner = await Channel[FromFollower].open(ours, FromFollower)
         for _ in range(3):
-            owner.send(Answer(0, content="x" * (MAX_UNSENT_BYTES // 2 + 1)))
+            owner.send(Refused(0, "x" * (MAX_UNSENT_BYTES // 2 + 1)))
         owner.send(Stop(at_once=False))
         assert [message async for message in owner.messages()] == []
 
@@ -188,7 +194,7 @@ async def test_follower_keeps_in_step_with_the_fleet() -> None:
         pair.tell(a="a2", b="b2")  # so quick that the news of its death were merged with those of its next life
         await until(lambda: pair.up() == {"a": "a2", "b": "b2"})
         pair.tell(b="b2")
-        await until(lambda: pair.runtime is not None and list(pair.runtime.fleet.states) == ["b"])
+        await until(lambda: pair.runtime is not None and list(pair.runtime.fleet.records) == ["b"])
 
 
 @pytest.mark.parametrize("why", [None, "its side channel is dead"])
@@ -220,7 +226,7 @@ async def test_follower_empties_what_drains() -> None:
         pair.channel.send(
             FleetNews([InstanceNews("a", attachment("a1"), 0, 1e9), InstanceNews("b", attachment("b1"), 0, None)])
         )
-        await until(lambda: "a" not in runtime.fleet.states)
+        await until(lambda: "a" not in runtime.fleet.records)
         await runtime.submit(EngineRequest("r", [1] * 10, 5, SimulatedParams()))
         assert runtime.tally()["on_instance"] == {"b": 1}
 
@@ -266,20 +272,34 @@ async def test_follower_asks_process_0() -> None:
         pair.tell(a="a1", b="b1")
         await pair.serve()
 
-        async def answered(work: Coroutine[Any, Any, Any], **answer: Any) -> Any:
+        async def answered(work: Coroutine[Any, Any, Any], answer: Callable[[Any], Any]) -> Any:
             task = asyncio.ensure_future(work)
             await until(lambda: any(isinstance(m, Question) for m in pair.heard))
             question = next(m for m in pair.heard if isinstance(m, Question))
             pair.heard.remove(question)
-            pair.channel.send(Answer(question.number, **answer))
+            pair.channel.send(answer(question))
             return await task
 
-        assert await answered(pair.follower.snapshot(), content={"instances": []}) == {"instances": []}
-        assert await answered(pair.follower.add(2), content=["5", "6"]) == ["5", "6"]
+        def looked(question: Look) -> Shown:
+            return Shown(question.number, {"instances": []})
+
+        def added(question: AddInstances) -> Added:
+            assert question.count == 2
+            return Added(question.number, ["5", "6"])
+
+        def unknown(question: DrainInstance) -> UnknownInstance:
+            assert question.timeout_s == 1.0
+            return UnknownInstance(question.number, question.instance_id)
+
+        def refused(question: DrainInstance) -> Refused:
+            return Refused(question.number, "the last one")
+
+        assert await answered(pair.follower.snapshot(), looked) == {"instances": []}
+        assert await answered(pair.follower.add(2), added) == ["5", "6"]
         with pytest.raises(UnknownInstanceError, match="no instance 9"):
-            await answered(pair.follower.drain("9", 1.0), unknown="9")
+            await answered(pair.follower.drain("9", 1.0), unknown)
         with pytest.raises(ScalingRefusedError, match="the last one"):
-            await answered(pair.follower.drain("a", 1.0), refused="the last one")
+            await answered(pair.follower.drain("a", 1.0), refused)
 
 
 @pytest.mark.asyncio
@@ -333,7 +353,7 @@ class StubProcess:
 
 def test_a_follower_is_not_killed_for_the_owners_own_pause() -> None:
     """Process 0 that was stopped begins to count anew; one that stays silent is killed after the whole time limit."""
-    owner = FrontEnds(2, None, None, [0, 0])  # type: ignore[arg-type]
+    owner = FrontEnds(2, None, None, None, [0, 0])  # type: ignore[arg-type]
     (follower,) = owner._followers
     process = follower.process = StubProcess()  # type: ignore[assignment]
     follower.summary = Summary(1, 0, 0, {}, 0, {}, 0, [], [])
@@ -350,3 +370,48 @@ def test_a_follower_is_not_killed_for_the_owners_own_pause() -> None:
     assert not any(look(LOOK_S) for _ in range(int(HANG_S / LOOK_S) - 10))
     assert not look(48.0)
     assert looks_until_killed() == pytest.approx(HANG_S / LOOK_S, abs=1)
+
+
+class StubChannel:
+    """Keeps what is sent."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.sent: list[Any] = []
+
+    def send(self, message: Any) -> None:
+        """See Channel."""
+        self.sent.append(message)
+
+
+@pytest.mark.asyncio
+async def test_process_0_tells_each_follower_what_it_needs() -> None:
+    """News have an attachment of the follower's own for each instance that is up, none for one that is down; what has been said is not said again."""
+
+    async def attachment_of(engine: Engine, client: int) -> Attachment | None:
+        return attachment(f"{engine.instance_id} for {client}")
+
+    runtime = Runtime(
+        {name: lambda n_start, name=name: SimulatedEngine(name, n_start, CAPACITY) for name in "ab"},  # type: ignore[misc]
+        StaticStages(layout=LAYOUT),
+        lambda read: RuntimeMetrics(CollectorRegistry(), read),
+        supervision=SupervisionTimes(report_s=0.01, backoff_first_s=DEADLINE_S),
+    )
+    await runtime.start()
+    owner = FrontEnds(3, runtime, None, attachment_of, [0, 0, 0])  # type: ignore[arg-type]
+    channels = []
+    for follower in owner._followers:
+        follower.channel = StubChannel()  # type: ignore[assignment]
+        channels.append(follower.channel)
+        await owner._tell_news_to(follower)
+        await owner._tell_news_to(follower)
+    for client, channel in enumerate(channels, 1):
+        [first] = [message for message in channel.sent if isinstance(message, FleetNews)]
+        ids = [one.attachment and one.attachment.engine_id for one in first.instances]
+        assert ids == [f"a for {client}", f"b for {client}"]
+    runtime.fleet["b"].supervisor.engine.kill()
+    await until(lambda: runtime.fleet["b"].engine is None)
+    await owner._tell_news_to(owner._followers[0])
+    news = [message for message in channels[0].sent if isinstance(message, FleetNews)]
+    assert [one.attachment is None for one in news[-1].instances] == [False, True]
+    await runtime.stop(0.0)

@@ -1,45 +1,21 @@
 """A simulated engine to profile: its step model is known, so what the profiler finds can be compared with the truth."""
 
-from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedTimes
-from cascadeinfer.engines.simulated.model import VOCABULARY
+from cascadeinfer.engines.simulated.model import IDENTITY as simulated_identity  # noqa: N811 - it has the constants below
 from cascadeinfer.profiling.subject import Subject
 
 CAPACITY = InstanceCapacity(kv_blocks=1000, block_size_tokens=16, max_num_seqs=32, max_batched_tokens=512)
 MAX_MODEL_TOKENS = 4096
-KV_BYTES_PER_TOKEN = 1_000
+IDENTITY, KV_BYTES_PER_TOKEN, _ = simulated_identity
 TRUTH = StepModel(
     base_s=5e-3,
     per_decode_s=4e-5,
     per_kv_token_s=3e-7,
     per_prefill_token_s=2e-5,
     per_prefill_attention_s=4e-9,
-)
-IDENTITY = EngineIdentity(
-    engine="simulated",
-    engine_version="1",
-    model="digest",
-    architecture="Digest",
-    layers=2,
-    hidden_size=64,
-    query_heads=4,
-    kv_heads=2,
-    head_size=16,
-    vocabulary=VOCABULARY,
-    experts=0,
-    dtype="float32",
-    kv_cache_dtype="auto",
-    quantization="none",
-    tensor_parallel=1,
-    pipeline_parallel=1,
-    device="nothing",
-    threads=1,
-    attention_backend="NONE",
-    eager=True,
-    asynchronous=False,
 )
 
 

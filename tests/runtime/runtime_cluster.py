@@ -8,12 +8,12 @@ or reservation on any engine (well before a lease could have hidden a leak), no 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 from prometheus_client import CollectorRegistry
 
-from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
+from cascadeinfer.core.effects import Dispatch, Effect, MigrationReason, StartMigration
 from cascadeinfer.core.errors import ScalingRefusedError
 from cascadeinfer.core.events import Event, MigrationEnded, PinReason, TimerFired
 from cascadeinfer.core.migration import Happening, Migration, MigrationLimits, State
@@ -22,10 +22,12 @@ from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.quarantine import DEATHS
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity
-from cascadeinfer.core.view import InstanceView, RequestView
+from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams, SimulatedTimes, generate
+from cascadeinfer.runtime import instance_state
 from cascadeinfer.runtime.driver import Observer
+from cascadeinfer.runtime.instance_state import Deed
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes
@@ -163,6 +165,7 @@ class Cluster:
         self._pump: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._numbers = 0
+        self._observer = observer
 
         self.runtime = Runtime(
             {instance_id: self._factory(instance_id) for instance_id in self.engines},
@@ -171,7 +174,7 @@ class Cluster:
             supervision=supervision,
             migration=migration,
             source=self,
-            observer=observer,
+            observer=self._observe,
             poison_deaths=poison_deaths,
             clock=lambda: asyncio.get_running_loop().time(),
         )
@@ -243,6 +246,25 @@ class Cluster:
         while True:
             for delta in (await self.runtime.next_outputs()).outputs:
                 self.clients[delta.request_id].hear(delta)
+
+    def _observe(self, now_s: float, event: Event, effects: Sequence[Effect], failed: str | None = None) -> None:
+        """No policy that has not failed places anything where the state of the instance forbids it."""
+        for effect in effects:
+            if isinstance(effect, Dispatch) and not self.runtime._driver._failures:
+                self._check_place(effect)
+        if self._observer is not None:
+            self._observer(now_s, event, effects, failed)
+
+    def _check_place(self, effect: Dispatch) -> None:
+        lives = {record.instance_id: record.life for record in self.runtime.fleet}
+        life = lives[effect.instance_id]
+        in_need = not any(other.allows(Deed.TAKE) for other in lives.values())
+        # A policy hears of a condemned instance when it is dead.
+        if (
+            not life.allows(Deed.TAKE_IN_NEED if in_need else Deed.TAKE)
+            and life.state is not instance_state.State.CONDEMNED
+        ):
+            self.defects.append(f"{effect}, but {life}")
 
     async def _watch_attempts(self) -> None:
         """A live engine never keeps working on an attempt that the runtime has given up."""
@@ -335,11 +357,13 @@ class Cluster:
 
     async def all_up(self) -> None:
         """Wait until every instance is up."""
-        await self.until(lambda: len(self.runtime.live_engines()) == len(self.runtime.fleet.states), "all instances up")
+        await self.until(
+            lambda: len(self.runtime.live_engines()) == len(self.runtime.fleet.records), "all instances up"
+        )
 
     async def gone(self, instance_id: str) -> Departed:
         """Wait until an instance has been removed; what became of it."""
-        await self.until(lambda: instance_id not in self.runtime.fleet.states, f"{instance_id} is gone")
+        await self.until(lambda: instance_id not in self.runtime.fleet.records, f"{instance_id} is gone")
         return next(d for d in self.runtime.fleet.departed if d.instance_id == instance_id)
 
     async def settled(self) -> None:
@@ -348,10 +372,10 @@ class Cluster:
         await asyncio.sleep(GRACE_S)
         self.check_pump()
         assert self.runtime.n_live_requests == 0
-        assert self.placed == set(self.runtime.fleet.states), "a place was not given back"
+        assert self.placed == set(self.runtime.fleet.records), "a place was not given back"
         assert len(self.runtime._migrator) == 0
         assert not self.runtime._streams._by_attempt
-        assert not self.runtime._performer.rejected
+        assert not list(self.runtime._streams)
         for engine in self.runtime.live_engines():
             assert isinstance(engine, SimulatedEngine)
             core = engine.core
@@ -361,9 +385,20 @@ class Cluster:
         for generation in self.engines.values():
             assert not sum(engine.core.stale_reads for engine in generation), "a pull after the lease"
         if isinstance(self.policy, LeastLoaded):
+            if not self.runtime._driver._failures:
+                self._check_view(self.policy.view)
             assert not self.policy.view.requests
             assert not [i for i in self.policy.view.instances.values() if i.request_ids or i.inbound or i.outbound]
             assert not [i for i in self.policy.view.instances.values() if i.kv_tokens or i.waiting]
+
+    def _check_view(self, view: ClusterView) -> None:
+        """The policy's books and the runtime agree on who is there, who drains and who is suspect."""
+        there = {record.instance_id: record for record in self.runtime.fleet if record.engine is not None}
+        assert view.instances.keys() == there.keys()
+        for instance_id, record in there.items():
+            instance = view.instances[instance_id]
+            assert instance.draining == (record.drain is not None), record.life
+            assert instance.suspect == record.suspect, record.life
 
 
 class _Defects(logging.Handler):

@@ -146,6 +146,12 @@ async def test_a_failed_start_is_told_and_harms_nobody() -> None:
         added = cluster.runtime.elastic.add(2)
         gone = await cluster.gone(added[0])
         assert (gone.how, gone.error) == ("did not start", "instance 3: did not start: no memory")
+        (shown,) = cluster.runtime.snapshot()["departed"]
+        assert [(p["event"], p["state"], p["why"]) for p in shown["history"]] == [
+            ("start", "starting", None),
+            ("start_failed", "removing", gone.error),
+            ("removed", "gone", "did not start"),
+        ]
         await cluster.all_up()
         assert set(phases(cluster)) == {"a", "b", "c", added[1]}
         await client.until_end()

@@ -192,7 +192,7 @@ async def test_in_the_end_everybody_knows_everybody(seed: int) -> None:
     async with Cluster(max_instances=6) as cluster:
         for _ in range(25):
             await asyncio.sleep(dice.choice((0.0, 0.01, 0.3, 1.5)))
-            engine = cluster[dice.choice(sorted(cluster.runtime.fleet.states))]
+            engine = cluster[dice.choice(sorted(cluster.runtime.fleet.records))]
             match dice.randrange(6):
                 case 0 | 1:
                     engine.kill()
@@ -203,7 +203,7 @@ async def test_in_the_end_everybody_knows_everybody(seed: int) -> None:
                 case 4:
                     engine.hold_answers("handshake")
                     asyncio.get_running_loop().call_later(dice.random() * 20.0, engine.release_answers, "handshake")
-                case 5 if len(cluster.runtime.fleet.states) < 6:
+                case 5 if len(cluster.runtime.fleet.records) < 6:
                     cluster.runtime.elastic.add()
         await asyncio.sleep(120.0)
         for engine in cluster.runtime.live_engines():

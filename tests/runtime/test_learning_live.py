@@ -42,7 +42,7 @@ async def test_stages_come_by_themselves(caplog: pytest.LogCaptureFixture) -> No
             await asyncio.sleep(float(rng.exponential(0.06)))
         for client in clients:
             await client.until_end()
-        model = policy._adaptation.model
+        model = policy._models.of("")
         assert model is not None
         assert model.per_kv_token_s == pytest.approx(TRUTH.per_kv_token_s, rel=0.15)
         layout = cluster.runtime.fleet.layout

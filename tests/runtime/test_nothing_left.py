@@ -183,7 +183,9 @@ async def test_an_observer_that_fails() -> None:
         with pytest.raises(OSError, match="disk full"):
             await cluster.submit("r", 40, 60)
         failing[0] = False
+        stream = cluster.runtime._streams.get("r")
+        assert stream is not None
+        assert not stream.arriving
         cluster.clients["r"].left = True
         cluster.runtime.abort(["r"])  # as the front end does
-        assert not cluster.runtime._performer.arriving
         await cluster.settled()

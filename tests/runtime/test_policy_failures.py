@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 from runtime_cluster import Cluster, ScriptedPolicy
 
-from cascadeinfer.core.effects import Dispatch, Effect
-from cascadeinfer.core.errors import PolicyError
+from cascadeinfer.core.effects import Dispatch, Effect, Reject
+from cascadeinfer.core.errors import PolicyError, RequestRejectedError
 from cascadeinfer.core.events import (
     Event,
     InstanceJoined,
@@ -68,6 +68,54 @@ async def test_a_failed_arrival_is_an_error_at_once(late: bool, caplog: pytest.L
         assert "the policy failed at RequestArrived(" in caplog.text
         assert ("late" if late else "early") in caplog.text
         assert not any(cluster.runtime.fleet[i].supervisor.restarts for i in "abc")
+
+
+class Clumsy(Failing):
+    """Refuses `bad` where a test says so, as it arrives, and with the same breath asks for something impossible."""
+
+    def __init__(self, fails: Callable[[Event], bool] = lambda _: False) -> None:
+        """Fail at events of which `fails` says so; refuse nobody yet."""
+        super().__init__(fails)
+        self.refusals = 0
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """See Policy; what it asks for second is no effect at all."""
+        if self.refusals and isinstance(event, RequestArrived) and event.request_id == "bad":
+            self.refusals -= 1
+            return [Reject("test", "bad", "no", 1.0), "no effect"]  # type: ignore[list-item]
+        return super().handle(event, now_s)
+
+
+@virtual_time
+async def test_a_refusal_and_a_failure_at_once_are_forgotten_with_the_request() -> None:
+    """The sender hears of the refusal; the next request with the same id has nothing to do with either."""
+    async with Cluster(policy := Clumsy()) as cluster:
+        policy.refusals = 1
+        with pytest.raises(RequestRejectedError):
+            await cluster.submit("bad")
+        again = await cluster.submit("bad")
+        await again.until_end()
+        assert again.finish_reason == "length"
+
+
+@virtual_time
+async def test_a_refusal_and_a_failure_at_once_end_an_orphan_once() -> None:
+    """A request that is announced anew, refused, and failed at with the same breath gets one error, and those after it are placed."""
+    async with Cluster(policy := Clumsy(lambda event: isinstance(event, InstanceLost))) as cluster:
+        policy.places = {"bad": "b", "r": "b"}
+        clients = [await cluster.submit(name, 30, 400) for name in ("bad", "r")]
+        for client in clients:
+            await client.until_tokens(5)
+        policy.refusals = 1
+        cluster["b"].kill()
+        for client in clients:
+            await client.until_end()
+        assert [client.finish_reason for client in clients] == ["error", "length"]
+        assert cluster.registry.get_sample_value("cascadeinfer_requests_total", {"outcome": "rejected"}) == 1
+        assert not cluster.registry.get_sample_value("cascadeinfer_requests_total", {"outcome": "failed"})
+        await cluster.all_up()
+        policy.left = 0
+        cluster.runtime.announce_loss("b")
 
 
 @pytest.mark.parametrize("late", [False, True])

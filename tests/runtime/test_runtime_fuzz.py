@@ -115,7 +115,7 @@ async def trouble(cluster: Cluster, rng: random.Random) -> None:
 
 def scale(cluster: Cluster, rng: random.Random) -> None:
     """An instance more or one less, whatever state it is in, when that is allowed."""
-    there = list(cluster.runtime.fleet.states)
+    there = list(cluster.runtime.fleet.records)
     with contextlib.suppress(ScalingRefusedError):
         if rng.random() < (0.7 if len(there) < N_INSTANCES else 0.3):
             cluster.runtime.elastic.add()

@@ -26,6 +26,7 @@ from cascadeinfer.core.events import (
     RequestFinished,
     TimerFired,
 )
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 
@@ -57,6 +58,8 @@ class World:
     capacity: InstanceCapacity = SMALL
     max_migrations: int = 3
     may_hold_back: bool = False
+    kinds: dict[InstanceId, InstanceKind] = field(default_factory=dict)
+    """Instances that are not of `capacity` and the default step model."""
     now_s: float = 0.0
     draining: dict[InstanceId, bool] = field(default_factory=dict)
     suspects: set[InstanceId] = field(default_factory=set)
@@ -67,6 +70,7 @@ class World:
     rejected: list[RequestId] = field(default_factory=list)
     _ids_used: set[MigrationId] = field(default_factory=set)
     _reports: int = 0
+    _largest_tokens: int = 0
 
     # --- commands -------------------------------------------------------------------------------------------------------
 
@@ -87,7 +91,8 @@ class World:
         effects: list[Effect] = []
         for instance_id in instance_ids:
             self.draining[instance_id] = False
-            effects += self.emit(InstanceJoined(f"up:{instance_id}", instance_id, self.capacity))
+            self._largest_tokens = max(self._largest_tokens, self.kind_of(instance_id).capacity.kv_tokens)
+            effects += self.emit(InstanceJoined(f"up:{instance_id}", instance_id, self.kind_of(instance_id)))
         self._check_placed()
         return effects
 
@@ -184,9 +189,10 @@ class World:
     def report(self, instance_id: InstanceId, *, step_s: float = 0.02) -> list[Effect]:
         """An instance reports; what waited there runs from now on, as far as it fits."""
         here = self.on(instance_id)
+        capacity = self.kind_of(instance_id).capacity
         running = [request for request in here if request.running]
         for request in here:
-            if not request.running and len(running) < self.capacity.max_num_seqs:
+            if not request.running and len(running) < capacity.max_num_seqs:
                 request.running = True
                 running.append(request)
         waiting = [request for request in here if not request.running]
@@ -196,7 +202,7 @@ class World:
             tuple(r.tokens for r in running),
             tuple(r.request_id for r in waiting),
             tuple(r.tokens for r in waiting),
-            min(self.capacity.kv_blocks, sum(self.capacity.blocks_for(r.tokens) for r in running)),
+            min(capacity.kv_blocks, sum(capacity.blocks_for(r.tokens) for r in running)),
             step_s if running else 0.0,
         )
         return self.emit(InstanceReported(f"report:{instance_id}:{self._reports}", instance_id, report))
@@ -250,6 +256,15 @@ class World:
         """Requests on an instance."""
         return [request for request in self.requests.values() if request.instance_id == instance_id]
 
+    def kind_of(self, instance_id: InstanceId) -> InstanceKind:
+        """What an instance is."""
+        return self.kinds.get(instance_id, InstanceKind(self.capacity))
+
+    def could_hold(self, instance_id: InstanceId, request: WorldRequest) -> bool:
+        """Whether an instance's whole cache holds the request at its longest; a cap beyond all caches counts as the largest of them."""
+        longest = min(request.prompt_tokens + request.max_output_tokens, self._largest_tokens)
+        return longest <= self.kind_of(instance_id).capacity.kv_tokens
+
     def open_instances(self) -> list[InstanceId]:
         """Those that take requests."""
         return [instance_id for instance_id, draining in self.draining.items() if not draining]
@@ -268,6 +283,7 @@ class World:
                 assert effect.request_id not in self.rejected, f"{effect}: it was refused"
                 assert self.draining.get(effect.instance_id) is False, f"{effect}: that takes no requests"
                 self._check_answers(effect, effect.instance_id)
+                assert self.could_hold(effect.instance_id, request), f"{effect}: it does not fit there"
                 request.instance_id = effect.instance_id
                 request.dispatches += 1
             case Reject():
@@ -291,6 +307,7 @@ class World:
         assert request.migration_id is None, f"{effect}: it is under way already"
         assert effect.source_id != effect.target_id, f"{effect}: to itself"
         assert self.draining.get(effect.target_id) is False, f"{effect}: the target takes no requests"
+        assert self.could_hold(effect.target_id, request), f"{effect}: it does not fit there"
         self._ids_used.add(effect.migration_id)
         self.moves[effect.migration_id] = effect
         request.migration_id = effect.migration_id
@@ -308,7 +325,9 @@ class World:
         request.migration_id = None
 
     def _check_placed(self) -> None:
-        """While somebody takes requests, every request has a place."""
-        if self.open_instances() and not self.may_hold_back:
-            stuck = [request.request_id for request in self.requests.values() if request.instance_id is None]
+        """While somebody takes requests and could hold it, every request has a place."""
+        takers = self.trusted_instances() or self.open_instances()
+        if takers and not self.may_hold_back:
+            homeless = [request for request in self.requests.values() if request.instance_id is None]
+            stuck = [r.request_id for r in homeless if any(self.could_hold(instance_id, r) for instance_id in takers)]
             assert not stuck, f"no place for {stuck}"

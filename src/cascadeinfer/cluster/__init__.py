@@ -1,1 +1,1 @@
-"""Where instances run: processes on this machine."""
+"""Where instances run: the protocol of a launcher, and the launcher for processes of this machine."""

@@ -1,25 +1,41 @@
 """
-Instances as processes of this machine: which cores, devices and ports each one gets.
+The launcher for instances that are processes of this machine, children of the process that starts them.
 
-An instance's settings reach vLLM through environment variables that its processes inherit when they are started. `ProcessStart` sets
-them for the moment of the start only, under a lock, so that several instances can start in parallel without seeing each other's. Who
-wants to know what the operator has set asks `operator_environment`: `os.environ` may hold another instance's variables at that moment.
+Everything here that is true of one machine only is meant for nobody else: addresses on the loopback, sockets in a private folder, process
+ids and signals, shared memory (`shared_memory.py`), the environment of a start (`process_start.py`), cores and devices (`places.py`).
+
+What an engine's processes are is for who knows the engine to say (`EngineProcesses`). vLLM's take the addresses of all their clients when they
+are started and no others afterwards, and they end with the process that started them: this launcher has neither of the `Abilities`.
 """
 
-import logging
+import asyncio
 import os
+import shutil
 import socket
-import threading
-from collections import Counter
+import uuid
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
-from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
+import psutil
+
+from cascadeinfer.cluster.places import Places
+from cascadeinfer.cluster.process_start import ProcessStart
+from cascadeinfer.cluster.protocol import Abilities, ClientAddresses, Kept, Place
+from cascadeinfer.cluster.runtime_folder import instance_environment, instance_folder
+from cascadeinfer.cluster.shared_memory import Segments
+from cascadeinfer.core.errors import EngineError, ScalingRefusedError
 from cascadeinfer.core.types import InstanceId
 
-logger = logging.getLogger(__name__)
-
 LOOPBACK = "127.0.0.1"
+LOOPBACK_DEVICE = "lo"
+START_POLL_S = 2.0
+REAP_TIMEOUT_S = 5.0
+
+HelloT = TypeVar("HelloT")
+HelloT_co = TypeVar("HelloT_co", covariant=True)
 
 
 def free_port() -> int:
@@ -29,163 +45,257 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def split_cores(n_instances: int, cores: Sequence[int]) -> list[str]:
+def usable_cores() -> list[int]:
+    """Cores of this machine on which this process may run."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def free_memory_bytes() -> int:
+    """Main memory of this machine that is free now."""
+    return int(psutil.virtual_memory().available)
+
+
+async def exit_of(process: BaseProcess) -> None:
+    """Wait until a process that was started here has ended."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    watched = os.dup(process.sentinel)
+    loop.add_reader(watched, lambda: None if ended.done() else ended.set_result(None))
+    try:
+        await ended
+    finally:
+        loop.remove_reader(watched)
+        os.close(watched)
+
+
+class EngineProcesses(Protocol[HelloT_co]):
     """
-    Cores per instance in vLLM's notation (`VLLM_CPU_OMP_THREADS_BIND`), e.g. `0-3`, `4-7`.
+    The processes of one start of an engine, and the first client of it. What is said to block is called in a thread.
 
-    With fewer cores than instances, instances share cores in turn; left-over cores stay free for the front end (and for instances that are
-    added later).
-    """
-    if not cores:
-        raise ConfigError("this process may run on no core", option="CPU affinity")
-    if len(cores) < n_instances:
-        return [str(cores[i % len(cores)]) for i in range(n_instances)]
-    each = len(cores) // n_instances
-    return [",".join(str(core) for core in cores[i * each : (i + 1) * each]) for i in range(n_instances)]
-
-
-def split_devices(n_instances: int, devices_per_instance: int, visible: Sequence[str]) -> list[str]:
-    """
-    `CUDA_VISIBLE_DEVICES` per instance.
-
-    Raises:
-        ConfigError: There are fewer devices than the instances need, and not exactly one to share.
-    """
-    needed = n_instances * devices_per_instance
-    if len(visible) >= needed:
-        return [
-            ",".join(visible[i * devices_per_instance : (i + 1) * devices_per_instance]) for i in range(n_instances)
-        ]
-    if len(visible) == 1 and devices_per_instance == 1:
-        return [visible[0]] * n_instances  # instances share one device: lower --gpu-memory-utilization
-    enough_for = len(visible) // devices_per_instance
-    raise ConfigError(
-        f"{n_instances} instances of {devices_per_instance} device(s) need {needed} devices, {len(visible)} are visible",
-        option="--instances",
-        fix=f"{f'use --instances {enough_for} or ' if enough_for else ''}make more devices visible",
-    )
-
-
-class Places:
-    """
-    The places of this machine (cores or devices), each for one instance or shared by several; dealt out and taken back.
-
-    An instance that is added later gets a place that another has left, then one that was never used, then, where instances may share, the
-    one with the fewest.
+    Attributes:
+        environment: Variables that they get, beside the launcher's.
+        n_clients: How many will use it, the first one (number 0) included.
     """
 
-    def __init__(self, dealt: Sequence[str], spare: Sequence[str], *, may_share: bool) -> None:
+    environment: Mapping[str, str]
+    n_clients: int
+
+    @property
+    def processes(self) -> Sequence[BaseProcess]:
+        """Those that have been started and not been put away; the main one is the first."""
+        ...
+
+    @property
+    def ready_payload(self) -> bytes:
+        """Of a started one, see `Kept`."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """Of a started one, see `Kept`."""
+        ...
+
+    def start(self, environment: ProcessStart, further_clients: Sequence[ClientAddresses]) -> None:
+        """Start the processes in this environment and block until they are ready. Raises after `end`."""
+        ...
+
+    async def hello(self) -> HelloT_co:
+        """What the engine says of itself, once it is ready."""
+        ...
+
+    def end(self, timeout_s: float) -> None:
+        """End the processes, those that are starting too, and block until they have ended or were killed. Twice is harmless."""
+        ...
+
+    def put_away(self) -> None:
+        """Once they have ended, in the event loop's thread: close what they leave in this process."""
+        ...
+
+
+@dataclass(slots=True)
+class _Life(Generic[HelloT]):
+    """
+    One start at a place.
+
+    Attributes:
+        folder: Its sockets and temporary files.
+        further_clients: Addresses of the clients from number 1 on, known once it has begun to start.
+        creation: The thread that starts it.
+        kept: Once it has started.
+        attached: Clients that are there.
+    """
+
+    engine: EngineProcesses[HelloT]
+    folder: Path | None = None
+    further_clients: tuple[ClientAddresses, ...] = ()
+    creation: "asyncio.Future[None] | None" = None
+    kept: Kept[HelloT] | None = None
+    attached: set[int] = field(default_factory=set)
+    segments: Segments = field(default_factory=Segments)
+
+
+class LocalLauncher(Generic[HelloT]):
+    """See `cascadeinfer.cluster.protocol.Launcher`."""
+
+    abilities = Abilities(new_clients=False, outlives_front_end=False)
+
+    def __init__(self, places: Places, n_first: int, further_needs_bytes: float = 0.0) -> None:
         """
         Args:
-            dealt: A place for each instance of the start; one that is named twice holds two.
-            spare: Places beyond those.
-            may_share: Whether more instances than that may be put on them.
+            places: The cores or devices of this machine.
+            n_first: Instances of the start, among which all of its memory is shared out.
+            further_needs_bytes: Main memory that each further one must find free.
         """
-        self._room = Counter([*dealt, *spare])
-        self._place_of: dict[InstanceId, str] = {}
-        self._may_share = may_share
+        self._places = places
+        self._n_first = n_first
+        self._further_needs_bytes = further_needs_bytes
+        self._n_placed = 0
+        self._node = socket.gethostname()
+        self._lives: dict[InstanceId, _Life[HelloT]] = {}
 
-    def take(self, instance_id: InstanceId) -> str:
+    def place(self, instance_id: InstanceId) -> Place:
+        """See Launcher."""
+        if self._n_placed >= self._n_first:
+            self._check_memory()
+        resources = self._places.take(instance_id)
+        self._n_placed += 1
+        return Place(instance_id, self._node, resources, LOOPBACK, LOOPBACK_DEVICE)
+
+    def _check_memory(self) -> None:
+        available = free_memory_bytes()
+        if available < self._further_needs_bytes:
+            raise ScalingRefusedError(
+                f"no memory left: an instance needs {self._further_needs_bytes / 2**30:.1f} GiB for KV blocks alone, "
+                f"{available / 2**30:.1f} GiB are free (drain one, or start the server with a smaller --kv-cache-memory-bytes)"
+            )
+
+    def release(self, place: Place) -> None:
+        """See Launcher."""
+        self._places.give_back(place.instance_id)
+
+    async def start(self, place: Place, order: EngineProcesses[HelloT]) -> Kept[HelloT]:
+        """See Launcher; an order is the processes to be started."""
+        if place.instance_id in self._lives:
+            raise EngineError("runs already", instance_id=place.instance_id)
+        life = self._lives[place.instance_id] = _Life(order)
+        life.creation = asyncio.ensure_future(asyncio.to_thread(self._create, life))
+        try:
+            await self._until_created(place, life, life.creation)
+            life.kept = self._keep(place, life, await order.hello())
+        except Exception as error:
+            raise EngineError(f"did not start: {error}", instance_id=place.instance_id) from error
+        return life.kept
+
+    def _keep(self, place: Place, life: _Life[HelloT], hello: HelloT) -> Kept[HelloT]:
+        processes = life.engine.processes
+        if self._lives.get(place.instance_id) is not life or not processes:
+            raise EngineError("stopped while starting", instance_id=place.instance_id)
+        pid = processes[0].pid
+        assert pid is not None, "it has been started"
+        return Kept(place, pid, hello, life.engine.ready_payload, life.engine.config)
+
+    @staticmethod
+    def _create(life: _Life[HelloT]) -> None:
         """
-        A place for one more instance.
+        In a thread: start the processes and wait for them. Ends early by an error when `stop` is called meanwhile.
 
-        Raises:
-            ScalingRefusedError: All are taken.
+        What has been started is kept in the life, not by whoever waits: that may have been cancelled, and `stop` must find it.
         """
-        used = Counter(self._place_of.values())
-        place = next((p for p, room in self._room.items() if used[p] < room), None)
-        if place is None:
-            if not self._may_share:
-                raise ScalingRefusedError(
-                    f"no device left: {', '.join(self._room)} have an instance each (drain one, or start the server with more devices)"
-                )
-            place = min(self._room, key=lambda p: used[p] / self._room[p])
-            logger.warning("instance %s shares cores %s with others: there are no free ones", instance_id, place)
-        self._place_of[instance_id] = place
-        return place
+        folder = life.folder = instance_folder()
+        life.further_clients = tuple(
+            ClientAddresses(f"ipc://{folder}/{uuid.uuid4()}", f"ipc://{folder}/{uuid.uuid4()}")
+            for _ in range(life.engine.n_clients - 1)
+        )
+        environment = ProcessStart({**life.engine.environment, **instance_environment(folder)})
+        life.engine.start(environment, life.further_clients)
+        life.segments.remember(life.engine.processes)
 
-    def give_back(self, instance_id: InstanceId) -> None:
-        """The instance is gone."""
-        del self._place_of[instance_id]
+    @staticmethod
+    async def _until_created(place: Place, life: _Life[HelloT], creation: "asyncio.Future[None]") -> None:
+        """
+        Wait for the thread that starts the processes.
 
+        vLLM does not look at them between its last word of the start and its first of the service: one that dies there would be
+        waited for until `VLLM_ENGINE_READY_TIMEOUT_S`, ten minutes. The thread is; we are not.
+        """
+        was_dead = False
+        while not (await asyncio.wait([creation], timeout=START_POLL_S))[0]:
+            processes = list(life.engine.processes)
+            await asyncio.to_thread(life.segments.remember, processes)
+            is_dead = not all(process.is_alive() for process in processes)
+            if is_dead and was_dead:
+                raise EngineError("its process died while it started", instance_id=place.instance_id)
+            was_dead = is_dead
+        creation.result()
 
-def core_places(n_instances: int, cores: Sequence[int]) -> Places:
-    """Cores for so many instances, and for more that come later: left-over cores first, then shared ones."""
-    dealt = split_cores(n_instances, cores)
-    each = max(1, len(cores) // n_instances)
-    rest = [str(core) for core in cores[each * n_instances :]]
-    spare = [",".join(rest[i : i + each]) for i in range(0, len(rest) - each + 1, each)]
-    return Places(dealt, spare, may_share=True)
+    def living(self) -> Mapping[InstanceId, Kept[HelloT]]:
+        """See Launcher."""
+        return {instance_id: life.kept for instance_id, life in self._lives.items() if life.kept is not None}
 
+    def client_addresses(self, place: Place, client: int) -> ClientAddresses:
+        """See Launcher: those of its start, and no others."""
+        addresses = self._life(place).further_clients
+        if not 1 <= client <= len(addresses):
+            raise EngineError(f"was not started for a client {client}", instance_id=place.instance_id)
+        return addresses[client - 1]
 
-def device_places(n_instances: int, devices_per_instance: int, visible: Sequence[str]) -> Places:
-    """
-    Devices for so many instances, and for more that come later. Only a single device is shared.
+    async def attach(self, place: Place, client: int, addresses: ClientAddresses) -> None:
+        """See Launcher: the engine has been told of all its clients at its start."""
+        life = self._life(place)
+        if life.kept is None:
+            raise EngineError("has not started", instance_id=place.instance_id)
+        if addresses != self.client_addresses(place, client):
+            raise EngineError(f"has a client {client} elsewhere since its start", instance_id=place.instance_id)
+        life.attached.add(client)
 
-    Raises:
-        ConfigError: There are too few for the start.
-    """
-    dealt = split_devices(n_instances, devices_per_instance, visible)
-    rest = visible[n_instances * devices_per_instance :]
-    n_spare = len(rest) // devices_per_instance
-    spare = [",".join(rest[i * devices_per_instance : (i + 1) * devices_per_instance]) for i in range(n_spare)]
-    return Places(dealt, spare, may_share=len(visible) == 1)
+    async def detach(self, place: Place, client: int) -> None:
+        """See Launcher: the engine goes on knowing the addresses, for the client's successor."""
+        if (life := self._lives.get(place.instance_id)) is not None:
+            life.attached.discard(client)
 
+    async def death(self, place: Place) -> str:
+        """See Launcher."""
+        processes = list(self._life(place).engine.processes)
+        if not processes:
+            return "it was ended"
+        exits = [asyncio.ensure_future(exit_of(process)) for process in processes]
+        try:
+            await asyncio.wait(exits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for waiting in exits:
+                waiting.cancel()
+            await asyncio.gather(*exits, return_exceptions=True)
+        return "its process died"
 
-class ProcessStart:
-    """
-    The environment that one instance's processes inherit.
+    def kill(self, place: Place) -> None:
+        """See Launcher."""
+        life = self._lives.get(place.instance_id)
+        for process in [] if life is None else list(life.engine.processes):
+            process.kill()
 
-    `enter` and `leave` bracket the moment of the start, possibly in different threads' stacks; `leave` may be called twice. With no
-    variables it makes sure that another process (a front end's) is not started in the middle of an instance's start, with its variables.
-    """
-
-    _lock = threading.Lock()
-    _changing = threading.Lock()
-    #: What the variables of the start under way were before it, None for those that were not set.
-    _before: ClassVar[dict[str, str | None]] = {}
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        """Remember the variables to set."""
-        self._environment = dict(environment)
-        self._entered = False
-
-    def enter(self) -> None:
-        """Wait for the turn and set the variables."""
-        self._lock.acquire()
-        with self._changing:
-            self._before.update({name: os.environ.get(name) for name in self._environment})
-            os.environ.update(self._environment)
-        self._entered = True
-
-    def __enter__(self) -> None:
-        self.enter()
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()
-
-    def leave(self) -> None:
-        """Restore the variables and let the next one start."""
-        if not self._entered:
+    async def stop(self, place: Place, timeout_s: float) -> None:
+        """See Launcher."""
+        if (life := self._lives.get(place.instance_id)) is None:
             return
-        with self._changing:
-            for name, value in self._before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
-            self._before.clear()
-        self._entered = False
-        self._lock.release()
+        processes = list(life.engine.processes)
+        if life.kept is None:  # else they are known
+            await asyncio.to_thread(life.segments.remember, processes)
+        await asyncio.to_thread(life.engine.end, timeout_s)
+        for process in processes:
+            await asyncio.to_thread(process.join, REAP_TIMEOUT_S)  # nobody else waits for what was killed: a zombie
+        if life.creation is not None:
+            await asyncio.wait([life.creation], timeout=REAP_TIMEOUT_S)
+            # Its error has to be looked at by somebody, and whoever waited for it may have been cancelled.
+            life.creation.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        life.engine.put_away()
+        await asyncio.to_thread(life.segments.remove)
+        if life.folder is not None:
+            # Its sockets are nobody's any more.
+            await asyncio.to_thread(shutil.rmtree, life.folder, ignore_errors=True)
+        if self._lives.get(place.instance_id) is life:
+            del self._lives[place.instance_id]
 
-    @classmethod
-    def environment_before(cls) -> dict[str, str]:
-        """Variables of this process without those of the start under way."""
-        with cls._changing:
-            now: dict[str, str | None] = {**os.environ, **cls._before}
-        return {name: value for name, value in now.items() if value is not None}
-
-
-def operator_environment() -> dict[str, str]:
-    """The variables that this process was started with and has set for itself; never those of an instance that is starting just now."""
-    return ProcessStart.environment_before()
+    def _life(self, place: Place) -> _Life[HelloT]:
+        if (life := self._lives.get(place.instance_id)) is None:
+            raise EngineError("does not run", instance_id=place.instance_id)
+        return life

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from cascadeinfer.cluster.local import operator_environment
+from cascadeinfer.cluster.process_start import operator_environment
 from cascadeinfer.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from cascadeinfer.core.cost.samples import StepSample
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.messages import BalanceMessage
-from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
+from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
 
 
 class PinReason(enum.StrEnum):
@@ -139,7 +140,7 @@ class InstanceJoined:
 
     cause: str
     instance_id: InstanceId
-    capacity: InstanceCapacity
+    kind: InstanceKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.pace import Pace
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 
@@ -56,6 +57,7 @@ class InstanceView:
     What a policy knows of one instance.
 
     Attributes:
+        capacity: Of its kind.
         request_ids: Requests placed here, waiting or running, with their lengths in tokens at the last report, in order of placement.
         kv_tokens: Sum of their lengths.
         waiting: Requests that waited at the last report or were placed since, so have not been seen running.
@@ -75,18 +77,20 @@ class InstanceView:
         shunned: It is suspect while another is not: nothing new goes there.
         pace: The steps that it has reported.
         slowness: How much longer its steps take than those of its peers would, 1.0 unless it matters (`core/pace.py`).
+        lag: The same beside those peers alone that the same step model prices: something other than their content makes its steps long.
         load: The larger of its KV share and its batch share, with everything here (foreign or not) and on its way here; 1.0 is full.
         price: See `Pricing`; times `slowness`.
     """
 
     instance_id: InstanceId
-    capacity: InstanceCapacity
+    kind: InstanceKind
     pricing: Pricing = field(default_factory=Pricing)
     draining: bool = False
     suspect: bool = False
     shunned: bool = False
     pace: Pace = field(default_factory=Pace)
     slowness: float = 1.0
+    lag: float = 1.0
     request_ids: dict[RequestId, int] = field(default_factory=dict)
     kv_tokens: int = 0
     waiting: dict[RequestId, None] = field(default_factory=dict)
@@ -103,11 +107,13 @@ class InstanceView:
     queue: float = 0.0
     load: float = 0.0
     price: float = 0.0
+    capacity: InstanceCapacity = field(init=False, repr=False)
     _per_token: float = field(init=False, repr=False)
     _per_request: float = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Prepare what `load` is computed from."""
+        self.capacity = self.kind.capacity
         self._per_token = 1.0 / self.capacity.kv_tokens
         self._per_request = 1.0 / self.capacity.max_num_seqs
         self._weigh()

@@ -33,8 +33,9 @@ from cascadeinfer.core.events import (
     WorkloadSeen,
 )
 from cascadeinfer.core.instance import InstanceView, Pricing
+from cascadeinfer.core.kind import InstanceKind, StepModelKey
 from cascadeinfer.core.pace import slowness_of
-from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
+from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
 
 __all__ = ["ClusterView", "InstanceView", "Pricing", "RequestView"]
 
@@ -73,19 +74,29 @@ class RequestView:
         """Sequence length at the last report (prompt and output so far)."""
         return self.settled_tokens if self.place is None else self.place.request_ids[self.request_id]
 
+    @property
+    def longest_tokens(self) -> int:
+        """Sequence length that it may reach by its own cap. A bound, not a forecast."""
+        return self.prompt_tokens + self.max_output_tokens
+
 
 class ClusterView:
     """The cluster as a policy sees it. See the module header."""
 
-    def __init__(self, pricing: Callable[[InstanceCapacity], Pricing] | None = None) -> None:
+    def __init__(self, pricing: Callable[[InstanceKind], Pricing] | None = None) -> None:
         """
         Start with no instance and no request.
 
         Args:
-            pricing: What a step of an instance costs, for `InstanceView.price`; None: prices only count requests.
+            pricing: What a step of an instance of a kind costs, for `InstanceView.price`, in one unit for all kinds; None: prices only
+                count requests.
         """
         self._make_pricing = pricing
-        self._pricings: dict[InstanceCapacity, Pricing] = {}
+        self._pricings: dict[InstanceKind, Pricing] = {}
+        self._urgency: float | None = None
+        self._alike: dict[StepModelKey, list[InstanceView]] = {}
+        self._least_kv_tokens = 0
+        self._most_kv_tokens = 0
         self.instances: dict[InstanceId, InstanceView] = {}
         self.requests: dict[RequestId, RequestView] = {}
         self._members: list[InstanceView] = []
@@ -105,6 +116,27 @@ class ClusterView:
     def members(self) -> Sequence[InstanceView]:
         """Instances that do not drain, suspected or not, sorted by id: stages are made of them. A snapshot."""
         return self._members
+
+    def able(self, request: RequestView, instances: Sequence[InstanceView]) -> Sequence[InstanceView]:
+        """
+        Those of these instances whose whole KV cache holds the request at its longest: on another one it could get stuck for good.
+
+        A cap beyond every cache there has been says nothing, and counts as the largest of them. Where all can, the same sequence is returned.
+        """
+        longest = self._longest_tokens(request)
+        if longest <= self._least_kv_tokens:
+            return instances
+        return [instance for instance in instances if instance.capacity.kv_tokens >= longest]
+
+    def able_ids(self, request: RequestView, instance_ids: Sequence[InstanceId]) -> Sequence[InstanceId]:
+        """`able`, by id. Kinds are as public as the layout: agents ask this too."""
+        longest = self._longest_tokens(request)
+        if longest <= self._least_kv_tokens:
+            return instance_ids
+        return [i for i in instance_ids if i in self.instances and self.instances[i].capacity.kv_tokens >= longest]
+
+    def _longest_tokens(self, request: RequestView) -> int:
+        return min(request.longest_tokens, self._most_kv_tokens)
 
     def unplaced(self) -> list[RequestView]:
         """Requests that wait for a dispatch, in the order in which they should run: by priority, then arrival."""
@@ -131,9 +163,10 @@ class ClusterView:
             case MigrationEnded():
                 self._end_migration(event)
             case InstanceJoined():
-                pricing = self._pricing_for(event.capacity)
-                self.instances[event.instance_id] = InstanceView(event.instance_id, event.capacity, pricing)
+                pricing = self._pricing_for(event.kind)
+                self.instances[event.instance_id] = InstanceView(event.instance_id, event.kind, pricing)
                 self._costs.pop(event.instance_id, None)
+                self._find_alike()
                 self._find_available()
             case InstanceDraining():
                 if (instance := self.instances.get(event.instance_id)) is not None:
@@ -158,11 +191,11 @@ class ClusterView:
             elif isinstance(effect, Reject):
                 self._remove(effect.request_id)
 
-    def reprice(self, pricing: Callable[[InstanceCapacity], Pricing]) -> None:
+    def reprice(self, pricing: Callable[[InstanceKind], Pricing]) -> None:
         """Use another price list; prices follow as instances change, and how much a first token's wait counts stays."""
         self._make_pricing = pricing
-        for capacity, old in self._pricings.items():
-            new = pricing(capacity)
+        for kind, old in self._pricings.items():
+            new = pricing(kind)
             for name in Pricing.__slots__:
                 if name != "urgency":
                     setattr(old, name, getattr(new, name))
@@ -174,13 +207,25 @@ class ClusterView:
 
     def set_urgency(self, urgency: float) -> None:
         """Change how much waiting for the first token counts (`Pricing.urgency`); prices follow as instances change."""
+        self._urgency = urgency
         for pricing in self._pricings.values():
             pricing.urgency = urgency
 
-    def _pricing_for(self, capacity: InstanceCapacity) -> Pricing:
-        if capacity not in self._pricings:
-            self._pricings[capacity] = Pricing() if self._make_pricing is None else self._make_pricing(capacity)
-        return self._pricings[capacity]
+    def _pricing_for(self, kind: InstanceKind) -> Pricing:
+        if kind not in self._pricings:
+            made = Pricing() if self._make_pricing is None else self._make_pricing(kind)
+            if self._urgency is not None:
+                made.urgency = self._urgency
+            self._pricings[kind] = made
+        return self._pricings[kind]
+
+    def _find_alike(self) -> None:
+        """Instances have come or gone: who is priced by the same step model, how large the caches are."""
+        self._alike = {}
+        for instance in self.instances.values():
+            self._alike.setdefault(instance.kind.step_model_key, []).append(instance)
+        self._least_kv_tokens = min((i.capacity.kv_tokens for i in self.instances.values()), default=0)
+        self._most_kv_tokens = max(self._most_kv_tokens, *(i.capacity.kv_tokens for i in self.instances.values()), 0)
 
     def _find_available(self) -> None:
         self._members = [i for _, i in sorted(self.instances.items()) if not i.draining]
@@ -207,8 +252,22 @@ class ClusterView:
             self._costs[instance.instance_id] = cost
         before = {instance_id: other.slowness for instance_id, other in self.instances.items()}
         slowness = slowness_of(self._costs, before)
+        one_model = len(self._alike) == 1
         for instance_id, other in self.instances.items():
-            other.set_slowness(slowness.get(instance_id, 1.0))
+            slow = slowness.get(instance_id, 1.0)
+            other.set_slowness(slow)
+            if one_model:
+                other.lag = slow
+        if not one_model:
+            for alike in self._alike.values():
+                self._compare_alike(alike)
+
+    def _compare_alike(self, alike: Sequence[InstanceView]) -> None:
+        """Say of instances that one step model prices how slow they are beside one another."""
+        costs = {i.instance_id: self._costs[i.instance_id] for i in alike if i.instance_id in self._costs}
+        lags = slowness_of(costs, {i.instance_id: i.lag for i in alike})
+        for instance in alike:
+            instance.lag = lags.get(instance.instance_id, 1.0)
 
     def _arrive(self, event: RequestArrived) -> None:
         self._arrivals += 1
@@ -251,6 +310,7 @@ class ClusterView:
     def _lose(self, event: InstanceLost) -> None:
         instance = self.instances.pop(event.instance_id, None)
         self._costs.pop(event.instance_id, None)
+        self._find_alike()
         self._find_available()
         tokens_of = dict(zip(event.orphan_ids, event.orphan_tokens, strict=True))
         # A migrating request still counts here while it goes on at its target: `MigrationEnded` will say where it is.

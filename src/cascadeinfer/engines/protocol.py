@@ -9,14 +9,21 @@ All methods are called from one event loop. Commands are carried out in the orde
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
+from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.events import InstanceReport, PinReason
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 
-KvTicket: TypeAlias = dict[str, Any]
-"""Where a cut request's KV cache is pinned; opaque to the runtime."""
+
+class KvTicket(Protocol):
+    """Where a cut request's KV cache is pinned. Whoever carries it may ask how much there is; the rest is the engines' own."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens whose KV cache can be pulled, from the first one on; 0 when none was pinned."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +91,26 @@ class EngineCounters:
     listens: bool = True
 
 
+class InstanceIdentity(NamedTuple):
+    """What runs: the engine's identity, bytes of a token's KV (all devices), multiprocessors of a device (None on a processor)."""
+
+    engine: EngineIdentity
+    kv_bytes_per_token: int
+    multiprocessors: int | None
+
+
 class TokenDelta(Protocol):
-    """One request's news of one step; vLLM's EngineCoreOutput has this form."""
+    """
+    One request's news of one step; vLLM's EngineCoreOutput has this form.
+
+    Attributes:
+        kv_transfer_params: What its ticket is made of (`Engine.ticket_of`); None for clients.
+    """
 
     request_id: str
     new_token_ids: list[int]
     finish_reason: Any
-    kv_transfer_params: dict[str, Any] | None
+    kv_transfer_params: Any
     events: Any
 
 
@@ -109,6 +129,21 @@ class Engine(Protocol):
 
     instance_id: InstanceId
 
+    @property
+    def index(self) -> int:
+        """Its number among the instances, by which metrics tell them apart."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """The engine's own configuration, as its start has completed it; opaque to the runtime."""
+        ...
+
+    @property
+    def movable(self) -> bool:
+        """Whether its running requests can move to another instance at all. Raises EngineError before the start."""
+        ...
+
     async def start(self) -> InstanceCapacity:
         """Start the instance and wait until it answers. Raises EngineError."""
         ...
@@ -119,6 +154,10 @@ class Engine(Protocol):
 
     async def listens(self) -> bool:
         """Whether its side channel answers, so that peers can shake hands with it. Mends it if it can. Raises EngineError."""
+        ...
+
+    async def identity(self) -> InstanceIdentity:
+        """What runs here, for cost profiles. Raises EngineError."""
         ...
 
     async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
@@ -152,6 +191,27 @@ class Engine(Protocol):
 
     async def release_pin(self, engine_request_id: str) -> None:
         """Free the pinned blocks of a cut request."""
+        ...
+
+    async def forget_client(self, client_index: int) -> int:
+        """
+        Abort what a front-end process that is gone has left here, its reservations included.
+
+        Args:
+            client_index: Its number among the processes that use this instance.
+
+        Returns:
+            How many requests there were.
+        """
+        ...
+
+    async def utility(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """
+        Call what the engine offers beside all this (adapters, sleep, profiling), by its own name for it.
+
+        Raises:
+            EngineError: It has no such method, or does not run.
+        """
         ...
 
     async def report(self) -> tuple[InstanceReport, EngineCounters]:

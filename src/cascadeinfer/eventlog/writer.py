@@ -49,8 +49,12 @@ from cascadeinfer.eventlog.private_file import make_private, private
 logger = logging.getLogger(__name__)
 
 FORMAT: Final = "cascadeinfer-event-log"
-SCHEMA_VERSION: Final = 1
-"""Of the lines below; fields of events and effects that have defaults may come without a new version."""
+SCHEMA_VERSION: Final = 2
+"""
+Of the lines below; fields of events and effects that have defaults may come without a new version.
+
+2: an instance that joins says its kind, of which the capacity is a part.
+"""
 EVENT: Final = wire_of(Event)
 EFFECT: Final = wire_of(Effect)
 if TYPE_CHECKING:  # they are made at run time

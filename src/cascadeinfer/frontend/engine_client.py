@@ -24,8 +24,7 @@ from vllm.v1.executor import Executor
 
 from cascadeinfer.core.errors import PolicyError, RequestIdInUseError, RequestRejectedError
 from cascadeinfer.core.types import RequestId
-from cascadeinfer.engines.protocol import EngineRequest
-from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.engines.protocol import Engine, EngineRequest
 from cascadeinfer.frontend.contents.limits import ContentLimits
 from cascadeinfer.frontend.contents.params import ContentRefusedError, check_sendable, checked_params
 from cascadeinfer.frontend.pins import pin_reason_of
@@ -102,19 +101,11 @@ class CascadeEngineClient(EngineCoreClient):
         """
         self._runtime = runtime
         self._vllm_config = vllm_config
-        self._movable = all(instance.hello["movable"] for instance in self.instances())
-        self.engine_ranks_managed = [instance.index for instance in self.instances()]
+        self._movable = all(engine.movable for engine in runtime.live_engines())
+        self.engine_ranks_managed = [engine.index for engine in runtime.live_engines()]
         self.resources = Liveness()
         #: Has `AsyncLLM` forget a request that it had noted before it handed it over here; vLLM leaves it in its books.
         self.forget: Callable[[RequestId], None] = lambda _: None
-
-    def instances(self) -> list[VllmInstance]:
-        """Those that are up."""
-        instances = []
-        for engine in self._runtime.live_engines():
-            assert isinstance(engine, VllmInstance)
-            instances.append(engine)
-        return instances
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The next outputs of any instance."""
@@ -164,8 +155,8 @@ class CascadeEngineClient(EngineCoreClient):
         self._runtime.abort(request_ids)
 
     async def get_supported_tasks_async(self) -> Any:
-        """Tasks of the model; every instance serves the same one."""
-        return await self.instances()[0].client.get_supported_tasks_async()
+        """Tasks of the model; every instance serves the same one, which is checked."""
+        return await self.to_all("get_supported_tasks_async")
 
     async def call_utility_async(self, method: str, *args: Any) -> Any:
         """A utility call to every instance."""
@@ -173,13 +164,16 @@ class CascadeEngineClient(EngineCoreClient):
 
     async def to_all(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call every instance that is up; the first answer, after checking that the others are the same."""
-        instances = self.instances()
-        if not instances:
-            raise EngineDeadError
-        answers = await asyncio.gather(*(getattr(i.client, method)(*args, **kwargs) for i in instances))
+        answers = await asyncio.gather(*(engine.utility(method, *args, **kwargs) for engine in self._engines()))
         if method != "collective_rpc_async" and any(answer != answers[0] for answer in answers):
             raise RuntimeError(f"instances disagree on {method}: {answers}")
         return answers[0]
+
+    def _engines(self) -> list[Engine]:
+        """Those that are up, one at least."""
+        if not (engines := self._runtime.live_engines()):
+            raise EngineDeadError
+        return engines
 
     def dp_engines_running(self) -> bool:
         """Data-parallel waves: none here."""
@@ -289,5 +283,5 @@ def make_llm(runtime: Runtime, vllm_config: VllmConfig, *, log_stats: bool, log_
     runtime.on_late_refusal = llm.refuse_late
     runtime.on_failure = llm.fail
     if llm.logger_manager is not None:
-        runtime.fleet.watchers.append(StatsFollower(llm.logger_manager, vllm_config, client.instances()))
+        runtime.fleet.watchers.append(StatsFollower(llm.logger_manager, vllm_config, runtime.live_engines()))
     return llm

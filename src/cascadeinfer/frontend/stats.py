@@ -20,7 +20,6 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.protocol import Engine
-from cascadeinfer.engines.vllm.instance import VllmInstance
 
 Family: TypeAlias = Counter | Gauge | Histogram
 
@@ -119,7 +118,7 @@ class ElasticStatLogger(PrometheusStatLogger):
 class StatsFollower:
     """Keeps the loggers of an `AsyncLLM` in step with the fleet. See `cascadeinfer.runtime.fleet.FleetWatcher`."""
 
-    def __init__(self, manager: StatLoggerManager, vllm_config: VllmConfig, instances: list[VllmInstance]) -> None:
+    def __init__(self, manager: StatLoggerManager, vllm_config: VllmConfig, instances: list[Engine]) -> None:
         """
         Args:
             manager: The loggers of the `AsyncLLM`, made for these instances.
@@ -132,7 +131,6 @@ class StatsFollower:
 
     def instance_joins(self, engine: Engine) -> None:
         """See FleetWatcher."""
-        assert isinstance(engine, VllmInstance)
         if engine.instance_id in self._index_of:
             return
         index = self._index_of[engine.instance_id] = engine.index

@@ -16,7 +16,7 @@ from typing import Final, Self
 import numpy as np
 
 from cascadeinfer.core.errors import EngineError
-from cascadeinfer.engines.protocol import EngineDied
+from cascadeinfer.engines.protocol import EngineDied, KvTicket
 from cascadeinfer.profiling.grid import DECODE_STEPS, PROMPT_REPEATS, STEPS_BETWEEN_PROMPTS, BatchKind, Room
 from cascadeinfer.profiling.log import BatchRun, MeasuredStep
 from cascadeinfer.profiling.subject import Subject
@@ -36,7 +36,7 @@ class Progress:
     tokens: int = 0
     ended: bool = False
     first_token_s: float = 0.0
-    ticket: dict[str, object] | None = None
+    ticket: KvTicket | None = None
     token_ids: list[int] = field(default_factory=list)
 
 

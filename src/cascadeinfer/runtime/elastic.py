@@ -21,10 +21,11 @@ from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine, EngineSource
 from cascadeinfer.runtime.fleet import Fleet
+from cascadeinfer.runtime.instance_state import FIRST, Deed, Happening, State
 from cascadeinfer.runtime.migrate import Migrator
 from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.supervise import Listener
-from cascadeinfer.runtime.view import Drain, InstanceState
+from cascadeinfer.runtime.view import Drain, InstanceRecord
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Elasticity:
         self._emit = emit
         self._clock = clock
         self._source = source
-        self._numbers = itertools.count(len(fleet.states))
+        self._numbers = itertools.count(len(fleet.records))
         self._tasks: dict[InstanceId, asyncio.Task[None]] = {}
         self._stopping = False
 
@@ -80,8 +81,10 @@ class Elasticity:
         self._refuse_when_stopping()
         if self._source is None:
             raise ScalingRefusedError("instances cannot be added to this server")
-        if len(self._fleet.states) + count > MAX_INSTANCES:
-            raise ScalingRefusedError(f"{len(self._fleet.states)} instances and {count} more are above {MAX_INSTANCES}")
+        if len(self._fleet.records) + count > MAX_INSTANCES:
+            raise ScalingRefusedError(
+                f"{len(self._fleet.records)} instances and {count} more are above {MAX_INSTANCES}"
+            )
         placed: dict[InstanceId, Callable[[int], Any]] = {}
         try:
             for _ in range(count):
@@ -100,7 +103,7 @@ class Elasticity:
         if not self._stopping:
             self._spawn(instance_id, self._start(self._fleet.add(instance_id, make_engine)))
 
-    def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceState:
+    def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceRecord:
         """
         Empty an instance, then stop and remove it.
 
@@ -110,33 +113,39 @@ class Elasticity:
 
         Raises:
             UnknownInstanceError: There is no such instance.
-            ScalingRefusedError: It drains already, or is the last one that could serve.
+            ScalingRefusedError: It drains already, is being removed, or is the last one that could serve.
         """
         self._refuse_when_stopping()
-        state = self._fleet.states.get(instance_id)
-        if state is None:
+        record = self._fleet.records.get(instance_id)
+        if record is None:
             raise UnknownInstanceError(instance_id)
-        if state.drain is not None:
-            raise ScalingRefusedError(f"instance {instance_id} drains already")
-        others = [s for s in self._fleet if s is not state and s.engine is not None and s.drain is None]
-        if state.settled.is_set() and not others:
+        if not record.life.allows(Deed.BE_DRAINED):
+            how = "is being removed" if record.life.state is State.REMOVING else "drains"
+            raise ScalingRefusedError(f"instance {instance_id} {how} already")
+        is_first = record.life.state in FIRST
+        others = [other for other in self._fleet if other is not record and other.life.allows(Deed.TAKE_IN_NEED)]
+        if not is_first and not others:
             raise ScalingRefusedError(
                 f"no instance but {instance_id} is up: its requests would have nowhere to go (add one, wait until it is up)"
             )
         now_s = self._clock()
-        state.drain = Drain(now_s, now_s + timeout_s, len(self._streams.on_instance(instance_id)))
-        state.supervisor.retire()
+        record.drain = Drain(now_s, now_s + timeout_s, len(self._streams.on_instance(instance_id)))
+        was_in_use = record.engine is not None
+        record.supervisor.happen(Happening.DRAIN)
         if (start := self._tasks.get(instance_id)) is not None:
             start.cancel()
-        if state.engine is not None:
+        if was_in_use:
             self._emit(InstanceDraining(f"drain:{instance_id}", instance_id))
-        self._spawn(instance_id, self._empty(state, state.drain, timeout_s))
-        return state
+            self._spawn(instance_id, self._empty(record, record.drain, timeout_s))
+        else:
+            how = "removed before it was up" if is_first else "removed while down"
+            self._spawn(instance_id, self._put_away(record, how))
+        return record
 
-    def look(self, state: InstanceState) -> None:
+    def look(self, record: InstanceRecord) -> None:
         """An instance has reported or gone down: if it drains, it may be empty now."""
-        if state.drain is not None:
-            state.drain.news.set()
+        if record.drain is not None:
+            record.drain.news.set()
 
     async def stop(self) -> None:
         """Give up what is under way; the fleet stops all instances."""
@@ -150,53 +159,57 @@ class Elasticity:
         if self._stopping:
             raise ScalingRefusedError("the server is stopping")
 
-    async def _start(self, state: InstanceState) -> None:
+    async def _start(self, record: InstanceRecord) -> None:
         try:
-            await state.supervisor.start()
+            await record.supervisor.start()
         except Exception as error:  # whatever it is, it must not harm the others
             if not isinstance(error, EngineError):
-                logger.exception("added instance %s did not start", state.instance_id)
-            await state.supervisor.stop(0.0)
-            self._remove(state, "did not start", str(error))
+                logger.exception("added instance %s did not start", record.instance_id)
+            await record.supervisor.stop(0.0)
+            self._remove(record, "did not start", str(error))
 
-    async def _empty(self, state: InstanceState, drain: Drain, timeout_s: float) -> None:
-        was_up, error = state.engine is not None, None
-
+    async def _empty(self, record: InstanceRecord, drain: Drain, timeout_s: float) -> None:
         def begin_anew(_slept_s: float) -> None:
             drain.ends_s = self._clock() + timeout_s
 
-        how = "drained" if was_up else "removed while down" if state.settled.is_set() else "removed before it was up"
+        error, ended = None, Happening.EMPTIED
         try:
-            await within(timeout_s, self._until_empty(state, drain), begin_anew)
+            await within(timeout_s, self._until_empty(record, drain), begin_anew)
         except TimeoutError:
-            left = len(self._streams.on_instance(state.instance_id))
+            left = len(self._streams.on_instance(record.instance_id))
             error = f"time-out after {timeout_s:g} s: {left} requests were computed anew elsewhere"
-            logger.warning("instance %s: drain %s", state.instance_id, error)
-        if state.engine is not None:
-            self._listener.instance_down(state.instance_id, how, planned=True)
-        elif was_up:
-            how, error = "died while it drained", state.last_error
-        try:
-            await state.supervisor.stop(STOP_TIMEOUT_S)
-        finally:
-            self._remove(state, how, error)
+            ended = Happening.DRAIN_OVERDUE
+            logger.warning("instance %s: drain %s", record.instance_id, error)
+        if record.engine is None:
+            await self._put_away(record, "died while it drained", record.last_error)
+            return
+        record.supervisor.happen(ended)
+        self._listener.instance_down(record.instance_id, "drained", planned=True)
+        await self._put_away(record, "drained", error)
 
-    async def _until_empty(self, state: InstanceState, drain: Drain) -> None:
-        while state.engine is not None and not self._is_empty(state):
+    async def _put_away(self, record: InstanceRecord, how: str, error: str | None = None) -> None:
+        """Stop what is left of one that is out of use."""
+        try:
+            await record.supervisor.stop(STOP_TIMEOUT_S)
+        finally:
+            self._remove(record, how, error)
+
+    async def _until_empty(self, record: InstanceRecord, drain: Drain) -> None:
+        while record.engine is not None and not self._is_empty(record):
             drain.news.clear()
             await drain.news.wait()
 
-    def _is_empty(self, state: InstanceState) -> bool:
-        report = state.report
+    def _is_empty(self, record: InstanceRecord) -> bool:
+        report = record.report
         return not (
             report.n_running
             or report.n_waiting
-            or self._streams.on_instance(state.instance_id)
-            or self._migrator.involves(state.instance_id)
+            or self._streams.on_instance(record.instance_id)
+            or self._migrator.involves(record.instance_id)
         )
 
-    def _remove(self, state: InstanceState, how: str, error: str | None) -> None:
-        instance_id = state.instance_id
+    def _remove(self, record: InstanceRecord, how: str, error: str | None) -> None:
+        instance_id = record.instance_id
         self._fleet.remove(instance_id, how, error, self._clock())
         if self._source is not None:
             self._source.release(instance_id)

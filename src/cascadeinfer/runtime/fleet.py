@@ -14,10 +14,11 @@ from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine
+from cascadeinfer.runtime.instance_state import Deed, Happening
 from cascadeinfer.runtime.metrics import InstanceGauges
 from cascadeinfer.runtime.pairs import Pairs
 from cascadeinfer.runtime.supervise import Listener, SupervisionTimes, Supervisor
-from cascadeinfer.runtime.view import Departed, InstanceState
+from cascadeinfer.runtime.view import Departed, InstanceRecord
 
 DEPARTED_REMEMBERED = 32
 
@@ -39,7 +40,7 @@ class Fleet:
     All instances of a runtime.
 
     Attributes:
-        states: What is known of each.
+        records: What is known of each.
         departed: The last ones that are gone for good.
         layout: The stages in force, as the policy has published them.
         watchers: Told of everyone that joins and leaves.
@@ -60,7 +61,7 @@ class Fleet:
         """
         self._listener = listener
         self._times = times
-        self.states: dict[InstanceId, InstanceState] = {}
+        self.records: dict[InstanceId, InstanceRecord] = {}
         for instance_id, make in make_engines.items():
             self.add(instance_id, make)
         self.departed: deque[Departed] = deque(maxlen=DEPARTED_REMEMBERED)
@@ -68,33 +69,35 @@ class Fleet:
         self.layout: StageLayout | None = None
         self.pairs = Pairs(self.live_engines, self._condemn)
 
-    def __iter__(self) -> Iterator[InstanceState]:
+    def __iter__(self) -> Iterator[InstanceRecord]:
         """All instances, up or not; safe against changes on the way."""
-        return iter(list(self.states.values()))
+        return iter(list(self.records.values()))
 
-    def __getitem__(self, instance_id: InstanceId) -> InstanceState:
+    def __getitem__(self, instance_id: InstanceId) -> InstanceRecord:
         """What is known of an instance."""
-        return self.states[instance_id]
+        return self.records[instance_id]
 
-    def add(self, instance_id: InstanceId, make_engine: Callable[[int], Engine]) -> InstanceState:
+    def add(self, instance_id: InstanceId, make_engine: Callable[[int], Engine]) -> InstanceRecord:
         """One more; it is not started here."""
-        assert instance_id not in self.states, f"instance {instance_id} is there already"
-        state = InstanceState(Supervisor(instance_id, make_engine, self._listener, self._times))
-        self.states[instance_id] = state
-        return state
+        assert instance_id not in self.records, f"instance {instance_id} is there already"
+        record = InstanceRecord(Supervisor(instance_id, make_engine, self._listener, self._times))
+        self.records[instance_id] = record
+        return record
 
     def remove(self, instance_id: InstanceId, how: str, error: str | None, now_s: float) -> None:
         """One that has been stopped is gone for good."""
-        del self.states[instance_id]
+        record = self.records[instance_id]
+        record.supervisor.happen(Happening.REMOVED, how)
+        del self.records[instance_id]
         self.pairs.forget(instance_id)
-        self.departed.append(Departed(instance_id, how, error, now_s))
+        self.departed.append(Departed(instance_id, how, error, now_s, record.life))
         for watcher in self.watchers:
             watcher.instance_left(instance_id)
 
     def engine(self, instance_id: InstanceId) -> Engine | None:
         """The engine when it is up."""
-        state = self.states.get(instance_id)
-        return None if state is None else state.engine
+        record = self.records.get(instance_id)
+        return None if record is None else record.engine
 
     def connected(self, one_id: InstanceId, other_id: InstanceId) -> bool:
         """Whether both are up and KV cache can go from one to the other."""
@@ -103,12 +106,12 @@ class Fleet:
 
     def live_engines(self) -> list[Engine]:
         """Engines that are up, in the order in which they were made known."""
-        return [state.engine for state in self.states.values() if state.engine is not None]
+        return [record.engine for record in self.records.values() if record.engine is not None]
 
     def gauges(self) -> list[InstanceGauges]:
         """All instances for Prometheus."""
         broken = Counter(instance_id for pair in self.pairs.broken() for instance_id in pair.instance_ids)
-        return [state.gauges(self.layout, broken[state.instance_id]) for state in self]
+        return [record.gauges(self.layout, broken[record.instance_id]) for record in self]
 
     async def start(self) -> None:
         """
@@ -117,12 +120,12 @@ class Fleet:
         Raises:
             EngineError: One did not start. The others may run: call `stop`.
         """
-        starts = [asyncio.ensure_future(state.supervisor.start()) for state in self]
+        starts = [asyncio.ensure_future(record.supervisor.start()) for record in self]
         self.pairs.strict = True
         try:
             await asyncio.gather(*starts)
-            for state in self:
-                await state.first_up()
+            for record in self:
+                await record.first_up()
         finally:
             for start in starts:
                 start.cancel()
@@ -136,26 +139,26 @@ class Fleet:
             EngineError: It cannot be connected, and that is its own fault.
         """
         await self.pairs.introduce(engine)
-        state = self.states[engine.instance_id]  # nobody has come up since the last one it was introduced to
-        if state.drain is not None:
+        record = self.records[engine.instance_id]  # nobody has come up since the last one it was introduced to
+        if not record.life.allows(Deed.JOIN):
             raise EngineError("is being removed", instance_id=engine.instance_id)
         for watcher in self.watchers:
             watcher.instance_joins(engine)
-        state.came_up(engine, capacity)
+        record.came_up(engine, capacity)
 
-    def went_down(self, instance_id: InstanceId, why: str) -> InstanceState:
-        """It is gone, up or not: nobody has shaken hands with its next life yet."""
-        state = self.states[instance_id]
-        state.went_down(why)
+    def went_down(self, instance_id: InstanceId, why: str) -> InstanceRecord:
+        """It is out of use, or never was in use: nobody has shaken hands with its next life yet."""
+        record = self.records[instance_id]
+        record.went_down(why)
         self.pairs.forget(instance_id)
-        return state
+        return record
 
     async def stop(self, timeout_s: float) -> None:
         """Stop all for good."""
         await self.pairs.stop()
-        await asyncio.gather(*(state.supervisor.stop(timeout_s) for state in self))
+        await asyncio.gather(*(record.supervisor.stop(timeout_s) for record in self))
         await self.pairs.stop()  # what the last ones have begun
 
     def _condemn(self, engine: Engine, why: str) -> None:
         if self.engine(engine.instance_id) is engine:
-            self.states[engine.instance_id].supervisor.condemn(engine, why)
+            self.records[engine.instance_id].supervisor.condemn(engine, why)

@@ -132,8 +132,7 @@ class Migrator:
         record.ticket = ticket
         record.cut_s = asyncio.get_running_loop().time()
         self._streams.displace(record.stream)
-        n_pinned_tokens = ticket.get("remote_num_tokens") or 0
-        self.happen(migration_id, record.migration.cut_heard(self._clock(), n_pinned_tokens))
+        self.happen(migration_id, record.migration.cut_heard(self._clock(), ticket.n_tokens))
 
     def token_came(self, stream: Stream, now_s: float) -> None:
         """A token of a request in migration came."""

@@ -1,23 +1,22 @@
 """Carries out what the policy wants done. Each effect ends in an event, as `core/effects.py` promises."""
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import assert_never
 
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.errors import RequestRejectedError
 from cascadeinfer.core.events import Event, MessageReceived, MigrationEnded, MigrationOutcome
 from cascadeinfer.core.migration import MigrationLimits, NotBegun, not_begun
-from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import Resume
 from cascadeinfer.runtime.commands import Commands
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.isolation import Isolation
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationRecord, Migrator
-from cascadeinfer.runtime.streams import Stream, StreamTable
+from cascadeinfer.runtime.streams import Refusal, Stream, StreamTable
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +28,6 @@ class Performer:
     Attributes:
         migrator: The migrations under way.
         migration_counts: Migrations that have ended, by outcome.
-        arriving: Requests whose senders wait to hear whether the policy takes them.
-        rejected: Those among them that the policy has refused.
     """
 
     def __init__(
@@ -39,7 +36,7 @@ class Performer:
         streams: StreamTable,
         metrics: RuntimeMetrics,
         emit: Callable[[Event], None],
-        refuse_late: Callable[[Reject], None],
+        refuse_late: Callable[[Stream, RequestRejectedError], None],
         fail: Callable[[Stream], None],
         isolation: Isolation,
         limits: MigrationLimits,
@@ -68,18 +65,14 @@ class Performer:
         self._commands = Commands("a command to an instance")
         self.migrator = Migrator(fleet, streams, self._migration_ended, limits, self._add_failed, clock)
         self.migration_counts: dict[str, int] = {}
-        self.arriving: set[RequestId] = set()
-        self.rejected: dict[RequestId, Reject] = {}
 
     def carry_out(self, effect: Effect) -> None:
         """Begin with an effect; never waits."""
         match effect:
             case Dispatch():
                 self._dispatch(effect)
-            case Reject() if effect.request_id in self.arriving:
-                self.rejected[effect.request_id] = effect
             case Reject():
-                self._refuse_late(effect)
+                self._reject(effect)
             case StartMigration():
                 self._start_migration(effect)
             case SendMessage():
@@ -97,15 +90,6 @@ class Performer:
             logger.error("stages stay as they are (%s): %s", effect.layout, effect.failure)
         else:
             logger.info("stages: %s (%s)", effect.layout, effect.why or "instances came or went")
-
-    @contextlib.contextmanager
-    def arrival_of(self, request_id: RequestId) -> Iterator[None]:
-        """While this request's sender waits to hear whether the policy takes it."""
-        self.arriving.add(request_id)
-        try:
-            yield
-        finally:
-            self.arriving.discard(request_id)
 
     def abort(self, stream: Stream) -> None:
         """A request's client left: stop it on its instance. One in a migration is the migrator's to stop."""
@@ -126,6 +110,16 @@ class Performer:
         self._streams.place(stream, effect.instance_id)
         if self._isolation.may_enter(stream):
             self._send(stream)
+
+    def _reject(self, effect: Reject) -> None:
+        stream = self._streams.get(effect.request_id)
+        if stream is None:
+            return  # its client left while it waited
+        error = RequestRejectedError(effect.reason, effect.retry_after_s)
+        if stream.arriving:
+            stream.refusal = Refusal("rejected", error)
+        else:
+            self._refuse_late(stream, error)
 
     def _send(self, stream: Stream) -> None:
         """Send a request to the instance where it is placed."""

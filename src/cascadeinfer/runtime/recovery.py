@@ -16,6 +16,7 @@ What remains is a migration that the policy counts and that never began, because
 import asyncio
 from typing import Final, Protocol
 
+from cascadeinfer.core.errors import PolicyError
 from cascadeinfer.core.events import (
     Event,
     InstanceDraining,
@@ -28,7 +29,7 @@ from cascadeinfer.core.events import (
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.metrics import RuntimeMetrics
-from cascadeinfer.runtime.streams import Stream, StreamTable
+from cascadeinfer.runtime.streams import Refusal, Stream, StreamTable
 
 REPAIR_AFTER_S: Final = 1.0
 """From a failure to the repair: a policy that fails at everything is not asked faster than that."""
@@ -45,22 +46,13 @@ class Host(Protocol):
         """Tell the policy that an instance is gone, with what was there."""
         ...
 
-    def refusal(self, stream: Stream) -> str | None:
-        """How a request that was just announced ended (a metric label), or None when the policy took it."""
-        ...
-
     def end_with_error(self, stream: Stream, outcome: str) -> None:
         """Its client gets an error; `outcome` is a metric label."""
         ...
 
 
 class Recovery:
-    """
-    See the module header.
-
-    Attributes:
-        failed_arrivals: Requests at whose arrival the policy has failed and whose senders do not know it yet.
-    """
+    """See the module header."""
 
     def __init__(self, fleet: Fleet, streams: StreamTable, metrics: RuntimeMetrics, host: Host) -> None:
         """
@@ -70,7 +62,6 @@ class Recovery:
             metrics: Where failures are counted.
             host: The runtime.
         """
-        self.failed_arrivals: set[RequestId] = set()
         self._fleet = fleet
         self._streams = streams
         self._metrics = metrics
@@ -86,7 +77,7 @@ class Recovery:
         self._metrics.policy_failures.labels(type(event).__name__).inc()
         match event:
             case RequestArrived():
-                self.failed_arrivals.add(event.request_id)
+                self._refuse(event.request_id)
             case InstanceJoined():
                 self._joins[event.instance_id] = event
             case InstanceLost():
@@ -102,6 +93,13 @@ class Recovery:
         """No more repairs."""
         if self._timer is not None:
             self._timer.cancel()
+
+    def _refuse(self, request_id: RequestId) -> None:
+        """The policy failed at a request that was announced to it; where it had refused it before, that counts."""
+        stream = self._streams.get(request_id)
+        if stream is not None and stream.refusal is None:
+            failure = PolicyError(f"the scheduling policy failed at request {request_id}; the log says how")
+            stream.refusal = Refusal("failed", failure)
 
     def _repair(self) -> None:
         self._timer = None
@@ -149,5 +147,5 @@ class Recovery:
                 priority=request.priority,
             )
         )
-        if (outcome := self._host.refusal(stream)) is not None:
-            self._host.end_with_error(stream, outcome)
+        if stream.refusal is not None:
+            self._host.end_with_error(stream, stream.refusal.outcome)

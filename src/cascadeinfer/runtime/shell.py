@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cascadeinfer.core.effects import Reject
-from cascadeinfer.core.errors import PolicyError, RequestRejectedError
+from cascadeinfer.core.errors import RequestRejectedError
 from cascadeinfer.core.events import (
     Event,
     InstanceJoined,
@@ -24,6 +23,7 @@ from cascadeinfer.core.events import (
     RequestArrived,
     RequestFinished,
 )
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.migration import Happening, MigrationLimits
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.quarantine import DEATHS
@@ -134,15 +134,14 @@ class Runtime:
             request.request_id, request.request_id, len(request.prompt_token_ids), request.max_output_tokens,
             request.prefix_hashes, request.pin_reason, priority=request.priority,
         )  # fmt: skip
-        with self._performer.arrival_of(request.request_id):
+        stream.arriving = True
+        try:
             self.emit(arrived)
-        reject = self._performer.rejected.get(request.request_id)
-        if (refusal := self.refusal(stream)) is None:
-            return
-        self._finish(stream, refusal)
-        if reject is not None:
-            raise RequestRejectedError(reject.reason, reject.retry_after_s)
-        raise PolicyError(f"the scheduling policy failed at request {request.request_id}; the log says how")
+        finally:
+            stream.arriving = False
+        if stream.refusal is not None:
+            self._finish(stream, stream.refusal.outcome)
+            raise stream.refusal.error
 
     def abort(self, request_ids: list[RequestId]) -> None:
         """Forget these requests, wherever they are; ids that are not live are ignored."""
@@ -206,7 +205,7 @@ class Runtime:
         await self.fleet.join(engine, capacity)
         if self._streams.on_instance(engine.instance_id):
             self.announce_loss(engine.instance_id)  # the policy, which failed at its loss, sent requests to the dead
-        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, capacity))
+        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, InstanceKind(capacity)))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop the words of old attempts; hide the finishes of cuts."""
@@ -236,12 +235,12 @@ class Runtime:
         self, engine: Engine, report: InstanceReport, counters: EngineCounters, asked_s: float
     ) -> None:
         """Translate attempt ids to request ids and tell the policy."""
-        state = self.fleet[engine.instance_id]
-        if state.engine is not engine:
+        record = self.fleet[engine.instance_id]
+        if record.engine is not engine:
             return  # it is being connected
-        state.report, state.counters = report, counters
+        record.report, record.counters = report, counters
         self._isolation.instance_answered(engine.instance_id, asked_s)
-        self.elastic.look(state)
+        self.elastic.look(record)
         running = self._streams.known(report.running_ids, report.running_tokens)
         waiting = self._streams.known(report.waiting_ids, report.waiting_tokens)
         self.emit(
@@ -296,16 +295,6 @@ class Runtime:
         """Hand the policy an event."""
         self._driver.emit(event)
 
-    def refusal(self, stream: Stream) -> str | None:
-        """How a request that was just announced ended (a metric label), or None when the policy took it."""
-        request_id = stream.request.request_id
-        if self._performer.rejected.pop(request_id, None) is not None:
-            return "rejected"
-        if request_id in self._recovery.failed_arrivals:
-            self._recovery.failed_arrivals.discard(request_id)
-            return "failed"
-        return None
-
     def end_with_error(self, stream: Stream, outcome: str) -> None:
         """Its client gets an error; `outcome` is a metric label."""
         engine = next(s.supervisor.engine for s in self.fleet if s.supervisor.engine is not None)
@@ -333,15 +322,13 @@ class Runtime:
         """A request could not be sent to its engine."""
         self._end(stream, "failed", "the request could not be sent to an instance; the server's log says why")
 
-    def _refuse_late(self, reject: Reject) -> None:
-        """The policy refuses a request that it had taken; nothing to do when its client has left."""
-        if (stream := self._streams.get(reject.request_id)) is None:
-            return
+    def _refuse_late(self, stream: Stream, refusal: RequestRejectedError) -> None:
+        """The policy refuses a request that it had taken."""
         if self.on_late_refusal is None or stream.output_token_ids:
             self.end_with_error(stream, "rejected")
             return
         self._finish(stream, "rejected")
-        self.on_late_refusal(reject.request_id, RequestRejectedError(reject.reason, reject.retry_after_s))
+        self.on_late_refusal(stream.request.request_id, refusal)
 
     def _computed(self, stream: Stream) -> None:
         """It is in no engine any more: nothing has to be stopped at its end."""

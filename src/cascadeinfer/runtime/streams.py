@@ -9,10 +9,24 @@ output so far is kept here, because it is what a request needs to go on elsewher
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from cascadeinfer.core.errors import RequestIdInUseError
+from cascadeinfer.core.errors import PolicyError, RequestIdInUseError, RequestRejectedError
 from cascadeinfer.core.migration import Migration
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.protocol import EngineRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """
+    Why the policy did not take a request that was announced to it.
+
+    Attributes:
+        outcome: The metric label of its end: `rejected`, or `failed` where the policy failed at it.
+        error: For whoever sent it.
+    """
+
+    outcome: str
+    error: RequestRejectedError | PolicyError
 
 
 @dataclass(slots=True)
@@ -29,6 +43,8 @@ class Stream:
         migration: The migration it takes part in, or None.
         tokens_before: Output tokens when its current attempt began.
         withdrawals: How often it was taken away from an instance that did not answer.
+        arriving: Whether its sender waits to hear whether the policy takes it.
+        refusal: Why the policy did not take it, until whoever announced it has ended it; None: it took it, or has not heard of it.
         ending: Its end is under way: the policy, which hears of that piece by piece, can do nothing more with it.
         last_token_s: When its last token came, on the runtime's clock; None before the first.
     """
@@ -43,6 +59,8 @@ class Stream:
     last_token_s: float | None = None
     tokens_before: int = 0
     withdrawals: int = 0
+    arriving: bool = False
+    refusal: Refusal | None = None
     ending: bool = False
 
     @property

@@ -4,7 +4,7 @@ One instance's life: start, pump its outputs, ask for its load, notice its death
 Silence is measured by one who may have slept (`core/silence.py`): a front end that was stopped for a minute does not kill instances for it.
 
 A `Supervisor` runs one task per instance for as long as the runtime lives. It reports facts through the `Listener` protocol and
-decides nothing.
+decides nothing; what may happen next, a restart for one, is in the table of `instance_state.py`.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineDied, StepOutputs
 from cascadeinfer.runtime.answers import AnswerWatch
+from cascadeinfer.runtime.instance_state import Deed, Happening, InstanceLife
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Supervisor:
     Keeps one instance alive.
 
     Attributes:
+        life: Where it is in its life. Told through `happen`, by whoever brings a change about.
         engine: The engine of its last start.
         restarts: Times it was started again, or that was tried.
         back_off: Its last deaths.
@@ -113,7 +115,7 @@ class Supervisor:
         self._times = times
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
-        self._retired = False
+        self.life = InstanceLife(instance_id)
         self.engine: Engine | None = None
         self.restarts = 0
         self.last_error = ""
@@ -123,21 +125,36 @@ class Supervisor:
 
     async def start(self) -> None:
         """First start; raises EngineError when the instance does not come up."""
-        engine = self._make_engine(0)
-        self.engine = engine
-        capacity = await engine.start()
+        self.happen(Happening.START)
+        try:
+            engine = self._make_engine(0)
+            self.engine = engine
+            capacity = await engine.start()
+        except Exception as error:
+            self.happen(Happening.START_FAILED, str(error))
+            raise
+        self.happen(Happening.STARTED)
         self._task = asyncio.get_running_loop().create_task(
             self._live(engine, capacity), name=f"instance-{self.instance_id}"
         )
 
-    def retire(self) -> None:
-        """When it goes down from now on, it is not started again."""
-        self._retired = True
+    def happen(self, happening: Happening, why: str = "") -> bool:
+        """
+        Something happened to it now.
+
+        Returns:
+            Whether its state has changed.
+
+        Raises:
+            InvalidTransition: That cannot happen in its state.
+        """
+        return self.life.happen(happening, asyncio.get_running_loop().time(), why)
 
     def condemn(self, engine: Engine, why: str) -> None:
         """Something is wrong with it that a restart mends: end this life of it."""
         if engine is self.engine and self.condemned is None:
             self.condemned = why
+            self.happen(Happening.CONDEMNED, why)
             engine.kill()
 
     async def stop(self, timeout_s: float) -> None:
@@ -154,31 +171,38 @@ class Supervisor:
             why = await self._one_life(engine, capacity)
             wait_s = self._note_death(why)
             logger.error("instance %s is down: %s", self.instance_id, why)
+            self.happen(Happening.DIED, why)
             self._listener.instance_down(self.instance_id, why, planned=self.condemned is not None)
-            if self._retired:
-                await self._put_away(engine)
-                return
             started: InstanceCapacity | None = None
             while started is None:
                 await self._put_away(engine)
-                await self._wait(wait_s)
+                if self.life.allows(Deed.BE_RESTARTED):
+                    await self._wait(wait_s)
+                if not self.life.allows(Deed.BE_RESTARTED):
+                    return  # it is being removed
                 self.restarts += 1
+                self.happen(Happening.START)
                 try:
                     engine = self._make_engine(self.restarts)
                     self.engine, self.condemned = engine, None
                     started = await engine.start()
                 except EngineError as error:
-                    wait_s = self._note_death(str(error))
+                    wait_s = self._note_failed_start(error)
                     logger.error("instance %s did not restart: %s", self.instance_id, error)  # noqa: TRY400 - no bug of ours
                 except Exception as error:  # no port left, no memory, our own bug: the next try may do better
-                    wait_s = self._note_death(str(error))
+                    wait_s = self._note_failed_start(error)
                     logger.exception("instance %s did not restart", self.instance_id)
+            self.happen(Happening.STARTED)
             capacity = started
 
     def _note_death(self, why: str) -> float:
         """It died or did not start; returns how long to wait."""
         self.last_error = why
         return self.back_off.died(asyncio.get_running_loop().time(), why)
+
+    def _note_failed_start(self, error: Exception) -> float:
+        self.happen(Happening.START_FAILED, str(error))
+        return self._note_death(str(error))
 
     async def _wait(self, wait_s: float) -> None:
         self.next_start_s = asyncio.get_running_loop().time() + wait_s

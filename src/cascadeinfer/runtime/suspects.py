@@ -14,20 +14,21 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+from cascadeinfer.core import migration
 from cascadeinfer.core.events import Event, InstanceSuspected, InstanceTrusted
-from cascadeinfer.core.migration import Happening, State
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.runtime.fleet import Fleet
+from cascadeinfer.runtime.instance_state import Deed, Happening
 from cascadeinfer.runtime.isolation import Isolation
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.streams import Stream, StreamTable
-from cascadeinfer.runtime.view import InstanceState
+from cascadeinfer.runtime.view import InstanceRecord
 
 logger = logging.getLogger(__name__)
 
-COMPUTED_ANEW: Final = frozenset({State.RECOMPUTING, State.RETURNING})
+COMPUTED_ANEW: Final = frozenset({migration.State.RECOMPUTING, migration.State.RETURNING})
 MAX_WITHDRAWALS: Final = 2
 """Two, because two instances may fall silent one after the other."""
 
@@ -62,55 +63,49 @@ class Suspects:
 
     def suspected(self, engine: Engine) -> None:
         """Its report is overdue, or still is: then there may be news of who can take what waits there."""
-        state = self._fleet[engine.instance_id]
-        if state.engine is not engine:
+        record = self._fleet[engine.instance_id]
+        if record.engine is not engine:
             return  # it is being connected
-        is_new = not state.suspect
-        state.suspect = True
+        is_new = record.supervisor.happen(Happening.SUSPECTED)
         if is_new:
             self._metrics.suspicions.inc()
             logger.warning("instance %s does not answer; others get what is new", engine.instance_id)
-        withdrawn = self._withdraw(state)
+        withdrawn = self._withdraw(record)
         if is_new or withdrawn:
-            self._emit(InstanceSuspected(f"silent:{state.instance_id}", state.instance_id, withdrawn))
+            self._emit(InstanceSuspected(f"silent:{record.instance_id}", record.instance_id, withdrawn))
 
     def trusted(self, engine: Engine) -> None:
         """It answers in time again."""
-        state = self._fleet[engine.instance_id]
-        if state.engine is engine and state.suspect:
-            state.suspect = False
+        record = self._fleet[engine.instance_id]
+        if record.engine is engine and record.supervisor.happen(Happening.TRUSTED):
             self._isolation.instance_trusted(engine.instance_id)
             self._emit(InstanceTrusted(f"answers:{engine.instance_id}", engine.instance_id))
 
-    def _withdraw(self, state: InstanceState) -> tuple[RequestId, ...]:
+    def _withdraw(self, record: InstanceRecord) -> tuple[RequestId, ...]:
         """Take away what waits there and can go elsewhere."""
-        if not self._others_answer(state.instance_id):
+        if not self._others_answer(record.instance_id):
             return ()
-        withdrawn = self._unstarted(state)
+        withdrawn = self._unstarted(record)
         for stream in withdrawn:
             stream.withdrawals += 1
-            self._isolation.taken_away(stream, state.instance_id)
+            self._isolation.taken_away(stream, record.instance_id)
             if stream.migration is None:
                 self._performer.abort(stream)
                 self._streams.displace(stream)
             else:
-                self._performer.migrator.happen(stream.migration.migration_id, Happening.PLACE_SILENT)
+                self._performer.migrator.happen(stream.migration.migration_id, migration.Happening.PLACE_SILENT)
         self._metrics.withdrawn.inc(len(withdrawn))
         return tuple(stream.request.request_id for stream in withdrawn if stream.instance_id is None)
 
     def _others_answer(self, instance_id: InstanceId) -> bool:
-        return any(
-            state.engine is not None and state.drain is None and not state.suspect
-            for state in self._fleet
-            if state.instance_id != instance_id
-        )
+        return any(record.life.allows(Deed.TAKE) for record in self._fleet if record.instance_id != instance_id)
 
-    def _unstarted(self, state: InstanceState) -> list[Stream]:
+    def _unstarted(self, record: InstanceRecord) -> list[Stream]:
         """Requests there that have no token of this attempt and were not seen running."""
-        running = set(state.report.running_ids)
+        running = set(record.report.running_ids)
         return [
             stream
-            for stream in self._streams.on_instance(state.instance_id)
+            for stream in self._streams.on_instance(record.instance_id)
             if (stream.migration is None or stream.migration.state in COMPUTED_ANEW)
             and not stream.started
             and stream.engine_request_id not in running

@@ -11,6 +11,7 @@ from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine, EngineCounters
+from cascadeinfer.runtime.instance_state import PHASES, SILENT, Deed, Happening, InstanceLife
 from cascadeinfer.runtime.metrics import InstanceGauges
 from cascadeinfer.runtime.pairs import BrokenPair
 from cascadeinfer.runtime.streams import StreamTable
@@ -51,35 +52,35 @@ class Departed:
         how: In a few words: `drained`, `did not start`, and so on.
         error: What went wrong on the way, or None.
         at_s: When.
+        life: How it came to it.
     """
 
     instance_id: InstanceId
     how: str
     error: str | None
     at_s: float
+    life: InstanceLife
 
 
 @dataclass(slots=True)
-class InstanceState:
+class InstanceRecord:
     """
     One instance as the runtime knows it.
 
+    Where it is in its life is its supervisor's to say; what is derived from that is a property here.
+
     Attributes:
-        engine: Its engine while it is up, else None.
         settled: Set once it has come up, or failed to, for the first time.
-        drain: Set while it is being emptied or removed.
-        suspect: Whether its report is overdue.
+        drain: Of the drain it is in, or was removed by; None before.
     """
 
     supervisor: Supervisor
-    engine: Engine | None = None
     capacity: InstanceCapacity | None = None
     report: InstanceReport = IDLE
     counters: EngineCounters = field(default_factory=EngineCounters)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     last_error: str = ""
     drain: Drain | None = None
-    suspect: bool = False
 
     @property
     def instance_id(self) -> InstanceId:
@@ -87,13 +88,19 @@ class InstanceState:
         return self.supervisor.instance_id
 
     @property
-    def phase(self) -> str:
-        """Where it is in its life: `starting`, `up`, `down` (being restarted) or `draining`."""
-        if self.drain is not None:
-            return "draining"
-        if self.engine is not None:
-            return "up"
-        return "down" if self.settled.is_set() else "starting"
+    def life(self) -> InstanceLife:
+        """Where it is in its life."""
+        return self.supervisor.life
+
+    @property
+    def engine(self) -> Engine | None:
+        """Its engine while it is in use, else None."""
+        return self.supervisor.engine if self.life.allows(Deed.RUN) else None
+
+    @property
+    def suspect(self) -> bool:
+        """Whether its report is overdue while it is in use."""
+        return self.life.state in SILENT
 
     async def first_up(self) -> None:
         """Wait until it is up for the first time. Raises EngineError when it has failed to come up."""
@@ -103,15 +110,14 @@ class InstanceState:
 
     def came_up(self, engine: Engine, capacity: InstanceCapacity) -> None:
         """It is ready to take requests."""
-        self.engine = engine
-        self.suspect = False
+        assert engine is self.supervisor.engine
+        self.supervisor.happen(Happening.JOINED)
         self.capacity = capacity
         self.settled.set()
 
     def went_down(self, why: str) -> None:
-        """It is gone: what it reported holds no more."""
-        self.engine = None
-        self.suspect = False
+        """It is out of use: what it reported holds no more."""
+        assert self.engine is None
         self.last_error = why
         self.report = IDLE
         self.counters = EngineCounters()
@@ -161,7 +167,7 @@ def tally(streams: StreamTable, n_migrations: int, migration_counts: Mapping[str
 
 
 def snapshot(
-    instances: Iterable[InstanceState],
+    instances: Iterable[InstanceRecord],
     departed: Iterable[Departed],
     layout: StageLayout | None,
     streams: StreamTable,
@@ -178,9 +184,17 @@ def snapshot(
             {"range": str(stage.range), "instances": list(stage.instance_ids)}
             for stage in (layout.stages if layout is not None else ())
         ],
-        "instances": [snapshot_of(state, layout, on_instance.get(state.instance_id, 0), now_s) for state in instances],
+        "instances": [
+            snapshot_of(record, layout, on_instance.get(record.instance_id, 0), now_s) for record in instances
+        ],
         "departed": [
-            {"id": gone.instance_id, "how": gone.how, "error": gone.error, "seconds_ago": round(now_s - gone.at_s, 1)}
+            {
+                "id": gone.instance_id,
+                "how": gone.how,
+                "error": gone.error,
+                "seconds_ago": round(now_s - gone.at_s, 1),
+                "history": history_of(gone.life, now_s),
+            }
             for gone in departed
         ],
         "broken_pairs": [
@@ -205,20 +219,35 @@ def snapshot(
     }
 
 
-def snapshot_of(state: InstanceState, layout: StageLayout | None, n_requests: int, now_s: float) -> dict[str, Any]:
+def history_of(life: InstanceLife, now_s: float) -> list[dict[str, Any]]:
+    """The last passages of a life, the oldest first, for the JSON."""
+    return [
+        {
+            "event": passage.happening.value,
+            "state": passage.state.value,
+            "seconds_ago": round(now_s - passage.at_s, 1),
+            "why": passage.why or None,
+        }
+        for passage in life.history
+    ]
+
+
+def snapshot_of(record: InstanceRecord, layout: StageLayout | None, n_requests: int, now_s: float) -> dict[str, Any]:
     """One instance of the JSON."""
-    drain, supervisor = state.drain, state.supervisor
+    drain, supervisor = record.drain, record.supervisor
     deaths = supervisor.back_off.in_window(now_s)
     next_start_s = supervisor.next_start_s
     return {
-        "id": state.instance_id,
-        "phase": state.phase,
-        "stage": state.stage_index(layout),
-        "up": state.engine is not None,
-        "suspect": state.suspect,
-        "pid": state.engine.pid if state.engine is not None else None,
+        "id": record.instance_id,
+        "phase": PHASES[record.life.state],
+        "state": record.life.state.value,
+        "history": history_of(record.life, now_s),
+        "stage": record.stage_index(layout),
+        "up": record.engine is not None,
+        "suspect": record.suspect,
+        "pid": record.engine.pid if record.engine is not None else None,
         "restarts": supervisor.restarts,
-        "last_error": state.last_error or None,
+        "last_error": record.last_error or None,
         "deaths": [
             {"seconds_ago": round(now_s - death.at_s, 1), "error": death.why} for death in deaths[-MAX_LISTED_DEATHS:]
         ],
@@ -231,16 +260,16 @@ def snapshot_of(state: InstanceState, layout: StageLayout | None, n_requests: in
             "requests_at_start": drain.n_requests,
         },
         "requests": n_requests,
-        "running": state.report.n_running,
-        "waiting": state.report.n_waiting,
-        "lengths": sorted(state.report.running_tokens + state.report.foreign_running_tokens),
-        "kv_usage": round(state.kv_usage(), 4),
-        "kv_blocks": state.capacity.kv_blocks if state.capacity is not None else None,
-        "kv_blocks_used": state.report.kv_blocks_used,
-        "kv_pulls": state.counters.pulls,
-        "pulled_tokens": state.counters.pulled_tokens,
-        "failed_pulls": state.counters.failed_pulls,
-        "pinned": state.counters.pinned,
-        "reserved": state.counters.reserved,
-        "held_blocks": dict(state.counters.held_blocks),
+        "running": record.report.n_running,
+        "waiting": record.report.n_waiting,
+        "lengths": sorted(record.report.running_tokens + record.report.foreign_running_tokens),
+        "kv_usage": round(record.kv_usage(), 4),
+        "kv_blocks": record.capacity.kv_blocks if record.capacity is not None else None,
+        "kv_blocks_used": record.report.kv_blocks_used,
+        "kv_pulls": record.counters.pulls,
+        "pulled_tokens": record.counters.pulled_tokens,
+        "failed_pulls": record.counters.failed_pulls,
+        "pinned": record.counters.pinned,
+        "reserved": record.counters.reserved,
+        "held_blocks": dict(record.counters.held_blocks),
     }

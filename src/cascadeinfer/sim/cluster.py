@@ -132,8 +132,7 @@ class SimCluster:
         self.live[request.request_id] = request
         if row + 1 < len(arrivals):
             self.kernel.at(arrivals[row + 1], Priority.ARRIVAL, self._arrive, row + 1)
-        left = self.config.context_tokens - request.prompt_tokens
-        cap = left if self.config.max_output_tokens is None else min(left, self.config.max_output_tokens)
+        cap = self.config.longest_tokens(request.prompt_tokens) - request.prompt_tokens
         self._emit(
             RequestArrived(request.request_id, request.request_id, request.prompt_tokens, cap, request.prefix_hashes)
         )
@@ -166,7 +165,7 @@ class SimCluster:
     def instance_joined(self, instance: SimInstance) -> None:
         """Let the policy use it."""
         instance_id = instance.instance_id
-        self._emit(InstanceJoined(f"up:{instance_id}", instance_id, instance.capacity))
+        self._emit(InstanceJoined(f"up:{instance_id}", instance_id, self.config.kind_of(instance_id).kind))
 
     def instance_stepped(self, instance: SimInstance, end: StepEnd) -> None:
         """First tokens after a move, ends and cuts."""
@@ -306,6 +305,11 @@ class SimCluster:
         instance = self.instance(effect.instance_id)
         if instance is None:
             raise PolicyError(f"{effect}: there is no such instance; there are {sorted(self.fleet.instances)}")
+        longest_tokens = self.config.longest_tokens(request.prompt_tokens)
+        if longest_tokens > instance.capacity.kv_tokens:
+            raise PolicyError(
+                f"{effect}: the request may grow to {longest_tokens} tokens, the KV cache there holds {instance.capacity.kv_tokens}"
+            )
         if np.isnan(request.dispatched_s):
             request.dispatched_s = self.kernel.now_s
         request.instance_id = effect.instance_id

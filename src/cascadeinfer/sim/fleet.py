@@ -70,9 +70,8 @@ class Fleet:
         self.tokens_of_the_lost = 0
         self._kernel = kernel
         self._config = config
-        self._coefficients = config.step_model.coefficients()
         self._listener = listener
-        self._blocks_per_unit = unit_tokens // config.capacity.block_size_tokens
+        self._unit_tokens = unit_tokens
         self._schedule()
 
     def _schedule(self) -> None:
@@ -118,12 +117,14 @@ class Fleet:
         if instance_id in self.instances:
             return
         number = self.numbers[instance_id]
+        what = self._config.kind_of(instance_id)
+        capacity = what.kind.capacity
         instance = SimInstance(
             instance_id,
             number,
-            self._config.capacity,
-            self._coefficients,
-            blocks_per_unit=self._blocks_per_unit,
+            capacity,
+            what.step_model.coefficients(),
+            blocks_per_unit=self._unit_tokens // capacity.block_size_tokens,
             fast_forward=self._config.fast_forward,
         )
         self.instances[instance_id] = instance

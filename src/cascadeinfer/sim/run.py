@@ -13,7 +13,7 @@ from cascadeinfer.results.records import InstanceSamples, MigrationRecords, Requ
 from cascadeinfer.sim.checkers import Checker
 from cascadeinfer.sim.cluster import Observer, SimCluster
 from cascadeinfer.sim.recording import request_records
-from cascadeinfer.sim.settings import SimConfig
+from cascadeinfer.sim.settings import SimConfig, instance_ids
 from cascadeinfer.workload.trace import Trace
 
 PROGRESS_EVENTS: Final = 2048
@@ -104,7 +104,7 @@ def check_fit(trace: Trace, config: SimConfig) -> None:
 
     Raises:
         TraceError: It has no arrival times, or requests that do not fit the context or state too small a cap.
-        ConfigError: Its prefix hashes cover no whole number of blocks.
+        ConfigError: Its prefix hashes cover no whole number of an instance's blocks.
     """
     trace.require_arrivals()
     too_long = int(np.count_nonzero(trace.total_tokens > config.context_tokens))
@@ -116,13 +116,14 @@ def check_fit(trace: Trace, config: SimConfig) -> None:
     cap = config.max_output_tokens
     if cap is not None and len(trace) and int(trace.output_tokens.max()) > cap:
         raise TraceError(f"some requests produce more than max_output_tokens, {cap}")
-    block_tokens = config.capacity.block_size_tokens
     if config.prefix_caching:
         if trace.prefix_hashes is None:
             raise ConfigError("prefix caching needs a trace with prefix hashes", option="prefix_caching")
-        if trace.prefix_block_tokens % block_tokens:
-            raise ConfigError(
-                f"a prefix hash covers {trace.prefix_block_tokens} tokens, which is no multiple of the block size "
-                f"{block_tokens}",
-                option="block_size_tokens",
-            )
+        kinds = [config.kind_of(instance_id).kind for instance_id in instance_ids(config.instances)]
+        for block_tokens in sorted({kind.capacity.block_size_tokens for kind in kinds}):
+            if trace.prefix_block_tokens % block_tokens:
+                raise ConfigError(
+                    f"a prefix hash covers {trace.prefix_block_tokens} tokens, which is no multiple of the block size "
+                    f"{block_tokens}",
+                    option="block_size_tokens",
+                )

@@ -1,10 +1,12 @@
 """What a simulated cluster is made of: plain values, checked once."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.sim.faults import FaultPlan
@@ -30,6 +32,20 @@ class NetworkConfig:
     message_delay_s: float = 0.0005
 
 
+@dataclass(frozen=True, slots=True)
+class SimKind:
+    """
+    A kind of simulated instances.
+
+    Attributes:
+        kind: What the policy is told.
+        step_model: What their steps take. The policy is not told; it may have been given the same model under the kind's key.
+    """
+
+    kind: InstanceKind
+    step_model: StepModel
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimConfig:
     """
@@ -37,10 +53,11 @@ class SimConfig:
 
     Attributes:
         instances: How many; their ids are `instance_ids(instances)`.
-        capacity: Of each.
-        step_model: Step time of each.
+        capacity: Of each that `kinds` does not name.
+        step_model: Step time of each that `kinds` does not name; its key is the default one.
+        kinds: Instances that are of another kind, by id. KV cache can go from any instance to any other.
         kv_bytes_per_token: Of KV cache, for transfers.
-        context_tokens: The model's longest sequence; no request may be longer.
+        context_tokens: The model's longest sequence; no request may be longer. At least one instance holds one of them.
         max_output_tokens: The cap that each request states; None states all the context left.
         network: Transfers and messages.
         migration: Limits of migrations, the same as the runtime's.
@@ -58,6 +75,7 @@ class SimConfig:
     capacity: InstanceCapacity
     step_model: StepModel
     kv_bytes_per_token: float
+    kinds: Mapping[InstanceId, SimKind] = field(default_factory=dict)
     context_tokens: int = 131_072
     max_output_tokens: int | None = None
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -76,7 +94,7 @@ class SimConfig:
         Check what can be checked without a trace.
 
         Raises:
-            ConfigError: A number is out of range, or one request of full length does not fit an instance.
+            ConfigError: A number is out of range, `kinds` names an instance that is not there, or one request of full length fits none.
         """
         if self.instances < 1:
             raise ConfigError(f"a cluster needs at least one instance, not {self.instances}", option="--instances")
@@ -87,21 +105,42 @@ class SimConfig:
         ):
             if not (math.isfinite(value) and value > 0.0):
                 raise ConfigError(f"{name} must be positive and finite, not {value}")
-        capacity = self.capacity
-        if min(capacity.kv_blocks, capacity.block_size_tokens, capacity.max_num_seqs, self.network.max_pulls) < 1:
-            raise ConfigError(f"every capacity must be at least 1: {capacity}, max_pulls {self.network.max_pulls}")
-        if capacity.max_batched_tokens < capacity.max_num_seqs:
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        ids = instance_ids(self.instances)
+        if strangers := sorted(set(self.kinds) - set(ids)):
             raise ConfigError(
-                f"a step of {capacity.max_batched_tokens} tokens cannot decode {capacity.max_num_seqs} requests",
-                option="max_batched_tokens",
-                fix="at least max_num_seqs",
+                f"there is no instance {', '.join(strangers)}: there are {', '.join(ids)}", option="kinds"
             )
-        if self.context_tokens > capacity.kv_tokens:
+        capacities = list(dict.fromkeys(self.kind_of(instance_id).kind.capacity for instance_id in ids))
+        for capacity in capacities:
+            if min(capacity.kv_blocks, capacity.block_size_tokens, capacity.max_num_seqs, self.network.max_pulls) < 1:
+                raise ConfigError(f"every capacity must be at least 1: {capacity}, max_pulls {self.network.max_pulls}")
+            if capacity.max_batched_tokens < capacity.max_num_seqs:
+                raise ConfigError(
+                    f"a step of {capacity.max_batched_tokens} tokens cannot decode {capacity.max_num_seqs} requests",
+                    option="max_batched_tokens",
+                    fix="at least max_num_seqs",
+                )
+        largest_tokens = max(capacity.kv_tokens for capacity in capacities)
+        if self.context_tokens > largest_tokens:
             raise ConfigError(
-                f"a sequence of {self.context_tokens} tokens does not fit the KV cache of {capacity.kv_tokens}",
+                f"a sequence of {self.context_tokens} tokens does not fit the KV cache of {largest_tokens}",
                 option="context_tokens",
-                fix=f"at most {capacity.kv_tokens}, and cap the trace to it",
+                fix=f"at most {largest_tokens}, and cap the trace to it",
             )
+
+    def kind_of(self, instance_id: InstanceId) -> SimKind:
+        """What this instance is."""
+        return self.kinds.get(instance_id, SimKind(InstanceKind(self.capacity), self.step_model))
+
+    def longest_tokens(self, prompt_tokens: int) -> int:
+        """Sequence length that a request with this prompt may reach: its cap or the context."""
+        left_tokens = self.context_tokens - prompt_tokens
+        return prompt_tokens + (
+            left_tokens if self.max_output_tokens is None else min(left_tokens, self.max_output_tokens)
+        )
 
 
 def instance_ids(n: int) -> tuple[InstanceId, ...]:

@@ -72,7 +72,7 @@ def follow(boundary: int, scales: list[float], rate_per_s: float, seed: int = 0)
             recent.note_finished(int(prompt), int(output), now_s)
         seen = recent.look(now_s + SETTINGS.interval_s, SETTINGS.min_requests)
         around = Neighbours(0, None, 0.4, 0.5)
-        gain_of = None if seen is None else outlook(problem_of(*seen), boundary, around, INSTANCES)
+        gain_of = None if seen is None else outlook((problem_of(*seen),) * 2, boundary, around, INSTANCES)
         if gain_of is not None:
             boundary = refiner.step(boundary, around, gain_of)
         path.append(boundary)
@@ -179,7 +179,7 @@ def test_outlook_of_the_impossible() -> None:
     """Where the boundary cannot carry the load, one that can gains everything; beyond neighbours there is no gain."""
     histogram = LengthHistogram.from_requests([100] * 50 + [20_000] * 50, [100] * 100)
     around = Neighbours(0, None, 0.5, 0.5)
-    gain_of = outlook(problem_of(histogram, 12.0), 30_000, around, (1, 7))
+    gain_of = outlook((problem_of(histogram, 12.0),) * 2, 30_000, around, (1, 7))
     assert gain_of(30_000) == 0.0
     assert gain_of(1000) == 1.0
     assert gain_of(0) == 0.0

@@ -4,6 +4,7 @@ from cascadeinfer.core.bidask.bidder import Bidder
 from cascadeinfer.core.bidask.rounds import BidAskSettings, Outbox
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.events import InstanceJoined, InstanceSuspected, InstanceTrusted
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.messages import Accept, Ask, Award, Bid, Decline
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import ClusterView
@@ -16,7 +17,7 @@ def test_no_place_is_offered_or_kept_on_a_silent_instance() -> None:
     """It declines, at ask and award, while its instance is suspected and another is not; afterwards it bids again."""
     view = ClusterView()
     for instance_id in "ab":
-        view.apply(InstanceJoined("c", instance_id, CAPACITY))
+        view.apply(InstanceJoined("c", instance_id, InstanceKind(CAPACITY)))
     bidder = Bidder(view.instances["a"], BidAskSettings(), lambda: 0)
     out = Outbox()
     bidder.take_ask("b", ASK, 0.0, out)

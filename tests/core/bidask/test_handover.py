@@ -5,6 +5,7 @@ import pytest
 from cascadeinfer.core.bidask.handover import HandoverRules, may_move, movable, outgrown
 from cascadeinfer.core.effects import Dispatch, MigrationReason, StartMigration
 from cascadeinfer.core.events import InstanceJoined, InstanceReport, InstanceReported, PinReason, RequestArrived
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceCapacity
 from cascadeinfer.core.view import ClusterView
 
@@ -15,7 +16,7 @@ RULES = HandoverRules(margin_share=0.1, margin_tokens=16, min_remaining_tokens=1
 def instance_with(*requests: tuple[str, int, int, int]) -> ClusterView:
     """One instance that has reported these (id, prompt, cap of output, length) as running."""
     view = ClusterView()
-    view.apply(InstanceJoined("c", "a", CAPACITY))
+    view.apply(InstanceJoined("c", "a", InstanceKind(CAPACITY)))
     for request_id, prompt, cap, _ in requests:
         pin = PinReason.LORA if request_id == "pinned" else None
         view.apply(RequestArrived("c", request_id, prompt, cap, (), pin))
@@ -63,7 +64,7 @@ def test_what_may_move(request_id: str, prompt: int, cap: int, tokens: int, *, m
 def test_what_moves_already_may_not_move() -> None:
     """A request in a migration is left alone."""
     view = instance_with(("r", 90, 500, 200))
-    view.apply(InstanceJoined("c", "b", CAPACITY))
+    view.apply(InstanceJoined("c", "b", InstanceKind(CAPACITY)))
     view.carry_out([StartMigration("c", "m", "r", "a", "b", MigrationReason.DRAIN)])
     assert not movable(view.instances["a"], view.requests, RULES)
 

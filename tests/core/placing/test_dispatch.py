@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.effects import Dispatch
 from cascadeinfer.core.events import InstanceDraining, InstanceJoined, RequestArrived
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.placing.dispatch import (
     cheapest,
     cheapest_with_room,
@@ -25,9 +26,9 @@ MODEL = StepModel(
 
 def cluster(loads: dict[str, list[int]]) -> ClusterView:
     """Instances with requests of these lengths."""
-    view = ClusterView(lambda capacity: pricing_of(MODEL, capacity))
+    view = ClusterView(lambda kind: pricing_of(MODEL, kind.capacity))
     for instance_id in loads:
-        view.apply(InstanceJoined("c", instance_id, CAPACITY))
+        view.apply(InstanceJoined("c", instance_id, InstanceKind(CAPACITY)))
     for instance_id, lengths in loads.items():
         for number, tokens in enumerate(lengths):
             view.apply(RequestArrived("c", f"{instance_id}.{number}", tokens, 100))

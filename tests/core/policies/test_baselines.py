@@ -18,6 +18,7 @@ from cascadeinfer.core.events import (
     PinReason,
     RequestArrived,
 )
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.placing.prefix_index import PrefixIndex
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
@@ -46,7 +47,7 @@ def vllm(**options: int) -> VllmDp:
     """VLLM's balancer with three engines."""
     policy = VllmDp(**options)
     for instance_id in ("i0", "i1", "i2"):
-        policy.handle(InstanceJoined("c", instance_id, SMALL), 0.0)
+        policy.handle(InstanceJoined("c", instance_id, InstanceKind(SMALL)), 0.0)
     return policy
 
 
@@ -103,7 +104,7 @@ def test_vllm_forgets_a_lost_engine() -> None:
     policy = vllm()
     report(policy, "i0", running=9, waiting=9, kv_use=1.0)
     policy.handle(InstanceLost("c", "i0"), 0.0)
-    policy.handle(InstanceJoined("c", "i0", SMALL), 0.0)
+    policy.handle(InstanceJoined("c", "i0", InstanceKind(SMALL)), 0.0)
     report(policy, "i1", running=1, waiting=0, kv_use=0.0)
     report(policy, "i2", running=1, waiting=0, kv_use=0.0)
     assert chosen(policy, 0) == "i0"

@@ -305,7 +305,7 @@ def learnt(world: World) -> StepModel | None:
     """The cost model that the policy uses now."""
     policy = world.policy
     assert isinstance(policy, Cascade)
-    return policy._adaptation.model
+    return policy._models.of("")
 
 
 def report_steps(world: World, steps: tuple[StepSample, ...]) -> None:

@@ -19,14 +19,18 @@ from hypothesis import strategies as st
 from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.events import MigrationEnded, MigrationOutcome, PinReason, RequestFinished, TimerFired
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import Proposal, StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policy import Policy
-from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from support.policy_world import SMALL, World
 
 IDS = ("i0", "i1", "i2", "i3", "i4")
+HALF = InstanceCapacity(kv_blocks=64, block_size_tokens=16, max_num_seqs=4, max_batched_tokens=512)
+"""1,024 tokens: the longest requests here do not fit."""
+KINDS = {"i0": InstanceKind(HALF), "i3": InstanceKind(HALF, "slow")}
 LAYOUT = StageLayout.from_boundaries((60, 200), (("i0", "i1"), ("i2", "i3"), ("i4",)))
 
 
@@ -94,9 +98,9 @@ def act(world: World, kind: int, a: int, b: int) -> None:  # noqa: C901, PLR0912
         world.lose(there[a % len(there)], name_lost=bool(b % 2), at_target=bool(b % 3))
 
 
-def run(name: str, steps: list[tuple[int, int, int]]) -> World:
+def run(name: str, steps: list[tuple[int, int, int]], kinds: dict[InstanceId, InstanceKind] | None = None) -> World:
     """A run of these commands, started with three instances and ended with all instances up and all requests placed."""
-    world = World(MAKERS[name](), SMALL, may_hold_back=name == "cascade with a queue")
+    world = World(MAKERS[name](), SMALL, may_hold_back=name == "cascade with a queue", kinds=kinds or {})
     world.join("i0", "i2", "i4")
     for kind, a, b in steps:
         act(world, kind, a, b)
@@ -112,6 +116,30 @@ def test_contract(name: str, steps: list[tuple[int, int, int]]) -> None:
     for instance_id in IDS:
         if instance_id not in world.draining:
             world.join(instance_id)
+    for request_id in list(world.requests):
+        if len(world.requests) > 4:
+            world.finish(request_id)
+    for instance_id in world.open_instances():
+        world.report(instance_id)
+    assert all(request.instance_id is not None for request in world.requests.values())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=20)
+@given(steps=commands)
+def test_contract_with_kinds(name: str, steps: list[tuple[int, int, int]]) -> None:
+    """
+    With instances too small for some requests the contract holds too: none is placed there or moved there (`World` checks that).
+
+    What only an absent instance could hold waits for it, and holds up nobody else.
+    """
+    world = run(name, steps, KINDS)
+    for instance_id, draining in list(world.draining.items()):
+        if draining:
+            world.lose(instance_id)
+    world.join(*(instance_id for instance_id in IDS if instance_id not in world.draining))
+    for instance_id in list(world.suspects):
+        world.trust(instance_id)
     for request_id in list(world.requests):
         if len(world.requests) > 4:
             world.finish(request_id)

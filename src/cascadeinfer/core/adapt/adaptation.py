@@ -6,16 +6,16 @@ request: requests that have become too long for their stage are handed over as u
 layout as it is; it is reported as `Adapted.failure`, and planning is tried again one interval later.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cascadeinfer.core.adapt.boundaries import BoundaryRefiner, Neighbours, RefineSettings, outlook
 from cascadeinfer.core.adapt.recent import RecentWorkload
 from cascadeinfer.core.adapt.replanning import ModelPlanner, Planner, PlanSettings, Replanner
+from cascadeinfer.core.adapt.step_models import StepModels
 from cascadeinfer.core.adapt.watch import WorkloadWatch
-from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.cost.learning import StepLearner
-from cascadeinfer.core.cost.samples import StepSample
+from cascadeinfer.core.errors import PlanError
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.plan.problem import PlanProblem
 from cascadeinfer.core.roster import Roster
 from cascadeinfer.core.types import InstanceId
@@ -29,12 +29,12 @@ class Adapted:
 
     Attributes:
         layout: Why the roster's desired layout changed; empty when it did not.
-        model: The cost model from now on; None when it has not changed.
+        models: Whether the step cost models have changed.
         failure: Why planning failed; empty when it did not.
     """
 
     layout: str = ""
-    model: StepModel | None = None
+    models: bool = False
     failure: str = ""
 
 
@@ -47,7 +47,6 @@ class Adaptation:
 
     Attributes:
         watch: Must be notified of arrivals and ends.
-        model: The step cost model in use; None while nothing is known.
     """
 
     def __init__(
@@ -55,9 +54,8 @@ class Adaptation:
         roster: Roster,
         view: ClusterView,
         *,
-        model: StepModel | None,
+        models: StepModels,
         planner: Planner | None,
-        learner: StepLearner | None,
         refine: bool,
         replan: bool,
         refinement: RefineSettings,
@@ -67,37 +65,29 @@ class Adaptation:
         Args:
             roster: The layout to change.
             view: The policy's books.
-            model: Step cost model to start with.
-            planner: Replaces the planner built from the cost model.
-            learner: Learns step times; its model takes precedence.
+            models: The step cost models in use, which also learn.
+            planner: Replaces the planner built from the cost models.
             refine: Whether boundaries move between plans.
             replan: Whether to plan anew.
             refinement: How boundaries move.
             planning: When and how to plan.
         """
-        self.model = model
+        self._models = models
         self._roster = roster
         self._view = view
-        self._learner = learner
         self._refines = refine
         self._refinement = refinement
         self._planning = planning
         self._refiners: dict[int, BoundaryRefiner] = {}
         self._next_refine_s = 0.0
         self._recent = RecentWorkload(refinement.memory_s, planning.max_tokens)
-        has_model = model is not None or learner is not None
-        workloads = [self._recent] if refine and has_model else []
-        self._planner = ModelPlanner(model, planning) if planner is None and has_model else None
+        workloads = [self._recent] if refine and models.expected else []
+        self._planner = ModelPlanner(None, planning) if planner is None and models.expected else None
         asked = planner or self._planner
         self._replanner = Replanner(asked, planning) if replan and asked is not None else None
         if self._replanner is not None:
             workloads.append(self._replanner.workload)
         self.watch = WorkloadWatch(workloads)
-
-    def observe(self, steps: Sequence[StepSample]) -> None:
-        """Steps that an instance has reported."""
-        if steps and self._learner is not None:
-            self._learner.observe(steps)
 
     def step(self, members: Sequence[Sequence[InstanceView]], now_s: float) -> Adapted:
         """
@@ -107,13 +97,8 @@ class Adaptation:
             members: Instances of each stage in force.
             now_s: The current time.
         """
-        if self._learner is not None and self._learner.is_due(now_s):
-            if not self._learner.update(now_s):
-                return NOTHING
-            self.model = self._learner.model
-            if self._planner is not None:
-                self._planner.model = self.model
-            return Adapted(model=self.model)
+        if self._models.is_due(now_s):
+            return Adapted(models=True) if self._models.update(now_s) else NOTHING
         if self._replanner is not None and self._replanner.is_due(now_s):
             return self._plan(self._replanner, members, now_s)
         if self._refines and now_s >= self._next_refine_s:
@@ -126,8 +111,10 @@ class Adaptation:
         layout = self._roster.layout
         assert layout is not None
         ranked = [instance.instance_id for stage in members for instance in sorted(stage, key=_mean_tokens)]
-        capacity = members[0][0].capacity
         try:
+            model, capacity = self._models.weakest(_kinds(member for stage in members for member in stage))
+            if self._planner is not None:
+                self._planner.model = model
             unfinished = self.watch.unfinished(self._view.requests.values())
             proposed = replanner.propose(layout, capacity, ranked, now_s, unfinished)
         except Exception as error:  # noqa: BLE001 - a fault in planning must not cost the event's other effects
@@ -139,7 +126,7 @@ class Adaptation:
         return Adapted(layout="planned" if self._planner is None else self._planner.why)
 
     def _refine(self, members: Sequence[Sequence[InstanceView]], now_s: float) -> Adapted:
-        problem = self._recent_problem(members, now_s)
+        problems = self._recent_problems(members, now_s)
         loads = [sum(member.load for member in stage) / len(stage) for stage in members]
         moves = []
         for stage, plan_stage in enumerate(self._roster.plan_stage[:-1]):
@@ -152,8 +139,9 @@ class Adaptation:
                 upper_load=loads[stage + 1],
             )
             gain_of = None
-            if problem is not None:
-                gain_of = outlook(problem, before, around, (len(members[stage]), len(members[stage + 1])))
+            if problems is not None:
+                sides = problems[stage], problems[stage + 1]
+                gain_of = outlook(sides, before, around, (len(members[stage]), len(members[stage + 1])))
             refiner = self._refiners.setdefault(plan_stage, BoundaryRefiner(self._refinement))
             after = refiner.step(before, around, gain_of)
             if after != before:
@@ -161,15 +149,37 @@ class Adaptation:
                 moves.append(f"{before} to {after}")
         return Adapted(layout=f"boundary {', '.join(moves)} tokens") if moves else NOTHING
 
-    def _recent_problem(self, members: Sequence[Sequence[InstanceView]], now_s: float) -> PlanProblem | None:
-        """The recent workload as the planner sees it; None without a cost model or when too little has been seen."""
-        if self.model is None:
+    def _recent_problems(self, members: Sequence[Sequence[InstanceView]], now_s: float) -> list[PlanProblem] | None:
+        """
+        The recent workload, per stage, as the planner sees it on the stage's weakest instance.
+
+        None without a cost model of each kind, when too little has been seen, or where the longest requests do not fit
+        that instance: boundaries then only balance load.
+        """
+        try:
+            made_with = [self._models.weakest(_kinds(stage)) for stage in members]
+        except PlanError:  # reported when a plan is made
+            return None
+        if any(model is None for model, _ in made_with):
             return None
         unfinished = self.watch.unfinished(self._view.requests.values())
         seen = self._recent.look(now_s, self._refinement.min_requests, unfinished)
         if seen is None:
             return None
-        return self._planning.problem(self.model, *seen, members[0][0].capacity, len(self._roster.stage_of))
+        n = len(self._roster.stage_of)
+        try:
+            problems = {
+                (model, capacity): self._planning.problem(model, *seen, capacity, n)
+                for model, capacity in dict.fromkeys(made_with)
+                if model is not None
+            }
+        except PlanError:
+            return None
+        return [problems[model, capacity] for model, capacity in made_with if model is not None]
+
+
+def _kinds(instances: Iterable[InstanceView]) -> list[InstanceKind]:
+    return [instance.kind for instance in instances]
 
 
 def _mean_tokens(instance: InstanceView) -> tuple[float, InstanceId]:

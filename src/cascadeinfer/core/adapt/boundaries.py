@@ -73,13 +73,13 @@ class Neighbours:
 
 
 def outlook(
-    problem: PlanProblem, boundary_tokens: int, around: Neighbours, instances: tuple[int, int]
+    problems: tuple[PlanProblem, PlanProblem], boundary_tokens: int, around: Neighbours, instances: tuple[int, int]
 ) -> Callable[[int], float]:
     """
     What moving a boundary would save, by the planner's prediction.
 
     Args:
-        problem: The recent workload and the cost model.
+        problems: The recent workload with the cost model and capacity of the lower and of the upper stage's instances.
         boundary_tokens: The current boundary.
         around: Its two sides.
         instances: Number of instances of the lower and of the upper stage.
@@ -88,15 +88,16 @@ def outlook(
         Saving as a share of the two stages' predicted cost, as a function of the new boundary. Lengths are rounded to
         the nearest edge of the workload's buckets.
     """
-    histogram = problem.histogram
+    lower, upper = problems
+    histogram = lower.histogram
     low = histogram.nearest_edge(around.below_tokens)
-    high = len(problem.edges) - 1 if around.above_tokens is None else histogram.nearest_edge(around.above_tokens)
+    high = len(lower.edges) - 1 if around.above_tokens is None else histogram.nearest_edge(around.above_tokens)
 
     def cost_at(tokens: int) -> float:
         edge = histogram.nearest_edge(tokens)
         if not low < edge < high:
             return math.inf
-        return problem.service(low, edge, instances[0]).cost + problem.service(edge, high, instances[1]).cost
+        return lower.service(low, edge, instances[0]).cost + upper.service(edge, high, instances[1]).cost
 
     now = cost_at(boundary_tokens)
 

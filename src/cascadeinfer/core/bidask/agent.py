@@ -1,10 +1,11 @@
 """
 The bid-ask agent of one instance: which requests to offer, whose bids to take.
 
-It sees its own instance (`InstanceView` and its requests), the layout in force (public) and the messages sent to it; of
-other instances it knows only what they told it. It hands over requests that have outgrown the stage, moves requests to
-stage peers when it is overloaded, and empties a draining instance. Messages to send and migrations to start go into an
-`Outbox`; the caller passes in the time. The protocol is in `rounds.py`, its two sides in `asker.py` and `bidder.py`.
+It sees its own instance (`InstanceView` and its requests), the layout in force with the kinds of its instances (public)
+and the messages sent to it; of other instances it knows only what they told it. It hands over requests that have
+outgrown the stage, moves requests to stage peers when it is overloaded, and empties a draining instance. Messages to
+send and migrations to start go into an `Outbox`; the caller passes in the time. The protocol is in `rounds.py`, its two
+sides in `asker.py` and `bidder.py`.
 
 Rules:
 - At most `max_migrations` at once, both directions together: migrations, kept places and awards under way count.
@@ -13,9 +14,10 @@ Rules:
   size, and only to a bidder that will still be less loaded than the asker is now.
 - A draining instance first asks the stage that covers the request's length, and after each failure a stage further
   away.
+- Only instances that could hold the request at its longest are asked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
 from cascadeinfer.core.bidask.asker import Asker
@@ -49,6 +51,7 @@ class Agent:
         name: str,
         settings: BidAskSettings,
         rules: HandoverRules,
+        able: Callable[[RequestView, Sequence[InstanceId]], Sequence[InstanceId]],
         rebalance: bool = True,
     ) -> None:
         """
@@ -59,6 +62,7 @@ class Agent:
             name: Prefix of its rounds' names; unique among all agents that ever existed.
             settings: Numbers of the protocol.
             rules: When a request is handed over.
+            able: Those of these instances that could hold a request at its longest (`ClusterView.able_ids`).
             rebalance: Whether it moves requests to stage peers when it is overloaded.
         """
         self.asker = Asker(own, settings, name, self.slots_taken, self._may_go)
@@ -68,6 +72,7 @@ class Agent:
         self._roster = roster
         self._settings = settings
         self._rules = rules
+        self._able = able
         self._rebalances = rebalance
         self._adverts = 0
         self._next_advert_s = 0.0
@@ -152,7 +157,8 @@ class Agent:
                 return
             if request.request_id not in self.asker.rounds:
                 stage = layout.stages[layout.stage_index_of(request.tokens)]
-                slots -= self.asker.open(request, reason, stage.instance_ids, now_s, out)
+                candidates = self._able(request, stage.instance_ids)
+                slots -= self.asker.open(request, reason, candidates, now_s, out)
 
     def _empty(self, layout: StageLayout, now_s: float, out: Outbox) -> None:
         """Give everything away."""
@@ -166,8 +172,11 @@ class Agent:
                 continue
             home = layout.stage_index_of(request.tokens)
             by_distance = sorted(range(len(layout.stages)), key=lambda index: (abs(index - home), index))
-            stage = layout.stages[by_distance[self.asker.failures(request.request_id) % len(by_distance)]]
-            slots -= self.asker.open(request, MigrationReason.DRAIN, stage.instance_ids, now_s, out)
+            able = [self._able(request, layout.stages[index].instance_ids) for index in by_distance]
+            able = [instance_ids for instance_ids in able if instance_ids]
+            if able:
+                candidates = able[self.asker.failures(request.request_id) % len(able)]
+                slots -= self.asker.open(request, MigrationReason.DRAIN, candidates, now_s, out)
 
     def _rebalance(self, stage_ids: tuple[InstanceId, ...], now_s: float, out: Outbox) -> None:
         settings = self._settings
@@ -186,11 +195,11 @@ class Agent:
         rounds = self.asker.rounds.values()
         if any(r.reason is MigrationReason.REBALANCE and r.state is not State.RESTING for r in rounds):
             return
-        request = self._about_half(gap)
+        request = self._about_half(gap, stage_ids)
         if request is not None:
-            self.asker.open(request, MigrationReason.REBALANCE, stage_ids, now_s, out)
+            self.asker.open(request, MigrationReason.REBALANCE, self._able(request, stage_ids), now_s, out)
 
-    def _about_half(self, gap: float) -> RequestView | None:
+    def _about_half(self, gap: float, stage_ids: tuple[InstanceId, ...]) -> RequestView | None:
         """The request whose move comes nearest to halving the gap without reversing it; None when there is none."""
         capacity = self._own.capacity
         best: tuple[float, int, int] | None = None
@@ -200,9 +209,13 @@ class Agent:
             if request.request_id in self.asker.rounds or share >= gap:
                 continue
             rank = (abs(share - gap / 2.0), request.tokens, request.arrival)
-            if best is None or rank < best:
+            if (best is None or rank < best) and self._has_taker(request, stage_ids):
                 best, chosen = rank, request
         return chosen
+
+    def _has_taker(self, request: RequestView, stage_ids: tuple[InstanceId, ...]) -> bool:
+        """Whether a stage peer could hold the request."""
+        return any(instance_id != self._own.instance_id for instance_id in self._able(request, stage_ids))
 
     def _advertise(self, stage_ids: tuple[InstanceId, ...], now_s: float, out: Outbox) -> None:
         """Advertise the load to the peers whose turn it is, round-robin from this instance's position."""

@@ -53,8 +53,9 @@ class Evacuation:
                 break
             if now_s < self._not_before_s.get(request.request_id, 0.0):
                 continue
+            able = self._view.able(request, self._view.available())
             target = least_loaded(
-                i for i in self._view.available() if i.migrations < self._max_migrations and has_room(i, request.tokens)
+                i for i in able if i.migrations < self._max_migrations and has_room(i, request.tokens)
             )
             if target is None:
                 continue

@@ -17,19 +17,21 @@ run last is refused, with the time that the queue takes to drain (`core/placing/
 Inputs read: reports, messages, the cost model when there is one. Source: arXiv 2512.19179.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
 from cascadeinfer.core.adapt.adaptation import Adaptation
 from cascadeinfer.core.adapt.boundaries import RefineSettings
 from cascadeinfer.core.adapt.replanning import Planner, PlanSettings
+from cascadeinfer.core.adapt.step_models import StepModels
 from cascadeinfer.core.adapt.warm_up import warm_up
 from cascadeinfer.core.bidask.agent import Agent
 from cascadeinfer.core.bidask.handover import HandoverRules
 from cascadeinfer.core.bidask.rounds import BidAskSettings, Outbox
 from cascadeinfer.core.bidask.wake_ups import WakeUps
 from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.cost.learning import LearningSettings, StepLearner
+from cascadeinfer.core.cost.learning import LearningSettings
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import (
     Event,
@@ -48,6 +50,7 @@ from cascadeinfer.core.events import (
     TimerFired,
     WorkloadSeen,
 )
+from cascadeinfer.core.kind import InstanceKind, StepModelKey
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.placing.admission import DrainRate, to_refuse
 from cascadeinfer.core.placing.affinity import PrefixAffinity
@@ -55,7 +58,7 @@ from cascadeinfer.core.placing.dispatch import TYPICAL_OUTPUT_TOKENS, cheapest, 
 from cascadeinfer.core.policies.info import Circumstances, PolicyInfo, Variant
 from cascadeinfer.core.roster import Roster
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
+from cascadeinfer.core.view import ClusterView, InstanceView, Pricing, RequestView
 
 PARTS: Final = ("refine", "rebalance", "affinity", "replan", "migrate")
 """Options that switch a part off, for ablations."""
@@ -69,6 +72,7 @@ class Cascade:
         *,
         layout: StageLayout | None = None,
         step_model: StepModel | None = None,
+        step_models: Mapping[StepModelKey, StepModel] | None = None,
         planner: Planner | None = None,
         learning: LearningSettings | None = None,
         refine: bool = True,
@@ -88,6 +92,7 @@ class Cascade:
             layout: Stages to start with; None: one.
             step_model: Cost of a step, for planning and refinement. Without it there is no planning (unless `planner` is given), and
                 boundaries balance load.
+            step_models: The same of instances of other kinds, by their key (`core/kind.py`).
             planner: Instead of the one that `step_model` gives.
             learning: Follow the steps that instances report, from `step_model` or from nothing; None: `step_model` stays as it is.
             refine: Whether boundaries move between plans.
@@ -102,7 +107,8 @@ class Cascade:
             refinement: How boundaries move.
             planning: When and how to plan.
         """
-        self.view = ClusterView(partial(pricing_of, step_model))
+        self._models = StepModels(step_model, step_models, learning)
+        self.view = ClusterView(self._price)
         self.roster = Roster(layout)
         self.agents: dict[InstanceId, Agent] = {}
         self._members: list[list[InstanceView]] = []
@@ -117,9 +123,8 @@ class Cascade:
         self._adaptation = Adaptation(
             self.roster,
             self.view,
-            model=step_model,
+            models=self._models,
             planner=planner,
-            learner=None if learning is None else StepLearner(step_model, learning),
             refine=refine,
             replan=replan,
             refinement=refinement or RefineSettings(),
@@ -183,7 +188,11 @@ class Cascade:
     # --- placing --------------------------------------------------------------------------------------------------------
 
     def _place_waiting(self, cause: str, effects: list[Effect]) -> None:
-        """Dispatch what waits, by priority and then arrival; what fits nowhere holds up only requests of its stage."""
+        """
+        Dispatch what waits, by priority and then arrival; what finds no room holds up only requests of its stage.
+
+        What no instance that is up could ever hold holds up nobody.
+        """
         if not self.view.waits() or not self._members:
             return
         stuck: set[int] = set()
@@ -191,9 +200,12 @@ class Cascade:
             home = self._home(request)
             if home in stuck:
                 continue
-            chosen = self._choose(request, home)
+            able = self.view.able(request, self.view.available())
+            if not able:
+                continue
+            chosen = self._choose(request, home, able)
             if chosen is not None and self._affinity is not None and request.prefix_hashes:
-                chosen = self._affinity.choose(request, chosen, self.view.available())
+                chosen = self._affinity.choose(request, chosen, able)
             if chosen is None:
                 stuck.add(home)
                 if len(stuck) == len(self._members):
@@ -210,18 +222,19 @@ class Cascade:
         assert layout is not None
         return 0 if len(self._members) == 1 else layout.stage_index_of(request.tokens)
 
-    def _choose(self, request: RequestView, home: int) -> InstanceView | None:
+    def _choose(self, request: RequestView, home: int, able: Sequence[InstanceView]) -> InstanceView | None:
         members = self._members
+        able_in = partial(self.view.able, request)
         tokens = request.tokens
         n = len(members)
         for distance in range(n):
             for index in (home + distance, home - distance)[: 2 if distance else 1]:
-                if 0 <= index < n and (chosen := cheapest_with_room(members[index], tokens)) is not None:
+                if 0 <= index < n and (chosen := cheapest_with_room(able_in(members[index]), tokens)) is not None:
                     return chosen
         if self._max_queued is None:
-            return cheapest([i for i in members[home] if not i.shunned]) or cheapest(self.view.available())
+            return cheapest([i for i in able_in(members[home]) if not i.shunned]) or cheapest(able)
         # One as long as the whole cache never has the spare block that `has_room` asks for: an idle instance takes it.
-        return next((i for i in self.view.available() if not i.committed_requests and not i.outbound), None)
+        return next((i for i in able if not i.committed_requests and not i.outbound), None)
 
     def _note_move(self, event: MigrationEnded) -> None:
         """A request that has moved took its cache along, and left it behind for others."""
@@ -300,6 +313,8 @@ class Cascade:
         self, event: InstanceJoined | InstanceDraining | InstanceLost, now_s: float, effects: list[Effect]
     ) -> None:
         instance_id = event.instance_id
+        if self._models.follow(instance.kind for instance in self.view.instances.values()):
+            self.view.reprice(self._price)
         if isinstance(event, InstanceJoined):
             number = self._incarnations.get(instance_id, 0) + 1
             self._incarnations[instance_id] = number
@@ -310,6 +325,7 @@ class Cascade:
                 name=f"{instance_id}.{number}",
                 settings=self._balance,
                 rules=self._handover,
+                able=self.view.able_ids,
                 rebalance=self._rebalance,
             )
         elif isinstance(event, InstanceLost):
@@ -336,8 +352,8 @@ class Cascade:
     def _observe(self, event: InstanceReported) -> None:
         """Learn from its steps, unless something other than their content makes them long."""
         instance = self.view.instances.get(event.instance_id)
-        if instance is None or instance.slowness == 1.0:
-            self._adaptation.observe(event.report.steps)
+        if instance is not None and instance.lag == 1.0:
+            self._models.observe(instance.kind.step_model_key, event.report.steps)
 
     def _follow_roster(self, cause: str, effects: list[Effect], why: str = "") -> None:
         """Bring the wanted layout into force with the instances that are there."""
@@ -348,13 +364,16 @@ class Cascade:
         if changed and layout is not None:
             effects.append(PublishLayout(cause, layout, why))
 
+    def _price(self, kind: InstanceKind) -> Pricing:
+        return pricing_of(self._models.pricing(kind.step_model_key), kind.capacity)
+
     def _adapt(self, cause: str, now_s: float, effects: list[Effect]) -> None:
         """Learn, plan anew, or move boundaries, when it is time."""
         if self.roster.layout is None:
             return
         adapted = self._adaptation.step(self._members, now_s)
-        if adapted.model is not None:
-            self.view.reprice(partial(pricing_of, adapted.model))
+        if adapted.models:
+            self.view.reprice(self._price)
         if adapted.failure:
             effects.append(PublishLayout(cause, self.roster.layout, failure=adapted.failure))
         if adapted.layout:

@@ -88,7 +88,7 @@ class Llumnix(PlacingPolicy):
         for source, target in zip(sources, targets, strict=False):
             if max(source.migrations, target.migrations) >= self._max_migrations:
                 continue
-            request = self._shortest(source, now_s)
+            request = self._shortest(source, target, now_s)
             if request is None or not self._is_gain(source, target, request.tokens):
                 continue
             self._started += 1
@@ -104,9 +104,10 @@ class Llumnix(PlacingPolicy):
             effects.append(move)
         return effects
 
-    def _shortest(self, source: InstanceView, now_s: float) -> RequestView | None:
+    def _shortest(self, source: InstanceView, target: InstanceView, now_s: float) -> RequestView | None:
         ready = movable(source, self.view.requests, self._rules)
         ready = [request for request in ready if self._not_before_s.get(request.request_id, 0.0) <= now_s]
+        ready = [request for request in ready if self.view.able(request, (target,))]
         return min(ready, key=lambda request: (request.tokens, request.arrival), default=None)
 
     def _is_gain(self, source: InstanceView, target: InstanceView, tokens: int) -> bool:

@@ -37,7 +37,7 @@ class PlacingPolicy(ABC):
 
     @abstractmethod
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
-        """The instance that takes the request; `candidates` is not empty and sorted by id."""
+        """The instance that takes the request; `candidates`, which could hold it at its longest, is not empty and sorted by id."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """See `Policy.handle`."""
@@ -58,12 +58,15 @@ class PlacingPolicy(ABC):
         return None
 
     def place_waiting(self, cause: str) -> list[Effect]:
-        """Dispatch everything that waits for a place, in order of arrival; nothing while no instance is up."""
+        """Dispatch everything that waits for a place, in order of arrival; what no instance that is up could hold waits on."""
         effects: list[Effect] = []
         for request in self.view.unplaced():
-            candidates = self.view.available()
-            if not candidates:
+            available = self.view.available()
+            if not available:
                 break
+            candidates = self.view.able(request, available)
+            if not candidates:
+                continue
             chosen = self.choose(request, candidates)
             placed = Dispatch(cause, request.request_id, chosen.instance_id)
             self.view.carry_out([placed])

@@ -38,10 +38,10 @@ class StaticLength(PlacingPolicy):
         if any(low >= high for low, high in zip((0, *self._boundaries), self._boundaries, strict=False)):
             raise PlanError(f"bucket boundaries must be increasing and positive, not {self._boundaries}")
 
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002 - buckets are of all
         """The least loaded instance of the prompt's bucket."""
         wanted = sum(boundary <= request.prompt_tokens for boundary in self._boundaries)
-        buckets = self._buckets(candidates)
+        buckets = [list(self.view.able(request, bucket)) for bucket in self._buckets(self.view.available())]
         nearest = min((i for i in range(len(buckets)) if buckets[i]), key=lambda i: (abs(i - wanted), i))
         chosen = pick(buckets[nearest], request.tokens)
         assert chosen is not None  # the bucket is not empty

@@ -145,7 +145,7 @@ class StaticStages(PlacingPolicy):
         remaining = request.prompt_tokens + request.max_output_tokens - request.tokens
         if remaining < self._min_remaining_tokens:
             return None
-        candidates = self.view.available()
+        candidates = self.view.able(request, self.view.available())
         if not candidates:
             return None
         home = self._roster.stage_of.get(source.instance_id)  # None when it drains

@@ -22,10 +22,16 @@ from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity
-from cascadeinfer.engines.protocol import EngineCounters, EngineRequest, KvTicket, Resume
-from cascadeinfer.engines.simulated.model import SimulatedDelta, SimulatedParams, SimulatedTimes, fold, next_token
+from cascadeinfer.engines.protocol import EngineCounters, EngineRequest, Resume
+from cascadeinfer.engines.simulated.model import (
+    SimulatedDelta,
+    SimulatedParams,
+    SimulatedTicket,
+    SimulatedTimes,
+    fold,
+    next_token,
+)
 
-CUT: Final = "simulated_cut"
 RESERVATION_LIFE_S: Final = 60.0
 _GARBAGE: Final = 0xBAD
 
@@ -54,7 +60,7 @@ class Sequence:
     digest: int = 0
     blocks: int = 0
     cut: bool = False
-    ticket: KvTicket | None = None
+    ticket: SimulatedTicket | None = None
     pull_ends_s: float | None = None
     pull_before_s: float = math.inf
 
@@ -125,7 +131,8 @@ class SimulatedCore:
         if resume is not None:
             if resume.reservation_id is not None:
                 self.release_reservation(resume.reservation_id)
-            if resume.ticket is not None and resume.ticket["remote_num_tokens"] > 0:
+            assert resume.ticket is None or isinstance(resume.ticket, SimulatedTicket)
+            if resume.ticket is not None and resume.ticket.n_tokens > 0:
                 sequence.ticket = resume.ticket
             if resume.pull_before_s is not None:
                 sequence.pull_before_s = resume.pull_before_s
@@ -292,9 +299,9 @@ class SimulatedCore:
     def _renew_leases(self, now_s: float) -> None:
         for sequence in self.waiting:
             if sequence.ticket is not None:
-                peer = self.readable(sequence.ticket["remote_core_id"])
+                peer = self.readable(sequence.ticket.core_id)
                 if peer is not None and peer.alive:
-                    peer.renew(sequence.ticket["remote_request_id"], now_s)
+                    peer.renew(sequence.ticket.request_id, now_s)
 
     def _schedule_running(self) -> tuple[list[tuple[Sequence, int]], int]:
         budget = self.capacity.max_batched_tokens
@@ -333,29 +340,29 @@ class SimulatedCore:
             budget -= n_new
         return admitted
 
-    def _pulled(self, sequence: Sequence, ticket: KvTicket, now_s: float) -> bool:
+    def _pulled(self, sequence: Sequence, ticket: SimulatedTicket, now_s: float) -> bool:
         """Go on with a pull; True once it has ended, well or not."""
-        peer = self.readable(ticket["remote_core_id"])
+        peer = self.readable(ticket.core_id)
         if sequence.pull_ends_s is None:
             if now_s > sequence.pull_before_s:
                 if peer is not None:
-                    peer.release_pin(ticket["remote_request_id"])
+                    peer.release_pin(ticket.request_id)
                 sequence.ticket = None
                 return True
-            if not self._hold(sequence, ticket["remote_num_tokens"]):
+            if not self._hold(sequence, ticket.n_tokens):
                 return False
             sequence.pull_ends_s = now_s + self.times.pull_s
             self.pulls += 1
-            self.pulled_tokens += ticket["remote_num_tokens"]
+            self.pulled_tokens += ticket.n_tokens
         if now_s < sequence.pull_ends_s:
             return False
-        digest = peer.read(ticket["remote_request_id"], now_s) if peer is not None else None
+        digest = peer.read(ticket.request_id, now_s) if peer is not None else None
         sequence.ticket = sequence.pull_ends_s = None
         if digest is None or now_s > sequence.pull_before_s:
             self.failed_pulls += 1
         else:
             self.stale_reads += digest == _GARBAGE
-            sequence.computed, sequence.digest = ticket["remote_num_tokens"], digest
+            sequence.computed, sequence.digest = ticket.n_tokens, digest
         return True
 
     def _hold(self, sequence: Sequence, n_tokens: int) -> bool:
@@ -381,18 +388,12 @@ class SimulatedCore:
             self.running.remove(sequence)
         return delta
 
-    def _pin(self, sequence: Sequence, now_s: float) -> KvTicket:
-        ticket = {
-            CUT: True,
-            "remote_core_id": self.core_id,
-            "remote_request_id": sequence.engine_request_id,
-            "remote_num_tokens": sequence.computed,
-        }
+    def _pin(self, sequence: Sequence, now_s: float) -> SimulatedTicket:
         if self.spoiled_cuts:
             self.spoiled_cuts -= 1
-            return ticket | {"remote_num_tokens": 0}
+            return SimulatedTicket(self.core_id, sequence.engine_request_id, 0)
         self.pins[sequence.engine_request_id] = Pin(sequence.digest, sequence.blocks, now_s + self.times.lease_s)
-        return ticket
+        return SimulatedTicket(self.core_id, sequence.engine_request_id, sequence.computed)
 
     def _find(self, engine_request_id: str) -> Sequence | None:
         return next((s for s in self.running + self.waiting if s.engine_request_id == engine_request_id), None)

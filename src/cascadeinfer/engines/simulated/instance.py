@@ -1,20 +1,13 @@
 """
-The asynchronous side of a simulated instance: a "process" that serves commands between steps, and its client.
+A simulated instance: the engine protocol on a simulated process (`process.py`), and the faults that can be injected.
 
-As with vLLM, commands are carried out in the order of the calls, between two steps, and answers and outputs come back
-in order. The death of an instance is noticed a moment later, and whoever waits for its answer then gets an EngineError.
-A hung instance answers nothing, but its pinned blocks can still be pulled.
-
-Faults are injected by `kill` (part of the protocol) and the methods under "faults". Commands whose answers are held
-back have already taken effect at the instance, and so have steps whose outputs are held back. Times are those of the
-running event loop.
+Faults are `kill` (part of the protocol), those of the process, and the methods under "faults" here.
 """
 
 import asyncio
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from cascadeinfer.core.errors import EngineError
@@ -24,33 +17,17 @@ from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 from cascadeinfer.engines.protocol import (
     Engine,
     EngineCounters,
-    EngineDied,
     EngineRequest,
-    KvTicket,
+    InstanceIdentity,
     Resume,
     TokenDelta,
 )
-from cascadeinfer.engines.simulated.core import CUT, SimulatedCore
-from cascadeinfer.engines.simulated.model import SimulatedDelta, SimulatedTimes
+from cascadeinfer.engines.simulated.core import SimulatedCore
+from cascadeinfer.engines.simulated.model import IDENTITY, SimulatedDelta, SimulatedTicket, SimulatedTimes
+from cascadeinfer.engines.simulated.process import SimulatedOutputs, SimulatedProcess
 
 
-@dataclass(slots=True)
-class SimulatedOutputs:
-    """See `cascadeinfer.engines.protocol.StepOutputs`."""
-
-    outputs: list[Any]
-
-
-@dataclass(slots=True)
-class _Command:
-    """A command on its way to the instance; `answer` is None when the sender does not wait for one."""
-
-    name: str
-    carry_out: Callable[[], Any]
-    answer: asyncio.Future[Any] | None
-
-
-class SimulatedEngine:
+class SimulatedEngine(SimulatedProcess):
     """See `cascadeinfer.engines.protocol.Engine`."""
 
     def __init__(
@@ -62,6 +39,8 @@ class SimulatedEngine:
         max_model_len: int = 4096,
         times: SimulatedTimes | None = None,
         start_error: str | None = None,
+        index: int = 0,
+        movable: bool = True,
     ) -> None:
         """
         Args:
@@ -70,30 +49,23 @@ class SimulatedEngine:
             capacity: What it can hold.
             max_model_len: Longest sequence in tokens.
             times: How long things take.
-            start_error: Why its start fails; None if it succeeds.
+            start_error: Why it does not start, when it shall not.
+            index: Its number.
+            movable: Whether it says that its requests can move.
         """
-        self.instance_id = instance_id
-        self.times = times or SimulatedTimes()
-        self._start_error = start_error
+        times = times or SimulatedTimes()
         self._peers: dict[str, SimulatedCore] = {}
-        self.core = SimulatedCore(f"{instance_id}#{n_start}", capacity, self.times, max_model_len, self._peers.get)
-        self._inbox: deque[_Command] = deque()
-        self._news = asyncio.Event()
-        self._pending: set[asyncio.Future[Any]] = set()
-        self._outputs: asyncio.Queue[SimulatedOutputs | None] = asyncio.Queue()
-        self._process: asyncio.Task[None] | None = None
+        core = SimulatedCore(f"{instance_id}#{n_start}", capacity, times, max_model_len, self._peers.get)
+        super().__init__(instance_id, core, times)
+        self.index = index
+        self._movable = movable
+        self._start_error = start_error
         self._starting: asyncio.Task[None] | None = None
-        self._known_dead = False
         self._stopped = False
-        self._steps = True
-        self._thawed = asyncio.Event()
-        self._thawed.set()
         self._refused_connections = 0
         self._deaf = False
         self._says_it_listens = True
         self._refusals: deque[Refusal] = deque()
-        self._held_answers: dict[str, list[tuple[asyncio.Future[Any], Any]]] = {}
-        self._held_outputs: list[SimulatedOutputs] | None = None
 
     # --- the protocol ------------------------------------------------------------------------------------------------
 
@@ -107,8 +79,49 @@ class SimulatedEngine:
         if self._stopped or self._start_error is not None:
             self.core.alive = False
             raise EngineError(f"did not start: {self._start_error or 'stopped'}", instance_id=self.instance_id)
-        self._process = asyncio.get_running_loop().create_task(self._run(), name=f"simulated-{self.core.core_id}")
+        self.begin()
         return self.core.capacity
+
+    async def stop(self, timeout_s: float) -> None:  # noqa: ARG002 - it never takes long
+        """See Engine.stop."""
+        self._stopped = True
+        if self._starting is not None:
+            self._starting.cancel()
+        await self.end()
+
+    @property
+    def config(self) -> None:
+        """It has none."""
+        return
+
+    @property
+    def movable(self) -> bool:
+        """See Engine.movable."""
+        if self._process is None:
+            raise EngineError("not started", instance_id=self.instance_id)
+        return self._movable
+
+    async def identity(self) -> InstanceIdentity:
+        """See Engine.identity."""
+        identity: InstanceIdentity = await self._call("identity", lambda: IDENTITY)
+        return identity
+
+    async def forget_client(self, client_index: int) -> int:
+        """See Engine.forget_client; the process that has made it is its only client."""
+
+        def at_instance() -> int:
+            everyone = [] if client_index else self._everyone()
+            if client_index == 0:
+                self.core.reservations.clear()
+            self.core.abort(everyone)
+            return len(everyone)
+
+        n_requests: int = await self._call("forget_client", at_instance)
+        return n_requests
+
+    async def utility(self, method: str, *_: Any, **__: Any) -> Any:
+        """See Engine.utility."""
+        raise EngineError(f"has no {method}", instance_id=self.instance_id)
 
     async def connect(self, peers: Sequence[Engine]) -> None:
         """See Engine.connect."""
@@ -173,19 +186,10 @@ class SimulatedEngine:
         said, counters = loaded
         return said, dataclasses.replace(counters, listens=self._says_it_listens)
 
-    async def next_outputs(self) -> SimulatedOutputs:
-        """See Engine.next_outputs."""
-        outputs = await self._outputs.get()
-        if outputs is None:
-            self._outputs.put_nowait(None)
-            self._fail_pending()
-            raise EngineDied(self.instance_id)
-        return outputs
-
-    def ticket_of(self, delta: TokenDelta) -> KvTicket | None:
+    def ticket_of(self, delta: TokenDelta) -> SimulatedTicket | None:
         """See Engine.ticket_of."""
-        params = delta.kv_transfer_params
-        return params if params is not None and params.get(CUT) else None
+        ticket: SimulatedTicket | None = delta.kv_transfer_params
+        return ticket
 
     def has_dropped(self, delta: TokenDelta) -> bool:
         """See Engine.has_dropped."""
@@ -204,82 +208,7 @@ class SimulatedEngine:
         """It has no process."""
         return None
 
-    def kill(self) -> None:
-        """See Engine.kill; its client notices after `notice_s`."""
-        if not self.core.alive:
-            return
-        self.core.alive = False
-        if self._process is not None:
-            self._process.cancel()
-            asyncio.get_running_loop().call_later(self.times.notice_s, self._notice_death)
-
-    async def stop(self, timeout_s: float) -> None:  # noqa: ARG002 - it never takes long
-        """See Engine.stop."""
-        self._stopped = True
-        self.core.alive = False
-        if self._starting is not None:
-            self._starting.cancel()
-        if self._process is not None:
-            self._process.cancel()
-            await asyncio.wait([self._process])
-            if not self._process.cancelled():
-                self._process.result()  # raises if this engine has a bug
-        self._notice_death()
-        self._fail_pending()
-
     # --- faults ------------------------------------------------------------------------------------------------------
-
-    @property
-    def serves(self) -> bool:
-        """Whether it takes commands: it has started, lives and does not hang."""
-        return (
-            self._thawed.is_set()
-            and self._process is not None
-            and not self._process.done()
-            and not self._process.cancelling()
-        )
-
-    def pause(self) -> None:
-        """Serve commands but do not step: a request neither gains a token nor ends until `unpause`."""
-        self._steps = False
-
-    def unpause(self) -> None:
-        """Step again."""
-        self._steps = True
-        self._news.set()
-
-    def freeze(self) -> None:
-        """Neither answer nor step until `thaw`, like a stopped process; what is pinned can still be pulled."""
-        self._thawed.clear()
-
-    def thaw(self) -> None:
-        """End `freeze`."""
-        self._thawed.set()
-
-    def hang(self) -> None:
-        """Neither answer nor step any more; what is pinned can still be pulled."""
-        if self._process is not None:
-            self._process.cancel()
-
-    def hold_answers(self, command: str) -> None:
-        """Carry this command out but hold its answers back until `release_answers`."""
-        self._held_answers.setdefault(command, [])
-
-    def release_answers(self, command: str) -> None:
-        """Send the answers held back."""
-        for future, result in self._held_answers.pop(command, []):
-            self._answer(command, future, result)
-
-    def hold_outputs(self) -> None:
-        """Hold outputs back until `release_outputs`."""
-        if self._held_outputs is None:
-            self._held_outputs = []
-
-    def release_outputs(self) -> None:
-        """Send the outputs held back, in order."""
-        held, self._held_outputs = self._held_outputs or [], None
-        for outputs in held:
-            self._outputs.put_nowait(outputs)
 
     def refuse_room(self, reason: Refusal) -> None:
         """Refuse the next reservation."""
@@ -307,78 +236,10 @@ class SimulatedEngine:
         self.core.spoiled_cuts += 1
 
     def end_all(self, finish_reason: str) -> None:
-        """End every request without a token: `abort` as on SIGTERM, `error` as after an internal error."""
-        everyone = [s.engine_request_id for s in self.core.running + self.core.waiting]
+        """End every request without a token: `abort` as an instance does on SIGTERM, `error` as after an internal error."""
+        everyone = self._everyone()
         self.core.abort(everyone)
         self._emit([SimulatedDelta(request_id, [], finish_reason) for request_id in everyone])
 
-    # --- the process -------------------------------------------------------------------------------------------------
-
-    async def _run(self) -> None:
-        while True:
-            await self._thawed.wait()
-            while self._inbox:
-                self._carry_out(self._inbox.popleft())
-            if self._steps and self.core.has_work() and self.times.step_model is not None:
-                # The duration depends on the batch, so compute first, then wait, then emit.
-                deltas = self.core.step(self._now_s())
-                await asyncio.sleep(self.core.step_s)
-                await self._thawed.wait()
-                self._emit(deltas)
-            elif self._steps and self.core.has_work():
-                await asyncio.sleep(self.times.step_s)
-                await self._thawed.wait()
-                if self._steps:
-                    self._emit(self.core.step(self._now_s()))
-            else:
-                self._news.clear()
-                await self._news.wait()
-
-    def _carry_out(self, command: _Command) -> None:
-        result = command.carry_out()
-        if command.answer is not None:
-            self._answer(command.name, command.answer, result)
-
-    def _answer(self, name: str, future: asyncio.Future[Any], result: Any) -> None:
-        if name in self._held_answers:
-            self._held_answers[name].append((future, result))
-        elif not future.done():
-            future.set_result(result)
-
-    def _emit(self, deltas: list[SimulatedDelta]) -> None:
-        if not deltas:
-            return
-        outputs = SimulatedOutputs(list(deltas))
-        if self._held_outputs is not None:
-            self._held_outputs.append(outputs)
-        else:
-            self._outputs.put_nowait(outputs)
-
-    # --- the client --------------------------------------------------------------------------------------------------
-
-    def _send(self, name: str, carry_out: Callable[[], Any], answer: asyncio.Future[Any] | None = None) -> None:
-        self._inbox.append(_Command(name, carry_out, answer))
-        self._news.set()
-
-    async def _call(self, name: str, carry_out: Callable[[], Any]) -> Any:
-        if self._known_dead:
-            raise EngineError("died", instance_id=self.instance_id)
-        future = asyncio.get_running_loop().create_future()
-        self._pending.add(future)
-        future.add_done_callback(self._pending.discard)
-        self._send(name, carry_out, future)
-        return await future
-
-    def _notice_death(self) -> None:
-        if not self._known_dead:
-            self._known_dead = True
-            self._outputs.put_nowait(None)
-
-    def _fail_pending(self) -> None:
-        for future in list(self._pending):
-            if not future.done():
-                future.set_exception(EngineError("died", instance_id=self.instance_id))
-
-    @staticmethod
-    def _now_s() -> float:
-        return asyncio.get_running_loop().time()
+    def _everyone(self) -> list[str]:
+        return [s.engine_request_id for s in self.core.running + self.core.waiting]

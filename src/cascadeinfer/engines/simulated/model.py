@@ -10,12 +10,41 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.engines.protocol import InstanceIdentity
 
 VOCABULARY: Final = 32_000
 _MASK: Final = (1 << 64) - 1
 _MULTIPLIER: Final = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio, as in Fibonacci hashing."""
+IDENTITY: Final = InstanceIdentity(
+    EngineIdentity(
+        engine="simulated",
+        engine_version="1",
+        model="digest",
+        architecture="Digest",
+        layers=2,
+        hidden_size=64,
+        query_heads=4,
+        kv_heads=2,
+        head_size=16,
+        vocabulary=VOCABULARY,
+        experts=0,
+        dtype="float32",
+        kv_cache_dtype="auto",
+        quantization="none",
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        device="nothing",
+        threads=1,
+        attention_backend="NONE",
+        eager=True,
+        asynchronous=False,
+    ),
+    kv_bytes_per_token=1_000,
+    multiprocessors=None,
+)
 
 
 def fold(digest: int, token_ids: Iterable[int]) -> int:
@@ -51,6 +80,15 @@ class SimulatedParams:
     stop_token_ids: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class SimulatedTicket:
+    """See `cascadeinfer.engines.protocol.KvTicket`: whose KV cache it is, and at which life of which instance."""
+
+    core_id: str
+    request_id: str
+    n_tokens: int
+
+
 @dataclass(slots=True)
 class SimulatedDelta:
     """See `cascadeinfer.engines.protocol.TokenDelta`; `finish_reason` is `stop`, `length`, `abort` or `error`."""
@@ -58,7 +96,7 @@ class SimulatedDelta:
     request_id: str
     new_token_ids: list[int]
     finish_reason: str | None = None
-    kv_transfer_params: dict[str, Any] | None = None
+    kv_transfer_params: SimulatedTicket | None = None
     events: Any = None
 
 

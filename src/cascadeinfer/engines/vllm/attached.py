@@ -1,9 +1,9 @@
 """
-An instance as a further front-end process sees it: a client of an EngineCore that another process has started and keeps alive.
+An EngineCore as a further front-end process sees it: another process has started it and keeps it alive; this one is a client of it.
 
 vLLM's EngineCore serves several clients: it connects to an input and an output socket of each, and answers the one that asked. The owner
-of the instance says where those sockets are to be bound (`Attachment`), with everything else a client learns at start. What differs
-from the owner's `VllmInstance`: nothing is started or killed here, peers are connected by the owner, and the owner tells of a death.
+of the instance says where those sockets are to be bound (`Attachment`), with everything else a client learns at start. Nothing is started or
+killed here; the owner connects the instance to its peers, and it tells of a death.
 
 A process that died is followed by another one at the same sockets. So an EngineCore's ready message may have gone to its
 predecessor (the attachment carries it), answers to the predecessor's calls may arrive (and find nobody), and whatever the predecessor
@@ -12,8 +12,6 @@ left running is aborted first.
 
 import asyncio
 import contextlib
-import dataclasses
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
@@ -29,35 +27,15 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cascadeinfer.core.errors import EngineError
-from cascadeinfer.core.refusals import Refusal
-from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.patience import within
-from cascadeinfer.engines.protocol import Engine, EngineRequest, Resume
 from cascadeinfer.engines.vllm.attachment import Attachment
-from cascadeinfer.engines.vllm.connector.ticket import reservation_prefix
-from cascadeinfer.engines.vllm.ending import let_go
-from cascadeinfer.engines.vllm.instance import VllmInstance
-from cascadeinfer.engines.vllm.instance_client import InstanceClient
+from cascadeinfer.engines.vllm.channel import EngineChannel
+from cascadeinfer.engines.vllm.ending import fail_pending_calls, let_go
+from cascadeinfer.engines.vllm.messages import EngineHello
 
 CONNECT_POLL_S = 0.02
 CONNECT_TIMEOUT_S = 30.0
-
-
-def attachments_of(instance: VllmInstance) -> list[Attachment]:
-    """Of a started instance, one for each further client."""
-    client = instance.client
-    assert isinstance(client, InstanceClient)
-    return [
-        Attachment(
-            instance.index,
-            instance.pid,
-            instance.hello,
-            client.ready_payload.hex(),
-            *addresses,
-            instance.connector_token,
-        )
-        for addresses in instance.further_clients
-    ]
 
 
 class _Answers(dict[int, Any]):
@@ -82,6 +60,7 @@ class AttachedClient(AsyncMPClient):
         self._effective_attention_block_sizes: set[int | None] = set()
         self._kv_event_sources: dict[int, Any] = {}
         self.stats_update_address = None
+        self.coordinator_input_address = self.coordinator_output_address = None  # read since vLLM 0.33
         self.engines_running = False
         context = zmq.Context(io_threads=2)
         self.ctx = zmq.asyncio.Context(context)
@@ -101,25 +80,25 @@ class AttachedClient(AsyncMPClient):
         self.client_count = client_index + 1
         self.outputs_queue: asyncio.Queue[Any] = asyncio.Queue()
         self._engine_status: dict[int, Any] = {}
-        self._apply_ready_response(bytes.fromhex(attachment.ready_payload))
+        self._apply_ready_response(attachment.ready_payload)
         self._ensure_output_queue_task()
 
-    async def connected(self) -> dict[str, Any]:
+    async def connected(self) -> EngineHello:
         """
-        Wait until the EngineCore has connected; returns its hello.
+        Wait until the EngineCore has connected; returns what it says of itself.
 
         Raises:
             TimeoutError: It does not come.
         """
         return await within(CONNECT_TIMEOUT_S, self._first_answer())
 
-    async def _first_answer(self) -> dict[str, Any]:
+    async def _first_answer(self) -> EngineHello:
         self.input_socket.setsockopt(
             zmq.ROUTER_MANDATORY, 1
         )  # until it has come, sending fails instead of going nowhere
         while True:
             try:
-                hello: dict[str, Any] = await self.call_utility_async("cascade_hello")
+                hello = EngineHello.of(await self.call_utility_async("cascade_hello"))
                 break
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
@@ -135,15 +114,15 @@ class AttachedClient(AsyncMPClient):
         self.outputs_queue.put_nowait(EngineDeadError())
 
 
-class AttachedInstance(VllmInstance):
-    """See the module header, and `cascadeinfer.engines.protocol.Engine`."""
+class AttachedCore:
+    """See the module header, and `cascadeinfer.engines.vllm.instance.EngineCoreLife`."""
 
     def __init__(
         self,
         instance_id: InstanceId,
         vllm_config: VllmConfig,
         client_index: int,
-        attach: Callable[["AttachedInstance"], Awaitable[Attachment]],
+        attach: Callable[["AttachedCore"], Awaitable[Attachment]],
     ) -> None:
         """
         Args:
@@ -152,69 +131,60 @@ class AttachedInstance(VllmInstance):
             client_index: This process's number among the clients.
             attach: Waits until the instance is up, and will call `died` when it is not any more.
         """
-        super().__init__(instance_id, -1, vllm_config, {})
+        self.instance_id = instance_id
+        self.index = -1
+        self.vllm_config = vllm_config
+        self.stopped = False
         self._client_index = client_index
         self._attach = attach
         self._pid: int | None = None
-        self.stopped = False
+        self._client: AttachedClient | None = None
+        self._channel: EngineChannel | None = None
 
     @property
     def pid(self) -> int | None:
         """Process id of the EngineCore."""
         return self._pid
 
-    async def start(self) -> InstanceCapacity:
+    async def begin(self) -> EngineChannel:
         """Wait until the instance is up and has connected to this process; abort what a predecessor left there."""
         attachment = await self._attach(self)
-        self.index, self._pid, self.hello = attachment.index, attachment.pid, attachment.hello
-        self.connector_token = attachment.connector_token
-        client = AttachedClient(self.vllm_config, attachment, self._client_index)
-        self._client = client
+        self.index, self._pid = attachment.index, attachment.pid
+        client = self._client = AttachedClient(self.vllm_config, attachment, self._client_index)
         try:
             hello = await client.connected()
-            self.clock.answered(hello["clock_s"], time.monotonic())
-            await self.forget_client(self._client_index)
+            channel = self._channel = EngineChannel(
+                self.instance_id, self.index, client, hello, attachment.connector_token
+            )
+            await channel.forget_client(self._client_index)
         except (EngineDeadError, TimeoutError, zmq.ZMQError) as error:
             raise EngineError(f"cannot be attached: {error}", instance_id=self.instance_id) from error
-        return self._capacity()
+        return channel
 
-    async def connect(self, peers: Sequence[Engine]) -> None:
+    async def connect(self, channel: EngineChannel, peers: Sequence[EngineChannel]) -> None:
         """The owner has connected it to its peers before it said that it is up."""
 
-    async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
-        """See Engine.add."""
-        if resume is not None and resume.reservation_id is not None:
-            resume = dataclasses.replace(resume, reservation_id=self._own(resume.reservation_id))
-        await super().add(engine_request_id, request, resume)
-
-    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
-        """See Engine.reserve."""
-        return await super().reserve(self._own(reservation_id), n_tokens)
-
-    async def release_reservation(self, reservation_id: str) -> None:
-        """See Engine.release_reservation."""
-        await super().release_reservation(self._own(reservation_id))
-
-    def _own(self, reservation_id: str) -> str:
-        """Another process may have a migration of the same name."""
-        return reservation_prefix(self._client_index) + reservation_id
+    async def detach(self, client: int) -> None:
+        """The owner sees by itself which processes are gone."""
 
     def died(self) -> None:
         """The owner says that it is gone."""
         self._pid = None
-        if isinstance(self._client, AttachedClient):
+        if self._client is not None:
             self._client.engine_died()
-            self._fail_pending_calls(self._client)
+            fail_pending_calls(self._client)
 
     def kill(self) -> None:
         """Killing is the owner's: it finds out by itself that an instance hangs."""
 
-    async def stop(self, timeout_s: float) -> None:  # noqa: ARG002 - the protocol's
+    async def end(self, timeout_s: float) -> None:  # noqa: ARG002 - the protocol's
         """Let go of the instance."""
         self.stopped = True
+        if self._channel is not None:
+            self._channel.close()
         client, self._client = self._client, None
         if client is not None:
-            self._fail_pending_calls(client)
+            fail_pending_calls(client)
             with contextlib.suppress(EngineError):
                 client.shutdown(0.0)
             let_go(client)

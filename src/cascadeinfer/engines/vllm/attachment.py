@@ -1,18 +1,16 @@
 """What a further front-end process must know of an instance that another one owns."""
 
-from dataclasses import dataclass, field
-from typing import Any
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Attachment:
+class Attachment(msgspec.Struct, frozen=True):
     """
-    What a further client must know of a running instance; plain values, sent from the owner as JSON.
+    What a further client must know of a running instance; the owner sends it.
 
     Attributes:
         index: Its number; vLLM's metrics carry it as the label `engine`.
-        hello: What the instance says of itself; its `engine_id` is another one after each start.
-        ready_payload: vLLM's message of readiness, in hexadecimal digits.
+        engine_id: Another one after each start.
+        ready_payload: vLLM's message of readiness.
         input_address: Where this client binds the socket from which the instance takes requests.
         output_address: Where it binds the one to which the instance sends.
         connector_token: Under which the instance's connector takes words from front ends; nothing that is to be logged.
@@ -20,8 +18,12 @@ class Attachment:
 
     index: int
     pid: int | None
-    hello: dict[str, Any]
-    ready_payload: str
+    engine_id: str
+    ready_payload: bytes
     input_address: str
     output_address: str
-    connector_token: str = field(repr=False)
+    connector_token: str
+
+    def __repr__(self) -> str:
+        """Without the token."""
+        return f"Attachment(index={self.index}, pid={self.pid}, engine_id={self.engine_id!r})"

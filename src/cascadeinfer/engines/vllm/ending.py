@@ -1,5 +1,6 @@
 """Ending an EngineCore's processes and its client, whatever they are doing."""
 
+import asyncio
 import contextlib
 import time
 from typing import Any
@@ -8,6 +9,7 @@ import psutil
 from vllm.utils.network_utils import close_sockets
 from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.core_client import MPClient
+from vllm.v1.engine.exceptions import EngineDeadError
 
 REAP_TIMEOUT_S = 5.0
 KILL_POLL_S = 0.1
@@ -25,6 +27,14 @@ def shut_down(client: MPClient, timeout_s: float) -> None:
     except psutil.NoSuchProcess:
         kill(client.resources.engine_manager)
         client.resources()
+
+
+def fail_pending_calls(client: MPClient) -> None:
+    """Wake whoever waits for an answer of a dead engine; vLLM leaves those futures unresolved."""
+    for future in client.utility_results.values():
+        if isinstance(future, asyncio.Future) and not future.done():
+            future.set_exception(EngineDeadError())
+            future.exception()  # looked at, also where nobody waits: a call that could not be sent leaves its future there
 
 
 def let_go(client: MPClient) -> None:

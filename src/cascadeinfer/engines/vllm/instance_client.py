@@ -1,14 +1,15 @@
 """vLLM's `AsyncMPClient` for one EngineCore, with what it keeps to itself: that the process runs, what it said when it was ready."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vllm.config import VllmConfig
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.executor import Executor
 
-from cascadeinfer.cluster.local import ProcessStart
-from cascadeinfer.engines.vllm.further_clients import Addresses, with_further_clients
+from cascadeinfer.cluster.process_start import ProcessStart
+from cascadeinfer.cluster.protocol import ClientAddresses
+from cascadeinfer.engines.vllm.further_clients import with_further_clients
 
 
 class InstanceClient(AsyncMPClient):
@@ -21,7 +22,7 @@ class InstanceClient(AsyncMPClient):
         on_started: Callable[["InstanceClient"], None],
         *,
         log_stats: bool,
-        further_clients: Addresses = (),
+        further_clients: Sequence[ClientAddresses] = (),
     ) -> None:
         """Start the EngineCore and block until it is ready; `on_started` is called (in this thread) on the way."""
         self._on_started = on_started

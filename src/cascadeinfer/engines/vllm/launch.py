@@ -14,19 +14,24 @@ import os
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 
-import psutil
 import pydantic
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
-from cascadeinfer.cluster.local import LOOPBACK, Places, core_places, device_places, operator_environment
-from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
+from cascadeinfer.cluster.local import LocalLauncher, free_memory_bytes, usable_cores
+from cascadeinfer.cluster.places import Places, core_places, device_places
+from cascadeinfer.cluster.process_start import operator_environment
+from cascadeinfer.cluster.protocol import Launcher, Place
+from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.engines.vllm.attached import AttachedInstance
+from cascadeinfer.engines.vllm.attached import AttachedCore
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.engines.vllm.messages import EngineHello
+from cascadeinfer.engines.vllm.owned import OwnedCore
+from cascadeinfer.engines.vllm.processes import VllmProcesses
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +42,11 @@ PEERS_STAY = 0.0
 CPU_UCX_TRANSPORTS = "tcp,shm,self,cma,sysv,posix"
 """UCX finds no InfiniBand on CPU machines and warns about it at every start without this."""
 
-LOOPBACK_DEVICE = "lo"
 MAMBA_LAYOUT = {"VLLM_SSM_CONV_STATE_LAYOUT": "DS"}
 """NIXL needs this layout for models with Mamba layers; vLLM chooses it for its own connectors only, by their names."""
 NETWORK_DEVICE_VARIABLES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""UCX carries KV blocks between instances, Gloo and NCCL connect an instance's own processes; all are on this machine."""
+"""UCX carries KV blocks between instances, Gloo and NCCL connect an instance's own processes."""
+SIDE_CHANNEL_HOST_VARIABLE = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,7 +111,7 @@ def with_cpu_kv_share(engine_args: AsyncEngineArgs, n_instances: int) -> AsyncEn
     said = engine_args.kv_cache_memory_bytes is not None or bool(os.environ.get("VLLM_CPU_KVCACHE_SPACE"))
     if said or not current_platform.is_cpu():
         return engine_args
-    share = min(psutil.virtual_memory().available // (2 * n_instances), CPU_KV_BYTES_MAX)
+    share = min(free_memory_bytes() // (2 * n_instances), CPU_KV_BYTES_MAX)
     logger.info("each instance gets %.1f GiB for KV blocks (--kv-cache-memory-bytes)", share / 2**30)
     return dataclasses.replace(engine_args, kv_cache_memory_bytes=share)
 
@@ -129,20 +134,20 @@ def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, setti
 def places_for(engine_args: AsyncEngineArgs, n_instances: int) -> Places:
     """Cores or devices for so many instances, and for those that are added later."""
     if current_platform.is_cpu():
-        return core_places(n_instances, sorted(os.sched_getaffinity(0)))
+        return core_places(n_instances, usable_cores())
     each = engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(i) for i in range(current_platform.device_count()))
     return device_places(n_instances, each, visible.split(","))
 
 
-def environment_of(place: str) -> dict[str, str]:
-    """What an instance's processes get so that they use their place, and listen on the loopback only; what the operator has set wins."""
-    ours = {**dict.fromkeys(NETWORK_DEVICE_VARIABLES, LOOPBACK_DEVICE), **MAMBA_LAYOUT}
+def environment_of(place: Place) -> dict[str, str]:
+    """What an instance's processes get so that they use only their place and its network interface; the operator's settings win."""
+    ours = {**dict.fromkeys(NETWORK_DEVICE_VARIABLES, place.network_device), **MAMBA_LAYOUT}
     if current_platform.is_cpu():
-        ours |= {"VLLM_CPU_OMP_THREADS_BIND": place, "UCX_TLS": CPU_UCX_TRANSPORTS}
+        ours |= {"VLLM_CPU_OMP_THREADS_BIND": place.resources, "UCX_TLS": CPU_UCX_TRANSPORTS}
     said = operator_environment()
     free = {name: value for name, value in ours.items() if name not in said}
-    return free if current_platform.is_cpu() else {**free, "CUDA_VISIBLE_DEVICES": place}
+    return free if current_platform.is_cpu() else {**free, "CUDA_VISIBLE_DEVICES": place.resources}
 
 
 class VllmSource:
@@ -176,55 +181,56 @@ class VllmSource:
         self._log_stats = log_stats
         self._extra_environment = extra_environment or {}
         self._n_clients = n_clients
-        self._n_first = n_instances
         self._n_placed = 0
-        self._places = places_for(engine_args, n_instances)
+        self._launcher: Launcher[VllmProcesses, EngineHello] = LocalLauncher[EngineHello](
+            places_for(engine_args, n_instances), n_instances, self._further_needs_bytes()
+        )
+        self._place_of: dict[InstanceId, Place] = {}
         with _refusals():
             self._first_config: VllmConfig | None = instance_config(self._engine_args, "first", settings)
 
     def place(self, instance_id: InstanceId) -> Callable[[int], VllmInstance]:
         """See EngineSource."""
-        if self._n_placed >= self._n_first:
-            self._check_memory()
+        place = self._place_of[instance_id] = self._launcher.place(instance_id)
         index = int(instance_id) if instance_id.isdecimal() else self._n_placed
-        environment = {**environment_of(self._places.take(instance_id)), **self._extra_environment}
+        environment = {
+            **environment_of(place),
+            **self._extra_environment,
+            SIDE_CHANNEL_HOST_VARIABLE: place.host,
+        }
         self._n_placed += 1
         checked, self._first_config = self._first_config, None
 
         def make(start: int) -> VllmInstance:
             config = checked if checked is not None and start == 0 else self._config_of(instance_id)
-            return VllmInstance(
-                instance_id,
+            core = OwnedCore(
+                self._launcher,
+                place,
                 index,
                 config,
-                {**environment, "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK},
+                environment,
                 log_stats=self._log_stats,
                 n_clients=self._n_clients,
                 max_migrations=self._settings.max_migrations,
             )
+            return VllmInstance(core)
 
         return make
 
     def release(self, instance_id: InstanceId) -> None:
         """See EngineSource."""
-        self._places.give_back(instance_id)
+        self._launcher.release(self._place_of.pop(instance_id))
 
     def _config_of(self, instance_id: InstanceId) -> VllmConfig:
         return instance_config(self._engine_args, instance_id, self._settings)
 
-    def _check_memory(self) -> None:
-        """On a CPU a further instance must find its KV blocks' memory free; a device checks by itself."""
+    def _further_needs_bytes(self) -> float:
+        """Memory of its KV blocks, which an instance on a CPU must find free; a device checks by itself."""
         if not current_platform.is_cpu():
-            return
-        wanted = self._engine_args.kv_cache_memory_bytes or 2**30 * float(
+            return 0.0
+        return self._engine_args.kv_cache_memory_bytes or 2**30 * float(
             operator_environment().get("VLLM_CPU_KVCACHE_SPACE") or 0
         )
-        available = psutil.virtual_memory().available
-        if available < wanted:
-            raise ScalingRefusedError(
-                f"no memory left: an instance needs {wanted / 2**30:.1f} GiB for KV blocks alone, {available / 2**30:.1f} GiB are free "
-                "(drain one, or start the server with a smaller --kv-cache-memory-bytes)"
-            )
 
 
 def make_factories(
@@ -256,20 +262,20 @@ def make_factories(
 def attached_factories(
     engine_args: AsyncEngineArgs,
     client_index: int,
-    attach: Callable[[AttachedInstance], Awaitable[Attachment]],
-) -> Callable[[InstanceId], Callable[[int], AttachedInstance]]:
+    attach: Callable[[AttachedCore], Awaitable[Attachment]],
+) -> Callable[[InstanceId], Callable[[int], VllmInstance]]:
     """
     Per instance that another process owns, what makes a further client of it for the n-th time.
 
     Args:
         engine_args: The operator's; what an instance's start has changed in the configuration comes with the attachment.
         client_index: This process's number among the clients.
-        attach: See AttachedInstance.
+        attach: See AttachedCore.
     """
     config = instance_config(engine_args, "attached", KvTransferSettings())
 
-    def make_maker(instance_id: InstanceId) -> Callable[[int], AttachedInstance]:
-        return lambda _: AttachedInstance(instance_id, copy.deepcopy(config), client_index, attach)
+    def make_maker(instance_id: InstanceId) -> Callable[[int], VllmInstance]:
+        return lambda _: VllmInstance(AttachedCore(instance_id, copy.deepcopy(config), client_index, attach))
 
     return make_maker
 

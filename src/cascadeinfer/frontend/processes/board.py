@@ -10,7 +10,7 @@ from cascadeinfer.engines.vllm.attachment import Attachment
 
 
 class Attached(Protocol):
-    """A client of an instance that process 0 owns: `engines.vllm.attached.AttachedInstance`."""
+    """A client of an instance that process 0 owns: `engines.vllm.attached.AttachedCore`."""
 
     instance_id: InstanceId
     stopped: bool
@@ -34,7 +34,7 @@ class Board:
         self._up = dict(up)
         for instance_id, (instance, engine_id) in list(self._attached.items()):
             attachment = up.get(instance_id)
-            if attachment is None or attachment.hello["engine_id"] != engine_id:
+            if attachment is None or attachment.engine_id != engine_id:
                 del self._attached[instance_id]
                 instance.died()
         news, self._news = self._news, asyncio.Event()
@@ -51,5 +51,5 @@ class Board:
             await self._news.wait()
         if instance.stopped:
             raise EngineError("is not wanted any more", instance_id=instance.instance_id)
-        self._attached[instance.instance_id] = (instance, attachment.hello["engine_id"])
+        self._attached[instance.instance_id] = (instance, attachment.engine_id)
         return attachment

@@ -21,13 +21,21 @@ from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.channel import Channel
 from cascadeinfer.frontend.processes.messages import (
+    Added,
+    AddInstances,
     Answer,
+    DrainInstance,
+    Drains,
     FleetNews,
     FromOwner,
     LayoutNews,
+    Look,
     Question,
+    Refused,
+    Shown,
     Stop,
     Summary,
+    UnknownInstance,
 )
 from cascadeinfer.runtime.shell import Runtime
 
@@ -111,7 +119,7 @@ class Follower:
                     self._follow_layout()
                 case Stop():
                     self._on_stop(message.at_once)
-                case Answer():
+                case Shown() | Added() | Drains() | UnknownInstance() | Refused():
                     if (waiting := self._answers.pop(message.number, None)) is not None and not waiting.done():
                         waiting.set_result(message)
                 case _:
@@ -142,18 +150,18 @@ class Follower:
         if self._runtime is None or self._fleet_news is None:
             return
         self._runtime.fleet.pairs.foreign = frozenset(self._fleet_news.broken_pairs)
-        states = self._runtime.fleet.states
+        records = self._runtime.fleet.records
         news_of = {news.instance_id: news for news in self._fleet_news.instances}
         for instance_id, news in news_of.items():
-            if instance_id not in states and news.drain_ends_s is None:
+            if instance_id not in records and news.drain_ends_s is None:
                 self._runtime.elastic.adopt(instance_id, self._make_engine(instance_id))
-            elif instance_id in states:
-                states[instance_id].supervisor.restarts = news.restarts
+            elif instance_id in records:
+                records[instance_id].supervisor.restarts = news.restarts
                 if news.condemned is not None:
                     self._condemn(instance_id, news.condemned)
                 if news.drain_ends_s is not None:
                     self._drain(instance_id, max(0.0, news.drain_ends_s - time.monotonic()))
-        for instance_id in [i for i in states if i not in news_of]:
+        for instance_id in [i for i in records if i not in news_of]:
             self._condemn(instance_id, "process 0 has removed it")
             self._drain(instance_id, 0.0)
 
@@ -178,29 +186,31 @@ class Follower:
 
     async def snapshot(self) -> dict[str, Any]:
         """See FrontEnds.snapshot."""
-        everything: dict[str, Any] = await self._ask(Question(next(self._numbers), "look"))
-        return everything
+        answer = await self._ask(Look(next(self._numbers)))
+        assert isinstance(answer, Shown), answer
+        return answer.content
 
     async def add(self, count: int) -> list[InstanceId]:
         """See Elasticity.add."""
-        added: list[InstanceId] = await self._ask(Question(next(self._numbers), "add", count=count))
-        return added
+        answer = await self._ask(AddInstances(next(self._numbers), count))
+        assert isinstance(answer, Added), answer
+        return answer.instance_ids
 
     async def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceId:
         """See Elasticity.drain."""
-        question = Question(next(self._numbers), "drain", instance_id=instance_id, timeout_s=timeout_s)
-        drained: InstanceId = await self._ask(question)
-        return drained
+        answer = await self._ask(DrainInstance(next(self._numbers), instance_id, timeout_s))
+        assert isinstance(answer, Drains), answer
+        return answer.instance_id
 
-    async def _ask(self, question: Question) -> Any:
+    async def _ask(self, question: Question) -> Shown | Added | Drains:
         waiting = self._answers[question.number] = asyncio.get_running_loop().create_future()
         self._channel.send(question)
         try:
             answer = await within(ANSWER_TIMEOUT_S, waiting)
         finally:
             self._answers.pop(question.number, None)
-        if answer.unknown is not None:
-            raise UnknownInstanceError(answer.unknown)
-        if answer.refused is not None:
-            raise ScalingRefusedError(answer.refused)
-        return answer.content
+        if isinstance(answer, UnknownInstance):
+            raise UnknownInstanceError(answer.instance_id)
+        if isinstance(answer, Refused):
+            raise ScalingRefusedError(answer.reason)
+        return answer

@@ -61,28 +61,65 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     at_once: bool
 
 
-class Answer(msgspec.Struct, frozen=True, tag=True):
-    """To a question; `unknown` or `refused` say why there is no content."""
-
-    number: int
-    content: Any = None
-    unknown: str | None = None
-    refused: str | None = None
-
-
-class Question(msgspec.Struct, frozen=True, tag=True):
+class Look(msgspec.Struct, frozen=True, tag=True):
     """
-    Something that only process 0 knows or does, for `/admin/instances`.
+    A follower asks for all that `/admin/instances` shows.
 
     Attributes:
-        what: `look`, `add` (so many) or `drain` (this instance).
+        number: Of the question; its answer has the same.
     """
 
     number: int
-    what: str
-    count: int = 0
-    instance_id: InstanceId = ""
-    timeout_s: float = 0.0
+
+
+class AddInstances(msgspec.Struct, frozen=True, tag=True):
+    """A follower asks for so many instances more."""
+
+    number: int
+    count: int
+
+
+class DrainInstance(msgspec.Struct, frozen=True, tag=True):
+    """A follower asks that an instance be drained."""
+
+    number: int
+    instance_id: InstanceId
+    timeout_s: float
+
+
+class Shown(msgspec.Struct, frozen=True, tag=True):
+    """To `Look`: JSON, made to be shown and not to be understood here."""
+
+    number: int
+    content: dict[str, Any]
+
+
+class Added(msgspec.Struct, frozen=True, tag=True):
+    """To `AddInstances`: those that start now."""
+
+    number: int
+    instance_ids: list[InstanceId]
+
+
+class Drains(msgspec.Struct, frozen=True, tag=True):
+    """To `DrainInstance`: it is under way."""
+
+    number: int
+    instance_id: InstanceId
+
+
+class UnknownInstance(msgspec.Struct, frozen=True, tag=True):
+    """To `DrainInstance`: there is no such instance."""
+
+    number: int
+    instance_id: InstanceId
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """To `AddInstances` or `DrainInstance`: why not."""
+
+    number: int
+    reason: str
 
 
 class Summary(msgspec.Struct, frozen=True, tag=True):
@@ -110,5 +147,8 @@ class Summary(msgspec.Struct, frozen=True, tag=True):
     event_log_failure: str | None = None
 
 
+Question: TypeAlias = Look | AddInstances | DrainInstance
+"""What only process 0 knows or does."""
+Answer: TypeAlias = Shown | Added | Drains | UnknownInstance | Refused
 FromOwner: TypeAlias = FleetNews | LayoutNews | Stop | Answer
 FromFollower: TypeAlias = Question | Summary

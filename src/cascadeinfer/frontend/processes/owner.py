@@ -11,33 +11,42 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, MutableSequence
+from collections.abc import Awaitable, Callable, MutableSequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import Any, assert_never
 
 from prometheus_client import multiprocess
 
+from cascadeinfer.cluster.local import exit_of
 from cascadeinfer.core.errors import EngineError, ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import SeenEnd, SeenLive, WorkloadSeen
 from cascadeinfer.core.silence import Silence
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.patience import within
-from cascadeinfer.engines.vllm.attached import attachments_of
+from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.engines.vllm.attachment import Attachment
-from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.frontend.processes.channel import Channel
 from cascadeinfer.frontend.processes.messages import (
+    Added,
+    AddInstances,
     Answer,
+    DrainInstance,
+    Drains,
     FleetNews,
     FromFollower,
     InstanceNews,
     LayoutNews,
+    Look,
     Question,
+    Refused,
+    Shown,
     Stop,
     Summary,
+    UnknownInstance,
 )
 from cascadeinfer.runtime.shell import Runtime
+from cascadeinfer.runtime.view import InstanceRecord
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +92,7 @@ class FrontEnds:
         n_processes: int,
         runtime: Runtime,
         start_process: Callable[[int, socket.socket], BaseProcess],
+        attachment_of: Callable[[Engine, int], Awaitable[Attachment | None]],
         loads: MutableSequence[int],
         event_log_failure: Callable[[], str | None] = lambda: None,
     ) -> None:
@@ -91,6 +101,7 @@ class FrontEnds:
             n_processes: All together.
             runtime: Process 0's; it owns the instances. It need not be started yet.
             start_process: Starts the follower of this number, with its end of a socket pair.
+            attachment_of: Has an instance serve the follower of this number; what that one must know, None while it does not run.
             loads: Open connections per process, shared, by which the least loaded one accepts.
             event_log_failure: Why process 0 writes no event log, though there should be one.
         """
@@ -99,7 +110,7 @@ class FrontEnds:
         self._loads = loads
         self._event_log_failure = event_log_failure
         self._followers = [FollowerState(index) for index in range(1, n_processes)]
-        self._attachments: dict[InstanceId, tuple[VllmInstance, list[Attachment]]] = {}
+        self._attachment_of = attachment_of
         self._tasks: list[asyncio.Task[None]] = []
         self._instances_started = False
         self._slept_s = 0.0
@@ -129,7 +140,7 @@ class FrontEnds:
             if follower.summary is None and follower.process is not None:
                 follower.process.kill()  # it does not serve yet, and may not listen before it has imported everything
         with contextlib.suppress(TimeoutError):
-            exits = [_exit_of(f.process) for f in self._followers if f.process is not None]
+            exits = [exit_of(f.process) for f in self._followers if f.process is not None]
             await within(timeout_s + EXIT_TIMEOUT_S, asyncio.gather(*exits))
         for task in self._tasks:
             task.cancel()
@@ -214,7 +225,7 @@ class FrontEnds:
         try:
             async with asyncio.TaskGroup() as group:
                 listening = group.create_task(self._listen(follower, follower.channel))
-                await _exit_of(follower.process)
+                await exit_of(follower.process)
                 listening.cancel()
         finally:
             follower.channel.close()
@@ -237,7 +248,7 @@ class FrontEnds:
                             tuple([SeenLive(*live) for live in message.unfinished]),
                         )
                     )
-                case Question():
+                case Look() | AddInstances() | DrainInstance():
                     channel.send(self._answer(message))
                 case _:
                     assert_never(message)
@@ -245,25 +256,24 @@ class FrontEnds:
     def _answer(self, question: Question) -> Answer:
         elastic = self._runtime.elastic
         try:
-            match question.what:
-                case "look":
-                    content: Any = self._snapshot()
-                case "add":
-                    content = elastic.add(question.count)
-                case "drain":
-                    content = elastic.drain(question.instance_id, question.timeout_s).instance_id
+            match question:
+                case Look(number):
+                    return Shown(number, self._snapshot())
+                case AddInstances(number, count):
+                    return Added(number, elastic.add(count))
+                case DrainInstance(number, instance_id, timeout_s):
+                    try:
+                        return Drains(number, elastic.drain(instance_id, timeout_s).instance_id)
+                    except UnknownInstanceError:
+                        return UnknownInstance(number, instance_id)
                 case _:
-                    raise AssertionError(question)
-        except UnknownInstanceError:
-            return Answer(question.number, unknown=question.instance_id)
+                    assert_never(question)
         except ScalingRefusedError as refused:
-            return Answer(question.number, refused=str(refused))
-        return Answer(question.number, content)
+            return Refused(question.number, str(refused))
 
     async def _forget(self, index: int) -> None:
         """Abort what a dead follower has left."""
         for engine in self._runtime.live_engines():
-            assert isinstance(engine, VllmInstance)
             try:
                 n_left = await within(FORGET_TIMEOUT_S, engine.forget_client(index))
             except (EngineError, TimeoutError) as error:  # it dies, or is found hung
@@ -279,25 +289,19 @@ class FrontEnds:
             await asyncio.sleep(LOOK_S)
             self._slept_s = time.monotonic() - looked_s
             try:
-                self._let_go_of_the_dead()
                 for follower in self._followers:
                     if follower.channel is not None and self._instances_started:
-                        self._tell_news_to(follower)
+                        await self._tell_news_to(follower)
             except Exception:  # our own bug must not leave the followers without news for ever
                 logger.exception("internal error while followers were told the news")
 
-    def _tell_news_to(self, follower: FollowerState) -> None:
+    async def _tell_news_to(self, follower: FollowerState) -> None:
         self._look_after(follower)
-        instances = [self._news_of(state, follower.index) for state in self._runtime.fleet]
+        instances = [await self._news_of(state, follower.index) for state in self._runtime.fleet]
         broken_pairs = tuple([pair.instance_ids for pair in self._runtime.fleet.pairs.broken()])
         self._say(follower, FleetNews(instances, broken_pairs))
         if (layout := self._runtime.fleet.layout) is not None:
             self._say(follower, LayoutNews.of(layout))
-
-    def _let_go_of_the_dead(self) -> None:
-        """Engines that are no more must not be kept, with their sockets, for what was once said of them."""
-        living = {id(engine) for engine in self._runtime.live_engines()}
-        self._attachments = {i: known for i, known in self._attachments.items() if id(known[0]) in living}
 
     def _look_after(self, follower: FollowerState) -> None:
         """One that hangs keeps its clients waiting, its requests running and its place on the listening socket."""
@@ -315,32 +319,12 @@ class FrontEnds:
             follower.said[type(news)] = news
             follower.channel.send(news)
 
-    def _news_of(self, state: Any, index: int) -> InstanceNews:
-        engine = state.engine
-        attachment = None
-        if engine is not None:
-            known = self._attachments.get(state.instance_id)
-            if known is None or known[0] is not engine:
-                assert isinstance(engine, VllmInstance)
-                known = self._attachments[state.instance_id] = (engine, attachments_of(engine))
-            attachment = known[1][index - 1]
+    async def _news_of(self, state: InstanceRecord, index: int) -> InstanceNews:
+        attachment = None if state.engine is None else await self._attachment_of(state.engine, index)
         drain_ends_s = None if state.drain is None else state.drain.ends_s
         return InstanceNews(
             state.instance_id, attachment, state.supervisor.restarts, drain_ends_s, state.supervisor.condemned
         )
-
-
-async def _exit_of(process: BaseProcess) -> None:
-    """Wait until a process has ended."""
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[None] = loop.create_future()
-    watched = os.dup(process.sentinel)
-    loop.add_reader(watched, lambda: None if ended.done() else ended.set_result(None))
-    try:
-        await ended
-    finally:
-        loop.remove_reader(watched)
-        os.close(watched)
 
 
 def _shown(index: int, pid: int | None, restarts: int, summary: Summary | None) -> dict[str, Any]:

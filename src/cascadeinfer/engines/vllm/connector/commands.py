@@ -18,6 +18,7 @@ from cascadeinfer.engines.vllm.connector.held_blocks import held_blocks
 from cascadeinfer.engines.vllm.connector.identity import identity_of, kv_bytes_per_token
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker, release_on_worker
+from cascadeinfer.engines.vllm.messages import EngineHello, EngineLoad
 
 
 def _side(core: EngineCore) -> CascadeSchedulerSide:
@@ -33,20 +34,19 @@ def cascade_hello(core: EngineCore) -> dict[str, Any]:
     """The identity of this instance: its NIXL address and its capacity."""
     side = _side(core)
     config = core.vllm_config
-    return {
-        "engine_id": side.engine_id,
-        "host": side.side_channel_host,
-        "port": side.side_channel_port,
-        "tp_size": side.transfer_tp_size,
-        "block_size": side.block_size,
-        # one block is vLLM's null block, never free
-        "kv_blocks": config.cache_config.num_gpu_blocks - 1,
-        "max_num_seqs": config.scheduler_config.max_num_seqs,
-        "max_batched_tokens": config.scheduler_config.max_num_batched_tokens,
-        "max_model_len": side.max_model_len,
-        "movable": side.movable,
-        "clock_s": time.monotonic(),
-    }
+    return EngineHello(
+        engine_id=side.engine_id,
+        host=side.side_channel_host,
+        port=side.side_channel_port,
+        tp_size=side.transfer_tp_size,
+        block_size=side.block_size,
+        kv_blocks=config.cache_config.num_gpu_blocks - 1,  # one block is vLLM's null block, never free
+        max_num_seqs=config.scheduler_config.max_num_seqs,
+        max_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+        max_model_len=side.max_model_len,
+        movable=side.movable,
+        clock_s=time.monotonic(),
+    ).plain()
 
 
 def cascade_identity(core: EngineCore) -> dict[str, Any]:
@@ -150,25 +150,25 @@ def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
         else:
             (foreign_running if runs else foreign_waiting).append(request.num_tokens)
     kv_blocks = core.vllm_config.cache_config.num_gpu_blocks - 1
-    return {
-        "running": running,
-        "waiting": waiting,
-        "foreign_running": foreign_running,
-        "foreign_waiting": foreign_waiting,
-        "kv_blocks": kv_blocks,
-        "kv_blocks_used": kv_blocks - side.free_blocks(),
-        "reserved": len(side.reservations),
-        "pinned": list(side.pinned),
-        "held_blocks": held_blocks(core.scheduler, side.pinned, side.reservations.n_blocks()),
-        "steps": side.steps,
-        "timed_steps": side.timer.take(client_index),
-        "scheduled_tokens": side.scheduled_tokens,
-        "pulls": side.pulls,
-        "pulled_tokens": side.pulled_tokens,
-        "failed_pulls": side.failed_pulls,
-        "listens": side.side_channel.listens() if client_index == 0 else True,
-        "clock_s": time.monotonic(),
-    }
+    return EngineLoad(
+        running=running,
+        waiting=waiting,
+        foreign_running=foreign_running,
+        foreign_waiting=foreign_waiting,
+        kv_blocks=kv_blocks,
+        kv_blocks_used=kv_blocks - side.free_blocks(),
+        reserved=len(side.reservations),
+        pinned=list(side.pinned),
+        held_blocks=held_blocks(core.scheduler, side.pinned, side.reservations.n_blocks()),
+        steps=side.steps,
+        timed_steps=list(side.timer.take(client_index)),
+        scheduled_tokens=side.scheduled_tokens,
+        pulls=side.pulls,
+        pulled_tokens=side.pulled_tokens,
+        failed_pulls=side.failed_pulls,
+        listens=side.side_channel.listens() if client_index == 0 else True,
+        clock_s=time.monotonic(),
+    ).plain()
 
 
 COMMANDS = (

@@ -6,7 +6,8 @@ those fields back, plus `PROMPT_TOKENS`, which says where the original prompt en
 them). Keys and values are plain: the dict goes through msgpack into another process.
 """
 
-from typing import Any, Final, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Final, Self, TypeAlias
 
 TransferParams: TypeAlias = dict[str, Any]
 
@@ -21,8 +22,30 @@ PULL_BEFORE: Final = "cascade_pull_before"
 """Deadline of the pull, on the clock of the instance that pulls."""
 
 
+@dataclass(frozen=True, slots=True)
+class VllmTicket:
+    """
+    See `cascadeinfer.engines.protocol.KvTicket`.
+
+    Attributes:
+        params: The transfer parameters of the cut output.
+    """
+
+    params: TransferParams
+
+    @classmethod
+    def of(cls, params: TransferParams | None) -> Self | None:
+        """The ticket in the transfer parameters of a final output; None when it is no cut."""
+        return cls(params) if params is not None and params.get(CUT) else None
+
+    @property
+    def n_tokens(self) -> int:
+        """See KvTicket."""
+        return self.params.get("remote_num_tokens") or 0
+
+
 def resume_params(
-    ticket: TransferParams | None,
+    ticket: VllmTicket | None,
     *,
     prompt_tokens: int,
     reservation_id: str | None = None,
@@ -32,7 +55,7 @@ def resume_params(
     Parameters that make a request continue where it was cut.
 
     Args:
-        ticket: The transfer parameters of the cut output, or None to recompute the KV cache.
+        ticket: Where the KV cache is, or None to compute it anew.
         prompt_tokens: Length of the original prompt.
         reservation_id: The reservation at the target that it takes over, if any.
         pull_before_s: Deadline of the pull, on the target's clock; None for no deadline.
@@ -40,8 +63,8 @@ def resume_params(
     params: TransferParams = {PROMPT_TOKENS: prompt_tokens}
     if reservation_id is not None:
         params[RESERVATION] = reservation_id
-    if ticket is not None and ticket.get("remote_num_tokens", 0) > 0:
-        params |= {key: value for key, value in ticket.items() if key != CUT}
+    if ticket is not None and ticket.n_tokens > 0:
+        params |= {key: value for key, value in ticket.params.items() if key != CUT}
         params["do_remote_prefill"] = True
         params["do_remote_decode"] = False
         if pull_before_s is not None:

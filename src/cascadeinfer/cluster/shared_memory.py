@@ -1,5 +1,5 @@
 """
-The shared memory of an EngineCore that was killed.
+The shared memory of processes that were killed.
 
 vLLM's message queues are Python's shared memory. Whoever made it removes it at its end, which a killed process does not come to; Python's
 resource tracker would, but there is one for the server and all its processes, and it waits for the server's end.
@@ -7,9 +7,10 @@ resource tracker would, but there is one for the server and all its processes, a
 
 import contextlib
 import re
+from collections.abc import Iterable
+from multiprocessing.process import BaseProcess
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -32,16 +33,16 @@ def segments_of(pid: int) -> set[str]:
 
 
 class Segments:
-    """Those of one EngineCore and its workers."""
+    """Those of one instance's processes and of all below them."""
 
     def __init__(self) -> None:
         """None known yet."""
         self._names: set[str] = set()
 
-    def remember(self, manager: Any) -> None:
-        """While its processes live: what belonged to one that was killed cannot be told from anybody else's. None: nothing runs yet."""
-        for process in getattr(manager, "processes", []):
-            if process.is_alive():  # else its number may be another's by now
+    def remember(self, processes: Iterable[BaseProcess]) -> None:
+        """While the processes live: what belonged to one that was killed cannot be told from anybody else's."""
+        for process in processes:
+            if process.is_alive() and process.pid is not None:  # else its number may be another's by now
                 self._names.update(segments_of(process.pid))
 
     def remove(self) -> None:

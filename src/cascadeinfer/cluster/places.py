@@ -1,0 +1,113 @@
+"""How the cores or devices of one machine are shared out among instances, and among those that are added later."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
+from cascadeinfer.core.types import InstanceId
+
+logger = logging.getLogger(__name__)
+
+
+def split_cores(n_instances: int, cores: Sequence[int]) -> list[str]:
+    """
+    Cores per instance in vLLM's notation (`VLLM_CPU_OMP_THREADS_BIND`), e.g. `0-3`, `4-7`.
+
+    With fewer cores than instances, instances share cores in turn; left-over cores stay free for the front end (and for instances that are
+    added later).
+    """
+    if not cores:
+        raise ConfigError("this process may run on no core", option="CPU affinity")
+    if len(cores) < n_instances:
+        return [str(cores[i % len(cores)]) for i in range(n_instances)]
+    each = len(cores) // n_instances
+    return [",".join(str(core) for core in cores[i * each : (i + 1) * each]) for i in range(n_instances)]
+
+
+def split_devices(n_instances: int, devices_per_instance: int, visible: Sequence[str]) -> list[str]:
+    """
+    `CUDA_VISIBLE_DEVICES` per instance.
+
+    Raises:
+        ConfigError: There are fewer devices than the instances need, and not exactly one to share.
+    """
+    needed = n_instances * devices_per_instance
+    if len(visible) >= needed:
+        return [
+            ",".join(visible[i * devices_per_instance : (i + 1) * devices_per_instance]) for i in range(n_instances)
+        ]
+    if len(visible) == 1 and devices_per_instance == 1:
+        return [visible[0]] * n_instances  # instances share one device: lower --gpu-memory-utilization
+    enough_for = len(visible) // devices_per_instance
+    raise ConfigError(
+        f"{n_instances} instances of {devices_per_instance} device(s) need {needed} devices, {len(visible)} are visible",
+        option="--instances",
+        fix=f"{f'use --instances {enough_for} or ' if enough_for else ''}make more devices visible",
+    )
+
+
+class Places:
+    """
+    The places of this machine (cores or devices), each for one instance or shared by several; dealt out and taken back.
+
+    An instance that is added later gets a place that another has left, then one that was never used, then, where instances may share, the
+    one with the fewest.
+    """
+
+    def __init__(self, dealt: Sequence[str], spare: Sequence[str], *, may_share: bool) -> None:
+        """
+        Args:
+            dealt: A place for each instance of the start; one that is named twice holds two.
+            spare: Places beyond those.
+            may_share: Whether more instances than that may be put on them.
+        """
+        self._room = Counter([*dealt, *spare])
+        self._place_of: dict[InstanceId, str] = {}
+        self._may_share = may_share
+
+    def take(self, instance_id: InstanceId) -> str:
+        """
+        A place for one more instance.
+
+        Raises:
+            ScalingRefusedError: All are taken.
+        """
+        used = Counter(self._place_of.values())
+        place = next((p for p, room in self._room.items() if used[p] < room), None)
+        if place is None:
+            if not self._may_share:
+                raise ScalingRefusedError(
+                    f"no device left: {', '.join(self._room)} have an instance each (drain one, or start the server with more devices)"
+                )
+            place = min(self._room, key=lambda p: used[p] / self._room[p])
+            logger.warning("instance %s shares cores %s with others: there are no free ones", instance_id, place)
+        self._place_of[instance_id] = place
+        return place
+
+    def give_back(self, instance_id: InstanceId) -> None:
+        """The instance is gone."""
+        del self._place_of[instance_id]
+
+
+def core_places(n_instances: int, cores: Sequence[int]) -> Places:
+    """Cores for so many instances, and for more that come later: left-over cores first, then shared ones."""
+    dealt = split_cores(n_instances, cores)
+    each = max(1, len(cores) // n_instances)
+    rest = [str(core) for core in cores[each * n_instances :]]
+    spare = [",".join(rest[i : i + each]) for i in range(0, len(rest) - each + 1, each)]
+    return Places(dealt, spare, may_share=True)
+
+
+def device_places(n_instances: int, devices_per_instance: int, visible: Sequence[str]) -> Places:
+    """
+    Devices for so many instances, and for more that come later. Only a single device is shared.
+
+    Raises:
+        ConfigError: There are too few for the start.
+    """
+    dealt = split_devices(n_instances, devices_per_instance, visible)
+    rest = visible[n_instances * devices_per_instance :]
+    n_spare = len(rest) // devices_per_instance
+    spare = [",".join(rest[i * devices_per_instance : (i + 1) * devices_per_instance]) for i in range(n_spare)]
+    return Places(dealt, spare, may_share=len(visible) == 1)

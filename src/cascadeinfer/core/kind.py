@@ -1,0 +1,40 @@
+"""
+What an instance is, as far as decisions depend on it: how much it holds, which step model prices it, what it is for.
+
+Instances of one kind are interchangeable. A cluster may have several kinds: other devices, another degree of tensor parallelism, or only KV
+caches of other sizes. All of them serve the same model, and KV cache can go from any one to any other.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from cascadeinfer.core.types import InstanceCapacity
+
+StepModelKey: TypeAlias = str
+"""Names the step model of some instances, e.g. `llama-3.1-8b on h100, tp 2`. Opaque: keys are only compared."""
+DEFAULT_STEP_MODEL: Final[StepModelKey] = ""
+"""The key of instances of which nothing else is said: the one step model that a policy is given prices them."""
+
+
+class Role(enum.StrEnum):
+    """What an instance computes."""
+
+    MIXED = "mixed"
+    """Prompts and output tokens alike; today every instance does."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceKind:
+    """
+    What one instance is; fixed while it lives.
+
+    Attributes:
+        capacity: What it can hold.
+        step_model_key: Which step model says what its steps take.
+        role: What it computes.
+    """
+
+    capacity: InstanceCapacity
+    step_model_key: StepModelKey = DEFAULT_STEP_MODEL
+    role: Role = Role.MIXED

@@ -1,0 +1,90 @@
+"""
+What an EngineCore's commands answer, typed at both ends: `connector/commands.py` fills these in, `channel.py` reads them.
+
+vLLM carries plain values only (msgpack), so they are sent as dicts of the fields below; a dict that lacks a field, or has one of another
+type, is refused where it arrives.
+"""
+
+from typing import Any, Self
+
+import msgspec
+
+
+class _Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A dict of plain values on its way."""
+
+    def plain(self) -> dict[str, Any]:
+        """To be sent."""
+        return msgspec.structs.asdict(self)
+
+    @classmethod
+    def of(cls, told: Any) -> Self:
+        """
+        What was received.
+
+        Raises:
+            msgspec.ValidationError: It is not of this form: the other end is of another version.
+        """
+        return msgspec.convert(told, cls)
+
+
+class EngineHello(_Answer, frozen=True):
+    """
+    Who an instance is.
+
+    Attributes:
+        engine_id: Another one after each start.
+        host, port: Its side channel, where peers shake hands.
+        tp_size: Ranks that hold a part of its KV cache each.
+        block_size: Tokens in a KV block.
+        kv_blocks: How many blocks requests can have.
+        max_model_len: Tokens in the longest sequence it takes.
+        movable: Whether running requests can move at all.
+        clock_s: Its monotonic clock.
+    """
+
+    engine_id: str
+    host: str
+    port: int
+    tp_size: int
+    block_size: int
+    kv_blocks: int
+    max_num_seqs: int
+    max_batched_tokens: int
+    max_model_len: int
+    movable: bool
+    clock_s: float
+
+
+class EngineLoad(_Answer, frozen=True):
+    """
+    What an instance has now, as one of its clients sees it.
+
+    Attributes:
+        running, waiting: The client's own requests: id and length in tokens.
+        foreign_running, foreign_waiting: Lengths of the other clients' requests.
+        pinned: Ids of the cut requests whose blocks are pinned.
+        held_blocks: Blocks that no request runs or waits with, by what holds them.
+        timed_steps: Steps since the client last asked: the fields of a `BatchFeatures`, and seconds.
+        steps, scheduled_tokens, pulls, pulled_tokens, failed_pulls: Since its start.
+        listens: Whether its side channel is open.
+        clock_s: Its monotonic clock.
+    """
+
+    running: list[tuple[str, int]]
+    waiting: list[tuple[str, int]]
+    foreign_running: list[int]
+    foreign_waiting: list[int]
+    kv_blocks: int
+    kv_blocks_used: int
+    reserved: int
+    pinned: list[str]
+    held_blocks: dict[str, int]
+    steps: int
+    timed_steps: list[tuple[int, int, int, int, float, float]]
+    scheduled_tokens: int
+    pulls: int
+    pulled_tokens: int
+    failed_pulls: int
+    listens: bool
+    clock_s: float

@@ -1,0 +1,166 @@
+"""The command channel to an EngineCore, with a written client in place of vLLM's: what is sent, what is read, what a closed one does."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from cascadeinfer.core.errors import EngineError
+from cascadeinfer.engines.protocol import EngineDied, Resume
+from cascadeinfer.engines.vllm.channel import EngineChannel
+from cascadeinfer.engines.vllm.connector.ticket import RESERVATION
+from cascadeinfer.engines.vllm.connector.words import KEY
+from cascadeinfer.engines.vllm.ending import fail_pending_calls
+from cascadeinfer.engines.vllm.messages import EngineHello, EngineLoad
+from cascadeinfer.engines.vllm.plain_request import request_with
+
+HELLO = EngineHello(
+    engine_id="cascade-a-1",
+    host="here",
+    port=5,
+    tp_size=1,
+    block_size=16,
+    kv_blocks=64,
+    max_num_seqs=4,
+    max_batched_tokens=256,
+    max_model_len=1024,
+    movable=True,
+    clock_s=1e6,
+)
+LOAD = EngineLoad(
+    running=[("r", 30)],
+    waiting=[("w", 7)],
+    foreign_running=[100],
+    foreign_waiting=[],
+    kv_blocks=64,
+    kv_blocks_used=9,
+    reserved=1,
+    pinned=["p"],
+    held_blocks={"pins": 2},
+    steps=5,
+    timed_steps=[(1, 30, 30, 0, 0.0, 0.01)],
+    scheduled_tokens=50,
+    pulls=3,
+    pulled_tokens=99,
+    failed_pulls=0,
+    listens=True,
+    clock_s=1e6,
+)
+
+
+class Client:
+    """vLLM's client, as far as the channel uses it; answers are given beforehand, by command."""
+
+    client_index = 1
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = {"cascade_load": LOAD.plain(), **answers}
+        self.calls: list[tuple[Any, ...]] = []
+        self.requests: list[Any] = []
+        self.aborted: list[str] = []
+        self.utility_results: dict[int, asyncio.Future[Any]] = {}
+        self.is_dead = False
+
+    async def call_utility_async(self, command: str, *args: Any) -> Any:
+        """Answers at once; over the wire, as msgpack would have it."""
+        if self.is_dead:
+            raise EngineDeadError
+        self.calls.append((command, *args))
+        return msgspec.msgpack.decode(msgspec.msgpack.encode(self.answers.get(command)))
+
+    async def add_request_async(self, request: Any) -> None:
+        """Keeps it."""
+        if self.is_dead:
+            raise EngineDeadError
+        self.requests.append(request)
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """Keeps them."""
+        self.aborted += request_ids
+
+    async def get_output_async(self) -> Any:
+        """A step, or death."""
+        if self.is_dead:
+            raise EngineDeadError
+        return SimpleNamespace(outputs=[], engine_index=0)
+
+
+def channel_on(client: Client) -> EngineChannel:
+    """The third instance's."""
+    return EngineChannel("a", 3, client, HELLO, "token")  # type: ignore[arg-type]
+
+
+async def test_a_report_is_what_the_engine_says() -> None:
+    """Own requests by id, foreign ones as lengths, each step with its batch; asked under this client's number."""
+    client = Client()
+    report, counters = await channel_on(client).report()
+    assert client.calls == [("cascade_load", 1)]
+    assert (report.running_ids, report.running_tokens) == (("r",), (30,))
+    assert (report.waiting_ids, report.foreign_running_tokens) == (("w",), (100,))
+    assert (report.steps[0].batch.n_decode, report.steps[0].step_s) == (1, 0.01)
+    assert (counters.pinned, counters.pulled_tokens, counters.held_blocks) == (1, 99, {"pins": 2})
+
+
+@pytest.mark.parametrize("wrong", [{"clock_s": None}, {"running": [["r"]]}, {"surplus": 1}])
+async def test_an_answer_of_another_form_is_refused(wrong: dict[str, Any]) -> None:
+    """What lacks a field, has one too many or one of another type is an error where it arrives, not a wrong load."""
+    client = Client(cascade_load={**LOAD.plain(), **wrong})
+    with pytest.raises(msgspec.ValidationError):
+        await channel_on(client).report()
+
+
+async def test_two_clients_reservations_have_different_names() -> None:
+    """The client's prefix goes with the reservation, with its release and with the request that takes it over."""
+    client = Client()
+    channel = channel_on(client)
+    request = request_with("r", [1, 2, 3], SamplingParams(max_tokens=5))
+    await channel.reserve("m", 10)
+    await channel.release_reservation("m")
+    await channel.add("r~1", request, Resume([4], None, "m"))
+    assert client.calls == [("cascade_reserve", "client1/m", 10), ("cascade_release_reservation", "client1/m")]
+    [sent] = client.requests
+    assert sent.sampling_params.extra_args[KEY]["words"][RESERVATION] == "client1/m"
+    assert sent.sampling_params.extra_args[KEY]["token"] == channel.connector_token
+    assert (sent.request_id, sent.prompt_token_ids) == ("r~1", [1, 2, 3, 4])
+    assert request.payload.request_id == "r", "the caller's request is not touched"
+
+
+async def test_outputs_carry_the_instances_number() -> None:
+    """By it vLLM's metrics tell instances apart."""
+    assert (await channel_on(Client()).next_outputs()).engine_index == 3
+
+
+async def test_death_is_told_by_the_outputs_and_to_who_waits() -> None:
+    """`next_outputs` raises, pending calls end, later ones are refused, and what is merely sent is nobody's error."""
+    client = Client()
+    channel = channel_on(client)
+    pending = client.utility_results[0] = asyncio.get_running_loop().create_future()
+    client.is_dead = True
+    with pytest.raises(EngineDied):
+        await channel.next_outputs()
+    assert isinstance(pending.exception(), EngineDeadError)
+    with pytest.raises(EngineError, match="died"):
+        await channel.cut("r")
+    await channel.add("r", request_with("r", [1], SamplingParams(max_tokens=5)))
+
+
+async def test_a_closed_channel_sends_nothing() -> None:
+    """Commands are errors, requests and aborts go nowhere; who already waits is woken by whoever ends the client."""
+    client = Client()
+    channel = channel_on(client)
+    pending = client.utility_results[0] = asyncio.get_running_loop().create_future()
+    channel.close()
+    with pytest.raises(EngineError):
+        await channel.reserve("m", 1)
+    with pytest.raises(EngineError):
+        await channel.next_outputs()
+    await channel.add("r", request_with("r", [1], SamplingParams(max_tokens=5)))
+    await channel.abort(["r"])
+    assert (client.calls, client.requests, client.aborted) == ([], [], [])
+    assert not pending.done()
+    fail_pending_calls(client)  # type: ignore[arg-type]
+    assert isinstance(pending.exception(), EngineDeadError)

@@ -1,0 +1,134 @@
+"""The life of an EngineCore that this process owns, over a written launcher: what of a place is whose, what further clients are told."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cascadeinfer.cluster.protocol import Abilities, ClientAddresses, Kept, Place
+from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.vllm.messages import EngineHello
+from cascadeinfer.engines.vllm.owned import OwnedCore
+
+PLACE = Place("a", "node", "0-3", "here", "eth0")
+
+
+class Launcher:
+    """Writes down what it is told. See `cascadeinfer.cluster.protocol.Launcher`."""
+
+    abilities = Abilities(new_clients=True, outlives_front_end=False)
+
+    def __init__(self) -> None:
+        """Nothing runs."""
+        self.told: list[tuple[Any, ...]] = []
+        self._n_started = 0
+
+    def place(self, instance_id: InstanceId) -> Place:
+        """Not asked here."""
+        raise AssertionError(instance_id)
+
+    def release(self, place: Place) -> None:
+        """Not asked here."""
+        raise AssertionError(place)
+
+    async def start(self, place: Place, order: Any) -> Kept[EngineHello]:
+        """Each life has an engine id of its own."""
+        self.told.append(("start", place.instance_id))
+        self._n_started += 1
+        hello = EngineHello(
+            engine_id=f"life{self._n_started}",
+            host="here",
+            port=5,
+            tp_size=1,
+            block_size=16,
+            kv_blocks=64,
+            max_num_seqs=4,
+            max_batched_tokens=256,
+            max_model_len=1024,
+            movable=True,
+            clock_s=0.0,
+        )
+        return Kept(place, 100 + self._n_started, hello, b"ready", order.config)
+
+    def living(self) -> Mapping[InstanceId, Kept[EngineHello]]:
+        """Not asked here."""
+        raise AssertionError
+
+    def client_addresses(self, place: Place, client: int) -> ClientAddresses:
+        """Made of the client's number."""
+        return ClientAddresses(f"tcp://{place.host}:{1000 + client}", f"tcp://{place.host}:{2000 + client}")
+
+    async def attach(self, place: Place, client: int, addresses: ClientAddresses) -> None:
+        """Written down."""
+        self.told.append(("attach", place.instance_id, client, addresses.input_address))
+
+    async def detach(self, place: Place, client: int) -> None:
+        """Written down."""
+        self.told.append(("detach", place.instance_id, client))
+
+    async def death(self, place: Place) -> str:
+        """Not asked here."""
+        raise AssertionError(place)
+
+    def kill(self, place: Place) -> None:
+        """Written down."""
+        self.told.append(("kill", place.instance_id))
+
+    async def stop(self, place: Place, timeout_s: float) -> None:
+        """Written down."""
+        self.told.append(("stop", place.instance_id, timeout_s))
+
+
+def core_at(launcher: Launcher) -> OwnedCore:
+    """A life at the place; its processes are not made."""
+    core = OwnedCore(launcher, PLACE, 3, SimpleNamespace(), {})  # type: ignore[arg-type]
+    core._processes = SimpleNamespace(client=SimpleNamespace(client_index=0), config=None)  # type: ignore[assignment]
+    return core
+
+
+async def test_a_former_life_leaves_the_next_one_alone() -> None:
+    """Once stopped, a life that is killed or stopped again touches nothing at its place."""
+    launcher = Launcher()
+    former, present = core_at(launcher), core_at(launcher)
+    await former.begin()
+    await former.end(5.0)
+    await present.begin()
+    del launcher.told[:]
+    former.kill()
+    await former.end(0.0)
+    assert launcher.told == []
+    assert (former.pid, present.pid) == (None, 102)
+    present.kill()
+    assert launcher.told == [("kill", "a")]
+
+
+async def test_a_life_that_was_stopped_before_it_began_does_not_begin() -> None:
+    """Nothing is started that nobody would stop."""
+    launcher = Launcher()
+    core = core_at(launcher)
+    await core.end(0.0)
+    with pytest.raises(EngineError, match="stopped before"):
+        await core.begin()
+    assert ("start", "a") not in launcher.told
+
+
+async def test_further_clients_are_attached_while_it_runs() -> None:
+    """A client is told of this life, its own addresses and the token; before the start and after the end there is nothing to tell."""
+    launcher = Launcher()
+    core, other = core_at(launcher), core_at(launcher)
+    assert await core.attachment(1) is None
+    channel = await core.begin()
+    told = await core.attachment(2)
+    assert told is not None
+    assert (told.index, told.pid, told.engine_id, told.ready_payload) == (3, 101, "life1", b"ready")
+    assert (told.input_address, told.output_address) == ("tcp://here:1002", "tcp://here:2002")
+    assert told.connector_token == channel.connector_token
+    assert told.connector_token not in repr(told)
+    assert ("attach", "a", 2, "tcp://here:1002") in launcher.told
+    await core.detach(2)
+    assert launcher.told[-1] == ("detach", "a", 2)
+    assert (await other.begin()).connector_token != told.connector_token
+    await core.end(0.0)
+    assert await core.attachment(2) is None
