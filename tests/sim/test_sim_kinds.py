@@ -22,7 +22,8 @@ from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.eventlog.reader import open_log
 from cascadeinfer.eventlog.replay import replay
-from cascadeinfer.eventlog.writer import header_of, write_log_file
+from cascadeinfer.eventlog.run_file import write_log_file
+from cascadeinfer.eventlog.writer import header_of
 from cascadeinfer.sim.faults import Crash, Drain, FaultPlan
 from cascadeinfer.sim.run import SimResult, simulate
 from cascadeinfer.sim.settings import SimConfig, SimKind
