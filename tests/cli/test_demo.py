@@ -32,7 +32,7 @@ TASK = ChatTask("story", "Tell me a story.", 100)
 
 def shown(renderable: RenderableType, width: int = 140) -> str:
     """What a terminal of this width would show, without colours."""
-    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123 - lives as long as the test
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123 - lives with it
     console.print(renderable)
     return console.export_text()
 
