@@ -97,14 +97,14 @@ class SchedulerBed:
     hasher: Any
     tokens: dict[str, list[int]] = field(default_factory=dict)
     ends: dict[str, EngineCoreOutput] = field(default_factory=dict)
-    #: What is sampled for a request, one after the other; 7 when there is nothing (left).
+    #: Tokens sampled for a request, in this order; 7 once there are none (left).
     to_sample: dict[str, list[int]] = field(default_factory=dict)
-    #: What the worker was told to pull; all comes with the next output, unless it is not to.
+    #: Pulls ordered from the worker; all arrive with the next output, unless a test prevents it.
     pulled: list[Any] = field(default_factory=list)
     pulls_come: bool = True
-    #: What comes has failed.
+    #: What arrives has failed.
     pulls_fail: bool = False
-    #: Pins that the worker lets go of with the next output.
+    #: Pins that the worker releases with the next output.
     read: set[str] = field(default_factory=set)
     _awaited: set[str] = field(default_factory=set)
     _under_way: list[tuple[SchedulerOutput, dict[str, list[int]]]] = field(default_factory=list)
