@@ -60,7 +60,7 @@ PROMPT_TOKENS = 150
 OUTPUT_TOKENS = 60
 TOKENS_BEFORE = 8
 FILLERS = 4
-"""Streams of requests that fill the source; each sends one request after the other."""
+"""Streams of requests that fill the source; each sends one request after another."""
 KV_BLOCKS = 128
 MAX_MODEL_TOKENS = 2048
 SOURCE, TARGET = "0", "1"
@@ -120,7 +120,7 @@ class Clients:
     """Clients that wait for tokens."""
 
     def __init__(self, runtime: Runtime) -> None:
-        """Begin to listen."""
+        """Start to listen."""
         self._runtime = runtime
         self._tokens: dict[str, list[int]] = {}
         self._ended: dict[str, asyncio.Event] = {}
@@ -161,7 +161,7 @@ class Clients:
 
 
 class Stage:
-    """The runtime, and the means to make its parts late."""
+    """The runtime, and the means to delay its parts."""
 
     def __init__(self, runtime: Runtime, policy: Placed, clients: Clients) -> None:
         """Take over a started runtime."""
@@ -196,7 +196,7 @@ class Stage:
 
     @contextlib.contextmanager
     def _late(self, scene: Scene, fill: Any) -> Any:
-        """In this context, the news of a cut stops the target and the front end."""
+        """Within this context, the news of a cut stops the target and the front end."""
         migrator = self._runtime._migrator  # noqa: SLF001 - its news are made late
         heard = migrator.cut_took_effect
         target = self._runtime.fleet.engine(TARGET)
@@ -231,7 +231,7 @@ class Stage:
 
 
 async def run_all(repetitions: dict[str, int]) -> list[dict[str, Any]]:
-    """Start, play every scene as often as asked for, stop; one row per scene."""
+    """Start, play every scene as often as requested, stop; one row per scene."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = measuring.tiny_engine_args(Path(folder), max_model_tokens=MAX_MODEL_TOKENS, kv_blocks=KV_BLOCKS)
         arguments["enable_prefix_caching"] = False

@@ -71,7 +71,10 @@ def command_of(side: str, folder: Path, port: int) -> list[str]:
 
 
 def environment_of(side: str) -> dict[str, str]:
-    """What the server of a side gets beside ours; vLLM's engines get the cores that ours get by themselves, and wait asleep as ours do."""
+    """
+    The extra environment of a side's server: vLLM's engines get the cores that ours pick by themselves, and sleep while
+    they wait, as ours do.
+    """
     if not side.startswith("vllm"):
         return {}
     cores = "|".join(split_cores(N_INSTANCES, sorted(os.sched_getaffinity(0))))
@@ -79,7 +82,7 @@ def environment_of(side: str) -> dict[str, str]:
 
 
 def front_end_of(server: psutil.Process) -> list[psutil.Process]:
-    """The server and everything it has started, except engines."""
+    """The server and all processes that it has started, except engines."""
     everyone = [server, *server.children(recursive=True)]
     engines = [process for process in everyone if "EngineCore" in " ".join(process.cmdline())]
     inside = {process.pid for engine in engines for process in (engine, *engine.children(recursive=True))}
@@ -128,7 +131,7 @@ async def load(url: str, n_requests: int, n_tokens: int, rng: np.random.Generato
 
 
 def all_serve(server: ServedProcess, side: str) -> bool:
-    """Whether all of our processes do; vLLM's listen when all are ready."""
+    """Whether all of our processes are ready; vLLM's listen only when all are."""
     if not server.answers("/v1/models"):
         return False
     if side.startswith("vllm") or side.endswith("-1"):

@@ -180,7 +180,7 @@ def phase(records: RequestRecords) -> dict[str, Any]:
 
 
 def spread(values: list[int]) -> dict[str, int]:
-    """First, most, last."""
+    """First, highest and last value."""
     return {"first": values[0], "most": max(values), "last": values[-1]}
 
 

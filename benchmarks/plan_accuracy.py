@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """One line per run."""
+    """Write one row per run."""
     with path.open("w", newline="") as out:
         writer = csv.DictWriter(out, [f.name for f in fields(Row)])
         writer.writeheader()
@@ -138,7 +138,7 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """What `write` wrote."""
+    """Read what `write` wrote."""
     with path.open(newline="") as lines:
         return [Row(**{f.name: f.type(line[f.name]) for f in fields(Row)}) for line in csv.DictReader(lines)]
 
@@ -244,7 +244,7 @@ def run(profile: CostProfile, name: str, load: float, layout: Plan, trace: Trace
 
 
 def joined(numbers: tuple[int, ...]) -> str:
-    """Numbers as people write layouts."""
+    """Numbers in the way people write layouts."""
     return "/".join(str(number) for number in numbers)
 
 

@@ -60,7 +60,7 @@ def server_of(source: Path, folder: Path) -> ServedProcess:
 
 
 def all_are_up(server: ServedProcess) -> bool:
-    """Whether every instance is."""
+    """Whether every instance is up."""
     return server.answers("/health/ready") and len(json.loads(server.page("/health/ready"))["instances"]) == N_INSTANCES
 
 
@@ -113,7 +113,7 @@ async def phase(http: httpx.AsyncClient, rng: np.random.Generator, n_requests: i
 
 
 async def both_phases(url: str, number: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Well, then with one instance sick, on the same requests' gaps and lengths."""
+    """All instances well, then one sick, with the same requests and gaps."""
     async with httpx.AsyncClient(base_url=url, timeout=600.0, limits=httpx.Limits()) as http:
         await phase(http, np.random.default_rng(0), 10, options.gap_s)  # the first ones warm up
         well = await phase(http, np.random.default_rng([1, number]), options.requests, options.gap_s)

@@ -3,8 +3,8 @@ Writes docs/cli.md from the command table and the option schema:
 
     python docs/generate_cli.py
 
-Nothing about an option is written twice: names, bounds, defaults and texts come from where they are declared. A test fails while the page
-is not what this program writes.
+Nothing about an option is repeated here: names, bounds, defaults and texts come from where they are declared. A test
+fails if the page differs from this program's output.
 """
 
 import importlib
@@ -88,7 +88,7 @@ def _default(value: Any) -> str:
 
 
 def _typed_sections(name: str, module: str, help_text: str) -> Iterator[str]:
-    """The command's own section, or one for each of its subcommands."""
+    """The command's section, or one section for each of its subcommands."""
     app = typer.Typer()
     importlib.import_module(module).register(app, name, help_text)
     for command in app.registered_commands:
@@ -132,7 +132,7 @@ def _parameter_rows(callback: Callable[..., Any]) -> Iterator[tuple[str, str, st
 
 
 def _values(kind: Any, info: ArgumentInfo | OptionInfo) -> str:
-    """What may be written for it."""
+    """The values that the option accepts."""
     if isinstance(kind, types.UnionType):
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     if info.min is not None or info.max is not None:

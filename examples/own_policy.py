@@ -1,10 +1,11 @@
 """
-A scheduling policy of your own in a few lines, compared with round robin on the same simulated requests.
+Your own scheduling policy in a few lines, compared with round robin on the same simulated requests.
 
     python examples/own_policy.py
 
-The policy takes two instances at random and sends the request to the one with fewer tokens ("power of two choices"). The same class serves on
-real engines, is simulated by name, logged and replayed once its `INFO` is a line of `cascadeinfer.core.policies.POLICIES`.
+The policy draws two instances at random and sends the request to the one with fewer tokens ("power of two choices").
+Once its `INFO` is listed in `cascadeinfer.core.policies.POLICIES`, the same class serves on real engines, is simulated
+by name, logged and replayed.
 """
 
 from collections.abc import Sequence
@@ -26,15 +27,15 @@ from cascadeinfer.workload.drawing import ArrivalLaw, draw_requests
 
 
 class TwoChoices(PlacingPolicy):
-    """Dispatches each request to the lighter of two instances that are drawn at random."""
+    """Dispatches each request to the less loaded of two instances drawn at random."""
 
     def __init__(self, *, seed: int = 0) -> None:
-        """Policies draw from generators of their own, so that a run can be repeated."""
+        """Each policy draws from its own generator, so that a run can be repeated."""
         super().__init__()
         self._rng = np.random.default_rng(seed)
 
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002
-        """The one whose requests have fewer tokens."""
+        """The instance whose requests have fewer tokens."""
         drawn = self._rng.choice(len(candidates), size=min(2, len(candidates)), replace=False)
         return min((candidates[int(i)] for i in drawn), key=lambda instance: instance.kv_tokens)
 
@@ -43,7 +44,7 @@ INFO: Final = PolicyInfo(make=TwoChoices, help="the lighter of two instances dra
 
 
 def mean_latency_s(policy: Policy, *, rate_per_s: float, requests: int) -> float:
-    """Mean time from arrival to the last token over that request's output tokens: seconds per token. Everything is simulated."""
+    """Mean time from arrival to the last token, per output token of the request, in seconds. All of it is simulated."""
     profile = load_profile("h200-llama-3.1-8b")
     trace = load_trace(Path("sample"))
     workload = draw_requests(trace, ArrivalLaw(), requests, rate_per_s, np.random.default_rng(1))

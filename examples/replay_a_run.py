@@ -1,9 +1,10 @@
 """
-Write the event log of a simulated run, then give its events to a fresh policy: it decides the same again.
+Write the event log of a simulated run, then pass its events to a fresh policy, which makes the same decisions again.
 
     python examples/replay_a_run.py
 
-`cascadeinfer serve --event-log FILE` writes the same kind of log on real engines, so a decision in production can be repeated on a laptop.
+`cascadeinfer serve --event-log FILE` writes the same kind of log on real engines, so that a production decision can be
+repeated on a laptop.
 """
 
 import tempfile

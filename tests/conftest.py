@@ -8,7 +8,7 @@ settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long, and in which way, the chaos test goes on; where its figures go."""
+    """Options of the chaos and fuzz tests: duration or number, seed, and the file for the figures."""
     group = parser.getgroup("chaos")
     group.addoption("--chaos-s", type=float, default=None, help="seconds of the chaos test; without it, it is skipped")
     group.addoption("--chaos-seed", type=int, default=1, help="seed of the chaos test")
@@ -21,10 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def forked_engines_start() -> None:
     """
-    Engines that are forked from this process start although it has imported numba.
+    Let engines start although they are forked from this process, which has imported numba.
 
-    vLLM's CPU worker looks at the `__dict__` of every attribute of every imported module; that of llvmlite's library object is, by its
-    own attribute lookup, a wrapped C function, on which the worker ends. Here it gets an empty one.
+    vLLM's CPU worker looks at the `__dict__` of every attribute of every imported module. For llvmlite's library
+    object, that is a wrapped C function (by the object's own attribute lookup), which kills the worker. Here it gets an
+    empty dictionary.
     """
     from llvmlite.binding import ffi
 

@@ -1,4 +1,4 @@
-"""The documentation says what is so: generated pages are current, links lead somewhere, names are those of the code, commands parse."""
+"""The documentation is true: generated pages are current, links and names resolve, and commands parse."""
 
 import ast
 import importlib.util
@@ -36,7 +36,7 @@ def page(name: str) -> str:
 
 
 def test_cli_page_is_what_the_generator_writes() -> None:
-    """docs/cli.md is current; `python docs/generate_cli.py` writes it anew."""
+    """The page docs/cli.md is current; `python docs/generate_cli.py` rewrites it."""
     spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs" / "generate_cli.py")
     assert spec is not None
     assert spec.loader is not None
@@ -46,7 +46,7 @@ def test_cli_page_is_what_the_generator_writes() -> None:
 
 
 def anchors_of(text: str) -> set[str]:
-    """Anchors of a page's headings, as GitHub makes them."""
+    """Anchors of a page's headings, as GitHub generates them."""
     headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -65,7 +65,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_where_is_names_what_exists() -> None:
-    """Each path in the table of docs/architecture.md exists, and no package is left out of it."""
+    """Each path in the table of docs/architecture.md exists, and no package is missing from it."""
     table = page("architecture.md").partition("## Where is ...?")[2].partition("Paths are below")[0]
     named = re.findall(r"`([a-z_/]+(?:\.py|/))`", table)
     package = ROOT / "src" / "cascadeinfer"
@@ -84,7 +84,7 @@ def metric_names() -> set[str]:
 
 
 def test_metrics_page_has_every_metric_and_no_other() -> None:
-    """The runtime table of docs/metrics.md is the list of what `/metrics` exposes of ours."""
+    """The runtime table of docs/metrics.md lists exactly our metrics at `/metrics`."""
     runtime = page("metrics.md").partition("## Runtime (Prometheus)")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `(cascadeinfer_\w+)`", runtime, flags=re.MULTILINE)) == metric_names()
     for value in [*MigrationOutcome, *MigrationReason]:
@@ -93,14 +93,14 @@ def test_metrics_page_has_every_metric_and_no_other() -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_metrics_named_anywhere_exist(path: Path) -> None:
-    """No page names a metric of ours that does not exist, series of histograms included."""
+    """No page names a metric of ours that does not exist, including series of histograms."""
     known = metric_names()
     for name in re.findall(r"cascadeinfer_(?:instance|stage|migration|requests|pinned|recovered)\w*", path.read_text()):
         assert re.sub(r"_(bucket|sum|count)$", "", name) in known, name
 
 
 def keys_of(value: Any) -> Iterator[str]:
-    """Every key in nested JSON, but for keys that are data."""
+    """Every key in nested JSON, except keys that are data."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield key
@@ -133,13 +133,13 @@ def test_operating_page_has_every_field_of_the_snapshot() -> None:
 
 
 def test_migration_page_has_every_pin_reason() -> None:
-    """The reasons in docs/migration.md are those of the code."""
+    """The reasons in docs/migration.md are the code's."""
     table = page("migration.md").partition("## What pins a request")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == {reason.value for reason in PinReason}
 
 
 def commands_in(text: str) -> list[str]:
-    """Lines of the code blocks without a language that begin with a command of ours."""
+    """Lines in code blocks without a language that begin with one of our commands."""
     commands = []
     language: str | None = None
     for line in text.splitlines():
@@ -154,7 +154,7 @@ def commands_in(text: str) -> list[str]:
     "path", [p for p in PAGES if commands_in(p.read_text())], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_commands_in_the_pages_are_valid(path: Path) -> None:
-    """`make` lines name targets that exist, `cascadeinfer serve` lines parse with stages that fit their instances."""
+    """`make` lines name existing targets; `cascadeinfer serve` lines parse, with stages that fit their instances."""
     for command in commands_in(path.read_text(encoding="utf-8")):
         words = shlex.split(command)
         if words[0] == "make":
@@ -164,7 +164,7 @@ def test_commands_in_the_pages_are_valid(path: Path) -> None:
 
 
 def parsed_by_serve(words: list[str]) -> None:
-    """Raises when `cascadeinfer serve` would not take these words."""
+    """Parse these words as `cascadeinfer serve` does; raises if it would refuse them."""
     pytest.importorskip("vllm")
     from cascadeinfer.cli.serve import parse
     from cascadeinfer.config.schema import options_of
@@ -173,7 +173,7 @@ def parsed_by_serve(words: list[str]) -> None:
 
 
 def readme_commands(command: str) -> list[list[str]]:
-    """The lines of README's code blocks that run this command of ours, as words after the program's name."""
+    """Lines in README's code blocks that run this command of ours, as the words after the program's name."""
     blocks = re.findall(
         r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
     )
@@ -184,7 +184,7 @@ def readme_commands(command: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("command", ["plan", "simulate"])
 def test_readme_commands_run_literally(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the README shows of planning and simulating works as it stands, with the trace that is shipped."""
+    """README's examples of planning and simulation work as they stand, with the shipped trace."""
     shown = readme_commands(command)
     assert shown
     for words in shown:
@@ -195,7 +195,7 @@ def test_readme_commands_run_literally(command: str, capsys: pytest.CaptureFixtu
 
 
 def test_the_paper_page_names_what_exists() -> None:
-    """Every path in it is a module, a test or a folder of the checkout."""
+    """Every path on the page is a module, a test or a folder of the checkout."""
     paths = re.findall(r"`([a-z_/]+(?:/|\.py))`", page("paper.md")) + re.findall(
         r"`(benchmarks/\w+)`", page("paper.md")
     )
@@ -208,7 +208,7 @@ NAMED_IN_FILE = re.compile(r"\[`([\w.]+)`\]\((\.\./src/[\w/]+\.py)\)")
 
 
 def defined_in(path: Path) -> set[str]:
-    """Every class, function and constant of a module, those of a class as `Class.name`."""
+    """Every class, function and constant of a module; a class's own as `Class.name`."""
 
     def names(body: list[ast.stmt], prefix: str) -> Iterator[str]:
         for node in body:
@@ -229,7 +229,7 @@ def defined_in(path: Path) -> set[str]:
 
 
 def test_the_tour_names_what_exists() -> None:
-    """It has ten stops, each begins with a link to a name in a file, and every such link names what the file defines."""
+    """Each of the ten stops begins with a link to a name in a file, and every such file defines its name."""
     stops = re.split(r"^## \d+\. .*\n", page("tour.md").partition("\n## The same")[0], flags=re.MULTILINE)[1:]
     assert len(stops) == 10
     assert all(NAMED_IN_FILE.match(stop.lstrip()) for stop in stops)
@@ -239,7 +239,7 @@ def test_the_tour_names_what_exists() -> None:
 
 
 def shown_by_the_tour() -> list[tuple[str, list[str]]]:
-    """Commands of the tour, each with the lines of output that the page shows for it."""
+    """Commands of the tour, each with the output lines that the page shows for it."""
     shown: list[tuple[str, list[str]]] = []
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page("tour.md"), flags=re.DOTALL | re.MULTILINE):
         if language == "":
@@ -252,7 +252,7 @@ def shown_by_the_tour() -> list[tuple[str, list[str]]]:
 def test_the_tour_shows_what_its_commands_print(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The simulated run and its replays print, line by line, what the page shows of them."""
+    """The simulated run and its replays print every line that the page shows of them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     compared = 0

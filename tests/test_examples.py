@@ -1,4 +1,4 @@
-"""The examples run as they are, and say what they promise."""
+"""The examples run unchanged and print what they promise."""
 
 import runpy
 from pathlib import Path
@@ -23,20 +23,23 @@ SAID = {
 
 
 def test_every_example_is_known() -> None:
-    """A new one comes with what it says."""
+    """A new example needs its expected output here."""
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SAID)
 
 
 @pytest.mark.parametrize("name", SAID)
 def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """As programs."""
+    """They run as programs."""
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     output = capsys.readouterr().out
     assert [words for words in SAID[name] if words not in output] == []
 
 
 def test_one_line_makes_an_own_policy_one_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its `INFO` in `POLICIES` it is made for `serve`, simulated by name, logged and replayed; nothing else has to know it."""
+    """
+    With its `INFO` in `POLICIES`, it can be made for `serve`, simulated by name, logged and replayed, with no other
+    change.
+    """
     own = runpy.run_path(str(EXAMPLES / "own_policy.py"))
     monkeypatch.setitem(POLICIES, "two_choices", own["INFO"])
     assert isinstance(make_policy(ServeOptions(policy="two_choices")), own["TwoChoices"])

@@ -19,7 +19,7 @@ ENTRY_STEMS = {"__init__", "__main__", "main"}
 
 
 def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Every function in a file, methods included."""
+    """Every function in a file, including methods."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
@@ -45,7 +45,10 @@ def test_module_is_tidy(path: Path) -> None:
     ids=lambda p: str(p.relative_to(PACKAGE)),
 )
 def test_pure_code_has_no_global_randomness(path: Path) -> None:
-    """Pure packages draw only from generators passed in: no `random.x()`, no `np.random.x()` but `default_rng`/types."""
+    """
+    Pure packages draw only from generators passed in: no `random.x()`, and no `np.random.x()` but `default_rng` or
+    types.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
@@ -67,14 +70,14 @@ def test_no_swallowed_errors() -> None:
 
 
 def taken_from_packages(text: str) -> Iterator[str]:
-    """What `from a.b import c` takes, as `a.b.c`: a module when a.b is a package."""
+    """What `from a.b import c` imports, as `a.b.c`: a module if a.b is a package."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def test_no_dead_modules() -> None:
-    """Each module is named by another source file, or is an entry point."""
+    """Each module is named by another source file or is an entry point."""
     texts = {path: path.read_text() for path in SOURCES}
     taken = {path: set(taken_from_packages(text)) for path, text in texts.items()}
     for path in SOURCES:

@@ -30,7 +30,7 @@ CONTEXT_TOKENS: Final = 32_768
 SECONDS: Final = 60.0
 FEWEST_REQUESTS: Final = 4_000
 MOST_REQUESTS: Final = 12_000
-"""Requests arrive for `SECONDS`, but at least and at most this many."""
+"""Requests arrive for `SECONDS`, within these limits on their number."""
 WARM_UP: Final = 0.2
 COOL_DOWN: Final = 0.1
 SLO: Final = Slo(ttft_s=2.0, tpot_s=0.1)
@@ -183,7 +183,7 @@ def read(file: Path) -> Results:
 
 
 def append(file: Path, cell: Cell, figures: Figures) -> None:
-    """Add one row; the heading first where the file is new."""
+    """Append one row, after the heading if the file is new."""
     new = not file.exists()
     with file.open("a", newline="", encoding="utf-8") as lines:
         writer = csv.writer(lines)

@@ -37,7 +37,7 @@ def mean(results: Results, point: Point, policy: str, field: Field) -> float:
 
 
 def ratios(results: Results, point: Point, policy: str, other: str, field: Field) -> list[float]:
-    """Ratio of a policy to another, per seed; empty where a cell is missing or a figure is not positive."""
+    """Ratio of one policy to another, per seed; empty where a cell is missing or a figure is not positive."""
     found = []
     for seed in SEEDS:
         ours, theirs = results.get(point.cell(policy, seed)), results.get(point.cell(other, seed))
@@ -48,7 +48,7 @@ def ratios(results: Results, point: Point, policy: str, other: str, field: Field
 
 
 def geometric(values: Iterable[float]) -> float:
-    """Geometric mean; NaN of nothing."""
+    """Geometric mean; NaN for an empty input."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
@@ -56,7 +56,7 @@ def geometric(values: Iterable[float]) -> float:
 def best_of(
     results: Results, point: Point, policies: Sequence[str], field: Field, *, lowest: bool = True
 ) -> str | None:
-    """The policy with the best mean; None where none was run."""
+    """The policy with the best mean; None if none was run."""
     means = {policy: mean(results, point, policy, field) for policy in policies}
     known = {policy: value for policy, value in means.items() if math.isfinite(value)}
     if not known:

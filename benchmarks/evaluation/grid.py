@@ -33,7 +33,7 @@ CASCADE: Final = "cascade"
 BASELINES: Final = ("round_robin", "least_loaded", "vllm_dp", "llumnix", "prefix_aware", "static_length")
 POOLS: Final = "static_length"
 POOLS_LOADS: Final = (0.3, 0.6)
-"""Fixed pools overflow above that: at 85 % load they are several times slower than anything else."""
+"""Above this load, fixed pools overflow: at 85 % they are several times slower than anything else."""
 FEWER_BASELINES: Final = ("round_robin", "least_loaded", "vllm_dp", "llumnix")
 SEEDS: Final = (0, 1)
 

@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def fill(results: Results, options: argparse.Namespace) -> None:
-    """Run the missing cells. Each is kept as soon as it is done; until then, the result of older code is kept."""
+    """Run the missing cells. Each is saved as soon as it is done; until then, the result of older code is kept."""
     code = fingerprint()
     wanted = [cell for cell in cells() if options.only in name_of(cell)]
     todo = [cell for cell in wanted if cell not in results or (results[cell].code != code and not options.keep)]

@@ -1,8 +1,9 @@
 """
-Processes of a measurement: servers and routers whose processor time is added up, and a load generator that goes before them.
+Processes of a measurement: servers and routers whose CPU time is added up, and a load generator with priority over
+them.
 
-None has a session of its own: Linux shares out a core by sessions first (autogroup), so that a router in its own would get as much of it as a server
-with all its engines, and the load generator's niceness would count for nothing against either.
+None has a separate session. Linux first divides a core among sessions (autogroup), so a router in its own session would
+get as much as a server with all its engines, and the load generator's niceness would count for nothing against either.
 """
 
 import contextlib
@@ -23,11 +24,11 @@ class Service(ServedProcess):
     def __init__(
         self, name: str, command: Sequence[str], port: int, log: Path, environment: Mapping[str, str] | None = None
     ) -> None:
-        """Nothing is started yet; its output will go to `log`."""
+        """Describe a process to start; its output goes to `log`."""
         super().__init__(command, port=port, log=log, name=name, environment=environment, own_session=False)
 
     def cpu_s(self) -> float:
-        """Processor time of the tree so far, including ended children for which their parent waited."""
+        """CPU time of the process tree so far, including ended children for which their parent has waited."""
         total = 0.0
         for process in self.family():
             with contextlib.suppress(psutil.Error):
@@ -37,10 +38,10 @@ class Service(ServedProcess):
 
 def client_first() -> None:
     """
-    Give this process and those it starts from now on priority over others, where that is allowed (root).
+    Give this process, and those it starts from now on, priority over others, if permitted (root).
 
-    The load generator needs little, and its waiting would count as the server's. Works only against processes of the
-    same session (see above).
+    The load generator needs little, and its waiting would count as the server's. This works only against processes of
+    the same session (see above).
     """
     if os.geteuid() == 0:
         os.setpriority(os.PRIO_PROCESS, 0, CLIENT_NICENESS)

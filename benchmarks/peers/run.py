@@ -1,5 +1,5 @@
 """
-Our server and what people use today, on the same engines and the same traces, interleaved.
+Our server and today's alternatives, on the same engines and the same traces, interleaved.
 
     python benchmarks/peers/run.py measure --model tiny --rounds 3 [--starts 1] [--only vllm-dp,servers]
         [--workloads mixed]
@@ -7,8 +7,8 @@ Our server and what people use today, on the same engines and the same traces, i
 
 A cell is one system, one workload, one round: a trace replayed with `cascadeinfer bench`. Finished cells are kept in
 out/peers and not measured again, so a run may be interrupted, or split with `--starts` and `--budget-s` (servers
-started, seconds after which no cell is begun; exit code 3 while cells are missing, 0 when none is). All systems of a
-round get the same lengths and arrivals, with different words, so that no prefix cache holds anything from the system
+started, seconds after which no cell is begun; exit code 3 while cells are missing, 0 when none is). In a round, all
+systems get the same lengths and arrivals, with different words, so that no prefix cache holds anything from the system
 before. The order of the systems rotates from round to round.
 
 A cell in which the client was late is not kept. Each cell also records the load average and the share of the machine's

@@ -1,11 +1,11 @@
 """
-`vllm serve`, also with vLLM's CPU build, whose distribution has another name than the one vLLM's command asks for.
+`vllm serve`, also with vLLM's CPU build, whose distribution has another name than vLLM's command expects.
 
     python benchmarks/peers/vllm_serve.py serve MODEL [any option of vllm serve]
 
 With PEERS_NAP_S in the environment, EngineCore and worker sleep that long between two polls of their queue, as ours do
-on a CPU, instead of spinning: on a few shared cores the spinning matters more than any schedule. Processes spawned by
-vLLM read this file and the variable as well.
+on a CPU, instead of spinning: on a few shared cores, spinning matters more than any schedule. Processes that vLLM
+spawns read this file and the variable as well.
 """
 
 import importlib.metadata

@@ -1,8 +1,8 @@
 """
-Draws the protocols' documentation from their tables: `python docs/protocols/draw.py` rewrites the pages beside this file.
+Draws the protocols' documentation from their tables: `python docs/protocols/draw.py` rewrites the pages beside it.
 
-A page is what is written here plus a state diagram (Mermaid) and a table of transitions, both made from the code. `PAGES` maps a file
-name to the function that makes its text; a test compares each with the file.
+A page consists of the text here plus a state diagram (Mermaid) and a table of transitions, both made from the code.
+`PAGES` maps a file name to the function that makes its text; a test compares each with the file.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,9 @@ MEANINGS = {
     MigrationOutcome.RECOMPUTED: "the request decodes on the target, which recomputed its KV cache",
     MigrationOutcome.STAYED: "the request decodes on the source",
     MigrationOutcome.ENDED: "the request is over: it finished or its client disconnected",
-    MigrationOutcome.LOST: "the instance that had it died or does not answer; the request is placed again like any orphan",
+    MigrationOutcome.LOST: (
+        "the instance that had it died or does not answer; the request is placed again like any orphan"
+    ),
 }
 
 REFUSALS = {
@@ -56,7 +58,9 @@ REFUSALS = {
     Refusal.MIGRATIONS: ("source or target", "as many migrations as may be are under way there"),
 }
 NOT_BEGUN = {
-    NotBegun.STALE: "the request has ended, or has been moved by a death or another migration, since the policy's last look",
+    NotBegun.STALE: (
+        "the request has ended, or has been moved by a death or another migration, since the policy's last look"
+    ),
     NotBegun.SUSPECTED: "instances have died under the request, and it is kept where it is",
 }
 
@@ -114,10 +118,12 @@ together; kept places and awards under way count."""
 MIGRATION_LIMITS = """\
 A state with a limit ends with `timed_out`: `asking` after {l.ask_s:g} s, `cutting` after {l.cut_s:g} s. `resuming` ends
 {l.resume_s:g} s after the cut was *sent*, which is {margin_s:g} s before a lease of {lease_s:g} s could end
-(`--kv-lease-s`); a cut that is heard of with less than {l.least_pull_s:g} s left is `cut_late`. The other states last as
+(`--kv-lease-s`); a cut that is heard of with less than {l.least_pull_s:g} s left is `cut_late`. \
+The other states last as
 long as the instance that has the request lives and answers.
 
-The target is asked for room for {l.room_slack_tokens} tokens more than the request has at the start, because the request
+The target is asked for room for {l.room_slack_tokens} tokens more than the request has at the start, \
+because the request
 keeps decoding until it is cut. One that outgrows that room before it is cut stays (`outgrew_room`)."""
 DETAIL_INTRO = """\
 The record of a migration, its metric and the event that the policy receives give the reason in one word, `detail`: the
@@ -260,7 +266,10 @@ def bidask_page() -> str:
             *_bidask_diagram(),
             "```",
             "",
-            "The states from `asking` to `resting` are the asker's view of a round, those from `offering` to `receiving` a bidder's.",
+            (
+                "The states from `asking` to `resting` are the asker's view of a round, "
+                "those from `offering` to `receiving` a bidder's."
+            ),
             "",
             "## Messages",
             "",
@@ -268,7 +277,10 @@ def bidask_page() -> str:
             "",
             "## Transitions",
             "",
-            "Anything not in this table raises `InvalidTransition` and changes nothing. Late and duplicate messages are sorted",
+            (
+                "Anything not in this table raises `InvalidTransition` and changes nothing. "
+                "Late and duplicate messages are sorted"
+            ),
             "out before they get here.",
             "",
             *_table(

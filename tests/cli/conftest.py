@@ -8,5 +8,5 @@ from experiment_words import mixed_trace
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """Short requests, long ones, and some that grow long."""
+    """Short requests, requests with long prompts, and some with long outputs."""
     return mixed_trace(tmp_path)

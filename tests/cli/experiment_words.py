@@ -1,4 +1,4 @@
-"""Command lines of `plan`, `simulate` and `sweep` for tests: a small mixed trace and good words with changes."""
+"""Command lines of `plan`, `simulate` and `sweep` for tests: a small mixed trace, and valid options with changes."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ MIXED_ROWS = 400
 
 
 def mixed_trace(folder: Path) -> Path:
-    """A trace file: of ten requests one comes long, one grows long, eight are short."""
+    """A trace file: of every ten requests, one has a long prompt, one a long output, and eight are short."""
     rng = np.random.default_rng(0)
     path = folder / "mixed.csv"
     rows = ["arrival_s,prompt_tokens,output_tokens"]
@@ -32,7 +32,7 @@ def run(*words: str) -> int:
 
 
 def words_for(command: str, trace_file: Path, **changes: str) -> list[str]:
-    """A good command line, with changed options; underscores in their names are hyphens."""
+    """A valid command line with these options changed; underscores in their names become hyphens."""
     options = {"profile": "h100-llama-3.1-8b", "trace": str(trace_file), "instances": "8"}
     options |= {"rates": "20,60"} if command == "sweep" else {"rate": "40"}
     options |= changes

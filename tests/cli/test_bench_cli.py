@@ -30,7 +30,7 @@ HEADER = {"label": "one", "slo": {"ttft_s": 0.5, "tpot_s": 0.1}}
 
 
 def trace_file(folder: Path, *, timed: bool = True) -> Path:
-    """Twelve requests within some milliseconds, one of them long."""
+    """Twelve requests within a few milliseconds, one of them long."""
     path = folder / "trace.csv"
     rows = [f"{0.001 * i if timed else ''},{400 if i == 11 else 10},{3 + i % 2}" for i in range(12)]
     path.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows]) + "\n")
@@ -38,7 +38,7 @@ def trace_file(folder: Path, *, timed: bool = True) -> Path:
 
 
 async def bench(server: FakeServer, *words: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, since the server runs in this one."""
+    """The command in a separate process, since the server runs in this one."""
     async with running(server):
         command = [*COMMAND, "--url", server.url]
         process = await asyncio.create_subprocess_exec(
@@ -49,7 +49,10 @@ async def bench(server: FakeServer, *words: str) -> subprocess.CompletedProcess[
 
 
 async def test_a_run_leaves_records_figures_and_plots(tmp_path: Path) -> None:
-    """Records as the trace has them, a summary by group, three figures; failures are on standard error and in the table."""
+    """
+    The records match the trace; there are a summary by group and three figures; failures are on standard error and in
+    the table.
+    """
     server = FakeServer(lambda number: Behaviour(status=429) if number == 5 else Behaviour())
     files = {name: tmp_path / name for name in ("a.parquet", "a.json")}
     done = await bench(
@@ -80,7 +83,7 @@ async def test_nothing_but_failures_is_a_failure(tmp_path: Path) -> None:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Commands that are started hear SIGINT, also where the tests run in the background of a shell, which has it ignored."""
+    """Let started commands receive SIGINT, which a shell makes its background programs ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -88,14 +91,17 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 async def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
-    """After Ctrl-C with one answer still open: exit code 130, and the records hold all requests sent, the open one as interrupted."""
+    """
+    After Ctrl-C with one answer still open, the exit code is 130, and the records hold every request sent, the open one
+    as interrupted.
+    """
     gate = asyncio.Event()
     server = FakeServer(lambda number: Behaviour(wait_for=gate) if number == 11 else Behaviour())
     out = tmp_path / "a.parquet"
     async with running(server):
         process = await asyncio.create_subprocess_exec(
-            *COMMAND, "--url", server.url, "--trace", str(trace_file(tmp_path)), "--out", str(out), stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            *COMMAND, "--url", server.url, "--trace", str(trace_file(tmp_path)), "--out", str(out),
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         async with server.arrived:
             await server.arrived.wait_for(lambda: server.answered == 11 and len(server.asked) == 12)
@@ -111,7 +117,7 @@ async def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
 
 
 async def test_arrivals_can_be_drawn(tmp_path: Path) -> None:
-    """A trace without times needs a law and a rate, and gives as many requests as are asked for."""
+    """A trace without times needs an arrival process and a rate, and yields as many requests as requested."""
     words = ("--trace", str(trace_file(tmp_path, timed=False)))
     refused = await bench(FakeServer(), *words)
     assert refused.returncode == 2
@@ -141,7 +147,7 @@ def write(folder: Path, name: str, label: str, scale: float, seed: int) -> str:
 
 
 def test_compare_finds_the_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A label twice as slow in each of two runs shows ratio 2.00 with no spread, and the faster one's figures are bold or first."""
+    """A label twice as slow in each of two runs shows ratio 2.00 with no spread, and each group gets a plot."""
     files = [
         write(tmp_path, f"{label}{seed}.parquet", label, scale, seed)
         for label, scale in (("one", 1.0), ("two", 2.0))
@@ -178,7 +184,7 @@ def test_compare_finds_the_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_figures_of_one_run_have_their_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A single run's figures come with half the width of their 95 % interval: the one in the JSON file."""
+    """A single run's figures come with half the width of their 95 % interval, the one in the JSON file."""
     out = tmp_path / "c.json"
     assert (
         run("bench", "compare", write(tmp_path, "a.parquet", "one", 1.0, 0), "--warm-up", "0", "--json", str(out)) == 0
@@ -191,7 +197,7 @@ def test_figures_of_one_run_have_their_interval(tmp_path: Path, capsys: pytest.C
 
 
 def test_records_survive_their_file(tmp_path: Path) -> None:
-    """Written and read back, records, errors and header are the same."""
+    """Records, errors and header survive a file."""
     records = synthetic(1.0, 0)
     file = tmp_path / "a.parquet"
     write_records(file, records, ["x: y"] + [""] * 199, HEADER)
@@ -235,7 +241,7 @@ def test_bad_input_is_one_line(
 
 
 def test_another_parquet_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A Parquet file of something else is told apart."""
+    """Another kind of Parquet file is recognised."""
     file = tmp_path / "a.parquet"
     write_records(file, synthetic(1.0, 0), [""] * 200, HEADER)
     table = pq.read_table(file)

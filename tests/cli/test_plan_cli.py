@@ -11,7 +11,7 @@ PNG = b"\x89PNG"
 
 
 def test_plan_says_stages_and_writes_them(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A mixed workload gets more than one stage, all instances are placed, and the file says the same as the text."""
+    """A mixed workload gets more than one stage, all instances are assigned, and the file agrees with the text."""
     out = tmp_path / "plan.json"
     assert run(*words_for("plan", trace), "--json", str(out)) == 0
     content = json.loads(out.read_text())
@@ -39,7 +39,7 @@ def test_plan_file_says_where_it_comes_from(trace: Path, tmp_path: Path) -> None
 
 
 def test_margin_keeps_one_stage(trace: Path, tmp_path: Path) -> None:
-    """A margin above the gain ends in one stage; the prediction for one stage stays what it was."""
+    """A margin above the gain results in one stage; the prediction for one stage is unchanged."""
     files = [tmp_path / name for name in ("default.json", "wide.json")]
     assert run(*words_for("plan", trace), "--json", str(files[0])) == 0
     assert run(*words_for("plan", trace, margin="0.99"), "--json", str(files[1])) == 0
@@ -49,7 +49,7 @@ def test_margin_keeps_one_stage(trace: Path, tmp_path: Path) -> None:
 
 
 def test_objectives_are_not_all_the_same(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each objective is told in its own unit."""
+    """Each objective is reported in its own unit."""
     told = {}
     for name in ("latency", "ttft-tpot", "slo"):
         assert run(*words_for("plan", trace, objective=name)) == 0
@@ -68,7 +68,7 @@ def test_plan_is_drawn(trace: Path, tmp_path: Path) -> None:
 
 
 def test_derived_profile_is_told(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Figures that rest on a derived profile come with a note; measured ones do not."""
+    """Figures based on a derived profile come with a note; those based on a measured one do not."""
     assert run(*words_for("plan", trace, profile="l40-llama-3.1-8b", rate="8")) == 0
     assert "is derived" in capsys.readouterr().err
     assert run(*words_for("plan", trace)) == 0
@@ -98,7 +98,7 @@ def test_derived_profile_is_told(trace: Path, capsys: pytest.CaptureFixture[str]
 def test_bad_input_is_one_line(
     trace: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str], says: str
 ) -> None:
-    """Each mistake ends in exit code 2 and one line that names it; an unknown profile lists those that exist."""
+    """Each mistake ends in exit code 2 and one line that names it, for an unknown profile with the known ones."""
     assert run(*words_for("plan", trace, **changes)) == 2
     output = capsys.readouterr()
     assert says in output.err
@@ -107,7 +107,7 @@ def test_bad_input_is_one_line(
 
 
 def test_capacity_is_told(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The rate that is named as capacity can be planned, twice it cannot."""
+    """The rate reported as capacity can be planned; twice that rate cannot."""
     assert run(*words_for("plan", trace, rate="100000")) == 2
     told = float(capsys.readouterr().err.split("about")[1].split()[0])
     assert run(*words_for("plan", trace, rate=str(0.95 * told))) == 0
@@ -118,7 +118,7 @@ def test_capacity_is_told(trace: Path, capsys: pytest.CaptureFixture[str]) -> No
     ("row", "line"), [(",many,5", "line 4"), (",5", "line 4"), (",0,5", "line 4"), (",nan,5", "line 4")]
 )
 def test_malformed_trace_names_its_line(trace: Path, capsys: pytest.CaptureFixture[str], row: str, line: str) -> None:
-    """A bad row in the trace is told with its line."""
+    """A bad row in the trace is reported with its line number."""
     lines = trace.read_text().splitlines()
     lines[3] = row
     trace.write_text("\n".join(lines) + "\n")
@@ -127,14 +127,14 @@ def test_malformed_trace_names_its_line(trace: Path, capsys: pytest.CaptureFixtu
 
 
 def test_empty_trace_is_refused(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A trace with a header and no rows is no workload."""
+    """A trace with only a header is no workload."""
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n")
     assert run(*words_for("plan", trace)) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_the_hint_for_the_server_keeps_it_planning(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The line to copy names the profile, from which the server plans by itself; `--stages` would fix the stages for good."""
+    """The line to copy names the profile, from which the server plans; `--stages` would fix the stages for good."""
     assert run(*words_for("plan", trace)) == 0
     hint = capsys.readouterr().out.partition("for the server: ")[2].splitlines()[0]
     assert hint.startswith("--instances 8 --profile h100-llama-3.1-8b")

@@ -38,7 +38,7 @@ def test_check_finds_the_same(log: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_check_shows_the_first_difference(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A log that says something else ends with exit code 1, and shows event, log and replay, with what was before."""
+    """A log that differs ends in exit code 1, with the event, both versions of its effects, and what came before."""
     lines = gzip.decompress(log.read_bytes()).splitlines(keepends=True)
     where = [i for i, line in enumerate(lines) if b'"Dispatch"' in line][5]
     head, kind, tail = lines[where].partition(b'"type":"Dispatch"')
@@ -76,7 +76,7 @@ def test_a_log_that_breaks_off_is_noted(log: Path, tmp_path: Path, capsys: pytes
 def test_garbage_is_one_line_and_exit_code_2(
     tmp_path: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file that is no event log is refused with file and line, whatever is asked."""
+    """A file that is no event log is refused with file and line, whatever the option."""
     garbage = tmp_path / "garbage"
     garbage.write_text("hello\n")
     assert run("replay", str(garbage), *words) == 2
@@ -86,7 +86,7 @@ def test_garbage_is_one_line_and_exit_code_2(
 
 
 def test_an_unknown_request_is_refused(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A request that the log does not have is an error."""
+    """A request that is not in the log is an error."""
     assert run("replay", str(log), "--request", "chatcmpl-1") == 2
     assert "no request 'chatcmpl-1'" in capsys.readouterr().err
 

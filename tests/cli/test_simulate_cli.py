@@ -52,7 +52,7 @@ def test_warm_up_is_not_counted(trace: Path, tmp_path: Path) -> None:
 
 
 def test_ablations_switch_parts_off(trace: Path, tmp_path: Path) -> None:
-    """Without migration nothing moves, though the layout has several stages; a cold start begins with one."""
+    """With migration off, nothing moves although there are several stages; a cold start begins with one stage."""
     out = tmp_path / "a.json"
     names = "cascade,cascade-no-migrate,cascade-cold"
     assert run(*small(trace, policy=names, seeds="1", requests="400", json=str(out))) == 0
@@ -76,7 +76,7 @@ def test_duration_says_how_many_requests_come(trace: Path, tmp_path: Path) -> No
 
 
 def test_processes_make_no_difference(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes give the figures of one."""
+    """Two processes give the same figures as one."""
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     contents = []
     for jobs in ("1", "2"):
@@ -87,7 +87,7 @@ def test_processes_make_no_difference(trace: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_pictures_and_rows_are_written(trace: Path, tmp_path: Path) -> None:
-    """Distributions, a timeline per policy, and a Parquet row per request, policy and seed with the provenance beside them."""
+    """Distributions, a timeline per policy, and one Parquet row per request, policy and seed, with provenance."""
     pytest.importorskip("matplotlib")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = tmp_path / "rows.parquet"
@@ -106,7 +106,7 @@ def test_pictures_and_rows_are_written(trace: Path, tmp_path: Path) -> None:
 
 
 def test_rate_above_capacity_needs_a_word(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A demand above capacity is refused, with the capacity; `--overload` runs it all the same."""
+    """A demand above capacity is refused, with the capacity; `--overload` runs it anyway."""
     words = small(trace, rate="5000", policy="cascade,round_robin", seeds="1")
     assert run(*words) == 2
     assert "capacity of 8 instances" in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_rate_above_capacity_needs_a_word(trace: Path, capsys: pytest.CaptureFix
 
 
 def test_short_run_is_told(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that ends before the cluster can fill comes with a note, a long one without."""
+    """A run that ends before the cluster can fill comes with a note; a long one does not."""
     assert run(*small(trace, policy="round_robin", seeds="1", requests="60")) == 0
     assert "does not fill" in capsys.readouterr().err
     assert run(*small(trace, policy="round_robin", seeds="1", requests="700")) == 0
@@ -156,7 +156,7 @@ def test_bad_input_is_one_line(
 def test_missing_package_is_told_before_the_runs(
     trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without matplotlib `--plot` names the extra at once."""
+    """Without matplotlib, `--plot` names the extra at once."""
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     monkeypatch.setattr(command, "_run_all", lambda *_args, **_options: pytest.fail("simulated"))
     assert run(*small(trace, plot="x")) == 2
@@ -164,7 +164,7 @@ def test_missing_package_is_told_before_the_runs(
 
 
 def timed_trace(folder: Path) -> Path:
-    """400 requests that come in bursts of ten."""
+    """400 requests that arrive in bursts of ten."""
     file = folder / "timed.csv"
     file.write_text(
         "arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{i // 10},{500 + i},50\n" for i in range(400))
@@ -173,7 +173,7 @@ def timed_trace(folder: Path) -> Path:
 
 
 def test_arrivals_follow_the_law_that_is_named(tmp_path: Path) -> None:
-    """Bursts wait longer than a Poisson stream of the same rate; a recorded stretch gives other figures than either."""
+    """Bursts wait longer than a Poisson stream of the same rate; a recorded stretch differs from both."""
     seen = {}
     trace = timed_trace(tmp_path)
     for law in ("poisson", "gamma:5", "recorded"):
@@ -188,7 +188,7 @@ def test_arrivals_follow_the_law_that_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("law", ["often", "gamma", "gamma:0", "gamma:-1", "gamma:nan", "poisson:2"])
 def test_unknown_laws_of_arrivals_are_refused(trace: Path, law: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The message names the option and the laws there are."""
+    """The message names the option."""
     assert run(*small(trace, arrivals=law)) == 2
     assert "--arrivals" in capsys.readouterr().err
 
@@ -204,7 +204,7 @@ def test_recorded_arrivals_need_enough_of_them(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_conversations_return_to_their_cache(tmp_path: Path) -> None:
-    """On the trace that carries prefix hashes the affinity of the cascade shortens the wait for the first token by a tenth at least."""
+    """On the trace with prefix hashes, the cascade's affinity makes the mean TTFT at least a tenth shorter."""
     out = tmp_path / "a.json"
     hashes = str(TRACES / "mooncake_synthetic_hash_ids.jsonl.gz")
     words = small(
@@ -218,7 +218,7 @@ def test_conversations_return_to_their_cache(tmp_path: Path) -> None:
 
 
 def test_prefixes_are_shared_when_the_trace_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With hashes a repeated prompt is computed once, so first tokens come sooner; without hashes the option is refused."""
+    """With hashes, a repeated prompt is computed once and first tokens come sooner; without, the option is refused."""
     lengths = tmp_path / "trace.csv"
     lengths.write_text(
         "arrival_s,prompt_tokens,output_tokens,row_id\n" + "".join(f"{i},4096,20,{i}\n" for i in range(300))
@@ -236,7 +236,7 @@ def test_prefixes_are_shared_when_the_trace_names_them(tmp_path: Path, capsys: p
 
 
 def test_outputs_are_checked_before_the_work(tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder where a file is wanted ends in one line that names the option, before anything is simulated."""
+    """A folder instead of a file ends in one line that names the option, before anything is simulated."""
     for option in ("json", "parquet", "event_log"):
         assert run(*small(trace, **{option: str(tmp_path)})) == 2
         told = capsys.readouterr()
@@ -246,7 +246,7 @@ def test_outputs_are_checked_before_the_work(tmp_path: Path, trace: Path, capsys
 
 
 def test_a_missing_file_of_hashes_is_named(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The complaint names the option that named the file."""
+    """The message names the option that gave the file."""
     assert run(*small(trace, prefix_hashes="nope.jsonl")) == 2
     assert "--prefix-hashes: there is no file nope.jsonl" in capsys.readouterr().err
 
@@ -280,7 +280,7 @@ def test_a_full_disk_ends_in_one_line(
     name: str,
     written: str,
 ) -> None:
-    """A file that passed the check and cannot be written after all is named with its option, and nothing of it is left."""
+    """A file that passes the check but cannot be written is named with its option, and nothing of it is left."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("pyarrow")
 

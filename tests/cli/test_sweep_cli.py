@@ -17,7 +17,7 @@ def small(trace_file: Path, **changes: str) -> list[str]:
 
 
 def test_highest_rate_was_run_and_kept_the_slo(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The rate found keeps the share, a rate above it that was tried does not, and both are in the file."""
+    """The rate found keeps the share, no higher rate that was tried does, and both are in the file."""
     out = tmp_path / "sweep.json"
     assert run(*small(trace, rates="10,2000", json=str(out))) == 0
     content = json.loads(out.read_text())
@@ -33,7 +33,7 @@ def test_highest_rate_was_run_and_kept_the_slo(trace: Path, tmp_path: Path, caps
 
 
 def test_runs_last_a_minute_at_every_rate(trace: Path, tmp_path: Path) -> None:
-    """With a duration, a rate twice as high has twice the requests; without either it is a minute."""
+    """With a duration, twice the rate has twice the requests; without duration and number, it is a minute."""
     out = tmp_path / "sweep.json"
     words = ["--policy", "round_robin", "--seeds", "1", "--bisections", "0", "--warm-up", "0", "--json", str(out)]
     assert run(*words_for("sweep", trace, rates="2,4"), *words) == 0

@@ -1,4 +1,4 @@
-"""From `serve`'s options to a policy's: what each is told, and what it refuses, follow from what it says of itself."""
+"""From `serve`'s options to a policy: what it is given and what it refuses follows from its `INFO`."""
 
 import pytest
 
@@ -19,14 +19,14 @@ REFUSED = [
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_every_policy_serves(name: str) -> None:
-    """With the options' defaults each is made."""
+    """With default options, each policy can be made."""
     policy_spec(ServeOptions(policy=name)).make()
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @pytest.mark.parametrize(("flag", "takes", "given"), REFUSED, ids=[flag for flag, _, _ in REFUSED])
 def test_what_a_policy_does_not_take_is_refused(name: str, flag: str, takes: str, given: dict[str, str]) -> None:
-    """A policy is made with what it says it takes; the refusal of anything else names a policy that takes it."""
+    """A policy is made with the options it takes; the refusal of any other option names a policy that takes it."""
     options = ServeOptions(policy=name, **given)  # type: ignore[arg-type]
     if getattr(POLICIES[name], takes):
         policy_spec(options).make()
@@ -39,7 +39,7 @@ def test_what_a_policy_does_not_take_is_refused(name: str, flag: str, takes: str
 
 
 def test_the_cascade_learns_from_its_profile() -> None:
-    """Costs to start with, the price of a hand-over over the profile's links, and learning on top."""
+    """It gets initial costs, the price of a hand-over over the profile's links, and learns on top."""
     options = policy_spec(ServeOptions(profile=PROFILE)).options
     profile = load_profile(PROFILE)
     assert options["step_model"] == profile.step_model
@@ -49,12 +49,12 @@ def test_the_cascade_learns_from_its_profile() -> None:
 
 
 def test_a_follower_neither_plans_nor_learns_and_has_its_share_of_the_queue() -> None:
-    """Process 0 plans for all; a bound of 7 is 3 in each of three processes."""
+    """Process 0 plans for all; a queue bound of 7 becomes 3 in each of three processes."""
     options = policy_spec(ServeOptions(api_servers=3, max_queued_requests=7), follows=True).options
     assert (options["refine"], options["replan"], options["max_queued"]) == (False, False, 3)
     assert "learning" not in options
 
 
 def test_a_balancer_that_counts_its_own_requests_is_told_of_the_others() -> None:
-    """The score of `vllm_dp` weighs what it sent by the number of front ends."""
+    """The score of `vllm_dp` weighs its own requests by the number of front ends."""
     assert policy_spec(ServeOptions(policy="vllm_dp", api_servers=3)).options == {"clients": 3}

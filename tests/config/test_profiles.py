@@ -11,13 +11,13 @@ from cascadeinfer.core.errors import ProfileError
 
 ROOT = Path(__file__).parents[2]
 MEASUREMENTS = ROOT.parent / "shared" / "data" / "gpu"
-"""Too large for the repository."""
+"""The measurements, which are too large for the repository."""
 DEVICES = ("h100", "h200", "a100", "l40s", "b200", "h20", "l40")
 MODELS = ("llama-3.1-8b", "qwen3-32b", "llama-3.1-70b-tp4", "qwen3-30b-a3b")
 
 
 def test_every_device_has_every_model() -> None:
-    """Each device and model is shipped, with its tensor-parallel degree in the name where one device does not do."""
+    """Each device and model is shipped; the name gives the tensor-parallel degree where one device is not enough."""
     names = list_profiles()
     for device in DEVICES:
         for model in MODELS:
@@ -67,13 +67,13 @@ def test_shipped_file_is_what_the_script_makes(name: str, monkeypatch: pytest.Mo
 
 
 def test_unknown_name_lists_what_exists() -> None:
-    """The error of an unknown name has every name there is."""
+    """The error for an unknown name lists every name there is."""
     with pytest.raises(ProfileError, match=r"no profile is called 'h900'; there are: .*h100-llama-3\.1-8b.*l40s"):
         load_profile("h900")
 
 
 def test_profile_by_path(tmp_path: Path) -> None:
-    """A file anywhere loads like a shipped one; one that is missing or broken is named in the error."""
+    """A file anywhere loads like a shipped one; the error for a missing or broken one names it."""
     source = ROOT / "src" / "cascadeinfer" / "profiles" / "h100-llama-3.1-8b.json"
     copy = tmp_path / "mine.json"
     copy.write_bytes(source.read_bytes())

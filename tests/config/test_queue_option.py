@@ -1,4 +1,4 @@
-"""`--max-queued-requests`: reaches the policy that has a queue, and is refused for those that have none."""
+"""`--max-queued-requests` reaches the policy that has a queue, and is refused for policies without one."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from cascadeinfer.core.errors import ConfigError
 
 @pytest.mark.parametrize(("given", "bound"), [({}, 1024), ({"max_queued_requests": 7}, 7)])
 def test_the_bound_reaches_the_cascade(given: dict[str, int], bound: int) -> None:
-    """The cascade's queue is bounded, by default too."""
+    """The cascade's queue is bounded, even by default."""
     spec = policy_spec(ServeOptions(policy="cascade", **given))  # type: ignore[arg-type]
     assert spec.options["max_queued"] == bound
     spec.make()
@@ -17,7 +17,7 @@ def test_the_bound_reaches_the_cascade(given: dict[str, int], bound: int) -> Non
 
 @pytest.mark.parametrize("name", ["least_loaded", "round_robin"])
 def test_a_policy_without_a_queue_refuses_a_bound(name: str) -> None:
-    """A bound that nobody would keep is an error that names the option and the way out; the default is none."""
+    """A bound that the policy would ignore is an error that names the option and the fix; by default there is none."""
     policy_spec(ServeOptions(policy=name))
     with pytest.raises(ConfigError, match="has no queue") as raised:
         policy_spec(ServeOptions(policy=name, max_queued_requests=7))
@@ -25,6 +25,6 @@ def test_a_policy_without_a_queue_refuses_a_bound(name: str) -> None:
 
 
 def test_no_queue_at_all_is_out_of_bounds() -> None:
-    """At least one request may wait."""
+    """The bound is at least one request."""
     with pytest.raises(ConfigError):
         ServeOptions(max_queued_requests=0)

@@ -1,4 +1,4 @@
-"""The options of `serve`: defaults, bounds, stages as text and as TOML, and what is said about bad ones."""
+"""The options of `serve`: defaults, bounds, stages as text and as TOML, and the messages about bad ones."""
 
 import argparse
 from dataclasses import fields
@@ -33,7 +33,7 @@ def parsed(*arguments: str) -> ServeOptions:
 
 
 def test_defaults() -> None:
-    """Without arguments: two instances, one stage to begin with, the cascade; the same from the command line as from Python."""
+    """Two instances, initially one stage, the cascade; the command line and Python agree."""
     options = ServeOptions()
     assert parsed() == options
     assert options.instance_ids == ("0", "1")
@@ -48,7 +48,7 @@ def test_stages_make_stages_the_policy() -> None:
 
 
 def test_every_option_is_an_argument_with_help() -> None:
-    """The group has each option once, with its flag, its help and its choices."""
+    """The group has each option once, with its flag, help and choices."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     (group,) = [g for g in parser._action_groups if g.title == "CascadeInfer"]
@@ -85,13 +85,13 @@ def test_bounds(option: object) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bounds_hold_for_what_is_no_number(value: float) -> None:
-    """Not-a-number and infinity are out of every bound."""
+    """Not-a-number and infinity are outside every bound."""
     with pytest.raises(ConfigError, match="--hang-timeout-s"):
         ServeOptions(hang_timeout_s=value)
 
 
 def test_stages_as_text_and_as_toml(tmp_path: Path) -> None:
-    """The same stages, written either way (spaces allowed), give the same layout with instances numbered in order."""
+    """The same stages, written either way (spaces allowed), give the same layout, with instances numbered in order."""
     expected = StageLayout.from_boundaries((512,), (("0", "1"), ("2",)))
     path = tmp_path / "stages.toml"
     path.write_text(STAGES_TOML)
@@ -101,7 +101,7 @@ def test_stages_as_text_and_as_toml(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 9)), max_size=6), st.integers(1, 9))
 def test_any_layout_can_be_written_as_text(steps: list[tuple[int, int]], last: int) -> None:
-    """Ranges that follow on each other, with any numbers of instances, come back as they were written."""
+    """Adjacent ranges with any numbers of instances come back as they were written."""
     parts, lo = [], 0
     for width, n in steps:
         parts.append(f"{lo}-{lo + width}:{n}")
@@ -138,7 +138,7 @@ def test_any_layout_can_be_written_as_text(steps: list[tuple[int, int]], last: i
     ],
 )
 def test_bad_stages(stages: str, message: str) -> None:
-    """Every mistake is told with the option and, where there is one, the fix."""
+    """Every mistake is reported with the option and, where there is one, the fix."""
     with pytest.raises(ConfigError, match=message) as raised:
         ServeOptions(stages=stages).layout()
     assert raised.value.option == "--stages"
@@ -162,7 +162,7 @@ def test_bad_stages(stages: str, message: str) -> None:
     ],
 )
 def test_bad_stage_files(tmp_path: Path, content: str, message: str) -> None:
-    """A malformed TOML file is told with its path or the part at fault, never by a traceback of another kind."""
+    """A malformed TOML file is reported with its path or the faulty part, never as a traceback."""
     path = tmp_path / "stages.toml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=message) as raised:
@@ -171,7 +171,7 @@ def test_bad_stage_files(tmp_path: Path, content: str, message: str) -> None:
 
 
 def test_stage_files_that_are_no_text(tmp_path: Path) -> None:
-    """A directory and a binary file are told as such."""
+    """A directory and a binary file are each reported as what they are."""
     (tmp_path / "dir.toml").mkdir()
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     for name in ("dir.toml", "binary.toml"):

@@ -1,4 +1,4 @@
-"""Opening trace files: suffixes, formats, and complaints that name the file."""
+"""Opening trace files: suffixes, formats, and errors that name the file."""
 
 import gzip
 from pathlib import Path
@@ -16,7 +16,7 @@ CSV = "arrival_s,prompt_tokens,output_tokens\n0.0,10,3\n1.5,20,4\n"
 
 @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
 def test_plain_and_compressed(tmp_path: Path, name: str) -> None:
-    """The suffix says how to open."""
+    """The suffix decides how a file is opened."""
     path = tmp_path / name
     path.write_bytes(gzip.compress(CSV.encode()) if name.endswith(".gz") else CSV.encode())
     assert load_trace(path).prompt_tokens.tolist() == [10, 20]
@@ -34,7 +34,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, name: str) -> None:
 
 
 def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
-    """No file, an unknown suffix, what is not gzip, what is not text."""
+    """A missing file, an unknown suffix, a file that is not gzip, one that is not text."""
     with pytest.raises(ConfigError, match="there is no file"):
         load_trace(tmp_path / "none.csv")
     with pytest.raises(ConfigError, match=r"no known suffix .*\.csv, \.jsonl"):
@@ -51,7 +51,7 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_malformed_content_names_line_and_file(tmp_path: Path) -> None:
-    """The line in the error, the file in its note."""
+    """The line is in the error, the file in its note."""
     (tmp_path / "t.csv").write_text(CSV + "2.0,x,1\n")
     with pytest.raises(TraceError, match="line 4: prompt_tokens is not a number") as caught:
         load_trace(tmp_path / "t.csv")
@@ -93,7 +93,7 @@ def test_prefix_hashes_join_their_trace() -> None:
 
 
 def test_the_sample_is_shipped() -> None:
-    """The name `sample` is a trace of the package, with times and mixed lengths; it has no prefix hashes."""
+    """The name `sample` is a trace in the package, with times and mixed lengths but without prefix hashes."""
     trace = load_trace("sample")
     assert len(trace) == 4083
     assert trace.has_arrivals

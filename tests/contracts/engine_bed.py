@@ -1,7 +1,8 @@
 """
-What the contract tests need of an engine besides the protocol: requests it understands, the output it should give, a way to listen.
+What the contract tests need from an engine besides the protocol: valid requests, the expected output, a listener.
 
-A `Bed` is two connected engines and what belongs to them. The suite (`engine_contract.py`) drives it the same way whatever the engine is.
+A `Bed` is two connected engines and all that belongs to them. The suite (`engine_contract.py`) drives it the same way
+for every engine.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ class Maker(Protocol):
         ...
 
     def now_s(self) -> float:
-        """The time on the clock of who uses the engine."""
+        """The time on the clock of the engine's user."""
         ...
 
     def make_request(
@@ -37,7 +38,7 @@ class Maker(Protocol):
 
 @dataclass(slots=True)
 class Heard:
-    """What one attempt has sent."""
+    """What one attempt has sent so far."""
 
     token_ids: list[int] = field(default_factory=list)
     finish_reason: Any = None
@@ -58,7 +59,7 @@ class Heard:
         return await self.until(lambda _: False)
 
     async def until_tokens(self, n: int) -> "Heard":
-        """Wait for at least so many tokens."""
+        """Wait for at least this many tokens."""
         return await self.until(lambda heard: len(heard.token_ids) >= n)
 
 
@@ -66,7 +67,7 @@ class Listener:
     """Sorts an engine's outputs by attempt."""
 
     def __init__(self, engine: Engine, capacity: InstanceCapacity) -> None:
-        """Start listening to a started engine."""
+        """Start to listen to a started engine."""
         self.engine = engine
         self.capacity = capacity
         self.by_attempt: dict[str, Heard] = {}
@@ -91,13 +92,13 @@ class Listener:
                 heard.news.set()
 
     async def add(self, attempt: str, request: EngineRequest, resume: Resume | None = None) -> Heard:
-        """Run a request here."""
+        """Run a request on this engine."""
         heard = self.by_attempt[attempt] = Heard()
         await self.engine.add(attempt, request, resume)
         return heard
 
     async def holds_nothing(self) -> bool:
-        """Whether no request, block, pin or reservation is here."""
+        """Whether this engine has no request, block, pin or reservation."""
         report, counters = await self.engine.report()
         held = len(report.running_ids) + len(report.waiting_ids) + report.kv_blocks_used
         return not (held + counters.pinned + counters.reserved + sum(counters.held_blocks.values()))
@@ -139,7 +140,7 @@ class Bed:
         await asyncio.gather(self.a.close(), self.b.close())
 
     async def settled(self) -> None:
-        """Both come to hold nothing."""
+        """Wait until both hold nothing."""
         for listener in (self.a, self.b):
             await eventually(listener.holds_nothing, f"{listener.engine.instance_id} holds nothing")
 
@@ -152,7 +153,7 @@ class Bed:
         return heard.token_ids
 
     async def cut(self, attempt: str, heard: Heard) -> KvTicket:
-        """Cut a request that runs at `a`; the ticket."""
+        """Cut a request that runs at `a`; returns the ticket."""
         assert await self.a.engine.cut(attempt) is None
         await heard.until_end()
         assert heard.ticket is not None

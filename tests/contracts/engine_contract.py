@@ -1,7 +1,9 @@
 """
-The contract of `engines/protocol.py` as tests: each function takes a `Bed` and asserts one rule that the runtime relies on.
+The contract of `engines/protocol.py` as tests. Each function takes a `Bed` and asserts one rule that the runtime relies
+on.
 
-`SHARED` may use the same two engines one after the other and leaves nothing behind; `OWN` breaks its engines and gets fresh ones.
+Tests in `SHARED` can use the same two engines in turn and leave nothing behind; those in `OWN` break their engines and
+get fresh ones.
 """
 
 import asyncio
@@ -14,11 +16,11 @@ from cascadeinfer.engines.protocol import Resume
 
 N_PROMPT = 70
 N_OUTPUT = 150
-"""Many more than the tests move and cut over: an engine does not wait for a test that is slow to look."""
+"""Far more tokens than the tests wait for before they move or cut a request: an engine does not wait for them."""
 
 
 async def runs_to_the_end(bed: Bed) -> None:
-    """A request yields exactly its tokens, says once that it has ended, carries no ticket, and leaves nothing."""
+    """A request yields exactly its tokens, reports its end once, carries no ticket, and leaves nothing behind."""
     first = await bed.alone(N_PROMPT, N_OUTPUT)
     assert first == await bed.alone(N_PROMPT, N_OUTPUT)
     await bed.settled()
@@ -43,7 +45,7 @@ async def cut_takes_effect_at_the_next_token(bed: Bed) -> None:
 
 
 async def resume_pulls(bed: Bed) -> None:
-    """A request resumed with its ticket goes on as if it had never moved, pulls exactly N - 1 tokens, and frees the source."""
+    """A request resumed with its ticket continues as if unmoved, pulls exactly N - 1 tokens, and frees the source."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     request = bed.maker.make_request("p1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("p1", request)).until_tokens(5)
@@ -62,7 +64,7 @@ async def resume_pulls(bed: Bed) -> None:
 
 
 async def resume_recomputes(bed: Bed) -> None:
-    """A request resumed without a ticket goes on as if it had never moved."""
+    """A request resumed without a ticket continues as if it had never moved."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     request = bed.maker.make_request("r1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("r1", request)).until_tokens(5)
@@ -76,7 +78,7 @@ async def resume_recomputes(bed: Bed) -> None:
 
 
 async def a_moved_request_moves_on(bed: Bed) -> None:
-    """A resumed request can be cut and resumed again, back to where it came from."""
+    """A resumed request can be cut again and resumed where it came from."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     request = bed.maker.make_request("m1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("m1", request)).until_tokens(3)
@@ -96,7 +98,7 @@ async def a_moved_request_moves_on(bed: Bed) -> None:
 
 
 async def cut_is_refused(bed: Bed) -> None:
-    """A cut of an unknown request, of one that is being cut, and of one about to end is refused with the reason."""
+    """A cut is refused with the reason for an unknown request, for one already cut, and for one about to end."""
     assert await bed.a.engine.cut("nobody") == "unknown"
     request = bed.maker.make_request("f1", N_PROMPT, 2)
     heard = await bed.a.add("f1", request)
@@ -117,7 +119,7 @@ async def cut_is_refused(bed: Bed) -> None:
 
 
 async def undo_either_lets_go_on_or_comes_too_late(bed: Bed) -> None:
-    """An undone cut leaves no trace; False means that the final output with the ticket comes or has come."""
+    """An undone cut leaves no trace; False means that the final output with the ticket is on its way or has arrived."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     request = bed.maker.make_request("u1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("u1", request)).until_tokens(2)
@@ -135,7 +137,7 @@ async def undo_either_lets_go_on_or_comes_too_late(bed: Bed) -> None:
 
 
 async def a_real_end_beats_the_cut(bed: Bed) -> None:
-    """A request that ends by itself on the token of its cut has really ended: no ticket, nothing pinned."""
+    """A request that ends by itself on the token of its cut has ended normally: no ticket, nothing pinned."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     at = next(i for i in range(8, N_OUTPUT) if expected[i] not in expected[:i])
     for start in range(at - 4, at):
@@ -153,7 +155,7 @@ async def a_real_end_beats_the_cut(bed: Bed) -> None:
 
 
 async def reservations_hold_room(bed: Bed) -> None:
-    """A reservation holds blocks until it is released; asking twice holds them once; what does not fit is refused."""
+    """A reservation holds blocks until it is released, once even if asked for twice; what does not fit is refused."""
     engine, capacity = bed.a.engine, bed.a.capacity
     assert await engine.reserve("one", N_PROMPT) is None
     held = (await engine.report())[0].kv_blocks_used
@@ -168,7 +170,7 @@ async def reservations_hold_room(bed: Bed) -> None:
 
 
 async def reservations_hold_slots(bed: Bed) -> None:
-    """No more reservations than places in the batch."""
+    """There are never more reservations than slots in the batch."""
     engine, n = bed.b.engine, bed.b.capacity.max_num_seqs
     ids = [f"slot{i}" for i in range(n + 1)]
     answers = [await engine.reserve(reservation_id, 1) for reservation_id in ids]
@@ -179,7 +181,7 @@ async def reservations_hold_slots(bed: Bed) -> None:
 
 
 async def abort_frees(bed: Bed) -> None:
-    """An aborted request sends nothing more once the instance has answered a later command, and leaves nothing."""
+    """Once the instance has answered a later command, an aborted request sends nothing more and holds nothing."""
     request = bed.maker.make_request("x1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("x1", request)).until_tokens(2)
     await bed.a.engine.abort(["x1", "nobody"])
@@ -202,7 +204,7 @@ async def abort_after_the_cut_leaves_the_pin(bed: Bed) -> None:
 
 
 async def the_lease_ends(bed: Bed) -> None:
-    """Blocks that nobody pulls or releases are free after the lease."""
+    """Blocks that nobody pulls or releases are freed when the lease ends."""
     request = bed.maker.make_request("l1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("l1", request)).until_tokens(2)
     await bed.cut("l1", heard)
@@ -213,7 +215,7 @@ async def the_lease_ends(bed: Bed) -> None:
 
 
 async def a_resume_whose_time_is_over_computes_anew(bed: Bed) -> None:
-    """A ticket whose deadline has passed is not pulled: same tokens, no pull, and the pin is given back."""
+    """A ticket whose deadline has passed is not pulled: same tokens, no pull, and the pin is released."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     request = bed.maker.make_request("o1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("o1", request)).until_tokens(5)
@@ -228,7 +230,7 @@ async def a_resume_whose_time_is_over_computes_anew(bed: Bed) -> None:
 
 
 async def a_resume_in_time_pulls(bed: Bed) -> None:
-    """A ticket with time left is pulled, though the instance's clock is known from its answers only."""
+    """A ticket with time left is pulled, although the instance's clock is known only from its answers."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     request = bed.maker.make_request("o2", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("o2", request)).until_tokens(5)
@@ -243,7 +245,7 @@ async def a_resume_in_time_pulls(bed: Bed) -> None:
 
 
 async def the_report_names_requests(bed: Bed) -> None:
-    """The report has each live request once, by its attempt, with its length; and the batch never exceeds its places."""
+    """The report lists each live request once, by attempt, with its length; the batch never exceeds its slots."""
     n = bed.a.capacity.max_num_seqs + 2
     requests = [bed.maker.make_request(f"q{i}", 20 + i, 200) for i in range(n)]
     for request in requests:
@@ -306,7 +308,10 @@ async def says_nothing_before_its_start(bed: Bed) -> None:
 
 
 async def death_is_told_once_everywhere(bed: Bed) -> None:
-    """After a kill: `next_outputs` raises (which `died` tells), who waits for an answer gets an error, sending is silent, stopping harmless."""
+    """
+    After a kill, `next_outputs` raises (and `died` says so), pending commands get an error, sending does nothing, and
+    stopping does no harm.
+    """
     request = bed.maker.make_request("d1", N_PROMPT, 200)
     await (await bed.a.add("d1", request)).until_tokens(2)
     bed.a.engine.kill()
@@ -324,7 +329,7 @@ async def death_is_told_once_everywhere(bed: Bed) -> None:
 
 
 async def a_pull_from_the_dead_recomputes(bed: Bed) -> None:
-    """When the source has died with the ticket out, the target recomputes: same tokens, one failed pull."""
+    """When the source dies while its ticket is out, the target recomputes: same tokens, one failed pull."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     request = bed.maker.make_request("k1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("k1", request)).until_tokens(5)
@@ -338,7 +343,7 @@ async def a_pull_from_the_dead_recomputes(bed: Bed) -> None:
 
 
 async def stop_ends_pending_calls(bed: Bed) -> None:
-    """Who waits for an answer while the engine is stopped gets an error instead of waiting for ever."""
+    """Commands pending while the engine is stopped get an error instead of waiting for ever."""
     bed.a._pump.cancel()  # as in the runtime, where nobody listens any more when a hung instance is stopped
     bed.a.engine.kill()
     pending = asyncio.ensure_future(bed.a.engine.reserve("r", 10))

@@ -1,4 +1,4 @@
-"""The engine contract on simulated engines, and what holds of these alone."""
+"""The engine contract on simulated engines, and what is true of these alone."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -17,7 +17,7 @@ CAPACITY = InstanceCapacity(kv_blocks=64, block_size_tokens=16, max_num_seqs=4, 
 
 
 class SimulatedMaker:
-    """Simulated engines with little room."""
+    """Simulated engines with little memory."""
 
     lease_s = SimulatedTimes().lease_s
 
@@ -50,7 +50,7 @@ async def test_contract(rule: Callable[[Bed], Awaitable[None]]) -> None:
 
 @virtual_time
 async def test_output_is_a_function_of_the_tokens() -> None:
-    """The output equals the reference function, chunked prefill and batching notwithstanding."""
+    """The output equals the reference function's, with chunked prefill and batching."""
     bed = await Bed.make(SimulatedMaker())
     requests = [bed.maker.make_request(f"r{n}", n, 30) for n in (1, 31, 32, 33, 200)]
     heards = [await bed.a.add(r.request_id, r) for r in requests]
@@ -60,7 +60,7 @@ async def test_output_is_a_function_of_the_tokens() -> None:
 
 
 def test_any_change_of_tokens_shows() -> None:
-    """Losing, repeating or swapping tokens changes what follows."""
+    """Losing, repeating or swapping tokens changes the output that follows."""
     tokens = [5, 6, 7, 8]
     variants = ([5, 6, 8], [5, 6, 6, 7, 8], [6, 5, 7, 8], [5, 6, 7, 9])
     outputs = {tuple(generate(variant, 4)) for variant in (tokens, *variants)}
@@ -69,7 +69,7 @@ def test_any_change_of_tokens_shows() -> None:
 
 @virtual_time
 async def test_preemption_recomputes() -> None:
-    """When blocks run out the youngest request starts over, and its output does not show it."""
+    """When blocks run out, the youngest request starts over, which does not show in its output."""
     bed = await Bed.make(SimulatedMaker())
     requests = [bed.maker.make_request(f"r{n}", 200 + n, 150) for n in range(4)]
     heards = [await bed.a.add(r.request_id, r) for r in requests]
@@ -83,7 +83,7 @@ async def test_preemption_recomputes() -> None:
 
 @virtual_time
 async def test_a_read_after_the_lease_is_garbage() -> None:
-    """Pulling after the lease has ended gives other tokens, and only the source knows: nobody may do it."""
+    """A pull after the end of the lease gives other tokens, and only the source would know, so no caller may do it."""
     bed = await Bed.make(SimulatedMaker())
     request = bed.maker.make_request("s", 50, 40)
     heard = await (await bed.a.add("s", request)).until_tokens(3)
@@ -119,7 +119,7 @@ async def test_a_live_puller_renews_the_lease() -> None:
 
 @virtual_time
 async def test_lost_pins_are_recomputed() -> None:
-    """A pull whose blocks are gone fails and is recomputed: same tokens."""
+    """A pull whose blocks are gone fails, and the request is recomputed: same tokens."""
     bed = await Bed.make(SimulatedMaker())
     assert isinstance(bed.a.engine, SimulatedEngine)
     request = bed.maker.make_request("g", 50, 40)
@@ -134,7 +134,7 @@ async def test_lost_pins_are_recomputed() -> None:
 
 @virtual_time
 async def test_start_can_fail_or_be_stopped() -> None:
-    """A start that fails, or is stopped on the way, raises and leaves nothing."""
+    """A start that fails, or is stopped half-way, raises and leaves nothing behind."""
     broken = SimulatedEngine("x", 0, CAPACITY, start_error="no memory")
     with pytest.raises(EngineError, match="no memory"):
         await broken.start()
@@ -149,7 +149,7 @@ async def test_start_can_fail_or_be_stopped() -> None:
 
 @virtual_time
 async def test_a_hung_engine_is_silent_until_killed() -> None:
-    """A hung engine answers nothing; its pins can still be read; killing it tells everybody."""
+    """A hung engine answers nothing, but its pins can still be read; killing it wakes everybody who waits."""
     bed = await Bed.make(SimulatedMaker())
     assert isinstance(bed.a.engine, SimulatedEngine)
     request = bed.maker.make_request("h", 50, 40)

@@ -39,7 +39,7 @@ Rule = Callable[[Bed], Awaitable[None]]
 
 
 class VllmMaker:
-    """Real instances with little room; forked, so that they start fast."""
+    """Real instances with little memory; forked, so that they start fast."""
 
     lease_s = float(LEASE_S)
 
@@ -96,7 +96,7 @@ class VllmMaker:
 
 @pytest.fixture(scope="module")
 def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmMaker]:
-    """Makes instances, in an environment that makes them start fast."""
+    """Creates instances, in an environment in which they start fast."""
     before = dict(os.environ)
     os.environ.update(QUICK_ENVIRONMENT)
     from cascadeinfer.engines.models.tiny import make_tiny_llama
@@ -122,7 +122,7 @@ async def test_contract(rule: Rule, bed: Bed) -> None:
 
 @pytest.mark.parametrize("rule", OWN, ids=lambda rule: rule.__name__)
 async def test_contract_of_death(rule: Rule, maker: VllmMaker) -> None:
-    """A vLLM instance keeps the engine contract in dying."""
+    """A dying vLLM instance keeps the engine contract."""
     bed = await Bed.make(maker)
     try:
         await asyncio.wait_for(rule(bed), 120.0)
@@ -131,7 +131,7 @@ async def test_contract_of_death(rule: Rule, maker: VllmMaker) -> None:
 
 
 async def _fill(bed: Bed, name: str, ended: list[str]) -> None:
-    """One request after the other at `a`, all with blocks that the others have had."""
+    """Run one request after another at `a`; each gets blocks that earlier ones had."""
     for number in itertools.count():
         attempt = f"{name}-{number}"
         request = bed.maker.make_request(attempt, 400 + 7 * number % 50, 150)
@@ -142,9 +142,10 @@ async def _fill(bed: Bed, name: str, ended: list[str]) -> None:
 @pytest.mark.parametrize("has_deadline", [True, False])
 async def test_a_stopped_target_wakes_up_after_the_lease(bed: Bed, has_deadline: bool) -> None:
     """
-    It does not pull what other requests have written over meanwhile; without a deadline it would, and its tokens would be wrong.
+    It does not pull blocks that other requests have overwritten meanwhile. Without a deadline it would, and its tokens
+    would be wrong.
 
-    As the runtime has it, the deadline counts from when the cut was sent.
+    As in the runtime, the deadline counts from when the cut was sent.
     """
     expected = await bed.alone(150, 60)
     attempt = f"stopped-{has_deadline}"
@@ -187,7 +188,7 @@ async def test_a_stopped_target_wakes_up_after_the_lease(bed: Bed, has_deadline:
     sys.platform != "linux" or not current_platform.is_cpu(), reason="elsewhere they share no cores, or cannot be asked"
 )
 async def test_engines_do_not_interrupt_the_front_end(bed: Bed) -> None:
-    """On a CPU the threads of an EngineCore and its workers wait for their turn when they wake up."""
+    """On a CPU, threads of EngineCore and workers that wake up do not preempt others."""
     core = psutil.Process(bed.a.engine.pid)
     policies = {
         (process.name(), os.sched_getscheduler(thread.id))
@@ -199,7 +200,7 @@ async def test_engines_do_not_interrupt_the_front_end(bed: Bed) -> None:
 
 
 async def test_a_worker_that_hangs_ends_with_its_engine(maker: VllmMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker whose shutdown hangs ends at once when its EngineCore is killed, and the death is told."""
+    """A worker whose shutdown hangs ends as soon as its EngineCore is killed, and the death is reported."""
     monkeypatch.setattr(CascadeConnector, "shutdown", lambda _: time.sleep(3600))  # the forked processes have it too
     bed = await Bed.make(maker)
     try:
@@ -212,7 +213,7 @@ async def test_a_worker_that_hangs_ends_with_its_engine(maker: VllmMaker, monkey
 
 
 async def test_a_killed_engine_leaves_no_shared_memory(maker: VllmMaker) -> None:
-    """The queues between an EngineCore and its workers are removed with it, not at the server's end."""
+    """The queues between an EngineCore and its workers are removed with it, not only when the server ends."""
     resource_tracker.ensure_running()  # spawned processes have this one too; forked ones would start their own
     before = segments_of(os.getpid())
     bed = await Bed.make(maker)
@@ -227,7 +228,7 @@ async def test_a_killed_engine_leaves_no_shared_memory(maker: VllmMaker) -> None
 
 
 async def test_a_port_that_is_taken_is_not_used(maker: VllmMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instances start and do their handshake where the port that vLLM would use belongs to somebody else."""
+    """Instances start and shake hands even if another process has the port that vLLM would use."""
     with socket.create_server((LOOPBACK, 0)) as taken:
         monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(taken.getsockname()[1]))
         bed = await asyncio.wait_for(Bed.make(maker), 120.0)
@@ -238,7 +239,7 @@ async def test_a_port_that_is_taken_is_not_used(maker: VllmMaker, monkeypatch: p
 
 
 async def test_rubbish_on_the_side_channel_keeps_nobody_out(bed: Bed, maker: VllmMaker) -> None:
-    """Malformed messages end vLLM's listener; ours goes on, and an instance that comes later shakes hands."""
+    """Malformed messages end vLLM's listener; ours continues, and an instance that joins later can shake hands."""
     engine = bed.a.engine
     from cascadeinfer.engines.vllm.instance import VllmInstance
 

@@ -9,7 +9,7 @@ FIRST_S, MAX_S, WINDOW_S = 1.0, 60.0, 600.0
 
 
 def test_deaths_in_the_window_count() -> None:
-    """1, 2, 4 ... up to the most; one that dies every six minutes waits two seconds, not one, for ever."""
+    """1, 2, 4 ... up to the maximum; an instance that dies every six minutes waits two seconds each time, not one."""
     back_off = BackOff(FIRST_S, MAX_S, WINDOW_S)
     assert [back_off.died(float(n), "") for n in range(9)] == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     slow = BackOff(FIRST_S, MAX_S, WINDOW_S)
@@ -19,7 +19,7 @@ def test_deaths_in_the_window_count() -> None:
 
 
 def test_old_deaths_are_forgotten_one_by_one() -> None:
-    """A window without a death is a clean slate; what is shown is what counts."""
+    """A window without a death is a clean slate; the count shown is the count that matters."""
     back_off = BackOff(FIRST_S, MAX_S, WINDOW_S)
     for at_s, why in ((0.0, "a"), (300.0, "b")):
         back_off.died(at_s, why)

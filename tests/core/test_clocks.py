@@ -1,4 +1,4 @@
-"""A moment on our clock, converted to another: never later than it is, exact when one answer was quick."""
+"""Converting a moment from our clock to another: never later than it is, and exact if one answer was immediate."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ SECONDS = st.floats(0, 1e6)
     SECONDS,
 )
 def test_never_later(lead_s: float, answers: list[tuple[float, float]], moment_s: float) -> None:
-    """Whatever delays the answers, the moment is not too late, and at most the quickest answer's delay too early."""
+    """Whatever delays the answers, the moment is not too late, and at most the shortest delay too early."""
     bound = ClockBound()
     for answered_s, delay_s in answers:
         bound.answered(answered_s + lead_s, answered_s + delay_s)
@@ -24,5 +24,5 @@ def test_never_later(lead_s: float, answers: list[tuple[float, float]], moment_s
 
 
 def test_nothing_known() -> None:
-    """Before the first answer every moment of the other clock has passed: no pull is allowed."""
+    """Before the first answer, every moment of the other clock has passed: no pull is allowed."""
     assert ClockBound().at_other(1e9) == float("-inf")

@@ -1,4 +1,4 @@
-"""Who is to blame for a handshake that failed."""
+"""Who is to blame for a failed handshake."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Stage layouts: what is a plan and what is not."""
+"""Stage layouts: what is a layout and what is not."""
 
 import pytest
 from hypothesis import given
@@ -33,7 +33,7 @@ def test_single_is_one_stage_with_all() -> None:
     ],
 )
 def test_bad_layouts_are_refused(stages: tuple[Stage, ...], message: str) -> None:
-    """Stages that do not tile the lengths, stand empty or share instances are no layout."""
+    """Stages that do not tile the lengths, are empty or share instances are no layout."""
     with pytest.raises(PlanError, match=message):
         StageLayout(stages)
 
@@ -50,14 +50,14 @@ def test_bad_layouts_are_refused(stages: tuple[Stage, ...], message: str) -> Non
 def test_bad_boundaries_are_refused(
     boundaries: tuple[int, ...], groups: tuple[tuple[str, ...], ...], message: str
 ) -> None:
-    """Boundaries must increase strictly and be one fewer than the groups."""
+    """Boundaries must increase strictly, and there must be one fewer than groups."""
     with pytest.raises(PlanError, match=message):
         StageLayout.from_boundaries(boundaries, groups)
 
 
 @given(st.lists(st.integers(1, 10**6), unique=True, max_size=8).map(sorted), st.integers(0, 2 * 10**6))
 def test_every_length_has_exactly_one_stage(boundaries: list[int], length_tokens: int) -> None:
-    """Each length is in the range of exactly one stage, the one that `stage_index_of` names; boundaries round-trip."""
+    """Each length is in the range of exactly one stage, which `stage_index_of` returns; boundaries round-trip."""
     groups = tuple((f"i{n}",) for n in range(len(boundaries) + 1))
     layout = StageLayout.from_boundaries(tuple(boundaries), groups)
     holders = [index for index, stage in enumerate(layout.stages) if length_tokens in stage.range]
@@ -83,13 +83,16 @@ def test_instances_know_their_stage() -> None:
     ],
 )
 def test_bad_proposals_are_refused(boundaries: tuple[int, ...], sizes: tuple[int, ...], message: str) -> None:
-    """Every stage of a proposal has an instance, and there is one boundary fewer than stages, all increasing."""
+    """Every stage of a proposal has an instance; boundaries increase, and there is one fewer than stages."""
     with pytest.raises(PlanError, match=message):
         Proposal(boundaries, sizes)
 
 
 def test_a_proposal_is_dealt_out_in_order() -> None:
-    """The first instances get the shortest stage; a layout's own proposal gives it back; another number of instances is an error."""
+    """
+    The first instances get the shortest stage; a layout's own proposal reproduces it; other numbers of instances are
+    errors.
+    """
     layout = Proposal((100, 900), (1, 2, 1)).on(("c", "d", "a", "b"))
     assert [stage.instance_ids for stage in layout.stages] == [("c",), ("a", "d"), ("b",)]
     assert layout.boundaries_tokens == (100, 900)

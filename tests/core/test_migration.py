@@ -1,4 +1,4 @@
-"""The migration table: complete, without dead ends, and without leaks of room, pins or attempts on any path."""
+"""The migration table is complete, has no dead ends, and leaks no room, pins or attempts on any path."""
 
 import importlib.util
 from collections import deque
@@ -37,7 +37,7 @@ def migration_in(state: State) -> Migration:
 
 
 def test_final_states_have_outcomes() -> None:
-    """The final states and the outcomes correspond one to one; nothing leaves a final state."""
+    """Final states and outcomes correspond one to one; nothing leaves a final state."""
     assert sorted(OUTCOMES.values()) == sorted(MigrationOutcome)
     assert not [key for key in TRANSITIONS if key[0] in FINAL]
     for state in State:
@@ -46,21 +46,21 @@ def test_final_states_have_outcomes() -> None:
 
 @pytest.mark.parametrize("state", OPEN)
 def test_open_states_take_every_blow(state: State) -> None:
-    """A client that leaves and the death of either instance are provided for in every open state."""
+    """Every open state handles the client's disconnection and the death of either instance."""
     for happening in (Happening.CLIENT_LEFT, Happening.SOURCE_LOST, Happening.TARGET_LOST, Happening.REQUEST_ENDED):
         assert (state, happening) in TRANSITIONS or (state, happening) in IGNORED
     assert TRANSITIONS[state, Happening.CLIENT_LEFT][0] is State.ENDED
 
 
 def test_nothing_is_both_followed_and_ignored() -> None:
-    """No pair is in both tables."""
+    """No combination is in both tables."""
     assert not TRANSITIONS.keys() & IGNORED
 
 
 @pytest.mark.parametrize("happening", Happening)
 @pytest.mark.parametrize("state", State)
 def test_each_pair_is_followed_ignored_or_refused(state: State, happening: Happening) -> None:
-    """A pair in the table leads on; an ignored one changes nothing; any other raises and changes nothing."""
+    """A combination in the table leads on; an ignored one changes nothing; any other raises and changes nothing."""
     migration = migration_in(state)
     story = list(migration.story)
     key = (state, happening)
@@ -126,7 +126,7 @@ LATE, GONE = Happening.TIMED_OUT, Happening.TARGET_LOST
     ],
 )
 def test_detail_is_the_last_thing_that_explains(happenings: list[Happening], detail: str) -> None:
-    """Answers as asked for, what the table ignores, and the source's answers to a withdrawal explain nothing."""
+    """Granted answers, ignored happenings and the source's answers to a withdrawal explain nothing."""
     migration = migration_in(State.ASKING)
     for happening in happenings:
         is_refusal = happening in {Happening.ROOM_REFUSED, Happening.CUT_REFUSED}
@@ -136,7 +136,7 @@ def test_detail_is_the_last_thing_that_explains(happenings: list[Happening], det
 
 
 def test_only_a_plain_move_has_no_detail() -> None:
-    """On every path: `moved` has an empty detail, every other outcome has a reason."""
+    """On every path, the detail is empty for `moved`, and a reason for every other outcome."""
     todo = [migration_in(State.ASKING)]
     while todo:
         before = todo.pop()
@@ -151,7 +151,7 @@ def test_only_a_plain_move_has_no_detail() -> None:
 
 
 def test_a_migration_that_does_not_begin() -> None:
-    """A live request stays, one that has ended has ended; the word says why."""
+    """A live request has stayed, one that is over has ended; the detail says why."""
     stays = not_begun(MOVE, NotBegun.SUSPECTED, is_live=True)
     assert (stays.migration_id, stays.outcome, stays.detail) == ("m", MigrationOutcome.STAYED, "suspected")
     over = not_begun(MOVE, NotBegun.STALE, is_live=False)
@@ -162,7 +162,10 @@ LIMITS = MigrationLimits(ask_s=1.0, cut_s=2.0, resume_s=3.0, least_pull_s=0.5, r
 
 
 def test_limits_of_states() -> None:
-    """Asking and cutting have their own limits; resuming ends at a moment that counts from when the cut was sent; nothing else ends by itself."""
+    """
+    Asking and cutting have limits of their own; resuming ends at a time that counts from when the cut was sent. No
+    other state ends by itself.
+    """
     migration = Migration(MOVE, 10, LIMITS)
     assert migration.limit_s(50.0) == 1.0
     migration.handle(Happening.ROOM_GRANTED, 100.0)
@@ -176,7 +179,7 @@ def test_limits_of_states() -> None:
 
 
 def test_what_news_of_a_cut_means() -> None:
-    """Nothing pinned: empty; less time left than a pull needs: late; else done."""
+    """Nothing pinned is empty; less time left than a pull needs is late; all else is done."""
     migration = Migration(MOVE, 10, LIMITS)
     migration.handle(Happening.ROOM_GRANTED, 100.0)
     assert migration.cut_heard(100.0, 0) is Happening.CUT_EMPTY
@@ -187,20 +190,20 @@ def test_what_news_of_a_cut_means() -> None:
 
 
 def test_room() -> None:
-    """The target is asked for the slack as well; whoever has grown so far that the next token needs more is not cut."""
+    """The target is asked for the slack as well; a request whose next token would exceed the room is not cut."""
     migration = Migration(MOVE, 10, LIMITS)
     assert migration.room_tokens == 18
     assert [migration.has_outgrown_room(n_tokens) for n_tokens in (17, 18)] == [False, True]
 
 
 def test_limits_under_a_lease() -> None:
-    """A pull is over a margin before the lease ends; the usual limits are those under the usual lease."""
+    """A pull ends a margin before the lease does; the default limits are those of the default lease."""
     assert MigrationLimits.under_lease(10.0) == MigrationLimits()
     assert MigrationLimits.under_lease(30.0).resume_s == 30.0 - LEASE_MARGIN_S
 
 
 def test_refusals_travel_as_their_words() -> None:
-    """Every refusal comes back from its word; no word means granted; an unknown word is an error."""
+    """Every refusal round-trips through its word; no word means granted; an unknown word is an error."""
     assert [Refusal.read(refusal.value) for refusal in Refusal] == list(Refusal)
     assert Refusal.read(None) is None
     with pytest.raises(ValueError, match="no_room"):
@@ -208,7 +211,7 @@ def test_refusals_travel_as_their_words() -> None:
 
 
 def test_at_target_follows_the_request() -> None:
-    """The request is in the target's hands from the resumption on."""
+    """From the resumption on, the request is in the target's hands."""
     assert {state for state in State if migration_in(state).at_target} == {
         State.RESUMING,
         State.RECOMPUTING,
@@ -220,7 +223,7 @@ def test_at_target_follows_the_request() -> None:
 @dataclass(frozen=True)
 class World:
     """
-    What there may be outside after a path through the table.
+    What may exist outside after a path through the table.
 
     Attributes:
         room: Whether the target may hold room for the request.
@@ -246,7 +249,7 @@ HAPPENING_CHANGES: dict[Happening, dict[str, bool]] = {
     Happening.CUT_REFUSED: {"pin": False},
     Happening.CUT_UNDONE: {"pin": False},
 }
-"""What a happening itself does to the world, before any action, in every state."""
+"""What a happening itself does to the world in every state, before any action."""
 ENDED_AT_SOURCE = {"at_source": False, "pin": False}
 STATE_CHANGES: dict[tuple[State, Happening], dict[str, bool]] = {
     (State.ASKING, Happening.REQUEST_ENDED): ENDED_AT_SOURCE,
@@ -257,7 +260,7 @@ STATE_CHANGES: dict[tuple[State, Happening], dict[str, bool]] = {
     (State.RECOMPUTING, Happening.REQUEST_ENDED): {"at_target": False},
     (State.RESUMING, Happening.FIRST_TOKEN): {"pin": False},  # pulled, which frees the source
 }
-"""The same where the state matters."""
+"""The same for happenings whose effect depends on the state."""
 ACTION_CHANGES: dict[Action, dict[str, bool]] = {
     Action.CUT: {"pin": True},
     Action.RESUME: {"room": False, "at_target": True},
@@ -286,7 +289,7 @@ def world_after(world: World, state: State, happening: Happening, actions: tuple
 
 def test_no_path_leaks() -> None:
     """
-    On every path to an end: no room is held, nothing is pinned, and the request lives where the outcome says, once.
+    On every path to an end, no room is held, nothing is pinned, and the request lives once, where the outcome says.
 
     Every pair (state, world) that can arise is visited.
     """

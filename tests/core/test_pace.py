@@ -1,4 +1,4 @@
-"""How slow an instance is beside the others: proportional, deaf to noise and hiccups, and forgotten once over."""
+"""How slow an instance is beside the others: proportional, insensitive to noise and hiccups, and soon forgotten."""
 
 import random
 
@@ -20,7 +20,7 @@ PRICES = Pricing(0.01, 0.001, 1e-5, 1e-4, 1e-7)
 
 
 def step(seconds: float, n_decode: int = 4, prefill_tokens: int = 0) -> StepSample:
-    """A step that took so long."""
+    """A step that took this long."""
     return StepSample(BatchFeatures(n_decode, 100 * n_decode, 100, prefill_tokens, 0.0), seconds)
 
 
@@ -30,7 +30,7 @@ def report(view: ClusterView, instance_id: str, *steps: StepSample) -> None:
 
 
 def cluster(*instance_ids: str) -> ClusterView:
-    """Books with these instances."""
+    """A view of these instances."""
     view = ClusterView(lambda _: PRICES)
     for instance_id in instance_ids:
         view.apply(InstanceJoined("c", instance_id, InstanceKind(CAPACITY)))
@@ -38,12 +38,12 @@ def cluster(*instance_ids: str) -> ClusterView:
 
 
 def slowness(view: ClusterView) -> list[float]:
-    """Of each instance, rounded."""
+    """The slowness of each instance, rounded."""
     return [round(instance.slowness, 6) for instance in view.instances.values()]
 
 
 def test_a_slow_instance_is_dearer_by_as_much() -> None:
-    """Ten times the seconds for the same steps: ten times the price, and what others cost stays."""
+    """Ten times the seconds for the same steps mean ten times the price; the others' prices stay."""
     view = cluster("a", "b", "c")
     before = view.instances["a"].price
     for _ in range(REPORTS_NEEDED):
@@ -57,7 +57,7 @@ def test_a_slow_instance_is_dearer_by_as_much() -> None:
 
 
 def test_the_content_of_steps_is_no_slowness() -> None:
-    """Steps that are long because there is much in them are as fast as any."""
+    """Steps that are long because they contain much are as fast as any."""
     view = cluster("a", "b")
     for _ in range(REPORTS_KEPT):
         report(view, "a", step(0.014 + 0.004))
@@ -86,7 +86,7 @@ def test_one_hiccup_says_nothing(place: int, seconds: float) -> None:
 
 @given(seed=st.integers(0, 1000))
 def test_noise_changes_no_price(seed: int) -> None:
-    """Instances that are alike differ by a third, step by step: exactly the prices of silence."""
+    """Equal instances differ by a third, step by step: the prices are exactly as without reports."""
     rng = random.Random(seed)
     view = cluster("a", "b", "c")
     prices = [instance.price for instance in view.instances.values()]
@@ -97,7 +97,7 @@ def test_noise_changes_no_price(seed: int) -> None:
 
 
 def test_who_is_fast_again_is_trusted_with_work_again() -> None:
-    """After as many reports as are kept nothing of the slowness is left; with nothing to do it fades as well."""
+    """After as many reports as are kept, no slowness is left; without work, it fades as well."""
     view = cluster("a", "b")
     for _ in range(REPORTS_KEPT):
         report(view, "a", step(0.2))
@@ -114,7 +114,7 @@ def test_who_is_fast_again_is_trusted_with_work_again() -> None:
 
 
 def test_another_life_begins_unknown() -> None:
-    """What was known of an instance ends with it."""
+    """What was known of an instance ends with its life."""
     view = cluster("a", "b")
     for _ in range(REPORTS_KEPT):
         report(view, "a", step(0.2))
@@ -126,7 +126,7 @@ def test_another_life_begins_unknown() -> None:
 
 
 def test_another_price_list_is_laid_on_the_same_steps() -> None:
-    """Learning other costs forgets nobody's slowness: the next report says it again."""
+    """Learning other costs does not forget an instance's slowness: the next report shows it again."""
     view = cluster("a", "b")
     for _ in range(REPORTS_KEPT):
         report(view, "a", step(0.2))
@@ -138,7 +138,7 @@ def test_another_price_list_is_laid_on_the_same_steps() -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, 0.01])
 def test_nothing_is_divided_by_nothing(seconds: float) -> None:
-    """Prices of zero and steps of no time say nothing."""
+    """Prices of zero and steps that take no time say nothing."""
     pace = Pace()
     for _ in range(REPORTS_KEPT):
         pace.note((step(seconds, n_decode=0),))
@@ -148,7 +148,7 @@ def test_nothing_is_divided_by_nothing(seconds: float) -> None:
 
 
 def test_between_the_limits_the_last_word_holds() -> None:
-    """An instance that was slow stays so until it is clearly not; one that was not, becomes so when it clearly is."""
+    """A slow instance stays slow until it clearly is not; another becomes slow once it clearly is."""
     costs = {"a": 1.7, "b": 1.0}
     assert slowness_of(costs, {"a": 1.0}) == {"a": 1.0, "b": 1.0}
     assert slowness_of(costs, {"a": 3.0}) == {"a": 1.7, "b": 1.0}

@@ -1,4 +1,4 @@
-"""Two deaths point at one request: who is held back, who is ended, and that nobody waits for ever."""
+"""Two deaths point at one request: which requests are held back, which is ended, and that none waits for ever."""
 
 from collections.abc import Iterable
 from random import Random
@@ -11,7 +11,7 @@ from cascadeinfer.core.quarantine import PROOF_TOKENS, Quarantine
 
 
 def die(quarantine: Quarantine, instance_id: str, there: Iterable[str]) -> str | None:
-    """An instance dies on which these are; all others, itself in its next life included, answer soon after."""
+    """An instance dies with these requests on it; all instances, including its own next life, answer soon after."""
     culprit = quarantine.die(instance_id, there)
     for other in "012":
         assert quarantine.answer(other) is None
@@ -19,7 +19,7 @@ def die(quarantine: Quarantine, instance_id: str, there: Iterable[str]) -> str |
 
 
 def test_a_request_without_a_death_goes_anywhere() -> None:
-    """Nothing is noted of it."""
+    """Nothing is recorded of it."""
     quarantine = Quarantine()
     assert quarantine.may_enter("a", "0")
     assert not quarantine.is_suspected("a")
@@ -28,7 +28,7 @@ def test_a_request_without_a_death_goes_anywhere() -> None:
 
 
 def test_suspected_ones_enter_one_at_a_time() -> None:
-    """First come, first served; each that proves itself lets the next one in; the last one leaves nothing behind."""
+    """In order of arrival: each that proves itself lets the next one in, and the last one leaves nothing behind."""
     quarantine = Quarantine()
     assert die(quarantine, "0", "abc") is None
     assert quarantine.may_enter("a", "1")
@@ -43,7 +43,7 @@ def test_suspected_ones_enter_one_at_a_time() -> None:
 
 
 def test_the_second_death_in_isolation_names_the_culprit() -> None:
-    """Whoever ran beside it has its first death; one that was held back has none more."""
+    """A request that ran beside the culprit has its first death; one that was held back has no further one."""
     quarantine = Quarantine()
     die(quarantine, "0", ["poison", "b"])
     assert quarantine.may_enter("poison", "1")
@@ -57,7 +57,7 @@ def test_the_second_death_in_isolation_names_the_culprit() -> None:
 
 
 def test_one_that_proved_itself_is_named_when_nobody_else_can_be() -> None:
-    """It is the only one that was there both times."""
+    """It is the only request that was there both times."""
     quarantine = Quarantine()
     die(quarantine, "0", ["poison", "b"])
     quarantine.may_enter("poison", "1")
@@ -66,7 +66,7 @@ def test_one_that_proved_itself_is_named_when_nobody_else_can_be() -> None:
 
 
 def test_two_that_were_there_both_times_are_told_apart_by_the_third() -> None:
-    """None is ended for another's fault; one token is not enough now."""
+    """Neither is ended for the other's fault; one token no longer proves anything."""
     quarantine = Quarantine()
     die(quarantine, "0", ["poison", "b"])
     for request_id in ("poison", "b"):
@@ -83,7 +83,7 @@ def test_two_that_were_there_both_times_are_told_apart_by_the_third() -> None:
 
 
 def test_after_a_third_death_that_told_nothing_no_token_proves_anything() -> None:
-    """They run one at a time until they end."""
+    """The requests run one at a time until they end."""
     quarantine = Quarantine()
     die(quarantine, "0", ["poison", "b"])
     for n_tokens, instance_id in ((1, "1"), (PROOF_TOKENS, "2")):
@@ -99,7 +99,7 @@ def test_after_a_third_death_that_told_nothing_no_token_proves_anything() -> Non
 
 
 def test_what_was_not_sent_is_not_to_blame() -> None:
-    """Instances die together: requests placed on the next one before it has answered have no part in its death."""
+    """Instances die together: requests placed on the second before it answered have no part in its death."""
     quarantine = Quarantine()
     assert quarantine.answer("1") is None
     assert quarantine.die("0", ["a", "b"]) is None
@@ -114,7 +114,10 @@ def test_what_was_not_sent_is_not_to_blame() -> None:
 
 
 def test_one_that_was_taken_away_from_what_it_hangs_is_found() -> None:
-    """It is not taken away a second time, and both deaths count for it; one that had a token elsewhere has none."""
+    """
+    It is not taken away a second time, and both deaths count against it; one that got a token elsewhere is clear of the
+    first.
+    """
     quarantine = Quarantine()
     for request_id in ("poison", "b"):
         quarantine.take_away(request_id, "0")
@@ -131,7 +134,7 @@ def test_one_that_was_taken_away_from_what_it_hangs_is_found() -> None:
 
 
 def test_an_instance_that_answers_again_blames_nobody() -> None:
-    """Whoever was taken away, from the engine or from before it."""
+    """Requests that were taken away are not suspected, whether they were in the engine or held before it."""
     quarantine = Quarantine()
     quarantine.die("2", ["held"])
     assert not quarantine.may_enter("held", "0")
@@ -146,7 +149,7 @@ def test_an_instance_that_answers_again_blames_nobody() -> None:
 
 
 def test_of_two_that_died_twice_the_one_that_has_not_proven_itself_is_likelier() -> None:
-    """One that has proven itself ran beside it."""
+    """A request that has proven itself ran beside it."""
     quarantine = Quarantine()
     die(quarantine, "0", ["proven", "open"])
     assert quarantine.may_enter("proven", "1")
@@ -156,7 +159,7 @@ def test_of_two_that_died_twice_the_one_that_has_not_proven_itself_is_likelier()
 
 
 def test_leaving_lets_the_next_one_in() -> None:
-    """Also when one that was held back leaves before its turn."""
+    """Even if one that was held back leaves before its turn."""
     quarantine = Quarantine()
     die(quarantine, "0", "abc")
     assert [quarantine.may_enter(request_id, "1") for request_id in "abc"] == [True, False, False]
@@ -180,7 +183,7 @@ def test_a_death_without_a_token_is_forgiven_with_the_next() -> None:
 
 
 class World:
-    """Requests, some of them poison, on instances that die of poison and of nothing at all."""
+    """Requests, some of them poison, on instances that die of poison or for no reason."""
 
     def __init__(self, seed: int, n_poison: int, n_innocent: int, n_random_kills: int) -> None:
         self.rng = Random(seed)
@@ -195,24 +198,24 @@ class World:
         self.kills = n_random_kills
 
     def enter(self, request_id: str) -> None:
-        """Sent to an engine."""
+        """A request is sent to an engine."""
         self.inside.add(request_id)
         self.tokens_here[request_id] = 0
 
     def put(self, request_id: str) -> None:
-        """A policy places it, anywhere."""
+        """A policy places a request on any instance."""
         self.place[request_id] = self.rng.choice("01")
         if self.quarantine.may_enter(request_id, self.place[request_id]):
             self.enter(request_id)
 
     def let_in(self, request_id: str | None) -> None:
-        """What the quarantine names is sent."""
+        """The request that the quarantine names is sent."""
         if request_id is not None:
             assert request_id not in self.inside
             self.enter(request_id)
 
     def end(self, request_id: str) -> None:
-        """It is over."""
+        """A request is over."""
         self.inside.discard(request_id)
         del self.left[request_id]
         if self.place.pop(request_id, None) is not None:
@@ -220,7 +223,7 @@ class World:
         self.quarantine.forget(request_id)
 
     def die(self, instance_id: str) -> None:
-        """An instance dies with what is in its engine; the others are placed anew."""
+        """An instance dies with the requests in its engine; the others on it are placed anew."""
         there = [request_id for request_id, place in self.place.items() if place == instance_id]
         for request_id in there:
             self.deaths[request_id] += request_id in self.inside
@@ -237,7 +240,7 @@ class World:
                 self.put(request_id)
 
     def step(self) -> None:
-        """Each instance steps once; some have answered a question before."""
+        """Each instance makes a step; some have answered a question before."""
         for instance_id in "01":
             if self.rng.random() < 0.5:
                 self.let_in(self.quarantine.answer(instance_id))
@@ -260,7 +263,7 @@ class World:
 
 
 def through(world: World) -> list[str]:
-    """Run a world to its end; the innocents that were ended."""
+    """Run a world to its end; returns the innocent requests that were ended."""
     for request_id in list(world.left):
         world.put(request_id)
     for _ in range(400):
@@ -275,7 +278,7 @@ def through(world: World) -> list[str]:
 
 @given(st.integers(0, 10**6), st.integers(0, 3), st.integers(0, 8), st.integers(0, 3))
 def test_poison_is_found_and_nobody_waits_for_ever(seed: int, n_poison: int, n_innocent: int, n_kills: int) -> None:
-    """All ends, and no request is ended before its second death."""
+    """All requests come to an end, and none is ended before its second death."""
     world = World(seed, n_poison, n_innocent, n_kills)
     through(world)
     assert all(world.deaths[request_id] >= 2 for request_id in world.ended)
@@ -284,10 +287,11 @@ def test_poison_is_found_and_nobody_waits_for_ever(seed: int, n_poison: int, n_i
 @given(st.integers(0, 10**6), st.integers(0, 8))
 def test_what_one_poison_costs(seed: int, n_innocent: int) -> None:
     """
-    Poison that kills whenever it is computed costs two instances and nobody else.
+    Poison that kills whenever it is computed costs two instances and no other request.
 
-    One that clears itself by a token and kills later costs three at most. It looks like what its instance was just computing for the first
-    time, so one suspected request beside it may be ended in its place, never two.
+    Poison that gets a token, and so seems harmless, before it kills costs three instances at most. It cannot be told
+    from a request that its instance was computing for the first time, so one suspected request beside it may be ended
+    in its place, but never two.
     """
     world = World(seed, 1, n_innocent, 0)
     innocents = through(world)
@@ -299,7 +303,7 @@ def test_what_one_poison_costs(seed: int, n_innocent: int) -> None:
 
 @pytest.mark.parametrize("seed", [17, 24, 27, 242])
 def test_a_poison_that_cleared_itself_is_taken_for_another(seed: int) -> None:
-    """Seeds in which that happens: without them the bound above might never be met."""
+    """Seeds with which that happens; without them, the bound above might never be reached."""
     world = World(seed, 1, 5, 0)
     innocents = through(world)
     assert world.poison["p0"] == "later"
@@ -308,7 +312,7 @@ def test_a_poison_that_cleared_itself_is_taken_for_another(seed: int) -> None:
 
 @pytest.mark.parametrize("n_requests", [1, 30])
 def test_an_ordinary_death_costs_little(n_requests: int) -> None:
-    """However many there are, all are through after as many steps, each step one more on each instance."""
+    """However many requests there are, each step clears one more on each instance, until all are cleared."""
     quarantine = Quarantine()
     names = [f"r{i}" for i in range(n_requests)]
     die(quarantine, "0", names)
@@ -323,7 +327,7 @@ def test_an_ordinary_death_costs_little(n_requests: int) -> None:
 
 
 def test_two_ordinary_deaths_cost_some_tokens_each() -> None:
-    """Nobody is ended, and nobody waits until the others have ended: thirty requests, two instances left."""
+    """No request is ended, and none waits until others have ended: thirty requests, two instances left."""
     quarantine = Quarantine()
     names = [f"r{i}" for i in range(30)]
     die(quarantine, "0", names)

@@ -35,7 +35,7 @@ def test_empty_stages_are_absorbed(there: str, expected: str) -> None:
 
 
 def test_nobody_there() -> None:
-    """Without instances there is no layout, and that is a change only once."""
+    """Without instances there is no layout, which is reported as a change only once."""
     roster = Roster(PLAN)
     assert not roster.follow([])
     roster.follow(["a"])
@@ -45,7 +45,7 @@ def test_nobody_there() -> None:
 
 
 def test_strangers_go_where_instances_lack() -> None:
-    """An instance not named by the plan joins the stage that lacks most, the longest among equals, and stays there."""
+    """An instance that the plan does not name joins the stage that lacks most, the longest among equals, and stays."""
     roster = Roster(PLAN)
     roster.follow(["a", "c", "d", "x", "y", "z"])
     assert shown(roster) == "0-100: a,y | 100-300: c | 300-: d,x,z"
@@ -54,7 +54,7 @@ def test_strangers_go_where_instances_lack() -> None:
 
 
 def test_without_a_plan_there_is_one_stage() -> None:
-    """Everybody who comes serves all lengths."""
+    """Each newcomer serves all lengths."""
     roster = Roster()
     roster.follow(["b"])
     roster.follow(["a", "b"])
@@ -78,7 +78,7 @@ def test_boundaries_move_and_survive_absence() -> None:
 
 @pytest.mark.parametrize("boundary", [0, 300, 400])
 def test_boundaries_never_cross(boundary: int) -> None:
-    """A boundary that would empty a range is a bug of the caller."""
+    """A boundary that would empty a range is the caller's bug."""
     with pytest.raises(AssertionError):
         Roster(PLAN).move_boundary(0, boundary)
 

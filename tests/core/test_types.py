@@ -8,7 +8,7 @@ from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceCapacity, LengthRa
 
 
 def test_ranges_are_half_open() -> None:
-    """A range holds its low end and not its high end."""
+    """A range contains its low end, but not its high end."""
     assert 0 in LengthRange(0, 512)
     assert 511 in LengthRange(0, 512)
     assert 512 not in LengthRange(0, 512)
@@ -17,7 +17,7 @@ def test_ranges_are_half_open() -> None:
 
 @pytest.mark.parametrize(("lo", "hi"), [(5, 5), (6, 5), (-1, 5), (0, 0)])
 def test_empty_and_negative_ranges_are_refused(lo: int, hi: int) -> None:
-    """A range that holds nothing, or begins below zero, cannot be made."""
+    """A range that is empty, or begins below zero, cannot be created."""
     with pytest.raises(ValueError, match="empty or negative"):
         LengthRange(lo, hi)
 

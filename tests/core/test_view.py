@@ -1,4 +1,4 @@
-"""The books: loads, room and lengths are right after every event, however events cross."""
+"""The view's books: loads, room and lengths are right after every event, even if events cross."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def books(*instance_ids: str) -> ClusterView:
 
 
 def arrive(view: ClusterView, request_id: str, tokens: int, instance_id: str | None = None) -> None:
-    """A request comes, and is dispatched when an instance is named."""
+    """A request arrives, and is dispatched if an instance is named."""
     view.apply(RequestArrived("c", request_id, tokens, 100))
     if instance_id is not None:
         view.carry_out([Dispatch("c", request_id, instance_id)])
@@ -47,7 +47,7 @@ def report(view: ClusterView, instance_id: str, running: dict[str, int], waiting
 
 
 def check(view: ClusterView) -> None:
-    """What is kept equals what can be counted."""
+    """The sums that are kept equal those that can be counted."""
     for instance in view.instances.values():
         assert instance.kv_tokens == sum(instance.request_ids.values())
         assert instance.inbound_tokens == sum(instance.inbound.values())
@@ -68,7 +68,7 @@ def check(view: ClusterView) -> None:
 
 
 def test_dispatch_counts_at_once() -> None:
-    """A dispatched request loads its instance before any report."""
+    """A dispatched request counts on its instance before any report."""
     view = books("a")
     arrive(view, "r", 95, "a")
     a = view.instances["a"]
@@ -79,7 +79,7 @@ def test_dispatch_counts_at_once() -> None:
 
 
 def test_report_replaces_lengths_and_leaves_strangers_out() -> None:
-    """A report brings lengths; requests it names that are not here (a finish crossed it) stay out of the books."""
+    """A report updates lengths; requests in it that are gone (a finish crossed it) stay out of the books."""
     view = books("a", "b")
     arrive(view, "r", 95, "a")
     arrive(view, "s", 20, "b")
@@ -109,7 +109,7 @@ def test_blocks_between_reports() -> None:
 
 
 def test_preempted_request_waits_again() -> None:
-    """A request that the report lists as waiting waits, though it ran before."""
+    """A request that the report lists as waiting is waiting, even if it ran before."""
     view = books("a")
     arrive(view, "r", 30, "a")
     report(view, "a", {"r": 31}, {}, 4)
@@ -120,7 +120,7 @@ def test_preempted_request_waits_again() -> None:
 
 
 def test_a_prompt_under_way_still_counts_as_queued() -> None:
-    """A request that runs without a new token is being computed, until its next token; so again after preemption."""
+    """A request that runs without a new token is being computed until its next token; so again after preemption."""
     view = books("a")
     arrive(view, "r", 30, "a")
     a = view.instances["a"]
@@ -134,7 +134,7 @@ def test_a_prompt_under_way_still_counts_as_queued() -> None:
 
 
 def test_urgency_changes_prices() -> None:
-    """How much the wait for the first token counts may follow the workload."""
+    """The weight of the wait for the first token may follow the workload."""
     view = books("a")
     arrive(view, "r", 100, "a")
     before = view.instances["a"].price
@@ -144,7 +144,7 @@ def test_urgency_changes_prices() -> None:
 
 
 def test_migration_counts_at_both_ends() -> None:
-    """A moving request counts at its source and is expected at its target, until it is over."""
+    """A moving request counts at its source and is expected at its target until the migration is over."""
     view = books("a", "b")
     arrive(view, "r", 50, "a")
     view.carry_out([StartMigration("c", "m", "r", "a", "b", MigrationReason.REBALANCE)])
@@ -167,7 +167,7 @@ def test_end_of_another_migration_changes_nothing() -> None:
 
 
 def test_loss_makes_orphans_with_their_lengths() -> None:
-    """Requests of a lost instance, and those it names, are unplaced with the lengths it names."""
+    """Requests of a lost instance, and those that the event names, are unplaced, with the lengths it gives."""
     view = books("a", "b")
     arrive(view, "r", 50, "a")
     arrive(view, "s", 60, "b")
@@ -185,7 +185,7 @@ def test_available_is_sorted_and_without_the_draining() -> None:
 
 
 def test_refused_request_is_forgotten() -> None:
-    """A Reject takes the request out of the books."""
+    """A Reject removes the request from the books."""
     view = books("a")
     arrive(view, "r", 50)
     view.carry_out([Reject("c", "r", "queue_full", 1.0)])
@@ -194,7 +194,7 @@ def test_refused_request_is_forgotten() -> None:
 
 
 def test_unplaced_in_order_of_arrival() -> None:
-    """An orphan that arrived first comes before requests that have waited since."""
+    """An orphan that arrived earlier comes before requests that have waited since."""
     view = books("a")
     arrive(view, "old", 10, "a")
     arrive(view, "new", 10)
@@ -238,7 +238,7 @@ def test_books_balance(steps: list[tuple[int, int, int]]) -> None:
 
 
 def test_foreign_requests_are_load() -> None:
-    """Requests of other front-end processes count in load, price, room and queue like ours, but stay unknown."""
+    """Requests of other front-end processes count in load, price, room and queue like ours, but remain unknown."""
     foreign, own = books("a"), books("a")
     view = InstanceReport((), (), (), (), 30, 0.02, foreign_running_tokens=(100, 140), foreign_waiting_tokens=(50,))
     foreign.apply(InstanceReported("c", "a", view))

@@ -1,9 +1,9 @@
 """
-vLLM's own scheduler with our connector beside it, and no model: what a step samples is made up, what a worker would
-pull has come at once.
+vLLM's own scheduler with our connector, but no model: sampled tokens are made up, and what a worker would pull arrives
+at once.
 
-Everything that decides about a request is real: scheduler, block pool, grammars, the connector's half beside the
-scheduler. So a request that would end an engine raises here, in the test.
+Everything that decides about a request is real: scheduler, block pool, grammars and the connector's scheduler side.
+What would kill an engine therefore raises here, in the test.
 """
 
 from dataclasses import dataclass, field
@@ -61,7 +61,7 @@ def _settings(model: Path, *, asynchronous: bool) -> tuple[VllmConfig, KVCacheCo
 
 
 def make_bed(model: Path, *, asynchronous: bool = False, token: str = "the token") -> "SchedulerBed":  # noqa: S107 - a test's
-    """A scheduler as an EngineCore would make it, started with this token."""
+    """A scheduler as an EngineCore would create it, started with this token."""
     import pytest
 
     config, kv_cache_config = _settings(model, asynchronous=asynchronous)
@@ -88,7 +88,7 @@ def greedy(max_tokens: int = 64, **options: Any) -> SamplingParams:
 
 @dataclass
 class SchedulerBed:
-    """One scheduler, and what its clients have heard."""
+    """A scheduler, and the outputs that its clients have received."""
 
     config: VllmConfig
     scheduler: Scheduler
@@ -97,14 +97,14 @@ class SchedulerBed:
     hasher: Any
     tokens: dict[str, list[int]] = field(default_factory=dict)
     ends: dict[str, EngineCoreOutput] = field(default_factory=dict)
-    #: What is sampled for a request, one after the other; 7 when there is nothing (left).
+    #: Tokens sampled for a request, in this order; 7 once there are none (left).
     to_sample: dict[str, list[int]] = field(default_factory=dict)
-    #: What the worker was told to pull; all comes with the next output, unless it is not to.
+    #: Pulls ordered from the worker; all arrive with the next output, unless a test prevents it.
     pulled: list[Any] = field(default_factory=list)
     pulls_come: bool = True
-    #: What comes has failed.
+    #: What arrives has failed.
     pulls_fail: bool = False
-    #: Pins that the worker lets go of with the next output.
+    #: Pins that the worker releases with the next output.
     read: set[str] = field(default_factory=set)
     _awaited: set[str] = field(default_factory=set)
     _under_way: list[tuple[SchedulerOutput, dict[str, list[int]]]] = field(default_factory=list)
@@ -118,7 +118,7 @@ class SchedulerBed:
 
     @property
     def core(self) -> Any:
-        """As much of an EngineCore as commands need."""
+        """The parts of an EngineCore that commands need."""
         return SimpleNamespace(scheduler=self.scheduler, vllm_config=self.config)
 
     def load(self) -> dict[str, Any]:
@@ -126,11 +126,11 @@ class SchedulerBed:
         return commands.cascade_load(self.core, 0)
 
     def words(self, params: SamplingParams, **words: Any) -> SamplingParams:
-        """Parameters that carry words of the front end."""
+        """Parameters that carry instructions from the front end."""
         return with_words(params, words, self.token)
 
     def add(self, request_id: str, prompt: list[int] | None, params: SamplingParams | None, **options: Any) -> Request:
-        """A request comes, as `EngineCore.add_request` has it."""
+        """Add a request, as `EngineCore.add_request` does."""
         request = Request(
             request_id, prompt, params, options.pop("pooling_params", None), block_hasher=self.hasher, **options
         )
@@ -142,7 +142,7 @@ class SchedulerBed:
         return request
 
     def step(self) -> None:
-        """Schedule, pretend to compute, take the output in; with asynchronous scheduling that of the step before."""
+        """Schedule, pretend to compute, process the output (the previous step's with asynchronous scheduling)."""
         output = self.scheduler.schedule()
         for request_id, pull in output.kv_connector_metadata.reqs_to_recv.items():
             self.pulled.append(pull)
@@ -178,12 +178,12 @@ class SchedulerBed:
                     self.ends[delta.request_id] = delta
 
     def steps(self, n: int) -> None:
-        """So many."""
+        """Make this many steps."""
         for _ in range(n):
             self.step()
 
     def failed(self, request_id: str) -> bool:
-        """Whether it has ended with an error."""
+        """Whether the request has ended with an error."""
         return request_id in self.ends and self.ends[request_id].finish_reason == FinishReason.ERROR
 
     def holds_nothing(self) -> bool:

@@ -1,4 +1,8 @@
-"""A fault in any hook of the connector: that request ends, the engine does not, nothing is left; against vLLM's own scheduler."""
+"""
+A fault in any of the connector's hooks ends its request but not the engine, and leaves nothing behind.
+
+Runs against vLLM's own scheduler.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
-    """From now on this raises for the request "bad", after it has done its work; returns what was called for it."""
+    """Make this hook raise for the request "bad" after it has done its work; returns the list of its calls."""
     original = getattr(owner, name)
     calls: list[str] = []
 
@@ -47,17 +51,17 @@ def fresh(bed: SchedulerBed) -> None:
 
 
 def fresh_without_cache(bed: SchedulerBed) -> None:
-    """One that the scheduler does not ask the connector for."""
+    """A request for which the scheduler does not consult the connector."""
     bed.add("bad", PROMPT, greedy(14, prompt_logprobs=1))
 
 
 def pulling(bed: SchedulerBed) -> None:
-    """One that is to be pulled."""
+    """A request whose KV cache is to be pulled."""
     bed.add("bad", PROMPT, bed.words(greedy(14), **TICKET))
 
 
 def recomputing(bed: SchedulerBed) -> None:
-    """One that goes on without its KV cache."""
+    """A request resumed without its KV cache."""
     bed.add("bad", PROMPT, bed.words(greedy(14, min_tokens=12), cascade_prompt_tokens=30))
 
 
@@ -93,7 +97,7 @@ def test_a_hook_that_fails_ends_its_request(
     kind: Callable[[SchedulerBed], None],
     asynchronous: bool,
 ) -> None:
-    """With an error; its neighbours get their tokens, and what it held is free."""
+    """The request ends with an error, its neighbours get their tokens, and what it held is freed."""
     bed = make_bed(model, asynchronous=asynchronous)
     calls = fail_at(monkeypatch, owner, name)
     bed.add("before", PROMPT[:20], greedy(6))
@@ -113,7 +117,7 @@ def test_a_hook_that_fails_ends_its_request(
 def test_a_failed_pull_leaves_no_strange_blocks_in_the_cache(
     model: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
-    """Blocks that were never filled are nobody's prefix: a request with the same tokens computes them itself."""
+    """Blocks that were never filled are not cached as a prefix: a request with the same tokens computes them itself."""
     bed = make_bed(model, asynchronous=asynchronous)
     with monkeypatch.context() as patch:
         fail_at(patch, NixlPullConnectorScheduler, "update_state_after_alloc")
@@ -127,7 +131,7 @@ def test_a_failed_pull_leaves_no_strange_blocks_in_the_cache(
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_fault_at_the_end(model: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool) -> None:
-    """A request that ends while a hook fails has ended, with its tokens."""
+    """A request that ends while a hook fails has ended normally, with all its tokens."""
     bed = make_bed(model, asynchronous=asynchronous)
     calls = fail_at(monkeypatch, CascadeSchedulerSide, "_finished")
     bed.add("bad", PROMPT, greedy(4))
@@ -139,7 +143,10 @@ def test_a_fault_at_the_end(model: Path, monkeypatch: pytest.MonkeyPatch, asynch
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_fault_at_a_cut(model: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool) -> None:
-    """A cut request whose blocks cannot be pinned is told as cut, without KV cache, so that it goes on elsewhere; its blocks are free."""
+    """
+    If a cut request's blocks cannot be pinned, the cut is reported without a KV cache, so that the request can continue
+    elsewhere. Its blocks are freed.
+    """
     bed = make_bed(model, asynchronous=asynchronous)
     calls = fail_at(monkeypatch, CascadeSchedulerSide, "_finished")
     bed.add("bad", PROMPT, greedy(40))
@@ -153,7 +160,7 @@ def test_a_fault_at_a_cut(model: Path, monkeypatch: pytest.MonkeyPatch, asynchro
 
 
 def test_a_failed_request_is_not_cut(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its fault and its end it may be asked for anything."""
+    """Between its fault and its end, a request refuses a cut, and there is no cut to undo."""
     bed = make_bed(model)
     fail_at(monkeypatch, NixlPullConnectorScheduler, "on_new_request")
     fresh(bed)

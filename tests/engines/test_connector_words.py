@@ -1,4 +1,4 @@
-"""Who is heard by the connector, and what becomes of words that cannot be true; against vLLM's own scheduler."""
+"""Whose parameters the connector obeys, and what impossible ones lead to. Runs against vLLM's own scheduler."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ TICKET = {
     "remote_blocks_expiry_time": None,
     "transfer_mode": "pull",
 }
-"""What the front end says of a request that was cut after 10 tokens of output."""
+"""What the front end says about a request that was cut after 10 output tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +45,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bed(model: Path) -> SchedulerBed:
-    """A scheduler that has nothing yet."""
+    """An empty scheduler."""
     return make_bed(model)
 
 
 def with_client_words(words: Any, key: str = CLIENT_KEY) -> SamplingParams:
-    """As vLLM's serving layer passes a client's words on."""
+    """As vLLM's serving layer passes on a client's parameters."""
     return greedy(4, extra_args={key: words})
 
 
 def runs_as_if_not_there(bed: SchedulerBed, params: SamplingParams) -> None:
-    """A request with these parameters gets its tokens; nothing is pulled or pinned, and nothing left."""
+    """A request with these parameters gets its tokens; nothing is pulled or pinned, and nothing is left over."""
     bed.add("a", PROMPT, params)
     bed.steps(6)
     assert bed.tokens["a"] == [7, 7, 7, 7]
@@ -66,7 +66,7 @@ def runs_as_if_not_there(bed: SchedulerBed, params: SamplingParams) -> None:
 
 
 def test_the_front_end_is_heard(bed: SchedulerBed) -> None:
-    """Its words pull what a ticket says, and the request goes on behind its output so far."""
+    """The front end's parameters pull what a ticket names, and the request continues after its output so far."""
     request = bed.add("a", PROMPT, bed.words(greedy(14), **TICKET))
     assert (request.num_prompt_tokens, request.num_output_tokens) == (30, 10)
     bed.step()
@@ -100,18 +100,18 @@ def test_the_front_end_is_heard(bed: SchedulerBed) -> None:
 )
 @pytest.mark.parametrize("key", [CLIENT_KEY, KEY])
 def test_a_client_is_not(bed: SchedulerBed, words: Any, key: str) -> None:
-    """Whatever it says, under its own key or ours: no engine dies of it, connects anywhere, reads or pins."""
+    """Whatever a client says, under its own key or ours, no engine dies of it, connects anywhere, reads or pins."""
     runs_as_if_not_there(bed, with_client_words(words, key))
 
 
 @pytest.mark.parametrize("token", [None, "", "the toke", 7, b"the token", "\ud800", "ü", ["the token"]])
 def test_the_token_counts(bed: SchedulerBed, token: Any) -> None:
-    """Our words without it are nobody's."""
+    """Our parameters without the token are ignored."""
     runs_as_if_not_there(bed, with_client_words({"token": token, "words": TICKET}, KEY))
 
 
 def test_both_at_once(bed: SchedulerBed) -> None:
-    """A client's words beside ours change nothing."""
+    """A client's parameters next to ours change nothing."""
     params = greedy(
         14, extra_args={CLIENT_KEY: {"do_remote_decode": True}, KEY: {"token": "guess", "words": {}}, "other": 1}
     )
@@ -125,7 +125,7 @@ def test_both_at_once(bed: SchedulerBed) -> None:
 
 
 def test_the_token_goes_no_further(bed: SchedulerBed) -> None:
-    """What goes to the workers, and into the log when a step fails, does not have it."""
+    """The token is neither in what goes to the workers nor in what is logged when a step fails."""
     bed.add("a", PROMPT, bed.words(greedy(14), **TICKET))
     bed.add("b", PROMPT, bed.words(greedy(14), cascade_prompt_tokens=3))
     for _ in range(3):
@@ -137,7 +137,7 @@ def test_the_token_goes_no_further(bed: SchedulerBed) -> None:
 
 
 def test_without_a_token_nobody_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that was started by somebody else takes no words, those under an empty token included."""
+    """An engine that somebody else started obeys no parameters, not even those under an empty token."""
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     for token in ("", "None"):
         request = Request("a", PROMPT, with_words(greedy(), TICKET, token), None)
@@ -180,7 +180,7 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("wrong", IMPOSSIBLE)
 def test_impossible_words_end_their_request(model: Path, wrong: str, asynchronous: bool) -> None:
-    """Words under the token that cannot be true: that request ends with an error, its reservation is given back, others go on."""
+    """Impossible parameters under the token end their request with an error and release its reservation only."""
     bed = make_bed(model, asynchronous=asynchronous)
     bed.side.reservations.reserve("mine", N_PROMPT)
     bed.add("good", PROMPT, greedy(5))
@@ -203,7 +203,7 @@ def test_impossible_words_end_their_request(model: Path, wrong: str, asynchronou
     ids=["embeddings", "streaming input", "mixed"],
 )
 def test_prompts_that_cannot_be_split(bed: SchedulerBed, prompt: list[int] | None, options: dict[str, Any]) -> None:
-    """Words at a request that cannot go on elsewhere end it."""
+    """Parameters for a request that cannot continue elsewhere end it."""
     if "prompt_embeds" in options:
         import torch
 
@@ -216,7 +216,7 @@ def test_prompts_that_cannot_be_split(bed: SchedulerBed, prompt: list[int] | Non
 
 
 def test_a_request_without_sampling_cannot_be_cut(bed: SchedulerBed) -> None:
-    """A pooling request is refused, and its undoing too; neither raises."""
+    """Cutting a pooling request is refused, and so is undoing the cut; neither raises."""
     from vllm.pooling_params import PoolingParams
 
     request = bed.add("a", PROMPT, None, pooling_params=PoolingParams(task="embed"))
@@ -246,7 +246,7 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 @quick
 @given(words=SOME_WORDS | ONE_OFF | ANYTHING, key=st.sampled_from([CLIENT_KEY, KEY]))
 def test_nothing_a_client_says_matters(model: Path, words: Any, key: str) -> None:
-    """Any words, under any key."""
+    """Any parameters, under any key."""
     runs_as_if_not_there(make_bed(model), with_client_words(words, key))
 
 
@@ -255,7 +255,10 @@ def test_nothing_a_client_says_matters(model: Path, words: Any, key: str) -> Non
 def test_no_words_under_the_token_end_an_engine(
     model: Path, words: dict[str, Any], asynchronous: bool, pulls_come: bool, skips: bool
 ) -> None:
-    """Any words under the token: the request gets its tokens or ends with an error; aborted in between too; nothing stays."""
+    """
+    With any parameters under the token, a request gets its tokens or ends with an error, even if aborted in between.
+    Nothing is left over.
+    """
     bed = make_bed(model, asynchronous=asynchronous)
     bed.pulls_come = pulls_come
     params = greedy(14, skip_reading_prefix_cache=True) if skips else greedy(14)

@@ -1,4 +1,4 @@
-"""On a CPU: whose cores the model computes on, and how processes wait beside it."""
+"""On a CPU: which cores the model computes on, and how the processes beside it wait."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ several_cores = pytest.mark.skipif(
 @on_cpu
 @several_cores
 def test_a_thread_gets_its_cores_back(fails: bool) -> None:
-    """Whatever moves it meanwhile, and if what moves it fails."""
+    """Whatever changes the thread's cores meanwhile, and even if that fails."""
     before = os.sched_getaffinity(0)
     with contextlib.suppress(OSError), kept_on_its_cores():
         os.sched_setaffinity(0, {max(before)})
@@ -54,7 +54,7 @@ def test_waiting_readers_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def scheduling_restored() -> Iterator[None]:
-    """Of all threads of this process."""
+    """Restore the scheduling of all threads of this process."""
     yield
     for thread in threads():
         with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
@@ -62,12 +62,12 @@ def scheduling_restored() -> Iterator[None]:
 
 
 def threads() -> list[int]:
-    """Of this process."""
+    """The threads of this process."""
     return [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
 
 
 def scheduling_of(some: list[int]) -> set[int]:
-    """Of those of them that have not ended meanwhile."""
+    """The scheduling policies of those threads that have not ended meanwhile."""
     found: set[int] = set()
     for thread in some:
         with contextlib.suppress(ProcessLookupError):
@@ -79,7 +79,7 @@ def scheduling_of(some: list[int]) -> set[int]:
 @on_linux
 @pytest.mark.usefixtures("scheduling_restored")
 def test_no_thread_interrupts_when_it_wakes_up() -> None:
-    """Neither those that are there nor those that they start; what somebody has chosen stays."""
+    """Neither existing threads nor those they start interrupt others; a policy that somebody has chosen is kept."""
     ends, started = threading.Event(), threading.Event()
     chosen: list[int] = []
 
@@ -111,7 +111,7 @@ def test_no_thread_interrupts_when_it_wakes_up() -> None:
 def test_where_it_is_not_allowed_that_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In a sandbox the engine starts all the same."""
+    """In a sandbox that forbids it, the engine starts all the same."""
 
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")

@@ -1,4 +1,7 @@
-"""A request with a grammar that goes on elsewhere: its grammar is where it was, with every backend, behind the end of the grammar too."""
+"""
+A request with a grammar continues elsewhere with its grammar in the same state, for every backend, even after the
+grammar's end.
+"""
 
 import importlib
 import random
@@ -40,7 +43,7 @@ ENFORCER_CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def enforcer_works() -> bool:
-    """Whether this version of lm-format-enforcer fits this vLLM; else vLLM refuses each request that wants it."""
+    """Whether the installed lm-format-enforcer fits this vLLM, which otherwise refuses every request that wants it."""
     try:
         importlib.import_module("lmformatenforcer.integrations.vllm")
     except ImportError:
@@ -66,7 +69,7 @@ def params_of(case: str) -> Any:
 
 
 def state_of(bed: SchedulerBed, request: Request) -> tuple[bool, list[int]]:
-    """Whether the grammar has ended, and which tokens it lets through next."""
+    """Whether the grammar has ended, and which tokens it allows next."""
     structured = request.structured_output_request
     assert structured is not None
     grammar: Any = structured.grammar
@@ -80,13 +83,19 @@ def state_of(bed: SchedulerBed, request: Request) -> tuple[bool, list[int]]:
 
 
 def some_token(tokenizer: Any, rng: random.Random, allowed: list[int]) -> int:
-    """One that is allowed, the end as soon as it is, and no more white space than needed: JSON may have any amount of it."""
+    """
+    An allowed token: the end as soon as it is allowed, otherwise no white space if possible, since JSON may have any
+    amount.
+    """
     plain = [token_id for token_id in allowed if tokenizer.decode([token_id]).strip()]
     return EOS_ID if EOS_ID in allowed else rng.choice(plain or allowed)
 
 
 def decode(bed: SchedulerBed, request: Request, n_steps: int) -> list[tuple[bool, list[int]]]:
-    """Decode as the scheduler does, any token that is allowed, on and on behind the end; the states before each step and after the last."""
+    """
+    Decode as the scheduler does: allowed tokens until the grammar ends, then any. Returns the states before each step
+    and after the last.
+    """
     rng = random.Random(request.request_id)
     states = [state_of(bed, request)]
     for _ in range(n_steps):
@@ -103,7 +112,7 @@ def decode(bed: SchedulerBed, request: Request, n_steps: int) -> list[tuple[bool
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=needs_enforcer) for case in ENFORCER_CASES)])
 def test_a_grammar_goes_on_where_it_was(model: Path, case: str) -> None:
-    """Moved after any number of tokens, those behind the grammar's end included, a request has the state that it had."""
+    """Wherever a request moves, even after its grammar's end, it keeps the grammar's state."""
     bed = make_bed(model)
     alone = bed.add("alone", PROMPT, params_of(case))
     states = decode(bed, alone, N_STEPS)
@@ -122,7 +131,7 @@ def test_a_grammar_goes_on_where_it_was(model: Path, case: str) -> None:
 
 
 def test_why_not_in_bulk(model: Path) -> None:
-    """Llguidance refuses in one list what it takes one by one; once it takes both, replaying could be simpler."""
+    """The llguidance backend rejects in bulk what it accepts one by one; if that changes, replay could be simpler."""
     bed = make_bed(model)
     alone = bed.add("alone", PROMPT, params_of("guidance: multiples"))
     decode(bed, alone, N_STEPS)
@@ -135,7 +144,10 @@ def test_why_not_in_bulk(model: Path) -> None:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_output_that_does_not_fit_ends_its_request(model: Path, asynchronous: bool) -> None:
-    """Such a request ends with an error, as it would have in the step that made the token; others go on, nothing stays."""
+    """
+    The request ends with an error, as it would have in the step that produced the token. Others continue, and nothing
+    is left over.
+    """
     bed = make_bed(model, asynchronous=asynchronous)
     bed.add("bad", [*PROMPT, 7, 8, 9], bed.words(params_of("xgrammar: object"), cascade_prompt_tokens=len(PROMPT)))
     bed.add("good", PROMPT, greedy(5))
@@ -146,7 +158,7 @@ def test_output_that_does_not_fit_ends_its_request(model: Path, asynchronous: bo
 
 
 def test_which_token_did_not_fit(model: Path) -> None:
-    """The log says so."""
+    """The log names it."""
     bed = make_bed(model)
     request = bed.add("a", PROMPT, params_of("xgrammar: regex"))
     request.append_output_token_ids([7, 8])

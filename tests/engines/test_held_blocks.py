@@ -1,4 +1,4 @@
-"""Blocks that no request runs or waits with are told by what holds them, whatever brought it about."""
+"""Blocks that belong to no running or waiting request are reported by what holds them, whatever the cause."""
 
 from pathlib import Path
 
@@ -22,12 +22,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
 def bed(model: Path, request: pytest.FixtureRequest) -> SchedulerBed:
-    """A scheduler that has nothing yet."""
+    """An empty scheduler."""
     return make_bed(model, asynchronous=request.param)
 
 
 def held(bed: SchedulerBed) -> dict[str, int]:
-    """By reason; no block is in use that is neither a live request's nor told here."""
+    """Held blocks by reason; every block in use is either a live request's or reported here."""
     load = bed.load()
     scheduler = bed.scheduler
     live = sum(
@@ -40,7 +40,7 @@ def held(bed: SchedulerBed) -> dict[str, int]:
 
 
 def test_requests_that_run_hold_nothing_else(bed: SchedulerBed) -> None:
-    """Their blocks are in use, and not held."""
+    """Blocks of live requests are in use, but not held."""
     assert bed.load()["held_blocks"] == NOTHING
     bed.add("a", PROMPT, greedy(30))
     bed.steps(4)
@@ -49,7 +49,7 @@ def test_requests_that_run_hold_nothing_else(bed: SchedulerBed) -> None:
 
 
 def test_reservations(bed: SchedulerBed) -> None:
-    """Those that have not been claimed."""
+    """Reservations that have not been claimed are held."""
     assert commands.cascade_reserve(bed.core, "r1", 2 * BLOCK) is None
     assert commands.cascade_reserve(bed.core, "r2", BLOCK + 1) is None
     assert held(bed) == {"reservations": 3 + 3}
@@ -63,7 +63,7 @@ def test_reservations(bed: SchedulerBed) -> None:
 
 
 def test_a_cut_pins(bed: SchedulerBed) -> None:
-    """The blocks of a request that has left, until they have been read."""
+    """The blocks of a request that has left are held until they have been read."""
     bed.add("a", PROMPT, greedy(30))
     bed.steps(4)
     assert commands.cascade_cut(bed.core, "a") is None
@@ -76,7 +76,7 @@ def test_a_cut_pins(bed: SchedulerBed) -> None:
 
 
 def test_a_pin_that_is_none_of_ours(bed: SchedulerBed) -> None:
-    """However it was come by: a request that NIXL pins at its normal end shows, though no cut of ours has led to it."""
+    """A pin shows whatever caused it: here NIXL pins a request at its normal end, without a cut of ours."""
     request = bed.add("a", PROMPT, greedy(4))
     request.kv_transfer_params = {"do_remote_decode": True}
     bed.steps(7)
@@ -86,7 +86,7 @@ def test_a_pin_that_is_none_of_ours(bed: SchedulerBed) -> None:
 
 
 def test_a_pull_that_nobody_waits_for_any_more(bed: SchedulerBed) -> None:
-    """Its client has left while it was under way: the blocks are written to until it has come."""
+    """The client has left during the pull: the blocks are held until it completes, because it still writes to them."""
     bed.pulls_come = False
     bed.add("a", PROMPT, bed.words(greedy(14), **TICKET))
     bed.steps(2)
@@ -100,7 +100,7 @@ def test_a_pull_that_nobody_waits_for_any_more(bed: SchedulerBed) -> None:
 
 
 def test_blocks_that_a_step_may_still_write(model: Path) -> None:
-    """With a step under way, those of a request that was aborted are held until it has ended."""
+    """Blocks of a request that was aborted during a step are held until that step has ended."""
     bed = make_bed(model, asynchronous=True)
     bed.add("a", PROMPT, greedy(30))
     bed.steps(3)

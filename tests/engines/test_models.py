@@ -16,7 +16,7 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.engines.models import embedded
 from cascadeinfer.engines.models.tiny import BOS, EOS, VOCAB_SIZE, make_tiny_llama
 
-# --- the embedded model's cache -------------------------------------------------------------------------------------------
+# --- the embedded model's cache ---------------------------------------------------------------------------------------
 
 
 def test_cache_follows_the_users_variables() -> None:
@@ -101,7 +101,7 @@ assert (Path(sys.argv[1]) / "config.json").exists()
 
 
 def test_two_processes_convert_once(tmp_path: Path) -> None:
-    """A process that comes while another converts waits for it and then finds the folder."""
+    """A process that arrives during another's conversion waits for it and then finds the folder."""
     log, folder = tmp_path / "log", tmp_path / "model"
     command = [sys.executable, "-c", PREPARE_IN_A_PROCESS, str(folder), str(log)]
 
@@ -164,7 +164,7 @@ def test_unwritable_cache_names_the_variable(tmp_path: Path) -> None:
     assert failure.value.option == "CASCADEINFER_CACHE"
 
 
-# --- the embedded model itself --------------------------------------------------------------------------------------------
+# --- the embedded model itself ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_embedded_model_answers(embedded_folder: Path) -> None:
 
 @pytest.mark.engine
 def test_embedded_chat_template_and_tokenizer(embedded_folder: Path) -> None:
-    """The chat template makes ChatML turns, text survives the tokenizer, and digits are tokens of their own."""
+    """The chat template produces ChatML turns, text survives the tokenizer, and each digit is one token."""
     import transformers
 
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(embedded_folder, local_files_only=True)
@@ -214,7 +214,7 @@ def test_embedded_configuration_stops_at_the_turns_end(embedded_folder: Path) ->
     assert (embedded_folder / "model.safetensors").stat().st_size < 280e6
 
 
-# --- the tiny random model ------------------------------------------------------------------------------------------------
+# --- the tiny random model --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def prompt_of(seed: int, n_tokens: int) -> list[int]:
 
 
 def digest(folder: Path) -> str:
-    """Of all files' names and bytes."""
+    """Digest of all file names and contents."""
     parts = [file.name.encode() + file.read_bytes() for file in sorted(folder.iterdir())]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
@@ -322,7 +322,7 @@ def test_tiny_reads_its_whole_context(tiny: tuple[Any, Any]) -> None:
 
 def test_tiny_has_clear_winners(tiny: tuple[Any, Any]) -> None:
     """
-    Rounding hardly moves the lead of the best token: 1e-4 at most, when the same tokens go through prefill instead of decode.
+    Computing the same tokens by prefill instead of decode changes the best token's lead by at most 1e-4.
 
     The lead itself is continuous with a density of about 1 at zero, so near ties are as rare as this figure is small.
     """

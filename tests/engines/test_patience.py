@@ -1,4 +1,4 @@
-"""Time limits do not count the time during which this process slept."""
+"""Time limits exclude the time during which this process was stopped."""
 
 import asyncio
 import math
@@ -10,20 +10,20 @@ from support.virtual_time import VirtualTimeLoop, virtual_time
 
 
 def stall(seconds: float) -> None:
-    """The process is stopped for so long."""
+    """Stop the process for this long."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
     loop.stall(seconds)
 
 
 def now_s() -> float:
-    """Virtual seconds."""
+    """The loop's virtual time in seconds."""
     return asyncio.get_running_loop().time()
 
 
 @virtual_time
 async def test_an_answer_an_error_and_none() -> None:
-    """What is waited for comes through; when it does not come it is cancelled at the limit."""
+    """Results and errors are passed on; what takes longer than the limit is cancelled."""
     assert await within(1.0, asyncio.sleep(0.5, "answer")) == "answer"
     assert await within(math.inf, asyncio.sleep(1e3, "late")) == "late"
 
@@ -45,7 +45,7 @@ async def test_an_answer_an_error_and_none() -> None:
 
 @virtual_time
 async def test_after_a_sleep_the_answer_is_still_waited_for() -> None:
-    """What was said during the sleep is heard; who is silent then has the whole limit."""
+    """An answer sent during the sleep is received; without one, the full limit starts again."""
     answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     slept: list[float] = []
     waiting = asyncio.ensure_future(within(60.0, answer, slept.append))
@@ -60,7 +60,7 @@ async def test_after_a_sleep_the_answer_is_still_waited_for() -> None:
 
 @virtual_time
 async def test_after_a_sleep_the_limit_holds_again() -> None:
-    """Who stays silent is found out all the same."""
+    """A peer that stays silent is still detected."""
     never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     waiting = asyncio.ensure_future(within(60.0, never))
     await asyncio.sleep(30.0)
@@ -73,7 +73,7 @@ async def test_after_a_sleep_the_limit_holds_again() -> None:
 
 @virtual_time
 async def test_who_waits_can_be_cancelled() -> None:
-    """And what it waits for is cancelled with it."""
+    """The awaited operation is cancelled with its waiter."""
     never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     waiting = asyncio.ensure_future(within(60.0, never))
     await asyncio.sleep(1.0)
@@ -85,7 +85,7 @@ async def test_who_waits_can_be_cancelled() -> None:
 
 @virtual_time
 async def test_an_alarm_that_was_slept_over_is_set_again() -> None:
-    """It rings after its delay, or after a whole delay more when it should have rung during a sleep; not when cancelled."""
+    """It rings after its delay; if that fell into a sleep, after one more full delay; never when cancelled."""
     rung_s: list[float] = []
     Alarm(10.0, lambda: rung_s.append(now_s()))
     await asyncio.sleep(11.0)

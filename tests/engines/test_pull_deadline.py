@@ -1,4 +1,8 @@
-"""A pull whose time is over is not begun, and one that was complete too late is not used; against vLLM's own scheduler and worker."""
+"""
+A pull past its deadline is not started, and one that completes too late is not used.
+
+Runs against vLLM's own scheduler and worker.
+"""
 
 import time
 from pathlib import Path
@@ -25,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
 def bed(model: Path, request: pytest.FixtureRequest) -> SchedulerBed:
-    """A scheduler that has nothing yet."""
+    """An empty scheduler."""
     return make_bed(model, asynchronous=request.param)
 
 
@@ -34,7 +38,7 @@ def _add(bed: SchedulerBed, request_id: str, pull_before_s: float) -> None:
 
 
 def test_a_resume_whose_time_is_over(bed: SchedulerBed) -> None:
-    """It is computed anew and gets its tokens; the worker only tells the source that it does not need the blocks."""
+    """The request is recomputed and gets its tokens; the worker only tells the source that no blocks are needed."""
     _add(bed, "late", time.monotonic() - 0.001)
     bed.steps(8)
     assert bed.tokens["late"] == [7] * 4
@@ -44,7 +48,7 @@ def test_a_resume_whose_time_is_over(bed: SchedulerBed) -> None:
 
 
 def test_the_worker_is_told(bed: SchedulerBed) -> None:
-    """What the step brings to the worker has the deadline of each pull that begins with it, and not of others."""
+    """The step's metadata for the worker has the deadline of every pull that begins with it, and no others."""
     before_s = time.monotonic() + 3600
     _add(bed, "soon", before_s)
     bed.add("whenever", PROMPT, bed.words(greedy(14), **TICKET))
@@ -60,7 +64,7 @@ def test_a_pull_that_has_failed_leaves_nothing_in_the_prefix_cache(bed: Schedule
     """
     Blocks that were read too late never become a prefix of other requests.
 
-    The request is computed anew instead.
+    The request is recomputed instead.
     """
     bed.pulls_come = False
     _add(bed, "late", time.monotonic() + 3600)
@@ -91,7 +95,7 @@ def _worker(now_s: float, deadlines: dict[str, float]) -> Any:
 
 
 def test_a_read_that_is_complete_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two reads that have come to their end, the late one has failed; one without a deadline has not."""
+    """Of two completed reads, the late one has failed; a read without a deadline has not."""
     side = _worker(10.0, {"late": 10.0, "in time": 10.1})
     done = {"late", "in time", "whenever"}
     monkeypatch.setattr(NixlPullConnectorWorker, "_pop_done_transfers", lambda *_: (set(done), {"broken"}))
@@ -99,7 +103,7 @@ def test_a_read_that_is_complete_too_late(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_nothing_is_kept_of_pulls_that_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However they ended."""
+    """Neither of those that succeeded nor of those that failed."""
     side = _worker(10.0, {"late": 9.0, "in time": 11.0, "under way": 12.0})
     results = SimpleNamespace(finished_sending=set(), finished_recving={"late", "in time"}, failed_recving={"late"})
     monkeypatch.setattr(NixlPullConnectorWorker, "get_transfer_results", lambda _: results)
@@ -108,7 +112,7 @@ def test_nothing_is_kept_of_pulls_that_have_ended(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_read_whose_time_is_over_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has failed; a mere word to the source that nothing is needed goes out, whenever."""
+    """The read fails; a mere notice to the source that its blocks are not needed goes out at any time."""
     begun: list[str] = []
     monkeypatch.setattr(
         NixlPullConnectorWorker, "_read_blocks_for_req", lambda _, request_id, _meta: begun.append(request_id)

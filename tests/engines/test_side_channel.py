@@ -1,4 +1,4 @@
-"""The side channel of an instance: answers questions, survives everything else, is opened again when it was closed."""
+"""An instance's side channel answers questions, survives everything else, and is reopened when it was closed."""
 
 import socket
 import threading
@@ -47,14 +47,14 @@ class Opened:
 
 @pytest_asyncio.fixture
 async def opened() -> AsyncIterator[Opened]:
-    """One, closed afterwards."""
+    """An open side channel, closed afterwards."""
     opened = Opened()
     yield opened
     opened.stop.set()
 
 
 async def test_it_answers(opened: Opened) -> None:
-    """As vLLM's workers ask: metadata and our clock."""
+    """It answers what vLLM's workers ask (metadata) and what we ask (the clock)."""
     assert await answers(LOOPBACK, opened.port)
     with zmq.Context() as context, context.socket(zmq.REQ) as sock:
         sock.setsockopt(zmq.RCVTIMEO, 30_000)
@@ -67,7 +67,7 @@ async def test_it_answers(opened: Opened) -> None:
 
 @pytest.mark.parametrize("frames", RUBBISH, ids=range(len(RUBBISH)))
 async def test_it_survives_rubbish(opened: Opened, frames: list[bytes]) -> None:
-    """Messages that are none are dropped; the next question is answered by the same thread."""
+    """Malformed messages are dropped; the same thread answers the next question."""
     with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
         sock.setsockopt(zmq.LINGER, 1000)
         sock.connect(f"tcp://{LOOPBACK}:{opened.port}")
@@ -77,14 +77,14 @@ async def test_it_survives_rubbish(opened: Opened, frames: list[bytes]) -> None:
 
 
 async def test_it_survives_who_speaks_no_zmq(opened: Opened) -> None:
-    """Bytes of another protocol, and connections that say nothing."""
+    """It survives bytes of another protocol, and connections that say nothing."""
     with socket.create_connection((LOOPBACK, opened.port)), socket.create_connection((LOOPBACK, opened.port)) as web:
         web.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
         assert await answers(LOOPBACK, opened.port)
 
 
 async def test_it_is_opened_again(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When its thread has ended by whatever fault, a look at it opens it on the same port."""
+    """When its thread has ended for whatever reason, the next check reopens it on the same port."""
 
     def fail(*_: object) -> None:
         raise zmq.ZMQError(zmq.ENOTSOCK)
@@ -100,7 +100,7 @@ async def test_it_is_opened_again(opened: Opened, monkeypatch: pytest.MonkeyPatc
 
 
 async def test_it_says_so_when_it_cannot_be_opened(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody else has taken the port: `listens` says no, and yes again when the port is free."""
+    """While somebody else has the port, `listens` is false; it is true again once the port is free."""
 
     def fail(*_: object) -> None:
         raise zmq.ZMQError(zmq.ENOTSOCK)

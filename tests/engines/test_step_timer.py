@@ -1,4 +1,4 @@
-"""Steps as the engine times them: what was in them, and seconds that add up to the wall time of a busy engine."""
+"""The engine's step times: the contents of each step, and seconds that add up to a busy engine's wall time."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +11,14 @@ from cascadeinfer.engines.vllm.connector.step_timer import STEPS_KEPT, StepTimer
 
 
 class Clock:
-    """A clock that tests move."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
-        """At zero."""
+        """Start at zero."""
         self.now_s = 0.0
 
     def __call__(self) -> float:
-        """Seconds."""
+        """The time in seconds."""
         return self.now_s
 
 
@@ -40,7 +40,7 @@ def output(
 
 
 def test_a_step_carries_what_was_in_it() -> None:
-    """Decodes count one each with the KV they read; chunks count their tokens and the context of each."""
+    """A decode counts as one, with the KV it reads; a chunk counts its tokens and the context of each."""
     timer = StepTimer(Clock())
     timer.scheduled(output({"new": (0, 100), "late": (50, 10)}, {"a": (19, 1), "b": (299, 1)}))
     timer.ended(busy=False)
@@ -50,7 +50,7 @@ def test_a_step_carries_what_was_in_it() -> None:
 
 
 def test_busy_steps_follow_each_other() -> None:
-    """While requests are left a step begins where the one before ended; after idling it begins when it is scheduled."""
+    """While requests remain, a step begins when the previous one ended; after idling, when it is scheduled."""
     clock = Clock()
     timer = StepTimer(clock)
     one = output({}, {"a": (9, 1)})
@@ -63,7 +63,7 @@ def test_busy_steps_follow_each_other() -> None:
 
 
 def test_asynchronous_steps_are_timed_end_to_end() -> None:
-    """A step scheduled while another runs begins when that one ends, so that overlapping steps are not counted twice."""
+    """A step scheduled during another begins when that one ends, so overlapping time is not counted twice."""
     clock = Clock()
     timer = StepTimer(clock)
     timer.scheduled(output({"a": (0, 64)}))
@@ -82,7 +82,7 @@ def test_asynchronous_steps_are_timed_end_to_end() -> None:
 
 
 def test_the_last_request_aborted_ends_the_busy_time() -> None:
-    """When what was left is aborted between two steps, the time until the next request is idle."""
+    """When the remaining requests are aborted between two steps, the time until the next request is idle."""
     clock = Clock()
     timer = StepTimer(clock)
     one = output({}, {"a": (9, 1)})
@@ -97,7 +97,7 @@ def test_the_last_request_aborted_ends_the_busy_time() -> None:
 
 
 def test_empty_steps_are_no_samples() -> None:
-    """A step that computes nothing (it waits for KV to arrive) is not a sample, and its time is in none."""
+    """A step that computes nothing (it waits for KV) is not a sample, and no sample includes its time."""
     clock = Clock()
     timer = StepTimer(clock)
     timer.scheduled(output({}))
@@ -111,7 +111,7 @@ def test_empty_steps_are_no_samples() -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """Nobody asks: the newest steps are kept."""
+    """If nobody reads them, only the newest steps are kept."""
     timer = StepTimer(Clock())
     for i in range(STEPS_KEPT + 10):
         timer.scheduled(output({}, {"a": (i, 1)}))
@@ -129,7 +129,7 @@ def test_drafts_are_no_prompt() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 512)), max_size=20))
 def test_features_count_every_token(entries: list[tuple[int, int]]) -> None:
-    """Decodes and prompt tokens add up to the tokens scheduled, and the longest is no longer than all."""
+    """Decodes and prompt tokens add up to the scheduled tokens, and the longest is no longer than their total."""
     n_decode, kv, longest, prefill, attention = features_of(entries)
     assert n_decode + prefill == sum(new for _, new in entries)
     assert longest <= kv
@@ -137,7 +137,7 @@ def test_features_count_every_token(entries: list[tuple[int, int]]) -> None:
 
 
 def test_each_front_end_process_takes_every_step() -> None:
-    """What one has taken the other still gets; one that has just come, or come again, gets what follows."""
+    """Each front-end process gets every step, whoever reads first; a new or restarted one gets those from now on."""
     clock = Clock()
     timer = StepTimer(clock)
     taken: dict[int, list[int]] = {0: [], 1: []}

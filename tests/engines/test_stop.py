@@ -14,7 +14,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 class Client:
-    """A client whose engine is a sleeping process, and whose shutdown fails as vLLM's does when a worker ends meanwhile."""
+    """A client whose engine is a sleeping process; its shutdown fails as vLLM's does if a worker ends meanwhile."""
 
     def __init__(self) -> None:
         """Start the process."""
@@ -26,16 +26,16 @@ class Client:
         self.resources: Any = self
 
     def __call__(self) -> None:
-        """Of the resources: close sockets."""
+        """The resources' cleanup: closes the sockets."""
         self.is_cleaned = True
 
     @property
     def engine_manager(self) -> Any:
-        """Of the resources."""
+        """The resources' engine manager."""
         return SimpleNamespace(processes=[self.process], shutdown=self._manager_shutdown)
 
     def shutdown(self, timeout_s: float) -> None:
-        """Fails half-way."""
+        """Fail half-way."""
         assert timeout_s == 0.0
         raise psutil.NoSuchProcess(1)
 
@@ -45,7 +45,7 @@ class Client:
 
 
 def test_shutdown_is_brought_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine is dead afterwards, even if a second try to kill it fails as the first did, and the client's sockets are closed."""
+    """The engine is dead even if a second attempt to kill it fails like the first; the client's sockets are closed."""
     client = Client()
     kill = ending.kill_process_tree
     tries: list[int] = []

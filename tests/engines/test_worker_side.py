@@ -1,4 +1,4 @@
-"""The connector's half in a worker: a pull that cannot begin is one that has failed."""
+"""The connector's worker side: a pull that cannot begin counts as failed."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from cascadeinfer.engines.vllm.connector.worker_side import CascadeWorkerSide
 
 @pytest.mark.parametrize("fault", [NotImplementedError, AssertionError, KeyError, IndexError])
 def test_a_pull_that_cannot_begin(monkeypatch: pytest.MonkeyPatch, fault: type[Exception]) -> None:
-    """It is told as failed, so that the scheduler computes what it should have brought; the pull after it begins."""
+    """The pull is reported as failed, so that the scheduler recomputes its tokens; the next pull begins."""
     begun: list[str] = []
 
     def read_blocks(_: Any, request_id: str, meta: Any) -> None:  # noqa: ARG001 - NIXL's signature

@@ -1,4 +1,4 @@
-"""The evaluation's page: what is in its results file is what is in its tables, and nothing else."""
+"""The evaluation's page: its tables hold what is in its results file, and nothing else."""
 
 import importlib
 import math
@@ -25,13 +25,13 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def figures_of(cells: ModuleType, norm_ms: float, **changes: float) -> Any:
-    """Figures of a cell; all that is not named is 1."""
+    """A cell's figures; all that are not named are 1."""
     values: dict[str, Any] = {field.name: 1 for field in fields(cells.Figures)} | {"code": "abc", "norm_ms": norm_ms}
     return cells.Figures(**(values | changes))
 
 
 def test_results_survive_the_file(script: Any, tmp_path: Path) -> None:
-    """What is appended is read back, and a rewritten file has the wanted cells in the wanted order."""
+    """Appended cells are read back, and a rewritten file has the wanted cells in the wanted order."""
     cells = script("cells")
     file = tmp_path / "cells.csv"
     first = cells.Cell("p", "t", 0.85, "cascade", 0)
@@ -47,7 +47,7 @@ def test_results_survive_the_file(script: Any, tmp_path: Path) -> None:
 
 
 def test_ratios_are_of_the_same_seed(script: Any) -> None:
-    """Seed by seed, averaged geometrically; a missing cell leaves nothing to say."""
+    """Ratios are taken seed by seed and averaged geometrically; a missing cell leaves no ratio."""
     cells, compare = script("cells"), script("compare")
     point = compare.Point("p", "t", 0.85)
     results = {
@@ -71,7 +71,7 @@ def test_ratios_are_of_the_same_seed(script: Any) -> None:
 
 
 def test_the_rate_within_a_limit_lies_between_the_loads_that_were_run(script: Any) -> None:
-    """Half way between a load that keeps it by as much as the next one misses it."""
+    """The rate is half-way between a load that keeps the limit and one that misses it by as much."""
     cells, compare, grid = script("cells"), script("compare"), script("grid")
     loads = (*grid.LOADS, grid.OVERLOAD)
     shares = dict(zip(loads, (1.0, 0.95, 0.85, 0.5, 0.1), strict=True))
@@ -89,7 +89,10 @@ def test_the_rate_within_a_limit_lies_between_the_loads_that_were_run(script: An
 
 
 def test_the_page_holds_the_results_and_keeps_its_words(script: Any, tmp_path: Path) -> None:
-    """Tables are put between the markers, with the ratio of the point that was run and `-` for all others; points above 1 are named."""
+    """
+    Tables replace what was between the markers: the ratio at the point that was run and `-` elsewhere. Points above 1
+    are named.
+    """
     cells, compare, grid, page_of = script("cells"), script("compare"), script("grid"), script("page")
     page = tmp_path / "evaluation.md"
     page.write_text(PAGE)

@@ -1,4 +1,4 @@
-"""Policies as experiments know them: names, plans to start with, switches."""
+"""Policies as experiments name them: names, initial plans, switches."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def setting() -> Setting:
 
 
 def test_names_are_policies_and_their_variants() -> None:
-    """Every policy, and one name per switch; what is neither, or comes twice, is refused."""
+    """A name is a policy, or a policy with a switch; anything else, and a duplicate, is refused."""
     names = policy_names()
     assert set(POLICIES) < set(names)
     assert {"cascade-cold", "cascade-no-refine", "cascade-static"} < set(names)
@@ -33,7 +33,7 @@ def test_names_are_policies_and_their_variants() -> None:
 
 @pytest.mark.parametrize("name", policy_names())
 def test_every_policy_is_made(setting: Setting, name: str) -> None:
-    """With the plan for the workload where it starts with one, and its switches."""
+    """It is made with the workload's plan where it starts with one, and with its switches."""
     plan = setting.plan(RATE_RPS) if starts_with_plan(name) else None
     spec = policy_spec(name, setting, plan)
     spec.make()
@@ -43,7 +43,7 @@ def test_every_policy_is_made(setting: Setting, name: str) -> None:
 
 
 def test_who_starts_with_a_plan() -> None:
-    """Those whose stages are the planner's, but for the one that has to find them itself."""
+    """Policies whose stages are the planner's start with a plan, except the one that has to find it itself."""
     planned = {name for name in policy_names() if starts_with_plan(name)}
     assert planned == {"static_stages", *(name for name in policy_names() if name.startswith("cascade"))} - {
         "cascade-cold"
@@ -51,7 +51,7 @@ def test_who_starts_with_a_plan() -> None:
 
 
 def test_switches_reach_the_policy(setting: Setting) -> None:
-    """A variant's options are those of its policy and its own over them."""
+    """A variant's options are its policy's, overridden by its own."""
     plan = setting.plan(RATE_RPS)
     whole = policy_spec("cascade", setting, plan).options
     assert policy_spec("cascade-static", setting, plan).options == {**whole, "refine": False, "replan": False}

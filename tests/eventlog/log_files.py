@@ -48,14 +48,14 @@ FAULTS = FaultPlan(
 
 
 def header_for(spec: PolicySpec, **changes: object) -> Header:
-    """A header of a run on the small cluster."""
+    """A header for a run on the small cluster."""
     return header_of(spec, source="simulator", instances=IDS, commit=None, **changes)
 
 
 def simulated_log(
     path: Path, spec: PolicySpec, *, requests: int = 120, seed: int = 0
 ) -> list[tuple[Event, list[Effect]]]:
-    """Write the log of a run with a crash, a drain and lost messages; what happened is returned too."""
+    """Write the log of a run with a crash, a drain and lost messages; also returns what happened."""
     rng = np.random.default_rng(seed)
     prompts = rng.integers(1, 200, size=requests)
     trace = Trace.from_columns(
@@ -87,12 +87,12 @@ def simulated_log(
 
 
 def arrival(number: int, **changes: object) -> RequestArrived:
-    """A request comes."""
+    """A request arrives."""
     return RequestArrived(f"r{number}", f"r{number}", 10, 20, **changes)
 
 
 def lines_of(path: Path) -> list[bytes]:
-    """The file's lines, with their ends."""
+    """The file's lines, with their line ends."""
     return path.read_bytes().splitlines(keepends=True)
 
 

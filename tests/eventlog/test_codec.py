@@ -1,4 +1,4 @@
-"""Events, effects and options as JSON: everything comes back as it was, and nothing else is taken."""
+"""Events, effects and options as JSON: all come back unchanged, and nothing else is accepted."""
 
 import math
 import typing
@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def through_json(wire: Wire, value: Any) -> Any:
-    """A value written and read."""
+    """A value, encoded and decoded."""
     assert wire.out is not None
     assert wire.back is not None
     return wire.back(msgspec.json.decode(msgspec.json.encode(wire.out(value)), type=wire.hint))
@@ -59,7 +59,7 @@ def through_json(wire: Wire, value: Any) -> Any:
 
 @given(EVENTS)
 def test_events_come_back(event: Event) -> None:
-    """Every event comes back equal, whatever is in it."""
+    """Every event comes back equal, whatever it contains."""
     assert through_json(wire_of(Event), event) == event
 
 
@@ -71,7 +71,7 @@ def test_effects_come_back(effect: Effect) -> None:
 
 @pytest.mark.parametrize("union", [Event, Effect])
 def test_unions_are_written_whole(union: Any) -> None:
-    """Each member of the closed unions has a form of its own, under its class's name."""
+    """Each member of the closed unions has its own form, under its class's name."""
     schema = msgspec.json.schema(wire_of(union).hint)
     assert set(schema["discriminator"]["mapping"]) == {member.__name__ for member in typing.get_args(union)}
 
@@ -109,7 +109,7 @@ def test_options_come_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_every_option_has_a_form(name: str) -> None:
-    """Every option of every policy can be written, but for functions (a planner of a test's own)."""
+    """Every option of every policy can be written, except functions (a test's own planner)."""
     for option, hint in typing.get_type_hints(POLICIES[name].make.__init__).items():
         if option not in {"return", "planner"}:
             wire_of(hint)
@@ -123,6 +123,6 @@ def test_functions_are_refused() -> None:
 
 @given(st.sampled_from([{"speed": 1}, {"migrate": "yes"}, {"interval_s": None}]))
 def test_wrong_options_are_refused(written: dict[str, Any]) -> None:
-    """Options that the policy does not have, or of the wrong type, are refused by name."""
+    """Options that the policy lacks, or of the wrong type, are refused by name."""
     with pytest.raises((TypeError, ValueError), match=next(iter(written))):
         options_back(POLICIES["llumnix"].make, written)

@@ -1,4 +1,4 @@
-"""Reading event logs that are not as they should be: each says file and line, or is read as far as it goes."""
+"""Reading damaged event logs: the error names file and line, or the log is read as far as it goes."""
 
 import gzip
 from pathlib import Path
@@ -12,20 +12,20 @@ from cascadeinfer.eventlog.reader import open_log
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short log without faults of its own."""
+    """A short, undamaged log."""
     path = tmp_path_factory.mktemp("log") / "good.jsonl"
     simulated_log(path, SPECS["static_stages"], requests=20)
     return path
 
 
 def read(path: Path) -> tuple[int, list[str]]:
-    """How many events a log has, and the notes."""
+    """How many events a log has, and its notes."""
     log = open_log(path)
     return sum(1 for _ in log), log.notes
 
 
 def test_a_whole_log_has_nothing_to_note(good: Path) -> None:
-    """A log that ended in good order is read without a note, as often as one likes."""
+    """A properly closed log is read without a note, any number of times."""
     n = len(lines_of(good)) - 2
     log = open_log(good)
     assert [sum(1 for _ in log), sum(1 for _ in log)] == [n, n]
@@ -34,7 +34,7 @@ def test_a_whole_log_has_nothing_to_note(good: Path) -> None:
 
 @pytest.mark.parametrize("cut_bytes", [1, 20])
 def test_a_line_cut_short_at_the_end_is_noted(good: Path, tmp_path: Path, cut_bytes: int) -> None:
-    """After a crash the last line may be cut: what is before it is read, and the note says which line it was."""
+    """After a crash the last line may be cut: all before it is read, and the note names the line."""
     lines = lines_of(good)[:10]
     cut = write_lines(tmp_path / "cut", [*lines[:-1], lines[-1][:-cut_bytes]])
     n, notes = read(cut)
@@ -43,14 +43,14 @@ def test_a_line_cut_short_at_the_end_is_noted(good: Path, tmp_path: Path, cut_by
 
 
 def test_a_log_without_its_last_line_is_noted(good: Path, tmp_path: Path) -> None:
-    """A log that ends between two lines without saying so was still being written."""
+    """A log that ends between two lines without an end marker was still being written."""
     n, notes = read(write_lines(tmp_path / "open", lines_of(good)[:10]))
     assert n == 9
     assert "no last line" in notes[0]
 
 
 def test_compressed_logs_are_read_by_content(good: Path, tmp_path: Path) -> None:
-    """A compressed log is read whatever its name; one that breaks off is read as far as it goes."""
+    """A compressed log is read whatever its name, and as far as it goes if it is truncated."""
     packed = gzip.compress(good.read_bytes())
     whole = write_lines(tmp_path / "packed.jsonl", [packed])
     assert read(whole) == read(good)
@@ -100,7 +100,7 @@ def test_what_is_wrong_is_told_with_its_line(good: Path, tmp_path: Path, change:
 
 
 def test_no_file_is_told(tmp_path: Path) -> None:
-    """A file that is not there is an error that names it."""
+    """A missing file is an error that names it."""
     with pytest.raises(EventLogError, match="nothing"):
         open_log(tmp_path / "nothing")
 
@@ -117,7 +117,7 @@ def test_no_file_is_told(tmp_path: Path) -> None:
 def test_unknown_policies_and_options_are_told(
     good: Path, tmp_path: Path, old: bytes, new: bytes, message: str
 ) -> None:
-    """A policy or option that this version lacks, or options that make no sense, are errors of line 1."""
+    """A policy or option that this version lacks, or inconsistent options, are errors of line 1."""
     lines = lines_of(good)
     assert old in lines[0]
     log = open_log(write_lines(tmp_path / "other", [lines[0].replace(old, new), *lines[1:]]))

@@ -1,4 +1,4 @@
-"""Replaying: the same policy does the same again; anything else is found where it begins. Stories and sums of a log."""
+"""Replay: the same policy does the same again, and a difference is found where it begins. Stories and sums of a log."""
 
 from collections import Counter
 from dataclasses import replace
@@ -18,7 +18,7 @@ from cascadeinfer.eventlog.story import find_request, story_of
 
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_every_policy_does_the_same_again(name: str, tmp_path: Path) -> None:
-    """A simulated run with a crash, a drain and lost messages, replayed: the same effects for each event, all there."""
+    """A simulated run with a crash, a drain and lost messages, replayed: the same effects for every event."""
     path = tmp_path / "log.gz"
     seen = simulated_log(path, SPECS[name])
     done = replay(open_log(path))
@@ -40,7 +40,7 @@ def test_the_log_has_what_happened(tmp_path: Path) -> None:
 
 
 def test_the_first_difference_is_found(tmp_path: Path) -> None:
-    """A log whose 4th dispatch names another instance: the replay stops there, with both views and what was before."""
+    """A log whose 4th dispatch names another instance: the replay stops there, with both versions and what preceded."""
     path = tmp_path / "log"
     simulated_log(path, SPECS["round_robin"])
     lines = lines_of(path)
@@ -59,7 +59,7 @@ def test_the_first_difference_is_found(tmp_path: Path) -> None:
 
 
 def test_another_option_is_a_difference(tmp_path: Path) -> None:
-    """A log replayed with another option than it was written with departs from it."""
+    """A log that is replayed with another option than it was written with differs."""
     path = tmp_path / "log"
     simulated_log(path, SPECS["static_stages"])
     lines = lines_of(path)
@@ -69,7 +69,7 @@ def test_another_option_is_a_difference(tmp_path: Path) -> None:
 
 
 def test_a_gap_ends_the_comparison(tmp_path: Path) -> None:
-    """Where events are missing the replay says how far it came, and that it cannot go on."""
+    """Where events are missing, the replay reports how far it came, and that it cannot continue."""
     path = tmp_path / "log"
     simulated_log(path, SPECS["round_robin"])
     lines = lines_of(path)
@@ -81,7 +81,7 @@ def test_a_gap_ends_the_comparison(tmp_path: Path) -> None:
 
 
 def test_a_log_without_its_beginning_is_not_replayed(tmp_path: Path) -> None:
-    """Once rotation has deleted the first part, a replay is refused and says what would have kept it."""
+    """Once rotation has deleted the first part, a replay is refused with a hint on how to keep it."""
     path = tmp_path / "log"
     simulated_log(path, SPECS["round_robin"])
     lines = lines_of(path)
@@ -93,7 +93,7 @@ def test_a_log_without_its_beginning_is_not_replayed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [b"{}", b'{"layout":null}', b'{"boundaries_tokens":[9,3]}'])
 def test_a_policy_that_cannot_be_made_is_told(tmp_path: Path, options: bytes) -> None:
-    """Options that are missing, or contradict one another, are errors of line 1, not tracebacks."""
+    """Options that are missing or contradict each other are errors of line 1, not tracebacks."""
     path = tmp_path / "log"
     name = "static_length" if b"boundaries" in options else "static_stages"
     simulated_log(path, SPECS["round_robin"], requests=5)
@@ -105,7 +105,7 @@ def test_a_policy_that_cannot_be_made_is_told(tmp_path: Path, options: bytes) ->
 
 
 def test_a_failure_is_replayed_as_a_failure(tmp_path: Path) -> None:
-    """An event at which the policy raised must raise the same again; one that does not is a difference."""
+    """At an event at which the policy raised, it must raise again; if it does not, that is a difference."""
     path = tmp_path / "log"
     simulated_log(path, SPECS["round_robin"])
     lines = lines_of(path)
@@ -155,7 +155,7 @@ def test_a_story_has_every_part_of_a_life(tmp_path: Path) -> None:
 
 
 def test_every_story_begins_and_ends(tmp_path: Path) -> None:
-    """Each request's story begins with its arrival and ends with its end; orphans are dispatched again."""
+    """Each request's story begins with its arrival and ends with its end."""
     path = tmp_path / "log"
     simulated_log(path, SPECS["cascade"])
     log = open_log(path)
@@ -164,7 +164,7 @@ def test_every_story_begins_and_ends(tmp_path: Path) -> None:
 
 
 def test_requests_are_found_by_the_beginning_of_their_ids(tmp_path: Path) -> None:
-    """An exact id wins over longer ones, a unique beginning is enough, and several or none are told."""
+    """An exact id wins over longer ones; a unique prefix is enough; none or several matches are reported."""
     path = tmp_path / "log"
     simulated_log(path, SPECS["least_loaded"])
     log = open_log(path)

@@ -1,4 +1,4 @@
-"""The event log of a simulation: whole, or up to where the run broke off, or not there at all; never half a file."""
+"""The event log of a simulation: whole, or up to where the run failed, or not there at all, but never half a file."""
 
 import errno
 import io
@@ -19,19 +19,19 @@ NAMES = pytest.mark.parametrize("name", ["log", "log.gz"])
 
 
 class SmallDisk(io.FileIO):
-    """A file on a disk that has room for so many bytes."""
+    """A file on a disk with room for a number of bytes."""
 
     room_bytes = 0
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
-        """Fails when they are used up."""
+        """Fail once they are used up."""
         if self.tell() + len(data) > self.room_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return super().write(data)
 
 
 def put_on_small_disk(monkeypatch: pytest.MonkeyPatch, room_bytes: int) -> None:
-    """From now on logs are written to a disk that is nearly full, through a buffer as always."""
+    """From now on, logs are written to a nearly full disk, through a buffer as usual."""
     monkeypatch.setattr(SmallDisk, "room_bytes", room_bytes)
 
     def opened(path: Path, mode: str, opener: Callable[[str, int], int]) -> io.BufferedWriter:
@@ -41,7 +41,7 @@ def put_on_small_disk(monkeypatch: pytest.MonkeyPatch, room_bytes: int) -> None:
 
 
 def write_events(path: Path, count: int) -> None:
-    """A log of so many events."""
+    """A log of this many events."""
     with write_log_file(path, HEADER) as write:
         for number in range(count):
             write(float(number), arrival(number), [])
@@ -50,7 +50,7 @@ def write_events(path: Path, count: int) -> None:
 @NAMES
 @pytest.mark.parametrize("count", [0, 10_000], ids=["at the end", "in the middle"])
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> None:
-    """Whether the disk refuses the last bytes or those of some event, the error names option and file, and no file is left."""
+    """Whether the disk fills at some event or at the last bytes, the error names option and file; no file is left."""
     put_on_small_disk(monkeypatch, room_bytes=50)
     with pytest.raises(ConfigError) as caught:
         write_events(tmp_path / name, count)
@@ -62,7 +62,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @NAMES
 def test_an_earlier_log_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """What was there before is as it was."""
+    """The earlier log is unchanged."""
     write_events(tmp_path / name, 3)
     before = (tmp_path / name).read_bytes()
     put_on_small_disk(monkeypatch, room_bytes=50)
@@ -73,7 +73,7 @@ def test_an_earlier_log_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says that it is not allowed."""
+    """The error says that permission was denied."""
 
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -86,8 +86,8 @@ def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @NAMES
 def test_a_run_that_breaks_off_leaves_its_events(tmp_path: Path, name: str) -> None:
-    """An exception of the run goes on to the caller, and the log holds what led to it; a reader is told that the end is missing."""
-    with pytest.raises(ZeroDivisionError), write_log_file(tmp_path / name, HEADER) as write:  # noqa: PT012 - the block is the run
+    """The run's exception reaches the caller; the log holds what led to it, and readers are told that it is cut off."""
+    with pytest.raises(ZeroDivisionError), write_log_file(tmp_path / name, HEADER) as write:  # noqa: PT012 - that is the run
         write(0.0, arrival(0), [])
         write(1.0, arrival(1), [])
         _ = 1 / 0
@@ -98,7 +98,7 @@ def test_a_run_that_breaks_off_leaves_its_events(tmp_path: Path, name: str) -> N
 
 
 def test_a_pipe_is_written_to_as_it_is(tmp_path: Path) -> None:
-    """Each event is in the pipe before the run goes on to its end, and the pipe stays one."""
+    """Events go directly into the pipe, and the pipe is not replaced by a file."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)

@@ -30,7 +30,7 @@ def start_log(path: Path, *, max_bytes: int = MB, files: int = 4, buffered_event
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    """Events come back in order with numbers, times, effects and failures; the log has an end and nothing to note."""
+    """Events come back in order, with numbers, times, effects and failures; the log has an end and no notes."""
     log = start_log(tmp_path / "log")
     placed = Dispatch("r1", "r1", "a")
     log(1.5, arrival(1), [placed])
@@ -68,7 +68,7 @@ def test_files_are_rotated_compressed_and_bounded(tmp_path: Path) -> None:
 
 
 def test_an_earlier_log_moves_aside(tmp_path: Path) -> None:
-    """A server that starts again does not write into the old log, nor mix with it when it is read."""
+    """A restarted server does not write into the old log, and the two are not mixed up when read."""
     for run in range(2):
         log = start_log(tmp_path / "log")
         for i in range(3 + run):
@@ -96,7 +96,10 @@ class Held(EventLog):
 
 
 def test_what_does_not_fit_is_dropped_counted_and_marked(tmp_path: Path) -> None:
-    """With a stuck writer the caller goes on; what does not fit the buffer is counted, and the log says where."""
+    """
+    While the writer is stuck, the caller continues; events that do not fit the buffer are counted and marked in the
+    log.
+    """
     log = Held(tmp_path / "log", buffered_events=5)
     log(0.0, arrival(0), [])
     assert log.writing.wait(10)  # the writer has the first in hand, the buffer is empty
@@ -113,7 +116,7 @@ def test_what_does_not_fit_is_dropped_counted_and_marked(tmp_path: Path) -> None
 
 
 def test_a_gap_in_the_middle_is_marked_before_what_follows(tmp_path: Path) -> None:
-    """Events that come after a gap have their true numbers, and the gap stands before them."""
+    """Events after a gap have their true numbers, and the gap stands before them."""
     log = Held(tmp_path / "log", buffered_events=2)
     log(0.0, arrival(0), [])
     assert log.writing.wait(10)
@@ -149,7 +152,7 @@ def test_a_full_disk_ends_the_log_not_the_server(
 
 
 def test_a_value_that_cannot_be_written_costs_its_line_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """An event with a lone surrogate in a name is left out and counted; those around it are there."""
+    """An event with a lone surrogate in a name is left out and counted; its neighbours are there."""
     log = start_log(tmp_path / "log")
     log(0.0, arrival(0), [])
     log(1.0, TimerFired("\ud800"), [])
@@ -161,7 +164,7 @@ def test_a_value_that_cannot_be_written_costs_its_line_only(tmp_path: Path, capl
 
 
 def test_prefix_hashes_are_replaced(tmp_path: Path) -> None:
-    """Hashes of prompt blocks are not in the log; equal ones stay equal in a log, and differ from log to log."""
+    """Hashes of prompt blocks are replaced: equal ones stay equal within a log, but differ from log to log."""
     hashes = (123_456_789, -5, 1 << 100, 123_456_789)
     seen = []
     for name in ("one", "two"):
@@ -179,7 +182,7 @@ def test_prefix_hashes_are_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing/log", "."])
 def test_unwritable_paths_are_refused(tmp_path: Path, name: str) -> None:
-    """A path in no folder, or of a folder, is a ConfigError that names the option."""
+    """A path in a missing folder, or of a folder, is a ConfigError that names the option."""
     with pytest.raises(ConfigError, match="--event-log"):
         start_log(tmp_path / name)
     with (
@@ -215,7 +218,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.usefixtures("umask")
 def test_all_files_are_for_their_owner_only(tmp_path: Path) -> None:
-    """Newest, full and compressed files are 0600 whatever the umask is."""
+    """The newest, the full and the compressed files have mode 0600, whatever the umask."""
     log = start_log(tmp_path / "log", max_bytes=2000, files=3)
     assert set(modes(tmp_path).values()) == {0o600}
     for i in range(100):
@@ -227,7 +230,7 @@ def test_all_files_are_for_their_owner_only(tmp_path: Path) -> None:
 
 
 def test_a_file_is_never_open_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file that is made is asked for with mode 0600: there is no moment between making and closing it."""
+    """Each file is created with mode 0600, so that it is never readable by others, not even briefly."""
     asked: list[int] = []
     real = os.open
 
@@ -246,7 +249,7 @@ def test_a_file_is_never_open_to_others(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_files_of_an_earlier_run_are_closed_to_others(tmp_path: Path) -> None:
-    """What an earlier version has left readable is tightened, compressed files too; others' names are left alone."""
+    """Logs that an earlier version left readable are tightened, also compressed ones; other files are left alone."""
     start_log(tmp_path / "log").close()
     (tmp_path / "log.1.gz").write_bytes(gzip.compress(b""))
     (tmp_path / "other").write_bytes(b"")
@@ -257,7 +260,7 @@ def test_files_of_an_earlier_run_are_closed_to_others(tmp_path: Path) -> None:
 
 
 def test_a_readable_file_that_cannot_be_tightened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody else's file is not written to: others would read along."""
+    """A file of another owner is not written to: its owner could read along."""
     (tmp_path / "log").touch(0o644)
 
     def refuse(*_: int) -> None:
@@ -272,7 +275,7 @@ def test_a_disk_that_is_full_at_a_rotation_leaves_no_half_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """
-    When a full file cannot be compressed the log ends and says why; the full file stays, a half compressed one does
+    When a full file cannot be compressed, the log ends and says why; the full file stays, a half compressed one does
     not.
     """
 
@@ -290,7 +293,7 @@ def test_a_disk_that_is_full_at_a_rotation_leaves_no_half_file(
 
 
 def test_a_log_whose_folder_is_deleted_ends_at_the_rotation(tmp_path: Path) -> None:
-    """The open file is written to its end; the next one cannot be made, and that is all that happens."""
+    """The open file is written to its end; only the next one cannot be created."""
     folder = tmp_path / "logs"
     folder.mkdir()
     log = start_log(folder / "log", max_bytes=500, files=3)

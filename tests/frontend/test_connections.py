@@ -32,7 +32,7 @@ POST_CHUNKED = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key
 
 
 class EchoApp:
-    """Answers with the length of the body; remembers the longest part of one that it was given, and disconnects."""
+    """Answers with the body's length; records the most bytes it was given of one body, and disconnects."""
 
     def __init__(self) -> None:
         self.most_bytes = 0
@@ -58,13 +58,13 @@ class EchoApp:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for a fact that nothing announces."""
+    """Wait for a condition that nothing announces."""
     while not condition():  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.01)
 
 
 class LargeApp:
-    """Answers with much, without reading the body."""
+    """Sends a large answer without reading the body."""
 
     N_BYTES = 8 << 20
 
@@ -76,7 +76,7 @@ class LargeApp:
 
 
 class PatientApp:
-    """Answers when the client has left."""
+    """Answers only when the client has left."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG002 - ASGI's
         """See ASGI."""
@@ -88,7 +88,7 @@ class PatientApp:
 async def running(
     limits: ConnectionLimits = LIMITS, app: Any = None, keep_alive_s: float = 30.0
 ) -> AsyncIterator[tuple[tuple[str, int], uvicorn.Server]]:
-    """A server with these limits, on a port of the system's choice."""
+    """A running server with these limits, on a port that the system chooses."""
     door = Door(app or EchoApp(), Keys(["key"], []), max_body_bytes=MAX_BODY_BYTES)
     listener = socket.create_server((LOOPBACK, 0))
     config = uvicorn.Config(
@@ -110,13 +110,13 @@ async def running(
 
 @asynccontextmanager
 async def serving(limits: ConnectionLimits = LIMITS, app: Any = None) -> AsyncIterator[tuple[str, int]]:
-    """Where it listens."""
+    """Run a server; yields its address."""
     async with running(limits, app) as (address, _):
         yield address
 
 
 async def answer(address: tuple[str, int], *parts: bytes) -> bytes:
-    """All that comes back until the server closes the connection."""
+    """Send these parts; returns all that comes back until the server closes the connection."""
     reader, writer = await asyncio.open_connection(*address)
     try:
         for part in parts:
@@ -128,7 +128,7 @@ async def answer(address: tuple[str, int], *parts: bytes) -> bytes:
 
 
 async def test_a_head_that_is_never_finished_is_closed() -> None:
-    """Half a head, nothing at all, and an empty line after a first request: each gets HTTP 408, and the connection is closed."""
+    """Half a head, nothing at all, and an empty line after a first request: each gets HTTP 408 and is closed."""
     async with serving(replace(LIMITS, head_timeout_s=0.2)) as address:
         for part in (GET, b""):
             assert b" 408 " in await answer(address, part)
@@ -141,7 +141,7 @@ async def test_a_head_that_is_never_finished_is_closed() -> None:
 
 
 async def test_a_body_that_is_never_finished_is_closed() -> None:
-    """The app hears that the client is gone, and the connection is closed."""
+    """The app is told that the client is gone, and the connection is closed."""
     app = EchoApp()
     async with serving(replace(LIMITS, body_timeout_s=0.2), app) as address:
         head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\nContent-Length: 10\r\n\r\n"
@@ -150,7 +150,7 @@ async def test_a_body_that_is_never_finished_is_closed() -> None:
 
 
 async def test_a_head_that_is_too_large_is_refused() -> None:
-    """Too many fields, one too long, a target too long; one that just fits is served."""
+    """Too many fields, a field or a target that is too long: refused. One that just fits is served."""
     async with serving() as address:
         for head in (
             GET + b"".join(b"X-%d: y\r\n" % i for i in range(30)),
@@ -163,7 +163,7 @@ async def test_a_head_that_is_too_large_is_refused() -> None:
 
 
 ENDLESS = 64 * LIMITS.max_head_bytes
-"""Far more than may be kept, in pieces that a connection takes."""
+"""Far more than the server may keep, in pieces that a connection takes."""
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ ENDLESS = 64 * LIMITS.max_head_bytes
     ids=["value", "name", "target", "trailer", "chunk extension", "trailer after a body"],
 )
 async def test_what_never_ends_is_not_kept(start: bytes) -> None:
-    """The parser announces a field when it is complete; one that never is ends the connection when it is too large."""
+    """The parser reports only complete fields; one that never completes ends the connection once it is too large."""
     async with serving() as address:
         _, writer = await asyncio.open_connection(*address)
         writer.write(start)
@@ -189,14 +189,14 @@ async def test_what_never_ends_is_not_kept(start: bytes) -> None:
 
 
 async def _written_for_ever(writer: asyncio.StreamWriter) -> None:
-    """Much more than the server may take, until it refuses."""
+    """Write far more than the server may accept, until it refuses."""
     for _ in range(1000):
         writer.write(b"y" * ENDLESS)
         await writer.drain()
 
 
 async def test_a_body_in_small_chunks_passes() -> None:
-    """What is between the chunks is no head, however much of it there is."""
+    """The lines between chunks do not count as a head, however many there are."""
     async with serving() as address:
         chunks = b"1\r\nx\r\n" * 900
         whole = POST_CHUNKED.replace(b"Host: x", b"Host: x\r\nConnection: close") + chunks + b"0\r\n\r\n"
@@ -205,7 +205,7 @@ async def test_a_body_in_small_chunks_passes() -> None:
 
 
 async def test_a_body_that_is_too_large_is_refused() -> None:
-    """One that says so before any of it is read, and a chunked one as soon as it is; the app is given no more than fits."""
+    """By its declared length before anything is read, in chunks once it is too large; the app never gets more."""
     app = EchoApp()
     head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\n"
     async with serving(app=app) as address:
@@ -221,7 +221,7 @@ async def test_a_body_that_is_too_large_is_refused() -> None:
 
 
 async def test_without_a_key_nothing_of_the_body_is_read() -> None:
-    """The refusal comes before the body."""
+    """The refusal comes before the body is read."""
     app = EchoApp()
     async with serving(app=app) as address:
         head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 900\r\n\r\n"
@@ -230,7 +230,10 @@ async def test_without_a_key_nothing_of_the_body_is_read() -> None:
 
 
 async def test_beyond_the_limit_only_probes_are_served() -> None:
-    """While as many connections are open as may be, one more gets HTTP 503, but a probe its answer; far more are closed at once."""
+    """
+    At the limit, one more connection gets HTTP 503, but a probe is answered; far beyond it, connections are closed at
+    once.
+    """
     async with serving() as address:
         held = [await asyncio.open_connection(*address) for _ in range(LIMITS.max_connections)]
         for _, writer in held:
@@ -272,7 +275,7 @@ UNREAD = b"GET /ping HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
 
 @pytest.mark.parametrize("head", [UNAUTHORIZED, UNREAD], ids=["refused", "answered unread"])
 async def test_a_body_after_the_answer_keeps_nothing_open(head: bytes) -> None:
-    """The connection waits for the next request like any other, and no longer; a head that never ends is refused as ever."""
+    """The connection waits for its next request as long as any other; a head that never ends is refused as usual."""
     async with running(app=LargeApp(), keep_alive_s=0.3) as (address, _):
         reader, writer = await asyncio.open_connection(*address)
         writer.write(head)
@@ -295,7 +298,7 @@ async def test_a_body_after_the_answer_keeps_nothing_open(head: bytes) -> None:
 
 
 async def test_a_head_that_never_ends_while_another_request_is_answered() -> None:
-    """It is counted like the first one's."""
+    """Its size is limited like the first one's."""
     async with running(app=PatientApp()) as (address, _):
         _, writer = await asyncio.open_connection(*address)
         writer.write(GET + b"\r\n" + GET + b"X: ")
@@ -306,7 +309,7 @@ async def test_a_head_that_never_ends_while_another_request_is_answered() -> Non
 
 @pytest.mark.parametrize("method", [b"GET", b"POST"])
 async def test_a_websocket_with_a_body_is_refused(method: bytes) -> None:
-    """Its handshake would never end."""
+    """Otherwise its handshake would never end."""
     upgrade = (
         b" /v1/realtime HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nContent-Length: 5\r\n\r\n"
@@ -317,7 +320,7 @@ async def test_a_websocket_with_a_body_is_refused(method: bytes) -> None:
 
 @pytest.mark.parametrize("n_requests", [1, 100])
 async def test_an_answer_that_is_not_read_keeps_nothing_open(n_requests: int) -> None:
-    """A client that takes nothing is disconnected; one that takes a little now and then is not."""
+    """A client that reads nothing is disconnected."""
     async with running(replace(LIMITS, send_timeout_s=0.3), LargeApp()) as (address, server):
         _, stalled = await asyncio.open_connection(*address, limit=1)
         stalled.write((GET + b"\r\n") * n_requests)
@@ -327,7 +330,7 @@ async def test_an_answer_that_is_not_read_keeps_nothing_open(n_requests: int) ->
 
 
 async def test_an_answer_that_is_read_slowly_arrives() -> None:
-    """However many times the time-out it takes."""
+    """However many time-outs it takes."""
     async with running(replace(LIMITS, send_timeout_s=0.5), LargeApp()) as (address, _):
         reader, writer = await asyncio.open_connection(*address, limit=1 << 16)
         writer.write(GET + b"Connection: close\r\n\r\n")

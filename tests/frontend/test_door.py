@@ -1,8 +1,8 @@
 """
-Who may do what: every route of the real application, with every optional router that vLLM has, behind the door.
+Who may do what: every route of the real application, with all of vLLM's optional routers, behind the door.
 
-The application is vLLM's own, made without an engine; the door ends a request before the application is asked, so whether a route is closed
-does not depend on what it would do.
+The application is vLLM's own, made without an engine. The door answers before the application is asked, so whether a
+route is closed does not depend on what the route would do.
 """
 
 import os
@@ -62,7 +62,7 @@ CHANGES_THE_SERVICE = (
 
 @pytest.fixture(scope="module")
 def app() -> Iterator[FastAPI]:
-    """The application with all routes, ours among them."""
+    """The application with all routes, including ours."""
     before = dict(os.environ)
     os.environ.update(EVERY_ROUTER)
     try:
@@ -80,7 +80,7 @@ def app() -> Iterator[FastAPI]:
 
 
 class Recorder:
-    """Stands where the application is: says that a request came through."""
+    """Stands in for the application: records that a request came through."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See ASGI."""
@@ -104,7 +104,7 @@ def bearer(key: str | None) -> dict[str, str]:
 
 
 def routes_of(app: FastAPI) -> list[tuple[str, str]]:
-    """Every method and path of the application, mounts too; parameters filled in."""
+    """Every method and path of the application, including mounts, with parameters filled in."""
     found = []
     for route in app.routes:
         if isinstance(route, WebSocketRoute):
@@ -118,7 +118,7 @@ def routes_of(app: FastAPI) -> list[tuple[str, str]]:
 
 
 def test_every_route_asks_for_the_key(app: FastAPI) -> None:
-    """Without a key, and with a wrong one, each route but probes and metrics is closed; with the API key alone set, it opens all."""
+    """Without a key or with a wrong one, only probes and metrics are open; an API key alone opens every route."""
     client = behind([API], [])
     routes = routes_of(app)
     assert len(routes) > 60
@@ -131,7 +131,7 @@ def test_every_route_asks_for_the_key(app: FastAPI) -> None:
 
 
 def test_websockets_ask_for_the_key(app: FastAPI) -> None:
-    """One without a key is not accepted: its handshake is refused."""
+    """A websocket without a key is not accepted: its handshake is refused."""
     client = behind([API], [])
     sockets = [route.path for route in app.routes if isinstance(route, WebSocketRoute)]
     assert sockets
@@ -144,7 +144,10 @@ def test_websockets_ask_for_the_key(app: FastAPI) -> None:
 
 
 def test_what_changes_the_service_asks_for_the_admin_key(app: FastAPI) -> None:
-    """With an admin key of its own, the API key opens inference only, and says what is missing; the admin key opens everything."""
+    """
+    With a separate admin key, the API key opens only inference, and the refusal says what is missing; the admin key
+    opens everything.
+    """
     client = behind([API], [ADMIN])
     there = {route.path for route in app.routes}
     assert not {path for path in CHANGES_THE_SERVICE if path not in there}
@@ -161,7 +164,7 @@ def test_what_changes_the_service_asks_for_the_admin_key(app: FastAPI) -> None:
 
 
 def test_an_admin_key_alone_leaves_inference_open() -> None:
-    """Nobody asked for a key of clients; what changes the service asks for its own."""
+    """Clients need no key, since none is set for them; routes that change the service ask for the admin key."""
     client = behind([], [ADMIN])
     assert client.post("/v1/completions").status_code == 299
     assert client.get("/admin/instances").status_code == 401
@@ -169,7 +172,7 @@ def test_an_admin_key_alone_leaves_inference_open() -> None:
 
 
 def test_without_keys_everything_is_open() -> None:
-    """As with vLLM, on the loopback by default."""
+    """As with vLLM, which listens on the loopback by default."""
     assert behind([], []).get("/admin/instances").status_code == 299
 
 
@@ -195,12 +198,12 @@ def test_without_keys_everything_is_open() -> None:
     ],
 )
 def test_unknown_routes_and_tricks_are_closed(path: str) -> None:
-    """Whatever is not named is an admin route, however it is spelt."""
+    """Whatever is not listed is an admin route, however it is spelled."""
     assert access_of(path) is Access.ADMIN
 
 
 def test_a_prefix_is_no_way_around() -> None:
-    """Mounted under a prefix, the routes below it are those that count; the prefix itself opens nothing."""
+    """Under a mount prefix, the routes below it count; the prefix itself opens nothing."""
     client = behind([API], [], root_path="/health")
     assert client.get("/health/admin/instances").status_code == 401
     assert client.get("/health/health").status_code == 299
@@ -209,7 +212,7 @@ def test_a_prefix_is_no_way_around() -> None:
 
 
 def test_preflights_need_no_key_and_open_nothing() -> None:
-    """A browser's preflight is answered; an OPTIONS that is none asks for the key."""
+    """A browser's preflight is answered; any other OPTIONS request asks for the key."""
     client = behind([API], [])
     asks = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     assert client.options("/v1/completions", headers=asks).status_code == 299
@@ -218,7 +221,7 @@ def test_preflights_need_no_key_and_open_nothing() -> None:
 
 
 def test_the_refusal_is_an_openai_error() -> None:
-    """Clients read its message; the header says how to authenticate."""
+    """Its message is for the client; the header says how to authenticate."""
     refused = behind([API], []).get("/v1/models")
     assert refused.headers["www-authenticate"] == "Bearer"
     assert refused.json()["error"] == {"message": "Unauthorized", "type": "Unauthorized", "param": None, "code": 401}
@@ -229,14 +232,14 @@ def test_the_refusal_is_an_openai_error() -> None:
 
 @pytest.mark.parametrize("value", ["x" * 129, "", "a b", 'a"b', "a{b}", "$(reboot)", "a\tb", "é"])
 def test_odd_request_ids_are_refused(value: str) -> None:
-    """They go into logs and metrics."""
+    """Because request ids go into logs and metrics."""
     answer = behind([], []).get("/v1/models", headers={"X-Request-Id": value.encode()})
     assert answer.status_code == 400
     assert "X-Request-Id" in answer.json()["error"]["message"]
 
 
 def test_usual_request_ids_pass() -> None:
-    """UUIDs, trace ids and the like; two of them do not."""
+    """UUIDs, trace ids and the like pass; two ids in one request do not."""
     client = behind([], [])
     for value in ("4bf92f35-77b3-4da6-a3ce-929d0e0e4736", "x" * 128, "req_01:abc/def+g=", "a.b@c"):
         assert client.get("/v1/models", headers={"X-Request-Id": value}).status_code == 299
@@ -244,7 +247,7 @@ def test_usual_request_ids_pass() -> None:
 
 
 def test_inference_patterns_are_needed(app: FastAPI) -> None:
-    """Each pattern matches a route that this vLLM has, or one of a kind of model that it serves."""
+    """Each pattern matches a route of this vLLM, or a route for a kind of model that it can serve."""
     paths = {path for _, path in routes_of(app)} | {r.path for r in app.routes if isinstance(r, WebSocketRoute)}
     unused = [pattern for pattern in INFERENCE if not any(re.fullmatch(pattern, path) for path in paths)]
     assert unused == [r"/cohere/v2/chat(/render)?"], "Cohere's needs a package of theirs"

@@ -1,4 +1,4 @@
-"""A client's words for the connector are found wherever vLLM would read them, and nowhere else."""
+"""Connector parameters that a client sends are found wherever vLLM would read them, and nowhere else."""
 
 import importlib
 import json
@@ -46,7 +46,7 @@ HONEST = [
 
 
 def request_models() -> Iterator[type[BaseModel]]:
-    """Every model of vLLM's protocols that describes a request."""
+    """Every model in vLLM's protocols that describes a request."""
     for module in pkgutil.walk_packages(vllm.entrypoints.__path__, "vllm.entrypoints."):
         if module.name.rpartition(".")[2] not in {"protocol", "protocols"}:
             continue
@@ -60,7 +60,10 @@ def request_models() -> Iterator[type[BaseModel]]:
 
 
 def test_every_field_of_vllm_that_reaches_a_connector_is_known() -> None:
-    """No request has another field for a connector, or another one that is handed on as it is, at whatever depth of its models."""
+    """
+    No request has any other field for a connector, or any other that is passed on unchanged, at any depth of its
+    models.
+    """
     models = list(request_models())
     assert len(models) > 15
     named = set()
@@ -75,19 +78,19 @@ def test_every_field_of_vllm_that_reaches_a_connector_is_known() -> None:
 
 @pytest.mark.parametrize("body", FORGED, ids=repr)
 def test_forged_words_are_found(body: Any) -> None:
-    """And nothing of them is left when they are taken out."""
+    """Nothing of them is left once they are removed."""
     assert next(forbidden_words(body))[-1] in FORBIDDEN
     assert not list(forbidden_words(without_words(body)))
 
 
 @pytest.mark.parametrize("body", HONEST, ids=repr)
 def test_honest_bodies_are_left_alone(body: Any) -> None:
-    """The same characters in a text, in a tool's schema, in metadata mean nothing; null is what clients send who mean nothing."""
+    """The same characters in a text, a tool's schema or metadata mean nothing; null is what clients send for "none"."""
     assert not list(forbidden_words(body))
 
 
 class Server:
-    """Remembers what reached it."""
+    """Records what reached it."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -104,7 +107,7 @@ class Server:
 
 
 async def sent(body: bytes, *, ignores_words: bool = False, parts: int = 3) -> tuple[int, Server, bytes]:
-    """Status and body of the answer to a body that comes in parts, and what the server saw."""
+    """Status and body of the answer to a body sent in parts, and what the server saw."""
     step = len(body) // parts + 1
     messages: list[Message] = [
         {"type": "http.request", "body": body[at : at + step], "more_body": at + step < len(body)}
@@ -138,7 +141,7 @@ DISGUISES = [
 
 @pytest.mark.parametrize("disguise", DISGUISES)
 async def test_no_disguise_gets_through(disguise: Any) -> None:
-    """Escapes, other encodings, a name that comes twice: what vLLM's decoder would read as the word is refused as it."""
+    """Escapes, other encodings, a repeated name: whatever vLLM's decoder would read as a forbidden field is refused."""
     body = disguise(json.dumps({"kv_transfer_params": TICKET, "prompt": "x"}))
     try:
         json.loads(body)
@@ -153,7 +156,7 @@ async def test_no_disguise_gets_through(disguise: Any) -> None:
 @pytest.mark.parametrize("depth", [400, 700, 900, 990, 5000])
 @pytest.mark.parametrize("opening", ['{"extra_body":', "["])
 async def test_words_in_deep_nests_are_refused(depth: int, opening: str) -> None:
-    """Looking for them has a limit of its own; what is beyond it is no honest body, unless vLLM's decoder refuses it itself."""
+    """The search has a limit of its own. A body beyond it is refused, unless vLLM's decoder refuses it by itself."""
     body = opening * depth + json.dumps({"kv_transfer_params": TICKET}) + ("}" if "{" in opening else "]") * depth
     status, server, _ = await sent(body.encode())
     if status != 400:
@@ -162,7 +165,7 @@ async def test_words_in_deep_nests_are_refused(depth: int, opening: str) -> None
 
 
 async def test_ignored_words_do_not_reach_vllm() -> None:
-    """With `ignore` the request is served as if they were not there, with the length that its body now has."""
+    """With `ignore`, the request is served as if the fields were absent, and its content length is corrected."""
     body = json.dumps(
         {"kv_transfer_params": TICKET, "vllm_xargs": {"kv_transfer_params": TICKET, "a": 1}, "prompt": "x"}
     )
@@ -191,7 +194,7 @@ TAG: Any = {
     ids=["response_format", "text", "text of a tag", "tag"],
 )
 async def test_structural_tags_are_measured_before_vllm_sees_them(body: Any) -> None:
-    """VLLM compiles them while it parses a request, and everybody waits."""
+    """Otherwise vLLM would compile them while it parses the request, and everybody would wait."""
     for text in (json.dumps(body), json.dumps(body).replace("structural_tag", "structur\\u0061l_tag")):
         status, server, answer = await sent(text.encode())
         assert status == 400
@@ -203,7 +206,7 @@ async def test_structural_tags_are_measured_before_vllm_sees_them(body: Any) -> 
 
 @given(st.binary(max_size=200), st.integers(1, 5))
 async def test_other_bodies_pass_to_the_byte(body: bytes, parts: int) -> None:
-    """Whatever it is: JSON, a form with a file, nothing at all."""
+    """Whatever the body is: JSON, a form with a file, or nothing at all."""
     status, server, _ = await sent(body, parts=parts)
     assert status == 200
     assert server.bodies == [body]
@@ -211,7 +214,7 @@ async def test_other_bodies_pass_to_the_byte(body: bytes, parts: int) -> None:
 
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda t: st.lists(t) | st.dictionaries(st.text(), t)))
 def test_what_is_not_decoded_holds_no_word(content: Any) -> None:
-    """The quick look at the bytes never misses a word that the decoder would find."""
+    """The quick look at the bytes never misses a field that the decoder would find."""
     for body in (json.dumps(content).encode(), json.dumps(content, ensure_ascii=False).encode(errors="surrogatepass")):
         if not needs_a_look(body):
             assert not list(forbidden_words(content))
@@ -219,7 +222,7 @@ def test_what_is_not_decoded_holds_no_word(content: Any) -> None:
 
 @pytest.mark.parametrize("word", FORBIDDEN)
 def test_the_last_look_catches_every_api(word: str) -> None:
-    """What comes to the engine client with such words is refused, or loses them, whichever API it came by."""
+    """Whatever API a request came by, the engine client refuses such fields or drops them."""
     limits = ContentLimits()
     with pytest.raises(ContentRefusedError, match=word):
         checked_params(SamplingParams(extra_args={word: TICKET}), limits)

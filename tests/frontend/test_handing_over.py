@@ -1,4 +1,4 @@
-"""What vLLM hands over and we do not take: what stays in vLLM's books and in ours."""
+"""Requests that vLLM hands over and we refuse: what remains in vLLM's books and in ours."""
 
 import asyncio
 from argparse import Namespace
@@ -19,7 +19,7 @@ from cascadeinfer.frontend.server import check_api_servers
 
 
 class Desk:
-    """A client of ours before a runtime that does nothing but raise."""
+    """One of our clients, with a runtime that only raises."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         """
@@ -41,7 +41,7 @@ class Desk:
             raise self._error
 
     def hand_over(self, **different: object) -> None:
-        """One request, as vLLM does it."""
+        """Hand over a request as vLLM does."""
         fields = {
             "request_id": "r",
             "prompt_token_ids": [1, 2, 3],
@@ -57,7 +57,7 @@ class Desk:
 
 
 def test_what_comes_to_be_aborted_is_not_taken() -> None:
-    """VLLM's word for a connector is no request: there is nothing to compute, to refuse or to forget."""
+    """What vLLM sends for its connector is no request: there is nothing to compute, to refuse or to forget."""
     desk = Desk()
     desk.hand_over(abort_immediately=True)
     assert (desk.submitted, desk.forgotten) == ([], [])
@@ -84,7 +84,7 @@ def test_what_fails_is_forgotten(error: BaseException, status: HTTPStatus | None
 
 @pytest.mark.parametrize("fault", [{"resumable": True}, {"priority": 10**7}], ids=["streaming input", "priority"])
 def test_what_is_refused_unseen_is_forgotten(fault: dict[str, object]) -> None:
-    """HTTP 400 before the runtime has heard of it."""
+    """The client gets HTTP 400 before the runtime sees the request."""
     desk = Desk()
     with pytest.raises(GracefulHTTPError) as raised:
         desk.hand_over(**fault)
@@ -93,7 +93,7 @@ def test_what_is_refused_unseen_is_forgotten(fault: dict[str, object]) -> None:
 
 
 def test_an_id_in_use_forgets_nobody() -> None:
-    """HTTP 409 for the newcomer; under its id the books hold the other one, which goes on."""
+    """The newcomer gets HTTP 409; under that id, the books keep the older request, which continues."""
     desk = Desk(RequestIdInUseError("r"))
     with pytest.raises(GracefulHTTPError) as raised:
         desk.hand_over()
@@ -102,7 +102,7 @@ def test_an_id_in_use_forgets_nobody() -> None:
 
 
 def test_ids_that_clients_choose_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one front-end process too: a client could end another one's stream by using its id."""
+    """Even with one front-end process: by choosing another client's id, a client could end its stream."""
     monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
     with pytest.raises(ConfigError, match=r"VLLM_DISABLE_REQUEST_ID_RANDOMIZATION.*unset it"):
         check_api_servers(Namespace(api_server_count=None))
@@ -124,7 +124,7 @@ def test_ids_that_clients_choose_alone_are_refused(monkeypatch: pytest.MonkeyPat
     ids=["stop tokens", "top_k", "logprobs", "stop string", "extra", "request id", "pooling"],
 )
 def test_what_fits_into_no_message_is_refused(request_id: str, params: SamplingParams | PoolingParams) -> None:
-    """HTTP 400 before anything is noted anywhere; sent to an engine it would fail there, in a task that nobody waits for."""
+    """HTTP 400 before the request is recorded anywhere; an engine would fail on it, in a task that nobody awaits."""
     llm = CascadeLLM.__new__(CascadeLLM)
     with pytest.raises(GracefulHTTPError, match=r"cannot be sent to an engine|request_id must be") as raised:
         asyncio.run(llm.add_request(request_id, "prompt", params))

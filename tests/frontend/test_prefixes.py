@@ -1,4 +1,4 @@
-"""Hashes of prompts' beginnings, as the front end makes them."""
+"""Hashes of prompt prefixes, as the front end computes them."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ N = PREFIX_BLOCK_TOKENS
 
 
 def config(*, caches: bool = True) -> Any:
-    """As much of vLLM's configuration as is read."""
+    """The parts of vLLM's configuration that are read."""
     return SimpleNamespace(cache_config=SimpleNamespace(enable_prefix_caching=caches))
 
 
@@ -34,7 +34,7 @@ def request(tokens: list[int] | None, **changes: Any) -> EngineCoreRequest:
 
 
 def test_equal_as_far_as_the_prompts_are() -> None:
-    """One hash per block, the last one for what is left; prompts agree as far as they begin alike, and not further."""
+    """One hash per block, the last for the remainder; two prompts' hashes agree exactly as far as the prompts do."""
     tokens = list(range(3 * N + 5))
     hashes = prefix_hashes_of(request(tokens), config())
     assert len(hashes) == len(set(hashes)) == 4
@@ -49,7 +49,7 @@ def test_equal_as_far_as_the_prompts_are() -> None:
 
 
 def test_what_the_engines_keep_apart() -> None:
-    """A cache salt or an adapter makes all hashes different."""
+    """A cache salt or an adapter changes every hash."""
     tokens = list(range(2 * N))
     lora: Any = SimpleNamespace(lora_name="adapter")
     variants = [{}, {"cache_salt": "s"}, {"cache_salt": "t"}, {"lora_request": lora}]
@@ -75,5 +75,5 @@ def test_none_where_nothing_is_shared(changes: dict[str, Any]) -> None:
 
 
 def test_none_without_prefix_caching() -> None:
-    """Engines that cache nothing have nothing to return to."""
+    """Engines without a prefix cache have nothing to return to."""
     assert prefix_hashes_of(request([1, 2, 3]), config(caches=False)) == ()

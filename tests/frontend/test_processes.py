@@ -1,4 +1,4 @@
-"""Process 0 and a follower without processes: the channel, the board, a follower's runtime that keeps in step with the news."""
+"""Process 0 and a follower, in one process: the channel, the board, and a follower's runtime that follows the news."""
 
 import asyncio
 import logging
@@ -53,7 +53,7 @@ def attachment(engine_id: str) -> Attachment:
 
 
 class Attached(SimulatedEngine):
-    """A simulated engine that waits for the board's word, as a client of another process's instance does."""
+    """A simulated engine that goes by what the board says, as a client of another process's instance does."""
 
     def __init__(self, instance_id: str, board: Board, n_start: int) -> None:
         super().__init__(instance_id, n_start, CAPACITY)
@@ -62,25 +62,25 @@ class Attached(SimulatedEngine):
         self.attachment: Attachment | None = None
 
     async def start(self) -> InstanceCapacity:
-        """Attach."""
+        """Attach to the instance."""
         self.attachment = await self.board.attach(self)
         return await super().start()
 
     async def stop(self, timeout_s: float) -> None:
-        """Let go."""
+        """Detach from it."""
         self.stopped = True
         await super().stop(timeout_s)
 
     def died(self) -> None:
-        """The owner says so."""
+        """The owner reports the instance's death."""
         self.kill()
 
 
 class Pair:
-    """A follower with its runtime, and process 0's end of its channel."""
+    """A follower with its runtime, and process 0's end of their channel."""
 
     def __init__(self) -> None:
-        """Nothing runs yet."""
+        """Start nothing yet."""
         self.board = Board()
         self.engines: dict[str, list[Attached]] = {}
         self.stops: list[bool] = []
@@ -107,7 +107,7 @@ class Pair:
         return self
 
     async def serve(self) -> Runtime:
-        """The follower's runtime starts with the instances of the first news."""
+        """Start the follower's runtime with the instances of the first news."""
         first = await self.follower.first_up()
         self.runtime = Runtime(
             {instance_id: self.make_engine(instance_id) for instance_id in first},
@@ -121,7 +121,7 @@ class Pair:
         return self.runtime
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop all."""
+        """Stop everything."""
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -134,7 +134,7 @@ class Pair:
             self.heard.append(message)
 
     def tell(self, **engine_ids: str | None) -> None:
-        """News: who is up in which life, who is not."""
+        """Send news: which instances are up, in which life, and which are not."""
         self.channel.send(
             FleetNews([InstanceNews(i, e and attachment(e), 0, None) for i, e in sorted(engine_ids.items())])
         )
@@ -146,7 +146,7 @@ class Pair:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait until it holds."""
+    """Wait until the condition holds."""
     async with asyncio.timeout(DEADLINE_S):
         while not condition():  # noqa: ASYNC110 - many different conditions
             await asyncio.sleep(0.002)
@@ -154,7 +154,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.asyncio
 async def test_channel_keeps_order_and_size() -> None:
-    """Messages of any size come as they were sent, in order; the end of the other side ends the listening."""
+    """Messages of any size arrive as they were sent, in order; listening ends when the other side closes."""
     ours, its = socket.socketpair()
     owner = await Channel[FromFollower].open(ours, FromFollower)
     its_channel = await Channel[FromOwner].open(its, FromOwner)
@@ -168,7 +168,7 @@ async def test_channel_keeps_order_and_size() -> None:
 
 @pytest.mark.asyncio
 async def test_channel_gives_up_on_who_never_reads() -> None:
-    """Memory for what the other end does not take is bounded: the connection is closed."""
+    """Memory for messages that the other end does not read is bounded: the connection is closed."""
     ours, its = socket.socketpair()
     with its:
         owner = await Channel[FromFollower].open(ours, FromFollower)
@@ -180,7 +180,10 @@ async def test_channel_gives_up_on_who_never_reads() -> None:
 
 @pytest.mark.asyncio
 async def test_follower_keeps_in_step_with_the_fleet() -> None:
-    """It begins with who is up, attaches who comes, is told of deaths, attaches the next life, leaves who is gone."""
+    """
+    It starts with the instances that are up, attaches newcomers and next lives, learns of deaths and leaves what is
+    gone.
+    """
     async with Pair() as pair:
         pair.tell(a="a1", b=None)
         await pair.serve()
@@ -200,7 +203,10 @@ async def test_follower_keeps_in_step_with_the_fleet() -> None:
 @pytest.mark.parametrize("why", [None, "its side channel is dead"])
 @pytest.mark.asyncio
 async def test_follower_knows_whose_fault_a_death_is(why: str | None) -> None:
-    """Requests have a death when process 0 says nothing, and none when it has ended the instance for a reason of its own; each life anew."""
+    """
+    A death counts against the requests unless process 0 says that it ended the instance for its own reasons, which the
+    instance's next life does not inherit.
+    """
     async with Pair() as pair:
         pair.tell(a="a1", b="b1")
         runtime = await pair.serve()
@@ -219,7 +225,7 @@ async def test_follower_knows_whose_fault_a_death_is(why: str | None) -> None:
 
 @pytest.mark.asyncio
 async def test_follower_empties_what_drains() -> None:
-    """An instance that drains takes no new request of the follower, and is left when the old ones have ended."""
+    """A draining instance gets no new requests from the follower, which leaves it when the old ones have ended."""
     async with Pair() as pair:
         pair.tell(a="a1", b="b1")
         runtime = await pair.serve()
@@ -233,7 +239,7 @@ async def test_follower_empties_what_drains() -> None:
 
 @pytest.mark.asyncio
 async def test_follower_follows_the_layout() -> None:
-    """The stages in force are those of process 0, whether they come before or after its runtime has started."""
+    """The stages in force are process 0's, whether they arrive before or after the runtime has started."""
     async with Pair() as pair:
         pair.tell(a="a1", b="b1")
         pair.channel.send(LayoutNews.of(StageLayout.from_boundaries((77,), (("b",), ("a",)))))
@@ -247,7 +253,7 @@ async def test_follower_follows_the_layout() -> None:
 
 @pytest.mark.asyncio
 async def test_follower_tells_what_it_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Summaries add up to every arrival and every end, with lengths; what still runs is in each."""
+    """Summaries add up to every arrival and every end, with lengths; each also lists what still runs."""
     monkeypatch.setattr(follower_module, "SUMMARY_S", 0.01)
     async with Pair() as pair:
         pair.tell(a="a1", b="b1")
@@ -267,7 +273,7 @@ async def test_follower_tells_what_it_has_seen(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.asyncio
 async def test_follower_asks_process_0() -> None:
-    """What only process 0 knows or may do is asked of it; its refusals arrive as the same errors."""
+    """Process 0 is asked for what only it knows or may do; its refusals arrive as the same errors."""
     async with Pair() as pair:
         pair.tell(a="a1", b="b1")
         await pair.serve()
@@ -304,7 +310,7 @@ async def test_follower_asks_process_0() -> None:
 
 @pytest.mark.asyncio
 async def test_follower_stops_when_told() -> None:
-    """The word to drain, or to end at once, reaches the server."""
+    """The order to drain, or to stop at once, reaches the server."""
     async with Pair() as pair:
         pair.channel.send(Stop(at_once=False))
         pair.channel.send(Stop(at_once=True))
@@ -315,7 +321,7 @@ async def test_follower_stops_when_told() -> None:
 async def test_follower_ends_when_it_cannot_go_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A failure of what keeps it in step ends the process, so that process 0 starts another one."""
+    """If the task that follows the news fails, the process ends, so that process 0 starts another one."""
     codes: list[int] = []
     monkeypatch.setattr(follower_module.os, "_exit", codes.append)
 
@@ -331,7 +337,7 @@ async def test_follower_ends_when_it_cannot_go_on(
 
 @pytest.mark.asyncio
 async def test_follower_ends_with_process_0(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """When the other end is closed the process ends at once: its instances are gone too."""
+    """When the other end is closed, the process ends at once: its instances are gone too."""
     codes: list[int] = []
     monkeypatch.setattr(follower_module.os, "_exit", codes.append)
     async with Pair() as pair:
@@ -342,7 +348,7 @@ async def test_follower_ends_with_process_0(monkeypatch: pytest.MonkeyPatch, cap
 
 
 class StubProcess:
-    """A follower's process, as far as who looks after it is concerned."""
+    """A follower's process, as its supervisor sees it."""
 
     killed = False
 

@@ -1,4 +1,4 @@
-"""The event log of several front-end processes, on a disk that does not take it."""
+"""The event log of several front-end processes, on a disk that accepts no writes."""
 
 import stat
 from pathlib import Path
@@ -32,7 +32,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_follower_has_a_private_file_of_its_own(options: ServeOptions, tmp_path: Path) -> None:
-    """Beside that of process 0, for the owner only."""
+    """Beside that of process 0, readable by the owner only."""
     with event_log_of(options, None) as first, event_log_of(options, None, 1) as second:
         assert isinstance(first, EventLog)
         assert isinstance(second, EventLog)
@@ -45,7 +45,7 @@ def test_a_follower_has_a_private_file_of_its_own(options: ServeOptions, tmp_pat
 def test_a_follower_on_a_full_disk_serves_without_a_log(
     options: ServeOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It starts, says so in the log, counts every event as missing, and knows why."""
+    """The process starts, logs a warning, counts every event as missing, and can say why."""
     with event_log_of(options, None, 1) as log:
         assert isinstance(log, UnwrittenLog)
         log(0.0, TimerFired("timer"), [])
@@ -58,7 +58,7 @@ def test_a_follower_on_a_full_disk_serves_without_a_log(
 
 @pytest.mark.usefixtures("full_disk")
 def test_a_server_that_cannot_write_its_log_is_refused(options: ServeOptions) -> None:
-    """Its operator is there to read it."""
+    """Unlike a follower's failure, this one is seen by the operator who starts the server."""
     with pytest.raises(ConfigError, match="No space left"), event_log_of(options, None):
         raise AssertionError
 

@@ -1,4 +1,4 @@
-"""Refusals as they are sent: HTTP 429 with a time to come again, streams that have not begun included."""
+"""Refusals as they are sent: HTTP 429 with a time to retry after, even for streams that have not begun."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def event(content: object, *, more: bool = True) -> Message:
 
 
 def refusal(code: int = 429) -> dict[str, Any]:
-    """As vLLM words an error."""
+    """An error as vLLM words it."""
     return {"error": {"message": str(RequestRejectedError("queue_full", 2.2)), "type": "TooManyRequests", "code": code}}
 
 
@@ -32,7 +32,7 @@ END: Message = {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 async def sent(messages: Sequence[Message], scope_type: str = "http") -> list[Message]:
-    """What goes to the client when the server sends these."""
+    """What the client receives when the server sends these messages."""
     out: list[Message] = []
 
     async def server(_: Scope, __: Receive, send: Send) -> None:
@@ -50,7 +50,7 @@ async def sent(messages: Sequence[Message], scope_type: str = "http") -> list[Me
 
 
 async def test_a_refused_stream_is_a_429() -> None:
-    """Status, the time to come again in whole seconds, vLLM's JSON as the body, other headers as they were, and nothing after it."""
+    """Status, whole seconds to retry after, vLLM's JSON as the body, other headers unchanged, and nothing after it."""
     head, body = await sent([HEAD, event(refusal()), event("[DONE]"), END])
     assert head["status"] == 429
     headers = dict(head["headers"])
@@ -63,7 +63,7 @@ async def test_a_refused_stream_is_a_429() -> None:
 
 
 async def test_poison_before_the_first_event_is_a_500() -> None:
-    """A stream that ended its instances before it had begun gets the status that a whole answer gets."""
+    """A stream that ended its instances before its first event gets the status that a whole answer would get."""
     told = {"error": {"message": POISON_SENTENCE, "code": 500}}
     head, body = await sent([HEAD, event(told), event("[DONE]"), END])
     assert head["status"] == 500
@@ -72,7 +72,7 @@ async def test_poison_before_the_first_event_is_a_500() -> None:
 
 
 async def test_a_refused_answer_says_when_to_come_again() -> None:
-    """A whole answer with status 429 keeps what it has, and gets the header."""
+    """A whole answer with status 429 keeps its content and gets the header."""
     head: Message = {"type": "http.response.start", "status": 429, "headers": [(b"content-length", b"9")]}
     body: Message = {"type": "http.response.body", "body": json.dumps(refusal()).encode()}
     assert await sent([dict(head), body]) == [
@@ -103,15 +103,18 @@ async def test_a_refused_answer_says_when_to_come_again() -> None:
     ],
 )
 async def test_everything_else_passes(messages: list[Message]) -> None:
-    """What is no refusal of ours comes to the client as the server sent it."""
+    """What is not one of our refusals reaches the client as the server sent it."""
     assert await sent(messages) == messages
 
 
 async def test_the_head_waits_for_the_first_event() -> None:
-    """A stream whose generator fails before its first event has no head yet: whoever is outside can still answer with an error."""
+    """
+    A stream whose generator fails before its first event has sent no head, so the caller can still answer with an
+    error.
+    """
     assert await sent([HEAD]) == []
 
 
 async def test_other_protocols_pass() -> None:
-    """A websocket's messages are not looked at."""
+    """Messages of a websocket are passed on unread."""
     assert await sent([HEAD], scope_type="websocket") == [HEAD]

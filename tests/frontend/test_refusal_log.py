@@ -13,7 +13,7 @@ from cascadeinfer.frontend.refusal_log import log_refusals_in_one_line
 
 
 class Kept(logging.Handler):
-    """Keeps what it would write."""
+    """Keeps the messages that it would write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Kept(logging.Handler):
     ids=["ours", "vLLM's", "a fault"],
 )
 def test_refusals_are_one_line(error: Exception, *, refused: bool) -> None:
-    """As vLLM logs it at the end of a stream; twice installed is as good as once."""
+    """As vLLM logs a refusal at the end of a stream; installing the filter twice has the effect of once."""
     kept, theirs = Kept(), logging.getLogger("vllm")
     theirs.addHandler(kept)
     try:

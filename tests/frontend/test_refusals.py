@@ -1,4 +1,4 @@
-"""Refused requests in vLLM's own books: the client gets HTTP 429, and nothing of the request stays there."""
+"""Refused requests in vLLM's own books: the client gets HTTP 429, and nothing of the request remains there."""
 
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ class Books:
     """A `CascadeLLM` with vLLM's output processor and nothing behind it."""
 
     def __init__(self) -> None:
-        """Without requests."""
+        """Start without requests."""
         self.aborted: list[str] = []
         self.processor = OutputProcessor(None, log_stats=False)
         self.llm = CascadeLLM.__new__(CascadeLLM)
@@ -29,13 +29,13 @@ class Books:
         self.llm.runtime = SimpleNamespace(abort=self.aborted.extend)  # type: ignore[assignment]
 
     def note(self, request: EngineCoreRequest, parent: ParentRequest | None = None) -> RequestOutputCollector:
-        """What `AsyncLLM` does before it hands a request over."""
+        """Record a request as `AsyncLLM` does before it hands it over."""
         queue = RequestOutputCollector(RequestOutputKind.DELTA, request.request_id)
         self.processor.add_request(request, None, parent, 0, queue)
         return queue
 
     def empty(self) -> bool:
-        """Whether nothing is noted."""
+        """Whether nothing is recorded."""
         books = self.processor
         return not (books.request_states or books.parent_requests or any(books.external_req_ids.values()))
 
@@ -57,7 +57,7 @@ def request_of(request_id: str, n: int = 1) -> EngineCoreRequest:
 
 
 def test_a_late_refusal_reaches_whoever_waits_for_tokens() -> None:
-    """The client's queue raises HTTP 429 with the time to come again, not vLLM's word for an abort."""
+    """The client's queue raises HTTP 429 with the time to retry after, not vLLM's word for an abort."""
     books = Books()
     queue = books.note(request_of("r"))
     books.llm.refuse_late("r", REFUSAL)
@@ -69,7 +69,7 @@ def test_a_late_refusal_reaches_whoever_waits_for_tokens() -> None:
 
 
 def test_a_refusal_at_once_leaves_nothing_in_the_books() -> None:
-    """VLLM notes a request before it hands it over: a refused one is dropped, others stay."""
+    """A request that vLLM recorded before it handed it over is dropped when refused; others stay."""
     books = Books()
     books.note(request_of("refused"))
     books.note(request_of("other"))
@@ -80,7 +80,7 @@ def test_a_refusal_at_once_leaves_nothing_in_the_books() -> None:
 
 
 def test_siblings_of_a_refused_request_stop() -> None:
-    """With `n` > 1 the client gets the refusal of one for all: the others are aborted, not computed for nobody."""
+    """With `n` > 1, the client gets one refusal for all; the siblings are aborted rather than computed for nobody."""
     books = Books()
     parent = ParentRequest(request_of("p", n=3))
     queues = []
@@ -100,7 +100,7 @@ def test_siblings_of_a_refused_request_stop() -> None:
 
 
 def test_poison_reaches_whoever_waits_for_tokens() -> None:
-    """The client's queue raises HTTP 500 with the reason; its siblings are aborted with it."""
+    """The client's queue raises HTTP 500 with the reason; the request's siblings are aborted."""
     books = Books()
     parent = ParentRequest(request_of("parent", n=2))
     queue = RequestOutputCollector(RequestOutputKind.DELTA, "parent")
@@ -117,7 +117,7 @@ def test_poison_reaches_whoever_waits_for_tokens() -> None:
 
 
 def test_a_refusal_of_somebody_unknown_is_nothing() -> None:
-    """A refusal that crosses the client's leaving does no harm."""
+    """A refusal that crosses the client's disconnection does no harm."""
     books = Books()
     books.llm.refuse_late("gone", REFUSAL)
     assert books.empty()

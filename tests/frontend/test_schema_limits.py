@@ -1,4 +1,4 @@
-"""Bounds on structured outputs: bombs are refused before anything compiles them, schemas that people use are not."""
+"""Limits on structured outputs: bombs are refused before anything compiles them, real schemas are not."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ LIMITS = SchemaLimits()
 
 
 def nested(depth: int, width: int) -> dict[str, Any]:
-    """Objects of objects."""
+    """Objects within objects."""
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(depth):
         schema = {"type": "object", "properties": {f"p{i}": schema for i in range(width)}}
@@ -31,7 +31,7 @@ def fanned_out(levels: int, definitions: str = "$defs") -> dict[str, Any]:
 
 
 def deep_text(opening: str, closing: str, depth: int) -> str:
-    """Brackets in brackets, as text."""
+    """Brackets within brackets, as text."""
     return opening * depth + closing * depth
 
 
@@ -96,7 +96,7 @@ BOMBS: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("kind", "bomb", "measure"), BOMBS, ids=[f"{i}-{b[0]}" for i, b in enumerate(BOMBS)])
 def test_bombs_are_refused(kind: str, bomb: Any, measure: str) -> None:
-    """With one sentence that names the measure and its option."""
+    """The refusal is one sentence that names the measure and its option."""
     with pytest.raises(SchemaRefusedError, match=measure) as refused:
         check_structured_output(kind, bomb, LIMITS)
     assert "\n" not in str(refused.value)
@@ -162,7 +162,7 @@ def schemas() -> st.SearchStrategy[Any]:
 
 @given(schemas())
 def test_schemas_of_tools_pass(schema: Any) -> None:
-    """Whatever a few levels of a few properties make, as an object and as text."""
+    """Any schema with a few levels and a few properties passes, as an object and as text."""
     check_structured_output("json", schema, LIMITS)
     check_structured_output("json", json.dumps(schema), LIMITS)
 
@@ -180,7 +180,7 @@ def test_schemas_of_tools_pass(schema: Any) -> None:
     )
 )
 def test_anything_is_measured(value: Any) -> None:
-    """No content makes the measuring itself fail: it passes or is refused."""
+    """No content makes the measurement itself fail: it passes or is refused."""
     try:
         check_structured_output("json", value, LIMITS)
     except SchemaRefusedError:
@@ -188,7 +188,7 @@ def test_anything_is_measured(value: Any) -> None:
 
 
 def test_references_in_a_circle_end() -> None:
-    """They are rules of a grammar, not expansions; a reference to nothing is the compiler's to refuse."""
+    """Circular references become rules of a grammar, not expansions; a dangling one is the compiler's to refuse."""
     circle = {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
     check_structured_output("json", circle, LIMITS)
     check_structured_output("json", {"$ref": "#"}, LIMITS)
@@ -197,7 +197,7 @@ def test_references_in_a_circle_end() -> None:
 
 
 def test_measuring_costs_what_the_text_says() -> None:
-    """References that would expand to 2^200 parts are measured in no more steps than there are definitions."""
+    """References that would expand to 2^200 parts are measured in as many steps as there are definitions."""
     with pytest.raises(SchemaRefusedError, match="levels deep"):
         check_structured_output("json", fanned_out(200), LIMITS)
     with pytest.raises(SchemaRefusedError, match="parts"):  # that this ends at all is the fact

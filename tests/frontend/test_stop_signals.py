@@ -1,4 +1,4 @@
-"""A start that is stopped: one line, 128 + the signal, nothing left, whatever it was doing. Without vLLM."""
+"""Stopping a server during its start: one line, exit code 128 + signal, nothing left, at any moment. Without vLLM."""
 
 import asyncio
 import signal
@@ -35,7 +35,9 @@ with StopSignals() as signals:
     signals.at_leave.append(left.unlink)
 """
 MOMENTS = {
-    "import": "    ready()\n    while True:\n        try:\n            time.sleep(0.01)\n        except BaseException: pass\n",
+    "import": (
+        "    ready()\n    while True:\n        try:\n            time.sleep(0.01)\n        except BaseException: pass\n"
+    ),
     "child": "    subprocess.Popen(['sleep', '600'])\n    ready()\n    time.sleep(600)\n",
     "held": """    with signals.held():
         kept = left.with_name("kept")
@@ -87,7 +89,7 @@ MOMENTS = {
 
 
 def start(tmp_path: Path, moment: str) -> subprocess.Popen[str]:
-    """A process that has come to this moment."""
+    """Start a process and wait until it has reached this moment."""
     process = subprocess.Popen(
         [sys.executable, "-c", HEAD + moment, str(tmp_path / "left")],
         stdout=subprocess.PIPE,
@@ -102,7 +104,7 @@ def start(tmp_path: Path, moment: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_start_is_stopped(tmp_path: Path, moment: str, number: signal.Signals) -> None:
-    """One line, the exit code, no process below it, and what was to be removed is."""
+    """One line, the exit code, no child process left, and all cleanup done."""
     process = start(tmp_path, MOMENTS[moment])
     below = psutil.Process(process.pid).children()
     process.send_signal(number)
@@ -115,7 +117,7 @@ def test_a_start_is_stopped(tmp_path: Path, moment: str, number: signal.Signals)
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
-    """What was started takes for ever to stop: a second signal kills it."""
+    """The child takes for ever to stop; a second signal kills it."""
     moment = """
     async def work(signals):
         subprocess.Popen(['sleep', '600'])
@@ -140,8 +142,11 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
 
 
 def test_a_forked_child_ends_alone(tmp_path: Path) -> None:
-    """It has the handlers of its parent until it sets its own, but not its parent's things to remove."""
-    moment = "    child = os.fork()\n    if child:\n        os.write(1, f'{child}\\n'.encode())\n    ready() if child else None\n    time.sleep(600)\n"
+    """It has its parent's signal handlers until it sets its own, but does not run its parent's cleanup."""
+    moment = (
+        "    child = os.fork()\n    if child:\n        os.write(1, f'{child}\\n'.encode())\n"
+        "    ready() if child else None\n    time.sleep(600)\n"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", HEAD + moment, str(tmp_path / "left")],
         stdout=subprocess.PIPE,
@@ -160,7 +165,10 @@ def test_a_forked_child_ends_alone(tmp_path: Path) -> None:
 
 
 def test_a_serving_server_drains_then_stops() -> None:
-    """Once there is a server, the first signal drains it and the second stops it at once; a follower is stopped by word only."""
+    """
+    Once there is a server, the first signal drains it and the second stops it at once; a follower stops only when told
+    to.
+    """
     told: list[bool] = []
 
     async def serve(*, second_is_at_once: bool) -> SimpleNamespace:

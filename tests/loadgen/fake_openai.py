@@ -1,8 +1,8 @@
 """
 A small OpenAI server on the loopback whose behaviour is set per request.
 
-It tokenises by words (each word is one token, and a text has one token more, as with a begin-of-sequence token),
-streams one chunk per token, and keeps the requests. A `Behaviour` per request says how it answers.
+It tokenises by words (each word is one token, and a text has one more, as with a begin-of-sequence token), streams one
+chunk per token, and records the requests. A `Behaviour` per request says how it answers.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ class Behaviour:
 
 @dataclass
 class FakeServer:
-    """The server's state: `behave` decides by the number of the request."""
+    """The server's state; `behave` maps a request's number to its behaviour."""
 
     behave: Callable[[int], Behaviour] = lambda _: Behaviour()
     has_tokenize: bool = True
@@ -78,7 +78,7 @@ class FakeServer:
         return web.json_response({"tokens": ids, "count": len(ids)})
 
     def prompt_tokens(self, content: dict[str, Any]) -> int:
-        """As the server counts."""
+        """Number of tokens of a text, as the server counts."""
         if "messages" in content:
             return len(self.ids_of(content["messages"][0]["content"])) + 4
         prompt = content["prompt"]

@@ -1,4 +1,4 @@
-"""The load generator against a server on the loopback: open loop, exact lengths, every failure counted by its kind."""
+"""The load generator against a server on the loopback: open loop, exact lengths, each failure counted by its kind."""
 
 import asyncio
 from collections.abc import Callable
@@ -32,7 +32,7 @@ async def replayed(
 
 
 def always(behaviour: Behaviour) -> Callable[[int], Behaviour]:
-    """The same for every request."""
+    """The same behaviour for every request."""
     return lambda _: behaviour
 
 
@@ -40,7 +40,7 @@ def always(behaviour: Behaviour) -> Callable[[int], Behaviour]:
     ("api", "kind"), [("completions", "text"), ("completions", "ids"), ("chat", "text")], ids=["text", "ids", "chat"]
 )
 async def test_lengths_are_those_of_the_trace(api: Api, kind: PromptKind) -> None:
-    """The server counts the prompt and output tokens that the trace has, whatever it puts around a text."""
+    """The server counts the trace's prompt and output tokens, whatever it adds around a text."""
     server = FakeServer()
     result = await replayed(server, api=api, kind=kind)
     assert result.errors == ("",) * 4
@@ -61,14 +61,14 @@ async def test_times_are_in_order_and_count_from_the_due_time() -> None:
 
 
 async def test_no_connection_is_used_twice() -> None:
-    """Requests ask for no keep-alive: a server that closes an idle connection just then would seem to have failed."""
+    """Requests disable keep-alive: a server that closes an idle connection just then would seem to have failed."""
     server = FakeServer()
     await replayed(server)
     assert server.kept_connections == 0
 
 
 async def test_requests_that_are_due_do_not_wait_for_turns_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With many streams a turn of the event loop takes long: what has come due meanwhile goes out together."""
+    """With many streams, a turn of the event loop takes long: all requests that have come due are sent together."""
     turns = 0
     sent: list[int] = []
     trace = Trace.from_columns([5] * 50, [1] * 50, [0.0] * 50)
@@ -94,7 +94,7 @@ async def test_requests_that_are_due_do_not_wait_for_turns_of_the_loop(monkeypat
 
 
 async def test_arrivals_do_not_wait_for_answers() -> None:
-    """While the server holds every answer back, all requests reach it: the loop is open."""
+    """While the server holds back every answer, all requests reach it: the loop is open."""
     gate = asyncio.Event()
     server = FakeServer(always(Behaviour(wait_for=gate)))
 
@@ -133,7 +133,7 @@ async def test_a_failed_request_is_counted_as_what_it_is(behaviour: Behaviour, k
 
 
 async def test_a_refusal_within_a_stream_is_a_refusal() -> None:
-    """A server that sends status 200 and then the error event of an overload has refused the request, like a 429."""
+    """A server that sends status 200 and then an overload's error event has refused the request, as with a 429."""
     refused = Behaviour(tokens=0, error_in_stream=True, error_code=429)
     trace = Trace.from_columns([5, 6], [4, 4], [0.0, 0.05])
     result = await replayed(FakeServer(lambda number: refused if number == 0 else Behaviour()), trace)
@@ -155,7 +155,7 @@ async def test_a_client_leaves_a_server_that_hangs() -> None:
 
 
 async def test_a_server_that_is_gone_is_an_error_per_request() -> None:
-    """After the server went away each request fails to connect; none is lost from the records."""
+    """After the server has gone, each request fails to connect; none is missing from the records."""
     server = FakeServer()
     async with running(server):
         connection = OpenAiClient.connect(server.url)
@@ -168,7 +168,7 @@ async def test_a_server_that_is_gone_is_an_error_per_request() -> None:
 
 
 async def test_a_server_that_ignores_ignore_eos_is_noticed() -> None:
-    """Answers that stop by themselves count with their own length, and are told."""
+    """Answers that stop early count with their own length, and are reported."""
     result = await replayed(FakeServer(always(Behaviour(tokens=2))))
     assert result.errors == ("",) * 4
     assert result.ended_early == 3
@@ -176,14 +176,14 @@ async def test_a_server_that_ignores_ignore_eos_is_noticed() -> None:
 
 
 async def test_without_usage_tokens_are_counted_by_chunks() -> None:
-    """A server that sends no usage: each chunk is a token, and it is told."""
+    """If a server sends no usage, each chunk counts as a token, which is reported."""
     result = await replayed(FakeServer(always(Behaviour(usage=False))))
     assert result.records.produced_tokens.tolist() == TRACE.output_tokens.tolist()
     assert result.counted_by_chunks == 4
 
 
 async def test_prompts_share_what_the_trace_says_and_nothing_else() -> None:
-    """Equal hashes give equal leading blocks, the rest differs, seeds share nothing, and a seed fixes the prompt."""
+    """Equal hashes give equal leading blocks; the rest differs; a seed fixes the prompt, and seeds share nothing."""
     trace = Trace.from_columns(
         [40, 40, 40], [1, 1, 1], [0.0, 0.0, 0.0], prefix_hashes=[[7, 8], [7, 9], [5, 6]], prefix_block_tokens=16
     )
@@ -200,7 +200,7 @@ async def test_prompts_share_what_the_trace_says_and_nothing_else() -> None:
 
 
 async def test_words_need_no_tokenizer() -> None:
-    """`words` works without /tokenize, and the server's own counts are recorded; `text` says what to do."""
+    """`words` works without /tokenize and records the server's own counts; `text` says what to do."""
     result = await replayed(FakeServer(has_tokenize=False), kind="words")
     assert result.records.prompt_tokens.tolist() == [6, 31, 10, 201]
     assert result.off_prompts == 4
@@ -216,5 +216,5 @@ async def test_a_wrong_url_is_one_clear_error() -> None:
 
 
 def test_words_are_apart() -> None:
-    """No word is there twice: the pool has as many as it says."""
+    """No word occurs twice, so the pool is as large as it says."""
     assert len(set(WORDS)) == len(WORDS) > 100

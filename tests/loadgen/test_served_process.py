@@ -1,4 +1,4 @@
-"""A server's process: ready, dead, deaf to SIGTERM, with children that outlive it. The servers are small Python programs."""
+"""A server's process: ready, dead, deaf to SIGTERM, with children that outlive it. The servers are small programs."""
 
 import os
 import signal
@@ -30,7 +30,8 @@ time.sleep(600)
 """
 PARENT = """
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", sys.argv[2]], stdin=subprocess.PIPE, start_new_session="apart" in sys.argv)
+child = subprocess.Popen([sys.executable, "-c", sys.argv[2]], stdin=subprocess.PIPE, \
+start_new_session="apart" in sys.argv)
 print(child.pid, flush=True)
 if "ends" not in sys.argv:
     time.sleep(600)
@@ -44,7 +45,7 @@ Make = Callable[..., ServedProcess]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
-    """What makes a server from a program; all are killed at the end."""
+    """Creates a server from a program; all are killed at the end."""
     made: list[ServedProcess] = []
 
     def make_one(program: str, *words: str, **options: Any) -> ServedProcess:
@@ -59,12 +60,12 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def has_said_something(server: ServedProcess) -> None:
-    """Wait until there is a line in the log."""
+    """Wait until the log has a line."""
     server.wait_until(lambda: server.log.read_text().endswith("\n"), "anything said", LIMIT_S, poll_s=0.01)
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process lives; a zombie does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -72,7 +73,7 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_server_serves_until_the_block_ends(make: Make) -> None:
-    """Ready is status 200; pages come as text, other statuses as an error; SIGTERM at the end of the block ends it."""
+    """Ready means status 200; pages come as text, other statuses as errors; SIGTERM at the end of the block ends it."""
     server = make(WEB)
     with server:
         assert server.wait_ready("/known", LIMIT_S) >= 0.0
@@ -86,7 +87,7 @@ def test_a_server_serves_until_the_block_ends(make: Make) -> None:
 
 
 def test_a_server_that_dies_while_starting(make: Make) -> None:
-    """Waiting ends at once with the exit code, and with the end of the log, however late it would have been ready."""
+    """Waiting ends at once, with the exit code and the log's last lines, however long it might have waited."""
     server = make("import sys; print('no such model'); sys.exit(3)", name="the router")
     server.start()
     with pytest.raises(ServerFailedError) as caught:
@@ -98,7 +99,7 @@ def test_a_server_that_dies_while_starting(make: Make) -> None:
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
-    """A command that cannot be started is the same kind of error, and stopping it is harmless."""
+    """A command that cannot be started raises the same kind of error, and stopping it is harmless."""
     server = ServedProcess(["/no/such/program"], port=1, log=tmp_path / "log")
     with pytest.raises(ServerFailedError, match=r"the server cannot be started: .*No such file"):
         server.start()
@@ -106,7 +107,7 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_never_ready(make: Make) -> None:
-    """The error names what was waited for."""
+    """The error names what was awaited."""
     server = make(DEAF)
     server.start()
     with pytest.raises(ServerFailedError, match="the server: not ready after 0 s"):
@@ -116,7 +117,7 @@ def test_a_server_that_is_never_ready(make: Make) -> None:
 
 
 def test_a_page_of_a_server_that_has_gone(make: Make) -> None:
-    """A request to a dead server says that it has ended, not that the connection was refused."""
+    """A request to a dead server reports that the server has ended, not that the connection was refused."""
     server = make("")
     server.start()
     assert server.wait_ended(LIMIT_S) == 0
@@ -126,7 +127,7 @@ def test_a_page_of_a_server_that_has_gone(make: Make) -> None:
 
 
 def test_a_server_that_ignores_sigterm_is_killed(make: Make) -> None:
-    """After the limit it is killed; stopping it once more changes nothing."""
+    """After the limit it is killed; stopping it again changes nothing."""
     server = make(DEAF, stop_timeout_s=0.1)
     server.start()
     has_said_something(server)
@@ -135,7 +136,7 @@ def test_a_server_that_ignores_sigterm_is_killed(make: Make) -> None:
 
 
 def test_impatience_ends_the_waiting_only(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while the server is given time to end goes on to the caller once the server has been killed."""
+    """Ctrl-C during the time that the server has to end reaches the caller once the server has been killed."""
     server = make(DEAF)
     server.start()
     has_said_something(server)
@@ -151,7 +152,7 @@ def test_impatience_ends_the_waiting_only(make: Make, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("words", [(), ("apart",), ("ends",)], ids=["in its group", "in another session", "orphaned"])
 def test_children_left_behind_are_killed(make: Make, words: tuple[str, ...]) -> None:
-    """What the server has started ends with it: in its group, in a session of its own, or left by a parent that ended long ago."""
+    """All that the server has started ends with it: in its group, in another session, or orphaned long ago."""
     server = make(PARENT, SLEEPER, *words, children_timeout_s=0.0)
     server.start()
     has_said_something(server)
@@ -164,7 +165,7 @@ def test_children_left_behind_are_killed(make: Make, words: tuple[str, ...]) -> 
 
 
 def test_children_may_finish(make: Make, tmp_path: Path) -> None:
-    """A child that ends when its parent does, as one that removes shared memory, is given the time to do its work."""
+    """A child that ends after its parent, such as one that removes shared memory, gets the time for its work."""
     path = tmp_path / "will"
     server = make(PARENT, LAST_WILL.format(path=str(path)), children_timeout_s=LIMIT_S)
     server.start()
@@ -174,7 +175,7 @@ def test_children_may_finish(make: Make, tmp_path: Path) -> None:
 
 
 def test_kill_ends_the_whole_group(make: Make) -> None:
-    """Nothing of the group gets any time."""
+    """No process of the group gets any time."""
     server = make(PARENT, SLEEPER)
     server.start()
     has_said_something(server)
@@ -185,7 +186,7 @@ def test_kill_ends_the_whole_group(make: Make) -> None:
 
 @pytest.mark.parametrize("own_session", [True, False])
 def test_session_and_group(make: Make, *, own_session: bool) -> None:
-    """The group is always its own; the session is its own or the caller's."""
+    """The group is always new; the session is new or the caller's."""
     server = make(DEAF, own_session=own_session)
     server.start()
     assert os.getpgid(server.pid) == server.pid
@@ -193,7 +194,7 @@ def test_session_and_group(make: Make, *, own_session: bool) -> None:
 
 
 def test_the_environment_is_added_to(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server has this process's variables and those that it is given."""
+    """The server has this process's environment and the variables that it is given."""
     monkeypatch.setenv("OURS", "1")
     server = make("import os; print(os.environ['OURS'], os.environ['ITS'])", environment={"ITS": "2"})
     server.start()

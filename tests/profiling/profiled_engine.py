@@ -1,4 +1,4 @@
-"""A simulated engine to profile: its step model is known, so what the profiler finds can be compared with the truth."""
+"""A simulated engine to profile. Its step model is known, so the profiler's findings can be compared with the truth."""
 
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.types import InstanceCapacity
@@ -20,7 +20,7 @@ TRUTH = StepModel(
 
 
 def make_request(request_id: str, prompt: list[int], output_tokens: int) -> EngineRequest:
-    """A request that ends at so many tokens."""
+    """A request that ends after this many tokens."""
     return EngineRequest(request_id, prompt, output_tokens, None)
 
 
@@ -31,6 +31,6 @@ async def started(
     capacity: InstanceCapacity = CAPACITY,
     max_model_tokens: int = MAX_MODEL_TOKENS,
 ) -> Subject:
-    """A started engine whose steps take what the model says."""
+    """A started engine whose steps take as long as the model says."""
     engine = SimulatedEngine(name, 0, capacity, max_model_len=max_model_tokens, times=SimulatedTimes(step_model=model))
     return Subject(engine, await engine.start(), max_model_tokens, IDENTITY, KV_BYTES_PER_TOKEN, make_request)

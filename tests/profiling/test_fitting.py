@@ -21,7 +21,7 @@ MULTIPROCESSORS = 132
 
 
 def points(model: StepModel, noise: float, *, seed: int = 0, wild: int = 0) -> Points:
-    """Samples of forty kinds of batch with noise; the first `wild` are ten times too long."""
+    """Samples of forty kinds of batch with noise; the first `wild` take ten times too long."""
     rng = np.random.default_rng(seed)
     batches: list[BatchFeatures] = []
     kinds: list[str] = []
@@ -43,21 +43,21 @@ def points(model: StepModel, noise: float, *, seed: int = 0, wild: int = 0) -> P
 
 
 def test_held_out_error_is_the_noise() -> None:
-    """With 3 % noise the held-out error is about that of the noise: neither fitted away nor added to."""
+    """With 3 % noise, the held-out error is about that of the noise: nothing is fitted away or added."""
     fit = fit_points(points(TRUTH, 0.03))
     assert fit.held_out[0].median == pytest.approx(0.67 * 0.03, rel=0.5)
     assert fit.result.model.base_s == pytest.approx(TRUTH.base_s, rel=0.1)
 
 
 def test_wild_single_steps_are_left_out() -> None:
-    """Single steps ten times too long are counted as outliers and do not move the model."""
+    """Single steps that take ten times too long are counted as outliers and do not change the model."""
     fit = fit_points(points(TRUTH, 0.01, wild=2))
     assert fit.outliers == 2
     assert fit.result.model.base_s == pytest.approx(TRUTH.base_s, rel=0.05)
 
 
 def test_split_rule_of_the_backend_is_used() -> None:
-    """On a device whose attention splits long requests, the form with its rule is chosen and predicts mixed batches."""
+    """On a device whose attention splits long requests, the form with its rule is chosen and fits mixed batches."""
     rule = split_structure(H100, MULTIPROCESSORS)
     assert rule is not None
     truth = replace(
@@ -77,7 +77,7 @@ def test_split_rule_of_the_backend_is_used() -> None:
 
 @pytest.mark.parametrize("backend", ["CPU_ATTN", "TRITON_ATTN", "FLASH_ATTN_4", "FLASH_ATTN"])
 def test_unknown_rules_are_not_guessed(backend: str) -> None:
-    """A backend whose split rule is not known gets none, and neither does a processor."""
+    """A backend whose split rule is unknown gets none, and neither does a CPU."""
     assert split_structure(msgspec.structs.replace(H100, attention_backend=backend), MULTIPROCESSORS) is None
     assert split_structure(H100, None) is None
 
@@ -93,7 +93,7 @@ def pulls(per_token_s: float, fixed_s: float, noise_s: float = 0.0) -> list[Pull
 
 
 def test_rate_is_the_slope() -> None:
-    """A transfer that takes 2 us per token of 1000 bytes moves 500 MB/s, whatever it takes beside."""
+    """A transfer that takes 2 us per token of 1000 bytes runs at 500 MB/s, whatever its fixed time."""
     rate = rate_of(pulls(2e-6, 0.02, 1e-4), 1_000)
     assert rate.bytes_per_s == pytest.approx(5e8, rel=0.1)
     assert rate.measurement.fixed_s == pytest.approx(0.02, rel=0.1)
@@ -109,7 +109,7 @@ def test_rate_of_pulls_that_hardly_grow_is_a_lower_bound() -> None:
 
 
 def test_rate_of_pulls_whose_growth_is_noise() -> None:
-    """Slopes that differ by more than themselves say nothing: the longest pulls' whole time counts, not their median."""
+    """If slopes differ by more than their size, the longest pulls' whole time counts, not their median."""
     times = {1_000: (8, 12), 2_000: (6, 14), 3_000: (7, 24), 4_000: (9, 26)}
     runs = [PullRun(pulled_tokens=n, pull_s=1e-3 * ms) for n, both in times.items() for ms in both]
     rate = rate_of(runs, 1_000)

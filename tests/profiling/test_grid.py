@@ -1,4 +1,4 @@
-"""The grid of batches: what fits, from the smallest to the largest, whatever the engine holds."""
+"""The grid of batches: those that fit, from the smallest to the largest, whatever the engine's capacity."""
 
 import pytest
 from hypothesis import given
@@ -23,7 +23,7 @@ ROOMS = st.builds(
 
 @given(ROOMS)
 def test_every_batch_fits(room: Room) -> None:
-    """No batch exceeds the engine's requests, sequence length, or KV blocks, all of its output tokens included."""
+    """No batch exceeds the engine's requests, sequence length, or KV blocks, counting all of its output tokens."""
     for kind in make_grid(room):
         output = room.output_tokens(kind)
         assert output > DECODE_STEPS
@@ -62,6 +62,6 @@ def test_a_large_engine_gets_a_wide_grid() -> None:
     [(InstanceCapacity(4, 16, 16, 512), 4096), (InstanceCapacity(4000, 16, 16, 512), 48)],
 )
 def test_an_engine_that_holds_nothing_is_refused(capacity: InstanceCapacity, max_model_tokens: int) -> None:
-    """Without room for a few batches there is no profile, and the error says which options give room."""
+    """If not even a few batches fit, there is no profile, and the error names the options that give room."""
     with pytest.raises(ConfigError, match=r"--max-model-len.*kinds of batch fit"):
         make_grid(Room(capacity, max_model_tokens))

@@ -1,4 +1,4 @@
-"""The file of samples: what is in it survives an interruption, and is of one engine."""
+"""The file of samples: its content survives an interruption and belongs to one engine."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ PULL = PullRun(pulled_tokens=100, pull_s=0.02)
 
 
 def written(path: Path, *runs: BatchRun | PullRun) -> bytes:
-    """A log with these runs; its bytes."""
+    """Write these runs to a log; returns its bytes."""
     with SampleLog(path) as log:
         log.open(HEADER)
         for run in runs:
@@ -38,7 +38,7 @@ def read(path: Path, header: Header = HEADER) -> SampleLog:
 
 
 def test_what_was_added_is_found_again(tmp_path: Path) -> None:
-    """Batches and transfers come back as they were, and more can be added."""
+    """Batches and transfers are read back unchanged, and more can be added."""
     path = tmp_path / "p.samples.jsonl"
     written(path, RUN, PULL)
     with SampleLog(path) as log:
@@ -73,7 +73,7 @@ def test_a_cut_file_keeps_its_whole_lines(tmp_path_factory: pytest.TempPathFacto
     ],
 )
 def test_steps_of_another_engine_are_refused(tmp_path: Path, header: Header, message: str) -> None:
-    """Going on with steps of another model or another configuration is an error that says what differs."""
+    """Continuing with another model's steps or another configuration is an error that names the difference."""
     written(tmp_path / "p.samples.jsonl", RUN)
     with pytest.raises(ConfigError, match=f"--resume: .*of another engine .*{message}"):
         read(tmp_path / "p.samples.jsonl", header)
@@ -89,7 +89,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_resume_has_to_be_asked_for(tmp_path: Path) -> None:
-    """Steps that are there are neither overwritten nor added to unless asked, and asking without any is an error."""
+    """Existing steps are neither overwritten nor added to unless requested; requesting that without any is an error."""
     path = tmp_path / "p.samples.jsonl"
     with pytest.raises(ConfigError, match="--resume: there are no steps"):
         SampleLog(path).check(resume=True)
@@ -103,13 +103,13 @@ def test_resume_has_to_be_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_found_before(tmp_path: Path) -> None:
-    """The check before measuring tries to write."""
+    """The check before the measurement tries to write."""
     with pytest.raises(ConfigError, match=r"--output: .*cannot be written"):
         SampleLog(tmp_path / "no" / "p.samples.jsonl").check(resume=False)
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
-    """A disk that takes no more ends the run with how to go on; the log stays usable for reading."""
+    """A full disk ends the run with a message on how to continue; the log can still be read."""
     log = SampleLog(tmp_path / "p.samples.jsonl")
     log.open(HEADER)
     log.add(RUN)
@@ -125,7 +125,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("function", ["open", "write"])
 def test_a_disk_that_has_no_room_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    """A file that cannot be made, or not even begun, is a ConfigError that names option and file, and is not left behind."""
+    """A file that cannot be created or begun is a ConfigError that names option and file, and is not left behind."""
 
     def fail(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

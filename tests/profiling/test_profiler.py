@@ -1,4 +1,4 @@
-"""The profiler on a simulated engine, in virtual time: it finds the step model that the engine has."""
+"""The profiler on a simulated engine, in virtual time: it finds the engine's step model."""
 
 import asyncio
 from dataclasses import replace
@@ -23,7 +23,7 @@ DATE = "2026-11-23"
 
 
 class Watch:
-    """Remembers what it is told, and says when that is enough."""
+    """Records the progress that it is told, and sets `enough` when that is enough."""
 
     def __init__(self, n_enough: int) -> None:
         self.told: list[Progress] = []
@@ -40,7 +40,7 @@ class Watch:
 async def measured(
     path: Path, subject: Subject, *, budget_s: float = 3000.0, rounds: int = 2, watch: "Watch | None" = None
 ) -> Profiler:
-    """Measure into a log at this path; the profiler."""
+    """Measure into a log at this path; returns the profiler."""
     with SampleLog(path) as log:
         log.open(header_of(subject))
         profiler = Profiler(subject, log, budget_s=budget_s, watch=watch or Watch(1), rounds=rounds)
@@ -77,7 +77,7 @@ async def test_finds_a_linear_step_model(tmp_path: Path) -> None:
 
 @virtual_time
 async def test_finds_knee_and_straggler(tmp_path: Path) -> None:
-    """Dense layers with a knee and a straggler in mixed batches are found where they are."""
+    """Dense layers with a knee, and a straggler in mixed batches, are found where they are."""
     truth = replace(
         TRUTH, straggler_per_kv_token_s=1.5e-6, dense_knee_tokens=60.0, per_dense_token_s=4e-5, per_prefill_token_s=0.0
     )
@@ -89,7 +89,7 @@ async def test_finds_knee_and_straggler(tmp_path: Path) -> None:
 
 @virtual_time
 async def test_the_profile_says_what_it_is_of(tmp_path: Path) -> None:
-    """The file has the engine's identity and capacity, the ranges measured, held-out errors and what was assumed; it decodes."""
+    """The file decodes; it has the engine's identity and capacity, measured ranges, held-out errors and assumptions."""
     profile = (await profiled(tmp_path / "x.samples.jsonl", await started())).profile
     assert decode_profile(encode_profile(profile)) == profile
     assert profile.engine == IDENTITY
@@ -112,7 +112,7 @@ async def test_the_profile_says_what_it_is_of(tmp_path: Path) -> None:
 
 @virtual_time
 async def test_batches_are_what_was_asked_for(tmp_path: Path) -> None:
-    """A kind of batch of n requests gives steps with n decoding ones and nothing else; each added prompt is one chunk."""
+    """A kind of batch with n requests gives steps with n decoding requests only; each added prompt is one chunk."""
     subject = await started(capacity=SMALL, max_model_tokens=1024)
     profiler = await measured(tmp_path / "x.samples.jsonl", subject, rounds=1)
     await subject.engine.stop(1.0)
@@ -134,7 +134,7 @@ async def test_batches_are_what_was_asked_for(tmp_path: Path) -> None:
 
 @virtual_time
 async def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
-    """Cancelled after some batches, the next run measures the rest and nothing twice."""
+    """After a cancellation, the next run measures the remaining batches and nothing twice."""
     path = tmp_path / "x.samples.jsonl"
     subject = await started(capacity=SMALL, max_model_tokens=1024)
     watch = Watch(8)
@@ -155,7 +155,7 @@ async def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
 
 @virtual_time
 async def test_the_time_is_kept(tmp_path: Path) -> None:
-    """With less time fewer and cheaper batches are measured, twice all the same, and the profile counts what it left out."""
+    """In less time, fewer and cheaper batches are measured, still twice, and the profile counts what it left out."""
     path = tmp_path / "x.samples.jsonl"
     subject = await started()
     watch = Watch(1)
@@ -187,7 +187,7 @@ async def test_too_little_time_makes_no_profile(tmp_path: Path) -> None:
 
 @virtual_time
 async def test_a_dead_engine_ends_the_measurement(tmp_path: Path) -> None:
-    """When the engine dies the profiler says so at once; the samples before it are kept."""
+    """When the engine dies, the profiler says so at once and keeps the samples so far."""
     path = tmp_path / "x.samples.jsonl"
     subject = await started()
     watch = Watch(5)
@@ -202,7 +202,7 @@ async def test_a_dead_engine_ends_the_measurement(tmp_path: Path) -> None:
 
 @virtual_time
 async def test_transfers_between_two_engines(tmp_path: Path) -> None:
-    """With two connected engines pulls are measured at several lengths; every one moved the KV, and none is left behind."""
+    """With two connected engines, pulls are measured at several lengths; all moved the KV cache, and none is left."""
     path = tmp_path / "x.samples.jsonl"
     one, other = await started("0"), await started("1")
     await one.engine.connect([other.engine])

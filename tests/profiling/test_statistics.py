@@ -10,7 +10,7 @@ from cascadeinfer.profiling.statistics import MAX_RAMP_SAMPLES, WINDOW_STEPS, in
 
 
 def decode(seconds: list[float], *, kind: str = "decode 2 x 16", number: int = 0) -> BatchRun:
-    """A run that decodes two requests in steps of these seconds."""
+    """A run that decodes two requests, in steps of these seconds."""
     steps = [MeasuredStep(2, 32 + 2 * i, 16 + i, 0, 0.0, s) for i, s in enumerate(seconds)]
     return BatchRun(kind=kind, round=number, wall_s=sum(seconds) or 1.0, steps=steps)
 
@@ -26,12 +26,12 @@ def test_like_steps_become_their_median() -> None:
 
 
 def test_windows_follow_the_growing_kv() -> None:
-    """Steps far apart are not like: the KV has grown."""
+    """Steps far apart are not alike: the KV has grown."""
     assert len(points_of([decode([0.01] * (2 * WINDOW_STEPS + 1))]).samples) == 3
 
 
 def test_a_compilation_is_left_out_and_counted() -> None:
-    """A step a hundred times as long as its like changes neither the median nor the number of samples, but is counted."""
+    """A step 100 times as long as its like is counted, but changes neither the median nor the number of samples."""
     quiet = points_of([decode([0.010, 0.011, 0.012] * 3)])
     noisy = points_of([decode([1.0] + [0.010, 0.011, 0.012] * 3)])
     assert noisy.outliers == 1
@@ -40,7 +40,7 @@ def test_a_compilation_is_left_out_and_counted() -> None:
 
 
 def test_rounds_are_pooled_and_compared() -> None:
-    """The same batch in three rounds is one sample, and how far the rounds are apart is reported."""
+    """The same batch in three rounds is one sample, and the difference between the rounds is reported."""
     points = points_of([decode([s] * 5, number=i) for i, s in enumerate((0.010, 0.011, 0.012))])
     assert points.samples.step_s.tolist() == [0.011]
     assert points.repeats is not None
@@ -49,7 +49,7 @@ def test_rounds_are_pooled_and_compared() -> None:
 
 
 def test_other_batches_are_not_pooled() -> None:
-    """Steps with another count, other prompt tokens or of another kind of batch are samples of their own."""
+    """Steps with another count, other prompt tokens or another kind of batch are separate samples."""
     chunk = MeasuredStep(2, 40, 20, 64, 2080.0, 0.03)
     run = BatchRun(
         kind="both", round=0, wall_s=1.0, steps=[*decode([0.01]).steps, chunk, MeasuredStep(1, 9, 9, 0, 0.0, 0.008)]
@@ -60,7 +60,7 @@ def test_other_batches_are_not_pooled() -> None:
 
 
 def test_a_long_ramp_does_not_outweigh_the_rest() -> None:
-    """A ramp of many different chunks gives a few samples only; repeated ones are all kept."""
+    """A ramp of many different chunks gives only a few samples; repeated chunks are all kept."""
     ramp = [MeasuredStep(i, 100 * i, 100, 64, 2080.0 + i, 0.02) for i in range(100)]
     points = points_of([BatchRun(kind="decode 100 x 64", round=0, wall_s=2.0, steps=ramp)])
     assert len(points.samples) <= MAX_RAMP_SAMPLES
@@ -69,7 +69,7 @@ def test_a_long_ramp_does_not_outweigh_the_rest() -> None:
 
 @given(st.lists(st.floats(1e-4, 10.0), min_size=1, max_size=40))
 def test_at_least_half_are_inliers(seconds: list[float]) -> None:
-    """Whatever the steps, the median is never an outlier, nor is anything below it."""
+    """Whatever the steps, neither the median nor anything below it is an outlier."""
     table = np.array(seconds)
     kept = inliers(table)
     assert kept.sum() * 2 >= len(table)
@@ -77,7 +77,7 @@ def test_at_least_half_are_inliers(seconds: list[float]) -> None:
 
 
 def test_step_share_is_of_busy_runs() -> None:
-    """Step seconds over wall time, prompts alone left out where anything else was run."""
+    """Step seconds over wall time, without runs of prompts alone if there are others."""
     busy = BatchRun(kind="decode", round=0, wall_s=2.0, steps=[MeasuredStep(1, 9, 9, 0, 0.0, 1.9)])
     prompts = BatchRun(kind="prompt 16", round=0, wall_s=1.0, steps=[MeasuredStep(0, 0, 0, 16, 136.0, 0.2)])
     assert step_share([busy, prompts]) == pytest.approx(0.95)

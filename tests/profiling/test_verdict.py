@@ -20,7 +20,7 @@ BATCHES = [
     BatchFeatures(0, 0, 0, 64, 2_000.0),
     BatchFeatures(4, 400, 100, 64, 2_000.0),
 ]
-"""One of each region."""
+"""One batch of each region."""
 MEASUREMENT = Measurement(
     batches=40, left_out=0, rounds=3, steps=1_000, outliers=0, samples=100, measuring_s=60.0, step_share=0.98,
     max_decodes=64, max_kv_tokens=30_000, max_length_tokens=8_000, max_prefill_tokens=512,
@@ -43,11 +43,14 @@ def judged(
 
 
 def test_a_good_profile_needs_nothing() -> None:
-    """Small errors, everything measured: the verdict says what it is good for, and asks for nothing."""
+    """With small errors and everything measured, the verdict says what the profile is good for and asks for nothing."""
     verdict = judged()
     assert (verdict.grade, verdict.unmeasured, verdict.remedies) == (Grade.GOOD, (), ())
     assert verdict_lines(verdict) == [
-        "steps not seen by the fit: median error 2.0%, nine in ten within 6.0%; the machine itself varies by 0.1% from round to round",
+        (
+            "steps not seen by the fit: median error 2.0%, nine in ten within 6.0%; "
+            "the machine itself varies by 0.1% from round to round"
+        ),
         "verdict: good: plans and simulations may rest on it",
     ]
 
@@ -64,19 +67,19 @@ def test_a_good_profile_needs_nothing() -> None:
     ],
 )
 def test_median_and_tail_both_decide(median: float, p90: float, grade: Grade) -> None:
-    """A profile is as good as the worse of the two; the limits belong to the better grade."""
+    """A profile is only as good as the worse of the two; a limit belongs to the better grade."""
     assert judged(median, p90).grade is grade
 
 
 def test_regions_without_a_step_are_named() -> None:
-    """A region of batches that no sample is of is listed, with the reason when it was not the time."""
+    """A region of batches without a sample is listed, with the reason unless that was lack of time."""
     assert judged(batches=BATCHES[:3]).unmeasured == ("decode with prefill: the engine holds no such batch",)
     names = judged(batches=BATCHES[:1], left_out=20).unmeasured
     assert names[:3] == ("decode, mixed lengths", "prefill", "decode with prefill")
 
 
 def test_what_the_time_did_not_allow_is_told() -> None:
-    """Kinds left out come with how far the measurement got, and with how to go on, even when the fit is good."""
+    """Kinds left out are reported with the range measured and how to continue, even when the fit is good."""
     verdict = judged(left_out=20)
     [text] = verdict.unmeasured
     assert text.startswith("20 of 60 kinds of batch, for want of time; steps had up to 64 requests and 30,000 tokens")
@@ -95,7 +98,7 @@ def test_what_the_time_did_not_allow_is_told() -> None:
     ],
 )
 def test_the_remedy_fits_the_cause(case: dict[str, Any], says: str) -> None:
-    """Noise, a single round, a machine that waits between steps, a model without the property: each has its own."""
+    """Noise, a single round, a machine that waits between steps, a property the model lacks: each has its remedy."""
     verdict = judged(median=0.10, p90=0.30, **case)
     assert verdict.grade is Grade.FAIR
     [remedy] = verdict.remedies
@@ -104,5 +107,5 @@ def test_the_remedy_fits_the_cause(case: dict[str, Any], says: str) -> None:
 
 
 def test_steps_that_do_not_fill_the_time_spoil_a_good_fit() -> None:
-    """However well steps are predicted, latencies are not when the engine waits between them."""
+    """However well steps are predicted, latencies are not if the engine waits between them."""
     assert judged(step_share=0.7).grade is Grade.FAIR

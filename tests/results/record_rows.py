@@ -1,4 +1,4 @@
-"""Records as the load generator leaves them, from the columns that tests care about."""
+"""Records as the load generator writes them, from the columns that tests care about."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ def live_records(
     prompt_tokens: Iterable[int],
     output_tokens: Iterable[int],
 ) -> RequestRecords:
-    """One row per request; NaN in `e2e_s` is a request that failed and produced nothing."""
+    """One row per request; NaN in `e2e_s` means that the request failed and produced nothing."""
     arrival = np.array(list(arrival_s), dtype=np.float64)
     finish = arrival + np.array(list(e2e_s), dtype=np.float64)
     n = len(arrival)

@@ -1,4 +1,4 @@
-"""Metrics of live runs: groups, bootstrap intervals, intervals over runs, ratios; by hand and on synthetic data."""
+"""Metrics of live runs (groups, bootstrap intervals, intervals over runs, ratios), by hand and on synthetic data."""
 
 import math
 
@@ -24,7 +24,7 @@ SLO = Slo(ttft_s=0.5, tpot_s=0.1)
 
 
 def test_figures_by_hand() -> None:
-    """Four requests, one failed: latencies over the finished, rates over the span, the failed one missed its SLO."""
+    """Four requests, one failed: latencies over the finished, rates over the span; the failed one missed its SLO."""
     records = live_records(
         arrival_s=[0.0, 1.0, 2.0, 3.0],
         ttft_s=[0.1, 0.2, 0.9, math.nan],
@@ -93,7 +93,7 @@ def test_the_interval_covers_the_true_mean() -> None:
 
 
 def test_blocks_are_neighbours() -> None:
-    """Each draw has as many rows as the run, in stretches of neighbours; four blocks are the least."""
+    """Each draw has as many rows as the run, in stretches of neighbours, from at least four blocks."""
     draws = block_draws(40, 5, np.random.default_rng(0))
     assert draws is not None
     assert draws.shape[1] == 40
@@ -103,7 +103,7 @@ def test_blocks_are_neighbours() -> None:
 
 
 def test_over_runs_and_ratios_by_hand() -> None:
-    """Several runs: Student's t; ratios pair by pair, geometric; runs without partner or value do not count."""
+    """Several runs: Student's t; ratios by pairs, geometric; runs without a partner or a value do not count."""
     nan = math.nan
     runs = [Estimate(v, nan, nan) for v in (1.0, 2.0, 3.0)]
     mean = over_runs(runs)
@@ -117,7 +117,7 @@ def test_over_runs_and_ratios_by_hand() -> None:
 
 
 def test_small_things() -> None:
-    """Kinds of errors are counted, warm-up cuts the first, long is from four medians on, empty groups are left out."""
+    """Errors are counted by kind, the warm-up drops the first, long means four medians, empty groups are left out."""
     assert errors_by_kind(["", "HTTP 429: busy", "timed out: x", "HTTP 429: no"]) == {"HTTP 429": 2, "timed out": 1}
     records = live_records(range(10), [0.1] * 10, [0.2] * 10, [10] * 10, [5] * 10)
     assert counted_rows(records, 0.25).arrival_s.tolist() == [2, 3, 4, 5, 6, 7, 8, 9]

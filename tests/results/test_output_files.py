@@ -11,14 +11,14 @@ from cascadeinfer.results.output_files import check_output, replacing
 
 
 def write_half(path: Path, error: BaseException) -> None:
-    """Begin to write and fail."""
+    """Begin to write, then fail."""
     with replacing(path, "--json") as beside:
         beside.write_text("half of")
         raise error
 
 
 def test_what_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
-    """A folder, a file in a missing folder, a file below a file; a check that passes leaves nothing behind."""
+    """A folder, a file in a missing folder, a file below a file are refused; a check that passes leaves nothing."""
     (tmp_path / "file").write_text("before")
     with pytest.raises(ConfigError, match=r"--json: .* is a folder"):
         check_output(tmp_path, "--json")
@@ -31,7 +31,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> No
 
 
 def test_what_was_there_survives_a_failure(tmp_path: Path) -> None:
-    """When writing fails half-way, or the work raises, the old content stays and no part of the new one is left."""
+    """When writing fails half-way, or the work raises, the old content stays, and no part of the new one is left."""
     path = tmp_path / "out.json"
     path.write_text("before")
     with pytest.raises(ConfigError, match=r"--json: cannot write .*No space left"):
@@ -46,7 +46,7 @@ def test_what_was_there_survives_a_failure(tmp_path: Path) -> None:
 
 
 def test_a_pipe_gets_the_whole_content(tmp_path: Path) -> None:
-    """What cannot be renamed over is written at the end, and never handed to a writer that might remove it."""
+    """What cannot be renamed over is written at the end, and never passed to a writer that might remove it."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)

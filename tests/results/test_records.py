@@ -26,7 +26,7 @@ REQUESTS = RequestRecords(
 
 
 def test_latencies_of_requests() -> None:
-    """TTFT and end-to-end count from arrival, TPOT from the first token; what never happened is NaN."""
+    """TTFT and end-to-end latency count from arrival, TPOT from the first token; what never happened is NaN."""
     np.testing.assert_allclose(REQUESTS.ttft_s, [1.0, 0.5, math.nan])
     np.testing.assert_allclose(REQUESTS.tpot_s, [0.5, math.nan, math.nan])
     np.testing.assert_allclose(REQUESTS.e2e_s, [3.0, 0.5, math.nan])
@@ -42,7 +42,7 @@ def test_a_window_of_arrivals_is_half_open() -> None:
 
 
 def test_the_pause_of_a_migration() -> None:
-    """From the cut to the target's first token; without a cut there was none."""
+    """The pause lasts from the cut to the target's first token; without a cut there is none."""
     two = np.zeros(2, dtype=np.int64)
     moves = MigrationRecords(
         started_s=np.array([1.0, 1.0]),
@@ -62,7 +62,7 @@ def test_the_pause_of_a_migration() -> None:
 
 
 def test_samples_of_instances() -> None:
-    """The mean length is over those that run, and NaN when none does; a timeline is one instance's."""
+    """The mean length is over running requests, NaN without any; a timeline belongs to one instance."""
     samples = InstanceSamples(
         time_s=np.array([0.1, 0.2, 0.3]),
         instance=np.array([0, 1, 0]),

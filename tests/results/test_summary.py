@@ -10,7 +10,7 @@ from cascadeinfer.results.summary import Slo, interval, summarise
 
 
 def records(first_s: list[float], finish_s: list[float], outputs: list[int]) -> RequestRecords:
-    """Requests that arrive at 0; NaN where something did not happen."""
+    """Requests that arrive at 0; NaN for what did not happen."""
     n = len(outputs)
     zeros = np.zeros(n, dtype=np.int64)
     finished = np.isfinite(finish_s)
@@ -51,7 +51,7 @@ def test_figures_by_hand() -> None:
 
 
 def test_one_token_outputs_have_no_tpot_to_miss() -> None:
-    """An output of one token keeps the TPOT part of every SLO, and leaves the mean TPOT alone."""
+    """An output of one token meets the TPOT part of every SLO, and does not affect the mean TPOT."""
     run = summarise(records([1.0], [1.0], [1]), 2.0, Slo(ttft_s=1.0, tpot_s=0.0))
     assert run.slo_attainment == 1.0
     assert math.isnan(run.tpot_s_mean)

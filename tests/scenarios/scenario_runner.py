@@ -1,10 +1,11 @@
 """
-Golden transcripts: written conversations of the cascade policy with a shell, and what it does at each step.
+Golden transcripts: scripted conversations between a shell and the cascade policy, with the policy's effects at each
+step.
 
-A transcript begins with a comment (`#` lines: what it shows) and a setup (`stages`, `capacity`, `option` lines; boundaries stand still
-unless `option refine=on`), then has commands (`> ...`), each
-followed by the effects it has. `cd tests && python -m scenarios.scenario_runner --rewrite` writes the effects anew; read the difference
-before you commit it. Commands:
+A transcript begins with a comment (`#` lines that say what it shows) and a setup (`stages`, `capacity` and `option`
+lines; boundaries are fixed unless `option refine=on`). Then come commands (`> ...`), each followed by its effects.
+`cd tests && python -m scenarios.scenario_runner --rewrite` updates the effects; read the difference before you commit
+it. Commands:
 
     join ID...                     instances are ready
     arrive REQUEST PROMPT [cap=N] [pinned]
@@ -53,7 +54,7 @@ def show_message(message: BalanceMessage) -> str:  # noqa: PLR0911 - one line pe
 
 
 class Transcript:
-    """One scenario under way."""
+    """A scenario in progress."""
 
     def __init__(self) -> None:
         self.policy = Cascade()
@@ -82,7 +83,7 @@ class Transcript:
         self.world = World(self.policy, capacity, may_hold_back="max_queued" in options)
 
     def command(self, line: str) -> list[str]:
-        """Carry a command out; what it led to, one line each."""
+        """Carry out a command; returns its effects, one line each."""
         word, *rest = line.split()
         before = len(self.world.log)
         shown: list[str] = getattr(self, f"_{word}")(*rest) or []
@@ -161,7 +162,7 @@ class Transcript:
 
 
 def play(text: str) -> str:
-    """The transcript with the effects it has now."""
+    """The transcript with the policy's present effects."""
     transcript = Transcript()
     setup: list[str] = []
     written: list[str] = []
@@ -189,7 +190,7 @@ def play(text: str) -> str:
 
 
 def main() -> None:
-    """Check every transcript, or write it anew."""
+    """Check every transcript, or rewrite it."""
     rewrite = "--rewrite" in sys.argv[1:]
     for path in SCENARIOS:
         text = path.read_text()

@@ -1,4 +1,4 @@
-"""Each golden transcript is what the policy says today, and every message of the protocol and way to lose it is in one."""
+"""Each golden transcript matches the policy, and together they show every message and every way to lose one."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from scenario_runner import SCENARIOS, play
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
 def test_transcript(path: Path) -> None:
-    """The policy's effects are those of the transcript; `scenario_runner.py --rewrite` writes them anew."""
+    """The policy's effects are those of the transcript; `scenario_runner.py --rewrite` updates them."""
     text = path.read_text()
     now = play(text)
     assert now == text

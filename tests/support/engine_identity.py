@@ -1,4 +1,4 @@
-"""An engine that profiles are compared with: Llama-3.1-8B on one GPU. Tests change what they are about."""
+"""An engine to compare profiles with: Llama-3.1-8B on one GPU. Tests change the fields they are about."""
 
 from typing import Any
 

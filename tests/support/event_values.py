@@ -21,7 +21,7 @@ def _layouts() -> st.SearchStrategy[StageLayout]:
 
 
 def values_of(hint: Any) -> st.SearchStrategy[Any]:
-    """Values of a type that stands in an event or an effect."""
+    """Values of a type that occurs in an event or an effect."""
     plain = {
         str: NAMES,
         bool: st.booleans(),

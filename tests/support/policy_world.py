@@ -1,8 +1,8 @@
 """
-A shell without engines: drives a policy by commands, carries its effects out in books, and checks each against the contract.
+A shell without engines: drives a policy by commands, keeps books of its effects, and checks each against the contract.
 
-Used by the contract suite (random commands), the golden transcripts (written commands) and the tests of single policies. A request waits until
-its instance's first report and runs from then on; it grows when it is told to.
+Used by the contract suite (random commands), the golden transcripts (written commands) and the tests of single
+policies. A request waits until its instance's first report and runs from then on; it grows only on command.
 """
 
 from collections.abc import Sequence
@@ -72,10 +72,10 @@ class World:
     _reports: int = 0
     _largest_tokens: int = 0
 
-    # --- commands -------------------------------------------------------------------------------------------------------
+    # --- commands -----------------------------------------------------------------------------------------------------
 
     def emit(self, event: Event) -> list[Effect]:
-        """Hand an event to the policy and carry its effects out."""
+        """Pass an event to the policy and carry out its effects."""
         effects = self.policy.handle(event, self.now_s)
         for effect in effects:
             assert effect.cause == event.cause, "an effect names the cause of its event"
@@ -87,7 +87,7 @@ class World:
         return effects
 
     def join(self, *instance_ids: InstanceId) -> list[Effect]:
-        """Instances are ready."""
+        """Instances become ready."""
         effects: list[Effect] = []
         for instance_id in instance_ids:
             self.draining[instance_id] = False
@@ -97,12 +97,12 @@ class World:
         return effects
 
     def drain(self, instance_id: InstanceId) -> list[Effect]:
-        """An instance takes no new requests."""
+        """An instance stops taking new requests."""
         self.draining[instance_id] = True
         return self.emit(InstanceDraining(f"drain:{instance_id}", instance_id))
 
     def suspect(self, instance_id: InstanceId) -> list[Effect]:
-        """An instance does not answer; what waits there is taken away when another answers."""
+        """An instance stops answering; requests that wait there are withdrawn if another instance answers."""
         self.suspects.add(instance_id)
         withdrawn = []
         if any(other != instance_id for other in self.trusted_instances()):
@@ -115,7 +115,7 @@ class World:
         return effects
 
     def trust(self, instance_id: InstanceId) -> list[Effect]:
-        """It answers again."""
+        """The instance answers again."""
         self.suspects.discard(instance_id)
         return self.emit(InstanceTrusted(f"answers:{instance_id}", instance_id))
 
@@ -124,9 +124,9 @@ class World:
         An instance dies; its migrations end first.
 
         Args:
-            instance_id: The dead one.
-            name_lost: Whether requests that were lost in a migration are among the orphans (both happens).
-            at_target: Whether requests of migrations towards or from it were in the target's hands.
+            instance_id: The dead instance.
+            name_lost: Whether the orphans include requests that were lost in a migration (both happens).
+            at_target: Whether requests in migrations to or from it were already in the target's hands.
         """
         effects: list[Effect] = []
         orphans: list[RequestId] = []
@@ -160,7 +160,7 @@ class World:
         prefix_hashes: Sequence[int] = (),
         priority: int = 0,
     ) -> list[Effect]:
-        """A request comes."""
+        """A request arrives."""
         request = WorldRequest(request_id, prompt_tokens, max_output_tokens, pin_reason, prompt_tokens)
         self.requests[request_id] = request
         event = RequestArrived(
@@ -181,13 +181,13 @@ class World:
         return effects + self.emit(RequestFinished(request_id, request_id, output_tokens))
 
     def grow(self, instance_id: InstanceId, tokens: int) -> None:
-        """Running requests on an instance produce so many tokens each, up to their caps."""
+        """Running requests on an instance produce this many tokens each, up to their caps."""
         for request in self.on(instance_id):
             if request.running:
                 request.tokens = min(request.tokens + tokens, request.prompt_tokens + request.max_output_tokens)
 
     def report(self, instance_id: InstanceId, *, step_s: float = 0.02) -> list[Effect]:
-        """An instance reports; what waited there runs from now on, as far as it fits."""
+        """An instance reports; from now on, waiting requests that fit run."""
         here = self.on(instance_id)
         capacity = self.kind_of(instance_id).capacity
         running = [request for request in here if request.running]
@@ -208,7 +208,7 @@ class World:
         return self.emit(InstanceReported(f"report:{instance_id}:{self._reports}", instance_id, report))
 
     def end(self, migration_id: MigrationId, outcome: MigrationOutcome, detail: str = "") -> list[Effect]:
-        """A migration is over."""
+        """A migration ends."""
         move = self.moves.pop(migration_id)
         request = self.requests.get(move.request_id)
         if request is not None:
@@ -222,14 +222,14 @@ class World:
         )
 
     def deliver(self, place: int = 0, *, twice: bool = False) -> list[Effect]:
-        """The message at this place of those under way reaches its recipient."""
+        """The message at this position among those under way reaches its recipient."""
         message = self.flying.pop(place)
         event = MessageReceived(message.cause, message.sender_id, message.recipient_id, message.message)
         effects = self.emit(event)
         return effects + self.emit(event) if twice else effects
 
     def deliver_all(self, limit: int = 200) -> list[Effect]:
-        """Deliver in order of sending until nothing is under way."""
+        """Deliver in the order of sending until nothing is under way."""
         effects: list[Effect] = []
         for _ in range(limit):
             if not self.flying:
@@ -250,10 +250,10 @@ class World:
             effects += self.emit(TimerFired("timer"))
         raise AssertionError("a timer does not go away")
 
-    # --- looks ----------------------------------------------------------------------------------------------------------
+    # --- looks --------------------------------------------------------------------------------------------------------
 
     def on(self, instance_id: InstanceId) -> list[WorldRequest]:
-        """Requests on an instance."""
+        """The requests on an instance."""
         return [request for request in self.requests.values() if request.instance_id == instance_id]
 
     def kind_of(self, instance_id: InstanceId) -> InstanceKind:
@@ -266,14 +266,14 @@ class World:
         return longest <= self.kind_of(instance_id).capacity.kv_tokens
 
     def open_instances(self) -> list[InstanceId]:
-        """Those that take requests."""
+        """Instances that take requests."""
         return [instance_id for instance_id, draining in self.draining.items() if not draining]
 
     def trusted_instances(self) -> list[InstanceId]:
-        """Those that take requests and answer."""
+        """Instances that take requests and answer."""
         return [instance_id for instance_id in self.open_instances() if instance_id not in self.suspects]
 
-    # --- effects --------------------------------------------------------------------------------------------------------
+    # --- effects ------------------------------------------------------------------------------------------------------
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
@@ -316,7 +316,7 @@ class World:
             assert busy <= self.max_migrations, f"{effect}: {busy} migrations at {instance_id}"
 
     def _check_answers(self, effect: Effect, instance_id: InstanceId) -> None:
-        """Nothing goes to an instance that does not answer while another does."""
+        """Nothing goes to an instance that does not answer while another one does."""
         assert instance_id not in self.suspects or not self.trusted_instances(), f"{effect}: that does not answer"
 
     def _displace(self, request: WorldRequest) -> None:

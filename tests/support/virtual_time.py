@@ -1,9 +1,9 @@
 """
-An event loop whose clock jumps: nothing sleeps, time-outs are free, and the order of things is the same in every run.
+An event loop whose clock jumps: nothing sleeps, time-outs cost nothing, and every run has the same order of events.
 
-Whenever no callback is ready the clock moves to the next timer. When there is no timer either, nothing can ever happen again: that is an
-error that names the tasks which wait. `@virtual_time` makes an async test run on such a loop, and fails it when tasks are left over,
-when a callback raised, or when more than `limit_s` of virtual time passes.
+When no callback is ready, the clock moves to the next timer. Without a timer, nothing can ever happen again, which is
+an error that names the waiting tasks. `@virtual_time` runs an async test on such a loop, and fails it if tasks are left
+over, if a callback raised, or if more than `limit_s` of virtual time passes.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ class StuckError(AssertionError):
 
 
 class _JumpingSelector(selectors.SelectSelector):
-    """Never waits: tells the loop how long it would have waited."""
+    """Never waits; tells the loop how long it would have waited."""
 
     def __init__(self, jump: Callable[[float | None], None]) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """See the module header."""
 
     def __init__(self, limit_s: float = LIMIT_S) -> None:
-        """A loop at time zero."""
+        """Create a loop at time zero."""
         self._virtual_now_s = 0.0
         self._limit_s = limit_s
         self.failures: list[dict[str, Any]] = []
@@ -52,11 +52,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return self._virtual_now_s
 
     def stall(self, seconds: float) -> None:
-        """Time passes and nobody runs, as when the process was stopped, or a callback has blocked the loop."""
+        """Let time pass while nothing runs, as when the process is stopped or a callback blocks the loop."""
         self._virtual_now_s += seconds
 
     def timers(self) -> list[asyncio.TimerHandle]:
-        """Timers that are set."""
+        """Pending timers."""
         return [handle for handle in self._scheduled if not handle.cancelled()]
 
     def _jump(self, timeout_s: float | None) -> None:
@@ -71,7 +71,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 def run(main: Coroutine[Any, Any, T], *, limit_s: float = LIMIT_S) -> T:
-    """Run to the end on a loop of its own; leaves nothing behind and asserts that there was nothing to leave."""
+    """Run to the end on a new loop; asserts that no task is left over and no callback failed."""
     loop = VirtualTimeLoop(limit_s)
     try:
         try:

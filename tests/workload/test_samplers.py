@@ -1,4 +1,4 @@
-"""Arrival processes and length laws against their theory, by tests that a clamped or shifted sampler fails."""
+"""Arrival processes and length laws against their theory, by tests that a clamped or shifted sampler would fail."""
 
 import math
 
@@ -23,7 +23,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def gaps(arrival_s: np.ndarray) -> np.ndarray:
-    """Between arrivals, the first from 0."""
+    """The gaps between arrivals, the first from time 0."""
     return np.diff(arrival_s, prepend=0.0)
 
 
@@ -34,7 +34,7 @@ def mean_is(sample: np.ndarray, mean: float, deviation: float) -> bool:
 
 @pytest.mark.parametrize("rate_rps", [0.1, 7.0, 4000.0])
 def test_poisson_gaps_are_exponential(rate_rps: float) -> None:
-    """Mean, and the whole distribution by Kolmogorov-Smirnov: gaps clamped at three means would fail both."""
+    """Mean, and the whole distribution by Kolmogorov-Smirnov; gaps clamped at three means would fail both."""
     drawn = gaps(poisson_arrivals(rate_rps, N, rng()))
     assert mean_is(drawn, 1.0 / rate_rps, 1.0 / rate_rps)
     assert drawn.max() > 9.0 / rate_rps
@@ -49,7 +49,7 @@ def test_poisson_counts_have_the_variance_of_poisson() -> None:
 
 @pytest.mark.parametrize("cv", [0.3, 1.0, 3.0])
 def test_gamma_gaps_have_their_mean_and_variation(cv: float) -> None:
-    """Mean 1 / rate, coefficient of variation as asked, gamma by Kolmogorov-Smirnov."""
+    """Mean 1 / rate, the requested coefficient of variation, and gamma by Kolmogorov-Smirnov."""
     drawn = gaps(gamma_arrivals(2.0, cv, N, rng(2)))
     assert mean_is(drawn, 0.5, 0.5 * cv)
     assert drawn.std() / drawn.mean() == pytest.approx(cv, rel=0.03)
@@ -65,7 +65,7 @@ def test_gamma_gaps_have_their_mean_and_variation(cv: float) -> None:
     ("law", "shape"), [("gamma", 0.25), ("gamma", 1.0), ("gamma", 4.0), ("weibull", 0.6), ("weibull", 2.0)]
 )
 def test_a_renewal_window_has_its_expected_count(law: str, shape: float) -> None:
-    """Seen through a short window, a stationary process has on average rate * duration arrivals, whatever its law."""
+    """Seen through a short window, a stationary process has rate * duration arrivals on average, whatever its law."""
     counts = np.array([len(renewal_window(law, shape, 3.0, 1.0, rng(s))) for s in range(4000)])
     assert mean_is(counts, 3.0, float(counts.std()))
 
@@ -84,7 +84,7 @@ def test_a_renewal_window_has_its_law_of_gaps(law: str, shape: float) -> None:
 
 
 def test_impossible_processes_are_refused() -> None:
-    """Rates, shapes and durations are positive and finite, and laws are known."""
+    """Rates, shapes and durations must be positive and finite, and laws known."""
     for wrong in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(TraceError, match="rate_rps must be positive"):
             poisson_arrivals(wrong, 1, rng())
@@ -104,7 +104,7 @@ def test_no_requests_no_times() -> None:
 
 
 def test_empirical_lengths_follow_their_weights() -> None:
-    """By chi-square over the values; equal weights without any."""
+    """By chi-square over the values; without weights, all are equally likely."""
     values = np.array([1, 5, 9])
     drawn = Empirical(values, np.array([1.0, 2.0, 5.0])).draw(N, rng(7))
     counts = [int(np.count_nonzero(drawn == v)) for v in values]
@@ -114,7 +114,7 @@ def test_empirical_lengths_follow_their_weights() -> None:
 
 
 def test_impossible_laws_are_refused() -> None:
-    """Empty samples, lengths below 1, weights that are no law."""
+    """Empty samples, lengths below 1, and weights that are no law are refused."""
     with pytest.raises(TraceError, match="at least 1 token"):
         Empirical(np.array([0, 3]))
     with pytest.raises(TraceError, match="at least 1 token"):

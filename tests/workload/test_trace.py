@@ -1,4 +1,4 @@
-"""Traces: what is refused, and that every change is a value with nothing lost silently."""
+"""Traces: what is refused, and that every change makes a new value and loses nothing silently."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_wrong_columns_are_refused(prompt: list[int], output: list[int], arrival
 
 
 def test_hashes_need_a_block_size_and_one_list_per_request() -> None:
-    """Prefix hashes without a block size mean nothing."""
+    """Prefix hashes without a block size are refused."""
     with pytest.raises(TraceError, match="come together"):
         Trace.from_columns([8], [1], [0.0], prefix_hashes=[[1]])
     with pytest.raises(TraceError, match="2 prefix lists for 1 requests"):
@@ -49,7 +49,7 @@ def test_hashes_need_a_block_size_and_one_list_per_request() -> None:
 
 
 def test_columns_cannot_be_written() -> None:
-    """A trace is a value, and does not share its caller's arrays."""
+    """A trace is immutable and does not share its caller's arrays."""
     mine = np.array([5, 6])
     trace = Trace.from_columns(mine, [1, 1], [0.0, 0.0])
     mine[0] = 99
@@ -59,7 +59,7 @@ def test_columns_cannot_be_written() -> None:
 
 
 def test_rate_is_gaps_over_time() -> None:
-    """Four requests over 4 s are three gaps: 0.75 per second; no span, no rate."""
+    """Four requests over 4 s have three gaps: 0.75 per second. Without a span there is no rate."""
     assert PLAIN.rate_rps == pytest.approx(0.75)
     with pytest.raises(TraceError, match="span no time"):
         _ = Trace.from_columns([1, 1], [1, 1], [2.0, 2.0]).rate_rps
@@ -69,7 +69,7 @@ def test_rate_is_gaps_over_time() -> None:
 
 @given(rate=st.floats(1e-3, 1e4))
 def test_scaling_sets_the_rate_and_keeps_the_pattern(rate: float) -> None:
-    """Arrivals are stretched evenly; requests stay."""
+    """Arrivals are stretched evenly; requests stay the same."""
     scaled = PLAIN.at_rate(rate)
     assert scaled.rate_rps == pytest.approx(rate)
     np.testing.assert_allclose(scaled.arrival_s / scaled.arrival_s[-1], PLAIN.arrival_s / PLAIN.arrival_s[-1])
@@ -78,13 +78,13 @@ def test_scaling_sets_the_rate_and_keeps_the_pattern(rate: float) -> None:
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
 def test_impossible_rates_are_refused(rate: float) -> None:
-    """A rate is positive and finite."""
+    """A rate must be positive and finite."""
     with pytest.raises(TraceError, match="must be positive"):
         PLAIN.at_rate(rate)
 
 
 def test_sampling_keeps_order_and_draws_each_once() -> None:
-    """Without replacement, rows stay whole and in order; more than there are is refused."""
+    """Without replacement, rows stay whole and in order; asking for more than there are is refused."""
     drawn = PLAIN.sample(3, np.random.default_rng(0))
     rows = list(zip(drawn.arrival_s, drawn.prompt_tokens, drawn.output_tokens, strict=True))
     every = list(zip(PLAIN.arrival_s, PLAIN.prompt_tokens, PLAIN.output_tokens, strict=True))
@@ -95,7 +95,7 @@ def test_sampling_keeps_order_and_draws_each_once() -> None:
 
 
 def test_resampling_draws_whole_rows_evenly() -> None:
-    """With replacement: prompt, output and hashes stay together, rows are equally likely, and times are gone."""
+    """With replacement: prompt, output and hashes stay together, rows are equally likely, and times are dropped."""
     n = 30_000
     drawn = HASHED.resample(n, np.random.default_rng(1))
     assert not drawn.has_arrivals
@@ -112,14 +112,14 @@ def test_resampling_draws_whole_rows_evenly() -> None:
 
 
 def test_a_window_starts_its_own_clock() -> None:
-    """Half-open, with times from its start."""
+    """The window is half-open, and times count from its start."""
     part = PLAIN.window(1.0, 4.0)
     assert part.arrival_s.tolist() == [0.0, 0.0]
     assert part.prompt_tokens.tolist() == [20, 30]
 
 
 def test_capping_is_counted() -> None:
-    """To a context of 21: prompt 30 and 40 keep 20, outputs what is left, and the counts say so."""
+    """In a context of 21, prompts of 30 and 40 keep 20 tokens, outputs what is left, and the counts say so."""
     capped = PLAIN.capped(21)
     assert capped.trace.prompt_tokens.tolist() == [10, 20, 20, 20]
     assert capped.trace.output_tokens.tolist() == [1, 1, 1, 1]
@@ -130,7 +130,7 @@ def test_capping_is_counted() -> None:
 
 @given(rows=columns, context=st.integers(2, 2 * 10**6))
 def test_capping_fits_and_never_lengthens(rows: list[tuple[int, int, float, list[int]]], context: int) -> None:
-    """Every request fits afterwards, keeps at least a token of each, and what fitted before is untouched."""
+    """Afterwards every request fits and keeps at least a token of each kind; those that fitted before are unchanged."""
     trace = Trace.from_columns([p for p, _, _, _ in rows], [o for _, o, _, _ in rows])
     capped = trace.capped(context).trace
     assert (capped.total_tokens <= context).all()
@@ -141,7 +141,7 @@ def test_capping_fits_and_never_lengthens(rows: list[tuple[int, int, float, list
 
 
 def test_a_cut_prompt_keeps_the_hashes_of_its_whole_blocks() -> None:
-    """Cut to 20 tokens with blocks of 8, two whole blocks are left; an uncut prompt keeps its last, partial hash."""
+    """Cut to 20 tokens, with blocks of 8, two whole blocks are left; an uncut prompt keeps its last, partial hash."""
     capped = HASHED.capped(21).trace
     assert capped.prefix_hashes == ((1,), (1, 2), (1, 2))
     uncut = HASHED.capped(100).trace
@@ -152,7 +152,7 @@ def test_a_cut_prompt_keeps_the_hashes_of_its_whole_blocks() -> None:
 
 @given(rows=columns, times=st.booleans(), hashed=st.booleans())
 def test_jsonl_loses_nothing(rows: list[tuple[int, int, float, list[int]]], times: bool, hashed: bool) -> None:
-    """Saved and loaded, a trace is what it was, to the last bit of its times."""
+    """Saved and loaded, a trace is the same, to the last bit of its times."""
     trace = Trace.from_columns(
         [p for p, _, _, _ in rows],
         [o for _, o, _, _ in rows],
@@ -189,6 +189,6 @@ HEADER = next(to_jsonl(PLAIN))
     ],
 )
 def test_malformed_jsonl_is_refused_with_its_line(lines: list[str], complaint: str) -> None:
-    """Line number and what is wrong."""
+    """The error gives the line number and what is wrong."""
     with pytest.raises(TraceError, match=complaint):
         from_jsonl(lines)

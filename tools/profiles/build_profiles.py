@@ -68,7 +68,7 @@ BACKENDS = {"fa2": "FlashAttention-2", "fa3": "FlashAttention-3", "trtllm-gen": 
 
 
 def memory_of(device: Device, model: Model) -> Memory:
-    """What the KV capacity follows from."""
+    """What determines the KV capacity."""
     return Memory(
         device_bytes=device.memory_bytes,
         gpu_memory_utilization=GPU_MEMORY_UTILIZATION,

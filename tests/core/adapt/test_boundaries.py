@@ -24,7 +24,7 @@ SETTINGS = RefineSettings()
 
 
 def requests(rng: np.random.Generator, n: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts and outputs of a mixed workload, all lengths times `scale`."""
+    """Prompts and outputs of a mixed workload, with all lengths times `scale`."""
     prompts = np.maximum(1, scale * rng.lognormal(6.0, 1.2, n)).astype(int)
     outputs = np.maximum(1, scale * rng.lognormal(5.0, 0.8, n)).astype(int)
     return np.minimum(prompts, 60_000), np.minimum(outputs, 20_000)
@@ -80,7 +80,7 @@ def follow(boundary: int, scales: list[float], rate_per_s: float, seed: int = 0)
 
 
 def test_steady_workload_stands_still() -> None:
-    """From the best boundary on, a steady workload moves it by no more than 15 %, and hardly ever."""
+    """Starting at the best boundary, a steady workload moves it by at most 15 %, and hardly ever."""
     best = best_boundary(1.0, 30.0)
     path = follow(best, [1.0] * 150, 30.0)
     assert all(best / 1.15 <= boundary <= best * 1.15 for boundary in path)
@@ -89,7 +89,7 @@ def test_steady_workload_stands_still() -> None:
 
 @pytest.mark.parametrize("factor", [0.3, 3.0])
 def test_wrong_boundary_is_mended(factor: float) -> None:
-    """From three times too low or too high it comes within 2 % of the lowest cost, by steps of 5 %."""
+    """Starting at three times too low or too high, it comes within 2 % of the lowest cost, in steps of 5 %."""
     best = best_boundary(1.0, 30.0)
     start = int(best * factor)
     path = follow(start, [1.0] * 150, 30.0)
@@ -127,7 +127,7 @@ def balance(boundary: int, steps: int, *, spread: float = 0.0) -> list[int]:
 
 
 def test_without_a_model_loads_are_balanced() -> None:
-    """The boundary settles where both sides are equally full, and stays there even when loads are noisy."""
+    """The boundary settles where both sides are equally full, and stays there even if loads are noisy."""
     for start in (40, 6000):
         path = balance(start, 300)
         assert 128 / 1.9 < path[-1] < 128 * 1.9
@@ -137,13 +137,13 @@ def test_without_a_model_loads_are_balanced() -> None:
 
 
 def test_idle_stages_stand_still() -> None:
-    """While there is nothing to balance, nothing moves."""
+    """Without a load to balance, nothing moves."""
     refiner = BoundaryRefiner(SETTINGS)
     assert all(refiner.step(500, Neighbours(0, None, 0.0, 0.2), None) == 500 for _ in range(50))
 
 
 def test_pressure_beats_the_outlook() -> None:
-    """A side that is nearly full gives, whatever the prediction says; when both are, the prediction decides."""
+    """A nearly full side gives, whatever the prediction says; if both are, the prediction decides."""
 
     def never(_: int) -> float:
         return 0.0
@@ -162,7 +162,7 @@ def test_pressure_beats_the_outlook() -> None:
     loads=st.lists(st.tuples(st.floats(0, 1.5), st.floats(0, 1.5)), max_size=30),
 )
 def test_ranges_never_get_empty(low: int, width: int, loads: list[tuple[float, float]]) -> None:
-    """The boundary always stays between its neighbours, and moves outwards only from one that it is too close to."""
+    """The boundary stays between its neighbours, and moves outwards only from one to which it is too close."""
     boundary, high = low + width, low + 2 * width
     refiner = BoundaryRefiner(SETTINGS)
     for lower, upper in loads:
@@ -176,7 +176,7 @@ def test_ranges_never_get_empty(low: int, width: int, loads: list[tuple[float, f
 
 
 def test_outlook_of_the_impossible() -> None:
-    """Where the boundary cannot carry the load, one that can gains everything; beyond neighbours there is no gain."""
+    """Over a boundary that cannot carry the load, one that can gains everything; beyond neighbours there is no gain."""
     histogram = LengthHistogram.from_requests([100] * 50 + [20_000] * 50, [100] * 100)
     around = Neighbours(0, None, 0.5, 0.5)
     gain_of = outlook((problem_of(histogram, 12.0),) * 2, 30_000, around, (1, 7))

@@ -9,7 +9,7 @@ from cascadeinfer.core.adapt.recent import RecentWorkload, Unfinished
 
 
 def test_too_little_is_nothing() -> None:
-    """There is nothing to say before the first request, at the same moment, or with too few finished requests."""
+    """There is no estimate before the first request, at the same moment, or with too few finished requests."""
     recent = RecentWorkload(60.0, 10_000)
     assert recent.look(5.0, 1) is None
     recent.note_arrival(10.0)
@@ -52,7 +52,7 @@ def test_the_past_fades() -> None:
 
 
 def test_aborted_and_endless_requests_are_left_out() -> None:
-    """A request without output, and one beyond the longest sequence, are no lengths to plan for."""
+    """A request without output, or beyond the longest sequence, is left out."""
     recent = RecentWorkload(60.0, 1000)
     recent.note_arrival(0.0)
     recent.note_finished(500, 0, 1.0)
@@ -65,11 +65,11 @@ def test_aborted_and_endless_requests_are_left_out() -> None:
 
 def test_requests_that_still_run_count_as_what_they_may_become() -> None:
     """
-    Ten seconds after a start, half of the requests (the long ones) still run: the finished ones alone give half of the
-    mean.
+    Ten seconds after the start, half of the requests (the long ones) still run: the finished ones alone give half of
+    the mean.
 
-    With the running ones at what finished requests suggest, and beyond that at the length that they may reach, the mean
-    is nearly right.
+    With the running ones at the lengths that finished requests suggest, or beyond those at the length they may reach,
+    the mean is nearly right.
     """
     rng = np.random.default_rng(3)
     recent = RecentWorkload(300.0, 1 << 20)
@@ -113,8 +113,8 @@ def test_a_request_that_runs_is_never_taken_for_shorter_than_it_is() -> None:
 
 def test_a_window_in_which_hardly_anything_long_has_ended_says_nothing() -> None:
     """
-    While most requests have outlived all finished ones (a start, long outputs), lengths would be guesses: nothing is
-    said.
+    While most requests have outlived all finished ones (at the start, with long outputs), lengths would be guesses, and
+    there is no estimate.
     """
     recent = RecentWorkload(300.0, 1 << 17)
     for _ in range(500):

@@ -11,7 +11,7 @@ LEVELS = (0.25, 0.5, 0.75)
 
 
 def test_without_running_requests_quantiles_are_those_of_the_finished() -> None:
-    """A new request is expected to last as long as those before it, to within a bucket (4.4 %)."""
+    """A new request is expected to last as long as those before it, within a bucket (4.4 %)."""
     rng = np.random.default_rng(0)
     outputs = np.maximum(1, rng.lognormal(5.0, 0.7, 20_000)).astype(np.int64)
     survival = OutputSurvival(1 << 17)
@@ -22,7 +22,7 @@ def test_without_running_requests_quantiles_are_those_of_the_finished() -> None:
 
 def test_requests_cut_short_by_the_present_do_not_bias_the_estimate() -> None:
     """
-    Outputs of which we have seen only a random first part still give the true quantiles of the future.
+    Outputs of which only a random first part has been seen still give the true quantiles of the future.
 
     Each request is seen up to a random length: those that end before are finished, the others run.
     """

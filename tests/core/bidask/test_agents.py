@@ -1,4 +1,4 @@
-"""Several agents over a bad network: no place is held for ever, no request asks for ever, no stage is flooded."""
+"""Several agents on a bad network: no place is held for ever, no request asks for ever, no stage is flooded."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,19 +24,19 @@ def staged(**options: object) -> tuple[Cascade, World]:
 
 
 def moves_of(world: World) -> list[StartMigration]:
-    """Migrations that were started."""
+    """Migrations that have been started."""
     return [effect for effect in world.log if isinstance(effect, StartMigration)]
 
 
 def asks_of(world: World) -> list[SendMessage]:
-    """Asks that were sent."""
+    """Asks that have been sent."""
     return [e for e in world.log if isinstance(e, SendMessage) and isinstance(e.message, Ask)]
 
 
 @settings(max_examples=60)
 @given(steps=NETWORK)
 def test_nothing_is_held_for_ever(steps: list[tuple[int, int]]) -> None:
-    """Whatever was lost, late or duplicated: once the network is quiet and time has passed, nothing is held or open."""
+    """Whatever was lost, late or duplicated, nothing is held or open once the network is quiet and time has passed."""
     policy, world = staged()
     for number in range(8):
         world.arrive(f"r{number}", 20 + 40 * number)
@@ -69,7 +69,7 @@ def test_nothing_is_held_for_ever(steps: list[tuple[int, int]]) -> None:
 
 
 def test_a_full_stage_is_asked_less_and_less() -> None:
-    """While nobody has room, an instance's asks thin out to one round per `rest_s_max`; decoding goes on."""
+    """While no instance has room, asks thin out to one round per `rest_s_max`, and decoding continues."""
     policy, world = staged(rebalance=False)
     for number in range(16):
         world.arrive(f"full{number}", 150)  # eight on each of the next stage's two instances: their batches are full
@@ -94,7 +94,7 @@ def test_a_full_stage_is_asked_less_and_less() -> None:
 
 
 def test_near_a_boundary_nothing_wanders() -> None:
-    """Requests around a boundary, with the boundary moving to and fro inside the margin, move at most once each."""
+    """Requests around a boundary that moves to and fro within the margin move at most once each."""
     policy, world = staged(rebalance=False)
     for number in range(4):
         world.arrive(f"r{number}", 96 + number)
@@ -114,7 +114,7 @@ def test_near_a_boundary_nothing_wanders() -> None:
 
 
 def test_balance_settles() -> None:
-    """Four requests of 800 tokens on one of two peers: two move, then nothing more."""
+    """Of four requests of 800 tokens on one of two peers, two move, then no more."""
     policy = Cascade(migrate=True)
     world = World(policy, LARGE)
     world.join("i0")
@@ -137,7 +137,7 @@ def test_balance_settles() -> None:
 
 
 def test_refused_migration_rests() -> None:
-    """A migration refused by the target is retried later, not at once."""
+    """A migration that the target refuses is retried later, not at once."""
     policy, world = staged(rebalance=False)
     world.arrive("r", 95)
     world.report("i0")
@@ -159,7 +159,7 @@ def test_refused_migration_rests() -> None:
 
 
 def test_pinned_and_ending_requests_stay() -> None:
-    """What is pinned, waits, or may produce only a few tokens more is not offered."""
+    """Requests that are pinned, waiting, or allowed only a few more tokens are not offered."""
     _, world = staged(rebalance=False)
     world.arrive("ends", 90, 45)
     world.grow("i0", 0)

@@ -1,4 +1,4 @@
-"""What an instance's agent answers while its instance is silent."""
+"""How an instance's agent answers while its instance is silent."""
 
 from cascadeinfer.core.bidask.bidder import Bidder
 from cascadeinfer.core.bidask.rounds import BidAskSettings, Outbox
@@ -14,7 +14,7 @@ ASK = Ask("b:1", "r", 100, MigrationReason.OUTGREW_STAGE.value, 0.5)
 
 
 def test_no_place_is_offered_or_kept_on_a_silent_instance() -> None:
-    """It declines, at ask and award, while its instance is suspected and another is not; afterwards it bids again."""
+    """It declines asks and awards while its instance is suspected and another is not; afterwards it bids again."""
     view = ClusterView()
     for instance_id in "ab":
         view.apply(InstanceJoined("c", instance_id, InstanceKind(CAPACITY)))

@@ -1,4 +1,4 @@
-"""Which requests have outgrown their range, and which may move."""
+"""Which requests have outgrown their range, and which of them may move."""
 
 import pytest
 
@@ -28,14 +28,14 @@ def instance_with(*requests: tuple[str, int, int, int]) -> ClusterView:
 
 
 def test_threshold_is_the_larger_margin() -> None:
-    """16 tokens near the start, a tenth further up, and no threshold for the last stage."""
+    """The threshold is 16 tokens near the start, a tenth further up, and absent for the last stage."""
     assert RULES.threshold_tokens(100) == 116
     assert RULES.threshold_tokens(1000) == 1100
     assert RULES.threshold_tokens(UNBOUNDED_TOKENS) == UNBOUNDED_TOKENS
 
 
 def test_outgrown_longest_first() -> None:
-    """What is beyond the margin, the longest first, the earlier arrival among equals."""
+    """Requests beyond the margin, the longest first, and the earlier arrival among equals."""
     view = instance_with(("in", 90, 500, 115), ("c", 90, 500, 116), ("b", 90, 500, 300), ("d", 90, 500, 116))
     found = outgrown(view.instances["a"], 100, view.requests, RULES)
     assert [request.request_id for request in found] == ["b", "c", "d"]
@@ -53,7 +53,7 @@ def test_outgrown_longest_first() -> None:
     ],
 )
 def test_what_may_move(request_id: str, prompt: int, cap: int, tokens: int, *, may: bool) -> None:
-    """A request moves when it decodes, is not pinned, and has enough ahead of it."""
+    """A request may move if it decodes, is not pinned, and has enough tokens ahead of it."""
     view = instance_with((request_id, prompt, cap, tokens))
     a = view.instances["a"]
     assert may_move(view.requests[request_id], a, RULES) is may
@@ -70,6 +70,6 @@ def test_what_moves_already_may_not_move() -> None:
 
 
 def test_empty_instance_has_outgrown_nothing() -> None:
-    """Nothing is there, nothing is found."""
+    """Without requests, none is found."""
     view = instance_with()
     assert outgrown(view.instances["a"], 10, view.requests, RULES) == []

@@ -23,7 +23,7 @@ def round_in(state: State) -> Round:
 
 @pytest.mark.parametrize(("state", "event"), [k for k in product(State, RoundEvent) if k not in TRANSITIONS])
 def test_illegal_event_raises_and_changes_nothing(state: State, event: RoundEvent) -> None:
-    """What the table does not allow raises InvalidTransition with state and event, and leaves the round unchanged."""
+    """An event that the table does not allow raises InvalidTransition with state and event; the round is unchanged."""
     a_round = round_in(state)
     with pytest.raises(InvalidTransition) as caught:
         a_round.handle(event)
@@ -33,7 +33,7 @@ def test_illegal_event_raises_and_changes_nothing(state: State, event: RoundEven
 
 @pytest.mark.parametrize(("key", "after"), TRANSITIONS.items())
 def test_legal_event_leads_where_the_table_says(key: tuple[State, RoundEvent], after: State) -> None:
-    """Each transition is followed."""
+    """Each transition leads to the state that the table names."""
     a_round = round_in(key[0])
     a_round.handle(key[1])
     assert a_round.state is after
@@ -60,7 +60,7 @@ def test_every_state_is_reached_and_every_round_can_end() -> None:
 
 
 def test_the_two_sides_share_only_the_ends() -> None:
-    """An asker never gets into a bidder's state, nor the other way round."""
+    """An asker never enters a bidder's state, nor a bidder an asker's."""
     assert reachable(State.ASKING) == ASKER | {State.CLOSED}
     assert reachable(State.OFFERING) == (BIDDER - {State.OFFERING}) | {State.CLOSED}
 
@@ -88,7 +88,7 @@ def test_best_bid_is_the_cheapest() -> None:
 
 
 def test_page_is_drawn_from_the_table() -> None:
-    """docs/protocols/bidask.md is what draw.py makes of the table."""
+    """The page docs/protocols/bidask.md is what draw.py makes of the table."""
     spec = importlib.util.spec_from_file_location("draw", PROTOCOLS / "draw.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""Who is woken next: the earliest wish of each agent, in order of time."""
+"""Which agent is woken next: each agent at its earliest requested time, in order of time."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ from cascadeinfer.core.bidask.wake_ups import WakeUps
 
 
 def test_the_earliest_wish_of_an_agent_counts() -> None:
-    """A later one changes nothing, an earlier one replaces it; each is fulfilled once."""
+    """A later request changes nothing, an earlier one replaces it; each agent is woken once."""
     wakes = WakeUps()
     wakes.at("a", 3.0)
     wakes.at("a", 5.0)
@@ -21,7 +21,7 @@ def test_the_earliest_wish_of_an_agent_counts() -> None:
 
 
 def test_a_woken_agent_may_wish_again() -> None:
-    """For the same moment too, which is then due again."""
+    """Even for the same moment, which is then due again."""
     wakes = WakeUps()
     wakes.at("a", 1.0)
     assert wakes.take_due(1.0) == "a"
@@ -31,7 +31,7 @@ def test_a_woken_agent_may_wish_again() -> None:
 
 
 def test_never_and_the_gone_are_not_woken() -> None:
-    """A wish for never is none, and nobody wakes the agent of an instance that is gone."""
+    """A request for never is ignored, and the agent of an instance that is gone is not woken."""
     wakes = WakeUps()
     wakes.at("a", NEVER)
     wakes.at("b", 1.0)
@@ -42,7 +42,7 @@ def test_never_and_the_gone_are_not_woken() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0.0, 9.0)), max_size=30))
 def test_wake_ups_are_the_least_wish_of_each(wishes: list[tuple[str, float]]) -> None:
-    """By definition: the minimum of each agent's wishes, sorted."""
+    """The wake-ups are the minimum of each agent's requests, sorted."""
     wakes = WakeUps()
     for instance_id, wake_s in wishes:
         wakes.at(instance_id, wake_s)

@@ -1,4 +1,4 @@
-"""Fitting: recovers what made the samples, through noise and outliers, and refuses what it cannot know."""
+"""Fitting recovers the model behind the samples, despite noise and outliers, and refuses what it cannot know."""
 
 from dataclasses import replace
 
@@ -94,7 +94,7 @@ def test_outliers_do_not_bend_the_fit() -> None:
 
 
 def test_held_out_steps_are_predicted() -> None:
-    """A model fitted to four fifths predicts the rest; the two sets share no sample and lose none."""
+    """A model fitted to four fifths of the samples predicts the rest; the two sets are disjoint and complete."""
     samples = measured(TRUTH, noise=0.02)
     held = np.random.default_rng(3).permutation(len(samples)) < len(samples) // 5
     train, test = samples.where(~held), samples.where(held)
@@ -115,7 +115,7 @@ def test_regions_are_told_apart() -> None:
 
 
 def test_fixed_coefficients_stay() -> None:
-    """What is not free keeps the value it started with."""
+    """A coefficient that is not free keeps its initial value."""
     fixed = replace(START, per_prefill_token_s=9e-6, split_slots=5.0, dense_knee_tokens=300.0, per_dense_token_s=2e-5)
     free = [n for n in FREE if n not in {"per_prefill_token_s", "dense_knee_tokens", "per_dense_token_s"}]
     found = fit_step_model(measured(TRUTH, noise=0.0), start=fixed, free=free)
@@ -127,7 +127,7 @@ def test_fixed_coefficients_stay() -> None:
 @settings(max_examples=15)
 @given(st.floats(1e-3, 5e-2), st.floats(0, 1e-4), st.floats(1e-9, 1e-7), st.floats(1e-6, 1e-4), st.floats(1e-11, 1e-8))
 def test_any_linear_model_is_recovered(base: float, decode: float, kv: float, token: float, pair: float) -> None:
-    """Five linear coefficients of any size predict their own samples after the fit, and none is negative."""
+    """Five linear coefficients of any size predict their own samples after the fit, and none becomes negative."""
     truth = StepModel(
         base_s=base,
         per_decode_s=decode,
@@ -142,13 +142,13 @@ def test_any_linear_model_is_recovered(base: float, decode: float, kv: float, to
 
 
 def test_noise_never_makes_a_coefficient_negative() -> None:
-    """A coefficient that is zero in truth stays at zero or above under noise."""
+    """A coefficient whose true value is zero stays at zero or above under noise."""
     found = fitted(measured(replace(TRUTH, per_decode_s=0.0, per_prefill_token_s=0.0), noise=0.1))
     assert (found.model.coefficients() >= 0).all()
 
 
 def test_undetermined_coefficients_are_refused() -> None:
-    """Decode-only samples cannot tell what a prompt token costs; equal lengths not what a straggler does."""
+    """Decode-only samples do not determine the cost of a prompt token, nor equal lengths that of a straggler."""
     samples = measured(TRUTH, noise=0.0)
     decode = samples.where(samples.prefill_tokens == 0)
     with pytest.raises(ProfileError, match="do not determine per_prefill_token_s"):
@@ -174,13 +174,13 @@ def test_too_few_samples_are_refused() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, 0.0])
 def test_impossible_times_are_refused(bad: float) -> None:
-    """A step time that is no positive number is an error that names the sample."""
+    """A step time that is not a positive number is an error that names the sample."""
     with pytest.raises(ProfileError, match="step_s of sample 1 is"):
         StepSamples.of([BatchFeatures(1, 10, 10)] * 3, [1e-3, bad, 1e-3])
 
 
 def test_impossible_features_are_refused() -> None:
-    """A feature that is not finite, and columns of unlike length, are errors."""
+    """A feature that is not finite, and columns of different lengths, are errors."""
     with pytest.raises(ProfileError, match="prefill_attention_tokens of sample 0 is nan"):
         StepSamples.of([BatchFeatures(1, 10, 10, 5, float("nan"))], [1e-3])
     column = np.ones(3)

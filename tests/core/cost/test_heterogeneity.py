@@ -68,7 +68,7 @@ def test_one_long_request_costs_what_the_simulation_says(name: str) -> None:
 
 
 def test_fa2_hurts_and_fa3_does_not() -> None:
-    """One long request among 63 short ones costs much under FA2 and little under FA3, in the fast form too."""
+    """One long request among 63 short ones costs much under FA2 and little under FA3, also in the fast form."""
     mixed, equal = np.array([2048] * 63 + [65_536]), np.full(64, (63 * 2048 + 65_536) // 64)
     for kernel, low, high in ((A100, 2.5, 8.0), (H100, 0.95, 1.15)):
         model = reduce_kernel(kernel, kv_heads=8, layers=1)

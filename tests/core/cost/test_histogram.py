@@ -48,7 +48,7 @@ def brute_force(pairs: list[tuple[int, int]], column: int, lo: int, hi: int) -> 
 
 @given(pairs=requests, data=st.data())
 def test_columns_are_sums_over_requests(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
-    """Each column over any range of whole buckets is the sum of its definition over requests."""
+    """Each column, over any range of whole buckets, is the sum of its definition over requests."""
     histogram = LengthHistogram.from_requests(*zip(*pairs, strict=True), max_tokens=4096, buckets_per_octave=4)
     edges = histogram.edges_tokens
     lo, hi = sorted(data.draw(st.lists(st.integers(0, len(edges) - 1), min_size=2, max_size=2, unique=True)))
@@ -60,7 +60,7 @@ def test_columns_are_sums_over_requests(pairs: list[tuple[int, int]], data: st.D
 
 @given(pairs=requests)
 def test_hand_overs_are_requests_that_decode_on_both_sides(pairs: list[tuple[int, int]]) -> None:
-    """At each edge the hand-overs are the requests that start below it and do a decode step at it or beyond."""
+    """At each edge, the hand-overs are the requests that start below it and make a decode step at it or beyond."""
     histogram = LengthHistogram.from_requests(*zip(*pairs, strict=True), max_tokens=4096, buckets_per_octave=4)
     for edge, crossing in zip(histogram.edges_tokens, histogram.hand_overs, strict=True):
         expected = sum(p < edge <= p + o - 1 for p, o in pairs) / len(pairs)
@@ -69,7 +69,7 @@ def test_hand_overs_are_requests_that_decode_on_both_sides(pairs: list[tuple[int
 
 @given(first=requests, second=requests)
 def test_merge_is_the_histogram_of_both(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> None:
-    """Merging two builders gives the histogram of all their requests, and so does adding one by one."""
+    """Merging two builders gives the histogram of all their requests, as does adding requests one by one."""
     together = HistogramBuilder()
     together.add_many(*zip(*(first + second), strict=True))
     one, other = HistogramBuilder(), HistogramBuilder()
@@ -82,7 +82,7 @@ def test_merge_is_the_histogram_of_both(first: list[tuple[int, int]], second: li
 
 
 def test_decay_lets_the_past_count_less() -> None:
-    """After a decay by a half, a new request weighs as much as two old ones."""
+    """After decaying by a half, a new request weighs as much as two old ones."""
     builder = HistogramBuilder()
     builder.add_many([100, 100], [10, 10])
     builder.decay(0.5)
@@ -93,7 +93,7 @@ def test_decay_lets_the_past_count_less() -> None:
 
 
 def test_decay_alone_changes_nothing_but_the_weight() -> None:
-    """Per request, a histogram that only faded is the same."""
+    """Per request, a histogram that has only decayed is unchanged."""
     builder = HistogramBuilder()
     builder.add_many([100, 2000], [10, 300])
     before = builder.snapshot()
@@ -104,7 +104,7 @@ def test_decay_alone_changes_nothing_but_the_weight() -> None:
 
 
 def test_snapshot_stays_as_it_is() -> None:
-    """A snapshot cannot be written, and later requests do not reach it."""
+    """A snapshot is read-only, and later requests do not change it."""
     builder = HistogramBuilder()
     builder.add(100, 10)
     snapshot = builder.snapshot()
@@ -124,7 +124,7 @@ def test_means_and_longest() -> None:
 
 @given(max_tokens=st.integers(1, 1 << 20), per_octave=st.integers(1, 32))
 def test_edges_cover_every_length_once(max_tokens: int, per_octave: int) -> None:
-    """Edges start at 0, rise strictly, end just above the longest length, and are nowhere wider than asked for."""
+    """Edges start at 0, rise strictly, end just above the longest length, and are never wider than requested."""
     edges = log_edges(max_tokens, per_octave)
     assert edges[0] == 0
     assert edges[-1] == max_tokens + 1
@@ -147,7 +147,7 @@ def test_edges_cover_every_length_once(max_tokens: int, per_octave: int) -> None
     ],
 )
 def test_bad_lengths_are_named_and_add_nothing(prompts: list, outputs: list, said: str) -> None:
-    """Bad lengths raise an error that names them, and the builder stays as it was."""
+    """Bad lengths raise an error that names them, and the builder is unchanged."""
     builder = HistogramBuilder(max_tokens=4096)
     builder.add(7, 7)
     with pytest.raises(PlanError, match=said):
@@ -156,7 +156,7 @@ def test_bad_lengths_are_named_and_add_nothing(prompts: list, outputs: list, sai
 
 
 def test_one_bad_request_is_refused() -> None:
-    """Adding one request checks as adding many does, and takes no fraction of a token."""
+    """Adding one request makes the same checks as adding many, and refuses fractions of a token."""
     builder = HistogramBuilder(max_tokens=100)
     with pytest.raises(PlanError, match=r"prompt_tokens\[0\] is 0"):
         builder.add(0, 3)
@@ -168,7 +168,7 @@ def test_one_bad_request_is_refused() -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    """An empty histogram, a decay above 1, unlike buckets and a length that is no edge are errors."""
+    """An empty histogram, a decay above 1, different buckets and a length that is no edge are errors."""
     builder = HistogramBuilder()
     with pytest.raises(PlanError, match="empty"):
         builder.snapshot()

@@ -31,7 +31,7 @@ def test_another_engine_is_foreign(field: str, value: object) -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("engine_version", "0.33.0"), ("eager", True), ("asynchronous", False)])
 def test_another_release_is_stale(field: str, value: object) -> None:
-    """Another release or way to run makes it doubtful, not forbidden."""
+    """Another release or way to run makes the profile doubtful, not invalid."""
     other = engine_identity(**{field: value})
     assert foreign(ENGINE, other) == ()
     assert stale(ENGINE, other)[0].startswith(f"{field}: ")

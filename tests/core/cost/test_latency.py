@@ -27,7 +27,7 @@ def test_linear_terms_add_up() -> None:
 
 
 def test_longest_request_sets_the_pace_when_it_cannot_be_split() -> None:
-    """One long request among short ones costs its own read by one thread block, not the batch's share of bandwidth."""
+    """One long request among short ones is read at a thread block's rate, not at its share of the bandwidth."""
     like = STRAGGLER.step_s(BatchFeatures(32, 160_000, 5_000))
     mixed = STRAGGLER.step_s(BatchFeatures(32, 160_000, 130_000))
     assert like == pytest.approx(5e-3 + 32 * 1e-5 + 160_000 * 4e-8, rel=1e-12)
@@ -61,7 +61,7 @@ def test_common_piece_size_splits_by_share_of_the_batch() -> None:
 
 
 def test_equal_lengths_pay_no_overlap() -> None:
-    """The late start of the longest request costs nothing when there is no longest one."""
+    """The late start of the longest request costs nothing if there is no longest one."""
     model = replace(STRAGGLER, overlap_max=0.5, wave_requests=16.0)
     assert model.step_s(BatchFeatures(64, 64_000, 1_000)) == STRAGGLER.step_s(BatchFeatures(64, 64_000, 1_000))
     late = model.step_s(BatchFeatures(64, 640_000, 40_000)) - STRAGGLER.step_s(BatchFeatures(64, 640_000, 40_000))
@@ -69,7 +69,7 @@ def test_equal_lengths_pay_no_overlap() -> None:
 
 
 def test_tokens_below_the_knee_ride_along() -> None:
-    """Dense compute starts at the knee, whoever brings the tokens."""
+    """Dense compute starts at the knee, whatever brings the tokens."""
     model = replace(LINEAR, dense_knee_tokens=256.0, per_dense_token_s=3e-5)
     assert model.step_s(BatchFeatures(200, 0, 0, 56, 0.0)) == LINEAR.step_s(BatchFeatures(200, 0, 0, 56, 0.0))
     above = model.step_s(BatchFeatures(200, 0, 0, 156, 0.0)) - LINEAR.step_s(BatchFeatures(200, 0, 0, 156, 0.0))
@@ -78,14 +78,14 @@ def test_tokens_below_the_knee_ride_along() -> None:
 
 
 def test_experts_are_read_as_they_are_picked() -> None:
-    """One token of a top-8 of 128 reads a sixteenth of the experts, many tokens read them all."""
+    """One token of a top-8 of 128 reads a sixteenth of the experts; many tokens read them all."""
     model = replace(LINEAR, experts_s=1e-2, expert_miss=1 - 8 / 128)
     read = [model.step_s(BatchFeatures(n, 0, 0)) - LINEAR.step_s(BatchFeatures(n, 0, 0)) for n in (1, 32, 1_000)]
     assert read == pytest.approx([1e-2 / 16, 1e-2 * (1 - (15 / 16) ** 32), 1e-2])
 
 
 def test_empty_step_costs_its_base() -> None:
-    """A step with nothing in it has no attention and no division by zero, whatever the split rule."""
+    """An empty step has no attention and no division by zero, whatever the split rule."""
     for model in (LINEAR, replace(STRAGGLER, split_slots=8.0, split_by_share=1.0, split_until_requests=99.0)):
         assert model.step_s(BatchFeatures(0, 0, 0)) == pytest.approx(5e-3)
 
@@ -135,7 +135,7 @@ def test_mixing_lengths_never_helps(model: StepModel, lengths: list[int]) -> Non
 
 
 def test_partial_last_wave_of_equal_lengths_is_paid() -> None:
-    """32 equal requests in waves of 27 pay for the five that are left; 27 and 54 fill their waves."""
+    """32 equal requests in waves of 27 pay for the five that remain; 27 and 54 fill their waves."""
     model = replace(STRAGGLER, overlap_max=0.5, wave_requests=27.0)
     extra = {
         n: model.step_s(BatchFeatures(n, n * 8_000, 8_000)) - STRAGGLER.step_s(BatchFeatures(n, n * 8_000, 8_000))
@@ -146,7 +146,7 @@ def test_partial_last_wave_of_equal_lengths_is_paid() -> None:
 
 
 def test_coefficients_are_the_fields_in_order() -> None:
-    """The compiled form takes what `coefficients` gives."""
+    """The compiled form takes what `coefficients` returns."""
     coefficients = STRAGGLER.coefficients()
     assert coefficients.shape == (20,)
     assert step_time_s(coefficients, 3.0, 900.0, 500.0, 0.0, 0.0) == STRAGGLER.step_s(BatchFeatures(3, 900, 500))

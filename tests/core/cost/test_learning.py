@@ -1,4 +1,4 @@
-"""Learning step times: the truth is found, a start is kept where nothing is seen, disturbances hardly count."""
+"""Learning step times: it finds the truth, keeps the start where nothing is seen, and hardly counts disturbances."""
 
 import math
 from dataclasses import replace
@@ -18,7 +18,7 @@ SETTINGS = LearningSettings()
 
 
 def batches(rng: np.random.Generator, n: int, *, prompts: bool = True) -> list[BatchFeatures]:
-    """Steps as serving sees them: mostly decodes of several lengths, now and then a prompt beside them."""
+    """Steps as seen in serving: mostly decodes of several lengths, now and then with a prompt."""
     found = []
     for _ in range(n):
         n_decode = int(rng.integers(1, 64))
@@ -39,7 +39,7 @@ def batches(rng: np.random.Generator, n: int, *, prompts: bool = True) -> list[B
 def steps(
     model: StepModel, rng: np.random.Generator, n: int, *, noise: float = 0.05, prompts: bool = True
 ) -> list[StepSample]:
-    """Steps that take what a model says, but for some noise."""
+    """Steps that take as long as a model says, plus some noise."""
     return [
         StepSample(batch, model.step_s(batch) * float(rng.lognormal(0.0, noise)))
         for batch in batches(rng, n, prompts=prompts)
@@ -47,13 +47,13 @@ def steps(
 
 
 def worst_error(model: StepModel | None, truth: StepModel, rng: np.random.Generator) -> float:
-    """Worst error of predictions for new batches."""
+    """The largest error of predictions for new batches."""
     assert model is not None
     return max(abs(model.step_s(batch) / truth.step_s(batch) - 1.0) for batch in batches(rng, 300))
 
 
 def test_a_model_is_learnt_from_nothing() -> None:
-    """After enough steps and a second, confirming look, new batches are predicted within 5 %; never before."""
+    """After enough steps and a second, confirming look, new batches are predicted within 5 %, but never before."""
     rng = np.random.default_rng(0)
     learner = StepLearner(None)
     assert not learner.is_due(0.0)
@@ -68,7 +68,7 @@ def test_a_model_is_learnt_from_nothing() -> None:
 
 
 def test_decodes_alone_are_not_enough() -> None:
-    """Without prompts among the steps nothing says what a prompt costs: there is no model to plan with."""
+    """Without prompts among the steps, the cost of a prompt is unknown, and there is no model to plan with."""
     rng = np.random.default_rng(1)
     learner = StepLearner(None)
     for interval in range(1, 6):
@@ -115,7 +115,7 @@ def test_a_profile_follows_an_engine_that_is_slower_in_parts(name: str) -> None:
 
 
 def test_an_engine_as_the_profile_says_changes_nothing() -> None:
-    """Steps that agree with the start, but for noise, give no new model: whoever plans from it is not disturbed."""
+    """Steps that agree with the start, apart from noise, give no new model, so that planning is not disturbed."""
     rng = np.random.default_rng(4)
     start = load_profile("h100-llama-3.1-8b").step_model
     learner = StepLearner(start)
@@ -126,7 +126,7 @@ def test_an_engine_as_the_profile_says_changes_nothing() -> None:
 
 
 def test_parts_that_no_step_shows_stay_as_they_were() -> None:
-    """From decodes alone the profile's word on prompts stands."""
+    """If there are only decodes, the profile's costs of prompts remain."""
     rng = np.random.default_rng(5)
     truth = replace(TRUTH, base_s=2 * TRUTH.base_s)
     learner = StepLearner(TRUTH)
@@ -183,7 +183,7 @@ def test_no_factor_leaves_its_bounds() -> None:
 
 
 def test_nothing_seen_is_nothing_learnt() -> None:
-    """An idle interval, and steps of no time, change nothing and raise nothing."""
+    """An idle interval, or steps that take no time, change nothing and raise nothing."""
     learner = StepLearner(TRUTH)
     assert not learner.update(10.0)
     learner.observe([StepSample(BatchFeatures(1, 10, 10), 0.0)])

@@ -60,7 +60,7 @@ PROFILE = CostProfile(
 
 
 def as_object() -> dict[str, Any]:
-    """The file as plain objects, to damage."""
+    """The file as plain objects, ready to be damaged."""
     parsed: dict[str, Any] = json.loads(encode_profile(PROFILE))
     return parsed
 
@@ -71,14 +71,14 @@ def decoded(content: dict[str, Any]) -> CostProfile:
 
 
 def test_round_trip_is_exact() -> None:
-    """What was encoded is decoded, to the last bit of each coefficient."""
+    """What was encoded is decoded, each coefficient to the last bit."""
     assert decode_profile(encode_profile(PROFILE)) == PROFILE
     assert encode_profile(decode_profile(encode_profile(PROFILE))) == encode_profile(PROFILE)
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=len(FIELDS), max_size=len(FIELDS)))
 def test_any_coefficients_survive(values: list[float]) -> None:
-    """Any non-negative finite coefficients come back as they were."""
+    """Any non-negative finite coefficients come back unchanged."""
     model = replace(StepModel(*values), base_s=values[0] + 1e-6)
     assert decode_profile(encode_profile(replace(PROFILE, step_model=model))).step_model == model
 
@@ -96,13 +96,13 @@ def test_capacity_is_what_memory_leaves() -> None:
 
 
 def test_tensor_parallelism_pools_memory() -> None:
-    """Two devices hold the weights once and have twice the room."""
+    """Two devices hold the weights once between them and have twice the room."""
     two = kv_capacity_blocks(MEMORY, tensor_parallel=2, block_size_tokens=16)
     assert two == int((2 * 70e9 - 16.06e9) // (131_072 * 16))
 
 
 def test_weights_that_do_not_fit_are_an_error() -> None:
-    """A 70B model on one 80 GB device has no capacity, and the error says what it needs."""
+    """A 70B model on one 80 GB device has no capacity, and the error says how much it needs."""
     big = Memory(
         device_bytes=80 * 10**9,
         gpu_memory_utilization=0.9,
@@ -116,7 +116,7 @@ def test_weights_that_do_not_fit_are_an_error() -> None:
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
 def test_other_schema_versions_are_refused_before_anything_else(version: int) -> None:
-    """A file of another version is refused for that, whatever else is in it."""
+    """A file of another version is refused for its version, whatever else it contains."""
     with pytest.raises(
         ProfileError, match=rf"x\.json: schema version {version}, this program reads 1 and {SCHEMA_VERSION}"
     ):
@@ -143,7 +143,7 @@ def test_other_schema_versions_are_refused_before_anything_else(version: int) ->
     ],
 )
 def test_wrong_values_are_refused_by_path(path: tuple[str, ...], value: object, message: str) -> None:
-    """Each kind of wrong value is an error that says where it is."""
+    """Each kind of wrong value is an error that says where the value is."""
     content = as_object()
     target = content
     for key in path[:-1]:
@@ -163,7 +163,7 @@ def test_missing_coefficients_are_refused() -> None:
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
 def test_non_finite_numbers_are_refused(number: str) -> None:
-    """Neither the names of non-finite numbers nor one that overflows get in."""
+    """Neither the names of non-finite numbers nor a number that overflows are accepted."""
     raw = encode_profile(PROFILE).replace(b"4.123456789012345e-8", number.encode())
     assert number.encode() in raw
     with pytest.raises(ProfileError):
@@ -179,7 +179,7 @@ def test_garbage_is_a_profile_error(raw: bytes) -> None:
 
 @given(st.integers(0, 2_000), st.binary(min_size=1, max_size=3))
 def test_damaged_files_never_crash(position: int, junk: bytes) -> None:
-    """A file with a few bytes overwritten decodes to a profile or is a ProfileError."""
+    """A file with a few bytes overwritten either decodes to a profile or raises ProfileError."""
     raw = bytearray(encode_profile(PROFILE))
     raw[position : position + len(junk)] = junk
     with contextlib.suppress(ProfileError):

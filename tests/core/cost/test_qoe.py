@@ -1,4 +1,4 @@
-"""Predicted service of a stage: limiting cases with known answers, and a small step simulation."""
+"""Predicted service of a stage, against limiting cases with known answers and against a small step simulation."""
 
 import heapq
 import math
@@ -53,7 +53,7 @@ def test_linear_model_has_the_closed_form(n: int, load: float) -> None:
 
 
 def test_an_idle_cluster_costs_a_step_of_one() -> None:
-    """At almost no load a token waits for a step of its own request, and a prompt for its own prefill."""
+    """At almost no load, a token waits for a step of its own request, and a prompt for its own prefill."""
     predicted = one_stage(FULL, [(4000, 101)], 1e-6, 4)
     alone_s = FULL.step_s(BatchFeatures(1, 4050, 4050))
     prefill_s = FULL.step_s(BatchFeatures(0, 0, 0, 4000, 4000 * 4001 / 2))
@@ -63,7 +63,7 @@ def test_an_idle_cluster_costs_a_step_of_one() -> None:
 
 
 def test_batch_obeys_littles_law() -> None:
-    """Requests decoding per instance are arrivals per second and instance times their time in decode."""
+    """Requests that decode per instance are arrivals per second and instance times their time in decode."""
     predicted = one_stage(FULL, [(500, 301)], 20.0, 4)
     assert predicted.batch == pytest.approx(20.0 / 4 * 300 * predicted.step_s, rel=1e-4)
 
@@ -76,7 +76,7 @@ def test_batch_obeys_littles_law() -> None:
     pairs=st.lists(st.tuples(st.integers(1, 20_000), st.integers(2, 1000)), min_size=1, max_size=8),
 )
 def test_more_instances_are_never_slower(rate: float, n: int, straggler: float, pairs: list[tuple[int, int]]) -> None:
-    """One instance more lowers the step time, or leaves it."""
+    """One more instance lowers the step time, or leaves it unchanged."""
     model = StepModel(
         base_s=0.007,
         per_decode_s=1.2e-5,
@@ -99,14 +99,14 @@ def test_more_instances_are_never_slower(rate: float, n: int, straggler: float, 
     ],
 )
 def test_what_does_not_fit_is_infeasible(capacity: InstanceCapacity, why: str) -> None:
-    """A rate that a roomy instance carries is infeasible when KV cache, slots or the token budget are short."""
+    """A rate that a roomy instance carries is infeasible with too little KV cache, slots or token budget."""
     pairs = [(1000, 101)]
     assert math.isfinite(one_stage(FULL, pairs, 10.0, 1).cost)
     assert math.isinf(one_stage(FULL, pairs, 10.0, 1, capacity).cost), why
 
 
 def test_near_its_memory_a_stage_makes_requests_wait() -> None:
-    """With little KV cache to spare the predicted wait grows, before the stage becomes infeasible."""
+    """With little KV cache to spare, the predicted wait grows before the stage becomes infeasible."""
     pairs = [(1000, 101)]
     roomy = one_stage(FULL, pairs, 10.0, 1)
     needed_tokens = roomy.kv_use * ROOMY.kv_tokens
@@ -115,7 +115,7 @@ def test_near_its_memory_a_stage_makes_requests_wait() -> None:
 
 
 def test_a_floor_excludes_slow_stages() -> None:
-    """A stage whose step time or TTFT is above the floor is infeasible; a floor just above changes nothing."""
+    """A stage whose step time or TTFT exceeds the floor is infeasible; a floor just above them changes nothing."""
     pairs = [(1000, 101)]
     free = one_stage(FULL, pairs, 10.0, 1)
     for floor in (ServiceFloor(tpot_s=0.9 * free.step_s), ServiceFloor(ttft_s=0.9 * free.ttft_s)):
@@ -136,7 +136,7 @@ def test_hand_overs_cost_their_pause() -> None:
 
 
 def test_a_stage_that_hands_over_too_often_is_infeasible() -> None:
-    """Hand-overs into and out of an instance are limited; more instances or a higher limit make a stage feasible."""
+    """Hand-overs into and out of an instance are limited; more instances or a higher limit make the stage feasible."""
     histogram = LengthHistogram.from_requests([100], [1001])
     boundary = histogram.nearest_edge(512)
 

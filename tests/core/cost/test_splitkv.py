@@ -1,4 +1,4 @@
-"""Split-KV rules against the reference simulator's recorded output, against measurements, and by themselves."""
+"""Split-KV rules against the reference simulator's recorded output, against measurements, and on their own."""
 
 import csv
 import gzip
@@ -168,7 +168,7 @@ def test_fa3_bound_for_short_and_long() -> None:
 
 
 def test_fa3_cap_limits_the_pieces_of_a_long_request() -> None:
-    """With one KV head the longest request takes as many pieces as the engine's cap allows, and longer without one."""
+    """With one KV head, the longest request takes as many pieces as the engine's cap allows; without a cap, more."""
     lengths = lengths_of([1024] * 31 + [131_072])
     longest = [int(plan_pieces(lengths, 1, replace(H100, split_cap=cap)).tokens.max()) for cap in (16, 32, None)]
     assert longest[0] == 131_072 // 16

@@ -16,14 +16,14 @@ ENGINE = engine()
 
 
 def test_the_same_model_on_another_device_is_told() -> None:
-    """It may be used to start from; the device and the backend are named."""
+    """It may serve as a start; the remark names device and backend."""
     (doubt,) = check_suits(PROFILE, ENGINE, PROFILE.kv_bytes_per_token)
     assert "H100" in doubt
     assert "NVIDIA L40S" in doubt
 
 
 def test_another_model_is_refused() -> None:
-    """The KV cache of a token says that it is another model."""
+    """The KV cache per token shows that it is another model."""
     with pytest.raises(ProfileError, match="another model"):
         check_suits(PROFILE, ENGINE, 2 * PROFILE.kv_bytes_per_token)
 
@@ -36,7 +36,7 @@ def test_another_split_over_devices_is_refused() -> None:
 
 
 def test_a_measured_profile_is_for_its_engine() -> None:
-    """What differs by factors is refused with both values; another release is only told; the same engine is fine."""
+    """Differences by factors are refused with both values; another release is only reported; the same engine fits."""
     measured = replace(PROFILE, engine=ENGINE)
     kv_bytes = PROFILE.kv_bytes_per_token
     assert check_suits(measured, ENGINE, kv_bytes) == ()

@@ -26,7 +26,7 @@ def place(world: World, request_id: str) -> str | None:
 
 
 def test_the_wait_follows_the_rate() -> None:
-    """Two ends per second and nine that wait: the tenth may come after five seconds; a stall makes it longer."""
+    """With two ends per second and nine waiting, the tenth may come after five seconds; a stall makes it longer."""
     rate = DrainRate()
     for number in range(21):
         rate.note_end(0.5 * number)
@@ -36,7 +36,7 @@ def test_the_wait_follows_the_rate() -> None:
 
 
 def test_an_unknown_rate_is_not_guessed() -> None:
-    """Before the second end, when all came at the same moment, and after an idle minute, the default is given."""
+    """Before the second end, if all came at the same moment, or after an idle minute, the default is used."""
     rate = DrainRate()
     assert rate.retry_after_s(9, 0.0, 7.0) == 7.0
     rate.note_end(1.0)
@@ -48,7 +48,7 @@ def test_an_unknown_rate_is_not_guessed() -> None:
 
 @given(st.lists(st.floats(0.0, 20.0), max_size=200), st.integers(0, 10**6))
 def test_the_wait_is_bounded(gaps_s: list[float], n_queued: int) -> None:
-    """Whatever ends when: between a second and a minute, and never shorter for a longer queue."""
+    """Whenever requests end, the wait is between a second and a minute, and never shorter for a longer queue."""
     rate, now_s = DrainRate(), 0.0
     for gap_s in gaps_s:
         now_s += gap_s
@@ -59,7 +59,7 @@ def test_the_wait_is_bounded(gaps_s: list[float], n_queued: int) -> None:
 
 
 def test_lower_priorities_run_first_and_equal_ones_in_order() -> None:
-    """What waits runs by priority, then by arrival."""
+    """Waiting requests run by priority, then by arrival."""
     world = world_with(8)
     world.arrive("running", 50)
     for request_id, priority in (("late", 5), ("first", 0), ("second", 0), ("urgent", -1)):
@@ -74,7 +74,7 @@ def test_lower_priorities_run_first_and_equal_ones_in_order() -> None:
 
 
 def test_a_full_queue_refuses_who_would_run_last() -> None:
-    """An urgent newcomer displaces the youngest of the least urgent; one less urgent than all is refused itself."""
+    """An urgent newcomer displaces the youngest of the least urgent; one less urgent than all is itself refused."""
     world = world_with(2)
     world.arrive("running", 50)
     world.arrive("old", 50, priority=1)
@@ -87,7 +87,7 @@ def test_a_full_queue_refuses_who_would_run_last() -> None:
 
 
 def test_refused_clients_are_told_the_observed_wait() -> None:
-    """One request ends every two seconds: with three that wait the fourth may come after eight."""
+    """One request ends every two seconds: with three waiting, the fourth may come after eight."""
     world = world_with(3)
     for number in range(4):
         world.arrive(f"r{number}", 50)
@@ -102,7 +102,7 @@ def test_refused_clients_are_told_the_observed_wait() -> None:
 
 
 def test_orphans_with_output_are_not_refused() -> None:
-    """A client that is reading is not told to retry: after its instance's death it waits beside a full queue."""
+    """A client that is reading is not told to retry: after its instance's death, it waits beside a full queue."""
     world = world_with(1)
     world.join("b")
     world.arrive("reading", 50)
@@ -120,7 +120,7 @@ def test_orphans_with_output_are_not_refused() -> None:
 
 
 def test_a_prompt_as_long_as_the_cache_is_taken_by_an_idle_instance() -> None:
-    """A request that never fits with a spare block does not wait for ever."""
+    """A request that never fits together with a spare block does not wait for ever."""
     world = world_with(4)
     world.arrive("small", 50)
     world.arrive("whole", ONE_AT_A_TIME.kv_tokens, 1)

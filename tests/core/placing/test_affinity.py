@@ -1,4 +1,4 @@
-"""Prefix-cache affinity of the cascade: a conversation stays where its KV cache is, as long as that is worth it."""
+"""The cascade's prefix-cache affinity: a conversation stays with its KV cache as long as that is worth it."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,9 +15,9 @@ MODEL = StepModel(
 )
 LAYOUT = StageLayout.from_boundaries((2000,), (("a", "b"), ("c", "d")))
 SHORT = tuple(range(10))
-"""Of a prompt of 1,280 tokens."""
+"""Hashes of a prompt of 1,280 tokens."""
 LONG = tuple(range(80))
-"""Of one of 10,240 that begins alike."""
+"""Hashes of a prompt of 10,240 tokens that begins with the same ones."""
 
 
 def world_of(layout: StageLayout | None = None, **options: bool) -> World:
@@ -28,13 +28,13 @@ def world_of(layout: StageLayout | None = None, **options: bool) -> World:
 
 
 def place(world: World, request_id: str, prompt: int, hashes: tuple[int, ...] = ()) -> str | None:
-    """Where a request goes."""
+    """Place a request; returns its instance."""
     world.arrive(request_id, prompt, prefix_hashes=hashes)
     return world.requests[request_id].instance_id
 
 
 def test_a_conversation_returns_to_its_cache() -> None:
-    """Its next turn follows the first, not the idle instance that comes first; without the switch it does not."""
+    """With affinity, the next turn goes where the first went; without, to the idle instance that is first in order."""
     for affinity, expected in ((True, "b"), (False, "a")):
         world = world_of(affinity=affinity)
         place(world, "other", 9000)
@@ -53,7 +53,7 @@ def test_strangers_go_to_the_cheapest() -> None:
 
 
 def test_load_outweighs_a_cache() -> None:
-    """The same beginning goes to its cache while that is cheap; as requests pile up there, others take their share."""
+    """Requests with the same prefix go to its cache while that is cheap; as they pile up, others take their share."""
     world = world_of()
     places = []
     for n in range(120):
@@ -82,7 +82,7 @@ def test_a_cache_in_another_stage() -> None:
 
 
 def test_a_move_takes_the_cache_along() -> None:
-    """After a hand-over the next turn may go to the target; a lost instance is forgotten."""
+    """After a hand-over, the next turn may go to the target; a lost instance is forgotten."""
     world = world_of()
     assert place(world, "turn1", 10_240, LONG) == "a"
     world.drain("a")
@@ -101,7 +101,7 @@ def test_a_move_takes_the_cache_along() -> None:
 
 
 def test_a_full_instance_is_no_candidate() -> None:
-    """Where there is no room a cache does not count."""
+    """A cache without room for the request does not count."""
     world = world_of()
     assert place(world, "turn1", 10_240, LONG) == "a"
     world.finish("turn1")
@@ -115,7 +115,7 @@ def test_a_full_instance_is_no_candidate() -> None:
     st.lists(st.integers(0, 3), max_size=5),
 )
 def test_matches_per_instance(prompts: list[tuple[list[int], str]], asked: list[int]) -> None:
-    """Per instance, the longest beginning of any prompt that went there, as found by a search over all prompts."""
+    """Per instance, the longest prefix of any prompt that went there, as a search over all prompts finds it."""
     index = PrefixIndex(1000)
     path = lambda blocks: tuple(hash(tuple(blocks[: n + 1])) for n in range(len(blocks)))  # noqa: E731
     for blocks, instance_id in prompts:

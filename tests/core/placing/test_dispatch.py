@@ -37,7 +37,7 @@ def cluster(loads: dict[str, list[int]]) -> ClusterView:
 
 
 def name(chosen: object) -> str | None:
-    """The id of what was picked."""
+    """The id of the instance picked."""
     return getattr(chosen, "instance_id", None)
 
 
@@ -56,7 +56,7 @@ def test_least_loaded_and_ties() -> None:
 
 
 def test_room_needs_blocks_one_more_and_a_slot() -> None:
-    """A request fits when its blocks and one more are free and the batch has a slot."""
+    """A request fits if there are its blocks, one more, and a slot in the batch."""
     a = cluster({"a": [500]}).instances["a"]
     assert has_room(a, 490)
     assert not has_room(a, 491)
@@ -64,7 +64,7 @@ def test_room_needs_blocks_one_more_and_a_slot() -> None:
 
 
 def test_pick_passes_over_who_has_no_room() -> None:
-    """The least loaded is skipped when a request does not fit there; when it fits nowhere, it queues there."""
+    """The least loaded instance is skipped if the request does not fit there; if it fits nowhere, it queues there."""
     view = cluster({"a": [200, 200, 200], "b": [100, 100, 100, 100]})
     assert name(least_loaded(view.available())) == "a"
     assert name(pick(view.available(), 300)) == "a"
@@ -75,7 +75,7 @@ def test_pick_passes_over_who_has_no_room() -> None:
 
 
 def test_pick_leaves_the_draining_out() -> None:
-    """A draining instance is never picked, even when it is the only one with room."""
+    """A draining instance is never picked, even if it is the only one with room."""
     view = cluster({"a": [], "b": [1, 1, 1, 1]})
     everyone = list(view.available())
     view.apply(InstanceDraining("c", "a"))
@@ -83,7 +83,7 @@ def test_pick_leaves_the_draining_out() -> None:
 
 
 def test_price_counts_what_a_step_costs_everybody() -> None:
-    """Of two instances with as many tokens, the one with fewer requests is cheaper, although their loads are equal."""
+    """Of two instances with equal tokens, the one with fewer requests is cheaper, although their loads are equal."""
     view = cluster({"a": [290, 290], "b": [580]})
     assert name(least_loaded(view.available())) == "a"
     assert name(cheapest(view.available())) == "b"
@@ -100,7 +100,7 @@ def test_crowded_instances_are_dear() -> None:
 
 
 def test_cheapest_with_room_passes_over() -> None:
-    """The cheapest that has room, or nobody."""
+    """The cheapest instance with room, or none."""
     view = cluster({"a": [590], "b": [200, 200]})
     assert name(cheapest(view.available())) == "a"
     assert name(cheapest_with_room(view.available(), 500)) == "b"
@@ -108,14 +108,14 @@ def test_cheapest_with_room_passes_over() -> None:
 
 
 def test_without_a_model_prices_follow_proportions() -> None:
-    """Nominal pricing weighs a full cache like two empty steps."""
+    """Nominal prices make a full cache weigh as much as two empty steps."""
     nominal = pricing_of(None, CAPACITY)
     assert nominal.per_token * CAPACITY.kv_tokens == 2.0 * nominal.base
 
 
 @given(loads=st.lists(st.lists(st.integers(1, 400), max_size=4), min_size=1, max_size=6), tokens=st.integers(1, 900))
 def test_pick_is_the_best_by_definition(loads: list[list[int]], tokens: int) -> None:
-    """The short cut picks what filtering everybody and taking the minimum picks."""
+    """The short cut picks the same instance as filtering all and taking the minimum."""
     view = cluster({f"i{n}": lengths for n, lengths in enumerate(loads)})
     everyone = list(view.available())
     fitting = [i for i in everyone if has_room(i, tokens)]

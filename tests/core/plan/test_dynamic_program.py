@@ -27,7 +27,7 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def exhaustive(costs: np.ndarray, stages: int) -> float:
-    """The least cost of exactly this many stages, by trying all."""
+    """The lowest cost with exactly this many stages, by trying all."""
     n, _, units = costs.shape
     best = np.inf
     for inner in combinations(range(1, n - 1), stages - 1):
@@ -47,7 +47,7 @@ def exhaustive(costs: np.ndarray, stages: int) -> float:
 def test_best_partitions_are_the_exhaustive_ones(
     seed: int, n_candidates: int, n_units: int, infinite_share: float
 ) -> None:
-    """For any stage costs, even infinite ones, each stage count's value is exhaustive search's and is attained."""
+    """For any stage costs, even infinite ones, each stage count's value equals exhaustive search's and is attained."""
     rng = np.random.default_rng(seed)
     costs = rng.exponential(size=(n_candidates, n_candidates, n_units + 1))
     costs[rng.random(costs.shape) < infinite_share] = np.inf
@@ -84,7 +84,7 @@ models = st.builds(
 def test_plan_of_a_workload_is_the_exhaustive_one(
     workload: list[tuple[int, int]], model: StepModel, rate: float, n: int, objective: Objective
 ) -> None:
-    """For random workloads, models, rates and objectives the coarse program equals exhaustive search over its grid."""
+    """For random workloads, models, rates and objectives, the coarse program equals exhaustive search over its grid."""
     histogram = LengthHistogram.from_requests(*zip(*workload, strict=True))
     problem = PlanProblem(histogram, model, CAPACITY, rate, n, objective=objective, boundaries_per_octave=1)
     candidates = problem.candidates()[:: max(1, len(problem.candidates()) // 5)]
@@ -103,7 +103,7 @@ def test_plan_of_a_workload_is_the_exhaustive_one(
 
 @pytest.mark.parametrize("load", [0.4, 0.8])
 def test_more_instances_than_units_lose_little(load: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 192 instances the program in units of instances is within 0.5 % of the exact one."""
+    """With 192 instances, the program in units of several instances is within 0.5 % of the exact one."""
     rng = np.random.default_rng(7)
     prompts = np.minimum(rng.lognormal(6.0, 1.5, 4000).astype(int) + 1, 60_000)
     outputs = rng.geometric(1 / 300, 4000)

@@ -1,4 +1,4 @@
-"""What the planner predicts, simulated: one stage and the planned cascade on the same arrivals."""
+"""The planner's predictions, simulated: one stage and the planned cascade on the same arrivals."""
 
 import numpy as np
 import pytest

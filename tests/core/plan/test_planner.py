@@ -31,12 +31,12 @@ ALIKE = LengthHistogram.from_requests(RNG.integers(900, 1100, 500), RNG.integers
 
 
 def mixed_plan(load: float = 0.7, n: int = 16, **options: object) -> Plan:
-    """A plan for mixed lengths at a share of the one-stage capacity."""
+    """A plan for mixed lengths, at a share of the one-stage capacity."""
     return plan(MIXED, MODEL, CAPACITY, load * capacity_rate(MIXED, MODEL, CAPACITY, n), n, **options)
 
 
 def test_mixed_lengths_get_stages_and_alike_ones_do_not() -> None:
-    """Mixed lengths are cut into stages for a gain well above the margin; lengths that are alike stay in one stage."""
+    """Mixed lengths are split into stages for a gain well above the margin; similar lengths stay in one stage."""
     mixed = mixed_plan()
     assert len(mixed.stages) > 1
     assert mixed.gain > 0.1
@@ -127,7 +127,7 @@ def test_prediction_of_the_planned_layout_is_the_plans() -> None:
 
 
 def test_layout_names_instances_in_order() -> None:
-    """The plan on given instances is a layout with the plan's boundaries; another number of instances is an error."""
+    """The plan for given instances is a layout with its boundaries; another number of instances is an error."""
     planned = mixed_plan()
     ids = tuple(f"i{k:02d}" for k in range(16))
     layout = planned.layout(ids)
@@ -141,7 +141,7 @@ def test_layout_names_instances_in_order() -> None:
 
 @pytest.mark.parametrize("max_stages", [1, 4])
 def test_capacity_is_the_edge_of_what_can_be_planned(max_stages: int) -> None:
-    """Just below the capacity there is a plan; just above, an error that states the capacity."""
+    """Just below the capacity there is a plan; just above, there is an error that states the capacity."""
     capacity = capacity_rate(MIXED, MODEL, CAPACITY, 8, max_stages=max_stages)
     assert math.isfinite(plan(MIXED, MODEL, CAPACITY, 0.99 * capacity, 8, max_stages=max_stages).cost)
     with pytest.raises(PlanError, match="above the capacity of 8 instances") as caught:
@@ -157,14 +157,14 @@ def test_capacity_grows_with_instances_and_stages_never_lower_it() -> None:
 
 
 def test_capacity_within_a_floor() -> None:
-    """A limit on TPOT lowers the capacity, and one below the cost of an empty step leaves none."""
+    """A limit on TPOT lowers the capacity; one below the cost of an empty step leaves none."""
     free = capacity_rate(MIXED, MODEL, CAPACITY, 8)
     assert 0.0 < capacity_rate(MIXED, MODEL, CAPACITY, 8, floor=ServiceFloor(tpot_s=0.012)) < free
     assert capacity_rate(MIXED, MODEL, CAPACITY, 8, floor=ServiceFloor(tpot_s=0.006)) == 0.0
 
 
 def test_one_instance_is_one_stage() -> None:
-    """A single instance can only be one stage."""
+    """With a single instance there can only be one stage."""
     planned = plan(MIXED, MODEL, CAPACITY, 1.0, 1)
     assert planned.instances == (1,)
     assert planned.best is None
@@ -222,7 +222,7 @@ def test_explanation_names_the_decision_and_its_limits() -> None:
     ],
 )
 def test_bad_problems_are_refused(change: dict, said: str) -> None:
-    """Numbers out of range and requests longer than an instance's memory are errors that say so."""
+    """Numbers out of range, and requests longer than an instance's memory, are errors that say so."""
     arguments = {
         "histogram": MIXED,
         "step_model": MODEL,

@@ -34,7 +34,7 @@ def cost_of(bounds: np.ndarray, instances: np.ndarray) -> float:
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), n_stages=st.integers(1, 5), shift=st.sampled_from([1, 4]))
 def test_a_partition_is_only_improved(seed: int, n_stages: int, shift: int) -> None:
-    """From any partition, the result has the same instances, costs what is said, and costs no more than before."""
+    """From any partition, the result has the same instances, the stated cost, and a cost no higher than before."""
     rng = np.random.default_rng(seed)
     last = len(PROBLEM.edges) - 1
     inner = np.sort(rng.choice(np.arange(60, 240), n_stages - 1, replace=False))
@@ -52,7 +52,7 @@ def test_a_partition_is_only_improved(seed: int, n_stages: int, shift: int) -> N
 
 
 def test_an_infeasible_partition_is_made_feasible() -> None:
-    """One instance for nearly everything carries nothing; instances move to where they are needed."""
+    """One instance for nearly all requests carries nothing; instances move to where they are needed."""
     last = len(PROBLEM.edges) - 1
     middle = HISTOGRAM.nearest_edge(64)
     bounds = np.array([0, middle, last], dtype=np.int64)

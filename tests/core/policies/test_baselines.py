@@ -35,7 +35,7 @@ from support.policy_world import SMALL, World
 
 
 def report(policy: Policy, instance_id: str, *, running: int, waiting: int, kv_use: float) -> None:
-    """An engine's statistics; its requests are strangers, as those of another API server are."""
+    """An engine's statistics; its requests are unknown here, as those of another API server are."""
     names = tuple(f"x{number}" for number in range(running + waiting))
     ones = (1,) * len(names)
     blocks = round(kv_use * SMALL.kv_blocks)
@@ -44,7 +44,7 @@ def report(policy: Policy, instance_id: str, *, running: int, waiting: int, kv_u
 
 
 def vllm(**options: int) -> VllmDp:
-    """VLLM's balancer with three engines."""
+    """The balancer of vLLM, with three engines."""
     policy = VllmDp(**options)
     for instance_id in ("i0", "i1", "i2"):
         policy.handle(InstanceJoined("c", instance_id, InstanceKind(SMALL)), 0.0)
@@ -64,7 +64,7 @@ def test_vllm_takes_turns_when_idle() -> None:
 
 
 def test_vllm_counts_waiting_and_running() -> None:
-    """The score is waiting + running of the last statistics when that is more than what is in flight."""
+    """The score is waiting + running in the last statistics, if that exceeds what is in flight."""
     policy = vllm()
     report(policy, "i0", running=3, waiting=0, kv_use=0.1)
     report(policy, "i1", running=0, waiting=2, kv_use=0.1)
@@ -77,7 +77,7 @@ def test_vllm_counts_waiting_and_running() -> None:
 
 
 def test_vllm_penalises_queues_on_full_engines() -> None:
-    """Waiting requests count up to three more at full KV cache, and nothing more below half."""
+    """Waiting requests count for up to three more at full KV cache, and for nothing more below half."""
     policy = vllm()
     report(policy, "i0", running=1, waiting=2, kv_use=1.0)  # 3 + 2 * 6 * 0.5 = 9
     report(policy, "i1", running=6, waiting=2, kv_use=0.5)  # 8
@@ -114,7 +114,7 @@ def test_vllm_forgets_a_lost_engine() -> None:
 
 
 def test_llumnix_dispatches_to_the_freest() -> None:
-    """Free blocks over requests: one long request beats four short ones while blocks are plenty."""
+    """Free blocks per request: one long request beats four short ones while blocks are plentiful."""
     world = World(Llumnix())
     world.join("i0", "i1")
     world.arrive("a", 1000)  # i0: 193 blocks free for one
@@ -126,7 +126,7 @@ def test_llumnix_dispatches_to_the_freest() -> None:
 
 
 def loaded_pair(**options: float) -> World:
-    """Two instances; i0 has three requests of 1,200 tokens and one of 300, i1 nothing."""
+    """Two instances; i0 has three requests of 1,200 tokens and one of 300, i1 has none."""
     world = World(Llumnix(**options), max_migrations=1)
     world.join("i0")
     for name, prompt in (("a", 1195), ("b", 1195), ("c", 1195), ("short", 295)):
@@ -169,7 +169,7 @@ def test_llumnix_leaves_a_balanced_pair_alone() -> None:
 
 
 def test_llumnix_retries_after_a_while() -> None:
-    """A migration that ended where it began is not tried again for `retry_s`."""
+    """A migration that ended where it began is not retried for `retry_s`."""
     world = loaded_pair(migrate_steps=100.0)
     (move,) = world.report("i0")
     assert isinstance(move, StartMigration)
@@ -186,7 +186,7 @@ def test_llumnix_retries_after_a_while() -> None:
 
 
 def test_llumnix_empties_a_draining_instance() -> None:
-    """Everything moves off an instance that drains, however free it is."""
+    """All requests move off a draining instance, however free it is."""
     world = World(Llumnix(), max_migrations=1)
     world.join("i0")
     world.arrive("a", 100)
@@ -212,14 +212,14 @@ def prefix_world(**options: float) -> World:
 
 
 def test_prefix_wins_while_balanced() -> None:
-    """More than half of the blocks known: the request goes where they are, though the other queue is shorter."""
+    """If more than half of the blocks are known, the request goes where they are, even to a longer queue."""
     world = prefix_world()
     world.arrive("same", 64, prefix_hashes=(1, 2, 3, 9))
     assert world.requests["same"].instance_id == "i0"
 
 
 def test_half_a_match_is_not_enough() -> None:
-    """At the threshold, not above it, the shortest queue wins; so it does without hashes."""
+    """At the threshold, but not above it, the shortest queue wins; likewise without hashes."""
     world = prefix_world()
     world.arrive("half", 64, prefix_hashes=(1, 2, 8, 9))
     assert world.requests["half"].instance_id == "i1"
@@ -237,7 +237,7 @@ def test_out_of_balance_the_shortest_queue_wins() -> None:
 
 
 def test_cache_of_a_lost_instance_is_forgotten() -> None:
-    """Blocks of an instance that is gone attract nobody when it comes back."""
+    """The blocks of an instance that has gone attract nothing when it comes back."""
     policy = PrefixAware()
     world = World(policy)
     world.join("i0", "i1")
@@ -249,7 +249,7 @@ def test_cache_of_a_lost_instance_is_forgotten() -> None:
 
 
 def test_prefix_index_keeps_the_young() -> None:
-    """Beyond the bound the least recently used blocks go, leaves before their parents."""
+    """Beyond the bound, the least recently used blocks go, leaves before their parents."""
     index = PrefixIndex(4)
     index.add((1, 2, 3), "a")
     index.add((1, 7), "a")
@@ -262,7 +262,7 @@ def test_prefix_index_keeps_the_young() -> None:
 
 @given(st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=5), st.sampled_from("ab")), max_size=30))
 def test_prefix_index_counts(prompts: list[tuple[list[int], str]]) -> None:
-    """The index counts what it has, never exceeds its bound, and what went in last is found."""
+    """The index counts its blocks, never exceeds its bound, and finds what was added last."""
     index = PrefixIndex(12)
     for blocks, instance_id in prompts:
         path = tuple(hash((n, *blocks[: n + 1])) for n in range(len(blocks)))
@@ -287,7 +287,7 @@ def places(world: World, prompts: list[int]) -> list[str | None]:
 
 
 def test_round_robin_goes_round() -> None:
-    """Turn by turn in order of id; one that joins takes its turn."""
+    """Instances take turns in order of id; a newcomer takes its turn."""
     world = World(RoundRobin())
     world.join("b", "a")
     assert places(world, [1, 1, 1]) == ["a", "b", "a"]
@@ -296,14 +296,14 @@ def test_round_robin_goes_round() -> None:
 
 
 def test_least_loaded_weighs_tokens() -> None:
-    """The instance with fewest tokens takes the next, whatever the number of requests."""
+    """The instance with the fewest tokens takes the next request, whatever the number of requests."""
     world = World(LeastLoaded())
     world.join("a", "b")
     assert places(world, [2000, 100, 100, 1000, 900]) == ["a", "b", "b", "b", "b"]
 
 
 def test_static_length_sorts_by_prompt() -> None:
-    """Buckets with their instances: requests go by prompt length and stay there."""
+    """Buckets with their instances: requests go by prompt length and stay."""
     layout = StageLayout.from_boundaries((500,), (("i0",), ("i1", "i2")))
     world = World(StaticLength(layout=layout))
     world.join("i0", "i1", "i2")
@@ -314,7 +314,7 @@ def test_static_length_sorts_by_prompt() -> None:
 
 
 def test_static_length_deals_instances_out() -> None:
-    """Without a layout the instances are dealt out evenly; fewer instances than buckets leave the nearest."""
+    """Without a layout, instances are dealt out evenly; an empty bucket is served by the nearest one."""
     world = World(StaticLength(boundaries_tokens=(100, 1000)))
     world.join("i0", "i1", "i2")
     assert places(world, [5, 500, 2000]) == ["i0", "i1", "i2"]
@@ -331,7 +331,7 @@ def test_static_length_refuses_nonsense(boundaries: tuple[int, ...]) -> None:
 
 
 def test_static_stages_hands_over_and_drains() -> None:
-    """A request that outgrew its range moves on; a draining instance's requests go to the stage of their length."""
+    """A request that outgrows its range moves on; a draining instance's requests go to the stage of their length."""
     layout = StageLayout.from_boundaries((500,), (("i0", "i1"), ("i2",)))
     world = World(StaticStages(layout=layout))
     world.join("i0", "i1", "i2")
@@ -354,7 +354,7 @@ def test_static_stages_hands_over_and_drains() -> None:
 
 
 def test_static_stages_follow_who_is_there() -> None:
-    """A stage without instances is served by the next longer one; an instance that nobody named takes its place."""
+    """A stage without instances is served by the next longer one; an unnamed instance takes its place."""
     layout = StageLayout.from_boundaries((500, 900), (("i0",), ("i1",), ("i2",)))
     world = World(StaticStages(layout=layout))
     world.join("i0", "i1", "i2")
@@ -371,7 +371,7 @@ def test_static_stages_follow_who_is_there() -> None:
 
 @pytest.mark.parametrize("make", [LeastLoaded, RoundRobin, VllmDp, PrefixAware, StaticLength])
 def test_simple_policies_empty_a_draining_instance(make: Callable[[], Policy]) -> None:
-    """Running requests move off it, longest first, three at once; a failed move is retried; pinned ones stay."""
+    """Running requests move off it, longest first, three at once; a failed move is retried; pinned requests stay."""
     world = World(make())
     world.join("a")
     lengths = {"r0": 100, "r1": 200, "r2": 300, "r3": 400, "pinned": 500}

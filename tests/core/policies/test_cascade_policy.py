@@ -57,7 +57,7 @@ def test_prompts_go_to_their_stage() -> None:
 
 
 def test_a_full_stage_spills_over_to_the_longer_neighbour_first() -> None:
-    """Home, then one up, then one down, further off last; when everything is full the home stage's engine queues."""
+    """Home first, then one up, one down, and farther ones; if all are full, the home stage's engine queues."""
     world = staged(TIGHT)
     for number in range(7):
         world.arrive(f"r{number}", 500)
@@ -65,7 +65,7 @@ def test_a_full_stage_spills_over_to_the_longer_neighbour_first() -> None:
 
 
 def test_bounded_queue_refuses_beyond_it() -> None:
-    """With `max_queued` requests wait here for room; beyond it they are refused, with the time to come again."""
+    """With `max_queued`, requests wait here for room; beyond it they are refused, with the time to retry after."""
     world = staged(TIGHT, max_queued=1, retry_after_s=2.5)
     for number in range(8):
         world.arrive(f"r{number}", 50)
@@ -77,7 +77,7 @@ def test_bounded_queue_refuses_beyond_it() -> None:
 
 
 def test_a_long_request_does_not_hold_up_the_short() -> None:
-    """What waits for room of its size does not hold up requests of other stages that fit."""
+    """A request that waits for room of its size does not hold up requests of other stages that fit."""
     world = staged(max_queued=5)
     for number in range(3):
         world.arrive(f"long{number}", 390_000)
@@ -90,7 +90,7 @@ def test_a_long_request_does_not_hold_up_the_short() -> None:
 
 
 def test_one_stage_spreads_by_price_and_never_migrates_when_balanced() -> None:
-    """Without a plan there is one stage; equal requests are spread evenly, and nothing moves."""
+    """Without a plan there is one stage; equal requests are spread evenly, and none moves."""
     world = World(Cascade(), LARGE)
     world.join("a", "b", "c")
     for number in range(9):
@@ -107,7 +107,7 @@ def test_one_stage_spreads_by_price_and_never_migrates_when_balanced() -> None:
 
 @pytest.mark.parametrize(("options", "kinds"), [({"migrate": False}, set()), ({"rebalance": False}, {"outgrew_stage"})])
 def test_ablations(options: dict[str, bool], kinds: set[str]) -> None:
-    """Without migration nothing is asked or moved; without rebalancing only requests that outgrew their stage are."""
+    """Without migration, nothing asks or moves; without rebalancing, only requests that outgrew their stage do."""
     world = staged(refine=False, **options)
     for number in range(6):
         world.arrive(f"r{number}", 60)
@@ -167,7 +167,7 @@ def test_a_follower_takes_over_the_stages_of_another_process() -> None:
 
 
 def test_planning_sees_the_arrivals_of_other_processes() -> None:
-    """What another process has seen is in the workload that the planner gets: rate, lengths, unfinished requests."""
+    """The planner's workload includes what other processes have seen: rate, lengths, unfinished requests."""
     asked: list[tuple[LengthHistogram, float]] = []
 
     def planner(workload: LengthHistogram, rate_per_s: float, *_: object) -> Proposal | None:
@@ -187,7 +187,7 @@ def test_planning_sees_the_arrivals_of_other_processes() -> None:
 
 
 def test_planner_takes_what_gains_and_keeps_what_is_as_good() -> None:
-    """Stages for mixed lengths, none for equal ones, and no change when the layout in force is the plan."""
+    """Stages for mixed lengths, none for equal ones, and no change if the layout in force is already the plan."""
     planner = ModelPlanner(MODEL, PlanSettings())
     ids = tuple(f"i{number}" for number in range(8))
     single = StageLayout.single(ids)
@@ -213,7 +213,7 @@ def test_a_small_sample_has_to_promise_more() -> None:
 
 
 def test_planner_above_capacity_plans_for_what_can_be_served() -> None:
-    """A demand that no layout can carry is planned as a share of what one can."""
+    """A demand that no layout can carry is planned as a share of what a layout can carry."""
     ids = tuple(f"i{number}" for number in range(8))
     planned = ModelPlanner(MODEL, PlanSettings(overload_share=0.8))(MIXED, 1e6, LARGE, 8, StageLayout.single(ids))
     assert planned is not None
@@ -222,14 +222,14 @@ def test_planner_above_capacity_plans_for_what_can_be_served() -> None:
 
 
 def test_planner_gives_up_when_no_layout_keeps_the_floor() -> None:
-    """A floor that not even the least demand can be served within leaves the layout as it is."""
+    """If not even the least demand can be served within the floor, the layout stays as it is."""
     planner = ModelPlanner(MODEL, PlanSettings(floor=ServiceFloor(tpot_s=0.001)))
     single = StageLayout.single(tuple(f"i{number}" for number in range(8)))
     assert planner(MIXED, 10.0, LARGE, 8, single) is None
 
 
 def test_replanner_waits_for_enough() -> None:
-    """It asks once per interval, and only when enough requests have finished."""
+    """It plans once per interval, and only if enough requests have finished."""
     asked: list[float] = []
 
     def planner(*arguments: object) -> Proposal | None:
@@ -255,7 +255,7 @@ def test_replanner_waits_for_enough() -> None:
 
 
 def test_instances_keep_their_order_when_stages_are_dealt_out() -> None:
-    """The instance whose requests are shortest becomes the short stage, so that few requests are out of place."""
+    """The instance with the shortest requests becomes the short stage, so that few requests are out of place."""
 
     def planner(_: object, __: object, ___: object, n: int, ____: StageLayout) -> Proposal | None:
         return Proposal((500,), (1, n - 1))
@@ -281,14 +281,14 @@ def test_instances_keep_their_order_when_stages_are_dealt_out() -> None:
 
 
 def test_dispatch_effects_name_their_event() -> None:
-    """A dispatch says which event led to it."""
+    """A dispatch names the event that led to it."""
     world = staged()
     world.arrive("r", 50)
     assert [effect.cause for effect in world.log if isinstance(effect, Dispatch)] == ["r"]
 
 
 def timed_steps(model: StepModel, n: int) -> tuple[StepSample, ...]:
-    """Steps that take what a model says, with and without prompts in them."""
+    """Steps that take as long as a model says, with and without prompts."""
     rng = np.random.default_rng(0)
     found = []
     for number in range(n):
@@ -302,7 +302,7 @@ def timed_steps(model: StepModel, n: int) -> tuple[StepSample, ...]:
 
 
 def learnt(world: World) -> StepModel | None:
-    """The cost model that the policy uses now."""
+    """The cost model that the policy uses at present."""
     policy = world.policy
     assert isinstance(policy, Cascade)
     return policy._models.of("")
@@ -314,7 +314,7 @@ def report_steps(world: World, steps: tuple[StepSample, ...]) -> None:
 
 
 def test_costs_are_learnt_from_nothing_and_stages_follow() -> None:
-    """With one stage and no cost model, reported steps give a model; then the workload gives stages, and a reason."""
+    """From one stage and no cost model, reported steps yield a model; then the workload yields stages and a reason."""
     planning = PlanSettings(interval_s=15.0, min_requests=100)
     world = World(Cascade(learning=LearningSettings(interval_s=5.0), planning=planning), LARGE)
     world.join(*(f"i{number}" for number in range(6)), "a", "b")
@@ -338,7 +338,7 @@ def test_costs_are_learnt_from_nothing_and_stages_follow() -> None:
 
 
 def test_prices_follow_what_is_learnt() -> None:
-    """A queue of prompts weighs what the learnt model says, not what was assumed before; urgency stays."""
+    """A queue of prompts is weighed by the learnt model, not by the initial assumption; urgency stays."""
     world = World(Cascade(step_model=MODEL, learning=LearningSettings(interval_s=1.0)), LARGE)
     world.join("a", "b")
     world.arrive("r", 2000)
@@ -357,7 +357,7 @@ def test_prices_follow_what_is_learnt() -> None:
 
 
 def test_a_fault_in_planning_leaves_the_layout_and_is_told() -> None:
-    """A planner that raises only loses the plan: the layout stays, published with the failure; planning goes on."""
+    """A planner that raises loses only the plan: the layout stays, published with the failure; planning goes on."""
     asked = []
 
     def planner(*arguments: object) -> Proposal | None:

@@ -1,4 +1,4 @@
-"""Nothing outside `core/policies` asks which policy runs: it names neither a policy nor its class."""
+"""No module outside `core/policies` asks which policy runs: it names neither a policy nor its class."""
 
 import ast
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[3] / "src" / "cascadeinfer"
 POLICY_FILES = PACKAGE / "core" / "policies"
 OUTSIDE = sorted(path for path in PACKAGE.rglob("*.py") if POLICY_FILES not in path.parents)
 SHARED = {"info", "placing", "spec"}
-"""Modules beside the policies that are about all of them."""
+"""Modules beside the policies that concern all of them."""
 NAMES = set(policy_names())
 CLASSES = {info.make.__name__ for info in POLICIES.values()}
 MAY_NAME = {
@@ -23,12 +23,12 @@ MAY_NAME = {
 
 
 def docstrings_in(tree: ast.AST) -> set[ast.expr]:
-    """Strings that stand alone: they tell people about policies, and decide nothing."""
+    """Strings that are statements: they inform people about policies and decide nothing."""
     return {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
 
 
 def named_in(source: str) -> Iterator[str]:
-    """Policies that a module names: by name (alone, or in a list with commas), by class, by importing their file."""
+    """Policies that a module names: by name (alone or in a comma-separated list), by class, by importing their file."""
     tree = ast.parse(source)
     told = docstrings_in(tree)
     for node in ast.walk(tree):
@@ -46,19 +46,19 @@ def named_in(source: str) -> Iterator[str]:
 
 
 def policy_file(module: str) -> list[str]:
-    """The policy whose file this is."""
+    """The policy that this file defines."""
     stem = module.removeprefix("cascadeinfer.core.policies.")
     return [] if stem == module or stem in SHARED else [stem]
 
 
 @pytest.mark.parametrize("path", OUTSIDE, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_policy_is_named_outside(path: Path) -> None:
-    """But for defaults of options: what a policy takes, needs and can be without is in its `INFO`."""
+    """Except for defaults of options: a policy's `INFO` says what it takes, needs and can do without."""
     assert set(named_in(path.read_text())) <= MAY_NAME.get(str(path.relative_to(PACKAGE)), set())
 
 
 def test_exceptions_are_needed() -> None:
-    """Each exception is in use."""
+    """Each exception is used."""
     for name, allowed in MAY_NAME.items():
         assert set(named_in((PACKAGE / name).read_text())) == allowed
 
@@ -78,7 +78,7 @@ def test_exceptions_are_needed() -> None:
     ],
 )
 def test_naming_a_policy_is_seen(source: str) -> None:
-    """The ways in which code can ask which policy runs."""
+    """The ways in which code can ask which policy runs are detected."""
     assert list(named_in(source))
 
 
@@ -93,5 +93,5 @@ def test_naming_a_policy_is_seen(source: str) -> None:
     ],
 )
 def test_other_words_are_not_names(source: str) -> None:
-    """Documentation, what the policies share, and words that are like a policy's name."""
+    """Documentation, shared parts of the policies, and words that resemble a policy's name."""
     assert not list(named_in(source))

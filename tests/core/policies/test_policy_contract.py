@@ -1,10 +1,10 @@
 """
 What every policy owes its shell, under random legal sequences of events.
 
-`World` (tests/support) checks each effect as it is carried out: each request is dispatched exactly once while somebody
-takes requests, never to an instance that drains or is gone, nor to one that does not answer while another does; orphans
-are dispatched anew; pinned, waiting and moving requests do not start to move; a migration starts where the request is;
-no instance has more migrations than allowed.
+`World` (tests/support) checks each effect as it is carried out. Each request is dispatched exactly once while an
+instance takes requests, never to one that drains or is gone, nor to one that does not answer while another does.
+Orphans are dispatched anew. Pinned, waiting and moving requests do not start to move, a migration starts where the
+request is, and no instance has more migrations than allowed.
 """
 
 import os
@@ -35,7 +35,7 @@ LAYOUT = StageLayout.from_boundaries((60, 200), (("i0", "i1"), ("i2", "i3"), ("i
 
 
 def flip(_: LengthHistogram, __: float, ___: InstanceCapacity, n: int, current: StageLayout) -> Proposal | None:
-    """A planner that wants two stages, and the other way round next time."""
+    """A planner that wants two stages, and next time the other way round."""
     if n < 2:
         return None
     first = 1 if len(current.stages[0].instance_ids) > 1 else n - 1
@@ -61,7 +61,7 @@ OUTCOMES = (MigrationOutcome.MOVED, MigrationOutcome.MOVED, MigrationOutcome.STA
 
 
 def act(world: World, kind: int, a: int, b: int) -> None:  # noqa: C901, PLR0912 - one arm per command
-    """One random command; those that make no sense now do nothing."""
+    """One random command; commands that make no sense at present do nothing."""
     there = sorted(world.draining)
     live = list(world.requests)
     if kind < 20:
@@ -111,7 +111,7 @@ def run(name: str, steps: list[tuple[int, int, int]], kinds: dict[InstanceId, In
 @settings(max_examples=30)
 @given(steps=commands)
 def test_contract(name: str, steps: list[tuple[int, int, int]]) -> None:
-    """Whatever happens, the policy keeps the contract, and in the end every request has had its place."""
+    """Whatever happens, the policy keeps the contract, and in the end every request has been placed."""
     world = run(name, steps)
     for instance_id in IDS:
         if instance_id not in world.draining:
@@ -152,13 +152,13 @@ def test_contract_with_kinds(name: str, steps: list[tuple[int, int, int]]) -> No
 @settings(max_examples=10)
 @given(steps=commands)
 def test_same_events_same_effects(name: str, steps: list[tuple[int, int, int]]) -> None:
-    """Two fresh policies answer the same events with the same effects."""
+    """Two fresh policies answer equal events with equal effects."""
     assert run(name, steps).log == run(name, steps).log
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_unknown_ids_are_ignored(name: str) -> None:
-    """A finish, a migration's end and a timer that mean nothing to the policy have no effect."""
+    """A finish, a migration's end and a timer that the policy does not know have no effect."""
     world = World(MAKERS[name]())
     world.join("i0")
     for event in (
@@ -171,7 +171,7 @@ def test_unknown_ids_are_ignored(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_requests_wait_for_the_first_instance(name: str) -> None:
-    """What comes before any instance is up is dispatched when one is, in order of arrival."""
+    """Requests that arrive before any instance is up are dispatched once one is, in order of arrival."""
     world = World(MAKERS[name]())
     for number in range(3):
         world.arrive(f"r{number}", 10)
@@ -182,7 +182,7 @@ def test_requests_wait_for_the_first_instance(name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_nothing_new_goes_to_a_silent_instance(name: str) -> None:
-    """New and waiting requests go to the other instances; when all are silent, all are used; then all is as before."""
+    """New and waiting requests avoid silent instances unless all are silent; once they answer, all is as before."""
     world = World(MAKERS[name](), may_hold_back=name == "cascade with a queue")
     world.join("i0", "i2", "i4")
     for number in range(6):
