@@ -1,8 +1,8 @@
 """
-The part that simple policies share: keep the books, place what waits, place orphans and what a suspected instance lost anew, empty an instance that
-drains.
+What simple policies share: they keep the view up to date, dispatch waiting requests, place orphans and the requests of
+a suspect instance anew, and empty an instance that drains.
 
-A subclass says only which instance takes a request (`choose`).
+A subclass only chooses the instance for a request (`choose`).
 """
 
 from abc import ABC, abstractmethod
@@ -28,16 +28,16 @@ class PlacingPolicy(ABC):
     """Dispatches each request once and moves it only when its instance drains."""
 
     evacuates: ClassVar[bool] = True
-    """Whether requests are moved off a draining instance here; a policy with migrations of its own does it itself."""
+    """Whether this class moves requests off a draining instance; a policy with its own migrations does so itself."""
 
     def __init__(self) -> None:
-        """Start with empty books."""
+        """Start with an empty view."""
         self.view = ClusterView()
         self._evacuation = Evacuation(self.view)
 
     @abstractmethod
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
-        """The instance that takes the request; `candidates` is not empty and sorted by id."""
+        """The instance for the request; `candidates` is not empty and is sorted by id."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """See `Policy.handle`."""
@@ -58,7 +58,7 @@ class PlacingPolicy(ABC):
         return None
 
     def place_waiting(self, cause: str) -> list[Effect]:
-        """Dispatch everything that waits for a place, in order of arrival; nothing while no instance is up."""
+        """Dispatch every waiting request in order of arrival; none while no instance is up."""
         effects: list[Effect] = []
         for request in self.view.unplaced():
             candidates = self.view.available()
