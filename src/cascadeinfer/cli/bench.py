@@ -1,10 +1,11 @@
 """
-`cascadeinfer bench`: a trace replayed on a live OpenAI server in open loop, and such runs compared.
+`cascadeinfer bench`: replays a trace on a live OpenAI server in open loop, and compares such runs.
 
-The generator is our own and small. Of those that are kept well, NVIDIA's aiperf and guidellm replay timed traces too, but bring forty packages
-(some pinned against vLLM's) or torch with them and spread over several processes, which on one machine take the cores of the
-engines that they measure; vLLM's `bench serve` needs vLLM where the client runs, and counts latencies from when a request was sent, not
-from when it was due. None of the three checks that prompts have the trace's length.
+The load generator is our own and small. Of the well-maintained ones, NVIDIA's aiperf and guidellm replay timed traces
+too, but they bring forty packages (some pinned against vLLM's) or torch with them, and they spread over several
+processes, which on one machine take cores from the engines under test. vLLM's `bench serve` needs vLLM on the client's
+machine, and counts latencies from when a request was sent, not from when it was due. None of the three checks that
+prompts have the trace's length.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ PROMPT_KINDS: Final[tuple["PromptKind", ...]] = ("ids", "text", "words")
 EXIT_INTERRUPTED: Final = 130
 KEY_VARIABLE: Final = "OPENAI_API_KEY"
 LATE_S: Final = 0.02
-"""A client that sends so much later than due, at the 99th percentile, adds visibly to the latencies it measures."""
+"""A client whose sends are late by this much at the 99th percentile visibly adds to the latencies it measures."""
 
 Label = Annotated[
     str | None, typer.Option(help="What is measured; runs of one label are repetitions. Default: the URL.")
@@ -101,7 +102,8 @@ def bench(
     """
     Replay a trace on any OpenAI server, each request at its time whatever became of those before.
 
-    Latencies count from the time a request was due. Failures are counted and shown; exit code 1 when no request succeeded.
+    Latencies count from the time a request was due. Failures are counted and shown; exit code 1 when no request
+    succeeded.
     """
     if context.invoked_subcommand is not None:
         return
@@ -163,14 +165,14 @@ def compare(
 
 
 def _required(value: Value | None, option: str) -> Value:
-    """The value; typer cannot demand it, since the subcommand has none of these options."""
+    """The value of an option that typer cannot require, because the subcommand does not have it."""
     if value is None:
         raise ConfigError("is required", option=option, fix="cascadeinfer bench --help lists the options")
     return value
 
 
 def _checked(ttft_slo: float, tpot_slo: float, warm_up: float, long_tokens: int | None) -> "Slo":
-    """The SLO, after a look at what else decides over the figures."""
+    """The SLO, after the other options that affect the figures have been checked."""
     options.share(warm_up, "--warm-up")
     if long_tokens is not None:
         options.at_least_one(long_tokens=long_tokens)
@@ -193,7 +195,7 @@ def _workload(
     rate: float | None,
     seed: int,
 ) -> "Trace":
-    """The requests to send; what was cut is told."""
+    """The requests to send; notes on standard error what was cut."""
     import numpy as np
 
     from cascadeinfer.config.traces import load_trace
@@ -210,7 +212,8 @@ def _workload(
         options.at_least_one(requests=requests)
     if capped.prompts_cut or capped.outputs_cut:
         typer.echo(
-            f"note: {capped.prompts_cut} prompts and {capped.outputs_cut} outputs of the trace are cut to --max-context",
+            f"note: {capped.prompts_cut} prompts and {capped.outputs_cut} outputs of the trace are cut to "
+            "--max-context",
             err=True,
         )
     count = len(capped.trace) if requests is None else requests
@@ -226,7 +229,7 @@ async def _replay(
     tokenize_url: str | None,
     timeout_s: float,
 ) -> "Replay":
-    """Connect, learn the words, replay with a progress bar."""
+    """Connect, find the words for prompts, and replay with a progress bar."""
     from cascadeinfer.cli.tables import progress_bar
     from cascadeinfer.loadgen.client import OpenAiClient
     from cascadeinfer.loadgen.prompts import make_prompts
@@ -260,7 +263,7 @@ def _header(label: str, slo: "Slo", warm_up: float, long_tokens: int | None, **m
 
 
 def _tell_notes(result: "Replay") -> None:
-    """On standard error: whatever makes the figures something else than they seem."""
+    """Print to standard error every condition under which the figures are not what they seem."""
     import numpy as np
 
     n = len(result.records)
@@ -269,9 +272,15 @@ def _tell_notes(result: "Replay") -> None:
     notes = {
         f"interrupted: the figures are those of the first {n} requests": result.interrupted,
         f"requests were sent {late_s:.3f} s late (99th percentile): the client's machine is too busy": late_s > LATE_S,
-        f"{result.ended_early} of {n} answers ended before their length: the server does not know `ignore_eos`": result.ended_early,
-        f"the server counts {result.off_prompts} of {n} prompts otherwise than the trace; its counts are recorded": result.off_prompts,
-        f"{result.counted_by_chunks} answers came without usage: their tokens are counted by chunks": result.counted_by_chunks,
+        (
+            f"{result.ended_early} of {n} answers ended before their length: the server does not know `ignore_eos`"
+        ): result.ended_early,
+        (
+            f"the server counts {result.off_prompts} of {n} prompts otherwise than the trace; its counts are recorded"
+        ): result.off_prompts,
+        (
+            f"{result.counted_by_chunks} answers came without usage: their tokens are counted by chunks"
+        ): result.counted_by_chunks,
     }
     for note, holds in notes.items():
         if holds:
@@ -286,7 +295,7 @@ def _show(
     json_file: Path | None,
     plot: str | None,
 ) -> None:
-    """Tables on standard output; figures and JSON where asked for."""
+    """Print tables to standard output, and write figures and JSON if asked for."""
     import numpy as np
 
     from cascadeinfer.cli.bench_tables import figure_tables, ratio_tables
@@ -327,7 +336,10 @@ def _show(
 
 
 def _tell_errors(file: "RecordFile") -> None:
-    """On standard error: how many requests failed how, with one message of each kind. All requests count, warm-up included."""
+    """
+    Print to standard error how many requests failed and how, with one message of each kind. Counts all requests,
+    warm-up included.
+    """
     from cascadeinfer.results.estimates import errors_by_kind
 
     for kind, count in errors_by_kind(file.errors).items():
@@ -336,7 +348,7 @@ def _tell_errors(file: "RecordFile") -> None:
 
 
 def _draw(prefix: str, counted: dict[str, list[Any]], border: int, title: str) -> None:
-    """Distributions: of all requests, of short ones, of long ones."""
+    """Plot the distributions over all requests, short ones and long ones."""
     from cascadeinfer.figures.drawing import latency_cdfs, save
     from cascadeinfer.results.estimates import GROUPS, groups_of
 

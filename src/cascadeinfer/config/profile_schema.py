@@ -25,10 +25,10 @@ class ProfileOptions:
     plot: str | None = option(None, "Draw measured against predicted step times (PNG).")
 
     def __post_init__(self) -> None:
-        """Check every bound; raises ConfigError naming the option."""
+        """Check every bound; raises ConfigError that names the option."""
         check_bounds(self)
 
     @property
     def output_path(self) -> Path:
-        """Where the profile goes."""
+        """Path of the profile to write."""
         return Path(self.output).expanduser()

@@ -1,7 +1,8 @@
 """
-The options of `cascadeinfer serve` beyond vLLM's own: each defined once, with bounds and a sentence of documentation.
+The options of `cascadeinfer serve` beyond vLLM's own: each is defined once, with bounds and a sentence of
+documentation.
 
-The command line, the help text and `docs/cli.md` are generated from `ServeOptions`; values are checked here, all at once, before
+The command line, the help text and `docs/cli.md` are generated from `ServeOptions`. All values are checked here, before
 anything starts. A TOML file given as `--stages file.toml` holds `[[stages]]` tables with `range` and `instances`.
 """
 
@@ -19,9 +20,9 @@ from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.types import InstanceId, LengthRange
 
 DEFAULT_POLICY: Final = "cascade"
-"""Policy of a server whose options name none."""
+"""The policy if the options name none and give no stages."""
 DEFAULT_POLICY_WITH_STAGES: Final = "static_stages"
-"""The same when they give stages: those stay as they are."""
+"""The policy if the options name none but give stages, which then stay fixed."""
 _POLICIES_IN_WORDS: Final = "; ".join(f"{name} ({info.help})" for name, info in sorted(POLICIES.items()))
 _WITH_QUEUE: Final = f"policy {' or '.join(name for name, info in POLICIES.items() if info.has_queue)}"
 
@@ -38,12 +39,14 @@ class ServeOptions:
     )
     policy: str | None = _option(
         None,
-        f"Scheduling policy: {_POLICIES_IN_WORDS}. Default: {DEFAULT_POLICY_WITH_STAGES} when --stages is given, else {DEFAULT_POLICY}.",
+        f"Scheduling policy: {_POLICIES_IN_WORDS}. Default: {DEFAULT_POLICY_WITH_STAGES} when --stages is given, "
+        f"else {DEFAULT_POLICY}.",
         choices=tuple(sorted(POLICIES)),
     )
     profile: str | None = _option(
         None,
-        "Cost profile that the policy starts from: a shipped name or a file. Without it, costs are learnt from nothing first.",
+        "Cost profile that the policy starts from: a shipped name or a file. "
+        "Without it, costs are learnt from nothing first.",
         metavar="PROFILE",
     )
     max_queued_requests: int = _option(
@@ -109,8 +112,8 @@ class ServeOptions:
     )
     client_kv_transfer_params: str = _option(
         "refuse",
-        "What to do with a client's `kv_transfer_params`: refuse the request (HTTP 400), or serve it as if they were not there. "
-        "They are never obeyed.",
+        "What to do with a client's `kv_transfer_params`: refuse the request (HTTP 400), or serve it as if they were "
+        "not there. They are never obeyed.",
         choices=("refuse", "ignore"),
     )
     structured_max_kb: int = _option(
@@ -130,7 +133,8 @@ class ServeOptions:
     )
     structured_max_lengths: int = _option(
         32,
-        "Most different bounds of a text's length in a structured output: minLength with maxLength, counted repetitions.",
+        "Most different bounds of a text's length in a structured output: "
+        "minLength with maxLength, counted repetitions.",
         low=0,
         high=1_000_000,
     )
@@ -145,12 +149,12 @@ class ServeOptions:
     event_log_files: int = _option(8, "Files of the event log that are kept; the oldest is deleted.", low=2, high=1000)
 
     def __post_init__(self) -> None:
-        """Check every bound; raises ConfigError naming the option."""
+        """Check every bound; raises ConfigError that names the option."""
         check_bounds(self)
 
     @property
     def instance_ids(self) -> tuple[InstanceId, ...]:
-        """Instance ids: their numbers, which vLLM's metrics carry as the label `engine`."""
+        """Instance ids: consecutive numbers, which vLLM's metrics carry as the label `engine`."""
         return tuple(str(i) for i in range(self.instances))
 
     def layout(self) -> StageLayout:
@@ -185,12 +189,12 @@ class ServeOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options to a parser, as a group of their own."""
+    """Add the options to a parser, as a separate group."""
     add_options(parser, ServeOptions)
 
 
 def options_of(namespace: argparse.Namespace) -> ServeOptions:
-    """The checked options of a parsed command line."""
+    """The checked options from a parsed command line."""
     return options_from(namespace, ServeOptions)
 
 
