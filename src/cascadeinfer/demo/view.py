@@ -215,7 +215,7 @@ class Summary:
         return fmean(values) if values else None
 
     def failures(self) -> list[str]:
-        """Why the demo did not show what it should; empty when it did."""
+        """Why the demo did not show what it should; empty if it did."""
         found = [f"request {r.number} ({r.title}) failed: {r.error}" for r in self.requests if r.error]
         found += [
             f"request {r.number} ({r.title}) gave no token" for r in self.requests if not (r.error or r.output_tokens)
@@ -229,7 +229,7 @@ class Summary:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a file."""
+        """Plain values for a JSON file."""
         return {**asdict(self), "output_tokens": self.output_tokens, "failures": self.failures()}
 
 
@@ -238,14 +238,14 @@ def summarise(
     model: str, start_s: float, check: TextCheck | None,
 ) -> Summary:  # fmt: skip
     """
-    The summary of a run.
+    Summarise a run.
 
     Args:
         states: The requests, all ended.
         snapshot: `/admin/instances` after the last of them.
-        pause: Sum in seconds and count of the server's pauses of moved requests.
+        pause: Total seconds and number of the server's pauses of moved requests.
         model: Name of the model.
-        start_s: What the start of the server took.
+        start_s: Seconds from the start of the server to its first answer.
         check: The comparison, if there was anything to compare.
     """
     sent = [s.sent_s for s in states if s.sent_s is not None]
