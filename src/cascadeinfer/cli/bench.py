@@ -62,7 +62,7 @@ def register(app: typer.Typer, name: str, help_text: str) -> None:
 def bench(
     context: typer.Context,
     *,
-    url: Annotated[str | None, typer.Option(help="Of the server, e.g. http://127.0.0.1:8000. Required.")] = None,
+    url: Annotated[str | None, typer.Option(help="URL of the server, e.g. http://127.0.0.1:8000. Required.")] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Trace file (.csv or .jsonl, also .gz): arrivals and lengths. Required.")
     ] = None,
@@ -73,14 +73,14 @@ def bench(
             help="When requests come: `recorded`, `poisson`, or `gamma:CV`; the last two draw from the lengths."
         ),
     ] = "recorded",
-    requests: Annotated[int | None, typer.Option(help="How many. Default: as many as the trace has.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Number of requests. Default: as many as the trace has.")] = None,
     max_context: Annotated[
         int, typer.Option(help="Longest sequence; longer requests are cut, and counted.")
     ] = options.DEFAULT_CONTEXT,
     hashes: Annotated[
         Path | None, typer.Option(help="JSONL file with `row_id` and `hash_ids`: prompts share these blocks.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of arrivals, lengths and the words of prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of arrivals, lengths and the words of prompts.")] = 0,
     model: Annotated[str | None, typer.Option(help="Name of the model. Default: the server's first.")] = None,
     api: Annotated[str, typer.Option(help="`completions` or `chat`.")] = "completions",
     prompts: Annotated[
@@ -100,9 +100,9 @@ def bench(
     plot: PlotPrefix = None,
 ) -> None:
     """
-    Replay a trace on any OpenAI server, each request at its time whatever became of those before.
+    Replay a trace on any OpenAI server. Each request is sent at its time, however the earlier ones fare.
 
-    Latencies count from the time a request was due. Failures are counted and shown; exit code 1 when no request
+    Latencies count from the time a request was due. Failures are counted and reported; exit code 1 if no request
     succeeded.
     """
     if context.invoked_subcommand is not None:
@@ -134,10 +134,10 @@ def compare(
     ],
     *,
     ttft_slo: Annotated[
-        float | None, typer.Option(help="SLO: most seconds to the first token. Default: as recorded.")
+        float | None, typer.Option(help="SLO: maximum seconds to the first token. Default: as recorded.")
     ] = None,
     tpot_slo: Annotated[
-        float | None, typer.Option(help="SLO: most seconds per token after it. Default: as recorded.")
+        float | None, typer.Option(help="SLO: maximum seconds per token after it. Default: as recorded.")
     ] = None,
     warm_up: options.WarmUp = 0.1,
     long_tokens: LongTokens = None,
@@ -147,7 +147,8 @@ def compare(
     """
     Compare runs: figures per label, and ratios to the first label.
 
-    Files of one label are repetitions: the first of each label is compared with the first of the others, and so on.
+    Files with the same label are repetitions: the first of each label is compared with the first of the others, and so
+    on.
     """
     from cascadeinfer.results.record_files import read_records
 

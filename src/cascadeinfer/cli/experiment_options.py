@@ -38,8 +38,8 @@ ObjectiveName = Annotated[
 ]
 Margin = Annotated[float, typer.Option(help="Gain that several stages must bring over one; 0.03 is 3 %.")]
 Context = Annotated[int, typer.Option(help="Longest sequence; longer requests are cut, and counted.")]
-TtftSlo = Annotated[float, typer.Option(help="SLO: most seconds to the first token.")]
-TpotSlo = Annotated[float, typer.Option(help="SLO: most seconds per token after it.")]
+TtftSlo = Annotated[float, typer.Option(help="SLO: maximum seconds to the first token.")]
+TpotSlo = Annotated[float, typer.Option(help="SLO: maximum seconds per token after it.")]
 Policies = Annotated[
     str, typer.Option(help="Policies, separated by commas; cascade-no-refine and the like switch a part off.")
 ]
@@ -47,7 +47,8 @@ Seeds = Annotated[int, typer.Option(help="Runs per policy, with seeds 0, 1, ..."
 Requests = Annotated[int | None, typer.Option(help="Requests per run.")]
 DurationS = Annotated[float | None, typer.Option(help="Seconds of arrivals per run, instead of --requests.")]
 WarmUp = Annotated[
-    float, typer.Option(help="Share of the requests, the first, that no figure counts (the cluster fills).")
+    float,
+    typer.Option(help="Share of the requests, from the first on, that the figures exclude (the cluster is filling)."),
 ]
 Arrivals = Annotated[
     str,
@@ -80,7 +81,7 @@ EventLogFile = Annotated[
         )
     ),
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write all figures here.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write all figures to this JSON file.")]
 
 DEFAULT_CONTEXT: Final = 131_072
 DEFAULT_MARGIN: Final = 0.03
@@ -231,11 +232,10 @@ def words_of(text: str) -> list[str]:
 
 def rates_of(text: str) -> list[float]:
     """
-    Rates, in increasing order, from `lo:hi:n` (n equally spaced rates, both ends included) or from a comma-separated
-    list.
+    Rates from `lo:hi:n` (n equally spaced rates, both ends included) or from an increasing, comma-separated list.
 
     Raises:
-        ConfigError: The text is neither, or a rate is not positive and finite.
+        ConfigError: The text is neither, the rates do not increase, or one is not positive and finite.
     """
     fix = "lo:hi:n, e.g. 5:40:8, or a list, e.g. 5,10,20"
     try:
@@ -266,7 +266,7 @@ def check_outputs(files: Mapping[str, Path | None], **packages: bool) -> None:
 
     Args:
         files: Output files by the option that names them.
-        packages: Packages needed to write them, and whether each is.
+        packages: For each optional package, whether it is needed to write them.
 
     Raises:
         ConfigError: A file is a folder, its folder is missing, or nothing can be written there.

@@ -36,7 +36,10 @@ def replay(
         bool, typer.Option("--check", help="Give the events to a fresh policy and compare what it does.")
     ] = False,
 ) -> None:
-    """Sum up an event log: rates, migrations by reason and outcome, layouts in force; or tell one request's story."""
+    """
+    Summarise an event log (rates, migrations by reason and outcome, layouts in force), or tell one
+    request's story.
+    """
     from cascadeinfer.eventlog.log_summary import summarise_log
     from cascadeinfer.eventlog.reader import open_log
 

@@ -1,5 +1,5 @@
 """
-Runs independent jobs in several processes and returns their results in order.
+Runs independent jobs in several processes and pairs each result with its task's number.
 
 Processes are spawned, not forked, because compiled code and its threads do not survive a fork. With one job everything
 runs in this process. An interrupted or failed map starts no further tasks.
@@ -35,7 +35,7 @@ def map_in_processes(
     jobs: int,
 ) -> Iterator[tuple[int, Result]]:
     """
-    Apply a function to every task. Each result is returned with its task's number as soon as it is available.
+    Apply a function to every task. Yields each result, with its task's number, as soon as it is available.
 
     Args:
         function: Defined at the top level of a module, since other processes import it.
