@@ -1,4 +1,4 @@
 """
-The event log: what a policy was given and what it answered; writing, reading, replaying it and telling a request's
-story.
+The event log: the events a policy received and the effects it returned. Writing, reading and replaying it, and telling
+a request's story.
 """

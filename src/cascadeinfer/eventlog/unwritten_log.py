@@ -13,11 +13,11 @@ from cascadeinfer.eventlog.writer import EventLog
 
 class UnwrittenLog:
     """
-    Replaces the event log of a process whose log file could not be opened and which serves on without it.
+    Stands in for the event log of a process whose log file could not be opened.
 
     Attributes:
-        events: Events so far.
-        dropped: All of them.
+        events: Number of events so far.
+        dropped: The same number: all of them are missing.
         failure: Why there is no log.
     """
 

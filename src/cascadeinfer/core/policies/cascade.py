@@ -184,8 +184,7 @@ class Cascade:
         """See `Policy.next_timer_s`."""
         return self._wakes.next_s()
 
-    # --- placing
-    # --------------------------------------------------------------------------------------------------------
+    # --- placing ------------------------------------------------------------------------------------------------------
 
     def _place_waiting(self, cause: str, effects: list[Effect]) -> None:
         """Dispatch waiting requests by priority and then arrival. One that fits nowhere holds up only its own stage."""
@@ -275,8 +274,7 @@ class Cascade:
         if self._finished % 50 == 0:
             self.view.set_urgency(self._urgency)
 
-    # --- agents
-    # ---------------------------------------------------------------------------------------------------------
+    # --- agents -------------------------------------------------------------------------------------------------------
 
     def _review(self, instance_id: InstanceId, cause: str, now_s: float, effects: list[Effect]) -> None:
         agent = self.agents.get(instance_id)
@@ -304,8 +302,7 @@ class Cascade:
             target.bidder.move_began(move.ask_id)
         self._wakes.at(instance_id, agent.next_wake_s())
 
-    # --- the layout
-    # -----------------------------------------------------------------------------------------------------
+    # --- the layout ---------------------------------------------------------------------------------------------------
 
     def _follow_membership(
         self, event: InstanceJoined | InstanceDraining | InstanceLost, now_s: float, effects: list[Effect]
