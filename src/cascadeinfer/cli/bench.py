@@ -337,10 +337,7 @@ def _show(
 
 
 def _tell_errors(file: "RecordFile") -> None:
-    """
-    Print to standard error how many requests failed and how, with one message of each kind. Counts all requests,
-    warm-up included.
-    """
+    """Print failures by kind, with one message of each, to standard error. Counts all requests, warm-up included."""
     from cascadeinfer.results.estimates import errors_by_kind
 
     for kind, count in errors_by_kind(file.errors).items():

@@ -1,6 +1,7 @@
 """
-Tables of `bench`, one per group of requests: a row per label, a column per figure with its 95 % confidence interval,
-and ratios to the first label.
+Tables of `bench`: a row per label, a column per figure.
+
+Each figure has its 95 % confidence interval; ratios are to the first label. There is one table per group of requests.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""
-What `plan`, `simulate` and `sweep` share: option declarations, parsers of their values, and the checks beyond typer's
-bounds.
-"""
+"""What `plan`, `simulate` and `sweep` share: option declarations, parsers, and checks beyond typer's bounds."""
 
 import importlib
 import itertools

@@ -76,10 +76,7 @@ EXTRAS: Final = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """
-    Run the command that the arguments name (by default the process's own), then end the process with
-    its exit code.
-    """
+    """Run the command that the arguments (by default the process's own) name, and exit with its code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _run(words)

@@ -190,10 +190,7 @@ def _layout(since_s: float, layout: Any) -> dict[str, Any]:
 
 
 def _write_parquet(file: Path, outcomes: Sequence["RunOutcome"], header: dict[str, Any]) -> None:
-    """
-    Write the columns of `RequestRecords` with policy and seed; the provenance goes into the schema's metadata under
-    `cascadeinfer`.
-    """
+    """Write the columns of `RequestRecords` with policy and seed; the schema's metadata holds the provenance."""
     import json
     from dataclasses import fields
 

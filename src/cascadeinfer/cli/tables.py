@@ -1,7 +1,4 @@
-"""
-Tables of simulated figures: a row per policy, a column per figure, the mean over seeds with its 95 % confidence
-interval.
-"""
+"""Tables of simulated figures: a row per policy, a column per figure, the mean over seeds with its 95 % interval."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,10 +16,7 @@ PIPE_COLUMNS: Final = 200
 
 
 class Figure(NamedTuple):
-    """
-    A column: heading, field of `RunSummary`, factor to the displayed unit, which direction is better
-    (0: neither).
-    """
+    """A column: heading, field of `RunSummary`, factor to the displayed unit, better direction (0: neither)."""
 
     heading: str
     field: str

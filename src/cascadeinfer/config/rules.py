@@ -1,7 +1,4 @@
-"""
-Builds the rules for requests from the options of `serve`: who may send them, their size limits, and their permitted
-contents.
-"""
+"""Builds the rules for requests from the options of `serve`: who may send them, how large, with what in them."""
 
 import os
 from typing import Final

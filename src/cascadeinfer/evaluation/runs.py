@@ -1,10 +1,10 @@
 """
-One run: a policy, a rate and a seed in a setting. With the same seed, every policy gets the same requests at the same
-times.
+One run: a policy, a rate and a seed in a setting.
 
-Lengths are drawn with replacement from the trace and arrivals from an arrival process; alternatively, a section of the
-trace is replayed as recorded, scaled to the run's rate. Figures can exclude the first part of the run, in which the
-cluster fills (`warm_up`), and the last, in which it empties (`cool_down`).
+With the same seed, every policy gets the same requests at the same times. Lengths are drawn with replacement from the
+trace and arrivals from an arrival process; alternatively, a section of the trace is replayed as recorded, scaled to the
+run's rate. Figures can exclude the first part of the run, in which the cluster fills (`warm_up`), and the last, in
+which it empties (`cool_down`).
 """
 
 import contextlib

@@ -24,10 +24,7 @@ from cascadeinfer.workload.trace import CappedTrace, Trace
 
 DEFAULT_CONTEXT_TOKENS: Final = 131_072
 OVERLOAD_SHARE: Final = 0.9
-"""
-Share of the capacity to plan for when the demand is above it; the same as the policy's at run time
-(`replanning.py`).
-"""
+"""Share of the capacity to plan for when the demand exceeds it, as at run time (`replanning.py`)."""
 
 
 @dataclass(frozen=True)

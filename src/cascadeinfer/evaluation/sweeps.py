@@ -82,10 +82,7 @@ def highest_rates(
     jobs: int,
     on_policy: Callable[[], None],
 ) -> dict[str, HighestRate]:
-    """
-    For each policy, bisect between the two rates of its curve between which it stops keeping the SLO; see
-    `highest_rate`.
-    """
+    """For each policy, bisect between the rates of its curve where it stops keeping the SLO; see `highest_rate`."""
     tasks = []
     for policy, curve in curves.items():
         known = {rate_rps: mean_attainment(runs) for rate_rps, runs in zip(rates_rps, curve, strict=True)}

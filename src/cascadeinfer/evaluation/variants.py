@@ -1,6 +1,5 @@
 """
-The policies of experiments: every policy of `core/policies` under its own name, and its variants with a part switched
-off.
+The policies of experiments: those of `core/policies`, and their variants with a part switched off.
 
 All start fresh. Policies with stages start with the planner's layout for the trace's lengths and the run's rate, like
 an operator who knows yesterday's lengths. Variants that are meant to find the layout themselves do not.

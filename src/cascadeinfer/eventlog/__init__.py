@@ -1,4 +1,1 @@
-"""
-The event log: the events a policy received and the effects it returned. Writing, reading and replaying it, and telling
-a request's story.
-"""
+"""The event log: writing, reading and replaying what a policy received and returned, and telling a request's story."""

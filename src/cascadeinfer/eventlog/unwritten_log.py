@@ -1,6 +1,7 @@
 """
-Replaces the event log of a process that serves on without one: it counts events, so that metrics and `/admin` show what
-is missing.
+The stand-in for an event log that could not be opened, in a process that serves without one.
+
+It counts events, so that metrics and `/admin` show what is missing.
 """
 
 from collections.abc import Callable, Sequence

@@ -62,10 +62,7 @@ else:
     WireEvent = EVENT.hint
     WireEffect = EFFECT.hint
 BUFFERED_EVENTS: Final = 8192
-"""
-Maximum number of events waiting for the writer: seconds of a busy cluster, tens of MB if every one is
-a long report.
-"""
+"""Events that may wait for the writer: seconds of a busy cluster, tens of MB if all are long reports."""
 CLOSE_TIMEOUT_S: Final = 5.0
 """How long a stopping server waits for a slow disk."""
 GZIP_LEVEL: Final = 5
@@ -212,10 +209,7 @@ def unwritable(path: Path, error: OSError) -> ConfigError:
 
 
 class _Files(RotatingFileHandler):
-    """
-    The files of a run. Each begins with a header; a full one becomes `PATH.1.gz`, and `PATH.1.gz`
-    becomes `PATH.2.gz`.
-    """
+    """The files of a run, each with a header. A full one becomes `PATH.1.gz`, that one `PATH.2.gz`, and so on."""
 
     def __init__(self, path: Path, header: Header, encoder: Encoder, *, max_bytes: int, files: int) -> None:
         super().__init__(path, maxBytes=max_bytes, backupCount=files - 1, encoding="utf-8")

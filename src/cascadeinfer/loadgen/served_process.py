@@ -26,10 +26,7 @@ from cascadeinfer.core.errors import CascadeError
 
 STOP_TIMEOUT_S: Final = 30.0
 CHILDREN_TIMEOUT_S: Final = 10.0
-"""
-How long the server's children may take to end after it, for instance Python's resource tracker, which still removes
-shared memory.
-"""
+"""Time for the server's children to end after it; Python's resource tracker, for one, still removes shared memory."""
 POLL_S: Final = 0.25
 KILLED_TIMEOUT_S: Final = 5.0
 """A signal arrives at once, but memory must be freed, and a process inside a device call ends only after it."""
@@ -210,8 +207,8 @@ class ServedProcess:
 
     def _end_in_good_order(self, process: subprocess.Popen[bytes], family: Iterable[psutil.Process]) -> None:
         """
-        Send SIGTERM, then wait. Raises TimeoutExpired if the process itself has not ended; others of its family may
-        still run.
+        Send SIGTERM and wait. Raises TimeoutExpired if the process itself has not ended; its family
+        may still run.
         """
         if process.poll() is None:
             process.terminate()
@@ -232,7 +229,8 @@ class ServedProcess:
                 process.kill()
         _wait_ended(living, KILLED_TIMEOUT_S)
 
-    # --- output ---------------------------------------------------------------------------------------------------------
+    # --- output
+    # ---------------------------------------------------------------------------------------------------------
 
     @property
     def url(self) -> str:

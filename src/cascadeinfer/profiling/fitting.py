@@ -146,10 +146,7 @@ def fit_points(points: Points, structure: StepModel | None = None, *, seed: int 
 
 
 def _folds(points: Points, rng: np.random.Generator) -> NDArray[np.int64]:
-    """
-    The fold of each sample, which is that of its kind of batch; each family's kinds are assigned to
-    folds in turn.
-    """
+    """The fold of each sample, by kind of batch; each family's kinds are assigned to folds in turn."""
     fold_of_kind: dict[str, int] = {}
     kinds = sorted(set(points.kind_of))
     order = [kinds[i] for i in rng.permutation(len(kinds))]

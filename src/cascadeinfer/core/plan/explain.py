@@ -16,10 +16,7 @@ _RATE_CHANGES: Final = (0.8, 1.2)
 
 
 def explain(plan: Plan) -> str:
-    """
-    The plan as paragraphs and a table in plain text. Solves the problem twice more, at 0.8 and 1.2
-    times the rate.
-    """
+    """The plan as text with a table. Solves the problem twice more, at 0.8 and 1.2 times the rate."""
     return "\n".join([*_decision(plan), "", *_table(plan), "", *_reasons(plan), "", *_sensitivity(plan)])
 
 
@@ -53,7 +50,8 @@ def _decision(plan: Plan) -> list[str]:
         f"one stage, predicted {describe(plan.cost)}.",
         (
             f"The best of several stages (boundaries {_join(best.proposal.boundaries_tokens)}; instances "
-            f"{_join(best.proposal.sizes)}) is predicted {describe(best.cost)}: a gain of {plan.gain:.1%}, below the margin of {problem.margin:.1%}."
+            f"{_join(best.proposal.sizes)}) is predicted {describe(best.cost)}: a gain of {plan.gain:.1%}, "
+            f"below the margin of {problem.margin:.1%}."
         ),
     ]
 

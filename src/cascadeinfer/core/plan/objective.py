@@ -19,10 +19,7 @@ from cascadeinfer.core.errors import PlanError
 Rows = NDArray[np.float64]
 
 _TIE_BREAK = 1e-3
-"""
-Weight of the normalised latency in `SloAttainment`. 1 s per token counts as 0.1 % of requests, so it
-only breaks ties.
-"""
+"""Weight of the normalised latency in `SloAttainment`: 1 s per token counts as 0.1 % of requests, a mere tie-break."""
 
 
 class Objective(Protocol):

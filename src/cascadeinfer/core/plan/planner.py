@@ -97,10 +97,7 @@ class Plan:
 
     @property
     def gain(self) -> float:
-        """
-        Gain of the best layout with several stages over one stage, in the objective's terms; 0 when
-        there is none.
-        """
+        """Gain of the best layout with several stages over one stage, as the objective counts it; 0 without one."""
         return 0.0 if self.best is None else self.problem.objective.gain(self.one_stage_cost, self.best.cost)
 
     def layout(self, instance_ids: tuple[InstanceId, ...]) -> StageLayout:

@@ -180,10 +180,7 @@ class PlanProblem:
         return replace(self, rate_per_s=rate_per_s)
 
     def candidates(self) -> NDArray[np.int64]:
-        """
-        Edges at which a stage may begin or end before refinement: log-spaced over the lengths where the workload has
-        tokens.
-        """
+        """Edges at which a stage may begin or end before refinement: log-spaced where the workload has tokens."""
         edges = self.histogram.edges_tokens
         prefix = self.histogram.prefix
         tokens = prefix[Column.STEPS] + prefix[Column.PROMPT]

@@ -16,10 +16,7 @@ from numpy.typing import NDArray
 from cascadeinfer.core.cost.qoe import ServiceInputs, longest_of, stage_service
 
 _INFEASIBLE: Final = 1e30
-"""
-Stands for infinity. The penalty falls slightly with each instance, so infeasible stages attract instances until they
-become feasible.
-"""
+"""Stands for infinity, plus a penalty that falls with each instance, so that infeasible stages attract instances."""
 _MAX_ROUNDS: Final = 20
 _SPLIT_WINDOW: Final = 2
 """Instances by which a split may change together with its boundary."""

@@ -266,8 +266,8 @@ class Cascade:
 
     def _learn_urgency(self, output_tokens: int) -> None:
         """
-        Urgency is one over the output length, since the wait for the first token is amortised over it;
-        follow the mean.
+        Follow the mean output length: the wait for the first token is amortised over it, so urgency
+        is its inverse.
         """
         self._finished += 1
         self._urgency += (1.0 / max(1, output_tokens) - self._urgency) / min(self._finished + 50, 1000)

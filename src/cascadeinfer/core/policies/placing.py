@@ -1,8 +1,8 @@
 """
-What simple policies share: they keep the view up to date, dispatch waiting requests, place orphans and the requests of
-a suspect instance anew, and empty an instance that drains.
+What simple policies share: view, dispatch, failures and draining.
 
-A subclass only chooses the instance for a request (`choose`).
+The base class keeps the view up to date, dispatches waiting requests, places orphans and the requests of a suspect
+instance anew, and empties an instance that drains. A subclass only chooses the instance for a request (`choose`).
 """
 
 from abc import ABC, abstractmethod

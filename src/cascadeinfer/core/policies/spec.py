@@ -1,7 +1,4 @@
-"""
-A policy as a value: its name and its options. Anyone who has it can construct the same policy again, as
-a replay does.
-"""
+"""A policy as a value: its name and options, from which a replay, for example, constructs it again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
