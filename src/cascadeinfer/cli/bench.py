@@ -1,10 +1,11 @@
 """
-`cascadeinfer bench`: a trace replayed on a live OpenAI server in open loop, and such runs compared.
+`cascadeinfer bench`: replays a trace on a live OpenAI server in open loop, and compares such runs.
 
-The generator is our own and small. Of those that are kept well, NVIDIA's aiperf and guidellm replay timed traces too, but bring forty packages
-(some pinned against vLLM's) or torch with them and spread over several processes, which on one machine take the cores of the
-engines that they measure; vLLM's `bench serve` needs vLLM where the client runs, and counts latencies from when a request was sent, not
-from when it was due. None of the three checks that prompts have the trace's length.
+The load generator is our own and small. Of the well-maintained ones, NVIDIA's aiperf and guidellm replay timed traces
+too, but they bring forty packages (some pinned against vLLM's) or torch with them, and they spread over several
+processes, which on one machine take cores from the engines under test. vLLM's `bench serve` needs vLLM on the client's
+machine, and counts latencies from when a request was sent, not from when it was due. None of the three checks that
+prompts have the trace's length.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ PROMPT_KINDS: Final[tuple["PromptKind", ...]] = ("ids", "text", "words")
 EXIT_INTERRUPTED: Final = 130
 KEY_VARIABLE: Final = "OPENAI_API_KEY"
 LATE_S: Final = 0.02
-"""A client that sends so much later than due, at the 99th percentile, adds visibly to the latencies it measures."""
+"""A client whose sends are late by this much at the 99th percentile visibly adds to the latencies it measures."""
 
 Label = Annotated[
     str | None, typer.Option(help="What is measured; runs of one label are repetitions. Default: the URL.")
@@ -61,7 +62,7 @@ def register(app: typer.Typer, name: str, help_text: str) -> None:
 def bench(
     context: typer.Context,
     *,
-    url: Annotated[str | None, typer.Option(help="Of the server, e.g. http://127.0.0.1:8000. Required.")] = None,
+    url: Annotated[str | None, typer.Option(help="URL of the server, e.g. http://127.0.0.1:8000. Required.")] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Trace file (.csv or .jsonl, also .gz): arrivals and lengths. Required.")
     ] = None,
@@ -72,14 +73,14 @@ def bench(
             help="When requests come: `recorded`, `poisson`, or `gamma:CV`; the last two draw from the lengths."
         ),
     ] = "recorded",
-    requests: Annotated[int | None, typer.Option(help="How many. Default: as many as the trace has.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Number of requests. Default: as many as the trace has.")] = None,
     max_context: Annotated[
         int, typer.Option(help="Longest sequence; longer requests are cut, and counted.")
     ] = options.DEFAULT_CONTEXT,
     hashes: Annotated[
         Path | None, typer.Option(help="JSONL file with `row_id` and `hash_ids`: prompts share these blocks.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of arrivals, lengths and the words of prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of arrivals, lengths and the words of prompts.")] = 0,
     model: Annotated[str | None, typer.Option(help="Name of the model. Default: the server's first.")] = None,
     api: Annotated[str, typer.Option(help="`completions` or `chat`.")] = "completions",
     prompts: Annotated[
@@ -99,9 +100,10 @@ def bench(
     plot: PlotPrefix = None,
 ) -> None:
     """
-    Replay a trace on any OpenAI server, each request at its time whatever became of those before.
+    Replay a trace on any OpenAI server. Each request is sent at its time, however the earlier ones fare.
 
-    Latencies count from the time a request was due. Failures are counted and shown; exit code 1 when no request succeeded.
+    Latencies count from the time a request was due. Failures are counted and reported; exit code 1 if no request
+    succeeded.
     """
     if context.invoked_subcommand is not None:
         return
@@ -132,10 +134,10 @@ def compare(
     ],
     *,
     ttft_slo: Annotated[
-        float | None, typer.Option(help="SLO: most seconds to the first token. Default: as recorded.")
+        float | None, typer.Option(help="SLO: maximum seconds to the first token. Default: as recorded.")
     ] = None,
     tpot_slo: Annotated[
-        float | None, typer.Option(help="SLO: most seconds per token after it. Default: as recorded.")
+        float | None, typer.Option(help="SLO: maximum seconds per token after it. Default: as recorded.")
     ] = None,
     warm_up: options.WarmUp = 0.1,
     long_tokens: LongTokens = None,
@@ -145,7 +147,8 @@ def compare(
     """
     Compare runs: figures per label, and ratios to the first label.
 
-    Files of one label are repetitions: the first of each label is compared with the first of the others, and so on.
+    Files with the same label are repetitions: the first of each label is compared with the first of the others, and so
+    on.
     """
     from cascadeinfer.results.record_files import read_records
 
@@ -163,14 +166,14 @@ def compare(
 
 
 def _required(value: Value | None, option: str) -> Value:
-    """The value; typer cannot demand it, since the subcommand has none of these options."""
+    """The value of an option that typer cannot require, because the subcommand does not have it."""
     if value is None:
         raise ConfigError("is required", option=option, fix="cascadeinfer bench --help lists the options")
     return value
 
 
 def _checked(ttft_slo: float, tpot_slo: float, warm_up: float, long_tokens: int | None) -> "Slo":
-    """The SLO, after a look at what else decides over the figures."""
+    """The SLO, after the other options that affect the figures have been checked."""
     options.share(warm_up, "--warm-up")
     if long_tokens is not None:
         options.at_least_one(long_tokens=long_tokens)
@@ -193,7 +196,7 @@ def _workload(
     rate: float | None,
     seed: int,
 ) -> "Trace":
-    """The requests to send; what was cut is told."""
+    """The requests to send; notes on standard error what was cut."""
     import numpy as np
 
     from cascadeinfer.config.traces import load_trace
@@ -210,7 +213,8 @@ def _workload(
         options.at_least_one(requests=requests)
     if capped.prompts_cut or capped.outputs_cut:
         typer.echo(
-            f"note: {capped.prompts_cut} prompts and {capped.outputs_cut} outputs of the trace are cut to --max-context",
+            f"note: {capped.prompts_cut} prompts and {capped.outputs_cut} outputs of the trace are cut to "
+            "--max-context",
             err=True,
         )
     count = len(capped.trace) if requests is None else requests
@@ -226,7 +230,7 @@ async def _replay(
     tokenize_url: str | None,
     timeout_s: float,
 ) -> "Replay":
-    """Connect, learn the words, replay with a progress bar."""
+    """Connect, find the words for prompts, and replay with a progress bar."""
     from cascadeinfer.cli.tables import progress_bar
     from cascadeinfer.loadgen.client import OpenAiClient
     from cascadeinfer.loadgen.prompts import make_prompts
@@ -260,7 +264,7 @@ def _header(label: str, slo: "Slo", warm_up: float, long_tokens: int | None, **m
 
 
 def _tell_notes(result: "Replay") -> None:
-    """On standard error: whatever makes the figures something else than they seem."""
+    """Print to standard error every condition under which the figures are not what they seem."""
     import numpy as np
 
     n = len(result.records)
@@ -269,9 +273,15 @@ def _tell_notes(result: "Replay") -> None:
     notes = {
         f"interrupted: the figures are those of the first {n} requests": result.interrupted,
         f"requests were sent {late_s:.3f} s late (99th percentile): the client's machine is too busy": late_s > LATE_S,
-        f"{result.ended_early} of {n} answers ended before their length: the server does not know `ignore_eos`": result.ended_early,
-        f"the server counts {result.off_prompts} of {n} prompts otherwise than the trace; its counts are recorded": result.off_prompts,
-        f"{result.counted_by_chunks} answers came without usage: their tokens are counted by chunks": result.counted_by_chunks,
+        (
+            f"{result.ended_early} of {n} answers ended before their length: the server does not know `ignore_eos`"
+        ): result.ended_early,
+        (
+            f"the server counts {result.off_prompts} of {n} prompts otherwise than the trace; its counts are recorded"
+        ): result.off_prompts,
+        (
+            f"{result.counted_by_chunks} answers came without usage: their tokens are counted by chunks"
+        ): result.counted_by_chunks,
     }
     for note, holds in notes.items():
         if holds:
@@ -286,7 +296,7 @@ def _show(
     json_file: Path | None,
     plot: str | None,
 ) -> None:
-    """Tables on standard output; figures and JSON where asked for."""
+    """Print tables to standard output, and write figures and JSON if asked for."""
     import numpy as np
 
     from cascadeinfer.cli.bench_tables import figure_tables, ratio_tables
@@ -327,7 +337,7 @@ def _show(
 
 
 def _tell_errors(file: "RecordFile") -> None:
-    """On standard error: how many requests failed how, with one message of each kind. All requests count, warm-up included."""
+    """Print failures by kind, with one message of each, to standard error. Counts all requests, warm-up included."""
     from cascadeinfer.results.estimates import errors_by_kind
 
     for kind, count in errors_by_kind(file.errors).items():
@@ -336,7 +346,7 @@ def _tell_errors(file: "RecordFile") -> None:
 
 
 def _draw(prefix: str, counted: dict[str, list[Any]], border: int, title: str) -> None:
-    """Distributions: of all requests, of short ones, of long ones."""
+    """Plot the distributions over all requests, short ones and long ones."""
     from cascadeinfer.figures.drawing import latency_cdfs, save
     from cascadeinfer.results.estimates import GROUPS, groups_of
 

@@ -1,4 +1,8 @@
-"""Tables of `bench`: a row per label, a column per figure with its 95 % confidence, ratios to the first label; one table per group of requests."""
+"""
+Tables of `bench`: a row per label, a column per figure.
+
+Each figure has its 95 % confidence interval; ratios are to the first label. There is one table per group of requests.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Column(NamedTuple):
-    """Heading, figure, factor to its unit, which way is better."""
+    """Heading, figure, factor to the displayed unit, and which direction is better."""
 
     heading: str
     figure: str
@@ -38,11 +42,11 @@ RATIO_COLUMNS: Final = tuple(
 )
 
 Runs = Mapping[str, Sequence[Mapping[str, "GroupSummary"]]]
-"""Per label, one summary by group for each of its runs."""
+"""For each label, the summaries by group of all of its runs."""
 
 
 def shown(estimate: "Estimate", factor: float = 1.0) -> str:
-    """Three significant digits, and half the interval's width to the same place."""
+    """Three significant digits, with half of the interval's width to the same decimal place."""
     value = factor * estimate.value
     if not math.isfinite(value):
         return "-"
@@ -52,7 +56,7 @@ def shown(estimate: "Estimate", factor: float = 1.0) -> str:
 
 
 def figure_tables(runs: Runs, title: str) -> list["Table"]:
-    """Per group: latency by token and as a whole, then rates; the best value of each column is bold."""
+    """For each group: latency per token and end to end, then rates. The best value of each column is bold."""
     tables = []
     for group in _groups(runs):
         for columns, what in ((TOKEN_COLUMNS, "tokens"), (WHOLE_COLUMNS, "whole answers"), (RATE_COLUMNS, "rates")):
@@ -112,7 +116,7 @@ def _best(values: Sequence[float], column: Column) -> float | None:
 
 
 def ratio_tables(runs: Runs, title: str) -> list["Table"]:
-    """Per group: how many times the first label's figures, run by run."""
+    """For each group: ratios to the first label's figures, run by run."""
     from rich.table import Table
 
     from cascadeinfer.results.estimates import ratio_over_runs
@@ -122,7 +126,10 @@ def ratio_tables(runs: Runs, title: str) -> list["Table"]:
     for group in _groups(runs) if others else ():
         table = Table(
             title=f"{title}: {group} requests, times {reference}",
-            caption="geometric mean over pairs of runs ± half of the 95 % interval; below 1 is better for latencies, above 1 for rates",
+            caption=(
+                "geometric mean over pairs of runs ± half of the 95 % interval; "
+                "below 1 is better for latencies, above 1 for rates"
+            ),
         )
         table.add_column("label", no_wrap=True)
         for column in RATIO_COLUMNS:

@@ -1,12 +1,13 @@
 """
-`cascadeinfer demo`: the whole system at work, in two minutes, on this machine.
+`cascadeinfer demo`: the whole system at work on this machine, in two minutes.
 
-It starts `cascadeinfer serve` with two instances and two length stages, sends chat requests of different lengths with the official
-`openai` client and shows them in the terminal as they grow and are handed over. Afterwards one request that moved is sent again,
-this time kept on one instance, and the two answers are compared. Then the server is stopped, also after Ctrl-C or an error.
+It starts `cascadeinfer serve` with two instances and two length stages, sends chat requests of different lengths with
+the official `openai` client, and shows in the terminal how they grow and are handed over. Then it sends one of the
+moved requests again, kept on one instance this time, and compares the two answers. Finally it stops the server, also
+after Ctrl-C or an error.
 
-Exit code 0 only if every request succeeded, at least one was handed over with its KV cache, and the two answers are the same.
-A terminal gets a live view; a pipe or a log gets plain lines.
+The exit code is 0 only if every request succeeded, at least one was handed over with its KV cache, and the two answers
+are identical. A terminal gets a live view; a pipe or a log gets plain lines.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 STAGGER_S: Final = 1.0
-"""Between two requests: short ones still overlap, and the eye can follow."""
+"""Time between two requests: short ones still overlap, and the eye can follow."""
 PLAIN_PROGRESS_S: Final = 10.0
 PINNED: Final = "cascadeinfer_pinned_requests_total"
 MOVES: Final = "cascadeinfer_migrations_total"
@@ -88,17 +89,17 @@ def demo(
 
 @contextlib.contextmanager
 def _stopped_at_the_end(server: DemoServer, console: Console) -> Iterator[None]:
-    """Whatever happens, the server is stopped, and the terminal says so, since that takes some seconds."""
+    """Stop the server whatever happens, and say so in the terminal, since it takes some seconds."""
     try:
         yield
     finally:
         said = console.status("stopping the server") if console.is_terminal else contextlib.nullcontext()
-        with said, contextlib.suppress(KeyboardInterrupt):  # somebody is impatient: what was left has been killed
+        with said, contextlib.suppress(KeyboardInterrupt):  # Ctrl-C again: the rest has been killed
             server.stop()
 
 
 def _model_of(model: str | None, console: Console) -> tuple[str, str]:
-    """The model's folder or repository, and its name towards clients."""
+    """The model's folder or repository, and the name under which it is served."""
     if model is None:
         from cascadeinfer.engines.models import embedded
 
@@ -120,7 +121,7 @@ def _write(path: Path, summary: Summary) -> None:
 
 
 async def _run(server: DemoServer, n_requests: int, console: Console) -> Summary:
-    """Everything between start and stop; the server is stopped by whoever called."""
+    """Everything between start and stop; the caller stops the server."""
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -134,7 +135,7 @@ async def _run(server: DemoServer, n_requests: int, console: Console) -> Summary
 
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-    # No proxy from the environment between us and the loopback; a request that failed is to be seen, not tried again.
+    # No proxy from the environment between us and the loopback, and no retries: a failed request should be visible.
     http_client = DefaultAsyncHttpxClient(trust_env=False)
     async with AsyncOpenAI(base_url=server.base_url, api_key="none", max_retries=0, http_client=http_client) as client:
         states = make_states(n_requests, f"demo-{uuid.uuid4().hex[:6]}")
@@ -148,7 +149,7 @@ async def _run(server: DemoServer, n_requests: int, console: Console) -> Summary
 
 @contextlib.contextmanager
 def _starting(console: Console) -> Iterator[Callable[[float], None]]:
-    """A spinner while the server starts, or a line now and then; yields what to call with the seconds waited."""
+    """Show a spinner, or an occasional line, while the server starts; yields a callback for the seconds waited."""
     if console.is_terminal:
         with console.status("starting two instances") as status:
             yield lambda waited_s: status.update(f"starting two instances: {waited_s:.0f} s")
@@ -165,7 +166,7 @@ def _starting(console: Console) -> Iterator[Callable[[float], None]]:
 
 
 async def _send_all(client: "AsyncOpenAI", model: str, states: list[ChatState]) -> None:
-    """Send the requests one after the other, not waiting for answers in between."""
+    """Send the requests one after the other, without waiting for answers in between."""
     async with asyncio.TaskGroup() as group:
         for state in states:
             group.create_task(run_chat(client, model, state))
@@ -182,7 +183,7 @@ async def _watch(server: DemoServer, board: Board, console: Console, send: Calla
         try:
             done = False
             while not done:
-                done = sending.done()  # before the look, so that the last look comes after the last token
+                done = sending.done()  # read before the update, so that the last update includes the last token
                 board.snapshot = await server.snapshot()
                 elapsed_s = time.monotonic() - began_s
                 board.news += [(elapsed_s, line) for line in take_placements(board.snapshot, list(board.states))]
@@ -200,7 +201,7 @@ async def _watch(server: DemoServer, board: Board, console: Console, send: Calla
 
 
 def _endings(board: Board) -> list[str]:
-    """A sentence for each request that has ended and of which that has not been said."""
+    """A sentence for each newly ended request."""
     said = {line for _, line in board.news}
     sentences = [
         f"request {state.number} ({state.task.title}) "
@@ -218,7 +219,7 @@ def _endings(board: Board) -> list[str]:
 async def _check(
     client: "AsyncOpenAI", server: DemoServer, states: list[ChatState], console: Console
 ) -> TextCheck | None:
-    """Send the shortest answer that moved once more, kept on one instance, and compare; None when none moved."""
+    """Send the shortest answer that moved once more, kept on one instance, and compare; None if none moved."""
     moved = [state for state in states if state.moves and not state.error]
     if not moved:
         return None
@@ -232,7 +233,7 @@ async def _check(
         sending = asyncio.ensure_future(run_chat(client, server.model_name, again, STAYS))
         try:
             while not sending.done():
-                await server.snapshot()  # raises when the server is gone
+                await server.snapshot()  # raises if the server is gone
                 await asyncio.wait([sending], timeout=POLL_S)
         finally:
             sending.cancel()
@@ -242,7 +243,7 @@ async def _check(
     return TextCheck(
         number=first.number,
         same_text=again.text == first.text,
-        # The counters see it however short it was, and nobody else asks this server.
+        # The counters include it however short it was, and nobody else uses this server.
         stayed=total_of(after, PINNED) == total_of(before, PINNED) + 1
         and total_of(after, MOVES) == total_of(before, MOVES),
         moved_text=first.text,
@@ -251,7 +252,7 @@ async def _check(
 
 
 def total_of(metrics: str, sample_name: str, **labels: str) -> float:
-    """Sum of the samples of this name that have these labels, from the text of `/metrics`."""
+    """Sum of the samples with this name and these labels, from the text of `/metrics`."""
     from prometheus_client.parser import text_string_to_metric_families
 
     samples = (sample for family in text_string_to_metric_families(metrics) for sample in family.samples)
@@ -259,6 +260,6 @@ def total_of(metrics: str, sample_name: str, **labels: str) -> float:
 
 
 def pause_of(metrics: str) -> tuple[float, int]:
-    """Sum in seconds and count of the pauses of moved requests, from the text of `/metrics`."""
+    """Total seconds and number of the pauses of moved requests, from the text of `/metrics`."""
     name = "cascadeinfer_migration_pause_seconds"
     return total_of(metrics, f"{name}_sum", outcome="moved"), int(total_of(metrics, f"{name}_count", outcome="moved"))

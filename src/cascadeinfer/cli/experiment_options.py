@@ -1,4 +1,4 @@
-"""What `plan`, `simulate` and `sweep` share: declared options, the words they take, and the checks that need more than typer's bounds."""
+"""What `plan`, `simulate` and `sweep` share: option declarations, parsers, and checks beyond typer's bounds."""
 
 import importlib
 import itertools
@@ -35,8 +35,8 @@ ObjectiveName = Annotated[
 ]
 Margin = Annotated[float, typer.Option(help="Gain that several stages must bring over one; 0.03 is 3 %.")]
 Context = Annotated[int, typer.Option(help="Longest sequence; longer requests are cut, and counted.")]
-TtftSlo = Annotated[float, typer.Option(help="SLO: most seconds to the first token.")]
-TpotSlo = Annotated[float, typer.Option(help="SLO: most seconds per token after it.")]
+TtftSlo = Annotated[float, typer.Option(help="SLO: maximum seconds to the first token.")]
+TpotSlo = Annotated[float, typer.Option(help="SLO: maximum seconds per token after it.")]
 Policies = Annotated[
     str, typer.Option(help="Policies, separated by commas; cascade-no-refine and the like switch a part off.")
 ]
@@ -44,12 +44,16 @@ Seeds = Annotated[int, typer.Option(help="Runs per policy, with seeds 0, 1, ..."
 Requests = Annotated[int | None, typer.Option(help="Requests per run.")]
 DurationS = Annotated[float | None, typer.Option(help="Seconds of arrivals per run, instead of --requests.")]
 WarmUp = Annotated[
-    float, typer.Option(help="Share of the requests, the first, that no figure counts (the cluster fills).")
+    float,
+    typer.Option(help="Share of the requests, from the first on, that the figures exclude (the cluster is filling)."),
 ]
 Arrivals = Annotated[
     str,
     typer.Option(
-        help="When requests come: `poisson`, `gamma:CV` (bursts above 1), or `recorded` (the trace's own times at --rate)."
+        help=(
+            "When requests come: `poisson`, `gamma:CV` (bursts above 1), or `recorded` "
+            "(the trace's own times at --rate)."
+        )
     ),
 ]
 PrefixCaching = Annotated[
@@ -68,10 +72,13 @@ Jobs = Annotated[int, typer.Option(help="Processes; at most as many as processor
 EventLogFile = Annotated[
     Path | None,
     typer.Option(
-        help="Write each run's event log here, for `replay`; with several runs as NAME-POLICY-SEED. A name in .gz is compressed."
+        help=(
+            "Write each run's event log here, for `replay`; with several runs as NAME-POLICY-SEED. "
+            "A name in .gz is compressed."
+        )
     ),
 ]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write all figures here.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write all figures to this JSON file.")]
 
 DEFAULT_CONTEXT: Final = 131_072
 DEFAULT_MARGIN: Final = 0.03
@@ -100,7 +107,7 @@ def objective_of(name: str, slo: "Slo") -> "Objective":
     The objective of this name.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such objective.
     """
     from cascadeinfer.core.plan.objective import MeanNormalizedLatency, SloAttainment, WeightedLatency
 
@@ -117,10 +124,10 @@ def objective_of(name: str, slo: "Slo") -> "Objective":
 
 def at_least_one(**options: int) -> None:
     """
-    Refuse counts below 1; keywords are the options' names.
+    Check that counts are at least 1; the keywords are the options' names.
 
     Raises:
-        ConfigError: One is.
+        ConfigError: A count is below 1.
     """
     for name, value in options.items():
         if value < 1:
@@ -129,10 +136,10 @@ def at_least_one(**options: int) -> None:
 
 def not_negative(**options: int) -> None:
     """
-    Refuse negative counts; keywords are the options' names.
+    Check that counts are not negative; the keywords are the options' names.
 
     Raises:
-        ConfigError: One is.
+        ConfigError: A count is negative.
     """
     for name, value in options.items():
         if value < 0:
@@ -141,7 +148,7 @@ def not_negative(**options: int) -> None:
 
 def positive(value: float, option: str) -> None:
     """
-    Refuse what is no positive finite number.
+    Check that a value is positive and finite.
 
     Raises:
         ConfigError: It is not.
@@ -152,10 +159,10 @@ def positive(value: float, option: str) -> None:
 
 def share(value: float, option: str) -> None:
     """
-    Refuse what is no share in [0, 1).
+    Check that a value lies in [0, 1).
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: It does not.
     """
     if not (math.isfinite(value) and 0.0 <= value < 1.0):
         raise ConfigError(f"{value} is not in [0, 1)", option=option)
@@ -163,7 +170,7 @@ def share(value: float, option: str) -> None:
 
 def requests_of(requests: int | None, duration_s: float | None, rate_rps: float, *, default: int) -> int:
     """
-    Requests of a run from their number or from how long they come.
+    Number of requests of a run, from `--requests` or from the duration for which they arrive.
 
     Raises:
         ConfigError: Both are given, or one is out of bounds.
@@ -181,10 +188,10 @@ def requests_of(requests: int | None, duration_s: float | None, rate_rps: float,
 
 def arrivals_of(text: str) -> "ArrivalLaw":
     """
-    The law of arrivals.
+    The arrival process named by the option.
 
     Raises:
-        ConfigError: There is none of this name, or its number is wrong.
+        ConfigError: The name is unknown, or its number is invalid.
     """
     from cascadeinfer.workload.drawing import ArrivalLaw
 
@@ -207,7 +214,7 @@ def prefixes_of(setting: "Setting", wanted: bool, hashes: Path | None) -> bool:
     Whether prompts share prefixes.
 
     Raises:
-        ConfigError: They should, and the trace has no hashes.
+        ConfigError: They should, but the trace has no hashes.
     """
     if wanted and setting.trace.prefix_hashes is None:
         fix = "name them with --prefix-hashes, or use Mooncake's JSONL"
@@ -216,16 +223,16 @@ def prefixes_of(setting: "Setting", wanted: bool, hashes: Path | None) -> bool:
 
 
 def words_of(text: str) -> list[str]:
-    """Words between commas, without empty ones."""
+    """The comma-separated words, without empty ones."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def rates_of(text: str) -> list[float]:
     """
-    Rates from `lo:hi:n` (n rates at equal distances, both ends included) or from a list with commas; increasing.
+    Rates from `lo:hi:n` (n equally spaced rates, both ends included) or from an increasing, comma-separated list.
 
     Raises:
-        ConfigError: It is neither, or a rate is not positive and finite.
+        ConfigError: The text is neither, the rates do not increase, or one is not positive and finite.
     """
     fix = "lo:hi:n, e.g. 5:40:8, or a list, e.g. 5,10,20"
     try:
@@ -252,14 +259,14 @@ def rates_of(text: str) -> list[float]:
 
 def check_outputs(files: Mapping[str, Path | None], **packages: bool) -> None:
     """
-    Refuse output files that could not be written, before anything is computed.
+    Fail before anything is computed if an output file could not be written.
 
     Args:
-        files: By the option that names each.
-        packages: Whether each package is needed to write them.
+        files: Output files by the option that names them.
+        packages: For each optional package, whether it is needed to write them.
 
     Raises:
-        ConfigError: One is a folder, its folder is missing, or nothing can be written there.
+        ConfigError: A file is a folder, its folder is missing, or nothing can be written there.
         ModuleNotFoundError: A package is not installed; the entry point names the extra.
     """
     from cascadeinfer.results.output_files import check_output
@@ -274,10 +281,10 @@ def check_outputs(files: Mapping[str, Path | None], **packages: bool) -> None:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """
-    One indented object; NaN and infinities, which JSON lacks, become null.
+    Write one indented JSON object; NaN and infinities, which JSON lacks, become null.
 
     Raises:
-        ConfigError: The file cannot be written; what was there before is untouched.
+        ConfigError: The file cannot be written; an earlier file of that name is left untouched.
     """
     from cascadeinfer.results.output_files import replacing
 
@@ -297,25 +304,27 @@ def _plain(value: Any) -> Any:
 
 
 SHORT_RUN: Final = 3.0
-"""A run shorter than so many mean latencies is hardly ever as full as it would get."""
+"""A run shorter than this many mean latencies hardly ever reaches its steady state."""
 
 
 def tell_short_runs(rate_rps: float, requests: int, slowest_e2e_s: float) -> None:
-    """On standard error: that a run ended before the cluster was as full as it would get."""
+    """Warn on standard error that a run ended before the cluster had filled."""
     if requests < SHORT_RUN * rate_rps * slowest_e2e_s:
         typer.echo(
-            f"note: requests came for {requests / rate_rps:.3g} s at {rate_rps:g}/s and took up to {slowest_e2e_s:.3g} s on average: "
-            "in a run this short the cluster does not fill; raise --requests or --duration-s",
+            f"note: requests came for {requests / rate_rps:.3g} s at {rate_rps:g}/s and took up to "
+            f"{slowest_e2e_s:.3g} s on average: in a run this short the cluster does not fill; "
+            "raise --requests or --duration-s",
             err=True,
         )
 
 
 def tell_notes(setting: "Setting") -> None:
-    """On standard error: what was cut, and whether the profile was measured."""
+    """Note on standard error what was cut, and whether the profile was measured."""
     for note in setting.notes():
         typer.echo(f"note: {note}", err=True)
     if setting.profile.derived:
         typer.echo(
-            f"note: profile {setting.profile.name} is derived: a main part of it was not measured on {setting.profile.device}",
+            f"note: profile {setting.profile.name} is derived: a main part of it "
+            f"was not measured on {setting.profile.device}",
             err=True,
         )

@@ -1,20 +1,20 @@
 """
-The command line's entry: one table of commands, each loaded only when it is the one that runs.
+The entry point of the command line: a table of commands, of which only the chosen one is loaded.
 
-`COMMANDS` names for each command its module and its line of help. The module has one of
+`COMMANDS` gives each command its module and its line of help. The module has one of
 
     def register(app: typer.Typer, name: str, help_text: str) -> None
     def FUNCTION(arguments: list[str]) -> None
 
-`register` adds the command to `app` under that name (`app.command(name, help=help_text)(function)`, or `app.add_typer` where
-it has subcommands). A row that names a function is for commands with a parser of their own, such as vLLM's with its hundreds
-of flags: the function gets all words after the command's name, `--help` included.
+`register` adds the command to `app` under that name (`app.command(name, help=help_text)(function)`, or `app.add_typer`
+if it has subcommands). A row that names a function is for commands with their own parser, such as vLLM's with its
+hundreds of flags: the function receives all words after the command's name, `--help` included.
 
-Engines take seconds to import, so only the chosen command's module is imported, and for the list of commands none: there
-the others stand as their line of the table.
+Engines take seconds to import, so only the chosen command's module is imported. The list of commands imports none: the
+others appear there with their line of the table.
 
-What the operator did wrong ends in one line on standard error and exit code 2; an engine's failure in one line and exit
-code 1. A traceback is a bug of ours.
+An operator's mistake ends in one line on standard error and exit code 2, an engine's failure in one line and exit code
+1. A traceback is a bug of ours.
 """
 
 import importlib
@@ -72,11 +72,11 @@ EXTRAS: Final = {
     "aiohttp": "bench",
     "ray": "ray",
 }
-"""Packages that come with an extra: what to install when one is missing."""
+"""Optional packages, with the extra to install when one is missing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command that the arguments name (the process's own by default); ends the process with its exit code."""
+    """Run the command that the arguments (by default the process's own) name, and exit with its code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _run(words)
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(words: list[str]) -> None:
-    """Run the chosen command by its own parser, or everything else by typer."""
+    """Run the chosen command through its own parser, or everything else through typer."""
     chosen = next((word for word in words if not word.startswith("-")), None)
     command = COMMANDS.get(chosen or "")
     if command is not None and command.function is not None and words[0] == chosen:
@@ -105,7 +105,7 @@ def _run(words: list[str]) -> None:
 
 
 def build_app(chosen: str | None) -> typer.Typer:
-    """The application: the chosen command in full, the others by name and help only."""
+    """The application: the chosen command in full, the others with name and help only."""
     app = typer.Typer(
         help="Length-aware serving of one LLM on many instances, with live migration of running requests.",
         no_args_is_help=True,
@@ -126,32 +126,32 @@ def _root(
     *,
     version: Annotated[
         bool,
-        # A callback, since the function itself runs only once a command is named.
+        # A callback, because the function itself runs only once a command is named.
         typer.Option(
             "--version", help="Print the version and exit.", is_eager=True, callback=lambda v: _version(show=v)
         ),
     ] = False,
 ) -> None:
-    """Options that stand before the command."""
+    """Options before the command."""
 
 
 def _version(*, show: bool) -> None:
-    """Print the version and end."""
+    """Print the version and exit."""
     if show:
         typer.echo(f"cascadeinfer {__version__}")
         raise typer.Exit
 
 
 def _not_chosen() -> None:
-    """Stands for a command in the list; never runs, as it is not the one named."""
+    """Placeholder for a command in the list; never runs, because another command was chosen."""
     raise AssertionError("the command that was named is loaded in full")
 
 
 def _sentence(error: Exception) -> str:
-    """What is wrong, and what was noted of it on its way up: the file, for instance."""
+    """The error with its notes, such as the file in which it occurred."""
     return "; ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def _complain(message: str) -> None:
-    """One line on standard error."""
+    """Print one line to standard error."""
     sys.stderr.write(f"cascadeinfer: error: {' '.join(message.split())}\n")

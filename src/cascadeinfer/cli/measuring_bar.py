@@ -1,4 +1,4 @@
-"""The progress of a measurement on standard error: what is measured, how far, time left."""
+"""Progress of a measurement on standard error: what is being measured, how much is done, and the time left."""
 
 import sys
 from typing import TYPE_CHECKING, Self
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class MeasuringBar:
-    """A bar where standard error is a terminal; elsewhere a line now and then would only fill a log, and there is none."""
+    """A progress bar on a terminal. Without a terminal nothing is shown, since regular lines would only fill a log."""
 
     def __init__(self) -> None:
         """Not shown yet."""
@@ -30,11 +30,11 @@ class MeasuringBar:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Something that takes a while, nobody knows how long."""
+        """Show a step of unknown duration."""
         self._bar.update(self._task, description=text, total=None, left="")
 
     def show(self, progress: "Measured") -> None:
-        """How far the measurement is."""
+        """Show the progress of the measurement."""
         minutes, seconds = divmod(round(progress.left_s), 60)
         self._bar.update(
             self._task,

@@ -1,7 +1,7 @@
 """
-`cascadeinfer model`: folders of models that need no hub.
+`cascadeinfer model`: model folders that need no hub.
 
-Standard output is the folder's path and nothing else, so that a script can use it; progress goes to standard error.
+Standard output is the folder's path and nothing else, for use in scripts; progress goes to standard error.
 """
 
 from pathlib import Path

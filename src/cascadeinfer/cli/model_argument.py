@@ -1,4 +1,4 @@
-"""The model that a command line names, or the embedded one, for commands that take vLLM's flags."""
+"""The model named on the command line, or else the embedded one, for commands that take vLLM's flags."""
 
 import sys
 from argparse import Namespace
@@ -18,7 +18,7 @@ def model_of(args: Namespace, argv: Sequence[str], doing: str) -> tuple[str, boo
     Args:
         args: The parsed command line.
         argv: Its words.
-        doing: What is said on standard error when it is the embedded one: `serving` or the like.
+        doing: The verb for the note on standard error about the embedded model, such as `serving`.
 
     Raises:
         ConfigError: The name looks like a path, and there is no model.

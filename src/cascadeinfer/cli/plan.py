@@ -65,7 +65,8 @@ def _stage_table(best: "Plan") -> "Table":
 
     table = Table(title=f"{len(best.stages)} stage{'s' if len(best.stages) > 1 else ''}, predicted")
     for heading in (
-        "lengths", "instances", "requests", "tokens", "utilisation", "batch", "step ms", "KV use", "TTFT s", "handed in/s"
+        "lengths", "instances", "requests", "tokens", "utilisation", "batch", "step ms", "KV use", "TTFT s",
+        "handed in/s",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for stage in best.stages:
@@ -86,16 +87,19 @@ def _stage_table(best: "Plan") -> "Table":
 
 
 def _for_the_server(best: "Plan", instances: int, profile: str) -> str:
-    """Options to copy: those that keep planning alive come first, since `--stages` fixes the stages for good."""
+    """Options to copy. Those that keep planning active come first, because `--stages` fixes the stages for good."""
     plans_itself = f"for the server: --instances {instances} --profile {profile}"
     if len(best.stages) == 1:
         return f"{plans_itself} (it starts with one stage and plans again as it sees the workload)"
     flag = ",".join(f"{stage.range}:{stage.n_instances}" for stage in best.stages)
-    return f"{plans_itself} (plans again as it sees the workload)\nor with these stages, fixed: --instances {instances} --stages {flag}"
+    return (
+        f"{plans_itself} (plans again as it sees the workload)\n"
+        f"or with these stages, fixed: --instances {instances} --stages {flag}"
+    )
 
 
 def _comparison(best: "Plan") -> str:
-    """Predicted QoE of the plan and of one stage."""
+    """Predicted QoE of the plan and of a single stage."""
     describe = best.problem.objective.describe
     one = describe(best.one_stage_cost) if math.isfinite(best.one_stage_cost) else "cannot carry the load"
     return f"predicted: this plan {describe(best.cost)}; one stage {one}"

@@ -1,8 +1,9 @@
 """
 `cascadeinfer profile [MODEL] --output FILE [any vLLM engine flag]`.
 
-The parser is vLLM's own for engines with our options added. What can be checked is checked before an engine starts: the options, the
-model, the files to write. Interrupting loses nothing: the samples are on disk, and `--resume` goes on.
+The parser is vLLM's own for engines, with our options added. Everything that can be checked is checked before an engine
+starts: the options, the model, the files to write. An interruption loses nothing: the samples are on disk, and
+`--resume` continues.
 """
 
 import asyncio
@@ -37,13 +38,13 @@ def profile(argv: list[str]) -> None:
         argv: The command line after `profile`.
 
     Raises:
-        ConfigError: An option is wrong, or a file cannot be written.
-        EngineError: An engine failed; what was measured is kept.
-        ProfileError: What was measured does not make a profile.
+        ConfigError: An option is invalid, or a file cannot be written.
+        EngineError: An engine failed; the measurements so far are kept.
+        ProfileError: The measurements do not suffice for a profile.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # fork is unsafe once threads run
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the progress bar is what counts
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the progress bar matters more
     args, options = parse(argv)
 
     from cascadeinfer.profiling.log import SUFFIX, SampleLog
@@ -78,7 +79,7 @@ def parse(argv: list[str]) -> "tuple[Namespace, ProfileOptions]":
         prog="cascadeinfer profile",
         description="Measure the step times of a model on this machine and write a cost profile.",
     )
-    parser.error = _refuse  # instead of hundreds of lines of usage and the message at their end
+    parser.error = _refuse  # instead of hundreds of lines of usage before the message
     parser.add_argument("model_tag", nargs="?", help="Folder or repository; without it the embedded model.")
     AsyncEngineArgs.add_cli_args(parser)
     add_options(parser, ProfileOptions)
@@ -94,10 +95,10 @@ def _refuse(message: str) -> NoReturn:
 
 def check_outputs(options: "ProfileOptions") -> None:
     """
-    Refuse files that could not be written, before anything is measured; nothing is left behind.
+    Check that the output files can be written, before anything is measured; leaves nothing behind.
 
     Raises:
-        ConfigError: One cannot be.
+        ConfigError: A file cannot be written.
         ModuleNotFoundError: A plot is wanted and matplotlib is missing; the entry point names the extra.
     """
     check_output(options.output_path, "--output")
@@ -142,7 +143,7 @@ def _tell_how_to_resume(log: "SampleLog", argv: Sequence[str], what: str) -> Non
 
 
 def _write(options: "ProfileOptions", found: "Found") -> None:
-    """Write the profile as a whole or not at all."""
+    """Write the whole profile or nothing."""
     from cascadeinfer.core.cost.profile import encode_profile
 
     try:
@@ -176,7 +177,7 @@ def _show(options: "ProfileOptions", found: "Found") -> None:
 
 
 def verdict_lines(verdict: "Verdict") -> list[str]:
-    """How good the profile is, what is missing, and what to do, a sentence each."""
+    """How good the profile is, what is missing, and what to do about it, one sentence each."""
     error, noise = verdict.held_out, verdict.noise
     varies = "" if noise is None else f"; the machine itself varies by {noise.median:.1%} from round to round"
     lines = [f"steps not seen by the fit: median error {error.median:.1%}, nine in ten within {error.p90:.1%}{varies}"]
@@ -189,7 +190,7 @@ def verdict_lines(verdict: "Verdict") -> list[str]:
 
 
 def _draw(options: "ProfileOptions", found: "Found") -> None:
-    """The plot, if there shall be one: after the figures, which no full disk takes away."""
+    """Draw the plot if asked for. It comes after the figures, so that a full disk cannot cost them."""
     if options.plot is None:
         return
     from cascadeinfer.figures.drawing import save

@@ -1,8 +1,8 @@
 """
-`cascadeinfer replay`: what an event log says, and whether the policy would do the same again.
+`cascadeinfer replay`: what an event log contains, and whether the policy would decide the same again.
 
-Logs are written by `serve --event-log` and `simulate --event-log`. Exit codes: 0; 1 when `--check` finds a difference; 2 when the log cannot
-be read, or not checked to its end.
+Logs are written by `serve --event-log` and `simulate --event-log`. Exit codes: 0; 1 if `--check` finds a difference; 2
+if the log cannot be read, or not checked to its end.
 """
 
 from pathlib import Path
@@ -36,7 +36,10 @@ def replay(
         bool, typer.Option("--check", help="Give the events to a fresh policy and compare what it does.")
     ] = False,
 ) -> None:
-    """Sum up an event log: rates, migrations by reason and outcome, layouts in force; or tell one request's story."""
+    """
+    Summarise an event log (rates, migrations by reason and outcome, layouts in force), or tell one
+    request's story.
+    """
     from cascadeinfer.eventlog.log_summary import summarise_log
     from cascadeinfer.eventlog.reader import open_log
 

@@ -1,7 +1,7 @@
 """
 `cascadeinfer serve MODEL --instances N [--stages ...] [any vLLM engine or server flag]`.
 
-The parser is vLLM's own with our options added, so every vLLM flag works and `--help` shows both.
+The parser is vLLM's own with our options added, so every vLLM flag works and `--help` lists both.
 """
 
 import logging
@@ -21,7 +21,7 @@ def serve(argv: list[str]) -> None:
         argv: The command line after `serve`.
 
     Raises:
-        ConfigError: An option is wrong; nothing is left running.
+        ConfigError: An option is invalid; nothing is left running.
     """
     with StopSignals() as signals:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> Namespace:
         prog="cascadeinfer serve",
         description="Serve one model on several vLLM instances, with length stages and live migration.",
     )
-    parser.error = _refuse  # instead of hundreds of lines of usage and the message at their end
+    parser.error = _refuse  # instead of hundreds of lines of usage before the message
     make_arg_parser(parser)
     add_arguments(parser)
     args: Namespace = parser.parse_args(argv)
@@ -71,7 +71,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def _log_as_vllm_does() -> None:
-    """Our messages go where vLLM's go, at its level: why stages change, instances that die."""
+    """Send our messages (why stages change, which instances die) where vLLM's go, at its level."""
     theirs, ours = logging.getLogger("vllm"), logging.getLogger("cascadeinfer")
     if theirs.handlers:
         ours.handlers = theirs.handlers

@@ -1,8 +1,9 @@
 """
-`cascadeinfer simulate`: one workload through several policies, side by side.
+`cascadeinfer simulate`: one workload under several policies, side by side.
 
-Every policy sees the same requests at the same times for each seed. Lengths are drawn with replacement from the trace and arrivals are
-Poisson at the given rate, unless --arrivals says otherwise. All figures are simulated; the cost profile says what its step times rest on.
+For each seed, every policy gets the same requests at the same times. Lengths are drawn with replacement from the trace,
+and arrivals are Poisson at the given rate unless --arrivals says otherwise. All figures are simulated; the cost profile
+documents the basis of its step times.
 """
 
 from collections.abc import Callable, Sequence
@@ -91,7 +92,7 @@ def simulate(
 
 @dataclass(frozen=True)
 class _Task:
-    """A run for another process."""
+    """A run as a value that can be sent to another process."""
 
     setting: "Setting"
     spec: "RunSpec"
@@ -108,7 +109,7 @@ class _Task:
 
 
 def _log_of(event_log: Path | None, spec: "RunSpec", n_runs: int) -> Path | None:
-    """The file of one run's event log."""
+    """The event log file of one run."""
     if event_log is None or n_runs == 1:
         return event_log
     stem, dot, suffixes = event_log.name.partition(".")
@@ -120,7 +121,7 @@ def _do(task: _Task) -> "RunOutcome":
 
 
 def _run_all(tasks: Sequence[_Task], jobs: int) -> list["RunOutcome"]:
-    """All runs in order."""
+    """Run all tasks; the results are in order."""
     from cascadeinfer.cli.tables import progress_bar
     from cascadeinfer.evaluation.pool import map_in_processes
 
@@ -189,7 +190,7 @@ def _layout(since_s: float, layout: Any) -> dict[str, Any]:
 
 
 def _write_parquet(file: Path, outcomes: Sequence["RunOutcome"], header: dict[str, Any]) -> None:
-    """Columns of `RequestRecords` with policy and seed; the provenance is in the schema's metadata under `cascadeinfer`."""
+    """Write the columns of `RequestRecords` with policy and seed; the schema's metadata holds the provenance."""
     import json
     from dataclasses import fields
 
@@ -214,7 +215,7 @@ def _write_parquet(file: Path, outcomes: Sequence["RunOutcome"], header: dict[st
 
 
 def _draw(prefix: str, runs: dict[str, list["RunOutcome"]], title: str) -> None:
-    """Distributions over all seeds, and the first seed's timelines."""
+    """Plot the distributions over all seeds, and the first seed's timelines."""
     from cascadeinfer.figures.drawing import latency_cdfs, save
     from cascadeinfer.figures.timelines import stage_timelines
 

@@ -1,7 +1,8 @@
 """
 `cascadeinfer sweep`: policies over a range of rates, and the highest rate at which each keeps an SLO.
 
-Rates above capacity are run too: that is where the curves turn up. Plans are then made for what could be served.
+Rates above capacity are run too, because that is where the curves turn up. Plans are then made for what could be
+served.
 """
 
 from collections.abc import Sequence
@@ -124,7 +125,8 @@ def _curve_table(curves: "Curves", rates: Sequence[float], title: str) -> "Table
         table.add_column(name, justify="right")
     for i, rate in enumerate(rates):
         cells = [
-            f"{shown(interval([1e3 * run.normalised_latency_s_mean for run in curve[i]]))}; {mean_attainment(curve[i]):.0%}"
+            f"{shown(interval([1e3 * run.normalised_latency_s_mean for run in curve[i]]))}; "
+            f"{mean_attainment(curve[i]):.0%}"
             for curve in curves.values()
         ]
         table.add_row(f"{rate:.5g}", *cells)

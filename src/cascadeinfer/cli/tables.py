@@ -1,4 +1,4 @@
-"""Tables of simulated figures: a row per policy, a column per figure, mean over seeds with its 95 % confidence."""
+"""Tables of simulated figures: a row per policy, a column per figure, the mean over seeds with its 95 % interval."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from cascadeinfer.results.summary import Interval, RunSummary
 
 PIPE_COLUMNS: Final = 200
-"""Width where standard output is no terminal: nothing of a table is cut off in a file."""
+"""Table width when standard output is not a terminal, wide enough that nothing is cut off in a file."""
 
 
 class Figure(NamedTuple):
-    """A column: heading, field of `RunSummary`, factor to its unit, which way is better (0: neither)."""
+    """A column: heading, field of `RunSummary`, factor to the displayed unit, better direction (0: neither)."""
 
     heading: str
     field: str
@@ -40,14 +40,14 @@ FIGURES: Final = (
 
 
 def console() -> "Console":
-    """Standard output."""
+    """The console for standard output."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS)
 
 
 def progress_bar() -> "Progress":
-    """On standard error, where that is a terminal: what is done, how much, time left."""
+    """A progress bar on standard error, if that is a terminal: the task, the share done, the time left."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -66,7 +66,7 @@ def progress_bar() -> "Progress":
 
 
 def shown(cell: "Interval") -> str:
-    """Three significant digits or all whole ones, and the half-width to the same place."""
+    """Three significant digits, or all digits of large numbers, with the half-width to the same decimal place."""
     import math
 
     if not math.isfinite(cell.mean):

@@ -1,5 +1,5 @@
 """
-Options: each defined once, read in one place.
+Options: each is defined once and read in one place.
 
-Cost profiles are found by `cascadeinfer.config.profiles`.
+`cascadeinfer.config.profiles` finds cost profiles.
 """

@@ -1,4 +1,4 @@
-"""The event log of one front-end process, from the options: where it is, and what happens when it cannot be written."""
+"""Opens the event log of one front-end process as the options ask, and decides what happens if it cannot be written."""
 
 import contextlib
 import logging
@@ -17,15 +17,16 @@ logger = logging.getLogger(__name__)
 @contextlib.contextmanager
 def event_log_of(options: ServeOptions, commit: str | None, process: int = 0) -> Iterator[ServerLog | None]:
     """
-    The event log that the options ask for, until the server has stopped; None when they ask for none.
+    The event log that the options ask for, open until the server has stopped; None if they ask for none.
 
     Args:
-        commit: Of the checkout that runs, if any.
-        process: Which front-end process; a follower writes a file of its own beside that of process 0. One that cannot serves without:
-            it may be started while others serve, on a disk that has become full since.
+        options: The options of `serve`.
+        commit: Commit of the running checkout, if any.
+        process: Number of the front-end process. A follower writes its own file beside that of process 0. If it cannot,
+            it serves without a log, because it may be started while others serve, on a disk that has filled up since.
 
     Raises:
-        ConfigError: It cannot be written by process 0, whose operator is there to read this.
+        ConfigError: Process 0 cannot write its log; its operator is there to read the message.
     """
     if options.event_log is None:
         yield None

@@ -1,8 +1,8 @@
 """
-How an option is declared: once, as a field of a dataclass, with bounds and a sentence of documentation.
+Declaration of options: each is one field of a dataclass, with bounds and a sentence of documentation.
 
-Command line, help text, bounds and `docs/cli.md` all follow from the field. Flags of a command with a parser of its own (`serve`,
-`profile`, which take vLLM's flags as well) are added by `add_options`.
+The command line, the help text, the bounds and `docs/cli.md` all follow from the field. `add_options` adds flags to a
+command with its own parser (`serve` and `profile`, which also take vLLM's flags).
 """
 
 import argparse
@@ -22,7 +22,7 @@ Schema = TypeVar("Schema", bound=Options)
 
 
 def option(default: Any, text: str, *, low: float | None = None, high: float | None = None, **extra: Any) -> Any:
-    """A field with documentation and inclusive bounds; `choices` and `metavar` as argparse has them."""
+    """A field with documentation and inclusive bounds; `choices` and `metavar` as in argparse."""
     return field(default=default, metadata={"text": text, "low": low, "high": high, **extra})
 
 
@@ -36,7 +36,7 @@ def check_bounds(options: Options) -> None:
     Check every bound.
 
     Raises:
-        ConfigError: A value is outside; names the option.
+        ConfigError: A value is out of bounds; the message names the option.
     """
     for declared in fields(options):
         value, low, high = getattr(options, declared.name), declared.metadata["low"], declared.metadata["high"]
@@ -47,14 +47,14 @@ def check_bounds(options: Options) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, schema: type[Options]) -> None:
-    """Add the options to a parser, as a group of their own."""
+    """Add the options to a parser, as a separate group."""
     group = parser.add_argument_group("CascadeInfer")
     for declared in fields(schema):
         group.add_argument(flag_of(declared.name), **_keywords(declared))
 
 
 def options_from(namespace: argparse.Namespace, schema: type[Schema]) -> Schema:
-    """The checked options of a parsed command line."""
+    """The checked options from a parsed command line."""
     return schema(**{declared.name: getattr(namespace, declared.name) for declared in fields(schema)})
 
 

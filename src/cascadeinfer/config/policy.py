@@ -1,4 +1,4 @@
-"""From the options of `serve` to the policy that they name."""
+"""Builds the policy from the options of `serve`."""
 
 from collections.abc import Callable
 
@@ -17,13 +17,14 @@ from cascadeinfer.core.policy import Policy
 
 def policy_spec(options: ServeOptions, *, follows: bool = False) -> PolicySpec:
     """
-    What makes the policy that the options name.
+    The specification of the policy that the options name.
 
     Args:
-        follows: Whether another process plans for all: this one's stages are what that one says.
+        options: The options of `serve`.
+        follows: Whether another process plans for all, so that this one adopts its stages.
 
     Raises:
-        ConfigError: Stages, a profile or a bound of the queue are given to a policy that has none.
+        ConfigError: Stages, a profile or a queue bound are given to a policy that has none.
         ProfileError: The profile does not exist or cannot be read.
     """
     name = options.policy_name()
@@ -55,7 +56,7 @@ def _or_use(fits: Callable[[PolicyInfo], bool]) -> str:
 
 
 def _circumstances(options: ServeOptions, layout: StageLayout, *, follows: bool) -> Circumstances:
-    """What serving tells a policy; the queue in front of the instances is shared out among the processes."""
+    """The circumstances of serving; the queue in front of the instances is divided among the processes."""
     profile = None if options.profile is None else load_profile(options.profile)
     hand_over = HandOverCost() if profile is None else HandOverCost(pause_per_token_s=profile.transfer_s(1))
     return Circumstances(
@@ -74,10 +75,11 @@ def make_policy(options: ServeOptions, *, follows: bool = False) -> Policy:
     The policy that the options name.
 
     Args:
-        follows: See policy_spec.
+        options: The options of `serve`.
+        follows: See `policy_spec`.
 
     Raises:
-        ConfigError: Stages or a profile are given to a policy that has none.
+        ConfigError: Stages, a profile or a queue bound are given to a policy that has none.
         ProfileError: The profile does not exist or cannot be read.
     """
     return policy_spec(options, follows=follows).make()

@@ -12,7 +12,7 @@ class ProfileOptions:
 
     output: str = option("profile.json", "The profile to write; samples go to NAME.samples.jsonl beside it.")
     minutes: float = option(
-        5.0, "Time for measuring, the engine's start apart; larger batches need more.", low=0.01, high=1440.0
+        5.0, "Time for measuring, not counting the engine's start; larger batches need more.", low=0.01, high=1440.0
     )
     instances: int = option(
         1,
@@ -21,14 +21,14 @@ class ProfileOptions:
         high=2,
     )
     rounds: int = option(3, "How often each batch is measured at most.", low=1, high=100)
-    resume: bool = option(False, "Go on with the samples of an interrupted run, or add to those of a complete one.")
+    resume: bool = option(False, "Continue with the samples of an interrupted run, or add to those of a complete one.")
     plot: str | None = option(None, "Draw measured against predicted step times (PNG).")
 
     def __post_init__(self) -> None:
-        """Check every bound; raises ConfigError naming the option."""
+        """Check every bound; raises ConfigError that names the option."""
         check_bounds(self)
 
     @property
     def output_path(self) -> Path:
-        """Where the profile goes."""
+        """Path of the profile to write."""
         return Path(self.output).expanduser()

@@ -1,8 +1,8 @@
 """
-Finding profiles: the shipped ones by name, others by path.
+Finds cost profiles: the shipped ones by name, others by path.
 
-The shipped files lie in `cascadeinfer/profiles/` as package data; `docs/profiles.md` describes them. A name that contains a path
-separator or ends in `.json` is a path; anything else is the name of a shipped profile.
+The shipped files are package data in `cascadeinfer/profiles/`; `docs/profiles.md` describes them. A name that contains
+a path separator or ends in `.json` is a path; anything else names a shipped profile.
 """
 
 from importlib.resources import files
@@ -29,7 +29,8 @@ def load_profile(name_or_path: str | Path) -> CostProfile:
     Load a shipped profile by name, or a profile file by path.
 
     Raises:
-        ProfileError: No such profile (lists those that exist), an unreadable file, or a file that `decode_profile` refuses.
+        ProfileError: There is no such profile (the message lists those that exist), or the file is unreadable or
+            rejected by `decode_profile`.
     """
     name = str(name_or_path)
     if isinstance(name_or_path, Path) or name.endswith(SUFFIX) or "/" in name or "\\" in name:

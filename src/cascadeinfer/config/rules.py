@@ -1,4 +1,4 @@
-"""What the options of `serve` say of requests: who may send them, how large they may be, what may be in them."""
+"""Builds the rules for requests from the options of `serve`: who may send them, how large, with what in them."""
 
 import os
 from typing import Final

@@ -1,7 +1,7 @@
 """
-The options of `cascadeinfer serve` beyond vLLM's own: each defined once, with bounds and a sentence of documentation.
+The options of `cascadeinfer serve` beyond vLLM's own, each defined once with its bounds and documentation.
 
-The command line, the help text and `docs/cli.md` are generated from `ServeOptions`; values are checked here, all at once, before
+The command line, the help text and `docs/cli.md` are generated from `ServeOptions`. All values are checked here, before
 anything starts. A TOML file given as `--stages file.toml` holds `[[stages]]` tables with `range` and `instances`.
 """
 
@@ -19,9 +19,9 @@ from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.types import InstanceId, LengthRange
 
 DEFAULT_POLICY: Final = "cascade"
-"""Policy of a server whose options name none."""
+"""The policy if the options name none and give no stages."""
 DEFAULT_POLICY_WITH_STAGES: Final = "static_stages"
-"""The same when they give stages: those stay as they are."""
+"""The policy if the options name none but give stages, which then stay fixed."""
 _POLICIES_IN_WORDS: Final = "; ".join(f"{name} ({info.help})" for name, info in sorted(POLICIES.items()))
 _WITH_QUEUE: Final = f"policy {' or '.join(name for name, info in POLICIES.items() if info.has_queue)}"
 
@@ -38,12 +38,13 @@ class ServeOptions:
     )
     policy: str | None = _option(
         None,
-        f"Scheduling policy: {_POLICIES_IN_WORDS}. Default: {DEFAULT_POLICY_WITH_STAGES} when --stages is given, else {DEFAULT_POLICY}.",
+        f"Scheduling policy: {_POLICIES_IN_WORDS}. Default: {DEFAULT_POLICY_WITH_STAGES} when --stages is given, "
+        f"else {DEFAULT_POLICY}.",
         choices=tuple(sorted(POLICIES)),
     )
     profile: str | None = _option(
         None,
-        "Cost profile that the policy starts from: a shipped name or a file. Without it, costs are learnt from nothing first.",
+        "Initial cost profile: a shipped name or a file. Without one, the server learns step costs from scratch.",
         metavar="PROFILE",
     )
     max_queued_requests: int = _option(
@@ -82,8 +83,8 @@ class ServeOptions:
     )
     admin_api_key: str | None = _option(
         None,
-        "Key for /admin and everything else that changes the service; without it, the API key serves. "
-        "Better in the environment (CASCADEINFER_ADMIN_API_KEY), where `ps` does not show it.",
+        "Key for /admin and everything else that changes the service; without it, the API key is used. Better set in "
+        "the environment (CASCADEINFER_ADMIN_API_KEY), where `ps` does not show it.",
         metavar="KEY",
     )
     max_request_body_mb: int = _option(
@@ -91,25 +92,25 @@ class ServeOptions:
     )
     max_connections: int = _option(
         8192,
-        "Connections at once to a front-end process; beyond them only probes and /metrics are answered.",
+        "Concurrent connections to a front-end process; beyond them only probes and /metrics are answered.",
         low=1,
         high=1_000_000,
     )
     header_timeout_s: float = _option(
-        10.0, "Seconds in which the head of a request must have come.", low=0.1, high=3600.0
+        10.0, "Seconds within which the headers of a request must arrive.", low=0.1, high=3600.0
     )
     body_timeout_s: float = _option(
-        120.0, "Seconds in which the body of a request must have come.", low=0.1, high=86400.0
+        120.0, "Seconds within which the body of a request must arrive.", low=0.1, high=86400.0
     )
     send_timeout_s: float = _option(
         120.0,
-        "Seconds after which a client that takes nothing of its answer is disconnected.",
+        "Seconds after which a client that does not read its response is disconnected.",
         low=0.1,
         high=86400.0,
     )
     client_kv_transfer_params: str = _option(
         "refuse",
-        "What to do with a client's `kv_transfer_params`: refuse the request (HTTP 400), or serve it as if they were not there. "
+        "What to do with a client's `kv_transfer_params`: refuse the request (HTTP 400), or serve it without them. "
         "They are never obeyed.",
         choices=("refuse", "ignore"),
     )
@@ -117,26 +118,30 @@ class ServeOptions:
         512, "Largest JSON schema, grammar or list of choices of a structured output, in KiB.", low=1, high=32768
     )
     structured_max_depth: int = _option(
-        32, "Deepest JSON schema: schemas inside schemas, references counted.", low=1, high=100
+        32, "Maximum depth of nested schemas in a JSON schema, references counted.", low=1, high=100
     )
     structured_max_parts: int = _option(
-        10_000, "Most schemas in a JSON schema, with references followed.", low=1, high=10_000_000
+        10_000, "Maximum number of schemas in a JSON schema, references followed.", low=1, high=10_000_000
     )
     structured_max_alternatives: int = _option(
-        5000, "Most enum values, branches and choices of a structured output together.", low=1, high=10_000_000
+        5000,
+        "Maximum number of enum values, branches and choices of a structured output together.",
+        low=1,
+        high=10_000_000,
     )
     structured_max_regex: int = _option(
         4096, "Longest regular expression of a structured output, in characters.", low=1, high=1_000_000
     )
     structured_max_lengths: int = _option(
         32,
-        "Most different bounds of a text's length in a structured output: minLength with maxLength, counted repetitions.",
+        "Maximum number of different length bounds in a structured output: "
+        "minLength with maxLength, counted repetitions.",
         low=0,
         high=1_000_000,
     )
     event_log: str | None = _option(
         None,
-        "Write every event and what was decided to this file, for `cascadeinfer replay`; ids and lengths only.",
+        "Write every event and the decisions made to this file, for `cascadeinfer replay`; ids and lengths only.",
         metavar="PATH",
     )
     event_log_mb: int = _option(
@@ -145,12 +150,12 @@ class ServeOptions:
     event_log_files: int = _option(8, "Files of the event log that are kept; the oldest is deleted.", low=2, high=1000)
 
     def __post_init__(self) -> None:
-        """Check every bound; raises ConfigError naming the option."""
+        """Check every bound; raises ConfigError that names the option."""
         check_bounds(self)
 
     @property
     def instance_ids(self) -> tuple[InstanceId, ...]:
-        """Instance ids: their numbers, which vLLM's metrics carry as the label `engine`."""
+        """Instance ids: consecutive numbers, which vLLM's metrics carry as the label `engine`."""
         return tuple(str(i) for i in range(self.instances))
 
     def layout(self) -> StageLayout:
@@ -185,12 +190,12 @@ class ServeOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options to a parser, as a group of their own."""
+    """Add the options to a parser, as a separate group."""
     add_options(parser, ServeOptions)
 
 
 def options_of(namespace: argparse.Namespace) -> ServeOptions:
-    """The checked options of a parsed command line."""
+    """The checked options from a parsed command line."""
     return options_from(namespace, ServeOptions)
 
 

@@ -1,9 +1,9 @@
 """
-Opening trace files: the I/O that `cascadeinfer.workload` leaves to its callers.
+Opens trace files: the I/O that `cascadeinfer.workload` leaves to its callers.
 
-The suffix says how to open (`.gz` is gunzipped), the first line says what is inside (`workload/readers/sniff.py`). The name `sample`
-means the trace that the package ships: 4,083 requests of one hour to a reasoning model, drawn from the distributions that ServeGen has
-published of a production service (github.com/alibaba/ServeGen, Apache-2.0).
+The suffix says how to open a file (`.gz` is gunzipped), its first line what is inside (`workload/readers/sniff.py`).
+The name `sample` stands for the trace shipped with the package: 4,083 requests of one hour to a reasoning model, drawn
+from the distributions that ServeGen has published of a production service (github.com/alibaba/ServeGen, Apache-2.0).
 """
 
 import gzip
@@ -25,14 +25,15 @@ SUFFIXES = (".csv", ".jsonl", ".csv.gz", ".jsonl.gz")
 
 def load_trace(path: str | Path, *, hashes_path: str | Path | None = None) -> Trace:
     """
-    A trace from a file of any known format.
+    Load a trace from a file in any known format.
 
     Args:
         path: `.csv`, `.jsonl`, or either with `.gz`; or the word `sample`.
-        hashes_path: Prefix hashes by row_id for a trace in the common form (as `mooncake_synthetic_hash_ids.jsonl.gz`).
+        hashes_path: Prefix hashes by row_id for a trace in the common format (such as
+            `mooncake_synthetic_hash_ids.jsonl.gz`).
 
     Raises:
-        ConfigError: There is no such file, it is not readable, or its suffix is not one of these.
+        ConfigError: The file does not exist, cannot be read, or has another suffix.
         TraceError: Its content is malformed.
     """
     if str(path) == SAMPLE:
@@ -76,7 +77,7 @@ def _lines(path: Path, option: str = "--trace") -> Iterator[str]:
 
 
 def _told_where(path: Path, read: Callable[[], Result]) -> Result:
-    """Run a reader; a complaint about the content names the file."""
+    """Run a reader; errors about the content name the file."""
     try:
         return read()
     except TraceError as error:

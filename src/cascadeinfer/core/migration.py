@@ -1,24 +1,25 @@
 """
 The migration protocol: a transition table with its limits and reasons.
 
-A request's migration asks for room, cuts, transfers, resumes and is done, or backs out at every step.
+A migration asks for room, cuts the request, transfers its KV cache, resumes it and is done. It can back out at every
+step.
 
-Theory of operation. The request decodes on the source until the cut. Nothing is given up before the target has reserved room
-(ASKING). The cut (CUTTING) ends the request at its next token with its KV cache pinned under a lease. The target then pulls and
-decodes (RESUMING); its first token ends the migration. Until then the source's copy stays pinned. When the lease is about to end,
-what the target has pulled by then cannot be trusted, and the source takes the request back (RETURNING); when the source is gone, the
-target computes the KV cache anew (RECOMPUTING). If the target is lost while the cut is under way, the source takes the request back
-as well (WITHDRAWING, RETURNING).
+Theory of operation. The request decodes on the source until the cut, and nothing is given up before the target has
+reserved room (ASKING). The cut (CUTTING) ends the request at its next token, with its KV cache pinned under a lease.
+The target then pulls and decodes (RESUMING), and its first token ends the migration. Until then the source's copy stays
+pinned. If the lease is about to expire, what the target has pulled can no longer be trusted, and the source takes the
+request back (RETURNING). If the source dies, the target recomputes the KV cache (RECOMPUTING). If the target is lost
+during the cut, the source takes the request back as well (WITHDRAWING, RETURNING).
 
-The lease begins when the cut takes effect, which the shell may hear of late. What it knows without any delay is when it *sent* the
-cut, and that is never later. So the deadline of the pull is counted from there (`Migration.deadline_s`): a first token that is
-heard by then was computed from blocks that were still pinned, whatever was late. A token heard after it is not taken.
+The lease begins when the cut takes effect, which the shell may hear of late. It does know when it *sent* the cut, and
+that is never later, so the deadline of the pull is counted from there (`Migration.deadline_s`). A first token received
+by then was computed from blocks that were still pinned, whatever else was late. A later token is discarded.
 
-Everything that decides is here: what follows what (`TRANSITIONS`), how long each state may last and how much room is asked for
-(`MigrationLimits`), and what the record gives as the reason (`Migration.detail`); the words of those who say no are in
-`core/refusals.py`. Both shells (simulator, runtime) tell a `Migration` what has happened and carry out its actions; a test walks the
-table and feeds every path to both.
-The page `docs/protocols/migration.md` is drawn from this module (`python docs/protocols/draw.py`), and a test keeps the two alike.
+All decisions are made here: what follows what (`TRANSITIONS`), how long each state may last and how much room is
+requested (`MigrationLimits`), and which reason the record gives (`Migration.detail`). The reasons for refusals are in
+`core/refusals.py`. Both shells (simulator and runtime) report to a `Migration` what has happened and carry out its
+actions; a test walks the table and feeds every path to both. `docs/protocols/migration.md` is generated from this
+module (`python docs/protocols/draw.py`), and a test keeps the two in step.
 """
 
 import enum
@@ -34,7 +35,7 @@ from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
 
 
 class State(enum.Enum):
-    """Where a migration is."""
+    """The states of a migration."""
 
     ASKING = "asking"
     CUTTING = "cutting"
@@ -55,28 +56,28 @@ class Happening(enum.Enum):
     ROOM_GRANTED = "room_granted"
     ROOM_REFUSED = "room_refused"
     CUT_DONE = "cut_done"
-    """The source's final output came with a ticket."""
+    """The source's final output arrived, with a ticket."""
     CUT_EMPTY = "cut_empty"
-    """The cut took effect, but there is no KV cache to pull (the request was preempted meanwhile)."""
+    """The cut took effect, but there is no KV cache to pull (the request was preempted in the meantime)."""
     CUT_LATE = "cut_late"
-    """The cut took effect, but it is heard of so late that the lease leaves no time to pull."""
+    """The cut took effect, but the shell heard of it so late that the lease leaves no time to pull."""
     CUT_REFUSED = "cut_refused"
     CUT_UNDONE = "cut_undone"
     FIRST_TOKEN = "first_token"  # noqa: S105 - a token of text
-    """The instance that has the request now sent its first token."""
+    """The instance that now has the request sent its first token."""
     REQUEST_ENDED = "request_ended"
     """The request finished by itself."""
     CLIENT_LEFT = "client_left"
     SOURCE_LOST = "source_lost"
     TARGET_LOST = "target_lost"
     TIMED_OUT = "timed_out"
-    """The state's time is up; in RESUMING: the deadline of the pull."""
+    """The time limit of the state has expired; in RESUMING, the deadline of the pull."""
     PLACE_SILENT = "place_silent"
-    """The instance that is to compute the request anew does not answer, and another does."""
+    """The instance that should recompute the request does not answer, while another one does."""
 
 
 class Action(enum.Enum):
-    """What a shell must do, in the order given."""
+    """What a shell must do, in the given order."""
 
     ASK_ROOM = "ask_room"
     CUT = "cut"
@@ -112,7 +113,7 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     (State.ASKING, Happening.TIMED_OUT): (State.STAYED, (Action.RELEASE_ROOM,)),
     (State.CUTTING, Happening.CUT_DONE): (State.RESUMING, (Action.RESUME,)),
     (State.CUTTING, Happening.CUT_EMPTY): (State.RECOMPUTING, (Action.RELEASE_ROOM, Action.RECOMPUTE)),
-    # The source has most of the KV cache still, and nobody knows whether it or this front end was late.
+    # The source still has most of the KV cache, and it is unknown whether the source or this front end was late.
     (State.CUTTING, Happening.CUT_LATE): (
         State.RETURNING,
         (Action.RELEASE_ROOM, Action.RELEASE_PIN, Action.TAKE_BACK),
@@ -141,7 +142,8 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     ),
     (State.RESUMING, Happening.REQUEST_ENDED): (State.ENDED, (Action.RELEASE_PIN, Action.RELEASE_ROOM)),
     (State.RESUMING, Happening.SOURCE_LOST): (State.RECOMPUTING, (Action.ABORT_AT_TARGET, Action.RECOMPUTE)),
-    # The target did not answer in time: recomputing there might wait for ever. The source has most of the KV cache still.
+    # The target did not answer in time, so recomputing there might wait forever. The source still has most of the KV
+    # cache.
     (State.RESUMING, Happening.TIMED_OUT): (
         State.RETURNING,
         (Action.ABORT_AT_TARGET, Action.RELEASE_PIN, Action.TAKE_BACK),
@@ -161,68 +163,68 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
 
 IGNORED: Final = frozenset(
     {
-        # The loss of an instance that has no part in the migration any more.
+        # Loss of an instance that no longer takes part in the migration.
         (State.RECOMPUTING, Happening.SOURCE_LOST),
         (State.RETURNING, Happening.TARGET_LOST),
         (State.WITHDRAWING, Happening.TARGET_LOST),
-        # Tokens the source sends while it still has the request.
+        # Tokens that the source sends while it still has the request.
         (State.ASKING, Happening.FIRST_TOKEN),
         (State.CUTTING, Happening.FIRST_TOKEN),
         (State.WITHDRAWING, Happening.FIRST_TOKEN),
-        # An engine that recomputes or takes back is waited for as long as it lives and answers.
+        # An engine that recomputes or takes back may take as long as it needs, provided that it lives and answers.
         (State.WITHDRAWING, Happening.TIMED_OUT),
         (State.RECOMPUTING, Happening.TIMED_OUT),
         (State.RETURNING, Happening.TIMED_OUT),
     }
 )
-"""Happenings that are legal and change nothing. Everything not named here or in TRANSITIONS is a bug of the shell."""
+"""Happenings that are legal and change nothing. Any other pair that is not in TRANSITIONS is a bug of the shell."""
 
 
 _AS_ASKED: Final = frozenset({Happening.ROOM_GRANTED, Happening.CUT_DONE, Happening.FIRST_TOKEN})
-"""Whoever was asked did what it was asked for."""
+"""The instance that was asked did as it was asked."""
 _NEWS_WHILE_WITHDRAWING: Final = frozenset({Happening.REQUEST_ENDED, Happening.CLIENT_LEFT, Happening.SOURCE_LOST})
-"""Why it withdraws is known by then; whatever else the source answers adds nothing."""
+"""The reason for withdrawing is known by then; other answers of the source add nothing."""
 
 
 def explains(state: State, happening: Happening) -> bool:
-    """Whether what happens in this state says why a migration ends as it does, and is no mere answer."""
+    """Whether this happening, in this state, is a reason for how the migration ends rather than an expected answer."""
     if (state, happening) in IGNORED:
         return False
     return happening in _NEWS_WHILE_WITHDRAWING if state is State.WITHDRAWING else happening not in _AS_ASKED
 
 
 class NotBegun(enum.StrEnum):
-    """Why a migration that a policy asks for is over before its first state. The values are the record's `detail`."""
+    """Why a requested migration ends before its first state. The values become the record's `detail`."""
 
     STALE = "stale"
-    """The request has ended, or was moved by a death or another migration, since the policy's last look."""
+    """The request has ended, or a death or another migration has moved it, since the policy decided."""
     SUSPECTED = "suspected"
-    """Instances have died under the request, and it is kept where it is."""
+    """Instances have died under the request, so it is kept where it is."""
 
 
 def not_begun(effect: StartMigration, why: NotBegun, *, is_live: bool) -> MigrationEnded:
-    """The end of a migration that does not begin; `is_live`: the request has not ended."""
+    """The end of a migration that does not begin; `is_live` says whether the request is still running."""
     return effect.ended(MigrationOutcome.STAYED if is_live else MigrationOutcome.ENDED, why.value)
 
 
 ROOM_SLACK_TOKENS: Final = 64
-"""Room for a request that moves goes so far beyond its length: it decodes on until it is cut."""
+"""Room requested beyond the request's length, because it keeps decoding until it is cut."""
 LEASE_MARGIN_S: Final = 3.0
-"""A pull must be over this long before a lease would end that had begun when the cut was sent."""
+"""A pull must be complete this long before the end of a lease that began when the cut was sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationLimits:
     """
-    How long each step may take, in seconds, and how much a request may grow on the way.
+    How long each step may take, in seconds, and how much a request may grow during the migration.
 
     Attributes:
         ask_s: Until the target grants or refuses room.
-        cut_s: Until the cut takes effect; a request is cut at its next token, so this covers one step of the source.
-        resume_s: From the sending of the cut until the target's first token. Must be below the lease on the source's blocks by a
-            safe margin: what is pulled after the lease has ended may be another request's KV cache.
-        least_pull_s: With less than this left of `resume_s` when the cut is heard of, pulling is not tried.
-        room_slack_tokens: Asked of the target beyond the length at the start.
+        cut_s: Until the cut takes effect. A request is cut at its next token, so this covers one step of the source.
+        resume_s: From sending the cut until the target's first token. Must be below the lease on the source's blocks by
+            a safe margin: what is pulled after the lease has expired may be another request's KV cache.
+        least_pull_s: No pull is attempted if less than this is left of `resume_s` when the cut is heard of.
+        room_slack_tokens: Room requested of the target beyond the length at the start.
     """
 
     ask_s: float = 2.0
@@ -233,21 +235,23 @@ class MigrationLimits:
 
     @classmethod
     def under_lease(cls, lease_s: float) -> Self:
-        """The usual limits where a cut request's blocks are pinned for so many seconds."""
+        """The usual limits for engines that pin a cut request's blocks for `lease_s` seconds."""
         return cls(resume_s=lease_s - LEASE_MARGIN_S)
 
 
 @dataclass(slots=True)
 class Migration:
     """
-    One migration on its way.
+    One migration in progress.
 
     Attributes:
-        effect: What the policy asked for.
-        n_tokens: Sequence length when it began.
-        cut_sent_s: When the cut was sent, on the shell's clock: the lease on the source's blocks begins then or later.
-        detail: Why it ends as it does, as far as is known: the last happening that explains anything, with its refusal; empty
-            where all went as asked. A metric label.
+        effect: The policy's order.
+        n_tokens: Sequence length when the migration began.
+        limits: Time limits and slack.
+        state: The current state.
+        cut_sent_s: When the cut was sent, on the shell's clock. The lease on the source's blocks begins then or later.
+        detail: The reason for the outcome as far as it is known: the last happening that explains anything, with its
+            refusal; empty if everything went as asked. A metric label.
         story: States and happenings so far, for errors and logs.
     """
 
@@ -261,46 +265,46 @@ class Migration:
 
     @property
     def migration_id(self) -> MigrationId:
-        """Its name; the policy's choice."""
+        """The migration's id, chosen by the policy."""
         return self.effect.migration_id
 
     @property
     def request_id(self) -> RequestId:
-        """Who moves."""
+        """The request that moves."""
         return self.effect.request_id
 
     @property
     def source_id(self) -> InstanceId:
-        """Where the request is when it begins."""
+        """The instance the request is on when the migration begins."""
         return self.effect.source_id
 
     @property
     def target_id(self) -> InstanceId:
-        """Where it is to go."""
+        """The instance the request is to move to."""
         return self.effect.target_id
 
     @property
     def outcome(self) -> MigrationOutcome | None:
-        """How it ended, or None while it has not."""
+        """How the migration ended, or None while it is in progress."""
         return OUTCOMES.get(self.state)
 
     @property
     def at_target(self) -> bool:
-        """Whether the request is in the target's hands."""
+        """Whether the target has the request."""
         return self.state in {State.RESUMING, State.RECOMPUTING, State.MOVED, State.RECOMPUTED}
 
     @property
     def room_tokens(self) -> int:
-        """Tokens that the target is asked to keep room for."""
+        """Tokens that the target is asked to reserve room for."""
         return self.n_tokens + self.limits.room_slack_tokens
 
     @property
     def deadline_s(self) -> float:
-        """When the pull must be over, on the clock of the shell that sent the cut."""
+        """When the pull must be complete, on the clock of the shell that sent the cut."""
         return self.cut_sent_s + self.limits.resume_s
 
     def limit_s(self, now_s: float) -> float | None:
-        """How long the state that begins now may last until TIMED_OUT; None: as long as it takes."""
+        """Seconds that the state beginning now may last until TIMED_OUT; None for no limit."""
         match self.state:
             case State.ASKING:
                 return self.limits.ask_s
@@ -312,15 +316,15 @@ class Migration:
                 return None
 
     def is_overdue(self, now_s: float) -> bool:
-        """Whether the deadline of the pull has passed, also where the timer that says so is late itself."""
+        """Whether the deadline of the pull has passed. True even if the timer that would report it is itself late."""
         return self.state is State.RESUMING and now_s >= self.deadline_s
 
     def has_outgrown_room(self, n_tokens: int) -> bool:
-        """Whether a request of this length must not be cut any more: with its next token it is longer than the room asked for."""
+        """Whether a request of this length must not be cut, because its next token would exceed the room requested."""
         return n_tokens + 1 > self.room_tokens
 
     def cut_heard(self, now_s: float, n_pinned_tokens: int) -> Happening:
-        """What the news of the cut means when it is heard now, with KV cache for so many tokens pinned."""
+        """Classify the completion of the cut, heard of now, with KV cache pinned for `n_pinned_tokens` tokens."""
         if n_pinned_tokens <= 0:
             return Happening.CUT_EMPTY
         left_s = self.deadline_s - now_s
@@ -328,18 +332,18 @@ class Migration:
 
     def handle(self, happening: Happening, now_s: float, refusal: Refusal | None = None) -> tuple[Action, ...]:
         """
-        Follow one happening.
+        Make the transition for one happening.
 
         Args:
             happening: What has happened.
             now_s: When, on the shell's clock.
-            refusal: With ROOM_REFUSED and CUT_REFUSED: why.
+            refusal: The reason, with ROOM_REFUSED and CUT_REFUSED.
 
         Returns:
             What to do now, in order.
 
         Raises:
-            InvalidTransition: The table does not allow it in this state; nothing has changed.
+            InvalidTransition: The table does not allow this happening in this state; nothing has changed.
         """
         key = (self.state, happening)
         if key in IGNORED:
@@ -360,6 +364,6 @@ class Migration:
         return actions
 
     def ended(self) -> MigrationEnded:
-        """The event in which it ends, to be asked for when it has an outcome."""
+        """The event that reports the end. Call it only once there is an outcome."""
         assert self.outcome is not None, self.story
         return self.effect.ended(self.outcome, self.detail)

@@ -1,8 +1,8 @@
 """
-Why somebody that a migration needs says no: what an engine answers, and what a shell says in its place.
+The reasons for refusing a step of a migration: those an engine answers, and those a shell gives on an engine's behalf.
 
-Imports nothing of the core: the vLLM connector uses it in vLLM's own processes, where numba, which most of the core brings in, must
-not be loaded.
+This module imports nothing of the core. The vLLM connector uses it inside vLLM's own processes, which must not load
+numba, and most of the core imports numba.
 """
 
 import enum
@@ -10,36 +10,39 @@ from typing import Self
 
 
 class Refusal(enum.StrEnum):
-    """Why somebody says no. The values are the words on the wire and, behind what was refused, in records, metrics and logs."""
+    """
+    Why a step of a migration is refused. The values go over the wire and, after the name of what was refused, into
+    records, metrics and logs.
+    """
 
-    # The target, asked for room.
+    # Answers of the target when asked for room.
     NO_SLOT = "no_slot"
     """Its batch is full."""
     NO_BLOCKS = "no_blocks"
     """Its KV cache is full."""
-    # The shell in its place.
+    # Given by the shell on the target's behalf.
     TARGET_DOWN = "target_down"
     NOT_CONNECTED = "not_connected"
-    """KV cache cannot go from the source to the target."""
-    # The source, told to cut.
+    """The KV cache cannot be transferred from the source to the target."""
+    # Answers of the source when told to cut.
     UNKNOWN = "unknown"
-    """It has no such request (any more)."""
+    """The source has no such request, or no longer has it."""
     UNMOVABLE = "unmovable"
-    """The request cannot be taken apart into prompt and output."""
+    """The request cannot be split into prompt and output."""
     WAITING = "waiting"
-    """The request does not run: it has been preempted, or its KV cache is still on the way."""
+    """The request is not running: it has been preempted, or its KV cache is still being transferred."""
     PREFILLING = "prefilling"
     ALREADY_CUT = "already_cut"
     ENDING = "ending"
     """The next token is the last one."""
-    # The shell in its place.
+    # Given by the shell on the source's behalf.
     OUTGREW_ROOM = "outgrew_room"
-    """The request has grown past the room asked for."""
-    # Source or target.
+    """The request has outgrown the reserved room."""
+    # Answers of either the source or the target.
     MIGRATIONS = "migrations"
-    """As many migrations from or to this instance are under way as may be, those of all front-end processes together."""
+    """This instance already takes part in the maximum number of migrations, counted over all front-end processes."""
 
     @classmethod
     def read(cls, word: str | None) -> Self | None:
-        """What came over the wire; None: granted. An unknown word raises ValueError."""
+        """Parse a refusal from the wire; None means granted. Raises ValueError for an unknown word."""
         return None if word is None else cls(word)

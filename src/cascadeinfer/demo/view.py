@@ -1,8 +1,11 @@
 """
-What `cascadeinfer demo` shows: the live board, and the summary at the end. Pure functions of the states; nothing is polled here.
+The terminal views of `cascadeinfer demo`: the live board and the final summary.
 
-On the board, a request's bar is its length in tokens: prompt dim, answer in the colours of the stages that generated it, a mark where
-the stages meet. Only the instances panel is what the server says; everything else is measured at the client.
+All are pure functions of the states; nothing is polled here.
+
+On the board, a request's bar is its length in tokens: the prompt dim, the answer in the colours of the stages that
+generated it, and a mark at the boundary between the stages. Only the instances panel shows the server's figures;
+everything else is measured at the client.
 """
 
 from collections.abc import Sequence
@@ -29,8 +32,8 @@ class Board:
     Everything the live view shows.
 
     Attributes:
-        boundary_tokens: Where the two stages meet.
-        snapshot: The last JSON of `/admin/instances`; empty before the first.
+        boundary_tokens: The boundary between the two stages.
+        snapshot: The latest JSON of `/admin/instances`; empty before the first.
         news: What happened, with seconds since the first request.
     """
 
@@ -81,7 +84,7 @@ def _requests_table(board: Board) -> Table:
 
 
 def length_bar(state: ChatState, board: Board, scale_tokens: int) -> Text:
-    """A request's length: prompt dim, answer in the colours of the stages it was in, a mark at the boundary."""
+    """A request's length: the prompt dim, the answer in the colours of the stages it was in, a mark at the boundary."""
 
     def cells(tokens: int) -> int:
         return min(BAR_CELLS, round(tokens / scale_tokens * BAR_CELLS))
@@ -161,12 +164,13 @@ class RequestSummary:
 @dataclass(frozen=True, slots=True)
 class TextCheck:
     """
-    A moved request's answer against the same request sent again and kept on one instance.
+    A moved request's answer, compared with that of the same request sent again and kept on one instance.
 
     Attributes:
         same_text: Whether the two answers are equal.
-        stayed: Whether the second one really stayed where it was.
-        moved_text: What the request answered that moved; and `stayed_text` what it answered when it stayed.
+        stayed: Whether the second request really stayed on its instance.
+        moved_text: Answer of the request that moved.
+        stayed_text: Answer of the request that stayed.
     """
 
     number: int
@@ -183,11 +187,11 @@ class Summary:
 
     Attributes:
         start_s: From the start of the server to its first answer.
-        wall_s: From the first request sent to the last one ended.
-        migrations: Migrations that ended, by outcome, as the server counts them.
-        kv_pulls: Requests whose KV cache was pulled, as the engines count them.
-        mean_pause_s: Mean pause of a move as the server measures it, None without one.
-        check: None when no request moved.
+        wall_s: From sending the first request to the end of the last.
+        migrations: Ended migrations by outcome, as counted by the server.
+        kv_pulls: Requests whose KV cache was pulled, as counted by the engines.
+        mean_pause_s: Mean pause of a move as measured by the server; None without one.
+        check: None if no request moved.
     """
 
     model: str
@@ -212,7 +216,7 @@ class Summary:
         return fmean(values) if values else None
 
     def failures(self) -> list[str]:
-        """Why the demo did not show what it should; empty when it did."""
+        """Why the demo did not show what it should; empty if it did."""
         found = [f"request {r.number} ({r.title}) failed: {r.error}" for r in self.requests if r.error]
         found += [
             f"request {r.number} ({r.title}) gave no token" for r in self.requests if not (r.error or r.output_tokens)
@@ -226,7 +230,7 @@ class Summary:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a file."""
+        """Plain values for a JSON file."""
         return {**asdict(self), "output_tokens": self.output_tokens, "failures": self.failures()}
 
 
@@ -235,14 +239,14 @@ def summarise(
     model: str, start_s: float, check: TextCheck | None,
 ) -> Summary:  # fmt: skip
     """
-    The summary of a run.
+    Summarise a run.
 
     Args:
         states: The requests, all ended.
         snapshot: `/admin/instances` after the last of them.
-        pause: Sum in seconds and count of the server's pauses of moved requests.
+        pause: Total seconds and number of the server's pauses of moved requests.
         model: Name of the model.
-        start_s: What the start of the server took.
+        start_s: Seconds from the start of the server to its first answer.
         check: The comparison, if there was anything to compare.
     """
     sent = [s.sent_s for s in states if s.sent_s is not None]
@@ -254,8 +258,8 @@ def summarise(
         wall_s=max(ended) - min(sent),
         requests=tuple(
             RequestSummary(
-                s.number, s.task.title, s.prompt_tokens, s.output_tokens, s.ttft_s, s.mean_itl_s, s.longest_gap_s, s.moves,
-                s.finish_reason, s.error, s.text,
+                s.number, s.task.title, s.prompt_tokens, s.output_tokens, s.ttft_s, s.mean_itl_s, s.longest_gap_s,
+                s.moves, s.finish_reason, s.error, s.text,
             )
             for s in states
         ),
@@ -303,7 +307,10 @@ def _check_lines(check: TextCheck | None) -> list[str]:
         return ["no request was seen to move, so no answers were compared"]
     verdict = "identical" if check.same_text else "DIFFERENT"
     return [
-        f"request {check.number} sent again and kept on one instance: text {verdict} ({len(check.moved_text)} characters)"
+        (
+            f"request {check.number} sent again and kept on one instance: "
+            f"text {verdict} ({len(check.moved_text)} characters)"
+        )
     ]
 
 

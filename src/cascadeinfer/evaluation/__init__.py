@@ -1,6 +1,6 @@
 """
-Experiments on the simulator: a setting (profile, trace, instances), runs of policies in it, the search for the highest rate.
+Experiments on the simulator: a setting (profile, trace, instances), runs in it, and the search for the highest rate.
 
-The commands `plan`, `simulate` and `sweep` and the grid of `make figures` share these. Reading files happens in `config`; what a run
-leaves behind is summed up in `results` and drawn in `figures`.
+The commands `plan`, `simulate` and `sweep` and the grid of `make figures` share this package. `config` reads the files,
+`results` summarises the runs, and `figures` draws them.
 """

@@ -1,8 +1,8 @@
 """
-Independent jobs on several processes, results in order.
+Runs independent jobs in several processes and pairs each result with its task's number.
 
-Processes are spawned, not forked: compiled code and its threads do not survive a fork. With one job everything runs in this process.
-An interrupted or failed map starts nothing new.
+Processes are spawned, not forked, because compiled code and its threads do not survive a fork. With one job everything
+runs in this process. An interrupted or failed map starts no further tasks.
 """
 
 import os
@@ -22,7 +22,7 @@ def check_jobs(jobs: int) -> None:
     Refuse more processes than the machine has processors.
 
     Raises:
-        ConfigError: `jobs` is not between 1 and their number.
+        ConfigError: `jobs` is not between 1 and the number of processors.
     """
     most = os.cpu_count() or 1
     if not 1 <= jobs <= most:
@@ -35,12 +35,12 @@ def map_in_processes(
     jobs: int,
 ) -> Iterator[tuple[int, Result]]:
     """
-    Apply a function to every task; each result comes with its task's number as soon as it is there.
+    Apply a function to every task. Yields each result, with its task's number, as soon as it is available.
 
     Args:
-        function: Of a module's top level, since other processes import it.
-        tasks: That can be pickled.
-        jobs: Processes; 1 runs here, in order.
+        function: Defined at the top level of a module, since other processes import it.
+        tasks: Picklable values.
+        jobs: Number of processes; 1 runs everything here, in order.
     """
     if jobs == 1 or len(tasks) <= 1:
         for number, task in enumerate(tasks):

@@ -1,9 +1,10 @@
 """
-One run: a policy, a rate, a seed, in a setting. The same seed gives every policy the same requests at the same times.
+One run: a policy, a rate and a seed in a setting.
 
-Lengths are drawn with replacement from the trace and arrivals from a law; or a stretch of the trace is replayed as it was recorded, at the
-run's rate. Figures may leave out the first part of the run, in which the
-cluster fills (`warm_up`), and the last, in which it empties (`cool_down`).
+With the same seed, every policy gets the same requests at the same times. Lengths are drawn with replacement from the
+trace and arrivals from an arrival process; alternatively, a section of the trace is replayed as recorded, scaled to the
+run's rate. Figures can exclude the first part of the run, in which the cluster fills (`warm_up`), and the last, in
+which it empties (`cool_down`).
 """
 
 import contextlib
@@ -33,19 +34,19 @@ from cascadeinfer.workload.trace import Trace
 @dataclass(frozen=True, slots=True)
 class RunSpec:
     """
-    What is run.
+    The parameters of a run.
 
     Attributes:
-        policy: Its name (`evaluation/variants.py`).
+        policy: Name of the policy (`evaluation/variants.py`).
         rate_rps: Requests per second.
-        seed: Of lengths, arrivals and the network.
-        requests: How many arrive.
+        seed: Seed of lengths, arrivals and the network.
+        requests: Number of requests.
         slo: What counts as good.
-        warm_up: Share of the requests, the first, that no figure counts.
-        cool_down: Share of the requests, the last, that no figure counts.
-        allow_overload: Plan for what could be served when the rate is above capacity, instead of refusing.
-        arrivals: When requests come.
-        prefix_caching: Whether prompts share blocks by the trace's prefix hashes.
+        warm_up: Share of the requests, from the first on, that figures exclude.
+        cool_down: Share of the requests, up to the last, that figures exclude.
+        allow_overload: If the rate is above capacity, plan for what could be served instead of raising.
+        arrivals: The arrival process.
+        prefix_caching: Whether prompts share blocks according to the trace's prefix hashes.
     """
 
     policy: str
@@ -63,14 +64,14 @@ class RunSpec:
 @dataclass(frozen=True, slots=True, eq=False)
 class RunOutcome:
     """
-    What a run left behind.
+    The results of a run.
 
     Attributes:
-        summary: Figures of the counted part.
+        summary: Metrics of the counted part.
         requests: All requests.
-        migrations: Those that began and are over.
-        samples: Reports of instances; None when they were not to be kept.
-        layouts: Stage layouts with the time from which each was in force.
+        migrations: The migrations that have ended.
+        samples: The instances' reports; None if they were not kept.
+        layouts: Stage layouts, each with the time from which it was in force.
         end_s: Virtual time at the end.
     """
 
@@ -84,26 +85,26 @@ class RunOutcome:
 
     @property
     def counted(self) -> RequestRecords:
-        """Requests that the figures count."""
+        """The requests that the figures count."""
         return self.requests.arrived_in(*counted_span_s(self.spec, self.requests))
 
 
 def workload_of(setting: Setting, spec: RunSpec) -> Trace:
     """
-    The run's requests: a function of trace, seed, number, rate and law, not of the policy.
+    The requests of a run: a function of trace, seed, number, rate and arrival process, not of the policy.
 
     Raises:
-        ConfigError: Recorded arrivals are wanted, and the trace has none, or too few.
+        ConfigError: Recorded arrivals are requested, but the trace has none, or too few.
     """
     return draw_requests(setting.trace, spec.arrivals, spec.requests, spec.rate_rps, np.random.default_rng(spec.seed))
 
 
 def plan_for(setting: Setting, spec: RunSpec) -> Plan | None:
     """
-    The layout the run starts with, or None for a policy without one.
+    The layout that the run starts with; None for a policy that starts without a plan.
 
     Raises:
-        PlanError: The rate is above capacity, and that is not allowed.
+        PlanError: The rate is above capacity and `allow_overload` is off.
     """
     if not starts_with_plan(spec.policy):
         return None
@@ -119,14 +120,15 @@ def run_once(
     event_log: Path | None = None,
 ) -> RunOutcome:
     """
-    Run it.
+    Execute a run.
 
     Args:
-        setting: Where.
-        spec: What.
+        setting: Where to run.
+        spec: What to run.
         keep_samples: Keep the instances' reports, for timelines.
-        progress: Called now and then with the virtual time and the number of requests that are over.
-        event_log: Where to write each event with its effects, for `cascadeinfer replay`; a name in `.gz` is compressed.
+        progress: Called from time to time with the virtual time and the number of ended requests.
+        event_log: File for each event with its effects, for `cascadeinfer replay`; a name ending in `.gz` is
+            compressed.
 
     Raises:
         ConfigError: The event log cannot be written.
@@ -165,7 +167,7 @@ def run_once(
 
 @contextlib.contextmanager
 def _logging(path: Path | None, setting: Setting, spec: RunSpec, policy: PolicySpec) -> Iterator[Observer | None]:
-    """Write the run's event log, when there shall be one."""
+    """Write the run's event log, if one was asked for."""
     if path is None:
         yield None
         return
@@ -187,7 +189,7 @@ def _logging(path: Path | None, setting: Setting, spec: RunSpec, policy: PolicyS
 
 
 def counted_span_s(spec: RunSpec, records: RequestRecords) -> tuple[float, float]:
-    """From which arrival (included) to which (excluded) requests count."""
+    """The interval [start, end) of arrival times whose requests count."""
     arrivals = records.arrival_s
     n = len(arrivals)
     first = int(spec.warm_up * n)

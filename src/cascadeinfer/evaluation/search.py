@@ -1,8 +1,8 @@
 """
 The highest rate at which a policy still keeps an SLO.
 
-Bisection over the logarithm of the rate, on the share of requests that kept it, averaged over seeds. The share falls with the rate but for
-noise; the answer is where the search found it to hold, never a rate that was not run.
+Bisection over the logarithm of the rate, on the share of requests that keep the SLO, averaged over seeds. Apart from
+noise, this share falls with the rate. The answer is always a rate that was run and found to hold.
 """
 
 import math
@@ -13,9 +13,11 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class HighestRate:
     """
+    The result of the search.
+
     Attributes:
-        rate_rps: The highest rate found that keeps the SLO; 0 when not even the lowest tried does.
-        limited: Whether the highest rate tried failed; else the policy may be able to do more.
+        rate_rps: The highest rate found that keeps the SLO; 0 if even the lowest one tried does not.
+        limited: Whether the highest rate tried failed; otherwise the policy may sustain more.
         tried: Every rate that was run, with the share of requests that kept the SLO.
     """
 
@@ -31,11 +33,11 @@ def highest_rate(
     Search between two rates.
 
     Args:
-        attainment_at: Share of requests within the SLO at a rate.
+        attainment_at: Returns the share of requests within the SLO at a rate.
         low_rps: Lowest rate tried, > 0.
         high_rps: Highest rate tried, > `low_rps`.
-        share: What has to be kept.
-        steps: Bisections after the two ends; each halves the interval's ratio in the logarithm.
+        share: The share that must be attained.
+        steps: Bisections after the two ends have been tried; each halves the interval on the logarithmic scale.
     """
     tried: list[tuple[float, float]] = []
 

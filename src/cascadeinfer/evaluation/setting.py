@@ -1,8 +1,8 @@
 """
-A setting: one model on one device, a workload's lengths, a number of instances, and what is planned for.
+A setting: one model on one device, the lengths of a workload, a number of instances, and the planning objective.
 
-The trace gives lengths; arrivals are drawn by each run at its rate. Requests longer than the context, or than an instance's KV cache,
-are cut and counted.
+The trace provides the lengths; each run draws arrivals at its own rate. Requests longer than the context, or than an
+instance's KV cache, are cut and counted.
 """
 
 import math
@@ -24,19 +24,21 @@ from cascadeinfer.workload.trace import CappedTrace, Trace
 
 DEFAULT_CONTEXT_TOKENS: Final = 131_072
 OVERLOAD_SHARE: Final = 0.9
-"""Share of the capacity that is planned for when the demand is above it; what the policy does at run time (`replanning.py`)."""
+"""Share of the capacity to plan for when the demand exceeds it, as at run time (`replanning.py`)."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """
+    A model on a device, a workload and a number of instances.
+
     Attributes:
-        profile: Model and device.
-        capped: The trace, cut to `context_tokens`, with the counts of what was cut.
+        profile: Cost profile of the model on the device.
+        capped: The trace, cut to `context_tokens`, with counts of what was cut.
         context_tokens: Longest sequence.
-        n_instances: How many instances share the work.
+        n_instances: Number of instances that share the work.
         objective: What plans minimise.
-        margin: Gain that several stages must bring over one.
+        margin: Minimum gain of several stages over one.
     """
 
     profile: CostProfile
@@ -48,7 +50,7 @@ class Setting:
 
     @property
     def trace(self) -> Trace:
-        """The trace that is used."""
+        """The trace after cutting."""
         return self.capped.trace
 
     @cached_property
@@ -58,16 +60,16 @@ class Setting:
 
     @property
     def hand_over(self) -> HandOverCost:
-        """Price of a hand-over over this profile's links."""
+        """Cost of a hand-over over this profile's links."""
         return HandOverCost(pause_per_token_s=self.profile.transfer_s(1))
 
     @cached_property
     def one_stage_capacity_rps(self) -> float:
-        """Requests per second that plain load balancing carries in steady state: what loads are fractions of."""
+        """Requests per second that plain load balancing carries in steady state; loads are given as fractions of it."""
         return capacity_rate(self.histogram, self.profile.step_model, self.profile.capacity, self.n_instances)
 
     def problem(self, rate_rps: float) -> PlanProblem:
-        """What is planned at this rate."""
+        """The planning problem at this rate."""
         return PlanProblem(
             self.histogram,
             self.profile.step_model,
@@ -90,7 +92,7 @@ class Setting:
 
     def plan_within_capacity(self, rate_rps: float) -> Plan:
         """
-        The best layout at this rate, or at `OVERLOAD_SHARE` of the capacity where the rate is above it.
+        The best layout at this rate, or at `OVERLOAD_SHARE` of the capacity if the rate is above it.
 
         Raises:
             PlanError: Not even that can be planned.
@@ -103,7 +105,7 @@ class Setting:
             return self.plan(OVERLOAD_SHARE * error.capacity_per_s)
 
     def notes(self) -> list[str]:
-        """What was cut, in words; empty when nothing was."""
+        """Notes on what was cut; empty if nothing was."""
         cut = (("prompts", self.capped.prompts_cut), ("outputs", self.capped.outputs_cut))
         return [
             f"{n} of {len(self.trace)} {what} were cut to a context of {self.context_tokens} tokens"
@@ -122,12 +124,12 @@ def load_setting(
     hashes: Path | None = None,
 ) -> Setting:
     """
-    Load and check.
+    Load and validate a setting.
 
     Raises:
         ConfigError: A number is out of bounds, or the trace file cannot be read.
         ProfileError: There is no such profile; the message lists those that exist.
-        TraceError: The trace is malformed; the message has the line.
+        TraceError: The trace is malformed; the message gives the line.
     """
     if instances < 1:
         raise ConfigError(f"{instances} is not at least 1", option="--instances")
@@ -145,7 +147,7 @@ def load_setting(
 
 def check_rate(rate_rps: float, option: str = "--rate") -> None:
     """
-    Refuse what is no rate.
+    Validate a rate.
 
     Raises:
         ConfigError: It is not positive and finite.
@@ -156,10 +158,10 @@ def check_rate(rate_rps: float, option: str = "--rate") -> None:
 
 def check_served(setting: Setting, rates_rps: Sequence[float]) -> None:
     """
-    Refuse rates that no layout can carry.
+    Check that some layout can carry each rate.
 
     Raises:
-        PlanError: One is above capacity; the message says what could be served.
+        PlanError: A rate is above capacity; the message says what could be served.
     """
     for rate_rps in rates_rps:
         setting.plan(rate_rps)

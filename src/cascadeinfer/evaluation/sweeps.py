@@ -10,19 +10,19 @@ from cascadeinfer.evaluation.setting import Setting
 from cascadeinfer.results.summary import RunSummary
 
 Curves = dict[str, list[list[RunSummary]]]
-"""Per policy and rate: one summary per seed."""
+"""For each policy and rate, one summary per seed."""
 
 
 @dataclass(frozen=True)
 class Sweep:
     """
-    What all runs of a sweep have in common.
+    The common parameters of a sweep's runs.
 
     Attributes:
-        setting: Where.
-        spec: Policy, rate, seed and number of requests are replaced for each run.
+        setting: Where to run.
+        spec: The run; policy, rate, seed and number of requests are replaced for each.
         seeds: Runs per policy and rate, with seeds 0, 1, ...
-        duration_s: How long requests come in each run; None: `spec.requests` of them.
+        duration_s: How long requests arrive in each run; None for `spec.requests` of them.
     """
 
     setting: Setting
@@ -31,7 +31,7 @@ class Sweep:
     duration_s: float | None
 
     def at(self, policy: str, rate_rps: float, seed: int) -> RunSpec:
-        """One run."""
+        """The parameters of one run."""
         count = self.spec.requests if self.duration_s is None else max(1, round(rate_rps * self.duration_s))
         return replace(self.spec, policy=policy, rate_rps=rate_rps, seed=seed, requests=count)
 
@@ -56,7 +56,7 @@ class _Search:
 def curves_of(
     sweep: Sweep, policies: Sequence[str], rates_rps: Sequence[float], jobs: int, on_run: Callable[[], None]
 ) -> Curves:
-    """Run every policy at every rate with every seed; `on_run` is called after each."""
+    """Run every policy at every rate with every seed; calls `on_run` after each run."""
     tasks = [
         _Run(sweep.setting, sweep.at(policy, rate_rps, seed))
         for rate_rps in rates_rps
@@ -82,7 +82,7 @@ def highest_rates(
     jobs: int,
     on_policy: Callable[[], None],
 ) -> dict[str, HighestRate]:
-    """For each policy, bisect between the two rates of its curve between which it stops to keep the SLO; see `highest_rate`."""
+    """For each policy, bisect between the rates of its curve where it stops keeping the SLO; see `highest_rate`."""
     tasks = []
     for policy, curve in curves.items():
         known = {rate_rps: mean_attainment(runs) for rate_rps, runs in zip(rates_rps, curve, strict=True)}

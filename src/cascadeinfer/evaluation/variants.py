@@ -1,8 +1,8 @@
 """
-Policies as experiments know them: every policy of `core/policies` under its own name, and its variants with a part switched off.
+The policies of experiments: those of `core/policies`, and their variants with a part switched off.
 
-All start fresh. Policies with stages start with the layout that the planner gives for the trace's lengths and the run's rate, as an
-operator who knows yesterday's lengths would, but for variants that are to find it themselves.
+All start fresh. Policies with stages start with the planner's layout for the trace's lengths and the run's rate, like
+an operator who knows yesterday's lengths. Variants that are meant to find the layout themselves do not.
 """
 
 from cascadeinfer.core.adapt.replanning import PlanSettings
@@ -22,10 +22,10 @@ def policy_names() -> list[str]:
 
 def check_policies(names: list[str], option: str = "--policy") -> None:
     """
-    Refuse names that are no policy.
+    Check the names of policies.
 
     Raises:
-        ConfigError: One is unknown or named twice, or there is none.
+        ConfigError: A name is unknown or given twice, or there is none.
     """
     if not names:
         raise ConfigError("no policy is named", option=option, fix=f"some of {', '.join(policy_names())}")
@@ -37,19 +37,19 @@ def check_policies(names: list[str], option: str = "--policy") -> None:
 
 
 def starts_with_plan(name: str) -> bool:
-    """Whether this policy is given the planner's layout to start with."""
+    """Whether this policy starts with the planner's layout."""
     policy, variant = _known()[name]
     return POLICIES[policy].starts_with_plan and variant.starts_with_plan
 
 
 def policy_spec(name: str, setting: Setting, plan: Plan | None) -> PolicySpec:
     """
-    What makes the policy.
+    The specification of a policy.
 
     Args:
         name: One of `policy_names()`.
-        setting: What it runs in.
-        plan: For the policies of `starts_with_plan`.
+        setting: The setting it runs in.
+        plan: The initial plan, for the policies of `starts_with_plan`.
     """
     policy, variant = _known()[name]
     around = Circumstances(
@@ -66,7 +66,7 @@ def policy_spec(name: str, setting: Setting, plan: Plan | None) -> PolicySpec:
 
 
 def _known() -> dict[str, tuple[str, Variant]]:
-    """Each name's policy, and what is switched off there."""
+    """For each name, the policy and its variant."""
     known = {policy: (policy, Variant()) for policy in POLICIES}
     for policy, info in POLICIES.items():
         known |= {f"{policy}-{word}": (policy, variant) for word, variant in info.variants.items()}

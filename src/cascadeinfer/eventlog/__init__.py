@@ -1,4 +1,1 @@
-"""
-The event log: what a policy was given and what it answered; writing, reading, replaying it and telling a request's
-story.
-"""
+"""The event log: writing, reading and replaying what a policy received and returned, and telling a request's story."""

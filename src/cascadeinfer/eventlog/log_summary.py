@@ -1,4 +1,4 @@
-"""An event log in figures: rates, lengths, migrations by reason and outcome, layouts in force, what went wrong."""
+"""An event log in figures: rates, lengths, migrations by reason and outcome, layouts in force, and failures."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,18 +22,20 @@ from cascadeinfer.eventlog.reader import Gap, LogReader
 @dataclass
 class LogSummary:
     """
+    The figures of an event log.
+
     Attributes:
         first_s: The shell's clock at the first event.
-        last_s: The same at the last event.
-        events: By kind.
-        failed: Events at which the policy raised.
-        missing: Events that are not in the log.
-        dispatches: By instance.
-        migrations: Ended migrations, by reason, outcome and detail; the reason is `unknown` if the log lacks their
+        last_s: The shell's clock at the last event.
+        events: Number of events by kind.
+        failed: Number of events at which the policy raised.
+        missing: Number of events that are not in the log.
+        dispatches: Number of dispatches by instance.
+        migrations: Ended migrations by reason, outcome and detail; the reason is `unknown` if the log lacks their
             start.
         messages: Bid-ask messages sent, by kind.
-        memberships: What became of instances: time, what, instance.
-        layouts: Layouts with the time from which each was in force, and why.
+        memberships: Changes of membership: time, change, instance.
+        layouts: Layouts, each with the time from which it was in force, and why.
     """
 
     first_s: float | None = None
@@ -53,12 +55,12 @@ class LogSummary:
 
     @property
     def span_s(self) -> float:
-        """From the first event to the last."""
+        """Seconds from the first event to the last."""
         return 0.0 if self.first_s is None else self.last_s - self.first_s
 
     @property
     def arrived(self) -> int:
-        """Requests that arrived."""
+        """Number of requests that arrived."""
         return self.events["RequestArrived"]
 
     @property

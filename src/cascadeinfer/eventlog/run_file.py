@@ -1,7 +1,7 @@
 """
-The event log of a run that waits for it, a simulation's: one file, which takes its place when the run is over.
+The event log of a run that waits for its log, such as a simulation: one file, put in place when the run is over.
 
-A disk that fails ends the run, and leaves neither half a log nor the earlier one damaged.
+A failing disk ends the run. It neither leaves half a log behind nor damages an earlier one.
 """
 
 import contextlib
@@ -20,15 +20,16 @@ from cascadeinfer.eventlog.writer import GZIP_LEVEL, Encoder, EndLine, Header, u
 @contextlib.contextmanager
 def write_log_file(path: Path, header: Header) -> Iterator[Callable[..., None]]:
     """
-    Write a whole run to one file (compressed when its name ends in `.gz`), each event before the run goes on.
+    Write a whole run to one file (compressed if its name ends in `.gz`), each event before the run continues.
 
-    The file takes its place when the run is over. A run that breaks off leaves the log of its events up to there, which tells why.
+    The file is put in place when the run is over. A run that fails leaves the log of its events up to then, to explain
+    the failure.
 
     Yields:
-        What to call with each event, as an `EventLog` is called.
+        A function to call with each event, like an `EventLog`.
 
     Raises:
-        ConfigError: The file cannot be written; nothing of it is left, and what was at `path` before is untouched.
+        ConfigError: The file cannot be written; nothing of it remains, and an earlier file at `path` is untouched.
     """
     encoder = Encoder()
     with _taking_its_place(path) as beside, contextlib.ExitStack() as stack:
@@ -49,10 +50,11 @@ def write_log_file(path: Path, header: Header) -> Iterator[Callable[..., None]]:
 @contextlib.contextmanager
 def _taking_its_place(path: Path) -> Iterator[Path]:
     """
-    Where to write a log, which is renamed to `path` at the end, also when the run has raised; a pipe or a terminal is written to as it is.
+    Yield a temporary path for the log and rename it to `path` at the end, even if the run has raised. A pipe or a
+    terminal is written directly.
 
     Raises:
-        ConfigError: Writing has failed; the file is removed.
+        ConfigError: Writing has failed; the temporary file is removed.
     """
     is_special = path.exists() and not path.is_file()
     beside = path if is_special else path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -33,7 +33,7 @@ OUTCOMES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Chapter:
-    """One thing that happened."""
+    """One step of the story."""
 
     at_s: float
     text: str
@@ -41,7 +41,7 @@ class Chapter:
 
 def find_request(log: LogReader, beginning: str) -> RequestId:
     """
-    The request whose id equals this or begins with it.
+    The request with this id, or the only one whose id begins with it.
 
     Raises:
         EventLogError: There is none, or there are several.
@@ -86,7 +86,7 @@ class _Telling:
     tokens: int = 0
 
     def of_event(self, event: Event) -> Iterator[str]:
-        """What an event says of the request."""
+        """Describe what an event means for the request."""
         me = self.request_id
         match event:
             case RequestArrived(request_id=request_id) if request_id == me:
@@ -119,7 +119,7 @@ class _Telling:
                 yield f"runs on {event.instance_id} ({self.tokens} tokens, {len(report.running_ids)} running there)"
 
     def of_effect(self, effect: Effect) -> Iterator[str]:
-        """What an effect does to the request."""
+        """Describe what an effect does to the request."""
         me = self.request_id
         match effect:
             case Dispatch(request_id=request_id) if request_id == me:

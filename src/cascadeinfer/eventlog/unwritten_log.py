@@ -1,6 +1,7 @@
 """
-Replaces the event log of a process that serves on without one: it counts events, so that metrics and `/admin` show what
-is missing.
+The stand-in for an event log that could not be opened, in a process that serves without one.
+
+It counts events, so that metrics and `/admin` show what is missing.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +14,11 @@ from cascadeinfer.eventlog.writer import EventLog
 
 class UnwrittenLog:
     """
-    Replaces the event log of a process whose log file could not be opened and which serves on without it.
+    Stands in for the event log of a process whose log file could not be opened.
 
     Attributes:
-        events: Events so far.
-        dropped: All of them.
+        events: Number of events so far.
+        dropped: The same number: all of them are missing.
         failure: Why there is no log.
     """
 

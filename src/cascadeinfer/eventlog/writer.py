@@ -1,20 +1,22 @@
 """
-The event log: every event that a policy was given and the effects it answered with, one JSON object per line.
+The event log: every event that a policy received and the effects it answered with, one JSON object per line.
 
-A log is a *run*: from a policy's first event on. Its lines, told apart by `line`:
+A log covers one *run*, from a policy's first event on. Its lines are distinguished by `line`:
 
-    header   first in every file: format, what the policy was made of, which part of the log this file is
-    event    number, time on the shell's clock, event, effects; `failed` when the policy raised instead
-    dropped  so many events before the next one are not in the log, because the writer could not keep up
-    end      the shell stopped in good order, after so many events
+    header   first in every file: format, what built the policy, which part of the log this file is
+    event    number, time on the shell's clock, event, effects; `failed` if the policy raised instead
+    dropped  number of events missing before the next one, because the writer could not keep up
+    end      the shell stopped in good order, after this many events
 
-What is in a line follows from `core` (`codec.py`). No prompt, no token and no output is in a log: ids and lengths only. Hashes of prompt
-blocks, which tell who has the same prompt, are replaced by hashes with a key that is not kept: equal ones stay equal.
+The contents of a line follow from `core` (`codec.py`). A log holds no prompts, tokens or outputs, only ids and lengths.
+Hashes of prompt blocks, which reveal who sends the same prompt, are replaced by hashes with a key that is not kept:
+equal ones stay equal.
 
-Two ways to write one. `run_file.py` writes at once (a simulation waits for it). `EventLog` is for a server: an event costs the
-event loop a place in a bounded buffer; a thread encodes and writes; what does not fit is counted, and marked in the log by whoever reads the
-numbers: each event has the number that it had when it happened. Files are rotated by size with `logging`'s own handler, older ones are
-compressed, and at most so many are kept. All of them are for their owner's eyes only (`private_file.py`): ids and lengths tell what clients do.
+There are two writers. `run_file.py` writes at once (a simulation waits for it). `EventLog` is for a server: an event
+costs the event loop a place in a bounded buffer, and a thread encodes and writes. Events that do not fit are counted,
+and since each event keeps the number it got when it happened, the log shows the gap. Files are rotated by size with
+`logging`'s own handler; older ones are compressed, and their number is limited. Only the owner can read them
+(`private_file.py`), because ids and lengths tell what clients do.
 """
 
 import contextlib
@@ -57,14 +59,14 @@ Of the lines below; fields of events and effects that have defaults may come wit
 """
 EVENT: Final = wire_of(Event)
 EFFECT: Final = wire_of(Effect)
-if TYPE_CHECKING:  # they are made at run time
+if TYPE_CHECKING:  # defined at run time
     WireEvent: TypeAlias = Any
     WireEffect: TypeAlias = Any
 else:
     WireEvent = EVENT.hint
     WireEffect = EFFECT.hint
 BUFFERED_EVENTS: Final = 8192
-"""Events that wait for the writer at most: seconds of a busy cluster, tens of MB when every one is a long report."""
+"""Events that may wait for the writer: seconds of a busy cluster, tens of MB if all are long reports."""
 CLOSE_TIMEOUT_S: Final = 5.0
 """How long a stopping server waits for a slow disk."""
 GZIP_LEVEL: Final = 5
@@ -75,17 +77,17 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     The first line of every file.
 
     Attributes:
-        run: Of the log; the same in all its files.
-        part: Which of its files this is, from 1.
+        run: Id of the log; the same in all its files.
+        part: Number of this file within the log, from 1.
         source: `runtime` or `simulator`.
-        version: Of the program.
-        commit: Of the checkout it ran from, if any.
+        version: Version of the program.
+        commit: Commit of the checkout it ran from, if any.
         started_at: When the run began (ISO 8601, UTC).
-        policy: Its name.
+        policy: Name of the policy.
         options: Its options (`codec.py`).
-        instances: Known at the start.
-        profile: Name of the cost profile, if any; what the policy uses of it is among the options.
-        about: What else whoever reads this may want to know (rate, seed, trace of a simulation).
+        instances: Instances known at the start.
+        profile: Name of the cost profile, if any; the options contain what the policy uses of it.
+        about: Further information for the reader (rate, seed and trace of a simulation).
     """
 
     format: str
@@ -110,11 +112,11 @@ class EventLine(
     One event.
 
     Attributes:
-        n: Its number in the run, from 1.
-        at_s: The shell's clock.
-        event: What happened.
-        effects: What the policy wanted done.
-        failed: The exception that the policy raised, if it did; it then has no effects.
+        n: Number of the event in the run, from 1.
+        at_s: Time on the shell's clock.
+        event: The event.
+        effects: The policy's effects.
+        failed: The exception that the policy raised, if it did; there are then no effects.
     """
 
     n: int
@@ -125,13 +127,13 @@ class EventLine(
 
 
 class DroppedLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="line", tag="dropped"):
-    """`count` events that came before the next line's are missing."""
+    """`count` events before the next line's are missing."""
 
     count: int
 
 
 class EndLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="line", tag="end"):
-    """The run ended in good order after `events` events, `dropped` of which are not in the log."""
+    """The run ended in good order after `events` events, of which `dropped` are not in the log."""
 
     events: int
     dropped: int
@@ -155,7 +157,7 @@ def header_of(
     The header of a new run's first file.
 
     Raises:
-        TypeError: An option of the policy cannot be written down.
+        TypeError: An option of the policy cannot be serialised.
     """
     return Header(
         format=FORMAT,
@@ -175,19 +177,19 @@ def header_of(
 
 
 class Encoder:
-    """Lines of one run."""
+    """Encodes the lines of one run."""
 
     def __init__(self) -> None:
-        """A key of its own for the prompts' hashes."""
+        """Create a key for the hashes of this run's prompts."""
         self._json = msgspec.json.Encoder()
         self._key = secrets.token_bytes(16)
 
     def line(self, line: Line) -> bytes:
-        """A header, a gap or the end."""
+        """Encode a header, a gap or the end."""
         return self._json.encode(line)
 
     def event(self, logged: Logged) -> bytes:
-        """An event."""
+        """Encode an event."""
         n, at_s, event, effects, failed = logged
         if isinstance(event, RequestArrived) and event.prefix_hashes:
             event = replace(event, prefix_hashes=tuple([self._keyed(value) for value in event.prefix_hashes]))
@@ -202,7 +204,7 @@ class Encoder:
 
 
 def unwritable(path: Path, error: OSError) -> ConfigError:
-    """What the operator is told."""
+    """The error for the operator."""
     return ConfigError(
         f"cannot write {path}: {error.strerror or error}",
         option="--event-log",
@@ -211,7 +213,7 @@ def unwritable(path: Path, error: OSError) -> ConfigError:
 
 
 class _Files(RotatingFileHandler):
-    """The files of a run: each begins with a header; a full one becomes `PATH.1.gz`, and `PATH.1.gz` becomes `PATH.2.gz`."""
+    """The files of a run, each with a header. A full one becomes `PATH.1.gz`, that one `PATH.2.gz`, and so on."""
 
     def __init__(self, path: Path, header: Header, encoder: Encoder, *, max_bytes: int, files: int) -> None:
         super().__init__(path, maxBytes=max_bytes, backupCount=files - 1, encoding="utf-8")
@@ -224,7 +226,7 @@ class _Files(RotatingFileHandler):
             make_private(Path(f"{path}.{number}.gz"))
         assert self.stream is not None
         if self.stream.tell():
-            self.doRollover()  # what an earlier run has left moves aside
+            self.doRollover()  # files of an earlier run are rotated away
         else:
             self._begin()
 
@@ -232,7 +234,7 @@ class _Files(RotatingFileHandler):
         return io.TextIOWrapper(open(self.baseFilename, "ab", opener=private), encoding=self.encoding)
 
     def doRollover(self) -> None:  # noqa: N802 - the base's name
-        """A new file."""
+        """Start a new file."""
         super().doRollover()
         self._begin()
 
@@ -243,16 +245,16 @@ class _Files(RotatingFileHandler):
         self.stream.write(self._encoder.line(header).decode() + self.terminator)
 
     def write(self, line: bytes) -> None:
-        """Append a line, to the next file when this one is full. Raises OSError."""
+        """Append a line, to the next file if this one is full. Raises OSError."""
         self.emit(logging.makeLogRecord({"msg": line.decode()}))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - the base's signature
-        """Called where the handler caught an exception: it is the writer's to deal with."""
+        """Called by the handler inside its `except`; passes the exception on to the writer."""
         raise  # noqa: PLE0704 - inside the handler's `except`
 
 
 def _compress(source: str, target: str) -> None:
-    """A full file becomes a compressed one, at once or not at all."""
+    """Replace a full file by a compressed one, atomically."""
     unfinished = f"{target}.unfinished"
     try:
         with (
@@ -261,7 +263,7 @@ def _compress(source: str, target: str) -> None:
             gzip.open(file, "wb", compresslevel=GZIP_LEVEL) as small,
         ):
             shutil.copyfileobj(full, small, 1 << 20)
-    except OSError:  # a full disk: half a file helps nobody
+    except OSError:  # a full disk: half a file is useless
         Path(unfinished).unlink(missing_ok=True)
         raise
     os.replace(unfinished, target)  # noqa: PTH105 - the same
@@ -273,8 +275,8 @@ class EventLog:
     The log of a server. See the module header.
 
     Attributes:
-        events: So far.
-        dropped: Of those, not in the log, because the buffer was full or the disk failed.
+        events: Number of events so far.
+        dropped: How many of them are not in the log, because the buffer was full or the disk failed.
         failure: Why nothing more is written; None while all is well.
     """
 
@@ -286,10 +288,10 @@ class EventLog:
 
         Args:
             path: The newest file; older ones are `PATH.1.gz`, `PATH.2.gz` and so on.
-            header: Of the run.
-            max_bytes: A file is full.
-            files: At most so many are kept, >= 2.
-            buffered_events: That wait for the thread at most.
+            header: Header of the run.
+            max_bytes: Size at which a file is full.
+            files: Maximum number of files kept, >= 2.
+            buffered_events: Maximum number of events waiting for the thread.
 
         Raises:
             ConfigError: The file cannot be written.
@@ -310,7 +312,7 @@ class EventLog:
         self._thread.start()
 
     def __call__(self, now_s: float, event: Event, effects: Sequence[Effect], failed: str | None = None) -> None:
-        """Note an event; never waits."""
+        """Record an event; never waits."""
         self.events += 1
         if self.failure is not None:
             self.dropped += 1
@@ -321,7 +323,7 @@ class EventLog:
             self.dropped += 1
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Write what is left, and the last line."""
+        """Write the remaining events and the last line."""
         with contextlib.suppress(queue.Full):
             self._buffer.put(None, timeout=timeout_s)
         self._thread.join(timeout_s)
@@ -329,7 +331,7 @@ class EventLog:
             logger.error("event log: %s is not written to its end: the disk takes too long", self._path)
 
     def _write_all(self) -> None:
-        """The thread."""
+        """Body of the writer thread."""
         try:
             while (logged := self._buffer.get()) is not None:
                 self._write(logged)
@@ -346,11 +348,7 @@ class EventLog:
         n = logged[0]
         try:
             line = self._encoder.event(logged)
-        except (
-            TypeError,
-            ValueError,
-            OverflowError,
-        ):  # a value that JSON cannot have: this event is missing, the log goes on
+        except (TypeError, ValueError, OverflowError):  # not representable in JSON: the log continues without it
             logger.exception("event log: event %d cannot be written: %r", n, logged[2])
             self.dropped += 1
             return
@@ -360,6 +358,6 @@ class EventLog:
         self._written += 1
 
     def _mark_gap(self, n: int) -> None:
-        """Say so when events before this number are missing."""
+        """Record that events before this number are missing."""
         if n > self._last_n + 1:
             self._files.write(self._encoder.line(DroppedLine(n - self._last_n - 1)))

@@ -131,8 +131,8 @@ class OpenAiClient:
         origin = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-        # One connection per request, as from as many users: the server may close a kept one just as the next request is
-        # sent on it.
+        # One connection per request, as if from as many users: a server may close a kept-alive one just as the next
+        # request is sent on it.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(
             connector=connector, timeout=timeout, headers=headers, read_bufsize=LINE_BYTES

@@ -90,8 +90,8 @@ async def replay(
             for row in range(len(trace)):
                 output_tokens = int(trace.output_tokens[row])
                 body = client.body(prompts.prompt(row), output_tokens)
-                # Requests that are due go out together: with many streams, a turn of the loop may take longer than the
-                # time between two requests.
+                # Requests that are due are sent together: with many streams, one turn of the event loop may take longer
+                # than the time between two requests.
                 early_s = float(trace.arrival_s[row]) - now_s()
                 if early_s > 0.0 or now_s() - turned_s > LONGEST_BURST_S:
                     await asyncio.sleep(max(0.0, early_s))

@@ -1,10 +1,11 @@
 """
-A server as a process of its own, for whoever starts one and sends it requests: the demo, the tests, the benchmarks.
+A server in its own process, for code that starts one and sends it requests: the demo, the tests, the benchmarks.
 
-The command may be any that serves HTTP on the loopback, ours or another system's. Its output goes to a file, the end of which is part of
-every error. It leads a session of its own, so that Ctrl-C in a terminal reaches only whoever started it, who then stops it in good order;
-and so that whatever it has started can be found, and killed, by its group. A measurement may want it in the session of the load generator
-instead, for Linux shares out a core by sessions first (autogroup); it then has a process group of its own all the same.
+The command may be any that serves HTTP on the loopback, ours or another system's. Its output goes to a file, and every
+error includes the end of it. The process leads its own session, so that Ctrl-C in a terminal reaches only the program
+that started it, which then stops it in good order, and so that everything the server has started can be found, and
+killed, by its group. A measurement may need the server in the load generator's session instead, because Linux divides a
+core among sessions first (autogroup); the process then still has its own process group.
 """
 
 import contextlib
@@ -25,10 +26,10 @@ from cascadeinfer.core.errors import CascadeError
 
 STOP_TIMEOUT_S: Final = 30.0
 CHILDREN_TIMEOUT_S: Final = 10.0
-"""For what a server has started, once it has ended itself: Python's resource tracker for instance still removes shared memory."""
+"""Time for the server's children to end after it; Python's resource tracker, for one, still removes shared memory."""
 POLL_S: Final = 0.25
 KILLED_TIMEOUT_S: Final = 5.0
-"""A signal arrives in no time, but memory has to be given back, and a process in a call to a device ends after the call."""
+"""A signal arrives at once, but memory must be freed, and a process inside a device call ends only after it."""
 ENDING_POLL_S: Final = 0.02
 HTTP_TIMEOUT_S: Final = 10.0
 TAIL_LINES: Final = 25
@@ -40,7 +41,7 @@ class ServerFailedError(CascadeError):
 
     Attributes:
         reason: What happened, in one line.
-        log: The server's output.
+        log: File with the server's output.
         log_tail: Its last lines.
     """
 
@@ -53,13 +54,13 @@ class ServerFailedError(CascadeError):
 
 class ServedProcess:
     """
-    See the module header. As a context manager it is started on entry and stopped on exit.
+    A server process. See the module header. As a context manager it is started on entry and stopped on exit.
 
     Attributes:
         command: Program and arguments.
-        port: Where it serves, on the loopback.
-        log: The file that takes its output.
-        name: What errors call it.
+        port: Port on the loopback.
+        log: File for the output.
+        name: The server's name in errors.
     """
 
     def __init__(
@@ -79,13 +80,13 @@ class ServedProcess:
 
         Args:
             command: Program and arguments.
-            port: Where the command serves; the command has to say so itself.
-            log: File for the output; what it holds is replaced.
-            name: What errors call the server.
+            port: Port on which the command serves; the command itself must set it.
+            log: File for the output; its contents are replaced.
+            name: The server's name in errors.
             environment: Added to this process's own.
             own_session: See the module header.
             stop_timeout_s: How long `stop` waits after SIGTERM.
-            children_timeout_s: How long `stop` then waits for what the server has started.
+            children_timeout_s: How long `stop` then waits for the processes that the server has started.
         """
         self.command = list(command)
         self.port = port
@@ -109,7 +110,7 @@ class ServedProcess:
     # --- the process -------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the process, once. Raises ServerFailedError when there is no such program."""
+        """Start the process, once. Raises ServerFailedError if there is no such program."""
         assert self._process is None, "it has been started"
         with self.log.open("wb") as output:
             try:
@@ -124,33 +125,33 @@ class ServedProcess:
                 )
             except OSError as error:
                 raise self.failure(f"{self.name} cannot be started: {error}") from error
-        self._root = psutil.Process(self._process.pid)  # which tells it from a later process with the same id
+        self._root = psutil.Process(self._process.pid)  # distinguishes it from a later process with the same id
 
     @property
     def pid(self) -> int:
-        """Of the process, and of its group."""
+        """The id of the process and of its group."""
         return self._started().pid
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; minus the signal that has ended it."""
+        """None while the process runs; minus the signal's number if a signal ended it."""
         return self._started().poll()
 
     def check_alive(self) -> None:
-        """Raise ServerFailedError when the process has ended."""
+        """Raise ServerFailedError if the process has ended."""
         if (code := self.exit_code) is not None:
             raise self.failure(f"{self.name} ended with exit code {code}")
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process alone."""
+        """Send a signal to this process only."""
         self._started().send_signal(number)
 
     def family(self) -> list[psutil.Process]:
         """
-        What lives of the process, everything below it, and whatever else is in its group or session.
+        The living processes of the server: itself, its descendants, and all others in its group or session.
 
         Returns:
-            The process itself first. The last kind are those whose parents have ended.
+            The process itself first. The others in its group or session are those whose parents have ended.
         """
         assert self._root is not None, "start it first"
         found: dict[int, psutil.Process] = {}
@@ -178,24 +179,25 @@ class ServedProcess:
             raise self.failure(f"{self.name} has not ended within {timeout_s:g} s") from None
 
     def kill(self) -> None:
-        """End the process and everything it has started, without asking."""
+        """Kill the process and everything it has started."""
         self._kill(self.family())
 
     def stop(self) -> int | None:
         """
-        SIGTERM, a wait for it and for what it has started, SIGKILL to what is left.
+        Send SIGTERM, wait for the server and its children, then SIGKILL what is left.
 
-        May be called at any time, and again. An exception meanwhile, such as KeyboardInterrupt, ends the waiting, not the killing.
+        May be called at any time and repeatedly. An exception in the meantime, such as KeyboardInterrupt, ends the
+        waiting but not the killing.
 
         Returns:
-            The exit code; None when the process was never started.
+            The exit code; None if the process was never started.
         """
         if self._process is None:
             return None
         if not self._is_stopped:
             family = self.family()
             try:
-                with contextlib.suppress(subprocess.TimeoutExpired):  # it does not listen: killed below
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it ignores SIGTERM: killed below
                     self._end_in_good_order(self._process, family)
             finally:
                 self._kill([*family, *self.family()])
@@ -204,7 +206,10 @@ class ServedProcess:
         return self._process.returncode
 
     def _end_in_good_order(self, process: subprocess.Popen[bytes], family: Iterable[psutil.Process]) -> None:
-        """SIGTERM, then wait. Raises TimeoutExpired when the process itself has not ended; the rest of the family may live on."""
+        """
+        Send SIGTERM and wait. Raises TimeoutExpired if the process itself has not ended; its family
+        may still run.
+        """
         if process.poll() is None:
             process.terminate()
             process.wait(self._stop_timeout_s)
@@ -215,7 +220,7 @@ class ServedProcess:
         return self._process
 
     def _kill(self, family: Iterable[psutil.Process]) -> None:
-        """SIGKILL to the group, as long as it has somebody in it, and to those who have left it."""
+        """Send SIGKILL to the group while it has members, and to the processes that have left it."""
         if living := _living(family):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -224,15 +229,15 @@ class ServedProcess:
                 process.kill()
         _wait_ended(living, KILLED_TIMEOUT_S)
 
-    # --- what it says ------------------------------------------------------------------------------------------------
+    # --- output -------------------------------------------------------------------------------------------------------
 
     @property
     def url(self) -> str:
-        """Where it serves."""
+        """Base URL of the server."""
         return f"http://{LOOPBACK}:{self.port}"
 
     def answers(self, path: str) -> bool:
-        """Whether it answers a GET with 200 yet. Raises ServerFailedError when it has ended."""
+        """Whether the server answers a GET with 200 yet. Raises ServerFailedError if it has ended."""
         self.check_alive()
         try:
             return self._get(path)[0] == HTTPStatus.OK
@@ -240,7 +245,7 @@ class ServedProcess:
             return False
 
     def page(self, path: str) -> str:
-        """The body of a page. Raises ServerFailedError when there is none."""
+        """The body of a page. Raises ServerFailedError if there is none."""
         try:
             status, body = self._get(path)
         except (OSError, http.client.HTTPException) as error:
@@ -252,7 +257,7 @@ class ServedProcess:
 
     def wait_ready(self, path: str, timeout_s: float) -> float:
         """
-        Wait until it answers a GET with 200.
+        Wait until the server answers a GET with 200.
 
         Returns:
             Seconds waited.
@@ -269,10 +274,10 @@ class ServedProcess:
         Wait for a condition.
 
         Args:
-            condition: Asked again and again.
+            condition: Polled until it returns true.
             what: The condition in words, for the error.
             timeout_s: How long to wait.
-            poll_s: Pause between two questions.
+            poll_s: Time between two polls.
 
         Returns:
             Seconds waited.
@@ -289,15 +294,15 @@ class ServedProcess:
         return time.monotonic() - began_s
 
     def log_tail(self, n_lines: int = TAIL_LINES) -> str:
-        """The end of its output."""
+        """The end of the output."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-n_lines:])
 
     def failure(self, reason: str) -> ServerFailedError:
-        """The error of this reason, with the end of the output."""
+        """An error with this reason and the end of the output."""
         return ServerFailedError(reason, log=self.log, log_tail=self.log_tail())
 
     def _get(self, path: str) -> tuple[int, str]:
-        """Status and body. Raises OSError or HTTPException when there is no answer."""
+        """Status and body. Raises OSError or HTTPException if there is no answer."""
         connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=HTTP_TIMEOUT_S)
         with contextlib.closing(connection):
             connection.request("GET", path)
@@ -306,7 +311,7 @@ class ServedProcess:
 
 
 def _living(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those that have not ended; one whose parent has not asked for its end has ended too."""
+    """The processes that have not ended; a zombie counts as ended."""
     living = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -316,7 +321,7 @@ def _living(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 def _wait_ended(processes: Iterable[psutil.Process], timeout_s: float) -> None:
-    """Until none of them lives, but no longer than this."""
+    """Wait until all of them have ended, or until the timeout."""
     end_s = time.monotonic() + timeout_s
     while (processes := _living(processes)) and time.monotonic() < end_s:
         time.sleep(ENDING_POLL_S)

@@ -1,10 +1,11 @@
 """
-Which step model fits, its coefficients, and its error on batches that it has not seen.
+Chooses the form of the step model, fits its coefficients, and determines its error on batches that it has not seen.
 
-The candidates go from a straight line to the full model: with the knee of the dense layers, with the straggler of mixed lengths under
-the split rule of the attention backend. Each is fitted five times with another fifth of the *kinds of batch* held out (not of the
-samples: two samples of one kind are nearly the same), and judged by the error on those. A richer candidate has to be clearly better. The
-coefficients written down are those of a last fit to all samples; the errors written down are those on batches held out.
+The candidates range from a straight line to the full model, which adds the knee of the dense layers and the straggler
+of mixed lengths under the attention backend's split rule. Each is fitted five times, each time with another fifth of
+the *kinds of batch* held out (not of the samples: two samples of one kind are nearly the same), and judged by its error
+on those. A richer candidate must be clearly better. The profile's coefficients come from a final fit to all samples;
+its errors are those on held-out batches.
 """
 
 from dataclasses import dataclass, replace
@@ -23,11 +24,11 @@ from cascadeinfer.profiling.statistics import Points
 
 FOLDS: Final = 5
 CLEARLY_BETTER: Final = 0.95
-"""A richer model must bring the held-out error below this share of the simpler one's."""
+"""A richer model's held-out error must be below this share of the simpler one's."""
 ERROR_CAP: Final = 0.5
-"""Relative errors above count as this much when models are compared: one wild sample must not decide."""
+"""Larger relative errors count as this much when models are compared, so that one wild sample does not decide."""
 WILD_FACTOR: Final = 3.0
-"""A single step so much longer than the model says is an outlier as well."""
+"""A single step that takes this many times the model's prediction is also an outlier."""
 
 LINE: Final = ("base_s", "per_decode_s", "per_kv_token_s", "per_prefill_token_s", "per_prefill_attention_s")
 KNEE: Final = ("dense_knee_tokens", "per_dense_token_s")
@@ -40,7 +41,7 @@ NOTHING: Final = StepModel(
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A form of the step model: what is fixed (the split rule) and what is fitted."""
+    """A form of the step model: the fixed part (the split rule) and the fitted parameters."""
 
     name: str
     start: StepModel
@@ -50,15 +51,15 @@ class Candidate:
 @dataclass(frozen=True, slots=True)
 class ProfileFit:
     """
-    The model chosen.
+    The chosen model.
 
     Attributes:
-        form: Its name among the candidates.
-        held_out: Errors on batches that the fit had not seen: all, then by region.
-        predicted_s: Of each sample, by the fit that had not seen it.
-        samples: What it was fitted to.
-        spread: Of each sample, see `Points`.
-        outliers: Single steps left out for being far above the model.
+        form: Name of the candidate.
+        held_out: Errors on batches that the fit had not seen: overall, then by region.
+        predicted_s: For each sample, the prediction of the fit that had not seen it.
+        samples: The samples it was fitted to.
+        spread: For each sample, see `Points`.
+        outliers: Number of single steps left out because they are far above the model.
     """
 
     form: str
@@ -71,7 +72,7 @@ class ProfileFit:
 
 
 def split_structure(identity: EngineIdentity, multiprocessors: int | None) -> StepModel | None:
-    """The split rule of the engine's attention, where it is known; its rates are for the fit to find."""
+    """The split rule of the engine's attention, if known; its rates are left to the fit."""
     if multiprocessors is None:
         return None
     rule = _rule_of(identity)
@@ -98,7 +99,7 @@ def _rule_of(identity: EngineIdentity) -> SplitRule | None:
 
 
 def candidates(structure: StepModel | None) -> list[Candidate]:
-    """The forms to try, the simplest first."""
+    """The candidate forms, simplest first."""
     found = [
         Candidate("line", NOTHING, LINE),
         Candidate("line and knee", NOTHING, LINE + KNEE),
@@ -145,7 +146,7 @@ def fit_points(points: Points, structure: StepModel | None = None, *, seed: int 
 
 
 def _folds(points: Points, rng: np.random.Generator) -> NDArray[np.int64]:
-    """The fold of each sample: that of its kind of batch; the kinds of each family are dealt out in turn."""
+    """The fold of each sample, by kind of batch; each family's kinds are assigned to folds in turn."""
     fold_of_kind: dict[str, int] = {}
     kinds = sorted(set(points.kind_of))
     order = [kinds[i] for i in rng.permutation(len(kinds))]
@@ -155,7 +156,7 @@ def _folds(points: Points, rng: np.random.Generator) -> NDArray[np.int64]:
 
 
 def _held_out(candidate: Candidate, samples: StepSamples, fold_of: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Each sample as predicted by the fit without its fold."""
+    """Each sample's prediction by the fit without its fold."""
     predicted_s = np.zeros(len(samples))
     for fold in range(FOLDS):
         held = fold_of == fold
@@ -166,7 +167,7 @@ def _held_out(candidate: Candidate, samples: StepSamples, fold_of: NDArray[np.in
 
 
 def _without_wild(points: Points) -> tuple[Points, int]:
-    """Without single steps that a first, simple fit finds far too long."""
+    """Drop single steps that a first, simple fit finds far too long."""
     single = points.counts == 1
     try:
         line = fit_step_model(points.samples, start=NOTHING, free=LINE).model

@@ -1,5 +1,5 @@
 """
-Which batches to measure: everything the engine can hold, from one short request to as many long ones as fit.
+Chooses the batches to measure: everything the engine can hold, from one short request to as many long ones as fit.
 
     decode   n requests of one length: count and length in powers, so that every corner of (count, KV) is covered
     mixed    one long request among short ones, a quarter long ones, lengths spread over the whole range
@@ -69,7 +69,7 @@ class BatchKind:
 
     @property
     def work_tokens(self) -> int:
-        """Tokens to compute to get there, a measure of its cost."""
+        """Tokens to compute to reach the batch, a measure of its cost."""
         return sum(self.lengths) + PROMPT_REPEATS * sum(self.prompts) + DECODE_STEPS * len(self.lengths)
 
 

@@ -102,11 +102,11 @@ class SampleLog:
 
     def open(self, header: Header) -> None:
         """
-        Read what is there, and prepare to append.
+        Read the existing log and prepare to append.
 
         Raises:
-            ConfigError: The steps there are of another engine, the file is no log, or it cannot be written; one without steps is
-                removed then.
+            ConfigError: Its steps are from another engine, the file is not a log, or it cannot be written; in that case
+                a log without steps is removed.
         """
         if self.path.is_file() and self.path.stat().st_size > 0:
             self._read(header)

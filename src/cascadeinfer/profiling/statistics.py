@@ -1,10 +1,10 @@
 """
-From steps to samples: the median of like steps, without the outliers, which are counted.
+Reduces steps to samples: the median of like steps, without the outliers, which are counted.
 
-Like steps are those of one kind of batch with the same requests decoding and the same prompt tokens, in a window in which their KV cache
-hardly grows; repetitions of the grid are pooled, so that a disturbance of one of them does not survive. A step far longer than its like
-is an outlier: a compilation, a process that took the processor. A step that has no like cannot be told from one by itself; `fitting.py`
-looks at those again.
+Like steps are steps of one kind of batch with the same requests decoding and the same prompt tokens, in a window in
+which their KV cache hardly grows. Repetitions of the grid are pooled, so that a disturbance of one of them is averaged
+out. A step far longer than its like is an outlier, caused for example by a compilation or by another process on the
+processor. A step without like steps cannot be recognised as an outlier here; `fitting.py` checks those again.
 """
 
 from collections import defaultdict
@@ -21,14 +21,14 @@ from cascadeinfer.profiling.log import BatchRun, MeasuredStep
 WINDOW_STEPS: Final = 12
 """Decode steps pooled into one sample."""
 OUTLIER_FACTOR: Final = 2.0
-"""Over the median; and above the spread of the others, too."""
+"""Threshold for outliers over the median; an outlier must also be above the spread of the others."""
 OUTLIER_DEVIATIONS: Final = 6.0
 NORMAL_OF_MAD: Final = 1.4826
-"""Standard deviation over median absolute deviation of normal numbers."""
+"""Ratio of standard deviation to median absolute deviation of a normal distribution."""
 MAX_RAMP_SAMPLES: Final = 8
-"""Samples that the ramp of one kind of batch gives: it has as many steps as its prompts have chunks."""
+"""Samples taken from the ramp of one kind of batch, which has as many steps as its prompts have chunks."""
 REPEATS: Final = "the same batch in another round"
-"""Name of the error that the machine itself makes."""
+"""Name of the error that is due to the machine itself."""
 
 Key = tuple[str, int, int, int]
 
@@ -36,15 +36,15 @@ Key = tuple[str, int, int, int]
 @dataclass(frozen=True, slots=True)
 class Points:
     """
-    What the model is fitted to.
+    The data that the model is fitted to.
 
     Attributes:
         samples: Medians of like steps.
-        kind_of: Per sample, the kind of batch it is of.
-        counts: Per sample, steps that it is the median of.
-        spread: Per sample, half the distance of the quartiles of its steps over their median; 0 for a single step.
-        steps: Steps seen.
-        outliers: Steps left out.
+        kind_of: For each sample, its kind of batch.
+        counts: For each sample, the number of steps behind the median.
+        spread: For each sample, half the interquartile range of its steps over their median; 0 for a single step.
+        steps: Number of steps seen.
+        outliers: Number of steps left out.
         repeats: How far the medians of single rounds are from the pooled ones; None with one round.
     """
 
@@ -95,7 +95,7 @@ def points_of(runs: Sequence[BatchRun]) -> Points:
 
 
 def inliers(seconds: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which of some like steps are no outliers; at least half of them."""
+    """Mask of the like steps that are not outliers; at least half of them."""
     median = np.median(seconds)
     deviation = NORMAL_OF_MAD * np.median(np.abs(seconds - median))
     kept: NDArray[np.bool_] = seconds <= np.maximum(OUTLIER_FACTOR * median, median + OUTLIER_DEVIATIONS * deviation)
@@ -104,9 +104,9 @@ def inliers(seconds: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 def step_share(runs: Iterable[BatchRun]) -> float:
     """
-    Sum of the steps' seconds over the wall time of their runs: 1 when the engine did nothing but the steps as it timed them.
+    Sum of the step times over the wall time of their runs: 1 if the engine did nothing but these steps.
 
-    Prompts alone do not count where there is anything else: between two of them the engine waits for the client.
+    Prompts alone count only if there is nothing else, because between two of them the engine waits for the client.
     """
     runs = list(runs)
     busy = [run for run in runs if any(step.n_decode for step in run.steps)] or runs
@@ -114,7 +114,7 @@ def step_share(runs: Iterable[BatchRun]) -> float:
 
 
 def _groups(runs: Sequence[BatchRun]) -> dict[Key, list[tuple[int, MeasuredStep]]]:
-    """Like steps with the round they are of."""
+    """Like steps, each with the round it belongs to."""
     groups: dict[Key, list[tuple[int, MeasuredStep]]] = defaultdict(list)
     for run in runs:
         seen: dict[tuple[int, int], int] = defaultdict(int)
@@ -131,7 +131,7 @@ def _groups(runs: Sequence[BatchRun]) -> dict[Key, list[tuple[int, MeasuredStep]
 
 
 def _thinned(groups: dict[Key, list[tuple[int, MeasuredStep]]]) -> dict[Key, list[tuple[int, MeasuredStep]]]:
-    """At most so many ramp samples per kind: those with the most steps, then at equal distances."""
+    """Limit the ramp samples of each kind: keep those with the most steps, then evenly spaced ones."""
     ramps: dict[str, list[Key]] = defaultdict(list)
     for key in groups:
         ramps[key[0]].append(key)

@@ -1,9 +1,9 @@
 """
-How good a measured profile is, and what would make it better.
+Judges how good a measured profile is, and what would make it better.
 
-The judge is the error on steps that the fit has not seen. Where it is large there are three causes, each with its own remedy: the machine
-itself varies as much from one round to the next; the time did not suffice for all kinds of batch; or no form of the step model has the
-property that these steps show.
+The criterion is the error on steps that the fit has not seen. A large error has one of three causes, each with its own
+remedy: the machine varies as much from one round to the next; the time was too short for all kinds of batch; or no form
+of the step model has the property that these steps show.
 """
 
 import enum
@@ -17,11 +17,11 @@ from cascadeinfer.profiling.profiler import WHOLE_SHARE
 from cascadeinfer.profiling.statistics import REPEATS
 
 NOISE_SHARE: Final = 0.5
-"""From this share of the fit's error on, what the machine varies by from round to round explains most of it."""
+"""From this share of the fit's error on, the variation of the machine between rounds explains most of it."""
 
 
 class Grade(enum.Enum):
-    """What a profile may be used for."""
+    """What a profile is good enough for."""
 
     GOOD = "plans and simulations may rest on it"
     FAIR = "a start for serve, which learns costs on; layouts that a plan finds nearly equal may swap places"
@@ -30,7 +30,7 @@ class Grade(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Largest relative errors on held-out steps, as a share of the step time."""
+    """Maximum relative errors on held-out steps, as shares of the step time."""
 
     median: float
     p90: float
@@ -41,21 +41,21 @@ class Limit:
 
 
 GOOD: Final = Limit(median=0.05, p90=0.15)
-"""About what the parts of the shipped profiles reach against the measurements they were made from."""
+"""About what parts of the shipped profiles reach against the measurements they were made from."""
 FAIR: Final = Limit(median=0.15, p90=0.40)
-"""Beyond it two stages of different lengths can be mistaken for each other."""
+"""Beyond this, two stages of different lengths can be mistaken for each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """
-    The judgement on a profile.
+    The verdict on a profile.
 
     Attributes:
         held_out: Relative error on steps that the fit had not seen.
         noise: How far one round of a batch is from the median of its rounds; None with one round.
-        unmeasured: What was not measured, a phrase each.
-        remedies: What would make the profile better, a phrase each; empty when nothing has to be done.
+        unmeasured: What was not measured, one phrase each.
+        remedies: What would improve the profile, one phrase each; empty if nothing needs to be done.
     """
 
     grade: Grade
@@ -67,11 +67,11 @@ class Verdict:
 
 def judge(profile: CostProfile, samples: StepSamples) -> Verdict:
     """
-    The verdict on a profile that has been measured.
+    The verdict on a measured profile.
 
     Args:
-        profile: With its measurement and its errors, the first of which is that of all held-out steps.
-        samples: What it was fitted to.
+        profile: A profile with its measurement and its errors, the first of which covers all held-out steps.
+        samples: The samples it was fitted to.
     """
     measurement = profile.measurement
     assert measurement is not None, "a measured profile says how"
@@ -96,24 +96,28 @@ def _is_whole(measurement: Measurement) -> bool:
 
 
 def _left_out(measurement: Measurement, capacity: InstanceCapacity) -> tuple[str, ...]:
-    """What the time did not allow, and up to where it did."""
+    """What the time did not allow, and how far the measurement got."""
     if not measurement.left_out:
         return ()
     n_kinds = measurement.left_out + measurement.batches
     reached = f"{measurement.max_decodes} requests and {measurement.max_kv_tokens:,} tokens of KV cache"
     held = f"{capacity.max_num_seqs} and {capacity.kv_tokens:,}"
     return (
-        f"{measurement.left_out} of {n_kinds} kinds of batch, for want of time; steps had up to {reached}, the engine holds {held}",
+        (
+            f"{measurement.left_out} of {n_kinds} kinds of batch, for want of time; "
+            f"steps had up to {reached}, the engine holds {held}"
+        ),
     )
 
 
 def _remedies(grade: Grade, held_out: FitError, noise: FitError | None, measurement: Measurement) -> list[str]:
-    """What to do, the most useful first."""
+    """What to do, most useful first."""
     found = []
     is_noisy = noise is not None and noise.median >= NOISE_SHARE * held_out.median
     if grade is not Grade.GOOD and is_noisy:
         found.append(
-            "most of the error is the machine's own variation: stop what else runs on it, remove the samples and measure anew"
+            "most of the error is the machine's own variation: "
+            "stop what else runs on it, remove the samples and measure anew"
         )
     if measurement.left_out:
         found.append("go on with --resume and a larger --minutes, which counts from the first run on")
@@ -121,7 +125,8 @@ def _remedies(grade: Grade, held_out: FitError, noise: FitError | None, measurem
         return found
     if noise is None:
         found.append(
-            "go on with --resume, --rounds 3 and a larger --minutes, to tell the machine's variation from the model's error"
+            "go on with --resume, --rounds 3 and a larger --minutes, "
+            "to tell the machine's variation from the model's error"
         )
     if not _is_whole(measurement):
         share = f"{measurement.step_share:.0%}"

@@ -1,10 +1,11 @@
 """
-When to plan anew, from what, and whether to take the new plan.
+Online planning: when to plan, from which workload, and whether to adopt the new plan.
 
-The workload is what has arrived of late, finished or not (`core/adapt/recent.py`). Every `interval_s` the planner is asked; its plan is taken when
-it gains enough over the layout in force, predicted by the same model on the same workload: more from a small sample than from a large one
-(hysteresis: a plan that may be as good as the one in force changes nothing). When the demand is above every layout's
-capacity, the plan is made for what could be served.
+The workload consists of the requests that arrived recently, finished or not (`core/adapt/recent.py`). The planner runs
+every `interval_s`. Its plan is adopted when it gains enough over the layout in force, as predicted by the same model
+for the same workload. The required gain is larger for a small sample than for a large one (hysteresis: a plan that may
+be no better than the one in force changes nothing). When the demand exceeds the capacity of every layout, the plan is
+made for what could be served.
 """
 
 import math
@@ -23,30 +24,34 @@ from cascadeinfer.core.plan.problem import DEFAULT_MARGIN, DEFAULT_MAX_STAGES, H
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 
 Planner = Callable[[LengthHistogram, float, InstanceCapacity, int, StageLayout], Proposal | None]
-"""(workload, requests per second, capacity of an instance, instances, layout in force) -> better stages, or None. `Replanner` deals the
-instances out to them."""
+"""
+(workload, requests per second, capacity of an instance, instances, layout in force) -> better stages, or None.
+`Replanner` assigns the instances to the stages.
+"""
 
 SURE_REQUESTS: Final = 1000.0
-"""From so many requests on, the sample is less of an error than the model."""
+"""With at least this many requests, the sampling error is smaller than the model's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSettings:
     """
-    Numbers of the online planning.
+    Parameters of online planning.
 
     Attributes:
-        interval_s: Between two plans.
-        memory_s: Time constant with which the past fades.
-        min_requests: Fewest finished requests to plan from.
-        most_unknown: Share of requests that may outlive all that have finished; above, lengths are guesses and nothing is planned.
-        margin: What several stages must gain over one.
-        hysteresis: What a new plan must gain over the layout in force, when very many requests have been seen; see `needed_gain`.
-        overload_share: Share of the capacity to plan for when the demand is above it.
+        interval_s: Time between two plans.
+        memory_s: Time constant of the workload's exponential decay.
+        min_requests: Minimum number of finished requests to plan from.
+        most_unknown: Maximum share of requests that may outlive all finished ones; above it, lengths are guesses and
+            nothing is planned.
+        margin: Minimum gain of several stages over one.
+        hysteresis: Minimum gain of a new plan over the layout in force, in the limit of many requests; see
+            `needed_gain`.
+        overload_share: Share of the capacity to plan for when the demand exceeds it.
         objective: What to minimise.
-        hand_over: Price of a hand-over.
-        floor: Limits that every stage has to keep.
-        max_stages: Most stages.
+        hand_over: Cost of a hand-over.
+        floor: Limits that every stage must meet.
+        max_stages: Maximum number of stages.
         max_tokens: Longest sequence.
     """
 
@@ -65,10 +70,11 @@ class PlanSettings:
 
     def needed_gain(self, requests: float) -> float:
         """
-        What a new plan must gain over the layout in force, from a workload of so many requests (fading).
+        The gain over the layout in force that a new plan needs, given the (decayed) number of requests in the workload.
 
-        A prediction is off by its model, and by the sample it is made from, which shrinks with the root of the sample: near capacity,
-        800 requests of a workload of alike lengths were seen to promise 6 % to a layout that was 3 % worse (simulated).
+        A prediction has the error of its model and that of its sample, which shrinks with the square root of the sample
+        size. Near capacity, 800 requests of nearly equal lengths were seen to promise 6 % to a layout that was 3 %
+        worse (simulated).
         """
         return self.hysteresis * (1.0 + math.sqrt(SURE_REQUESTS / max(1.0, requests)))
 
@@ -81,7 +87,7 @@ class PlanSettings:
         n_instances: int,
     ) -> PlanProblem:
         """
-        What is to be planned.
+        The planning problem for this workload.
 
         Raises:
             PlanError: The workload does not fit the instances.
@@ -105,8 +111,8 @@ class ModelPlanner:
     The planner of `core/plan` on a cost model, with hysteresis; a `Planner`.
 
     Attributes:
-        model: The cost model; without one there is no plan.
-        why: What the last proposal gains.
+        model: The cost model; without one, no plan is made.
+        why: The reason for the last proposal, with its predicted gain.
     """
 
     def __init__(self, model: StepModel | None, settings: PlanSettings) -> None:
@@ -131,7 +137,7 @@ class ModelPlanner:
             best = solve(problem)
         except PlanError as error:
             if not error.capacity_per_s:
-                return None  # not even the least demand can be served within the floor: no layout is better than this
+                return None  # even the smallest demand cannot be served within the floor: no layout is better
             problem = problem.with_rate(settings.overload_share * error.capacity_per_s)
             best = solve(problem)
         in_force = Proposal.like(current)
@@ -140,7 +146,10 @@ class ModelPlanner:
         gain = settings.objective.gain(self._cost_of(problem, in_force), best.cost)
         if gain < settings.needed_gain(workload.requests):
             return None
-        self.why = f"planned from {workload.requests:.0f} requests at {rate_per_s:.3g}/s: predicted gain over the layout before {gain:.0%}"
+        self.why = (
+            f"planned from {workload.requests:.0f} requests at {rate_per_s:.3g}/s: predicted gain over the layout "
+            f"before {gain:.0%}"
+        )
         return best.proposal
 
     @staticmethod
@@ -148,11 +157,11 @@ class ModelPlanner:
         try:
             return predict(problem, in_force).cost
         except PlanError:
-            return float("inf")  # boundaries so near to one another that the workload's buckets do not tell them apart
+            return float("inf")  # boundaries too close together for the workload's buckets
 
 
 class Replanner:
-    """The clock of the planning, and the workload it is made from."""
+    """Schedules online planning and keeps the workload that plans are made from."""
 
     def __init__(self, planner: Planner, settings: PlanSettings) -> None:
         """
@@ -166,7 +175,7 @@ class Replanner:
         self._next_s: float | None = None
 
     def is_due(self, now_s: float) -> bool:
-        """Whether `propose` should be called; the first time one interval after the first question."""
+        """Whether `propose` should be called. The first plan is due one interval after the first call."""
         if self._next_s is None:
             self._next_s = now_s + self._settings.interval_s
         return now_s >= self._next_s
@@ -180,17 +189,17 @@ class Replanner:
         unfinished: Unfinished = NOBODY,
     ) -> StageLayout | None:
         """
-        Ask the planner.
+        Ask the planner for a better layout.
 
         Args:
             current: Layout in force.
-            capacity: Of each instance.
-            ranked_ids: The instances in the order in which stages are dealt out, shortest stage first.
+            capacity: Capacity of each instance.
+            ranked_ids: The instances in the order in which they are assigned to stages, shortest stage first.
             now_s: The time.
-            unfinished: What runs or waits now.
+            unfinished: Requests that run or wait now.
 
         Returns:
-            A layout that is better by the margin, or None.
+            A layout that is better by the required gain, or None.
         """
         self._next_s = now_s + self._settings.interval_s
         seen = self.workload.look(now_s, self._settings.min_requests, unfinished, self._settings.most_unknown)

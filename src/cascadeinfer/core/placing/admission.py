@@ -1,11 +1,13 @@
 """
-Who may wait, who must go, and when those may come again.
+Admission control: which requests may wait, which one is refused, and when its client may retry.
 
-`DrainRate` follows how many requests leave the instances per second, over the last `MEMORY` of them and at most `HORIZON_S`; the time since
-the last one counts, so that a stall shows at once. `Retry-After` is the time that this many per second take for the queue and one more.
+`DrainRate` tracks how many requests leave the instances per second, over the last `MEMORY` of them and at most
+`HORIZON_S`. The time since the last one counts, so a stall shows at once. `Retry-After` is the time in which, at this
+rate, the queue and one more request would drain.
 
-When the queue is full the request that goes is the one that would run last: of the highest priority number (vLLM's meaning: lower runs
-earlier), the youngest among them. It may be the newcomer. Requests that have output are never refused: their clients are reading.
+When the queue is full, the request that would run last is refused: among those with the highest priority number (in
+vLLM a lower number runs earlier), the youngest. That may be the newcomer. A request that has output is never refused,
+because its client is already reading.
 """
 
 from collections import deque
@@ -16,29 +18,29 @@ from typing import Final
 from cascadeinfer.core.view import RequestView
 
 MEMORY: Final = 64
-"""Ends that the rate is taken over."""
+"""Number of recent finishes that the rate is computed from."""
 HORIZON_S: Final = 60.0
-"""Ends longer ago than this say nothing of now."""
+"""Older finishes say nothing about the present."""
 MIN_RETRY_S: Final = 1.0
 MAX_RETRY_S: Final = 60.0
-"""Bounds of `Retry-After`: it counts whole seconds, and beyond a minute a guess is worth nothing."""
+"""Bounds of `Retry-After`: it is in whole seconds, and beyond a minute the estimate is worthless."""
 
 RUN_ORDER: Final = attrgetter("priority", "arrival")
 
 
 class DrainRate:
-    """Requests that end per second, lately."""
+    """The recent rate at which requests finish, in requests per second."""
 
     def __init__(self) -> None:
-        """Nothing has ended."""
+        """Start without any finished request."""
         self._ends_s: deque[float] = deque(maxlen=MEMORY)
 
     def note_end(self, now_s: float) -> None:
-        """A request that ran has ended."""
+        """Record that a running request has finished."""
         self._ends_s.append(now_s)
 
     def per_second(self, now_s: float) -> float:
-        """The rate; 0.0 while fewer than two ends are known, or when they came at once and just now."""
+        """The rate; 0.0 while fewer than two finishes are known, or when all of them happened just now."""
         while self._ends_s and self._ends_s[0] < now_s - HORIZON_S:
             self._ends_s.popleft()
         if len(self._ends_s) < 2 or now_s <= self._ends_s[0]:
@@ -46,7 +48,7 @@ class DrainRate:
         return (len(self._ends_s) - 1) / (now_s - self._ends_s[0])
 
     def retry_after_s(self, n_queued: int, now_s: float, unknown_s: float) -> float:
-        """When a refused client may come again; `unknown_s` when no rate is known."""
+        """Seconds after which a refused client may retry; `unknown_s` when no rate is known."""
         rate = self.per_second(now_s)
         if rate == 0.0:
             return unknown_s
@@ -54,5 +56,5 @@ class DrainRate:
 
 
 def to_refuse(queued: Iterable[RequestView]) -> RequestView | None:
-    """The request that makes room in a full queue; None when all of them have output."""
+    """The request to refuse when the queue is full; None when every request has output."""
     return max((r for r in queued if r.settled_tokens == r.prompt_tokens), key=RUN_ORDER, default=None)

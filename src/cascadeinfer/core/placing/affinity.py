@@ -1,19 +1,20 @@
 """
-Prefix-cache affinity: a request goes where its prompt's beginning is cached when that is worth more than the right place.
+Prefix-cache affinity: a request goes where the beginning of its prompt is cached if that outweighs the right place.
 
-The right place is the one that the policy would choose without a cache: the cheapest instance of the request's stage. Another instance
-takes it instead when
+The right place is the one the policy would choose without a cache: the cheapest instance of the request's stage.
+Another instance takes the request instead when
 
     saved there > extra cost there + MARGIN * marginal price of the right place,
 
-all per token of the requests concerned (`InstanceView.marginal_price`). `saved` is the time in which the part of the prompt would be computed that is cached
-there and not at the right place: everybody on that instance would wait for it, as much as urgency says that a first token matters. The extra cost is the
-difference of the marginal prices with no more cached there than at the right place, and at least nothing: that another instance is idle, or that its stage
-is the wrong one, is no reason to go there, only a cache is.
+all per token of the requests concerned (`InstanceView.marginal_price`). `saved` is the time to compute the part of the
+prompt that is cached there and not at the right place: every request on that instance would wait for it, and urgency
+says how much a first token matters. The extra cost is the difference of the marginal prices with no more cached there
+than at the right place, and never negative: an instance is not chosen because it is idle, or because its stage is
+another one, but only for its cache.
 
-What is cached where is a guess from own dispatches and moves (`core/placing/prefix_index.py`); the engines are not asked. A guess that is
-wrong costs one prefill. Inputs read: hashes of the prompt's blocks; without them, or where nothing matches, nothing changes. A draining
-or full instance is no candidate.
+What is cached where is a guess from the policy's own dispatches and moves (`core/placing/prefix_index.py`); the engines
+are not asked. A wrong guess costs one prefill. Inputs read: hashes of the prompt's blocks; without them, or without a
+match, nothing changes. A draining or full instance is not a candidate.
 """
 
 from collections.abc import Sequence
@@ -25,9 +26,9 @@ from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import RequestView
 
 MARGIN = 0.03
-"""A smaller gain is none, as for plans."""
+"""Smaller gains are ignored, as with plans."""
 MAX_BLOCKS = 1 << 20
-"""Blocks that are remembered; the least recently used go first."""
+"""Capacity of the index in blocks; the least recently used are evicted first."""
 
 
 class PrefixAffinity:
@@ -36,27 +37,27 @@ class PrefixAffinity:
     def __init__(self, max_blocks: int = MAX_BLOCKS) -> None:
         """
         Args:
-            max_blocks: Blocks that are remembered, counted once per instance.
+            max_blocks: Capacity of the index in blocks, counted once per instance.
         """
         self._index = PrefixIndex(max_blocks)
 
     def note_place(self, request: RequestView, instance_id: InstanceId) -> None:
-        """The prompt is computed, or its KV cache has arrived, there."""
+        """Record that the prompt's KV cache has been computed on, or transferred to, this instance."""
         if request.prefix_hashes:
             self._index.add(request.prefix_hashes, instance_id)
 
     def forget(self, instance_id: InstanceId) -> None:
-        """The instance is gone, and its cache with it."""
+        """Forget an instance that is gone, together with its cache."""
         self._index.forget(instance_id)
 
     def choose(self, request: RequestView, right: InstanceView, instances: Sequence[InstanceView]) -> InstanceView:
         """
-        The instance that takes a request.
+        The instance for a request.
 
         Args:
-            request: With its hashes, or none.
-            right: Where it would go without a cache.
-            instances: Those of all stages.
+            request: With or without prefix hashes.
+            right: The instance it would go to without a cache.
+            instances: The candidates, from all stages.
         """
         matched = self._index.matches(request.prefix_hashes)
         if not matched:

@@ -1,9 +1,10 @@
 """
 An approximate radix tree over prompts: which instance has probably cached which prefix.
 
-Each hash of a prompt's block covers all blocks before it, so a hash names a node of the tree and a prompt is a path; a dict from hash to
-instances is the whole tree. A node remembers when it was last used; beyond `max_blocks` the least recently used nodes go. A prompt's nodes
-are touched from the leaf to the root, so a parent is always younger than its children and leaves go first.
+The hash of a prompt's block covers all blocks before it, so a hash names a node of the tree and a prompt is a path; a
+dict from hash to instances represents the whole tree. When more than `max_blocks` are stored, the least recently used
+nodes are evicted. Nodes of a prompt are touched from leaf to root, so a parent is always more recent than its children,
+and leaves are evicted first.
 """
 
 from collections.abc import Sequence
@@ -20,15 +21,15 @@ class PrefixIndex:
         self._blocks = 0
 
     def __len__(self) -> int:
-        """Blocks remembered, counted once per instance."""
+        """Number of blocks stored, counted once per instance."""
         return self._blocks
 
     def match(self, hashes: Sequence[int]) -> tuple[int, InstanceId | None]:
         """
-        The longest known prefix.
+        Find the longest known prefix.
 
         Returns:
-            Its blocks, and the instance that used it last; 0 and None when nothing is known.
+            Its length in blocks and the instance that used it last; 0 and None when nothing matches.
         """
         matched = 0
         instance_id: InstanceId | None = None
@@ -41,7 +42,7 @@ class PrefixIndex:
         return matched, instance_id
 
     def matches(self, hashes: Sequence[int]) -> dict[InstanceId, int]:
-        """Per instance that has used any of it, the blocks of the longest prefix that it has used whole."""
+        """For each instance that has used the first block: the length, in blocks, of the longest prefix it has used."""
         matched: dict[InstanceId, int] = {}
         holders: set[InstanceId] = set(self._nodes.get(hashes[0], ())) if hashes else set()
         for depth, value in enumerate(hashes):
@@ -56,9 +57,9 @@ class PrefixIndex:
         return matched
 
     def add(self, hashes: Sequence[int], instance_id: InstanceId) -> None:
-        """A prompt with these blocks went to this instance."""
+        """Record that a prompt with these blocks went to this instance."""
         for value in reversed(hashes):
-            node = self._nodes.pop(value, None)  # put back as the youngest
+            node = self._nodes.pop(value, None)  # re-inserted as the most recent
             if node is None:
                 node = {}
             if instance_id in node:
@@ -72,7 +73,7 @@ class PrefixIndex:
             self._blocks -= len(self._nodes.pop(oldest))
 
     def forget(self, instance_id: InstanceId) -> None:
-        """An instance is gone, and its cache with it."""
+        """Forget an instance that is gone, together with its cache."""
         for value in list(self._nodes):
             node = self._nodes[value]
             if instance_id in node:

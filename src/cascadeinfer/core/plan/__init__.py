@@ -1,5 +1,6 @@
 """
-Planning: length histograms, stage layouts and the dynamic program that finds the best one (pure).
+Planning: length histograms, stage layouts and the dynamic program that finds the best layout (pure).
 
-Entry points: `cascadeinfer.core.plan.planner` (`plan`, `predict`, `capacity_rate`) and `cascadeinfer.core.plan.explain` (`explain`).
+Entry points: `plan`, `predict` and `capacity_rate` in `cascadeinfer.core.plan.planner`; `explain` in
+`cascadeinfer.core.plan.explain`.
 """

@@ -1,16 +1,17 @@
 """
-The dynamic program: stages and instances at once, over log-spaced boundaries.
+The dynamic program: it chooses stages and instances together, over log-spaced boundaries.
 
     best[s][b][e] = min over a < b, k <= e of best[s - 1][a][e - k] + cost[a][b][k]
 
-is the least cost of covering the lengths below candidate boundary b with exactly s stages and e units of instances; `cost[a][b][k]` is
-`stage_service` of the range [a, b) with k units. It is exact over its candidates (tests compare it with exhaustive search), as the
-objective is a sum over stages. A stage count of its own dimension costs little and shows what each further stage brings.
+is the minimum cost of covering the lengths below candidate boundary b with exactly s stages and e units of instances;
+`cost[a][b][k]` is `stage_service` of the range [a, b) with k units. Because the objective is a sum over stages, the
+program is exact over its candidates (tests compare it with exhaustive search). Keeping the number of stages as a
+dimension costs little and shows what each additional stage gains.
 
-Up to `MAX_UNITS` instances a unit is one instance. Beyond, a unit is n / MAX_UNITS instances, a fraction allowed, since the closed
-form takes any k: that keeps 1,024 instances as cheap as 128. The result is then rounded to whole instances and improved
-(`plan/refinement.py`), so for more than `MAX_UNITS` instances the plan is near the optimum, not proven to be it; tests bound the
-loss against the exact program.
+Up to `MAX_UNITS` instances, a unit is one instance. Beyond that, a unit is n / MAX_UNITS instances, possibly a
+fraction, since the closed form accepts any k; 1,024 instances then cost no more than 128. The result is rounded to
+whole instances and improved (`plan/refinement.py`), so above `MAX_UNITS` instances the plan is near-optimal rather than
+proven optimal; tests bound the loss against the exact program.
 
 Source: arXiv 2512.19179, which plans over exponential length buckets in two phases.
 """
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from cascadeinfer.core.cost.qoe import ServiceInputs, longest_of, stage_service
 
 MAX_UNITS: Final = 128
-"""Instances up to which the program places single ones."""
+"""Up to this many instances, the program places them one by one."""
 
 
 @njit(cache=True, error_model="numpy")
@@ -32,7 +33,7 @@ def stage_costs(
     inputs: ServiceInputs, candidates: NDArray[np.int64], n_units: int, instances_per_unit: float
 ) -> NDArray[np.float64]:
     """
-    Cost of every possible stage.
+    The cost of every possible stage.
 
     Args:
         inputs: See `stage_service`.
@@ -41,7 +42,8 @@ def stage_costs(
         instances_per_unit: Instances in a unit.
 
     Returns:
-        cost[a, b, k] of the range between candidates a < b on k units; infinite elsewhere.  # (n_candidates, n_candidates, n_units + 1)
+        cost[a, b, k] of the range between candidates a < b on k units; infinite elsewhere.
+        # (n_candidates, n_candidates, n_units + 1)
 
     Complexity: O(n_candidates^2 n_units) predictions.
     """
@@ -64,12 +66,13 @@ def best_partitions(
     The best partition for each number of stages.
 
     Args:
-        costs: As from `stage_costs`.  # (n_candidates, n_candidates, n_units + 1)
-        max_stages: Most stages, >= 1.
+        costs: As returned by `stage_costs`.  # (n_candidates, n_candidates, n_units + 1)
+        max_stages: Maximum number of stages, >= 1.
 
     Returns:
-        Cost per stage count (infinite where none is feasible); candidates that bound its stages; units per stage. Row s - 1 is for s
-        stages.  # (max_stages,), (max_stages, max_stages + 1), (max_stages, max_stages)
+        The cost for each number of stages (infinite where none is feasible), the candidates that bound the stages, and
+        the units per stage. Row s - 1 is for s stages.
+        # (max_stages,), (max_stages, max_stages + 1), (max_stages, max_stages)
 
     Complexity: O(max_stages n_candidates^2 n_units^2) additions.
     """
@@ -99,7 +102,7 @@ def best_partitions(
 def _trace_back(
     best: NDArray[np.float64], from_candidate: NDArray[np.int64], from_units: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """Read the partitions out of the program's tables."""
+    """Reconstruct the partitions from the program's tables."""
     max_stages = best.shape[0] - 1
     last = best.shape[1] - 1
     n_units = best.shape[2] - 1

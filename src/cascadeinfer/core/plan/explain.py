@@ -1,7 +1,7 @@
 """
-A plan in words: what was chosen, why, what it is predicted to gain, and what would change the decision.
+Explains a plan in words: what was chosen and why, the predicted gain, and what would change the decision.
 
-The last part is computed, not guessed: the problem is solved again at other rates and its gain set against the margin.
+The last part is computed: the problem is solved again at other rates, and the gain there is compared with the margin.
 """
 
 from typing import Final
@@ -16,12 +16,12 @@ _RATE_CHANGES: Final = (0.8, 1.2)
 
 
 def explain(plan: Plan) -> str:
-    """The plan as a few paragraphs and a table of plain text; solves the problem twice more, at 0.8 and 1.2 times the rate."""
+    """The plan as text with a table. Solves the problem twice more, at 0.8 and 1.2 times the rate."""
     return "\n".join([*_decision(plan), "", *_table(plan), "", *_reasons(plan), "", *_sensitivity(plan)])
 
 
 def reasons(plan: Plan) -> list[str]:
-    """Lines of the same without the table, for who draws an own one."""
+    """The same explanation without the table, for callers that draw their own."""
     return [*_decision(plan), "", *_reasons(plan), "", *_sensitivity(plan)]
 
 
@@ -30,11 +30,15 @@ def _decision(plan: Plan) -> list[str]:
     describe = problem.objective.describe
     head = (
         f"{problem.n_instances} instances at {problem.rate_per_s:g} requests/s "
-        f"(mean prompt {problem.histogram.mean_prompt_tokens:.0f}, output {problem.histogram.mean_output_tokens:.0f} tokens):"
+        f"(mean prompt {problem.histogram.mean_prompt_tokens:.0f}, "
+        f"output {problem.histogram.mean_output_tokens:.0f} tokens):"
     )
     if len(plan.stages) > 1:
         if np.isfinite(plan.one_stage_cost):
-            versus = f"one stage would have {describe(plan.one_stage_cost)}, gain {plan.gain:.1%}, margin {problem.margin:.1%}"
+            versus = (
+                f"one stage would have {describe(plan.one_stage_cost)}, gain {plan.gain:.1%}, margin "
+                f"{problem.margin:.1%}"
+            )
         else:
             versus = "one stage cannot carry this load"
         return [head, f"{len(plan.stages)} stages, predicted {describe(plan.cost)}; {versus}."]
@@ -45,8 +49,9 @@ def _decision(plan: Plan) -> list[str]:
         head,
         f"one stage, predicted {describe(plan.cost)}.",
         (
-            f"The best of several stages (boundaries {_join(best.proposal.boundaries_tokens)}; instances {_join(best.proposal.sizes)}) is "
-            f"predicted {describe(best.cost)}: a gain of {plan.gain:.1%}, below the margin of {problem.margin:.1%}."
+            f"The best of several stages (boundaries {_join(best.proposal.boundaries_tokens)}; instances "
+            f"{_join(best.proposal.sizes)}) is predicted {describe(best.cost)}: a gain of {plan.gain:.1%}, "
+            f"below the margin of {problem.margin:.1%}."
         ),
     ]
 
@@ -63,8 +68,8 @@ def _row(stage: StagePrediction) -> str:
     service = stage.service
     return (
         f"{stage.range!s:>15} {stage.n_instances:>5} {stage.share_of_requests:>8.1%} {stage.share_of_steps:>7.1%} "
-        f"{stage.share_of_work:>6.1%} {stage.hand_overs_per_s:>10.2f} {service.batch:>7.1f} {1e3 * service.step_s:>8.2f} "
-        f"{service.utilisation:>5.0%} {service.kv_use:>5.0%} {service.ttft_s:>7.3f}"
+        f"{stage.share_of_work:>6.1%} {stage.hand_overs_per_s:>10.2f} {service.batch:>7.1f} "
+        f"{1e3 * service.step_s:>8.2f} {service.utilisation:>5.0%} {service.kv_use:>5.0%} {service.ttft_s:>7.3f}"
     )
 
 
@@ -82,7 +87,8 @@ def _reasons(plan: Plan) -> list[str]:
         )
     elif len(plan.stages) == 1:
         lines.append(
-            "Why: lengths are so alike, or the load so light, that keeping them apart saves less than the instances it ties down."
+            "Why: lengths are so alike, or the load so light, that keeping them apart saves less than the instances it "
+            "ties down."
             if plan.best is not None
             else "Why: no partition of these instances carries the load."
         )

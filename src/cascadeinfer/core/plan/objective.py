@@ -1,9 +1,9 @@
 """
-What a plan is good for: pluggable objectives, each a set of weights on the histogram's columns.
+What a plan minimises: pluggable objectives, each a set of weights on the histogram's columns.
 
-Every objective is a mean over requests that splits over stages: a wait counts where a request starts, a decode step where it is
-done, a hand-over where the boundary is crossed. `rows` gives the weights as sums per bucket; `terms` the scalars of missed limits.
-All are "lower is better"; `describe` says in which unit.
+Every objective is a mean over requests that can be split over stages: a wait counts where the request starts, a decode
+step where it runs, a hand-over where the boundary is crossed. `rows` gives the weights as sums per bucket, `terms` the
+scalars for missed limits. Lower is better for all of them; `describe` adds the unit.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from cascadeinfer.core.errors import PlanError
 Rows = NDArray[np.float64]
 
 _TIE_BREAK = 1e-3
-"""Weight of the normalised latency under `SloAttainment`: 1 s per token counts as 0.1 % of requests, so only ties notice."""
+"""Weight of the normalised latency in `SloAttainment`: 1 s per token counts as 0.1 % of requests, a mere tie-break."""
 
 
 class Objective(Protocol):
@@ -27,33 +27,36 @@ class Objective(Protocol):
 
     def rows(self, histogram: LengthHistogram, max_batched_tokens: int) -> Rows:
         """
-        Prefix sums of the weights, rows `W_WAIT` to `W_ATTAIN_STEPS` of `core/cost/qoe.py` in order.
+        Prefix sums of the weights: rows `W_WAIT` to `W_ATTAIN_STEPS` of `core/cost/qoe.py`, in order.
 
         Args:
             histogram: The workload.
-            max_batched_tokens: Token budget of a step, which decides how many steps a prefill takes.
+            max_batched_tokens: Token budget of a step; it determines how many steps a prefill takes.
 
         Returns:
-            Per edge.  # (TABLE_ROWS - DEMAND_ROWS, n_edges)
+            One column per edge.  # (TABLE_ROWS - DEMAND_ROWS, n_edges)
         """
         ...
 
     def terms(self) -> ObjectiveTerms:
-        """Scalars."""
+        """The objective's scalars."""
         ...
 
     def gain(self, one_stage: float, other: float) -> float:
-        """What a layout of this value gains over one stage: what the margin is compared with."""
+        """The gain of a layout with value `other` over one stage; the margin applies to it."""
         ...
 
     def describe(self, value: float) -> str:
-        """The value as people read it."""
+        """The value in words, with its unit."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class MeanNormalizedLatency:
-    """Mean over requests of (end-to-end latency, TTFT included) / (output tokens), in seconds per token. The default."""
+    """
+    Mean over requests of (end-to-end latency, TTFT included) / (output tokens), in seconds per
+    token. The default.
+    """
 
     def rows(self, histogram: LengthHistogram, max_batched_tokens: int) -> Rows:
         """See `Objective.rows`."""
@@ -80,7 +83,7 @@ class MeanNormalizedLatency:
         return relative_gain(one_stage, other)
 
     def describe(self, value: float) -> str:
-        """Milliseconds per token."""
+        """In milliseconds per token."""
         return f"{1e3 * value:.2f} ms per output token"
 
 
@@ -127,14 +130,15 @@ class WeightedLatency:
         return relative_gain(one_stage, other)
 
     def describe(self, value: float) -> str:
-        """Weighted seconds."""
+        """In weighted seconds."""
         return f"{value:.4f} s ({self.ttft_weight:g} x TTFT + {self.tpot_weight:g} x TPOT)"
 
 
 @dataclass(frozen=True, slots=True)
 class SloAttainment:
     """
-    Share of requests that miss their TTFT or TPOT limit (union bound: the two shares added); attainment is one less that.
+    Share of requests that miss their TTFT or TPOT limit (union bound: the two shares are added); attainment is 1 minus
+    this.
 
     Raises:
         PlanError: A limit is not positive.
@@ -149,7 +153,7 @@ class SloAttainment:
             raise PlanError(f"SLO limits must be positive, not {self.ttft_slo_s} s and {self.tpot_slo_s} s")
 
     def rows(self, histogram: LengthHistogram, max_batched_tokens: int) -> Rows:
-        """See `Objective.rows`: normalised latency as tie-break."""
+        """See `Objective.rows`; the normalised latency breaks ties."""
         rows = _TIE_BREAK * MeanNormalizedLatency().rows(histogram, max_batched_tokens)
         rows[-1] = histogram.prefix[Column.STEPS_TPOT]
         return rows
@@ -159,27 +163,30 @@ class SloAttainment:
         return ObjectiveTerms(1.0, self.ttft_slo_s, self.tpot_slo_s)
 
     def gain(self, one_stage: float, other: float) -> float:
-        """Requests within limits that were not, as a share of all requests; 1 when one stage cannot carry the load."""
+        """The increase of attainment, as a share of all requests; 1 when one stage cannot carry the load."""
         return max(0.0, min(1.0, one_stage) - min(1.0, other)) if np.isfinite(one_stage) else 1.0
 
     def describe(self, value: float) -> str:
-        """Per cent of requests."""
-        return f"{100.0 * max(0.0, 1.0 - value):.1f} % of requests within TTFT {self.ttft_slo_s:g} s and TPOT {self.tpot_slo_s:g} s"
+        """In per cent of requests."""
+        return (
+            f"{100.0 * max(0.0, 1.0 - value):.1f} % of requests within TTFT {self.ttft_slo_s:g} s and TPOT "
+            f"{self.tpot_slo_s:g} s"
+        )
 
 
 BuiltInObjective: TypeAlias = MeanNormalizedLatency | WeightedLatency | SloAttainment
-"""The objectives that can be written down (in an event log)."""
+"""The objectives that can be serialised (into an event log)."""
 
 
 def relative_gain(one_stage: float, other: float) -> float:
-    """Share of `one_stage` that `other` saves; 1 when only the other is finite, 0 when it saves nothing."""
+    """The share of `one_stage` that `other` saves; 1 when only `other` is finite, 0 when it saves nothing."""
     if not np.isfinite(other):
         return 0.0
     return max(0.0, 1.0 - other / one_stage) if np.isfinite(one_stage) and one_stage > 0.0 else float(other < one_stage)
 
 
 def stage_table(histogram: LengthHistogram, objective: Objective, max_batched_tokens: int) -> Rows:
-    """The table that `stage_service` reads: demand and weights.  # (TABLE_ROWS, n_edges)."""
+    """The table that `stage_service` reads: demand and weights.  # (TABLE_ROWS, n_edges)"""
     table = np.concatenate((histogram.prefix[:DEMAND_ROWS], objective.rows(histogram, max_batched_tokens)))
     if table.shape != (TABLE_ROWS, len(histogram.edges_tokens)) or not np.all(np.isfinite(table)):
         raise PlanError(f"objective {objective!r} gives weights of shape {table.shape}, or not finite ones")
@@ -187,7 +194,7 @@ def stage_table(histogram: LengthHistogram, objective: Objective, max_batched_to
 
 
 def _chunks(histogram: LengthHistogram, starts: Rows, max_batched_tokens: int) -> Rows:
-    """Prefix sums of start weight x steps per prefill, from each bucket's mean prompt."""
+    """Prefix sums of start weight x steps per prefill, computed from each bucket's mean prompt."""
     p = histogram.prefix
     counts = np.diff(p[Column.STARTS])
     prompts = np.diff(p[Column.PROMPT])

@@ -1,10 +1,11 @@
 """
-The public entry: `plan(...) -> Plan`, `predict(...)` for given stages, `capacity_rate(...)`.
+The planner's public functions: `plan(...) -> Plan`, `predict(...)` for given stages, and `capacity_rate(...)`.
 
-Dynamic program over coarse boundaries (`dynamic_program.py`), local refinement on the histogram's own grid (`refinement.py`), then
-the choice: of the plans within `stage_tolerance` of the best the one with fewest stages, and one stage unless that plan gains the
-margin over it. Prediction errors are smaller between layouts than in absolute terms, yet they are there, and hand-overs and moving
-boundaries cost more than the model knows: hence the margin.
+A dynamic program over coarse boundaries (`dynamic_program.py`) is followed by local refinement on the histogram's own
+grid (`refinement.py`) and by the choice: among the plans within `stage_tolerance` of the best, the one with the fewest
+stages, or a single stage if that plan does not gain the margin over it. The margin is there because differences between
+layouts are predicted with some error (though a smaller one than absolute values), and because hand-overs and moving
+boundaries cost more than the model accounts for.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from cascadeinfer.core.plan.refinement import improve
 from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceCapacity, InstanceId, LengthRange
 
 _CAPACITY_STEPS: Final = 14
-"""Bisections of the capacity: to 1 part in 10,000 of the first bracket."""
+"""Bisections in the search for the capacity; the result is accurate to 1 part in 10,000 of the first bracket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +42,12 @@ class StagePrediction:
 
     Attributes:
         range: Lengths it serves.
-        n_instances: Instances it gets.
-        service: What the model predicts for it.
-        share_of_requests: Requests that start here.
-        share_of_steps: Decode steps done here.
-        share_of_work: Of the seconds of work that all stages do, constant costs of steps not counted.
-        hand_overs_per_s: Requests handed over into it.
+        n_instances: Number of instances.
+        service: The model's prediction for the stage.
+        share_of_requests: Share of the requests that start here.
+        share_of_steps: Share of the decode steps that run here.
+        share_of_work: Share of the seconds of work of all stages, without the constant cost of steps.
+        hand_overs_per_s: Requests per second handed over into the stage.
     """
 
     range: LengthRange
@@ -61,15 +62,15 @@ class StagePrediction:
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """
-    Proposed stages with their prediction.
+    Proposed stages with their predictions.
 
     Attributes:
         stages: In order of length.
         cost: Predicted objective of this plan.
         one_stage_cost: Predicted objective of plain load balancing; infinite when that cannot carry the load.
-        best: The best proposal of more than one stage, whether chosen or not; None when only one stage is feasible.
+        best: The best proposal with more than one stage, whether chosen or not; None when only one stage is feasible.
         cost_by_stages: Cost of the best layout found with 1, 2, ... stages; infinite where none is feasible.
-        problem: What was asked.
+        problem: The problem that was solved.
     """
 
     stages: tuple[StagePrediction, ...]
@@ -81,7 +82,7 @@ class Plan:
 
     @property
     def boundaries_tokens(self) -> tuple[int, ...]:
-        """Inner boundaries, one fewer than stages."""
+        """Inner boundaries, one fewer than there are stages."""
         return tuple(stage.range.lo_tokens for stage in self.stages[1:])
 
     @property
@@ -91,17 +92,17 @@ class Plan:
 
     @property
     def proposal(self) -> Proposal:
-        """The stages by size."""
+        """The stages' boundaries and sizes, without instances assigned."""
         return Proposal(self.boundaries_tokens, self.instances)
 
     @property
     def gain(self) -> float:
-        """What the best layout of several stages gains over one stage, as the objective counts it; 0 when there is none."""
+        """Gain of the best layout with several stages over one stage, as the objective counts it; 0 without one."""
         return 0.0 if self.best is None else self.problem.objective.gain(self.one_stage_cost, self.best.cost)
 
     def layout(self, instance_ids: tuple[InstanceId, ...]) -> StageLayout:
         """
-        The plan on these instances, in order of id.
+        The plan applied to these instances, in order of id.
 
         Raises:
             PlanError: Their number is not the plan's.
@@ -131,22 +132,24 @@ def plan(
     max_stages: int = DEFAULT_MAX_STAGES,
 ) -> Plan:
     """
-    Partition the length axis into stages with the best predicted QoE; one stage when nothing beats it by the margin.
+    Partition the length axis into the stages with the best predicted QoE, or keep one stage if nothing beats it by the
+    margin.
 
     Args:
         histogram: Lengths of the requests.
         step_model: Cost of a step.
-        capacity: Of each instance.
+        capacity: Capacity of each instance.
         rate_per_s: Requests per second.
         n_instances: Instances to place.
-        objective: What to minimise; mean normalised latency unless given.
+        objective: What to minimise; mean normalised latency by default.
         margin: Gain that several stages must bring over one.
-        hand_over: Price of a hand-over.
-        floor: Mean TTFT and TPOT that every stage has to keep.
-        max_stages: Most stages.
+        hand_over: Cost of a hand-over.
+        floor: Mean TTFT and TPOT that every stage must meet.
+        max_stages: Maximum number of stages.
 
     Raises:
-        PlanError: Bad arguments, or a demand above capacity: then the message and `capacity_per_s` say what could be served.
+        PlanError: Invalid arguments, or a demand above capacity; for the latter, the message and `capacity_per_s` give
+            the rate that could be served.
 
     Complexity: O(c^2 u) predictions and O(s c^2 u^2) additions for c candidates, u <= 128 units and s stages.
     """
@@ -182,14 +185,14 @@ def solve(problem: PlanProblem) -> Plan:
         fewest = int(near[0])
         best = _refine(problem, bounds[fewest, : fewest + 2], units[fewest, : fewest + 1])
         values[fewest] = best.cost
-        if not np.isfinite(best.cost):  # whole instances cannot carry what fractions could
+        if not np.isfinite(best.cost):  # the rounded plan may be infeasible where fractions were not
             best = None
     values[0] = one_stage
     if not np.isfinite(one_stage) and best is None:
         capacity = _capacity(problem)
         raise PlanError(
-            f"{problem.rate_per_s:g} requests/s is above the capacity of {problem.n_instances} instances for this workload, "
-            f"about {capacity:.3g} requests/s",
+            f"{problem.rate_per_s:g} requests/s is above the capacity of {problem.n_instances} instances for this "
+            f"workload, about {capacity:.3g} requests/s",
             capacity_per_s=capacity,
         )
     by_stages = tuple(float(value) for value in values)
@@ -201,12 +204,12 @@ def solve(problem: PlanProblem) -> Plan:
 
 def predict(problem: PlanProblem, proposal: Proposal) -> Plan:
     """
-    The prediction for given stages, e.g. those in force; boundaries count as the nearest bucket edge.
+    The prediction for given stages, such as those in force. Boundaries are rounded to the nearest bucket edge.
 
-    `cost` is infinite when they cannot carry the load: that is an answer, not an error.
+    If the stages cannot carry the load, `cost` is infinite; that is a result, not an error.
 
     Raises:
-        PlanError: Two boundaries lie at the same edge of the histogram's buckets.
+        PlanError: Two boundaries fall on the same edge of the histogram's buckets.
     """
     boundaries_tokens = proposal.boundaries_tokens
     edges = [problem.histogram.nearest_edge(boundary) for boundary in boundaries_tokens]
@@ -227,13 +230,14 @@ def capacity_rate(
     floor: ServiceFloor | None = None,
 ) -> float:
     """
-    The highest rate in requests per second that some layout of up to `max_stages` stages carries in steady state.
+    The highest rate, in requests per second, that some layout of up to `max_stages` stages carries in steady state.
 
-    That is where KV cache, batch slots or the token budget run out, or (`floor`) a limit is missed; latency grows without bound on the
-    way there, so nobody wants to run at it. 0 when not even the smallest rate can be served within the floor.
+    At that rate the KV cache, the batch slots or the token budget run out, or a limit of `floor` is missed. Latency
+    grows without bound on the way there, so it is not a rate to operate at. 0 when even the smallest rate cannot be
+    served within the floor.
 
     Raises:
-        PlanError: Bad arguments.
+        PlanError: Invalid arguments.
     """
     return _capacity(
         PlanProblem(
@@ -272,7 +276,7 @@ def _capacity(problem: PlanProblem) -> float:
 
 
 def _coarse(problem: PlanProblem) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """The dynamic program; bounds come back as edge indices."""
+    """Run the dynamic program; bounds are returned as edge indices."""
     candidates = problem.candidates()
     n_units = min(problem.n_instances, MAX_UNITS)
     max_stages = max(1, min(problem.max_stages, n_units, len(candidates) - 1))
@@ -282,7 +286,7 @@ def _coarse(problem: PlanProblem) -> tuple[NDArray[np.float64], NDArray[np.int64
 
 
 def _refine(problem: PlanProblem, bounds: NDArray[np.int64], units: NDArray[np.int64]) -> Partition:
-    """Whole instances from units, then local improvement."""
+    """Round units to whole instances, then improve the partition locally."""
     per_unit = problem.n_instances / int(units.sum())
     instances = _whole_instances(units.astype(np.float64) * per_unit, problem.n_instances)
     bounds = bounds.copy()

@@ -1,8 +1,8 @@
 """
-What is to be planned, as one value: workload, cost of a step, instances, rate, objective.
+The planning problem as one value: workload, cost of a step, instances, rate and objective.
 
-`PlanProblem` validates once and carries the arrays that the compiled code reads, so that planning, predicting a given layout and
-searching for the capacity share them. `with_rate` is cheap: it keeps the arrays.
+`PlanProblem` is validated once and holds the arrays that the compiled code reads, so that planning, predicting a given
+layout and searching for the capacity share them. `with_rate` keeps the arrays and is therefore cheap.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,27 +20,33 @@ from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective, s
 from cascadeinfer.core.types import InstanceCapacity
 
 DEFAULT_MARGIN: Final = 0.03
-"""What several stages must gain over one. In simulation every predicted gain of 3 % was one, mostly a larger one (docs/planning.md)."""
+"""
+Minimum gain of several stages over one. In simulation, every predicted gain of 3 % was a real gain, and mostly a larger
+one (docs/planning.md).
+"""
 DEFAULT_MAX_STAGES: Final = 8
 DEFAULT_STAGE_TOLERANCE: Final = 0.01
-"""What a further stage must save to be worth having: half the median error of the prediction."""
+"""Minimum saving of an additional stage: half the median error of the prediction."""
 _NEGLIGIBLE: Final = 1e-3
-"""Share of the tokens below the first boundary considered, and of the KV reads above the last: not worth an instance of 1,000."""
+"""
+Boundaries are not considered where less than this share of the tokens lies below, or of the KV reads above: it would
+not justify one instance in 1,000.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class HandOverCost:
     """
-    What a hand-over costs, and how many there can be.
+    What a hand-over costs, and how many are possible.
 
     Attributes:
-        pause_s: Of the request, beside its transfer. Measured in the simulator: 20 ms.
-        pause_per_token_s: Of the request, per token of its length (KV bytes per token over bandwidth).
-        per_instance_per_s: Most hand-overs into and out of one instance. 3 at once, looked for every 0.1 s, make 30; a stage that
-            needs nearly all of them keeps requests that should have left.
+        pause_s: Pause of the request besides its transfer. Measured in the simulator: 20 ms.
+        pause_per_token_s: Pause of the request per token of its length (KV bytes per token / bandwidth).
+        per_instance_per_s: Maximum hand-overs into and out of one instance. 3 at once, attempted every 0.1 s, make 30;
+            a stage that needs nearly all of them keeps requests that should have left.
 
     Raises:
-        PlanError: Negative or not finite.
+        PlanError: A value is negative or not finite.
     """
 
     pause_s: float = 0.02
@@ -58,7 +64,7 @@ class HandOverCost:
 @dataclass(frozen=True, slots=True)
 class ServiceFloor:
     """
-    What every stage has to keep, on average: a stage that would not is no candidate. Unlimited by default.
+    Mean TTFT and TPOT that every stage must meet; a stage that would not is not a candidate. Unlimited by default.
 
     Raises:
         PlanError: A limit is not positive.
@@ -76,23 +82,25 @@ class ServiceFloor:
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanProblem:
     """
+    A workload, the instances that serve it, and what to minimise.
+
     Attributes:
         histogram: Lengths of the requests.
         step_model: Cost of a step.
-        capacity: Of each instance; all are alike.
-        rate_per_s: Requests per second, of the whole workload.
+        capacity: Capacity of each instance; all are alike.
+        rate_per_s: Requests per second of the whole workload.
         n_instances: Instances to place.
         objective: What to minimise.
-        margin: Gain (as the objective counts it) that several stages must bring over one.
-        stage_tolerance: A plan with fewer stages is taken when its cost is within this share of the best.
-        max_stages: Most stages.
+        margin: Gain (in the objective's terms) that several stages must bring over one.
+        stage_tolerance: A plan with fewer stages is preferred when its cost is within this share of the best.
+        max_stages: Maximum number of stages.
         boundaries_per_octave: Candidate boundaries per doubling of length, before refinement.
-        hand_over: Price of a hand-over.
+        hand_over: Cost of a hand-over.
         floor: Limits on every stage.
-        inputs: The same as compiled code reads it.
+        inputs: The same values in the form that the compiled code reads.
 
     Raises:
-        PlanError: A number is out of range, or the longest request does not fit into an instance's KV cache.
+        PlanError: A value is out of range, or the longest request does not fit into an instance's KV cache.
     """
 
     histogram: LengthHistogram
@@ -153,11 +161,12 @@ class PlanProblem:
         shortest_of_longest = self._longest_at_least()
         if shortest_of_longest > capacity.kv_tokens:
             raise PlanError(
-                f"requests of {shortest_of_longest} tokens or more do not fit into an instance's {capacity.kv_tokens} tokens of KV cache"
+                f"requests of {shortest_of_longest} tokens or more do not fit into an instance's {capacity.kv_tokens} "
+                "tokens of KV cache"
             )
 
     def _longest_at_least(self) -> int:
-        """Lower edge of the last bucket in which a request ends."""
+        """The lower edge of the last bucket in which a request ends."""
         occupied = np.flatnonzero(np.diff(self.histogram.prefix[Column.ENDS]) > 0.0)
         return int(self.histogram.edges_tokens[occupied[-1]])
 
@@ -171,7 +180,7 @@ class PlanProblem:
         return replace(self, rate_per_s=rate_per_s)
 
     def candidates(self) -> NDArray[np.int64]:
-        """Edges at which a stage may begin or end before refinement: log-spaced where the workload's tokens are."""
+        """Edges at which a stage may begin or end before refinement: log-spaced where the workload has tokens."""
         edges = self.histogram.edges_tokens
         prefix = self.histogram.prefix
         tokens = prefix[Column.STEPS] + prefix[Column.PROMPT]
@@ -191,6 +200,6 @@ class PlanProblem:
         return np.concatenate(([0], inner[(inner > 0) & (inner < last)], [last])).astype(np.int64)
 
     def service(self, first_edge: int, last_edge: int, n_instances: float) -> StageService:
-        """Prediction of the stage between these edges (indices) on this many instances."""
+        """The prediction for a stage between these edges (indices) on this many instances."""
         predicted: StageService = range_service(self.inputs, first_edge, last_edge, float(n_instances))
         return predicted

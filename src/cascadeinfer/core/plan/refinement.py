@@ -1,10 +1,10 @@
 """
-Local improvement of a partition, on the fine grid of the histogram and in whole instances.
+Local improvement of a partition, on the histogram's fine grid and in whole instances.
 
-The dynamic program chooses among coarse boundaries; the cost is smooth enough between them that descent finds the rest. Two moves
-are tried until neither helps: for each pair of neighbouring stages, every boundary within a window together with every split of
-their instances (for large stages, splits near the present one); and between any two stages, a shift of instances by halving steps.
-A partition is only ever replaced by a cheaper one.
+The dynamic program chooses among coarse boundaries. Between them the cost is smooth enough for descent to find the
+rest. Two kinds of move are tried until neither helps. For each pair of neighbouring stages: every boundary within a
+window, combined with every split of their instances (for large stages, with splits near the present one). Between any
+two stages: a shift of instances, in halving steps. A partition is only ever replaced by a cheaper one.
 """
 
 from typing import Final
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cascadeinfer.core.cost.qoe import ServiceInputs, longest_of, stage_service
 
 _INFEASIBLE: Final = 1e30
-"""Stands for infinity, less a little for every instance: so infeasible stages attract instances and then become fewer."""
+"""Stands for infinity, plus a penalty that falls with each instance, so that infeasible stages attract instances."""
 _MAX_ROUNDS: Final = 20
 _SPLIT_WINDOW: Final = 2
 """Instances by which a split may change together with its boundary."""
@@ -38,7 +38,7 @@ def _improve_pair(
     s: int,
     window: int,
 ) -> bool:
-    """Move the boundary between stages s and s + 1 and a few instances across it, if that helps."""
+    """Move the boundary between stages s and s + 1, and a few instances across it, if that helps."""
     lowest = max(bounds[s] + 1, bounds[s + 1] - window)
     highest = min(bounds[s + 2] - 1, bounds[s + 1] + window)
     both = instances[s] + instances[s + 1]
@@ -74,7 +74,7 @@ def _shift_instances(
     costs: NDArray[np.float64],
     largest_shift: int,
 ) -> bool:
-    """Shift instances between any two stages while that helps, by halving steps."""
+    """Shift instances between any two stages while that helps, in halving steps."""
     found = False
     shift = largest_shift
     n = len(instances)
@@ -117,8 +117,8 @@ def improve(
         inputs: See `stage_service`.
         bounds: Edge indices that bound the stages.  # (n_stages + 1,)
         instances: Whole instances per stage, >= 1.  # (n_stages,)
-        window: Edges by which a boundary may move at once.
-        largest_shift: Instances that may move at once between two stages.
+        window: Maximum number of edges by which a boundary moves at once.
+        largest_shift: Maximum number of instances that move at once between two stages.
 
     Returns:
         The cost afterwards; infinite when a stage is infeasible.

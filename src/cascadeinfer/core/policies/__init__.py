@@ -1,8 +1,9 @@
 """
-Policies under one protocol, one file each.
+Scheduling policies behind one protocol, one file each.
 
-`POLICIES` maps the name on the command line to what the policy says of itself (`info.py`). A constructor takes keyword options only, all with
-defaults but `static_stages`' layout; `docs/policies.md` lists them. Nothing outside this package asks which policy runs.
+`POLICIES` maps each name on the command line to the policy's description of itself (`info.py`). A constructor takes
+keyword options only. All have defaults except the layout of `static_stages`; `docs/policies.md` lists them. Nothing
+outside this package asks which policy runs.
 """
 
 from typing import Final

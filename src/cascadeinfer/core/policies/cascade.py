@@ -1,20 +1,23 @@
 """
 CascadeInfer: length stages that plan themselves, hand-over by bid-ask, boundaries that follow the workload.
 
-What happens to a request: it is dispatched to the stage of its prompt length, the cheapest instance inside (`core/placing/dispatch.py`);
-when nobody there has room, to the nearest stage with room, the longer one first. Where the beginning of its prompt is cached it goes instead
-when that is worth more (`core/placing/affinity.py`). As it grows its instance's agent hands it over to the
-next stage (`core/bidask`), or moves it inside the stage when the instance is overloaded, or anywhere when it drains. Every `RefineSettings.interval_s`
-neighbouring stages move their boundary; every `PlanSettings.interval_s` the planner looks for a better layout. With one stage this is
-load balancing by price and, between overloaded and idle instances, by migration.
+The life of a request: it is dispatched to the cheapest instance in the stage of its prompt length
+(`core/placing/dispatch.py`). If no instance there has room, it goes to the nearest stage with room, the longer one
+first. If the beginning of its prompt is cached elsewhere and that is worth more, it goes there
+(`core/placing/affinity.py`). As it grows, its instance's agent hands it over to the next stage (`core/bidask`), moves
+it within the stage when the instance is overloaded, or anywhere when the instance drains. Neighbouring stages adjust
+their boundary every `RefineSettings.interval_s`, and the planner looks for a better layout every
+`PlanSettings.interval_s`. With one stage, the policy is load balancing by price, plus migration from overloaded to idle
+instances.
 
-When the layout changes nothing is moved at once: requests that are now too long for their instance's stage are handed over like all
+A new layout moves nothing at once. Requests that are now too long for their instance's stage are handed over like all
 others, at most `max_migrations` per instance at a time; those that are too short stay.
 
-Overload: with `max_queued` set, requests that fit nowhere wait here, by priority and then arrival, at most so many; of more the one that would
-run last is refused, with the time that the queue takes to drain (`core/placing/admission.py`). Without it the engines queue, as with every other policy.
+Overload: with `max_queued` set, requests that fit nowhere wait here, ordered by priority and then arrival, up to that
+number. Beyond it, the request that would run last is refused with the time in which the queue should drain
+(`core/placing/admission.py`). Without `max_queued` the engines queue, as with every other policy.
 
-Inputs read: reports, messages, the cost model when there is one. Source: arXiv 2512.19179.
+Inputs read: reports, messages, and the cost model if there is one. Source: arXiv 2512.19179.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,7 +64,7 @@ from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import ClusterView, InstanceView, Pricing, RequestView
 
 PARTS: Final = ("refine", "rebalance", "affinity", "replan", "migrate")
-"""Options that switch a part off, for ablations."""
+"""Options that switch a part off, for ablation studies."""
 
 
 class Cascade:
@@ -96,13 +99,13 @@ class Cascade:
             planner: Instead of the one that `step_model` gives.
             learning: Follow the steps that instances report, from `step_model` or from nothing; None: `step_model` stays as it is.
             refine: Whether boundaries move between plans.
-            rebalance: Whether overloaded instances move requests to stage peers.
+            rebalance: Whether overloaded instances move requests to others of their stage.
             replan: Whether to plan at run time.
             migrate: Whether requests move at all.
-            affinity: Whether requests go where their prompt's beginning is cached when that pays.
-            max_queued: Most requests that wait here for room; None: they do not wait here.
-            retry_after_s: Told to refused clients while no rate is known at which requests end.
-            balance: Numbers of the bid-ask protocol.
+            affinity: Whether a request goes where the beginning of its prompt is cached when that pays.
+            max_queued: Maximum number of requests that wait here for room; None means that none wait here.
+            retry_after_s: `Retry-After` for refused clients while the rate of finishing requests is unknown.
+            balance: Parameters of the bid-ask protocol.
             handover: When a request is handed over.
             refinement: How boundaries move.
             planning: When and how to plan.
@@ -185,7 +188,7 @@ class Cascade:
         """See `Policy.next_timer_s`."""
         return self._wakes.next_s()
 
-    # --- placing --------------------------------------------------------------------------------------------------------
+    # --- placing ------------------------------------------------------------------------------------------------------
 
     def _place_waiting(self, cause: str, effects: list[Effect]) -> None:
         """
@@ -237,13 +240,13 @@ class Cascade:
         return next((i for i in able if not i.committed_requests and not i.outbound), None)
 
     def _note_move(self, event: MigrationEnded) -> None:
-        """A request that has moved took its cache along, and left it behind for others."""
+        """A moved request took its cache along and left a copy behind for others."""
         request = self.view.requests.get(event.request_id)
         if self._affinity is not None and request is not None and event.outcome is MigrationOutcome.MOVED:
             self._affinity.note_place(request, event.target_id)
 
     def _refuse(self, cause: str, now_s: float, effects: list[Effect]) -> None:
-        """With too many that wait, the one that would run last is refused."""
+        """If too many requests wait, refuse the one that would run last."""
         if self._max_queued is None or self.view.waits() <= self._max_queued:
             return
         last = to_refuse(self.view.unplaced())
@@ -273,13 +276,16 @@ class Cascade:
             self._place_waiting(event.cause, effects)
 
     def _learn_urgency(self, output_tokens: int) -> None:
-        """The wait for the first token weighs one over the output's length: follow its mean."""
+        """
+        Follow the mean output length: the wait for the first token is amortised over it, so urgency
+        is its inverse.
+        """
         self._finished += 1
         self._urgency += (1.0 / max(1, output_tokens) - self._urgency) / min(self._finished + 50, 1000)
         if self._finished % 50 == 0:
             self.view.set_urgency(self._urgency)
 
-    # --- agents ---------------------------------------------------------------------------------------------------------
+    # --- agents -------------------------------------------------------------------------------------------------------
 
     def _review(self, instance_id: InstanceId, cause: str, now_s: float, effects: list[Effect]) -> None:
         agent = self.agents.get(instance_id)
@@ -296,7 +302,7 @@ class Cascade:
             self._carry_out(instance_id, agent, out, cause, effects)
 
     def _carry_out(self, instance_id: InstanceId, agent: Agent, out: Outbox, cause: str, effects: list[Effect]) -> None:
-        """An agent's wishes as effects."""
+        """Turn an agent's outbox into effects."""
         for recipient_id, message in out.messages:
             effects.append(SendMessage(cause, instance_id, recipient_id, message))
         for move in out.moves:
@@ -307,7 +313,7 @@ class Cascade:
             target.bidder.move_began(move.ask_id)
         self._wakes.at(instance_id, agent.next_wake_s())
 
-    # --- the layout -----------------------------------------------------------------------------------------------------
+    # --- the layout ---------------------------------------------------------------------------------------------------
 
     def _follow_membership(
         self, event: InstanceJoined | InstanceDraining | InstanceLost, now_s: float, effects: list[Effect]
@@ -339,7 +345,7 @@ class Cascade:
             self._review(instance_id, event.cause, now_s, effects)
 
     def _follow_suspicion(self, event: InstanceSuspected | InstanceTrusted, effects: list[Effect]) -> None:
-        """Stages stay as they are; what waited at an instance that does not answer goes elsewhere."""
+        """Keep the stages; requests that waited at an instance that does not answer are placed elsewhere."""
         self.view.apply(event)
         agent = self.agents.get(event.instance_id)
         if isinstance(event, InstanceSuspected) and agent is not None:
@@ -350,13 +356,13 @@ class Cascade:
         self._place_waiting(event.cause, effects)
 
     def _observe(self, event: InstanceReported) -> None:
-        """Learn from its steps, unless something other than their content makes them long."""
+        """Learn from the reported steps, unless something other than their content made them long."""
         instance = self.view.instances.get(event.instance_id)
         if instance is not None and instance.lag == 1.0:
             self._models.observe(instance.kind.step_model_key, event.report.steps)
 
     def _follow_roster(self, cause: str, effects: list[Effect], why: str = "") -> None:
-        """Bring the wanted layout into force with the instances that are there."""
+        """Put the wanted layout into force with the instances that are up."""
         changed = self.roster.follow([instance.instance_id for instance in self.view.members()])
         layout = self.roster.layout
         stages = () if layout is None else layout.stages
@@ -368,7 +374,7 @@ class Cascade:
         return pricing_of(self._models.pricing(kind.step_model_key), kind.capacity)
 
     def _adapt(self, cause: str, now_s: float, effects: list[Effect]) -> None:
-        """Learn, plan anew, or move boundaries, when it is time."""
+        """Learn, replan or move boundaries when due."""
         if self.roster.layout is None:
             return
         adapted = self._adaptation.step(self._members, now_s)
@@ -381,7 +387,7 @@ class Cascade:
 
 
 def _options_for(around: Circumstances) -> dict[str, Any]:
-    """Stages, costs and bounds as they are known; one that follows another process neither plans nor refines nor learns."""
+    """Stages, costs and bounds as known. A policy that follows another process neither plans, refines nor learns."""
     found: dict[str, Any] = {"planning": around.planning}
     given = {"layout": around.layout, "step_model": around.step_model, "max_queued": around.max_queued}
     found |= {option: value for option, value in given.items() if value is not None}
@@ -401,7 +407,7 @@ INFO: Final = PolicyInfo(
     warm_up=warm_up,
     variants={
         "cold": Variant(starts_with_plan=False),
-        "static": Variant(options={"refine": False, "replan": False}),  # the first plan is never changed
+        "static": Variant(options={"refine": False, "replan": False}),  # keeps the first plan
         **{f"no-{part}": Variant(options={part: False}) for part in PARTS},
     },
 )

@@ -1,9 +1,10 @@
 """
-What a policy says of itself, so that nobody else has to know which one runs.
+A policy's description of itself, so that no other code needs to know which policy runs.
 
-A policy's file has the class and, beside it, `INFO`: what it takes from its surroundings, what it is in one line, which parts of it can be switched
-off. Who runs policies describes the surroundings (`Circumstances`), the same for all; the policy picks its options from them. What an
-option is called, and its default, is said by the constructor alone.
+Each policy's file defines the class and, beside it, `INFO`: which inputs it uses, a one-line summary, and which of its
+parts can be switched off. The code that runs a policy describes its environment with `Circumstances`, the same for all
+policies, and the policy derives its options from them. Names and defaults of options are defined by the constructor
+alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,16 +20,16 @@ from cascadeinfer.core.policy import Policy
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Circumstances:
     """
-    What whoever runs a policy can tell it.
+    What the code that runs a policy can tell it.
 
     Attributes:
-        layout: Stages to start with; None: the policy's own.
+        layout: Stages to start with; None leaves them to the policy.
         step_model: Cost of a step, as far as it is known.
         planning: How to plan at run time.
-        learns: Whether the steps that instances report say more of their cost than `step_model`.
-        follows: Whether another process plans for all, and tells.
-        front_ends: Processes that share out the requests, this one included.
-        max_queued: Most requests that may wait for room in this process; None: no bound is wanted.
+        learns: Whether the steps that instances report are a better source for their cost than `step_model`.
+        follows: Whether another process plans for all and announces its layouts.
+        front_ends: Number of processes that share the requests, including this one.
+        max_queued: Maximum number of requests that wait for room in this process; None for no bound.
     """
 
     layout: StageLayout | None = None
@@ -43,10 +44,10 @@ class Circumstances:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
     """
-    A policy with a part switched off, for ablations.
+    A policy with a part switched off, for ablation studies.
 
     Attributes:
-        options: Of the constructor, over those that the policy picks.
+        options: Options of the constructor that override those the policy derives.
         starts_with_plan: As in `PolicyInfo`.
     """
 
@@ -59,22 +60,25 @@ def _nothing(_: Circumstances) -> dict[str, Any]:
 
 
 def _nothing_to_compile() -> None:
-    """Most policies run no compiled code."""
+    """For the many policies without compiled code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyInfo:
     """
+    The entry of one policy in `POLICIES`.
+
     Attributes:
         make: The class; its keywords are the options.
         help: What it does, in half a line.
-        takes_layout: Whether it works by stages that an operator can give.
+        takes_layout: Whether it uses stages that an operator can set.
         starts_with_plan: Whether an experiment gives it the planner's stages for the workload it will see.
-        has_queue: Whether requests without room wait in it, at most `Circumstances.max_queued`, and more are refused.
-        uses_profile: Whether a cost profile changes what it does; without one it learns costs as it serves.
-        options_for: Options of the constructor in these circumstances.
-        warm_up: Loads or compiles what it would otherwise compile under load: seconds, once.
-        variants: Ablations by the word that follows the policy's name, as in `NAME-no-refine`.
+        has_queue: Whether requests without room wait in the policy, at most `Circumstances.max_queued`; further ones
+            are refused.
+        uses_profile: Whether a cost profile changes its behaviour; without one it learns costs while serving.
+        options_for: The constructor's options in these circumstances.
+        warm_up: Loads or compiles what would otherwise be compiled under load; takes seconds, once.
+        variants: Ablations by the suffix of the policy's name, as in `NAME-no-refine`.
     """
 
     make: Callable[..., Policy]
@@ -89,5 +93,5 @@ class PolicyInfo:
 
 
 def layout_option(around: Circumstances) -> dict[str, Any]:
-    """For policies whose only concern is their stages."""
+    """For policies whose only option from the environment is their stages."""
     return {} if around.layout is None else {"layout": around.layout}

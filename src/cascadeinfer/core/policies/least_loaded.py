@@ -1,8 +1,8 @@
 """
 Least loaded: each new request goes to the instance with the lowest load, by KV tokens and batch slots.
 
-Formula: `max(kv tokens / capacity, requests / max_num_seqs)`, see `core/placing/dispatch.py`. Inputs read: reports, corrected by what was
-placed since. Edge case: when nothing has room, the least loaded queues the request.
+Formula: `max(kv tokens / capacity, requests / max_num_seqs)`, see `core/placing/dispatch.py`. Inputs read: reports,
+corrected by what has been placed since. Edge case: when no instance has room, the least loaded one queues the request.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from cascadeinfer.core.view import InstanceView, RequestView
 
 
 class LeastLoaded(PlacingPolicy):
-    """The instance with most room."""
+    """Dispatches to the instance with the most room."""
 
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
-        """The least loaded instance with room, or the least loaded."""
+        """The least loaded instance with room; if none has room, the least loaded one."""
         chosen = pick(candidates, request.tokens)
         assert chosen is not None  # candidates is not empty
         return chosen

@@ -1,17 +1,20 @@
 """
 Llumnix: dispatch to the freest instance, and move running requests from the most to the least loaded.
 
-Formula: freeness = (KV blocks - virtual usage) * block size / batch: how many decode steps each request there can still take before
-memory runs out; infinite when nobody is there. Virtual usage is the blocks in use and, for dispatch, the demand of all waiting requests;
-for migration of the first waiting request only (de-fragmentation: room is made for the head of the queue). A new request goes to the highest
-freeness. Every `interval_s` instances below `migrate_steps` are sources, those above are targets; the least free source is paired with the freest target, and so
-on. A pair moves its shortest running request when that brings the two nearer to each other without changing places and leaves the target a
-target. At most `max_migrations` per instance at once, either way. A draining instance has freeness minus infinity: everything moves off it.
+Formula: freeness = (KV blocks - virtual usage) * block size / batch, the number of decode steps that each request there
+can still take before memory runs out; infinite for an empty instance. Virtual usage is the number of blocks in use
+plus, for dispatch, the demand of all waiting requests; for migration, the demand of the first waiting request only
+(de-fragmentation: room is made for the head of the queue). A new request goes to the highest freeness. Every
+`interval_s`, instances below `migrate_steps` are sources and those above are targets; the least free source is paired
+with the freest target, and so on. A pair moves its shortest running request if that brings the two closer together
+without swapping their order and leaves the target a target. At most `max_migrations` per instance run at once, counting
+both directions. A draining instance has freeness minus infinity, so everything moves off it.
 
-Inputs read: reports, corrected by what was placed since. Edge cases: pinned, waiting and migrating requests stay; a migration that ended
-where it began is not tried again for `retry_s`. Virtual usage of priorities is left out: all requests here have one.
-Source: Llumnix, OSDI'24, sections 4.3 and 4.4, and github.com/AlibabaPAI/llumnix: `remaining_steps` load, pair policy `defrag` with its
-improvement condition, request policy `SR` (shortest running), threshold 3 blocks per request, one migration per instance at a time.
+Inputs read: reports, corrected by what has been placed since. Edge cases: pinned, waiting and migrating requests stay;
+a migration that ended where it began is not retried for `retry_s`. Virtual usage of priorities is left out, since all
+requests here have the same priority. Source: Llumnix, OSDI'24, sections 4.3 and 4.4, and github.com/AlibabaPAI/llumnix:
+`remaining_steps` load, pair policy `defrag` with its improvement condition, request policy `SR` (shortest running),
+threshold 3 blocks per request, one migration per instance at a time.
 """
 
 import math
@@ -28,7 +31,7 @@ from cascadeinfer.core.view import InstanceView, RequestView
 
 
 class Llumnix(PlacingPolicy):
-    """Freeness dispatch and pairwise migration."""
+    """Dispatch by freeness and pairwise migration."""
 
     evacuates = False
 
@@ -46,10 +49,10 @@ class Llumnix(PlacingPolicy):
         Args:
             migrate: Whether requests move.
             migrate_steps: Freeness in decode steps below which an instance is a source; 3 blocks of 16 tokens.
-            interval_s: Between two pairings.
-            max_migrations: Per instance, both directions together.
-            retry_s: Pause of a request after a migration that ended where it began.
-            min_remaining_tokens: A request that may produce fewer further tokens stays.
+            interval_s: Time between two pairings.
+            max_migrations: Maximum migrations per instance, both directions together.
+            retry_s: How long a request rests after a migration that ended where it began.
+            min_remaining_tokens: A request that may produce fewer further tokens than this stays.
         """
         super().__init__()
         self._migrate = migrate
@@ -75,7 +78,7 @@ class Llumnix(PlacingPolicy):
         return effects
 
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002
-        """The freest instance, the first among equals."""
+        """The freest instance; the first one in a tie."""
         return max(candidates, key=_freeness)
 
     def _pair(self, cause: str, now_s: float) -> list[Effect]:
@@ -122,13 +125,13 @@ class Llumnix(PlacingPolicy):
 
 
 def _freeness(instance: InstanceView) -> float:
-    """Decode steps left, all waiting requests counted."""
+    """Decode steps left, counting all waiting requests."""
     requests = instance.committed_requests
     return instance.free_blocks() * instance.capacity.block_size_tokens / requests if requests else math.inf
 
 
 def _freeness_for_migration(instance: InstanceView, more_tokens: int = 0, more_requests: int = 0) -> float:
-    """Decode steps left, only the first waiting request counted; with so many tokens and requests more."""
+    """Decode steps left, counting only the first waiting request, with `more_tokens` and `more_requests` added."""
     capacity = instance.capacity
     later = list(instance.waiting)[1:]
     free_blocks = instance.free_blocks() + sum([capacity.blocks_for(instance.request_ids[r]) for r in later])

@@ -1,8 +1,8 @@
 """
-The part that simple policies share: keep the books, place what waits, place orphans and what a suspected instance lost anew, empty an instance that
-drains.
+What simple policies share: view, dispatch, failures and draining.
 
-A subclass says only which instance takes a request (`choose`).
+The base class keeps the view up to date, dispatches waiting requests, places orphans and the requests of a suspect
+instance anew, and empties an instance that drains. A subclass only chooses the instance for a request (`choose`).
 """
 
 from abc import ABC, abstractmethod
@@ -28,10 +28,10 @@ class PlacingPolicy(ABC):
     """Dispatches each request once and moves it only when its instance drains."""
 
     evacuates: ClassVar[bool] = True
-    """Whether requests are moved off a draining instance here; a policy with migrations of its own does it itself."""
+    """Whether this class moves requests off a draining instance; a policy with its own migrations does so itself."""
 
     def __init__(self) -> None:
-        """Start with empty books."""
+        """Start with an empty view."""
         self.view = ClusterView()
         self._evacuation = Evacuation(self.view)
 

@@ -2,16 +2,18 @@
 SGLang's cache-aware router: go where the prompt's prefix is probably cached, unless the load is out of balance.
 
 Formula, with `load` the number of unfinished requests of an instance:
-- Out of balance when `max - min > balance_abs` and `max > balance_rel * min`: the shortest queue.
-- Else the instance whose past requests share the longest prefix with this one, when that is more than `cache_threshold` of the prompt.
+- Out of balance, that is `max - min > balance_abs` and `max > balance_rel * min`: the shortest queue.
+- Else the instance whose past requests share the longest prefix with this one, if that is more than `cache_threshold`
+  of the prompt.
 - Else the shortest queue.
-Whatever is chosen, the prompt's blocks are then taken to be cached there.
 
-Inputs read: prefix hashes of the prompts, own dispatches and finishes. The prefix index (`prefix_index.py`) is a guess: it never asks
-the engines. Edge cases: without hashes nothing matches; the instance with the match may be draining or gone, then the shortest queue.
-Ties go to the smallest id. No migration.
-Source: SGLang, `sgl-model-gateway/src/policies/cache_aware.rs`, with the defaults of its `CacheAwareConfig` (0.5, 32, 1.1). It matches
-text by characters where we match blocks of tokens.
+The prompt's blocks are then assumed to be cached at the chosen instance.
+
+Inputs read: prefix hashes of the prompts, the policy's own dispatches, and finishes. The prefix index
+(`prefix_index.py`) is a guess; the engines are never asked. Edge cases: without hashes nothing matches; if the matching
+instance is draining or gone, the shortest queue is used. Ties go to the smallest id. No migration. Source: SGLang,
+`sgl-model-gateway/src/policies/cache_aware.rs`, with the defaults of its `CacheAwareConfig` (0.5, 32, 1.1). It matches
+text by characters, while we match blocks of tokens.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ from cascadeinfer.core.view import InstanceView, RequestView
 
 
 class PrefixAware(PlacingPolicy):
-    """Cache affinity while the load is in balance."""
+    """Prefix affinity while the load is in balance."""
 
     def __init__(
         self,
@@ -39,9 +41,9 @@ class PrefixAware(PlacingPolicy):
         """
         Args:
             cache_threshold: Share of the prompt's blocks that must match.
-            balance_abs: Difference of loads that is still in balance.
-            balance_rel: Ratio of loads that is still in balance.
-            max_blocks: Blocks that the index remembers, the least recently used go first.
+            balance_abs: Difference of loads that still counts as balanced.
+            balance_rel: Ratio of loads that still counts as balanced.
+            max_blocks: Capacity of the index in blocks; the least recently used are evicted first.
         """
         super().__init__()
         self._cache_threshold = cache_threshold

@@ -14,7 +14,7 @@ from cascadeinfer.core.view import InstanceView, RequestView
 
 
 class RoundRobin(PlacingPolicy):
-    """Turn by turn."""
+    """Dispatches to the instances in turn."""
 
     def __init__(self) -> None:
         """Start before the first instance."""
@@ -22,7 +22,7 @@ class RoundRobin(PlacingPolicy):
         self._last_id = ""
 
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002
-        """The instance after the last one chosen, by id, around the end."""
+        """The next instance by id after the one chosen last, wrapping around."""
         chosen = next((c for c in candidates if c.instance_id > self._last_id), candidates[0])
         self._last_id = chosen.instance_id
         return chosen

@@ -1,4 +1,4 @@
-"""What makes a policy, as a value: its name and its options. Whoever has it can make the same policy again, as a replay does."""
+"""A policy as a value: its name and options, from which a replay, for example, constructs it again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +11,10 @@ from cascadeinfer.core.policy import Policy
 @dataclass(frozen=True, slots=True)
 class PolicySpec:
     """
+    A policy's name and options.
+
     Attributes:
-        name: In `POLICIES`.
+        name: A key of `POLICIES`.
         options: Keywords of its constructor.
     """
 
@@ -20,5 +22,5 @@ class PolicySpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self) -> Policy:
-        """A fresh policy."""
+        """Construct a fresh policy."""
         return POLICIES[self.name].make(**self.options)

@@ -1,12 +1,13 @@
 """
-Fixed buckets by prompt length, no migration: what people do by hand with two pools and a router rule.
+Fixed buckets by prompt length without migration: what operators build by hand with two pools and a routing rule.
 
-Formula: the bucket of the prompt length; inside it the least loaded instance with room (`core/placing/dispatch.py`), or the least loaded. Requests stay
-where they were placed, however long they grow.
+Formula: the bucket of the prompt length; within it, the least loaded instance with room (`core/placing/dispatch.py`),
+or else the least loaded one. Requests stay where they were placed, however long they grow.
 
-Inputs read: reports, the buckets. Edge cases: a bucket without instances is served by the nearest bucket that has any, the shorter
-one first; without `boundaries_tokens` instances are dealt out evenly over the powers of four from 512 up. An instance belongs to the
-bucket that has fewest instances for its share when it joins. Source: e.g. llm-d's context-length-aware scorer.
+Inputs read: reports and the buckets. Edge cases: a bucket without instances is served by the nearest bucket that has
+some, the shorter one first; without `boundaries_tokens`, instances are spread evenly over the powers of four from 512
+up. An instance that joins belongs to the bucket with the fewest instances for its share. Source: e.g. llm-d's
+context-length-aware scorer.
 """
 
 from collections.abc import Sequence
@@ -21,13 +22,13 @@ from cascadeinfer.core.view import InstanceView, RequestView
 
 
 class StaticLength(PlacingPolicy):
-    """One bucket per prompt length range."""
+    """One bucket per range of prompt lengths."""
 
     def __init__(self, *, layout: StageLayout | None = None, boundaries_tokens: Sequence[int] = (512, 2048)) -> None:
         """
         Args:
-            layout: Buckets with their instances; None: `boundaries_tokens`, with the instances dealt out evenly.
-            boundaries_tokens: Where buckets end, strictly increasing.
+            layout: Buckets with their instances; None uses `boundaries_tokens` and spreads the instances evenly.
+            boundaries_tokens: Upper ends of the buckets, strictly increasing.
 
         Raises:
             PlanError: The boundaries are not increasing.

@@ -1,13 +1,15 @@
 """
-Length stages from the configuration: the first version of the cascade.
+Length stages from the configuration: the simplest form of the cascade.
 
-Dispatch: by prompt length to its stage, least loaded inside. Hand-over: a request whose length has left its stage's range moves
-to the stage of its length as soon as an instance there has room; until then it decodes on where it is and is tried again
-after `retry_s`. At most `max_migrations` per instance at once, either way (paper: 3).
+Dispatch: to the stage of the prompt length, and there to the least loaded instance. Hand-over: a request whose length
+has left its stage's range moves to the stage of its length as soon as an instance there has room. Until then it decodes
+where it is and is tried again after `retry_s`. At most `max_migrations` per instance run at once, counting both
+directions (paper: 3).
 
-Inputs read: reports (lengths, load), the layout. Edge cases: who serves a stage whose instances are all gone or draining, and which stage
-takes an instance that the configuration does not name, is the same as for the cascade (`core/roster.py`); a request is not worth a
-move when it has fewer than `min_remaining_tokens` to go; a pinned request stays. Source: arXiv 2512.19179, with fixed ranges.
+Inputs read: reports (lengths, load) and the layout. Edge cases: `core/roster.py` decides, as for the cascade, who
+serves a stage whose instances are all gone or draining, and which stage takes an instance that the configuration does
+not name. A request with fewer than `min_remaining_tokens` to go is not worth a move; a pinned request stays. Source:
+arXiv 2512.19179, with fixed ranges.
 """
 
 from collections.abc import Sequence
@@ -50,11 +52,10 @@ class StaticStages(PlacingPolicy):
     ) -> None:
         """
         Args:
-            layout: The stages; its instance ids need not be up yet.
-            max_migrations: Per instance, both directions together.
-            retry_s: Seconds before a request whose move failed or found no room is tried again.
+            layout: The stages; their instances need not be up yet.
+            max_migrations: Maximum migrations per instance, both directions together.
+            retry_s: Seconds until a request whose move failed or found no room is tried again.
             min_remaining_tokens: A request with fewer tokens left to generate stays.
-
         """
         super().__init__()
         self._roster = Roster(layout)
@@ -82,7 +83,7 @@ class StaticStages(PlacingPolicy):
         return effects
 
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
-        """The least loaded instance of the request's stage; of the nearest one where its own are all suspected."""
+        """The least loaded instance of the request's stage, or of the nearest stage if all of its own are suspect."""
         wanted = self._stage_of(request)
         stages = {self._roster.stage_of[c.instance_id] for c in candidates}
         nearest = min(stages, key=lambda stage: (abs(stage - wanted), -stage))
@@ -91,7 +92,7 @@ class StaticStages(PlacingPolicy):
         return chosen
 
     def _follow_roster(self, event: InstanceJoined | InstanceDraining | InstanceLost) -> list[Effect]:
-        """Bring the stages into force with the instances that take requests from now on."""
+        """Put the stages into force with the instances that accept requests from now on."""
         there = {instance.instance_id for instance in self.view.members()} - {event.instance_id}
         if isinstance(event, InstanceJoined):
             there.add(event.instance_id)
@@ -103,7 +104,7 @@ class StaticStages(PlacingPolicy):
         return [PublishLayout(cause, layout)] if changed and layout is not None else []
 
     def _stage_of(self, request: RequestView) -> int:
-        assert self._roster.layout is not None  # somebody takes requests
+        assert self._roster.layout is not None  # some instance accepts requests
         return self._roster.layout.stage_index_of(request.tokens)
 
     def _in_stage(self, stage: int, candidates: Sequence[InstanceView]) -> list[InstanceView]:
@@ -148,7 +149,7 @@ class StaticStages(PlacingPolicy):
         candidates = self.view.able(request, self.view.available())
         if not candidates:
             return None
-        home = self._roster.stage_of.get(source.instance_id)  # None when it drains
+        home = self._roster.stage_of.get(source.instance_id)  # None if the source drains
         wanted = self._stage_of(request)
         if home is not None and wanted <= home:
             return None

@@ -1,14 +1,14 @@
 """
 vLLM's own data-parallel balancer.
 
-Formula: score = max(clients * in flight, waiting + running) + waiting * 6 * max(0, KV use - 0.5); the lowest score wins. `in flight` is
-the exact number of unfinished requests this client sent there; waiting, running and KV use are the engine's last statistics, and
-`waiting` grows by `clients` with each request sent until the next statistics come. The scan starts one engine further with
-every request, so equal scores take turns.
+Formula: score = max(clients * in flight, waiting + running) + waiting * 6 * max(0, KV use - 0.5); the lowest score
+wins. `in flight` is the exact number of unfinished requests that this client sent to the engine. `waiting`, `running`
+and KV use are the engine's last statistics; `waiting` grows by `clients` with each request sent until the next
+statistics arrive. The scan starts one engine further with every request, so equal scores take turns.
 
-Inputs read: reports (vLLM's coordinator publishes every 100 ms when something changed), own dispatches and finishes. Edge cases: an engine
-that has not reported counts as empty; a draining engine is not in the list, which vLLM does not know. No migration.
-Source: vLLM 0.32, `vllm/v1/engine/core_client.py`, `DPLBAsyncMPClient.get_core_engine_for_request`.
+Inputs read: reports (vLLM's coordinator publishes every 100 ms if something changed), own dispatches and finishes. Edge
+cases: an engine that has not reported counts as empty; a draining engine, a notion vLLM does not have, is not in the
+list. No migration. Source: vLLM 0.32, `vllm/v1/engine/core_client.py`, `DPLBAsyncMPClient.get_core_engine_for_request`.
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from cascadeinfer.core.view import InstanceView, RequestView
 
 
 class VllmDp(PlacingPolicy):
-    """The engine with the lowest score."""
+    """Dispatches to the engine with the lowest score."""
 
     def __init__(self, *, clients: int = 1) -> None:
         """
         Args:
-            clients: API server processes that each see only their own requests; vLLM's `client_count`.
+            clients: Number of API server processes, each of which sees only its own requests; vLLM's `client_count`.
         """
         super().__init__()
         self._clients = clients
@@ -50,7 +50,7 @@ class VllmDp(PlacingPolicy):
         return super().handle(event, now_s)
 
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002
-        """The lowest score, from this request's turn on."""
+        """The engine with the lowest score, scanning from this request's turn."""
         n = len(candidates)
         start = self._turn % n
         chosen = min((candidates[(start + place) % n] for place in range(n)), key=self._score)
