@@ -1,8 +1,9 @@
 """
-The two shells of the migration protocol with one request that is to move, over instances that do what a test says.
+The two shells of the migration protocol, each moving one request between instances that the test scripts.
 
-`Simulator` is the simulated cluster over scripted instances, `Live` the runtime over scripted engines: they answer what the test says, when it
-says so, and compute nothing. Everything between them and the policy is real.
+`Simulator` is the simulated cluster over scripted instances; `Live` is the runtime over scripted engines. The instances
+compute nothing: they give the answers that the test chooses, when it chooses. Everything between them and the policy is
+real.
 """
 
 import asyncio
@@ -99,7 +100,7 @@ class Shell(Protocol):
         ...
 
 
-# --- the simulated cluster ----------------------------------------------------------------------------------------------
+# --- the simulated cluster --------------------------------------------------------------------------------------------
 
 
 class Moves(LeastLoaded):
@@ -132,16 +133,16 @@ class ScriptedInstance(SimInstance):
     refusal: Refusal | None = None
     asked_tokens: int | None = None
 
-    def reserve(self, migration_id: MigrationId, length_tokens: int, now_s: float) -> Refusal | None:  # noqa: ARG002 - as there
+    def reserve(self, migration_id: MigrationId, length_tokens: int, now_s: float) -> Refusal | None:  # noqa: ARG002 - SimInstance
         """See SimInstance."""
         self.asked_tokens = length_tokens
         return self.refusal
 
-    def request_cut(self, request: SimRequest, now_s: float) -> Refusal | None:  # noqa: ARG002 - as there
+    def request_cut(self, request: SimRequest, now_s: float) -> Refusal | None:  # noqa: ARG002 - SimInstance
         """See SimInstance."""
         return self.refusal
 
-    def expect(self, request: SimRequest, migration_id: MigrationId, now_s: float) -> int:  # noqa: ARG002 - as there
+    def expect(self, request: SimRequest, migration_id: MigrationId, now_s: float) -> int:  # noqa: ARG002 - SimInstance
         """See SimInstance."""
         return request.settled_tokens - 1
 
@@ -268,7 +269,7 @@ class Simulator:
         self._cluster.instance_stepped(self._instance(instance_id), end)
 
 
-# --- the runtime --------------------------------------------------------------------------------------------------------
+# --- the runtime ------------------------------------------------------------------------------------------------------
 
 
 class Live:

@@ -1,8 +1,9 @@
 """
-A runtime over simulated engines, in virtual time, with clients that check every token and a final look for leftovers.
+A runtime over simulated engines in virtual time, with clients that check every token and a final check for leftovers.
 
-`async with Cluster(...)` starts everything and, at the end, asserts that nothing is left: no stream, no migration, no request, block, pin
-or reservation on any engine (well before a lease could have hidden a leak), no error in the log, no timer. `@virtual_time` adds: no task.
+`async with Cluster(...)` starts everything. On exit it asserts that nothing is left: no stream or migration; no
+request, block, pin or reservation on any engine (checked well before an expiring lease could hide a leak); no error in
+the log; and no timer. `@virtual_time` also asserts that no task is left.
 """
 
 import asyncio

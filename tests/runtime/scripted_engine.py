@@ -1,7 +1,7 @@
 """
-An engine that does nothing by itself: a test says what it answers and when, what it sends, and when it dies.
+An engine that does nothing by itself: the test decides what it answers, what it sends and when it dies.
 
-It computes nothing and keeps no books; the simulated engine is the one that behaves like an instance.
+It computes nothing and keeps no books. For an engine that behaves like an instance, use the simulated engine.
 """
 
 import asyncio

@@ -80,7 +80,7 @@ async def test_an_event_on_the_way_waits_its_turn() -> None:
 
 @virtual_time
 async def test_an_error_does_not_jam_the_driver() -> None:
-    """A policy that raises hurts neither the caller nor later events; who watches and who mends are told of the event."""
+    """A policy that raises affects neither the caller nor later events; watcher and repairer are told of the event."""
     placed = Dispatch("good", "r", "a")
 
     def answer(event: Event) -> list[Effect]:

@@ -1,4 +1,4 @@
-"""Instances come and go at run time: nobody notices, nothing is lost, ids are never used again."""
+"""Instances are added and removed at run time: clients notice nothing, nothing is lost, and ids are never reused."""
 
 import asyncio
 import contextlib
@@ -56,7 +56,10 @@ async def test_an_added_instance_gets_work() -> None:
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @virtual_time
 async def test_a_drained_instance_hands_over_and_goes(name: str) -> None:
-    """Under every policy: running requests move off it live, nothing is computed anew, no new one comes, then it is gone."""
+    """
+    Under every policy, a draining instance's requests move off live, without recomputation; it gets no new ones and
+    ends.
+    """
     async with Cluster(policy_named(name)) as cluster:
         clients = [await cluster.submit(f"r{i}", 30 + 30 * i, 500) for i in range(6)]
         for client in clients:
@@ -179,7 +182,7 @@ async def test_killed_while_it_is_connected() -> None:
 @pytest.mark.parametrize("stage", ["starting", "connecting", "down"])
 @virtual_time
 async def test_removed_before_it_serves(stage: str) -> None:
-    """An instance that starts, is being connected or is down can be removed; the policy never hears of it, or no more."""
+    """An instance that is starting, connecting or down can be removed; the policy never hears of it, or never again."""
     policy = ScriptedPolicy()
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 200)
@@ -273,7 +276,7 @@ class ServerStops(Exception):  # noqa: N818 - no error
 @pytest.mark.parametrize("what", ["adding", "connecting", "draining"])
 @virtual_time
 async def test_stopped_on_the_way(what: str) -> None:
-    """The end of the server during an add or a drain leaves no process, timer or task behind, and nothing begins any more."""
+    """A server that stops during an add or a drain leaves no process, timer or task behind and starts nothing new."""
     cluster = Cluster(ScriptedPolicy({"r": "a"}))
     with contextlib.suppress(ServerStops):
         async with cluster:
@@ -299,7 +302,7 @@ async def test_stopped_on_the_way(what: str) -> None:
 @pytest.mark.parametrize("fault", ["kill", "drain", "add"])
 @virtual_time
 async def test_faults_while_a_new_layout_is_rolled_out(fault: str) -> None:
-    """A layout change moves requests from everywhere to everywhere; a death, a drain or an add in the middle loses none."""
+    """A layout change moves requests between all instances; a death, a drain or an add in the middle loses none."""
     policy = Cascade(layout=LAYOUT)
     quick = dataclasses.replace(SUPERVISION, report_s=0.02)
     async with Cluster(policy, supervision=quick) as cluster:

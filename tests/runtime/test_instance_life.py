@@ -1,8 +1,8 @@
 """
-Every transition of an instance's life, forced on a running runtime; and what each state allows, as requests and operators find it.
+Every transition of an instance's life, forced on a running runtime, and what each state allows requests and operators.
 
-`Scene.reach` brings an instance into a state, `HAPPEN` makes the thing happen. After each: the transition has occurred, every client has got
-exactly its tokens, and nothing is left on any instance (`Cluster`).
+`Scene.reach` brings an instance into a state; `HAPPEN` triggers the event. After each: the transition has occurred,
+every client has received exactly its tokens, and nothing is left on any instance (`Cluster`).
 """
 
 import asyncio
@@ -232,7 +232,7 @@ async def doomed_and_empty(scene: Scene) -> None:
 
 
 async def doomed_and_overdue(scene: Scene) -> None:
-    """One with a request is condemned, then drained without any time, as a front end does that hears of both at once."""
+    """An instance with a request is condemned, then drained with no time, as when a front end hears of both at once."""
     await scene.condemned()
     scene.cluster.runtime.elastic.drain(scene.name, 0.0)
     assert scene.life.state is State.DOOMED
@@ -294,7 +294,9 @@ IN_VIEW = {
 @pytest.mark.parametrize("state", HELD, ids=lambda state: state.value)
 @virtual_time
 async def test_what_a_state_allows(state: State) -> None:
-    """Who gets new requests, whose engine is used, who may be drained, and what policy and operators know: all as the table says."""
+    """
+    Who gets new requests, which engine is used, what may be drained, and what policy and operators see match the table.
+    """
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=PATIENT) as cluster:
         scene = Scene(cluster)
@@ -330,7 +332,7 @@ async def test_what_a_state_allows(state: State) -> None:
 @pytest.mark.parametrize("state", LASTING, ids=lambda state: state.value)
 @virtual_time
 async def test_who_serves_in_need(state: State) -> None:
-    """While nobody else answers, new requests go to one that is up alone, and to one that is suspect like the others; to no other."""
+    """With all others suspect, an UP instance gets all new requests, a suspect one its share, any other state none."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=PATIENT) as cluster:
         scene = Scene(cluster)
@@ -370,7 +372,7 @@ async def test_who_may_be_the_only_one(state: State) -> None:
 
 @virtual_time
 async def test_only_who_may_be_asked_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through lives of all kinds an instance is asked for its load, and given requests, only in states that allow it."""
+    """Through lives of all kinds, an instance is polled for load and given requests only in states that allow it."""
     asked: set[State] = set()
     given: set[State] = set()
     report, add = SimulatedEngine.report, SimulatedEngine.add

@@ -1,4 +1,4 @@
-"""The table of an instance's life: complete, without dead ends, and what it allows agrees with where it leads."""
+"""The instance state table is complete and has no dead ends; what a state allows agrees with its transitions."""
 
 from collections import deque
 
@@ -33,7 +33,9 @@ def life_in(state: State) -> InstanceLife:
 @pytest.mark.parametrize("happening", Happening)
 @pytest.mark.parametrize("state", State)
 def test_each_pair_is_followed_ignored_or_refused(state: State, happening: Happening) -> None:
-    """A pair of the table leads on; an ignored one changes nothing; any other raises, with the history, and changes nothing."""
+    """
+    A listed pair is a transition; an ignored pair changes nothing; any other raises with the history, changing nothing.
+    """
     life = life_in(state)
     life.history.append(Passage(Happening.START, state, 1.5, "because"))
     before = list(life.history)
@@ -92,7 +94,7 @@ def test_what_is_allowed_leads_somewhere() -> None:
 
 
 def test_what_is_in_use_can_die() -> None:
-    """In each state in which requests run there, and in no other that is asked for its load but those that join, it can be condemned."""
+    """Exactly the states that are polled for load (in use or joining) can die, and each of them can be condemned."""
     for state in State:
         asked = Deed.BE_ASKED in ALLOWED[state]
         assert asked == (state in IN_USE or Deed.JOIN in ALLOWED[state])

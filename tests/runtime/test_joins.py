@@ -1,4 +1,6 @@
-"""Newcomers are introduced to all that are up, side by side; a pair that cannot connect is not the newcomer's death."""
+"""
+A new instance is connected to all that are up, in parallel; a pair that cannot connect does not kill the newcomer.
+"""
 
 import asyncio
 import itertools
@@ -83,7 +85,10 @@ async def test_a_peer_that_answers_late_does_not_keep_a_newcomer_waiting() -> No
 
 @virtual_time
 async def test_a_deaf_peer_is_restarted_not_the_newcomer() -> None:
-    """The newcomer joins without it, moves between the two are refused; the deaf one is restarted when it is deaf still."""
+    """
+    The newcomer joins without the deaf instance, moves between the two are refused, and one that stays deaf is
+    restarted.
+    """
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy) as cluster:
         cluster["b"].turn_deaf()
@@ -154,7 +159,7 @@ async def test_a_pair_that_fails_is_tried_again() -> None:
 
 @virtual_time
 async def test_one_that_cannot_listen_again_is_restarted() -> None:
-    """An instance says in its reports that its side channel is closed and stays so: it is restarted, its requests go on."""
+    """An instance whose load reports say that its side channel is closed for good is restarted; its requests go on."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 400)
@@ -187,7 +192,9 @@ async def test_the_wait_for_a_restart_is_shown() -> None:
 @pytest.mark.parametrize("seed", range(12))
 @virtual_time
 async def test_in_the_end_everybody_knows_everybody(seed: int) -> None:
-    """Deaths, refusals, deaf and slow ones, additions in any order: once it is calm all are up and every pair is connected."""
+    """
+    Deaths, refusals, deaf and slow instances and adds in any order: once calm, all are up and every pair is connected.
+    """
     dice = random.Random(seed)
     async with Cluster(max_instances=6) as cluster:
         for _ in range(25):

@@ -1,4 +1,4 @@
-"""A request that the policy refuses after it has taken it: its client hears of it, and nothing stays behind."""
+"""A request that the policy refuses after accepting it: its client is told, and nothing is left behind."""
 
 from collections.abc import Callable
 
@@ -60,7 +60,9 @@ async def test_a_refusal_after_waiting_ends_the_stream() -> None:
 
 @virtual_time
 async def test_a_front_end_is_told_when_to_come_again() -> None:
-    """Before the first token the front end gets the refusal itself, with the time to wait, and no error output beside it."""
+    """
+    Before the first token the front end gets the refusal itself, with its retry delay, and no separate error output.
+    """
     async with Cluster(Holding()) as cluster:
         heard = listen(cluster)
         client = await cluster.submit("held")
@@ -118,8 +120,8 @@ async def test_a_refusal_of_somebody_unknown_is_nothing() -> None:
 @virtual_time
 async def test_urgent_requests_push_waiting_ones_out_and_overload_passes() -> None:
     """
-    Far more requests than fit: at most so many wait, urgent newcomers take the place of waiting ones, whose clients are told, every
-    other one ends whole, and afterwards requests are taken again.
+    Far more requests than fit: the number waiting is bounded, and urgent newcomers replace waiting requests, whose
+    clients are told. Every other request completes, and afterwards new ones are accepted again.
     """
     policy = Cascade(max_queued=6)
     async with Cluster(policy, "ab") as cluster:

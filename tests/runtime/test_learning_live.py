@@ -1,4 +1,6 @@
-"""The cascade on a running runtime: it begins with one stage and no costs, learns, plans, and requests move with their text unchanged."""
+"""
+The cascade on a running runtime starts with one stage and no costs, learns, plans and moves requests, text unchanged.
+"""
 
 import asyncio
 import logging
@@ -26,7 +28,9 @@ REQUESTS = 450
 
 @virtual_time
 async def test_stages_come_by_themselves(caplog: pytest.LogCaptureFixture) -> None:
-    """Short chats and long documents: costs are learnt, stages planned for a reason that is logged, and hand-overs follow."""
+    """
+    Short chats and long documents: costs are learnt, stages are planned (the reason is logged), and hand-overs follow.
+    """
     policy = Cascade(
         layout=StageLayout.single(("a", "b", "c")),
         learning=LearningSettings(interval_s=2.0),

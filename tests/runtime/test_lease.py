@@ -1,9 +1,9 @@
 """
-The lease: no pull that is used reads blocks whose pin has ended, whoever is late.
+The lease: whoever is late, no pull whose data is used reads blocks after their pin has ended.
 
-The front end, the source and the target are each stopped for a while at any moment of a move. A front end that is stopped hears nothing and
-its timers are late; when it goes on, what waits comes in either order. `Cluster` checks every token and, at the end, that no instance has
-used a pull that was over after the lease.
+The front end, the source and the target are each paused for a while at any moment of a move. A paused front end hears
+nothing and its timers fire late; when it resumes, the pending messages and timers arrive in either order. `Cluster`
+checks every token and, at the end, that no instance has used a pull that finished after the lease.
 """
 
 import asyncio
@@ -160,14 +160,18 @@ def test_no_pull_that_is_used_is_over_after_the_lease(
     ],
 )
 def test_how_it_ends(front_end: Stop, target: Stop, outcome: str, detail: str) -> None:
-    """The deadline is seven seconds after the cut was sent; what is heard later is not taken, in whatever order it comes."""
+    """
+    The deadline is seven seconds after the cut was sent; anything heard later is not used, in whatever order it comes.
+    """
     for timers_first in (False, True):
         ended = run(move(front_end, NEVER, target, pull_s=0.015, timers_first=timers_first))
         assert (ended.outcome.value, ended.detail) == (outcome, detail)
 
 
 def test_a_cut_that_is_heard_too_late() -> None:
-    """With less time left than a pull needs, the source takes the request back, also when the overdue timer comes first."""
+    """
+    With less time left than a pull needs, the source takes the request back, even if the overdue timer fires first.
+    """
     for timers_first, end in ((False, ("stayed", "cut_late")), (True, ("stayed", "timed_out"))):
         ended = run(move(Stop(0.015, 6.9), NEVER, NEVER, pull_s=0.015, timers_first=timers_first))
         assert (ended.outcome.value, ended.detail) == end
@@ -175,7 +179,7 @@ def test_a_cut_that_is_heard_too_late() -> None:
 
 @virtual_time
 async def test_a_pull_that_ends_late_is_not_used() -> None:
-    """The target is stopped in the middle of its pull until the lease is over: it computes the KV cache anew by itself."""
+    """A target paused during its pull until the lease is over recomputes the KV cache itself."""
     with of_one_move() as policy:
         async with Cluster(policy, "ab", times=SimulatedTimes(pull_s=1.0), supervision=PATIENT) as cluster:
             client = await cluster.submit("r", 100, 60)

@@ -1,8 +1,9 @@
 """
-Every pair (state, happening) of the migration table, forced on a running runtime.
+Every (state, event) pair of the migration table, forced on a running runtime.
 
-`reach` brings a request's migration from instance a to b into a state and freezes it there; `HAPPEN` makes the thing happen. After each:
-the pair has occurred, the client has got exactly its tokens, and nothing is left on any instance (`Cluster`).
+`reach` brings the migration of a request from instance a to b into a state and freezes it there; `HAPPEN` triggers the
+event. After each: the pair has occurred, the client has received exactly its tokens, and nothing is left on any
+instance (`Cluster`).
 """
 
 import asyncio
@@ -135,7 +136,7 @@ async def cut_empty(scene: Scene, state: State) -> None:
 
 
 async def cut_late(scene: Scene, state: State) -> None:
-    """The cut's output comes when the lease leaves no time; in CUTTING the front end was stopped, so that its timer was late too."""
+    """The cut's output comes with no lease time left; in CUTTING the front end was paused, so its timer is late too."""
     if state is State.WITHDRAWING:
         await scene.withdrawing_in_vain()
     else:
@@ -177,7 +178,9 @@ async def first_token(scene: Scene, state: State) -> None:
 
 
 async def request_ended(scene: Scene, state: State) -> None:
-    """The request ends by itself: by its length where it decodes, by an engine's error where it waits for its KV cache."""
+    """
+    The request ends by itself: at its length limit if it decodes, by an engine error if it waits for its KV cache.
+    """
     if state in {State.ASKING, State.WITHDRAWING}:
         scene.cluster["a"].unpause()
         await scene.client.until_end()

@@ -1,8 +1,9 @@
 """
-Every path through the migration table, in both shells: the simulated cluster and the runtime end it alike.
+Every path through the migration table, in both shells: the simulated cluster and the runtime must end it alike.
 
-The paths are walked in the table itself, so that a new transition is fed as well; each is also fed with one happening on the way that the
-table ignores. Compared are the states, the outcome and the `detail` of the record, and when a time limit is over.
+The paths are generated from the table itself, so new transitions are covered too. Each path is also run with one
+ignored event on the way. The test compares the states, the record's outcome and `detail`, and when a time limit
+expires.
 """
 
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ def name_of(path: Path) -> str:
 
 
 def test_the_paths_cover_the_table() -> None:
-    """Every transition and every happening without effect is on some path; nothing but timers that nobody sets is left out."""
+    """Every transition and every ignored event is on some path; only timers that are never set are left out."""
     assert {pair for path in PATHS for pair in path} == (TRANSITIONS.keys() | IGNORED) - NO_TIMER
 
 

@@ -1,4 +1,4 @@
-"""Requests that end before, or without, their first output: nothing of them stays, in no engine, and nobody else is harmed."""
+"""Requests that end before or without their first output leave nothing on any engine and harm no other request."""
 
 import asyncio
 from typing import Any
@@ -60,7 +60,9 @@ async def test_the_policy_fails_after_it_has_placed() -> None:
 @pytest.mark.parametrize("how", ["client leaves", "request ends"])
 @virtual_time
 async def test_refused_as_its_migration_ends(how: str) -> None:
-    """The end of a request ends its migration, at which the policy refuses the request: it ends once, and so do those after it."""
+    """
+    A request's end ends its migration, and the policy then refuses the request: it ends once; later requests end too.
+    """
     policy = ScriptedPolicy({"r": "a", "other": "a"})
     policy.answers.append(lambda event: [Reject("test", "r", "late", 1.0)] if isinstance(event, MigrationEnded) else [])
     async with Cluster(policy, "ab") as cluster:
@@ -93,7 +95,10 @@ async def test_refused_as_its_migration_ends(how: str) -> None:
 @pytest.mark.parametrize("is_last", [False, True])
 @virtual_time
 async def test_refused_as_it_arrives_at_its_target(*, is_last: bool) -> None:
-    """The first token there, perhaps the last one of all, ends the move, at which the policy refuses: an error, and not a word after it."""
+    """
+    The first token at the target, perhaps the last of all, ends the move; the policy refuses: one error, nothing after
+    it.
+    """
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, "ab") as cluster:
         client = await cluster.submit("r", 40, 400)

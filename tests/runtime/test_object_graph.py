@@ -1,4 +1,4 @@
-"""The drawing of the runtime's objects in docs/architecture.md: who owns whom and who knows whom, compared with a runtime that runs."""
+"""The runtime's object diagram in docs/architecture.md (ownership and references), compared with a running runtime."""
 
 import dataclasses
 import enum
@@ -89,7 +89,7 @@ def drawn() -> tuple[set[Edge], set[Edge]]:
 
 @virtual_time
 async def test_the_drawing_is_of_what_there_is() -> None:
-    """With a move, a drain and handshakes under way, objects hold each other as it is drawn, and everything has one owner."""
+    """With a move, a drain and handshakes under way, objects refer to each other as drawn, and each has one owner."""
     async with Cluster(ScriptedPolicy({"r": "a", "s": "b"})) as cluster:
         moving = await cluster.submit("r", 40, 400)
         await moving.until_tokens(3)

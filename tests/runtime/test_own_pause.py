@@ -1,4 +1,4 @@
-"""The front end's own pause is nobody else's death: its loop stands still for longer than every time limit."""
+"""A pause of the front end's own event loop, longer than every time limit, is not taken for any instance's death."""
 
 import asyncio
 

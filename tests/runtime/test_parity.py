@@ -1,10 +1,11 @@
 """
-One trace, two shells: what the policy decides in the simulator is what it decides in the runtime.
+One trace, two shells: the policy decides the same in the simulator and in the runtime.
 
-What must be equal is what follows from the requests themselves: where each is dispatched, and by which hand-overs it climbs the stages. What may
-differ is what follows from the moment at which an instance reports (instances of the simulator take turns, those of the runtime report at the same
-time): which of several equal instances takes a request, the length at which it is handed over, and whether it is handed over at all
-within the last tokens of its life. The second half replays what the runtime has logged.
+What follows from the requests themselves must be equal: where each is dispatched, and by which hand-overs it climbs the
+stages. What follows from the moment of an instance's report may differ, since simulated instances take turns while
+those of the runtime report at the same time: which of several equal instances takes a request, the length at which it
+is handed over, and whether it is handed over at all within the last tokens of its life. The second half replays the
+runtime's log.
 """
 
 import asyncio
@@ -42,7 +43,7 @@ MODEL = StepModel(
 )
 """Every step takes the same time, as with the simulated engine."""
 LAST_TOKENS = 60
-"""A request that crosses a boundary so near to its end may be handed over or not: asking and cutting take a few reports."""
+"""A request crossing a boundary this close to its end may or may not be handed over: bid and cut take a few reports."""
 OFTEN = SupervisionTimes(report_s=REPORT_S, hang_s=5.0)
 EDGES = (100, 200)
 

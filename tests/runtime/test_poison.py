@@ -1,4 +1,4 @@
-"""A request under which instances die, in a running runtime: it is ended, the others are not, and nothing is left."""
+"""A request that kills its instances, in a running runtime: it is ended, the others complete, and nothing is left."""
 
 import asyncio
 from dataclasses import replace
@@ -11,7 +11,9 @@ from support.virtual_time import virtual_time
 
 
 async def kill_whatever_runs(cluster: Cluster, poison: Client, n_tokens: int) -> int:
-    """From now on its engine dies as soon as it has so many tokens of the request there. Returns how many died, when it is over."""
+    """
+    Make an engine die once it has this many of the request's tokens. Returns the number of deaths once it is over.
+    """
     name, n_dead, dead = poison.request.request_id, 0, None
     while poison.finish_reason is None:
         place = cluster.where(name)
@@ -33,7 +35,10 @@ def _is_held(cluster: Cluster, name: str) -> bool:
 @pytest.mark.parametrize("n_tokens", [0, 1, 3])
 @virtual_time
 async def test_poison_is_ended_and_others_are_not(n_tokens: int) -> None:
-    """After its second death (its third, where others could have done it too) it ends with an error; everybody else gets the right answer."""
+    """
+    After its second death (its third, if others could have caused it) it ends with an error; all others complete
+    correctly.
+    """
     async with Cluster(ScriptedPolicy(), "ab") as cluster:
         others = [await cluster.submit(f"r{i}", 20, 60) for i in range(6)]
         poison = await cluster.submit("poison", 30, 200)
@@ -121,7 +126,7 @@ async def test_one_that_is_held_back_can_be_aborted() -> None:
 
 @virtual_time
 async def test_a_suspected_request_does_not_move() -> None:
-    """Neither the one in the engine nor one that is held back: a resume at another place would get past the isolation there."""
+    """Neither a running nor a held-back suspect is resumed elsewhere, which would bypass the isolation there."""
     policy = ScriptedPolicy({"r0": "a", "r1": "a"})
     async with Cluster(policy, "ab") as cluster:
         clients = [await cluster.submit(f"r{i}", 40, 60) for i in range(2)]
@@ -160,7 +165,9 @@ async def test_planned_ends_are_no_deaths() -> None:
 
 @virtual_time
 async def test_a_request_that_cannot_be_sent_ends() -> None:
-    """An engine that cannot take a request in (it does not fit into a message) has not died: the request ends with an error, alone."""
+    """
+    An engine that cannot accept a request (too large for a message) has not died: only that request ends with an error.
+    """
     async with Cluster(ScriptedPolicy({"bad": "a", "good": "a"}), "ab") as cluster:
         engine = cluster["a"]
         add = engine.add
@@ -185,7 +192,7 @@ async def test_a_request_that_cannot_be_sent_ends() -> None:
 @pytest.mark.parametrize("n_instances", [2, 3])
 @virtual_time
 async def test_instances_that_die_together_end_nobody(n_instances: int, apart_s: float) -> None:
-    """An orphan that is placed on an instance which is dead, or about to die of the same cause, has no part in that death."""
+    """An orphan placed on an instance that is dead, or about to die of the same cause, has no part in that death."""
     dying = "abc"[:n_instances]
     policy = ScriptedPolicy({f"r{i}": dying[i % n_instances] for i in range(12)})
     async with Cluster(policy, "abcd") as cluster:
@@ -240,7 +247,9 @@ async def hang_whatever_admits(cluster: Cluster, name: str) -> int:
 @pytest.mark.parametrize("n_others", [0, 6])
 @virtual_time
 async def test_a_request_that_hangs_what_admits_it_costs_two_instances(n_others: int) -> None:
-    """Taken away from the first that is silent it makes a second one so, stays there, and is ended when both have been given up."""
+    """
+    Moved off the first silent instance, it silences a second one, stays there, and ends once both have been given up.
+    """
     supervision = replace(SUPERVISION, suspect_s=0.3)
     async with Cluster(ScriptedPolicy(), "abcde", supervision=supervision) as cluster:
         others = [await cluster.submit(f"r{i}", 20, 60) for i in range(n_others)]
@@ -285,7 +294,7 @@ async def test_a_restart_of_ours_is_no_death() -> None:
 
 @virtual_time
 async def test_an_answer_to_an_older_question_says_nothing() -> None:
-    """An instance that was asked before the death may have died since: a suspected request waits for the next answer."""
+    """An instance polled before the death may have died since: a suspected request waits for the next answer."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, "ab") as cluster:
         client = await cluster.submit("r", 20, 60)

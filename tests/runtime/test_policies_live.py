@@ -1,4 +1,4 @@
-"""Whole policies on simulated engines: stages, limits, rejection, and the books they keep."""
+"""Complete policies on simulated engines: stages, limits, rejection, and their bookkeeping."""
 
 import asyncio
 from collections import Counter
@@ -163,7 +163,7 @@ async def test_rejection_leaves_nothing() -> None:
 
 @virtual_time
 async def test_stale_migrations_end_at_once() -> None:
-    """A migration of a request that has ended, or is elsewhere by now, ends before it begins, and the policy is told."""
+    """Migrating a request that has ended or is elsewhere by now ends before it begins, and the policy is told."""
     policy = ScriptedPolicy({"r": "a", "s": "b"})
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 40)
@@ -230,7 +230,9 @@ async def test_a_cut_that_took_too_long_is_named(cut_takes_effect: bool) -> None
 
 @virtual_time
 async def test_no_pull_after_the_lease() -> None:
-    """A target that wakes up after the lease has ended does not decode what it finds there: the source has the request back."""
+    """
+    A target that wakes up after the lease has ended does not decode what it holds: the source has the request back.
+    """
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=SupervisionTimes(hang_s=60.0)) as cluster:
         client = await cluster.submit("r", 100, 60)

@@ -1,4 +1,4 @@
-"""A policy that raises: the instance that brought the event lives on, no request hangs, everything is counted and logged."""
+"""A policy that raises: the instance behind the event survives, no request hangs, and all is counted and logged."""
 
 from collections.abc import Callable
 
@@ -100,7 +100,7 @@ async def test_a_refusal_and_a_failure_at_once_are_forgotten_with_the_request() 
 
 @virtual_time
 async def test_a_refusal_and_a_failure_at_once_end_an_orphan_once() -> None:
-    """A request that is announced anew, refused, and failed at with the same breath gets one error, and those after it are placed."""
+    """A request announced again, refused and failed in the same call gets one error; later requests are placed."""
     async with Cluster(policy := Clumsy(lambda event: isinstance(event, InstanceLost))) as cluster:
         policy.places = {"bad": "b", "r": "b"}
         clients = [await cluster.submit(name, 30, 400) for name in ("bad", "r")]
@@ -135,7 +135,10 @@ async def test_failures_at_reports_restart_nobody(late: bool) -> None:
 @pytest.mark.parametrize("late", [False, True])
 @virtual_time
 async def test_orphans_of_a_failed_loss_go_on(late: bool) -> None:
-    """When the policy fails at a death, the loss is announced again, and the orphans end with all their tokens elsewhere."""
+    """
+    If the policy fails on a death, the loss is announced again, and the orphans complete elsewhere with all their
+    tokens.
+    """
     async with Cluster(Failing(lambda e: isinstance(e, InstanceLost), late=late, times=1)) as cluster:
         clients = [await cluster.submit(f"r{i}", 30, 400) for i in range(6)]
         for client in clients:
@@ -150,7 +153,9 @@ async def test_orphans_of_a_failed_loss_go_on(late: bool) -> None:
 
 @virtual_time
 async def test_orphans_that_the_policy_fails_at_again_get_an_error() -> None:
-    """A request that lost its instance, and at which the policy then fails for good, ends with an error; the others go on."""
+    """
+    A request that loses its instance and on which the policy then fails for good ends with an error; the others go on.
+    """
 
     def fails(event: Event) -> bool:
         again = isinstance(event, RequestArrived) and event.request_id == "r0" and event.prompt_tokens > 30

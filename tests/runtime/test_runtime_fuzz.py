@@ -1,8 +1,9 @@
 """
-Random lives: requests come and leave, instances die, hang, stall, return, are added and drained, policies move requests to and fro.
+Random lives: requests come and go; instances die, hang, stall, return, are added and drained; policies move requests.
 
-Everything is drawn from one seed and happens in virtual time, so a seed that fails fails again: it is in the test's name and in the error.
-The checks are `Cluster`'s: each token once and in order, nothing left at the end, no attempt that nobody hears.
+Everything is drawn from one seed and happens in virtual time, so a failing seed fails again: the seed is in the test's
+name and in the error. `Cluster` checks that each token comes once and in order, that nothing is left at the end, and
+that no attempt runs without a listener.
 """
 
 import asyncio

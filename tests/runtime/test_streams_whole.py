@@ -1,4 +1,4 @@
-"""Requests come out whole: each token once and in order, wherever the request has been."""
+"""Streams are complete: each token comes once and in order, wherever the request has run."""
 
 import pytest
 from runtime_cluster import Cluster

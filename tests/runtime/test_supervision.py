@@ -1,4 +1,6 @@
-"""Instances that fail: at the start, in the middle, by silence; one, several or all; and what becomes of the requests."""
+"""
+Instances that fail at the start, while serving or by silence, one, several or all of them, and what their requests do.
+"""
 
 import asyncio
 from dataclasses import replace
@@ -63,7 +65,7 @@ async def test_all_down_then_one_returns() -> None:
 
 @virtual_time
 async def test_back_off_doubles_and_starts_anew() -> None:
-    """Restarts wait 1, 2, 4, 8, 8 s ...; after a steady time the wait is the first again; another death keeps it growing."""
+    """Restart delays are 1, 2, 4, 8, 8 s ...; a steady period resets the delay, another death keeps it growing."""
     async with Cluster(start_error=lambda name, n: "broken" if name == "b" and 0 < n < 6 else None) as cluster:
         made_s: list[float] = []
         died_s = now_s()
@@ -277,7 +279,9 @@ async def test_a_restart_that_cannot_connect_is_tried_again() -> None:
 
 @virtual_time
 async def test_shutdown_of_an_instance_is_no_end_of_its_requests() -> None:
-    """An instance that gets SIGTERM drops its requests before it ends: they go on elsewhere, the client sees no abort."""
+    """
+    An instance that gets SIGTERM drops its requests before it ends: they go on elsewhere; no client sees an abort.
+    """
     policy = ScriptedPolicy({f"r{i}": "a" for i in range(3)})
     async with Cluster(policy) as cluster:
         clients = [await cluster.submit(f"r{i}", 50, 40) for i in range(3)]
@@ -294,7 +298,7 @@ async def test_shutdown_of_an_instance_is_no_end_of_its_requests() -> None:
 @pytest.mark.parametrize("state", [None, State.ASKING, State.CUTTING, State.RESUMING], ids=str)
 @virtual_time
 async def test_a_request_dropped_by_an_instance_that_lives_is_aborted(state: State | None) -> None:
-    """An instance that drops a request and lives on: after the grace its client is told; a migration it was in is over."""
+    """If an instance drops a request but lives on, the client is told after the grace period and any migration ends."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 40)

@@ -1,4 +1,4 @@
-"""An instance that lives but does not answer, or is slow: who gets its requests, when it is suspected, when it is trusted again."""
+"""An instance that is alive but silent or slow: who gets its requests, when it is suspected and when trusted again."""
 
 import asyncio
 from collections.abc import Callable
@@ -38,9 +38,9 @@ def suspects(cluster: Cluster) -> list[str]:
 @virtual_time
 async def test_nobody_waits_for_a_silent_instance(name: str) -> None:
     """
-    Under every policy: what is new goes to those that answer, what waited at the silent one too, and nothing is restarted.
+    Under every policy, answering instances get the new requests and those waiting at the silent one; none restarts.
 
-    Before an instance is suspected it gets its share; those requests wait there until it is.
+    Until it is suspected, a silent instance gets its share; those requests wait there until then.
     """
     async with Cluster(MAKERS[name](), supervision=PATIENT) as cluster:
         early = [await cluster.submit(f"e{number}", 40, 30) for number in range(3)]
@@ -146,7 +146,9 @@ async def test_a_request_does_not_wander_for_ever() -> None:
 
 @virtual_time
 async def test_a_timed_out_resume_goes_back_to_a_place_that_answers() -> None:
-    """The target falls silent before its first token: the source takes the request back, long before the target is killed."""
+    """
+    The target falls silent before its first token: the source takes the request back long before the target is killed.
+    """
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=PATIENT) as cluster:
         client = await cluster.submit("r", 100, 60)
@@ -186,7 +188,7 @@ async def test_neither_source_nor_target_answers() -> None:
         await cluster.until(lambda: not suspects(cluster))
 
 
-# --- the watch ------------------------------------------------------------------------------------------------------------
+# --- the watch --------------------------------------------------------------------------------------------------------
 
 
 @virtual_time
@@ -231,7 +233,7 @@ async def test_own_pause_is_not_counted() -> None:
     watch.stop()
 
 
-# --- slow ones ------------------------------------------------------------------------------------------------------------
+# --- slow ones --------------------------------------------------------------------------------------------------------
 
 MODEL = StepModel(
     base_s=0.01, per_decode_s=2e-4, per_kv_token_s=1e-6, per_prefill_token_s=2e-5, per_prefill_attention_s=1e-9
@@ -242,7 +244,10 @@ SLOW = 10.0
 
 
 async def serve(policy: Policy, *, gap_s: float) -> tuple[float, float]:
-    """Three instances, the first so much slower. Returns its share of the requests and the p90 of their latency in seconds."""
+    """
+    Three instances, the first slowed by this factor. Returns its share of the requests and their p90 latency in
+    seconds.
+    """
     times = SimulatedTimes(step_model=MODEL)
     async with Cluster(policy, capacity=ROOMY, times=times, supervision=PATIENT) as cluster:
         slowed = replace(
@@ -275,7 +280,9 @@ async def serve(policy: Policy, *, gap_s: float) -> tuple[float, float]:
 @pytest.mark.parametrize("gap_s", [0.5, 2.0])
 @pytest.mark.parametrize("make", [LeastLoaded, Cascade, lambda: Cascade(step_model=MODEL)])
 def test_a_slow_instance_gets_less(make: Callable[[], Policy], gap_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of three takes ten times as long per step: priced by its steps it gets a smaller share, and the p90 is lower."""
+    """
+    One of three takes ten times as long per step: priced by its steps it gets a smaller share, and the p90 is lower.
+    """
     share, p90_s = run(serve(make(), gap_s=gap_s))
     monkeypatch.setattr("cascadeinfer.core.pace.SLOW_FROM", float("inf"))
     blind_share, blind_p90_s = run(serve(make(), gap_s=gap_s))
