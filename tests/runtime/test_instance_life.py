@@ -295,7 +295,8 @@ IN_VIEW = {
 @virtual_time
 async def test_what_a_state_allows(state: State) -> None:
     """
-    Who gets new requests, which engine is used, what may be drained, and what policy and operators see match the table.
+    Who gets new requests, which engine is used, what may be drained, and
+    what policy and operators see match the table.
     """
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=PATIENT) as cluster:

@@ -34,7 +34,8 @@ def life_in(state: State) -> InstanceLife:
 @pytest.mark.parametrize("state", State)
 def test_each_pair_is_followed_ignored_or_refused(state: State, happening: Happening) -> None:
     """
-    A listed pair is a transition; an ignored pair changes nothing; any other raises with the history, changing nothing.
+    A listed pair is a transition; an ignored pair changes nothing; any
+    other raises with the history, changing nothing.
     """
     life = life_in(state)
     life.history.append(Passage(Happening.START, state, 1.5, "because"))

@@ -1,5 +1,6 @@
 """
-A new instance is connected to all that are up, in parallel; a pair that cannot connect does not kill the newcomer.
+A new instance is connected to all that are up, in parallel; a pair
+that cannot connect does not kill the newcomer.
 """
 
 import asyncio
@@ -193,7 +194,8 @@ async def test_the_wait_for_a_restart_is_shown() -> None:
 @virtual_time
 async def test_in_the_end_everybody_knows_everybody(seed: int) -> None:
     """
-    Deaths, refusals, deaf and slow instances and adds in any order: once calm, all are up and every pair is connected.
+    Deaths, refusals, deaf and slow instances and adds in any order: once
+    calm, all are up and every pair is connected.
     """
     dice = random.Random(seed)
     async with Cluster(max_instances=6) as cluster:

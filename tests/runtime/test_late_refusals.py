@@ -61,7 +61,8 @@ async def test_a_refusal_after_waiting_ends_the_stream() -> None:
 @virtual_time
 async def test_a_front_end_is_told_when_to_come_again() -> None:
     """
-    Before the first token the front end gets the refusal itself, with its retry delay, and no separate error output.
+    Before the first token the front end gets the refusal itself, with its
+    retry delay, and no separate error output.
     """
     async with Cluster(Holding()) as cluster:
         heard = listen(cluster)

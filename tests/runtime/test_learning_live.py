@@ -1,5 +1,6 @@
 """
-The cascade on a running runtime starts with one stage and no costs, learns, plans and moves requests, text unchanged.
+The cascade on a running runtime starts with one stage and no costs,
+learns, plans and moves requests, text unchanged.
 """
 
 import asyncio
@@ -29,7 +30,8 @@ REQUESTS = 450
 @virtual_time
 async def test_stages_come_by_themselves(caplog: pytest.LogCaptureFixture) -> None:
     """
-    Short chats and long documents: costs are learnt, stages are planned (the reason is logged), and hand-overs follow.
+    Short chats and long documents: costs are learnt, stages are planned
+    (the reason is logged), and hand-overs follow.
     """
     policy = Cascade(
         layout=StageLayout.single(("a", "b", "c")),

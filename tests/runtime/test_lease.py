@@ -161,7 +161,8 @@ def test_no_pull_that_is_used_is_over_after_the_lease(
 )
 def test_how_it_ends(front_end: Stop, target: Stop, outcome: str, detail: str) -> None:
     """
-    The deadline is seven seconds after the cut was sent; anything heard later is not used, in whatever order it comes.
+    The deadline is seven seconds after the cut was sent; anything heard
+    later is not used, in whatever order it comes.
     """
     for timers_first in (False, True):
         ended = run(move(front_end, NEVER, target, pull_s=0.015, timers_first=timers_first))
@@ -170,7 +171,8 @@ def test_how_it_ends(front_end: Stop, target: Stop, outcome: str, detail: str) -
 
 def test_a_cut_that_is_heard_too_late() -> None:
     """
-    With less time left than a pull needs, the source takes the request back, even if the overdue timer fires first.
+    With less time left than a pull needs, the source takes the request
+    back, even if the overdue timer fires first.
     """
     for timers_first, end in ((False, ("stayed", "cut_late")), (True, ("stayed", "timed_out"))):
         ended = run(move(Stop(0.015, 6.9), NEVER, NEVER, pull_s=0.015, timers_first=timers_first))

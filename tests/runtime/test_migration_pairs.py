@@ -179,7 +179,8 @@ async def first_token(scene: Scene, state: State) -> None:
 
 async def request_ended(scene: Scene, state: State) -> None:
     """
-    The request ends by itself: at its length limit if it decodes, by an engine error if it waits for its KV cache.
+    The request ends by itself: at its length limit if it decodes, by an
+    engine error if it waits for its KV cache.
     """
     if state in {State.ASKING, State.WITHDRAWING}:
         scene.cluster["a"].unpause()

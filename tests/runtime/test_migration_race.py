@@ -1,5 +1,6 @@
 """
-The race described in docs/migration.md: the target dies after the source's cut, before anyone has heard of the cut.
+The race described in docs/migration.md: the target dies after the
+source's cut, before anyone has heard of the cut.
 """
 
 from runtime_cluster import Cluster, ScriptedPolicy

@@ -61,7 +61,8 @@ async def test_the_policy_fails_after_it_has_placed() -> None:
 @virtual_time
 async def test_refused_as_its_migration_ends(how: str) -> None:
     """
-    A request's end ends its migration, and the policy then refuses the request: it ends once; later requests end too.
+    A request's end ends its migration, and the policy then refuses the
+    request: it ends once; later requests end too.
     """
     policy = ScriptedPolicy({"r": "a", "other": "a"})
     policy.answers.append(lambda event: [Reject("test", "r", "late", 1.0)] if isinstance(event, MigrationEnded) else [])

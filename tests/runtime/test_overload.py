@@ -1,5 +1,6 @@
 """
-Overload, slow instances and impatient clients: queues stay bounded, refusals are prompt, and the runtime recovers.
+Overload, slow instances and impatient clients: queues stay bounded,
+refusals are prompt, and the runtime recovers.
 """
 
 import asyncio

@@ -12,7 +12,8 @@ from support.virtual_time import virtual_time
 
 async def kill_whatever_runs(cluster: Cluster, poison: Client, n_tokens: int) -> int:
     """
-    Make an engine die once it has this many of the request's tokens. Returns the number of deaths once it is over.
+    Make an engine die once it has this many of the request's tokens.
+    Returns the number of deaths once it is over.
     """
     name, n_dead, dead = poison.request.request_id, 0, None
     while poison.finish_reason is None:
@@ -166,7 +167,8 @@ async def test_planned_ends_are_no_deaths() -> None:
 @virtual_time
 async def test_a_request_that_cannot_be_sent_ends() -> None:
     """
-    An engine that cannot accept a request (too large for a message) has not died: only that request ends with an error.
+    An engine that cannot accept a request (too large for a message) has not
+    died: only that request ends with an error.
     """
     async with Cluster(ScriptedPolicy({"bad": "a", "good": "a"}), "ab") as cluster:
         engine = cluster["a"]
@@ -248,7 +250,8 @@ async def hang_whatever_admits(cluster: Cluster, name: str) -> int:
 @virtual_time
 async def test_a_request_that_hangs_what_admits_it_costs_two_instances(n_others: int) -> None:
     """
-    Moved off the first silent instance, it silences a second one, stays there, and ends once both have been given up.
+    Moved off the first silent instance, it silences a second one, stays
+    there, and ends once both have been given up.
     """
     supervision = replace(SUPERVISION, suspect_s=0.3)
     async with Cluster(ScriptedPolicy(), "abcde", supervision=supervision) as cluster:

@@ -231,7 +231,8 @@ async def test_a_cut_that_took_too_long_is_named(cut_takes_effect: bool) -> None
 @virtual_time
 async def test_no_pull_after_the_lease() -> None:
     """
-    A target that wakes up after the lease has ended does not decode what it holds: the source has the request back.
+    A target that wakes up after the lease has ended does not decode what
+    it holds: the source has the request back.
     """
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=SupervisionTimes(hang_s=60.0)) as cluster:

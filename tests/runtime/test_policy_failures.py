@@ -154,7 +154,8 @@ async def test_orphans_of_a_failed_loss_go_on(late: bool) -> None:
 @virtual_time
 async def test_orphans_that_the_policy_fails_at_again_get_an_error() -> None:
     """
-    A request that loses its instance and on which the policy then fails for good ends with an error; the others go on.
+    A request that loses its instance and on which the policy then fails
+    for good ends with an error; the others go on.
     """
 
     def fails(event: Event) -> bool:

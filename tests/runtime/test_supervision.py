@@ -1,5 +1,6 @@
 """
-Instances that fail at the start, while serving or by silence, one, several or all of them, and what their requests do.
+Instances that fail at the start, while serving or by silence, one,
+several or all of them, and what their requests do.
 """
 
 import asyncio
@@ -280,7 +281,8 @@ async def test_a_restart_that_cannot_connect_is_tried_again() -> None:
 @virtual_time
 async def test_shutdown_of_an_instance_is_no_end_of_its_requests() -> None:
     """
-    An instance that gets SIGTERM drops its requests before it ends: they go on elsewhere; no client sees an abort.
+    An instance that gets SIGTERM drops its requests before it ends: they
+    go on elsewhere; no client sees an abort.
     """
     policy = ScriptedPolicy({f"r{i}": "a" for i in range(3)})
     async with Cluster(policy) as cluster:

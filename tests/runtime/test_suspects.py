@@ -147,7 +147,8 @@ async def test_a_request_does_not_wander_for_ever() -> None:
 @virtual_time
 async def test_a_timed_out_resume_goes_back_to_a_place_that_answers() -> None:
     """
-    The target falls silent before its first token: the source takes the request back long before the target is killed.
+    The target falls silent before its first token: the source takes the
+    request back long before the target is killed.
     """
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=PATIENT) as cluster:
@@ -281,7 +282,8 @@ async def serve(policy: Policy, *, gap_s: float) -> tuple[float, float]:
 @pytest.mark.parametrize("make", [LeastLoaded, Cascade, lambda: Cascade(step_model=MODEL)])
 def test_a_slow_instance_gets_less(make: Callable[[], Policy], gap_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    One of three takes ten times as long per step: priced by its steps it gets a smaller share, and the p90 is lower.
+    One of three takes ten times as long per step: priced by its steps it
+    gets a smaller share, and the p90 is lower.
     """
     share, p90_s = run(serve(make(), gap_s=gap_s))
     monkeypatch.setattr("cascadeinfer.core.pace.SLOW_FROM", float("inf"))
