@@ -76,7 +76,10 @@ def test_added_instances_share_the_only_device() -> None:
 
 @given(st.integers(1, 6), st.integers(0, 20), st.lists(st.integers(0, 5), max_size=30))
 def test_cores_stay_shared_out(n_instances: int, more_cores: int, changes: list[int]) -> None:
-    """Whoever comes and goes: a newcomer gets as many cores as the others, and joins somebody only while no place is free."""
+    """
+    Through any adds and removals, a newcomer gets as many cores as the
+    others and shares them only if no place is free.
+    """
     n_cores = n_instances + more_cores
     each = n_cores // n_instances
     places = core_places(n_instances, range(n_cores))

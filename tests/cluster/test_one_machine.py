@@ -1,4 +1,7 @@
-"""What is true of one machine only lies behind the launcher: elsewhere it is listed here, with the reason why it may stay."""
+"""
+What holds on one machine only stays behind the launcher; exceptions
+elsewhere are listed here, each with its reason.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -10,7 +13,12 @@ PACKAGE = Path(cascadeinfer.__file__).parent
 BEHIND = PACKAGE / "cluster"
 """The launchers and what they are made of."""
 
-TEXTS = {"127.0.0.1": "loopback", "ipc://": "socket file", "/dev/shm": "shared memory", "/proc/": "proc"}  # noqa: S108 - looked for
+TEXTS = {
+    "127.0.0.1": "loopback",
+    "ipc://": "socket file",
+    "/dev/shm": "shared memory",  # noqa: S108 - looked for
+    "/proc/": "proc",
+}
 NAMES = {
     "LOOPBACK": "loopback",
     "LOOPBACK_DEVICE": "loopback",
@@ -105,7 +113,10 @@ def test_what_is_looked_for_is_found() -> None:
 
 
 def test_facts_of_one_machine_are_behind_the_launcher() -> None:
-    """Nothing outside `cluster/` knows loopback, socket files, shared memory, process ids, child processes or cores, but for what is listed."""
+    """
+    Outside `cluster/`, only the listed exceptions use loopback, socket files, shared memory, process ids, child
+    processes or cores.
+    """
     found = {
         (path.relative_to(PACKAGE).as_posix(), fact)
         for path in PACKAGE.rglob("*.py")

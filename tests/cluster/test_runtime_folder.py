@@ -1,4 +1,4 @@
-"""The folder of a running server: private, swept when its server was killed, never while it lives, and nobody else's."""
+"""A running server's folder is private; it is swept if its server was killed, but never while the server lives."""
 
 import os
 import signal
@@ -83,7 +83,10 @@ def test_nothing_is_left_and_nobody_else_is_touched(base: Path, kill: bool) -> N
 
 
 def test_an_orphan_holds_no_lock_and_drops_none(base: Path) -> None:
-    """A forked child that outlives its killed server does not keep the folder; one that ends does not free a living server's."""
+    """
+    A forked child that outlives its killed server does not keep the folder; one that exits does not free a live
+    server's.
+    """
     server, said = start(base, "--fork")
     os.kill(int(said["child"]), signal.SIGKILL)
     assert sweep(base) == []
@@ -144,7 +147,7 @@ def test_links_are_not_followed(base: Path) -> None:
 
 
 def test_a_folder_without_a_lock_is_a_newborns_at_first(base: Path) -> None:
-    """It is somebody's who is just starting, until it has been empty for a while; one that holds something is never removed."""
+    """Without a lock, an empty folder counts as a starting server's for a while; one with contents is never removed."""
     newborn, old, full = (base / f"cascadeinfer-{name}" for name in ("newborn0", "oldold00", "fullfull"))
     for folder in (newborn, old, full):
         folder.mkdir()
@@ -169,7 +172,10 @@ def test_two_starts_meet(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 [
                     sys.executable,
                     "-c",
-                    f"from pathlib import Path; from cascadeinfer.cluster.runtime_folder import sweep; sweep(Path({str(base)!r}))",
+                    (
+                        "from pathlib import Path; from cascadeinfer.cluster.runtime_folder import sweep; "
+                        f"sweep(Path({str(base)!r}))"
+                    ),
                 ],
                 check=True,
             )
@@ -220,7 +226,7 @@ def test_variables_point_into_the_folder(base: Path, monkeypatch: pytest.MonkeyP
 def test_instances_that_start_together_have_folders_beside_each_other(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One below the other's would go with it: no front end could attach itself to the second once the first has died."""
+    """Nested, the second would go with the first: once the first had died, no front end could attach to the second."""
     monkeypatch.setenv(SOCKETS_VARIABLE, str(base))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     with runtime_folder() as folder:
