@@ -1,7 +1,9 @@
 """
-What the contract tests need of an engine besides the protocol: requests it understands, the output it should give, a way to listen.
+What the contract tests need of an engine beyond the protocol: requests it understands, their expected output, a
+listener.
 
-A `Bed` is two connected engines and what belongs to them. The suite (`engine_contract.py`) drives it the same way whatever the engine is.
+A `Bed` is two connected engines and what belongs to them. The suite (`engine_contract.py`) drives every kind of engine
+the same way.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
 """
-The contract of `engines/protocol.py` as tests: each function takes a `Bed` and asserts one rule that the runtime relies on.
+The contract of `engines/protocol.py` as tests: each function takes a `Bed` and asserts one rule the runtime relies on.
 
-`SHARED` may use the same two engines one after the other and leaves nothing behind; `OWN` breaks its engines and gets fresh ones.
+Tests in `SHARED` may use the same two engines one after the other and leave nothing behind; those in `OWN` break their
+engines and get fresh ones.
 """
 
 import asyncio
@@ -43,7 +44,7 @@ async def cut_takes_effect_at_the_next_token(bed: Bed) -> None:
 
 
 async def resume_pulls(bed: Bed) -> None:
-    """A request resumed with its ticket goes on as if it had never moved, pulls exactly N - 1 tokens, and frees the source."""
+    """Resumed with its ticket, a request goes on as if unmoved, pulls exactly N - 1 tokens, and frees the source."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     request = bed.maker.make_request("p1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("p1", request)).until_tokens(5)
@@ -243,7 +244,7 @@ async def a_resume_in_time_pulls(bed: Bed) -> None:
 
 
 async def the_report_names_requests(bed: Bed) -> None:
-    """The report has each live request once, by its attempt, with its length; and the batch never exceeds its places."""
+    """The report lists each live request once, by attempt and length; the batch never exceeds its limit."""
     n = bed.a.capacity.max_num_seqs + 2
     requests = [bed.maker.make_request(f"q{i}", 20 + i, 200) for i in range(n)]
     for request in requests:
@@ -278,7 +279,10 @@ async def says_what_it_is(bed: Bed) -> None:
 
 
 async def who_is_gone_leaves_nothing(bed: Bed) -> None:
-    """What a front-end process has left is aborted, reservations included; what another one is said to have left is nobody's."""
+    """
+    A departed front end's requests are aborted and its reservations
+    released; those of other clients are untouched.
+    """
     request = bed.maker.make_request("g1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("g1", request)).until_tokens(2)
     assert await bed.a.engine.reserve("g-room", N_PROMPT) is None
@@ -291,13 +295,16 @@ async def who_is_gone_leaves_nothing(bed: Bed) -> None:
 
 
 async def knows_no_other_methods(bed: Bed) -> None:
-    """What an engine does not offer is an EngineError, not a silent nothing."""
+    """Calling a method that the engine does not have raises an EngineError."""
     with pytest.raises(EngineError, match="has no fly_async"):
         await bed.a.engine.utility("fly_async", 3)
 
 
 async def says_nothing_before_its_start(bed: Bed) -> None:
-    """What only a start tells is an EngineError before it; an engine that never started is stopped without harm."""
+    """
+    What is known only after a start raises an EngineError before it;
+    stopping an engine that never started is harmless.
+    """
     engine = bed.maker.make_engine("0")
     with pytest.raises(EngineError):
         _ = engine.movable
@@ -306,7 +313,10 @@ async def says_nothing_before_its_start(bed: Bed) -> None:
 
 
 async def death_is_told_once_everywhere(bed: Bed) -> None:
-    """After a kill: `next_outputs` raises (which `died` tells), who waits for an answer gets an error, sending is silent, stopping harmless."""
+    """
+    After a kill, `next_outputs` raises (which `died` reports), pending calls raise, sending does nothing and stopping
+    is harmless.
+    """
     request = bed.maker.make_request("d1", N_PROMPT, 200)
     await (await bed.a.add("d1", request)).until_tokens(2)
     bed.a.engine.kill()

@@ -1,8 +1,9 @@
 """
-The contract of `cluster/protocol.py` as tests: each function takes a `LauncherBed` and asserts one rule that the engines rely on.
+The contract of `cluster/protocol.py` as tests: each function takes a `LauncherBed` and asserts one rule the engines
+rely on.
 
-A launcher is asked for what it says it can do and for nothing else (`Abilities`): a rule about an ability checks that the launcher either keeps it
-or refuses with an error.
+A launcher is asked only for what its `Abilities` declare: a rule about an ability checks that the launcher either
+provides it or refuses with an error.
 """
 
 import asyncio
@@ -56,7 +57,10 @@ async def places_are_dealt_out_and_taken_back(bed: LauncherBed) -> None:
 
 
 async def what_has_started_is_known(bed: LauncherBed) -> None:
-    """The engine's own words, its process and its place come back from the start, and `living` has them until it is stopped."""
+    """
+    A start returns the engine's ready message, its process and its
+    place; `living` lists them until it is stopped.
+    """
     assert not bed.launcher.living()
     kept = await started(bed)
     assert kept.hello["engine"] == "written"
@@ -124,7 +128,10 @@ async def a_start_can_be_stopped(bed: LauncherBed) -> None:
 
 
 async def clients_come_and_go(bed: LauncherBed) -> None:
-    """A client binds the addresses that it is told and is attached, its successor at the same number too; twice is harmless."""
+    """
+    Clients bind their given addresses and are attached, as is a successor
+    with the same number; repeats are harmless.
+    """
     kept = await started(bed, n_clients=3)
     first, second = (bed.launcher.client_addresses(kept.place, client) for client in (1, 2))
     assert len({first.input_address, first.output_address, second.input_address, second.output_address}) == 4
@@ -141,7 +148,10 @@ async def clients_come_and_go(bed: LauncherBed) -> None:
 
 
 async def new_clients_are_served_or_refused(bed: LauncherBed) -> None:
-    """A client that was not named at the start, or is elsewhere, is attached where the launcher has the ability, else refused."""
+    """
+    A client not named at the start, or on another node, is attached if the
+    launcher has the ability, otherwise refused.
+    """
     kept = await started(bed)
     for client in (1, 7):
         if bed.launcher.abilities.new_clients:

@@ -1,4 +1,4 @@
-"""The launcher contract on the launcher for this machine, and on one that is written here and can do all that the protocol has."""
+"""The launcher contract on this machine's launcher and on a scripted one that has every ability of the protocol."""
 
 import asyncio
 import multiprocessing
@@ -110,7 +110,10 @@ class WrittenLife:
 
 
 class WrittenLauncher:
-    """Two nodes that are not there; engines take new clients anywhere and would outlive this process. See `Launcher`."""
+    """
+    Two imaginary nodes whose engines accept new clients from anywhere and
+    would outlive this process. See `Launcher`.
+    """
 
     abilities = Abilities(new_clients=True, outlives_front_end=True)
 
@@ -225,7 +228,10 @@ def entries_of(folder: Path) -> list[Path]:
 
 
 async def test_a_start_on_this_machine_leaves_nothing(folders: Path) -> None:
-    """Its processes have their sockets and temporary files in a folder of their own, which goes with them, and their own variables."""
+    """
+    Its processes have their own variables and a private folder for
+    sockets and temporary files, removed with them.
+    """
     bed = LocalBed()
     order = bed.order(n_clients=2)
     kept = await bed.launcher.start(bed.launcher.place("a"), order)
@@ -257,7 +263,7 @@ async def test_a_process_that_dies_while_it_starts_is_not_waited_for(monkeypatch
 
 
 def test_a_further_instance_must_find_its_memory_free() -> None:
-    """Those of the start share what there is; one that comes later is refused when there is too little, and takes no place."""
+    """Initial instances share the memory there is; a later one is refused if too little is left, and takes no place."""
     launcher: LocalLauncher[Any] = LocalLauncher(Places(["0"], ["1"], may_share=False), 1, further_needs_bytes=2.0**60)
     launcher.place("a")
     with pytest.raises(ScalingRefusedError, match="no memory left"):

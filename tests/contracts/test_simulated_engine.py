@@ -1,4 +1,4 @@
-"""The engine contract on simulated engines, and what holds of these alone."""
+"""The engine contract on simulated engines, and what only they guarantee."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

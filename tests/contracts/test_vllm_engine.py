@@ -142,9 +142,10 @@ async def _fill(bed: Bed, name: str, ended: list[str]) -> None:
 @pytest.mark.parametrize("has_deadline", [True, False])
 async def test_a_stopped_target_wakes_up_after_the_lease(bed: Bed, has_deadline: bool) -> None:
     """
-    It does not pull what other requests have written over meanwhile; without a deadline it would, and its tokens would be wrong.
+    A target that wakes up after the lease does not pull blocks that other requests have since overwritten.
 
-    As the runtime has it, the deadline counts from when the cut was sent.
+    Without a deadline it would, and its tokens would be wrong. As in the runtime, the deadline counts from when the cut
+    was sent.
     """
     expected = await bed.alone(150, 60)
     attempt = f"stopped-{has_deadline}"
