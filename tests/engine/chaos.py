@@ -1,16 +1,17 @@
 """
-Chaos on a real server: clients of all kinds, and somebody who kills, drains and adds instances under them.
+Chaos on a real server: clients of all kinds while instances are killed, drained and added.
 
-What each request must answer is learned first, one request at a time, each kept on a single instance (`prompt_logprobs` pins it and does
-not change its text). Then `n_clients` clients send requests at random: short and long ones, streamed and not, read slowly, left in the
-middle, with stop strings, grammars, penalties, seeds. Meanwhile instances are killed (SIGKILL), drained and
-added at random. The seed decides what is done; the machine decides when it takes effect.
+The right answer to each request is learned first, one request at a time, each kept on a single instance
+(`prompt_logprobs` pins it and does not change its text). Then `n_clients` clients send requests at random: short and
+long, streamed and not, read slowly, abandoned midway, with stop strings, grammars, penalties or seeds. Meanwhile
+instances are killed (SIGKILL), drained and added at random. The seed decides what is done; the machine decides when it
+takes effect.
 
-Among the clients are hostile ones (`hostile.py`): they forge tickets, send bombs, flood the server with requests that they abandon or that
-cannot be served. They must get their refusals, and nobody else may notice.
+Some clients are hostile (`hostile.py`): they forge tickets, send bombs, and flood the server with requests that they
+abandon or that cannot be served. They must get their refusals, and no other client may notice.
 
-Every request that its client has not left must end once, with the answer learned. A request that is pinned by its sampling state may go on
-with other tokens after its instance has died, as documented: of those the length is checked.
+Every request that its client has not abandoned must end once, with the learned answer. A request pinned by its sampling
+state may continue with other tokens after its instance has died, as documented; for those only the length is checked.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ N_HOSTILE = 2
 HOSTILE_PAUSE_S = 0.5
 """Mean time between two acts of a hostile client."""
 POISON = "poison_request"
-"""How the error of a request begins that is ended because instances have died under it. Here they are killed, so some are."""
+"""Prefix of the error that ends a request because instances died under it; instances are killed here, so it occurs."""
 LEAVE_SHARE = 0.15
 SLOW_SHARE = 0.15
 SLOW_S = 0.03

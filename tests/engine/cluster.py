@@ -1,8 +1,8 @@
 """
-Three instances, three stages, the runtime and vLLM's `AsyncLLM` on it: the whole product but the HTTP server, in the test's process.
+Three instances in three stages, the runtime and vLLM's `AsyncLLM` on it: everything but the HTTP server, in-process.
 
-The policy is `static_stages` with a switch: with moves switched off a request stays where it was dispatched, which gives the output of
-the same request on one instance alone.
+The policy is `static_stages` with a switch. With moves switched off, a request stays where it was dispatched, which
+gives the output that the same request has on one instance alone.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """
 Real vLLM instances for the tests of this folder, started once per session.
 
-They start fast: forked (the variable is set for the processes only, after the configuration that would reset it was made), in one process
-each, without compilation, with few KV blocks (NIXL registers each one).
+They start fast: forked, each in one process, without compilation, and with few KV blocks (NIXL registers each one). The
+variable that selects forking is set for the processes only, after the configuration that would reset it has been made.
 """
 
 import dataclasses
@@ -164,7 +164,7 @@ async def started_zoo(
 
 
 def reasoning() -> Any:
-    """How instances tell where thinking begins and ends, which thinking budgets need; by token ids, without a parser."""
+    """Reasoning markers as token ids, without a parser: instances need them to enforce thinking budgets."""
     from vllm.config.reasoning import ReasoningConfig
 
     config = ReasoningConfig()

@@ -1,8 +1,8 @@
 """
 Hostile clients for the chaos test: what they send, and what must come back.
 
-Each act is something that once ended an engine, read another client's KV cache, kept an EngineCore busy for ever or left something
-behind in the server. An act returns None when the server answered as it should, else what it answered.
+Each act once killed an engine, read another client's KV cache, kept an EngineCore busy for ever or left something
+behind in the server. An act returns None if the server answered as it should, otherwise the answer.
 """
 
 import asyncio

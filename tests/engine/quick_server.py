@@ -1,8 +1,9 @@
 """
-`cascadeinfer serve` whose instances start in a second or two: forked from the server, which has imported everything, and restarted at once.
+`cascadeinfer serve` with instances that start in a second or two and restart at once.
 
-A program of its own, for tests that kill many. Forking beside threads is not safe in general, so the product does not do it. A forked
-process would for instance write the signals it gets to the server's event loop, through the file descriptor that it has inherited.
+They are forked from the server, which has already imported everything. This is a separate program, for tests that kill
+many instances. Forking a process that has threads is not safe in general, so the product does not do it. For instance,
+a forked process would write the signals it gets to the server's event loop, through the inherited file descriptor.
 
 With HURRY in the environment it learns and plans every few seconds, from few requests and for small gains.
 """

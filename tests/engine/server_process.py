@@ -106,9 +106,10 @@ class ServerProcess(ServedProcess):
 
     def resources(self) -> dict[str, int]:
         """
-        What the server's own process has: processes below it, threads of ZMQ, open files, listening ports; and the machine's shared memory.
+        Resource counts: the server's child processes, ZMQ threads, open files and listening ports, and the machine's
+        shared memory.
 
-        Other threads do not count: Python's executor starts some of its few when they are first needed.
+        Other threads do not count: Python's executor starts some of its few only when they are first needed.
         """
         own = psutil.Process(self.pid)
         names = [Path(f"/proc/{own.pid}/task/{thread.id}/comm").read_text() for thread in own.threads()]

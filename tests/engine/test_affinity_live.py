@@ -1,4 +1,7 @@
-"""The second turn of a conversation on real engines: it goes where the first one's KV cache is, past an instance that would come first."""
+"""
+The second turn of a conversation on real engines goes to its KV cache, past an instance that would otherwise come
+first.
+"""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +34,10 @@ def turn(server: ServerProcess, prompt: list[int], n_tokens: int) -> None:
 
 
 def test_second_turn(server: ServerProcess) -> None:
-    """While instance 0 is busy a conversation starts on 1; with both idle its next turn returns to 1 and reads the cache there."""
+    """
+    While instance 0 is busy a conversation starts on 1; with both idle its
+    next turn returns to 1 and reads the cache.
+    """
     other, first = random_prompt(N_PROMPT, 1), random_prompt(N_PROMPT, 2)
     with ThreadPoolExecutor(1) as executor:
         busy = executor.submit(turn, server, other, 600)

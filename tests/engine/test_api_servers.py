@@ -64,9 +64,10 @@ def complete(server: ServerProcess, n_tokens: int = N_TOKENS) -> str | None:
 
 def many(server: ServerProcess, executor: ThreadPoolExecutor, n_tokens: int) -> list[Any]:
     """
-    Requests that both processes share; returns all that it has sent when each process has some.
+    Send requests until both processes have served some; returns all that were sent.
 
-    A process that has never had a request is slow to take its first connection, and the other one takes all: then once more.
+    A process that has never had a request is slow to accept its first connection, so the other one may take them all;
+    then the batch is sent again.
     """
     futures: list[Any] = []
     for _ in range(N_TRIES):
@@ -79,7 +80,7 @@ def many(server: ServerProcess, executor: ThreadPoolExecutor, n_tokens: int) -> 
 
 
 def test_processes_share_requests_and_instances(server: ServerProcess) -> None:
-    """Requests of both processes move between the same instances and give what one alone gives; every view adds up over the processes."""
+    """Requests of both processes move between the same instances, unchanged; every view adds up over the processes."""
     alone = complete(server)
     moved, requests = (
         server.metric("cascadeinfer_migrations_total", outcome="moved"),
@@ -100,7 +101,7 @@ def test_processes_share_requests_and_instances(server: ServerProcess) -> None:
 
 
 def test_a_pause_of_process_0_is_nobodys_death(server: ServerProcess) -> None:
-    """Process 0 is stopped for longer than an instance may hang: no instance and no process is restarted, requests go on."""
+    """Process 0 is paused for longer than the hang limit: no instance or process is restarted, and requests go on."""
     alone = complete(server)
     with ThreadPoolExecutor(N_REQUESTS) as executor:
         futures = many(server, executor, N_TOKENS)
@@ -120,7 +121,10 @@ def test_a_pause_of_process_0_is_nobodys_death(server: ServerProcess) -> None:
 
 
 def test_an_instance_dies_under_both_processes(server: ServerProcess) -> None:
-    """Requests of both processes go on elsewhere and end as if nothing had happened; both use the instance's next life."""
+    """
+    Requests of both processes go on elsewhere and end as if nothing had
+    happened; both use the restarted instance.
+    """
     alone = complete(server, 300)
     with ThreadPoolExecutor(N_REQUESTS) as executor:
         futures = many(server, executor, 300)

@@ -1,4 +1,4 @@
-"""A real server under kills, drains, adds and impatient clients; `make chaos` goes on for five minutes."""
+"""A real server under kills, drains, adds and impatient clients; `make chaos` runs it for five minutes."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ def server(
 
 @pytest.mark.timeout(1500)
 def test_chaos(server: ServerProcess, seconds: float, request: pytest.FixtureRequest) -> None:
-    """Every answer is whole and right; afterwards nothing is held by an instance, and nothing is left in or below the server."""
+    """Every answer is complete and right; afterwards no instance holds anything, and the server has leaked nothing."""
     server.poll(server.idle, "idle")
     before, open_before = server.resources(), server.open_files()
     chaos = Chaos(server, seconds, request.config.getoption("--chaos-seed"))
@@ -73,7 +73,10 @@ def test_chaos(server: ServerProcess, seconds: float, request: pytest.FixtureReq
 
 
 def more(now: dict[str, int], before: dict[str, int], slack: dict[str, int]) -> dict[str, int]:
-    """How much more there is than before, of what there is more of than the slack allows, however many instances have died."""
+    """
+    The increase of each count that grew by more than its slack. The
+    slack does not depend on the number of deaths.
+    """
     return {name: count - before[name] for name, count in now.items() if count > before[name] + slack.get(name, 0)}
 
 

@@ -1,4 +1,7 @@
-"""Several front-end processes on the same real instances: who gets which tokens, what each sees of the others, what a dead one leaves."""
+"""
+Several front-end processes on the same real instances: who gets which
+tokens, who sees what, what a dead one leaves.
+"""
 
 import asyncio
 import itertools
@@ -90,7 +93,10 @@ async def test_load_of_others_is_foreign(zoo: Zoo, second: Zoo) -> None:
 
 
 async def test_what_a_dead_client_leaves(zoo: Zoo, second: Zoo) -> None:
-    """Its requests and reservations are gone at the owner's word, those of the others go on; its successor starts clean."""
+    """
+    On the owner's command its requests and reservations are dropped,
+    others' go on, and its successor starts clean.
+    """
     name = NAMES[1]
     prompt, expected = await zoo.window(40, 150)
     own = await zoo.start(zoo.instances[name], prompt, greedy(150))

@@ -1,4 +1,7 @@
-"""Commands to a real instance: what is refused and why, reservations, pins and leases, undoing a cut, the load report."""
+"""
+Commands to a real instance: what is refused and why, reservations, pins
+and leases, undoing a cut, the load report.
+"""
 
 import asyncio
 import time
@@ -65,7 +68,7 @@ async def _is_waiting(instance: VllmInstance, attempt: Attempt) -> bool:
 
 @each_kind
 async def test_cut_during_the_prefill(zoo: Zoo, name: str) -> None:
-    """A request whose prompt is not computed yet is refused: between two chunks of a long prompt, or before the first."""
+    """A request whose prefill is not finished is refused: between two chunks of a long prompt, or before the first."""
     instance = zoo.instances[name]
     refusals = set()
     for seed in range(50):
@@ -202,7 +205,8 @@ async def test_pin_is_released_on_command(zoo: Zoo, name: str, *, busy: bool) ->
     """
     Pinned blocks are freed on command, whether it comes before or after the step that tells the worker of the pin.
 
-    The order is a matter of microseconds, so many cuts are tried; the instance is otherwise idle or has another request.
+    The order is decided within microseconds, so many cuts are tried; the instance is otherwise idle or has another
+    request.
     """
     instance = zoo.instances[name]
     other = await running(zoo, instance) if busy else None
@@ -267,7 +271,8 @@ async def test_abort_of_a_resumed_request(zoo: Zoo, name: str) -> None:
     """
     A client that leaves during the transfer frees both sides well before the lease ends.
 
-    Aborted at once, while it waits for its KV cache, or in its first steps; as the runtime does it, with the pin released.
+    The request is aborted at once, while it waits for its KV cache, or in its first steps. As in the runtime, the pin
+    is released as well.
     """
     here, there = zoo.instances[OTHER[name]], zoo.instances[name]
     for number in range(12):
@@ -364,7 +369,7 @@ async def test_load_report(zoo: Zoo, name: str) -> None:
 
 @each_kind
 async def test_steps_are_timed(zoo: Zoo, name: str) -> None:
-    """Each step is reported once, with what was in it; the seconds of a busy instance are no more than the time that passed."""
+    """Each step is reported once, with its batch; the busy seconds never exceed the time that passed."""
     instance = zoo.instances[name]
     before = await zoo.counters(instance)
     begun_s = time.monotonic()
@@ -389,7 +394,7 @@ async def test_steps_are_timed(zoo: Zoo, name: str) -> None:
 
 @pytest.mark.runner("V1")
 async def test_identity(zoo: Zoo) -> None:
-    """An instance says what it is, as far as step times depend on it: the tiny model's sizes, the processor, the backend."""
+    """An instance reports what its step times depend on: the tiny model's sizes, the processor, the backend."""
     told = await zoo.instances["sync"].identity()
     engine = told.engine
     assert (engine.layers, engine.hidden_size, engine.query_heads, engine.kv_heads) == (3, 128, 4, 2)
@@ -402,7 +407,7 @@ async def test_identity(zoo: Zoo) -> None:
 
 
 async def test_idle_instances_sleep(zoo: Zoo) -> None:
-    """Instances without requests leave the processor alone (NIXL's progress thread takes a whole core unless told not to)."""
+    """Idle instances use no processor time (by default, NIXL's progress thread would keep a whole core busy)."""
     processes = [psutil.Process(instance.pid) for instance in zoo.instances.values()]
     times: Callable[[], float] = lambda: sum(sum(process.cpu_times()[:2]) for process in processes)  # noqa: E731
     before_s = times()

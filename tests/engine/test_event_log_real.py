@@ -1,4 +1,4 @@
-"""What the runtime logs on real engines: a fresh policy decides the same, a request's story is told, and no token is in it."""
+"""The runtime's event log on real engines: replaying it gives the same decisions, and it contains no tokens."""
 
 import asyncio
 import dataclasses

@@ -1,8 +1,8 @@
 """
 Instances that die or hang and clients that leave, at each step of a migration, on real engines.
 
-Whatever happens, a request that is still wanted ends with the tokens it gets alone, and nothing is left behind anywhere (the fixture
-`cluster` checks that every instance is up again and holds nothing).
+Whatever happens, a request that is still wanted ends with the tokens it gets alone, and nothing is left behind anywhere
+(the fixture `cluster` checks that every instance is up again and holds nothing).
 """
 
 import asyncio
@@ -110,7 +110,7 @@ async def test_restarted_instance_takes_part_again(cluster: Cluster, kill: Kill)
 
 
 async def test_all_instances_die(cluster: Cluster, kill: Kill) -> None:
-    """With every instance gone, requests wait for the first that comes back; so do new ones; health says so meanwhile."""
+    """With all instances down, old and new requests wait for the first that returns; health reports it meanwhile."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     expected = await references(cluster, PROMPT, OTHER_PROMPT)
@@ -143,7 +143,7 @@ async def test_kill_under_load(cluster: Cluster, kill: Kill, monkeypatch: pytest
 
 
 async def test_poison_is_ended(cluster: Cluster, kill: Kill) -> None:
-    """A request whose instance dies under it twice ends with HTTP 500 and a named reason; one beside it gets its tokens."""
+    """A request whose instance dies under it twice ends with HTTP 500 and a named reason; its neighbour completes."""
     from vllm.exceptions import GracefulHTTPError
 
     expected = await references(cluster, OTHER_PROMPT)
@@ -169,7 +169,10 @@ async def test_poison_is_ended(cluster: Cluster, kill: Kill) -> None:
 
 
 async def test_pinned_request_of_a_dead_instance(cluster: Cluster, kill: Kill) -> None:
-    """A request with state that is lost goes on elsewhere all the same, with all its tokens, and is counted as inexact."""
+    """
+    A request whose sampling state is lost still goes on elsewhere, gets
+    all its tokens, and is counted as inexact.
+    """
     from vllm.sampling_params import SamplingParams
 
     params = SamplingParams(temperature=0.9, seed=5, max_tokens=N_OUTPUT, ignore_eos=True)
@@ -207,7 +210,7 @@ async def test_hung_instance(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, 
 
 
 async def test_stopped_instance_is_left_out(cluster: Cluster) -> None:
-    """An instance that is stopped for a while gets nothing new, what waits there is answered by others, and nothing is restarted."""
+    """A paused instance gets nothing new, others answer the requests waiting there, and nothing is restarted."""
     prompts = [random_prompt(40, seed) for seed in (3, 7, 8)]  # at home on instance 0
     expected = await references(cluster, *prompts)
     restarted = restarts(cluster)

@@ -1,4 +1,7 @@
-"""What a request may ask for survives its moves, or keeps it where it is; through vLLM's `AsyncLLM`, compared with no moves."""
+"""
+Every request feature survives moves or pins the request: outputs
+through vLLM's `AsyncLLM`, compared with no moves.
+"""
 
 import asyncio
 import json

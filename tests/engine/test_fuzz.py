@@ -1,9 +1,9 @@
 """
-Request bodies made from the server's own OpenAPI schema, against a real server: whatever they say, no instance may die of them.
+Request bodies generated from the server's own OpenAPI schema, against a real server: none may kill an instance.
 
-A body made wholly at random is nearly always refused at once. So most are a good body of which a few fields are what the schema allows,
-or does not allow; the rest are the generator's own. A client that waits too long leaves, which is part of the trial. `make fuzz` sends
-many more bodies than CI does.
+A wholly random body is nearly always refused at once. So most are a good body with a few fields set to values that the
+schema allows or forbids; the rest are the generator's own. A client that waits too long leaves, which is part of the
+test. `make fuzz` sends many more bodies than CI does.
 """
 
 import json
@@ -37,7 +37,7 @@ GOOD_BODIES: dict[str, Any] = {
     "/tokenize": {"prompt": "the quick brown fox"},
     "/detokenize": {"tokens": [300, 301]},
 }
-"""By surface that reads a body and reaches an engine or the tokeniser; those that a server does not have are passed over."""
+"""Good bodies by surface, for those that reach an engine or the tokeniser; surfaces that a server lacks are skipped."""
 SCHEMA_OF = {"/invocations": "/v1/completions", "/inference/v1/generate": "/v1/completions"}
 """Surfaces whose own schema says nothing, or nothing that can be satisfied: whose fields they are given."""
 MAX_CHANGES = 3

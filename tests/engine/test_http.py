@@ -278,7 +278,10 @@ def test_admin_instances(client: openai.OpenAI, server: ServerProcess) -> None:
 
 
 def test_everything_listens_on_the_loopback(server: ServerProcess) -> None:
-    """Of the server, the engines and their workers: no port of any of them is reached from outside, no socket has a name outside the private folder."""
+    """
+    Of server, engines and workers, no port is reachable from outside, and
+    all named sockets are in the private folder.
+    """
     folder = server.folder()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     listening, named = [], []
@@ -298,7 +301,10 @@ def test_everything_listens_on_the_loopback(server: ServerProcess) -> None:
 
 
 def test_each_instance_computes_on_its_own_cores(server: ServerProcess) -> None:
-    """The thread that computes the model stays where the instance was placed, though NIXL's connector moves it as it comes."""
+    """
+    The thread that computes the model stays on its instance's cores, though NIXL's connector moves it when it is
+    loaded.
+    """
     workers = [process for process in server.family() if process.name() == "VLLM::Worker"]
     first, second = (set(worker.cpu_affinity()) for worker in workers)
     assert first.isdisjoint(second) or len(os.sched_getaffinity(0)) < 2
@@ -446,7 +452,10 @@ def test_unknown_route(server: ServerProcess) -> None:
 
 
 def test_requests_that_end_before_their_first_token(server: ServerProcess) -> None:
-    """Abandoned before they are placed or have a token, refused by vLLM, among siblings: none lives on (see `nothing_left`)."""
+    """
+    Abandoned before placement or the first token, or refused by vLLM, even among siblings: none lives on
+    (`nothing_left`).
+    """
     abandoned = {**COMPLETION, "prompt": [300] * 200, "max_tokens": 400, **FOREVER}
     several = {"prompt": [[300] * 200, [301] * 200]}
     beams = {"use_beam_search": True, "n": 2, "max_tokens": 40}
@@ -537,7 +546,10 @@ def test_bad_bodies_of_adding(server: ServerProcess, body: Any, status: int) -> 
 
 
 def test_an_instance_is_replaced(client: openai.OpenAI, server: ServerProcess) -> None:
-    """Added while a stream runs and drained under another: the streams are as ever, metrics and layout follow, no pipe stays open."""
+    """
+    Added during one stream and drained under another: streams are
+    unchanged, metrics and layout follow, no pipe leaks.
+    """
     pipes = server.open_files()[PIPES]
     expected = complete(client, n_tokens=900).choices[0].text
     assert server.post("/admin/instances", {}, key=None).status_code == 401
@@ -574,7 +586,10 @@ def test_an_instance_is_replaced(client: openai.OpenAI, server: ServerProcess) -
 
 
 def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
-    """After SIGTERM, with an instance just being added, the running stream goes on to its end, new connections are refused, and all end."""
+    """
+    After SIGTERM, even with an instance being added, the running stream completes, new connections are refused, all
+    exit.
+    """
     expected = complete(client, n_tokens=900).choices[0].text
     assert server.post("/admin/instances", {}).status_code == 202
     everyone, folder = server.family(), server.folder()

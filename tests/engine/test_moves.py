@@ -1,5 +1,5 @@
 """
-Moving a request by hand between real instances leaves its greedy output as it is, wherever and whenever it is cut.
+Explicit moves between real instances leave a request's greedy output unchanged, wherever and whenever it is cut.
 
 Each kind of instance (scheduling, prefix caching) is source and target; see `zoo.py`.
 """
@@ -27,9 +27,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 async def test_many_moves(zoo: Zoo, source: str, target: str) -> None:
     """
-    Fifteen moves to and fro leave the greedy output as it is, and every one pulls the KV cache.
+    Fifteen moves back and forth leave the greedy output unchanged, and every one pulls the KV cache.
 
-    A request that ended first, because the engines were ahead of this process, is looked at as well and followed by another.
+    A request that ends first, because the engines were ahead of this process, is checked too and followed by another.
     """
     prompt, expected = await zoo.window(20, 280)
     for _ in range(10):
@@ -49,7 +49,7 @@ async def test_many_moves(zoo: Zoo, source: str, target: str) -> None:
         after = [await zoo.counters(zoo.instances[name]) for name in (source, target)]
         assert sum(c.failed_pulls for c in after) == sum(c.failed_pulls for c in before)
         pulls = sum(c.pulls for c in after) - sum(c.pulls for c in before)
-        # What a cache still holds from the visit before is not pulled again: nothing, when N - 1 tokens are whole blocks.
+        # What the cache still holds from the last visit is not pulled again: nothing, if N - 1 tokens are whole blocks.
         assert pulls == moves or (moves - pulls <= 4 and (KINDS[source].caches or KINDS[target].caches))
         if moves == 15:
             break
@@ -68,7 +68,10 @@ async def test_every_offset_around_block_boundaries(zoo: Zoo, source: str, targe
     before = await zoo.counters(there)
 
     async def move_near(length: int, lead: int) -> int:
-        """Cut near this length, having started so many tokens before; returns at which length it was cut, 0 when it ended first."""
+        """
+        Start `lead` tokens below this length and cut near it; returns the length at the cut, 0 if the request ended
+        first.
+        """
         prompt, expected = await zoo.window(length - lead, lead + 24)
         attempt = await zoo.start(here, prompt, greedy(lead + 24))
         await attempt.until_output(2)
@@ -127,7 +130,7 @@ async def test_recompute(zoo: Zoo, source: str, target: str) -> None:
 @pytest.mark.parametrize("source", KINDS)
 @pytest.mark.parametrize("how", ["eos", "stop_token"])
 async def test_end_of_sequence_races_the_cut(zoo: Zoo, source: str, how: str) -> None:
-    """A request that ends by its own token in the very step of the cut ends: no ticket, nothing pinned, the same output."""
+    """A request that ends by itself in the step of the cut has ended: no ticket, nothing pinned, the same output."""
     prompt, text = await zoo.window(40, 80)
     at = next(i for i in range(20, 80) if text[i] not in text[:i])
     ending = {"eos_id": text[at]} if how == "eos" else {"stop_token_ids": [text[at]]}
@@ -277,7 +280,10 @@ async def test_undone_cut_after_a_move(zoo: Zoo, target: str) -> None:
 
 @pytest.mark.parametrize("target", KINDS)
 async def test_no_budget_on_arrival(zoo: Zoo, target: str) -> None:
-    """A request whose KV cache has come while a long prefill takes every step's token budget runs after it, unchanged."""
+    """
+    A request whose KV cache arrives while a long prefill uses up every
+    step's token budget runs afterwards, unchanged.
+    """
     here, there = zoo.instances[OTHER[target]], zoo.instances[target]
     prompt, expected = await zoo.window(40, 60)
     long_prompt, long_expected = await zoo.reference(MAX_MODEL_LEN - 12, 12)

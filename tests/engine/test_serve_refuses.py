@@ -1,7 +1,7 @@
 """
-What the operator gets wrong on `cascadeinfer serve`'s command line: one line that names it, exit code 2, nothing started.
+Operator mistakes on `cascadeinfer serve`'s command line: one line that names the option, exit code 2, nothing started.
 
-All cases run in one other process, which imports vLLM once; one more runs as the real command.
+All cases run in one subprocess, which imports vLLM once; one more runs as the real command.
 """
 
 import json
@@ -123,7 +123,7 @@ def results(tiny_model: Path, used_port: int, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("name", CASES)
 def test_bad_option(results: dict[str, Any], name: str) -> None:
-    """The operator's mistake is told in one line that names the option, with exit code 2, before anything is started."""
+    """The mistake is reported in one line that names the option, with exit code 2, before anything is started."""
     result = results[name]
     assert result["code"] == 2, result["err"]
     lines = [line for line in result["err"].splitlines() if "Triton" not in line]  # vLLM's own warning

@@ -1,7 +1,7 @@
 """
 SIGTERM at many moments of a start: one line, exit code 143, nothing left behind.
 
-A moment is a fact about the server's processes or files, never a time. `START_MOMENTS=all` tries more of them.
+A moment is a condition on the server's processes or files, never a time. `START_MOMENTS=all` tries more of them.
 """
 
 import contextlib
@@ -166,7 +166,10 @@ def test_start_is_stopped(tiny_model: Path, tmp_path: Path, base: Path, name: st
 
 
 def test_what_a_killed_server_leaves_is_swept(tiny_model: Path, tmp_path: Path, base: Path) -> None:
-    """After `kill -9` of process 0 its processes end by themselves, their shared memory goes, and the next start removes its files."""
+    """
+    After `kill -9` of process 0 its processes exit, their shared memory is
+    freed, and the next start removes its files.
+    """
     with started(tiny_model, tmp_path, base, MOMENTS["followers"]) as start:
         wait_for(lambda: any(list(folder.iterdir()) for folder in start.folders()), start)
         [folder] = base.iterdir()

@@ -1,8 +1,9 @@
 """
-On vLLM's V2 model runner a moved request is, position by position, in the state that it would be in on one instance.
+On vLLM's V2 model runner, a moved request has at every position the state it would have on one instance.
 
-Compared are the runner's own request states (see `v2_states.py`), not only the texts: a count that is off by one, a seed that begins anew or a
-prompt that has grown shows, even where the tiny model's text happens to be the same. Mutations show that the comparison sees such faults.
+The test compares the runner's own request states (see `v2_states.py`), not only the texts. A count that is off by one,
+a seed that starts afresh or a prompt that has grown shows, even where the tiny model's text happens to be the same.
+Mutations show that the comparison detects such faults.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -150,7 +151,10 @@ async def mutate(zoo: Zoo, pair: tuple[str, str], name: str) -> None:
 async def test_comparison_sees_a_fault(
     zoo: Zoo, recording: Recording, alone: Any, mutation: str, case: str, seen: set[str]
 ) -> None:
-    """What the V1 runner needs is wrong on V2, and so are output tokens told as prompt: the comparison says what differs."""
+    """
+    What the V1 runner needs is wrong on V2, as is passing output tokens
+    as prompt: the comparison finds each fault.
+    """
     expected = await alone(case)
     await mutate(zoo, PAIRS[0], mutation)
     try:

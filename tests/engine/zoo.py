@@ -1,12 +1,13 @@
 """
-Raw vLLM instances driven by hand: one of each kind, every request steered step by step.
+Raw vLLM instances, one of each kind, driven step by step.
 
-`Zoo` owns four instances that differ in what the connector's rules depend on (asynchronous or synchronous scheduling, prefix caching on
-or off) and are all connected, so that each kind is source and target of moves. A pump per instance sorts outputs to the request they
-belong to, as the runtime does; nothing else of the runtime is involved.
+`Zoo` owns four instances that differ in what the connector's rules depend on (asynchronous or synchronous scheduling,
+prefix caching on or off). All are connected, so each kind is source and target of moves. A pump per instance routes
+outputs to their requests, as the runtime does; nothing else of the runtime is involved.
 
-Float32 sums depend on the batch a token is computed in, by some 1e-5 in a logit. Reference outputs are therefore made from prompts whose
-greedy choices are all ahead of the second best by `MIN_MARGIN`: an output that differs then is wrong, never a tie.
+Float32 sums depend on the batch in which a token is computed, by some 1e-5 in a logit. Reference outputs are therefore
+made from prompts whose greedy choices all lead the second best by `MIN_MARGIN`: an output that differs is wrong, never
+a tie.
 """
 
 import asyncio
@@ -83,7 +84,7 @@ DEADLINE_S = 60.0
 async def eventually(
     condition: Callable[[], Awaitable[bool] | bool], what: Callable[[], str] | str, deadline_s: float = DEADLINE_S
 ) -> None:
-    """Poll until the condition holds; fails the test, saying what was waited for, when it does not within the deadline."""
+    """Poll until the condition holds; fails the test, naming what it waited for, if the deadline passes."""
     end_s = time.monotonic() + deadline_s
     while True:
         holds = condition()
@@ -240,16 +241,16 @@ class Zoo:
     async def cut(self, attempt: Attempt) -> bool:
         """Cut a running request and wait for its last output; False when it ended by itself instead."""
         refused = await attempt.instance.cut(attempt.engine_request_id)
-        # Its end, which until_end waits for, is about to come or has come: engines do not wait for a test that is slow to look.
+        # Its end is coming or has already come (engines do not wait for a slow test); until_end waits for it.
         assert refused in {None, "ending", "unknown"}, refused
         await attempt.until_end()
         return attempt.ticket is not None
 
     async def move(self, attempt: Attempt, target: "VllmInstance", *, recompute: bool = False) -> Attempt:
         """
-        Move a running request; returns the attempt that goes on (the old one, ended, when it could not be cut any more).
+        Move a running request; returns the new attempt (the old one, ended, if it could no longer be cut).
 
-        Room is reserved first, as the protocol asks.
+        Room is reserved first, as the protocol requires.
         """
         reservation_id = f"v{next(self._numbers)}"
         assert await target.reserve(reservation_id, attempt.n_tokens + 8) is None
@@ -267,8 +268,8 @@ class Zoo:
         Cut a request and undo the cut at once.
 
         Returns:
-            The attempt that goes on, and whether the cut was undone; when a step came between the two, the request is taken back
-            without its KV cache, as the migration protocol does it.
+            The new attempt, and whether the cut was undone. If a step came between the two, the request is taken
+            back without its KV cache, as in the migration protocol.
         """
         instance, request_id = attempt.instance, attempt.engine_request_id
         refused, undone = await asyncio.gather(instance.cut(request_id), instance.undo_cut(request_id))
@@ -281,7 +282,7 @@ class Zoo:
         return await self.resume(attempt, instance, ticket=None), False
 
     async def reference(self, prompt_tokens: int, output_tokens: int) -> tuple[list[int], list[int]]:
-        """A prompt of this length and its greedy output of this length, free of near ties; made once, on one instance."""
+        """A prompt and its greedy output of these lengths, free of near ties; made once, on one instance."""
         key = (prompt_tokens, output_tokens)
         if key not in self._references:
             instance = next(iter(self.instances.values()))
@@ -297,7 +298,8 @@ class Zoo:
         """
         A prompt and its greedy output, cut out of one long greedy text.
 
-        What follows on the first n tokens of a greedy text is the rest of it, so one reference serves every prompt length.
+        The continuation of the first n tokens of a greedy text is the rest of it, so one reference serves every prompt
+        length.
         """
         assert WINDOW_PROMPT <= n_prompt <= n_prompt + n_output <= WINDOW_PROMPT + WINDOW_OUTPUT
         prompt, output = await self.reference(WINDOW_PROMPT, WINDOW_OUTPUT)
@@ -332,7 +334,7 @@ class Zoo:
         await eventually(nothing, lambda: f"{name} holds nothing: {held}", deadline_s)
 
     async def squeeze(self, instance: "VllmInstance", n_left: int) -> str:
-        """Reserve all but so many free blocks, at a moment at which no request takes one; returns the reservation's id."""
+        """Reserve all but this many free blocks, when no request is taking any; returns the reservation's id."""
         reservation_id = f"squeeze{next(self._numbers)}"
 
         async def reserved() -> bool:
