@@ -1,4 +1,4 @@
-"""Small clusters, traces and a restless policy for the simulator's tests."""
+"""Small clusters, traces and a policy that migrates restlessly, for the simulator's tests."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The checkers find what they are for."""
+"""The invariant checkers find the faults they are meant to find."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""A cluster of several kinds: each instance runs, is priced and is filled by what it is itself."""
+"""A cluster of several instance kinds: each instance is run, priced and filled by its own properties."""
 
 from collections import Counter
 from dataclasses import replace
@@ -80,7 +80,10 @@ def test_a_step_costs_what_its_instance_takes() -> None:
 
 
 def test_prices_are_of_the_instance_that_runs_the_batch() -> None:
-    """A policy that has each kind's model prices each by its own; the price of the slow one, empty, is four times the fast one's."""
+    """
+    With a step model per kind, each instance is priced by its own: the
+    empty slow one costs four times the fast one.
+    """
     policy = Cascade(step_model=MODEL, step_models={"slow": SLOW})
     simulate(busy_trace(1), policy, unequal(), check=True)
     fast, slow = (policy.view.instances[instance_id] for instance_id in ("i0", "i1"))
@@ -90,7 +93,10 @@ def test_prices_are_of_the_instance_that_runs_the_batch() -> None:
 
 
 def test_work_is_shared_by_speed() -> None:
-    """The slow instance gets less of the work than the fast one, not nothing, and everybody waits less than if both were taken for alike."""
+    """
+    The slow instance gets some work, but less than the fast one; latency
+    is lower than if both were taken as equal.
+    """
     trace = busy_trace(rate_rps=10.0)
     informed, sent = dispatched(Cascade(step_model=MODEL, step_models={"slow": SLOW}), trace, unequal())
     alike, _ = dispatched(Cascade(step_model=MODEL, step_models={"slow": MODEL}), trace, unequal())
@@ -110,7 +116,10 @@ def test_work_is_shared_by_capacity() -> None:
 
 @pytest.mark.parametrize("name", [*sorted(POLICIES), "cascade in stages"])
 def test_a_request_goes_only_where_it_fits(name: str) -> None:
-    """Whatever the policy, a request is neither placed on nor moved to an instance that it may outgrow; the small one serves the rest."""
+    """
+    No policy places on, or moves to, an instance a request that may
+    outgrow it; the small instance serves the rest.
+    """
     layout = StageLayout.from_boundaries((30, 60), (("i1",), ("i0",), ("i2",)))
     policy: Policy = {
         "cascade in stages": lambda: Cascade(layout=layout, step_model=MODEL, step_models={"slow": SLOW}),
@@ -136,7 +145,7 @@ def test_a_request_goes_only_where_it_fits(name: str) -> None:
 
 
 def test_what_fits_nowhere_now_waits_for_an_instance_that_holds_it() -> None:
-    """While only the small instance is there long requests wait, and short ones that came later do not wait for them."""
+    """While only the small instance is up, long requests wait, and short ones that came later do not wait for them."""
     trace = Trace.from_columns(np.array([90, 20]), np.array([5, 5]), np.array([1.0, 1.01]))
     faults = FaultPlan(crashes=tuple(Crash(0.1, i, 4.0) for i in ("i1", "i2")))
     for policy in (Cascade(step_model=MODEL), Cascade(step_model=MODEL, max_queued=8), LeastLoaded()):
@@ -189,7 +198,10 @@ class Stubborn(RoundRobin):
 
 
 def test_a_policy_that_places_what_does_not_fit_is_told() -> None:
-    """The simulator ends with what the request may need and what the instance holds, instead of preempting it for ever."""
+    """
+    The simulator raises, naming what the request may need and what the
+    instance holds; it does not preempt for ever.
+    """
     trace = Trace.from_columns(np.array([90]), np.array([5]), np.array([1.0]))
     with pytest.raises(PolicyError, match="may grow to 150 tokens, the KV cache there holds 100"):
         simulate(trace, Stubborn(), crowded())

@@ -1,4 +1,4 @@
-"""Migrations when something goes wrong at each step, and those that policies ask for."""
+"""Migrations that fail at each step, and those that policies request."""
 
 from collections import Counter
 from dataclasses import replace

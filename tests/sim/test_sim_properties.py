@@ -1,4 +1,4 @@
-"""Whatever the trace, policy and faults: invariants hold after every event, and the fast path is the slow path."""
+"""For any trace, policy and faults, the invariants hold after every event, and the fast path equals the slow path."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The one call: what it refuses, and how it ends."""
+"""`simulate`: what it refuses, and how it ends."""
 
 import numpy as np
 import pytest

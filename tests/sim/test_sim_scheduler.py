@@ -1,4 +1,4 @@
-"""What runs in a step: vLLM V1's rules, case by case."""
+"""What runs in a step: vLLM V1's scheduling rules, case by case."""
 
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.sim.requests import Phase, SimRequest
