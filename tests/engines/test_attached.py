@@ -1,4 +1,4 @@
-"""A further client of an EngineCore that another process owns, with an EngineCore written here at the other ends of its sockets."""
+"""A further client of an EngineCore that another process owns, tested against a scripted EngineCore on its sockets."""
 
 import asyncio
 import tempfile
@@ -95,7 +95,10 @@ async def instance(attachment: Attachment) -> AsyncIterator[VllmInstance]:
 
 
 async def test_it_learns_from_owner_and_engine(instance: VllmInstance, attachment: Attachment) -> None:
-    """Number and process id are the owner's word, the rest is the engine's; what a predecessor left is aborted before anything else."""
+    """
+    Number and process id come from the owner, the rest from the engine; a
+    predecessor's leftovers are aborted first.
+    """
     core = EngineCore(attachment)
     try:
         capacity = await instance.start()
@@ -110,7 +113,7 @@ async def test_it_learns_from_owner_and_engine(instance: VllmInstance, attachmen
 
 
 async def test_the_owner_tells_of_a_death(instance: VllmInstance, attachment: Attachment) -> None:
-    """Then outputs end, who waits for an answer gets an error, and there is no process any more; killing is not this client's."""
+    """Outputs end, pending calls get an error, and the process id is gone; this client cannot kill the engine."""
     core = EngineCore(attachment)
     try:
         await instance.start()

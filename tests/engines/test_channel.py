@@ -1,4 +1,7 @@
-"""The command channel to an EngineCore, with a written client in place of vLLM's: what is sent, what is read, what a closed one does."""
+"""
+The command channel to an EngineCore, over a scripted client in place of vLLM's: what it sends, reads and does once
+closed.
+"""
 
 import asyncio
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Blocks that no request runs or waits with are told by what holds them, whatever brought it about."""
+"""Blocks that no running or waiting request uses are reported by what holds them, whatever the cause."""
 
 from pathlib import Path
 
@@ -127,7 +127,10 @@ def test_a_reservation_leaves_what_a_prefill_needs(bed: SchedulerBed) -> None:
 
 
 def test_an_undone_cut_leaves_nothing_with_the_worker(bed: SchedulerBed) -> None:
-    """The worker is told of a cut with the next step; if the cut is undone it is told that too, or never told of either."""
+    """
+    The worker learns of a cut with the next step; if the cut is undone it
+    learns that too, or it learns of neither.
+    """
     bed.add("a", PROMPT, greedy(60))
     bed.steps(4)
     side = bed.side

@@ -1,4 +1,4 @@
-"""Which engines' requests may move: plain and latent attention over one group of layers, and nothing else."""
+"""Which engines' requests may move: only those with plain or latent attention over one KV cache group."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,7 @@
-"""The life of an EngineCore that this process owns, over a written launcher: what of a place is whose, what further clients are told."""
+"""
+The life of an EngineCore owned by this process, over a scripted
+launcher: what belongs to a place, what clients learn.
+"""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -115,7 +118,10 @@ async def test_a_life_that_was_stopped_before_it_began_does_not_begin() -> None:
 
 
 async def test_further_clients_are_attached_while_it_runs() -> None:
-    """A client is told of this life, its own addresses and the token; before the start and after the end there is nothing to tell."""
+    """
+    A client learns this life's id, its own addresses and the token; before
+    the start and after the end it gets nothing.
+    """
     launcher = Launcher()
     core, other = core_at(launcher), core_at(launcher)
     assert await core.attachment(1) is None

@@ -1,4 +1,4 @@
-"""Which requests are pinned, by model runner; that what is not pinned survives a move is shown in `tests/engine`."""
+"""Which requests are pinned, by model runner; `tests/engine` shows that all others survive a move."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,9 +1,11 @@
 """
-A pytest plugin (`pytest -p support.v2_runner`, `make test-v2`): the engine tests on vLLM's V2 model runner, without a GPU.
+A pytest plugin (`pytest -p support.v2_runner`, `make test-v2`): the engine tests on vLLM's V2 model runner without a
+GPU.
 
-V2 is the runner that GPUs use. vLLM has a subclass of it for CPUs (`vllm/v1/worker/cpu/model_runner.py`), whose Triton kernels run in
-Triton's interpreter. vLLM's CPU build switches Triton off by the name of its version; this plugin switches it on again before the rest
-of vLLM is imported. No file of vLLM is changed. This cannot show CUDA graphs, streams, or kernels as they are compiled for a GPU.
+GPUs use the V2 runner. vLLM has a subclass of it for CPUs (`vllm/v1/worker/cpu/model_runner.py`), whose Triton kernels
+run in Triton's interpreter. vLLM's CPU build switches Triton off by the name of its version; this plugin switches it on
+again before the rest of vLLM is imported. It changes no file of vLLM. It cannot exercise CUDA graphs, streams, or
+kernels as they are compiled for a GPU.
 """
 
 import os
@@ -26,10 +28,10 @@ ENVIRONMENT = {
 
 class GrammarMask:
     """
-    What vLLM's `_apply_grammar_bitmask_kernel` does, in torch: the interpreter cannot reshape what the kernel unpacks.
+    vLLM's `_apply_grammar_bitmask_kernel` in torch: the interpreter cannot reshape the values it unpacks.
 
-    The arguments are the kernel's. `bitmask` holds one bit per token of the vocabulary for each mask, 32 bits to a word;
-    `logits_indices` names the request and position that each mask is for.
+    The arguments are the kernel's. `bitmask` holds one bit per token of the vocabulary for each mask, 32 bits to a
+    word; `logits_indices` names the request and position that each mask is for.
     """
 
     def __getitem__(self, _grid: tuple[int, ...]) -> Any:

@@ -1,8 +1,9 @@
 """
-What vLLM's V2 model runner holds for a request at each of its positions, recorded inside real engine processes.
+The state that vLLM's V2 model runner holds for a request at each position, recorded inside real engine processes.
 
-`record_states` wraps the runner's sampler before engines are forked. A process writes one JSON line per sampled position of a request
-whose id begins with `PREFIX`, to a file of its own in the folder named by `FOLDER_VARIABLE`. `Recording` reads them back.
+`record_states` wraps the runner's sampler before engines are forked. Each process appends one JSON line per sampled
+position of a request whose id begins with `PREFIX` to its own file in the folder named by `FOLDER_VARIABLE`.
+`Recording` reads them back.
 """
 
 import itertools
@@ -49,7 +50,7 @@ class State:
 
 
 def record_states() -> None:
-    """Wrap the sampler of processes that are forked from now on; they record if the variable is set in their environment."""
+    """Wrap the sampler of processes forked from now on; they record if the variable is set in their environment."""
     from vllm.v1.worker.gpu.sample.sampler import Sampler
 
     sample = Sampler.__call__
@@ -120,7 +121,10 @@ class Recording:
         self._folder = folder
 
     def rows(self, request_id: str) -> list[tuple[int, State]]:
-        """Position and state, in no order, of a request's attempts (`id`, `id~1`, ...); a position may be there twice."""
+        """
+        (position, state) pairs of a request's attempts (`id`, `id~1`,
+        ...), unordered; a position may occur twice.
+        """
         found = []
         for file in self._folder.glob("*.jsonl"):
             for line in file.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""What we rely on inside vLLM is in one table, is there in the installed version, and a change of it is noticed."""
+"""One table lists what we rely on inside vLLM; the installed version has all of it, and changes are noticed."""
 
 import ast
 import re
@@ -43,12 +43,15 @@ def test_every_use_is_in_the_table(uses: dict[str, Use]) -> None:
 
 
 def test_the_installed_version_is_the_recorded_one(vllm: VllmSources, uses: dict[str, Use]) -> None:
-    """Every name is there, with the recorded parameters; bodies that are overridden or patched are those that were read."""
+    """
+    Every name exists with its recorded parameters; bodies that we override
+    or patch are unchanged since they were read.
+    """
     assert differences(recorded(BASE), facts_of(vllm, uses)) == []
 
 
 def absent(vllm_facts: Facts, uses: dict[str, Use], version: tuple[int, ...]) -> list[str]:
-    """Uses that a version does not have, but for names whose assumption says that it has them until or since another version."""
+    """Names that a version lacks, except those whose assumption says they exist only until or since another version."""
     said = assumptions()
     names = {
         key if member is None else f"{key}:{member}" for key, use in uses.items() for member in (None, *use.members)
@@ -83,7 +86,10 @@ def test_every_use_is_in_every_recorded_version(file: Path, uses: dict[str, Use]
 
 
 def test_all_that_async_llm_calls_is_ours(vllm: VllmSources) -> None:
-    """Whatever `AsyncLLM` asks of its engine core, our client answers itself; the exceptions have a reason, and exist."""
+    """
+    Everything that `AsyncLLM` calls on its engine core is our client's
+    own; each exception has a reason and exists.
+    """
     found = vllm.find("vllm.v1.engine.async_llm", "AsyncLLM")
     assert found is not None
     assert found.node is not None

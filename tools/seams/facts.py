@@ -1,12 +1,12 @@
 """
-Facts of one vLLM version about everything that we use of its insides, and their comparison.
+Record the facts of one vLLM version about every internal that we use, and compare versions.
 
-    python tools/seams/facts.py                       # the table: what we use, how, and what we assume
-    python tools/seams/facts.py --vllm 0.33.0         # downloads that wheel and says what is different from the recorded version
-    python tools/seams/facts.py --vllm 0.33.0 --record    # and records its facts, once every difference has been read and dealt with
+    python tools/seams/facts.py                         # the table: what we use, how, and what we assume
+    python tools/seams/facts.py --vllm 0.33.0           # download that wheel and list differences from the record
+    python tools/seams/facts.py --vllm 0.33.0 --record  # record its facts, once every difference has been dealt with
 
-Facts are the parameters of functions and classes, and hashes of the bodies that we override or patch. They lie in `VERSION.json` beside
-this file, what we assume of each name in `assumptions.toml`.
+Facts are the parameters of functions and classes, and hashes of the bodies that we override or patch. They are stored
+in `VERSION.json` beside this file; what we assume of each name is in `assumptions.toml`.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """
-What our source uses of vLLM's insides, found in its syntax.
+What our source uses of vLLM's internals, found in its syntax trees.
 
-Found are: names imported from `vllm`; what subclasses of vLLM's classes override, call by `super()` or take from `self` without having it
-themselves; attributes of parameters, variables and attributes that are annotated with one of vLLM's classes; attributes of imported
-modules and classes, those that are assigned to (patches) apart. A use that has none of these forms is not found.
+It finds names imported from `vllm`; what subclasses of vLLM's classes override, call through `super()` or take from
+`self` without defining it; attributes of parameters, variables and attributes annotated with one of vLLM's classes; and
+attributes of imported modules and classes, with those assigned to (patches) listed separately. A use of any other form
+is not found.
 """
 
 import ast

@@ -1,8 +1,8 @@
 """
 vLLM's sources, read without importing them: from the installed package or from a wheel of any version.
 
-Names are resolved as Python would: through re-exports (`vllm.config.VllmConfig`), base classes and modules that are packages. What a module
-makes up at run time (`__getattr__`) counts as there.
+Names are resolved as Python would: through re-exports (`vllm.config.VllmConfig`), base classes and modules that are
+packages. Names that a module creates at run time (`__getattr__`) count as existing.
 """
 
 import ast
