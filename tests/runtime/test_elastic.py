@@ -22,7 +22,7 @@ LAYOUT = StageLayout.from_boundaries((100, 200), (("a",), ("b",), ("c",)))
 
 
 def phases(cluster: Cluster) -> dict[str, str]:
-    """What `/admin/instances` says of each."""
+    """What `/admin/instances` shows of each instance."""
     return {shown["id"]: shown["phase"] for shown in cluster.runtime.snapshot()["instances"]}
 
 
@@ -33,7 +33,10 @@ def policy_named(name: str) -> Policy:
 
 @virtual_time
 async def test_an_added_instance_gets_work() -> None:
-    """It starts while the others serve without a pause, is connected to all, and takes requests and moves."""
+    """
+    An added instance starts while the others serve without a pause,
+    connects to all, and takes requests and moves.
+    """
     policy = ScriptedPolicy()
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 400)
@@ -57,8 +60,8 @@ async def test_an_added_instance_gets_work() -> None:
 @virtual_time
 async def test_a_drained_instance_hands_over_and_goes(name: str) -> None:
     """
-    Under every policy, a draining instance's requests move off live, without recomputation; it gets no new ones and
-    ends.
+    Under every policy, a draining instance's requests move off live, without
+    recomputation; it gets no new ones and ends.
     """
     async with Cluster(policy_named(name)) as cluster:
         clients = [await cluster.submit(f"r{i}", 30 + 30 * i, 500) for i in range(6)]
@@ -96,7 +99,7 @@ async def test_what_cannot_move_ends_where_it_is() -> None:
 
 @virtual_time
 async def test_the_time_is_up() -> None:
-    """What is left on a draining instance then goes on elsewhere, computed anew, and is counted so."""
+    """When the drain times out, what is left goes on elsewhere, is recomputed, and is counted as recomputed."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 400, pin_reason=PinReason.LORA)
@@ -142,7 +145,7 @@ async def test_bad_requests_change_nothing() -> None:
 
 @virtual_time
 async def test_a_failed_start_is_told_and_harms_nobody() -> None:
-    """The reason is to be seen, the place is free again, requests go on."""
+    """The reason is shown, the place is free again, and requests go on."""
     async with Cluster(start_error=lambda name, _: "no memory" if name == "3" else None) as cluster:
         client = await cluster.submit("r", 50, 300)
         await client.until_tokens(5)
@@ -162,7 +165,7 @@ async def test_a_failed_start_is_told_and_harms_nobody() -> None:
 
 @virtual_time
 async def test_killed_while_it_is_connected() -> None:
-    """An added instance that dies during its handshakes is started again like any other; nobody else notices."""
+    """An added instance that dies during its handshakes is restarted like any other; the others are not affected."""
     policy = ScriptedPolicy()
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 300)
@@ -209,7 +212,7 @@ async def test_removed_before_it_serves(stage: str) -> None:
 @pytest.mark.parametrize("how", ["kill", "hang"])
 @virtual_time
 async def test_killed_while_it_drains(how: str) -> None:
-    """Its requests go on elsewhere and it is not started again."""
+    """Its requests go on elsewhere and it is not restarted."""
     policy = ScriptedPolicy({"r": "a", "s": "a"})
     async with Cluster(policy) as cluster:
         clients = [
@@ -233,7 +236,7 @@ async def test_killed_while_it_drains(how: str) -> None:
 @pytest.mark.parametrize("state", [State.ASKING, State.CUTTING, State.RESUMING])
 @virtual_time
 async def test_killed_in_mid_move_of_a_drain(state: State, victim: str) -> None:
-    """Whoever of the two dies in whatever state of the move: the request comes out whole, and the drain ends."""
+    """Source or target dies in any state of the move: the request completes, and the drain ends."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, "ab") as cluster:
         client = await cluster.submit("r", 60, 300)
@@ -270,7 +273,7 @@ async def test_the_only_other_instance_dies_during_a_drain() -> None:
 
 
 class ServerStops(Exception):  # noqa: N818 - no error
-    """Leave the cluster's block without waiting for its requests."""
+    """Leave the cluster's `async with` block without waiting for its requests."""
 
 
 @pytest.mark.parametrize("what", ["adding", "connecting", "draining"])

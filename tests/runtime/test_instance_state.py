@@ -24,7 +24,7 @@ IN_USE = {state for state, deeds in ALLOWED.items() if Deed.RUN in deeds}
 
 
 def life_in(state: State) -> InstanceLife:
-    """A life that is in this state."""
+    """An instance life in this state."""
     life = InstanceLife("7")
     life.state = state
     return life
@@ -33,10 +33,7 @@ def life_in(state: State) -> InstanceLife:
 @pytest.mark.parametrize("happening", Happening)
 @pytest.mark.parametrize("state", State)
 def test_each_pair_is_followed_ignored_or_refused(state: State, happening: Happening) -> None:
-    """
-    A listed pair is a transition; an ignored pair changes nothing; any
-    other raises with the history, changing nothing.
-    """
+    """A listed pair is a transition, an ignored pair changes nothing, and any other raises with the history."""
     life = life_in(state)
     life.history.append(Passage(Happening.START, state, 1.5, "because"))
     before = list(life.history)
@@ -73,7 +70,7 @@ def test_every_state_is_reachable_and_can_end() -> None:
 
 
 def reach(after: dict[State, set[State]], start: State) -> set[State]:
-    """All states that can follow, `start` included."""
+    """All states reachable from `start`, itself included."""
     seen, todo = {start}, deque([start])
     while todo:
         for state in after[todo.popleft()] - seen:
@@ -111,7 +108,7 @@ def test_what_is_in_use_can_die() -> None:
 
 
 def test_what_drains_never_comes_back() -> None:
-    """From a state that operators see as draining only such states follow, and the end."""
+    """From a state that operators see as draining, only such states and the last one follow."""
     after: dict[State, set[State]] = {state: set() for state in State}
     for (state, _), following in TRANSITIONS.items():
         after[state].add(following)
@@ -122,7 +119,7 @@ def test_what_drains_never_comes_back() -> None:
 
 
 def test_the_history_is_bounded() -> None:
-    """Only the last passages are remembered, in errors too."""
+    """Only the most recent passages are kept, in errors too."""
     life = life_in(State.UP)
     for number in range(REMEMBERED):
         life.happen(Happening.SUSPECTED, number)

@@ -1,7 +1,4 @@
-"""
-The race described in docs/migration.md: the target dies after the
-source's cut, before anyone has heard of the cut.
-"""
+"""The race in docs/migration.md: the target dies after the source's cut, before anyone has heard of the cut."""
 
 from runtime_cluster import Cluster, ScriptedPolicy
 

@@ -24,19 +24,19 @@ from cascadeinfer.core.migration import (
 from support.virtual_time import run
 
 TICK_S = 1e-6
-"""Less than anything here takes."""
+"""Shorter than anything takes here."""
 CUT_FIRST = MigrationLimits(ask_s=0.5, cut_s=0.3, resume_s=1.0)
 LEASE_FIRST = MigrationLimits(ask_s=0.5, cut_s=3.0, resume_s=1.0)
 """The lease leaves no time to pull before the cut has timed out."""
 NO_TIMER = {(state, Happening.TIMED_OUT) for state in (State.WITHDRAWING, State.RECOMPUTING, State.RETURNING)}
-"""Ignored by the table, and no shell sets a timer in these states: cannot be brought about."""
+"""Ignored by the table, and no shell sets a timer in these states, so they cannot be triggered."""
 DEATHS = {Happening.SOURCE_LOST, Happening.TARGET_LOST}
 
 Path = tuple[tuple[State, Happening], ...]
 
 
 def paths(state: State = State.ASKING, path: Path = (), *, has_detour: bool = False) -> Iterator[Path]:
-    """All paths from this state to an end, with at most one ignored happening; nobody dies twice."""
+    """All paths from this state to an end, with at most one ignored event; no instance dies twice."""
     if state in OUTCOMES:
         yield path
         return
@@ -57,7 +57,7 @@ PATHS = list(paths())
 
 
 async def follow(path: Path, shell: Shell) -> Ending:
-    """Take a migration along this path; each state and each time limit as the path and the limits say."""
+    """Take a migration along this path, checking each state and each time limit."""
     await shell.begin()
     limits = shell_limits(path)
     began_s = {State.ASKING: shell.now_s}
@@ -79,12 +79,12 @@ async def follow(path: Path, shell: Shell) -> Ending:
 
 
 def shell_limits(path: Path) -> MigrationLimits:
-    """Limits under which the path can be taken."""
+    """Limits under which the path is possible."""
     return LEASE_FIRST if (State.CUTTING, Happening.CUT_LATE) in path else CUT_FIRST
 
 
 def name_of(path: Path) -> str:
-    """A path for people."""
+    """A readable name for a path."""
     return "-".join(happening.value for _, happening in path)
 
 
@@ -95,7 +95,7 @@ def test_the_paths_cover_the_table() -> None:
 
 @pytest.mark.parametrize("path", PATHS, ids=name_of)
 def test_both_shells_end_it_alike(path: Path) -> None:
-    """The same states, outcome and detail in the simulator and in the runtime, for the policy and in what is kept."""
+    """Simulator and runtime give the policy and the records the same states, outcome and detail."""
     simulated = run(follow(path, Simulator(shell_limits(path))))
     live = run(follow(path, Live(shell_limits(path))))
     # In the simulator what happens at once comes before the ask has reached the target.
@@ -111,7 +111,7 @@ def test_both_shells_end_it_alike(path: Path) -> None:
     [(ROOM_SLACK_TOKENS - 1, "moved", ""), (ROOM_SLACK_TOKENS, "stayed", "cut_refused:outgrew_room")],
 )
 def test_who_outgrows_its_room_is_not_cut(n_tokens: int, outcome: str, detail: str) -> None:
-    """In both shells a request that grows past the room asked for while the target thinks stays where it is."""
+    """In both shells, a request that outgrows its reserved room while the target decides stays where it is."""
 
     async def growing(shell: Shell) -> Ending:
         await shell.begin()

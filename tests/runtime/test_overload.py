@@ -1,7 +1,4 @@
-"""
-Overload, slow instances and impatient clients: queues stay bounded,
-refusals are prompt, and the runtime recovers.
-"""
+"""Under overload queues stay bounded, refusals are prompt, and the runtime recovers by itself."""
 
 import asyncio
 import random
@@ -19,7 +16,7 @@ MAX_QUEUED = 12
 N_INSTANCES = 3
 PROMPT, OUTPUT = 40, 60
 ROOM = N_INSTANCES * CAPACITY.max_num_seqs + MAX_QUEUED
-"""Requests that can live at once: a slot each, or a place in the queue."""
+"""Requests that can be live at once: those in batch slots and those in the queue."""
 SLOW = SimulatedTimes(step_s=0.03)
 LAYOUT = StageLayout.from_boundaries((70,), (("a", "b"), ("c",)))
 
@@ -89,7 +86,7 @@ async def test_ten_times_too_much_for_a_minute(fault: str | None, layout: StageL
 
 @virtual_time
 async def test_nobody_listens_for_a_while() -> None:
-    """A front end that does not read for seconds finds every token in order; instances and moves go on meanwhile."""
+    """A front end that reads nothing for seconds finds every token in order; instances and moves go on meanwhile."""
     async with Cluster(Cascade(layout=LAYOUT)) as cluster:
         clients = [await cluster.submit(f"r{i}", PROMPT, 100) for i in range(6)]
         for client in clients:

@@ -49,7 +49,7 @@ EDGES = (100, 200)
 
 
 def layout_of(groups: Sequence[Sequence[InstanceId]]) -> StageLayout:
-    """Three stages of these instances."""
+    """Three stages with these instances."""
     return StageLayout.from_boundaries(EDGES, tuple(tuple(group) for group in groups))
 
 
@@ -86,7 +86,7 @@ class Decisions:
 
 
 def mixed_trace(n: int = 60) -> Trace:
-    """Poisson arrivals of requests that begin in every stage; many outgrow one or two."""
+    """Poisson arrivals; requests start in every stage, and many outgrow one or two."""
     rng = np.random.default_rng(7)
     prompts = rng.integers(10, 260, size=n)
     return Trace.from_columns(prompts, rng.integers(5, 220, size=n), np.cumsum(rng.exponential(0.08, size=n)))
@@ -112,7 +112,7 @@ def in_simulator(trace: Trace, spec: PolicySpec, n_instances: int) -> Decisions:
 async def in_runtime(
     trace: Trace, spec: PolicySpec, n_instances: int, observer: Observer, *, kill_at_row: int | None = None
 ) -> None:
-    """The trace on the runtime with simulated engines; the instance that has just got a request may die on the way."""
+    """The trace on the runtime with simulated engines; optionally the instance that has just got a request dies."""
     loop = asyncio.get_running_loop()
     async with Cluster(
         spec.make(),
@@ -168,7 +168,7 @@ async def test_both_shells_decide_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", ["static_stages", "cascade"])
 @virtual_time
 async def test_both_shells_take_the_same_stages(name: str) -> None:
-    """With two instances per stage, where moments decide between them: every request goes through the same stages."""
+    """With two instances per stage, where timing decides between them, every request goes through the same stages."""
     options = {"static_stages": {"retry_s": 0.05}, "cascade": {"refine": False, "rebalance": False}}
     trace, spec = mixed_trace(), PolicySpec(name, {"layout": PAIRS, **options[name]})
     simulated, live = in_simulator(trace, spec, 6), Decisions()
@@ -190,7 +190,7 @@ REPLAYED = {
 @pytest.mark.parametrize("name", sorted(REPLAYED))
 @virtual_time
 async def test_the_runtimes_log_replays(name: str, tmp_path: Path) -> None:
-    """What the runtime has logged, with a death on the way, a fresh policy does again effect by effect."""
+    """Replaying the runtime's log, which includes a death, a fresh policy gives the same effects one by one."""
     spec = REPLAYED[name]
     ids = tuple(f"i{number}" for number in range(6))
     header = header_of(spec, source="runtime", instances=ids, commit=None)
