@@ -256,7 +256,7 @@ async def test_a_request_that_hangs_what_admits_it_costs_two_instances(n_others:
 
 @virtual_time
 async def test_one_that_was_taken_away_and_had_a_token_is_not_blamed() -> None:
-    """This holds whatever becomes of the instance that was silent."""
+    """It is not blamed, whatever becomes of the instance that was silent."""
     async with Cluster(ScriptedPolicy({"r": "a"}), "ab", supervision=replace(SUPERVISION, suspect_s=0.3)) as cluster:
         cluster["a"].freeze()
         client = await cluster.submit("r", 20, 400)
