@@ -1,7 +1,4 @@
-"""
-What holds on one machine only stays behind the launcher; exceptions
-elsewhere are listed here, each with its reason.
-"""
+"""Single-machine facts stay behind the launcher; exceptions are listed here, each with its reason."""
 
 import ast
 from collections.abc import Iterator
@@ -11,7 +8,7 @@ import cascadeinfer
 
 PACKAGE = Path(cascadeinfer.__file__).parent
 BEHIND = PACKAGE / "cluster"
-"""The launchers and what they are made of."""
+"""The launchers and their parts."""
 
 TEXTS = {
     "127.0.0.1": "loopback",
@@ -76,11 +73,11 @@ MAY_STAY = {
     ): "a server that is told twice to stop ends what is below it on this machine",
     ("results/output_files.py", "process id"): "makes the names of two unfinished files different",
 }
-"""(File, fact): why."""
+"""The reason for each exception, by (file, fact)."""
 
 
 def facts_in(source: str) -> set[str]:
-    """What this code knows of one machine; what a docstring says does not count."""
+    """The single-machine facts that this code uses; docstrings do not count."""
     return set(_facts_in(ast.parse(source)))
 
 
@@ -101,7 +98,7 @@ def _facts_in(tree: ast.Module) -> Iterator[str]:
 
 
 def test_what_is_looked_for_is_found() -> None:
-    """Addresses in plain and in composed text, names however they are reached, modules; nothing in prose."""
+    """Finds addresses in plain strings and f-strings, names however they are reached, and modules; nothing in prose."""
     assert facts_in('"""On 127.0.0.1."""\ndef f():\n    """See /dev/shm."""\n    return 1') == set()
     assert facts_in('a = f"ipc://{folder}/x"') == {"socket file"}
     assert facts_in("host = '127.0.0.1:80'") == {"loopback"}
@@ -114,8 +111,8 @@ def test_what_is_looked_for_is_found() -> None:
 
 def test_facts_of_one_machine_are_behind_the_launcher() -> None:
     """
-    Outside `cluster/`, only the listed exceptions use loopback, socket files, shared memory, process ids, child
-    processes or cores.
+    Outside `cluster/`, only the listed exceptions use loopback, socket files,
+    shared memory, process ids, child processes or cores.
     """
     found = {
         (path.relative_to(PACKAGE).as_posix(), fact)

@@ -39,13 +39,13 @@ with runtime_folder() as folder:
 
 @pytest.fixture
 def base() -> Iterator[Path]:
-    """A short temporary folder, since sockets' names are short."""
+    """A short temporary path, because socket paths are limited in length."""
     with tempfile.TemporaryDirectory(prefix="rf", dir="/tmp") as folder:
         yield Path(folder)
 
 
 def start(base: Path, *words: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
-    """A process with a folder; what it has said of itself and its child."""
+    """A process with a folder, and what it printed about itself and its child."""
     environment = {**os.environ, "TMPDIR": str(base)}
     environment.pop(SOCKETS_VARIABLE, None)
     process = subprocess.Popen(
@@ -61,7 +61,7 @@ def start(base: Path, *words: str) -> tuple[subprocess.Popen[str], dict[str, str
 
 
 def end(process: subprocess.Popen[str], *, kill: bool) -> None:
-    """Have it leave in good order, or kill it."""
+    """Let it exit cleanly, or kill it."""
     if kill:
         process.kill()
     process.communicate()
@@ -69,7 +69,7 @@ def end(process: subprocess.Popen[str], *, kill: bool) -> None:
 
 @pytest.mark.parametrize("kill", [False, True], ids=["leaves", "killed"])
 def test_nothing_is_left_and_nobody_else_is_touched(base: Path, kill: bool) -> None:
-    """A folder goes with its server, or when the next one starts; another server's stays, also while two start."""
+    """A folder is removed with its server or at the next start; another server's stays, even while two start."""
     first, said = start(base)
     other, others = start(base)
     assert stat.S_IMODE(Path(said["server"]).stat().st_mode) == 0o700
@@ -83,10 +83,7 @@ def test_nothing_is_left_and_nobody_else_is_touched(base: Path, kill: bool) -> N
 
 
 def test_an_orphan_holds_no_lock_and_drops_none(base: Path) -> None:
-    """
-    A forked child that outlives its killed server does not keep the folder; one that exits does not free a live
-    server's.
-    """
+    """A forked child does not keep its killed server's folder, and its exit does not free a live server's."""
     server, said = start(base, "--fork")
     os.kill(int(said["child"]), signal.SIGKILL)
     assert sweep(base) == []
@@ -115,14 +112,14 @@ def remnant(base: Path, name: str = "cascadeinfer-abcdefgh") -> Path:
     "name", ["cascadeinfer-metrics-abcdefgh", "cascadeinfer-demo", "other-abcdefgh", "cascadeinfer-"]
 )
 def test_other_names_stay(base: Path, name: str) -> None:
-    """Only what is named as ours is looked at."""
+    """Only folders named like ours are considered."""
     folder = remnant(base, name)
     assert sweep(base) == []
     assert folder.exists()
 
 
 def test_another_users_folder_stays(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However it is named, and whatever its lock says."""
+    """Another user's folder stays, whatever its name and its lock."""
     folder = remnant(base)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     assert sweep(base) == []
@@ -130,7 +127,7 @@ def test_another_users_folder_stays(base: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_links_are_not_followed(base: Path) -> None:
-    """Neither a link in place of the folder, nor of its lock, nor one in it leads out of it."""
+    """No symbolic link leads outside: not as the folder, not as its lock, and not inside it."""
     precious = base / "precious"
     precious.mkdir()
     (precious / LOCK).touch()
@@ -160,7 +157,7 @@ def test_a_folder_without_a_lock_is_a_newborns_at_first(base: Path) -> None:
 
 
 def test_two_starts_meet(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose folder is swept between its making and its lock takes another."""
+    """A server whose folder is swept before it is locked makes another one."""
     real = os.open
     swept: list[Path] = []
 
@@ -191,7 +188,7 @@ def test_two_starts_meet(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cleared_temporary_folder_does_no_harm(base: Path) -> None:
-    """A server ends in good order though somebody has removed its folder."""
+    """A server exits cleanly even if its folder has been removed."""
     folder = RuntimeFolder.create(base)
     (folder.path / LOCK).unlink()
     folder.path.rmdir()
@@ -199,7 +196,7 @@ def test_a_cleared_temporary_folder_does_no_harm(base: Path) -> None:
 
 
 def test_an_interrupted_sweep_is_taken_up_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lock goes last."""
+    """The lock is removed last."""
     folder = remnant(base)
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
@@ -209,7 +206,7 @@ def test_an_interrupted_sweep_is_taken_up_again(base: Path, monkeypatch: pytest.
 
 
 def test_variables_point_into_the_folder(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """VLLM's sockets and an instance's temporary files are in it; afterwards the operator's word stands again."""
+    """It holds vLLM's sockets and an instance's temporary files; afterwards the operator's settings apply again."""
     monkeypatch.setenv(SOCKETS_VARIABLE, str(base))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     with runtime_folder() as folder:
@@ -241,7 +238,7 @@ def test_instances_that_start_together_have_folders_beside_each_other(
 
 @pytest.mark.parametrize(("name", "message"), [("x" * 60, "too long"), ("missing", "No such file")])
 def test_a_bad_place_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
-    """In one line that names the variable, before anything is started."""
+    """The error is one line that names the variable, before anything is started."""
     monkeypatch.setenv(SOCKETS_VARIABLE, str(base / name))
     with pytest.raises(ConfigError, match=message) as refused, runtime_folder():
         raise AssertionError
