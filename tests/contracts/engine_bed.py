@@ -1,6 +1,5 @@
 """
-What the contract tests need of an engine beyond the protocol: requests it understands, their expected output, a
-listener.
+What the contract tests need beyond the protocol: valid requests, their expected output, a listener.
 
 A `Bed` is two connected engines and what belongs to them. The suite (`engine_contract.py`) drives every kind of engine
 the same way.
@@ -23,11 +22,11 @@ class Maker(Protocol):
     lease_s: float
 
     def make_engine(self, name: str) -> Engine:
-        """A fresh engine with at least 64 blocks and 4 places in its batch."""
+        """A fresh engine with at least 64 blocks and 4 batch slots."""
         ...
 
     def now_s(self) -> float:
-        """The time on the clock of who uses the engine."""
+        """The time on the clock of the engine's user."""
         ...
 
     def make_request(
@@ -39,7 +38,7 @@ class Maker(Protocol):
 
 @dataclass(slots=True)
 class Heard:
-    """What one attempt has sent."""
+    """The outputs of one attempt so far."""
 
     token_ids: list[int] = field(default_factory=list)
     finish_reason: Any = None
@@ -60,12 +59,12 @@ class Heard:
         return await self.until(lambda _: False)
 
     async def until_tokens(self, n: int) -> "Heard":
-        """Wait for at least so many tokens."""
+        """Wait for at least this many tokens."""
         return await self.until(lambda heard: len(heard.token_ids) >= n)
 
 
 class Listener:
-    """Sorts an engine's outputs by attempt."""
+    """Routes an engine's outputs to their attempts."""
 
     def __init__(self, engine: Engine, capacity: InstanceCapacity) -> None:
         """Start listening to a started engine."""
@@ -99,7 +98,7 @@ class Listener:
         return heard
 
     async def holds_nothing(self) -> bool:
-        """Whether no request, block, pin or reservation is here."""
+        """Whether the engine holds no request, block, pin or reservation."""
         report, counters = await self.engine.report()
         held = len(report.running_ids) + len(report.waiting_ids) + report.kv_blocks_used
         return not (held + counters.pinned + counters.reserved + sum(counters.held_blocks.values()))
@@ -141,7 +140,7 @@ class Bed:
         await asyncio.gather(self.a.close(), self.b.close())
 
     async def settled(self) -> None:
-        """Both come to hold nothing."""
+        """Wait until neither engine holds anything."""
         for listener in (self.a, self.b):
             await eventually(listener.holds_nothing, f"{listener.engine.instance_id} holds nothing")
 
@@ -154,7 +153,7 @@ class Bed:
         return heard.token_ids
 
     async def cut(self, attempt: str, heard: Heard) -> KvTicket:
-        """Cut a request that runs at `a`; the ticket."""
+        """Cut a request that runs at `a`; returns the ticket."""
         assert await self.a.engine.cut(attempt) is None
         await heard.until_end()
         assert heard.ticket is not None

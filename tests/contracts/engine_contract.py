@@ -15,18 +15,18 @@ from cascadeinfer.engines.protocol import Resume
 
 N_PROMPT = 70
 N_OUTPUT = 150
-"""Many more than the tests move and cut over: an engine does not wait for a test that is slow to look."""
+"""Far more tokens than the tests generate before a cut: an engine does not wait for a slow test."""
 
 
 async def runs_to_the_end(bed: Bed) -> None:
-    """A request yields exactly its tokens, says once that it has ended, carries no ticket, and leaves nothing."""
+    """A request yields exactly its tokens, reports its end once, carries no ticket, and leaves nothing."""
     first = await bed.alone(N_PROMPT, N_OUTPUT)
     assert first == await bed.alone(N_PROMPT, N_OUTPUT)
     await bed.settled()
 
 
 async def cut_takes_effect_at_the_next_token(bed: Bed) -> None:
-    """A cut ends the request within two tokens, by a final output with a ticket; its blocks are pinned."""
+    """A cut ends the request within two tokens, with a final output that carries a ticket; its blocks are pinned."""
     request = bed.maker.make_request("c1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("c1", request)).until_tokens(3)
     (before, _), ticket = await asyncio.gather(bed.a.engine.report(), bed.cut("c1", heard))
@@ -118,7 +118,7 @@ async def cut_is_refused(bed: Bed) -> None:
 
 
 async def undo_either_lets_go_on_or_comes_too_late(bed: Bed) -> None:
-    """An undone cut leaves no trace; False means that the final output with the ticket comes or has come."""
+    """An undone cut leaves no trace; False means that the final output with the ticket is coming or has come."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     request = bed.maker.make_request("u1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("u1", request)).until_tokens(2)
@@ -136,7 +136,7 @@ async def undo_either_lets_go_on_or_comes_too_late(bed: Bed) -> None:
 
 
 async def a_real_end_beats_the_cut(bed: Bed) -> None:
-    """A request that ends by itself on the token of its cut has really ended: no ticket, nothing pinned."""
+    """A request that ends by itself at the token of its cut has ended: no ticket, nothing pinned."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     at = next(i for i in range(8, N_OUTPUT) if expected[i] not in expected[:i])
     for start in range(at - 4, at):
@@ -154,7 +154,7 @@ async def a_real_end_beats_the_cut(bed: Bed) -> None:
 
 
 async def reservations_hold_room(bed: Bed) -> None:
-    """A reservation holds blocks until it is released; asking twice holds them once; what does not fit is refused."""
+    """A reservation holds blocks until released; repeating it holds them once; one that does not fit is refused."""
     engine, capacity = bed.a.engine, bed.a.capacity
     assert await engine.reserve("one", N_PROMPT) is None
     held = (await engine.report())[0].kv_blocks_used
@@ -169,7 +169,7 @@ async def reservations_hold_room(bed: Bed) -> None:
 
 
 async def reservations_hold_slots(bed: Bed) -> None:
-    """No more reservations than places in the batch."""
+    """There are no more reservations than batch slots."""
     engine, n = bed.b.engine, bed.b.capacity.max_num_seqs
     ids = [f"slot{i}" for i in range(n + 1)]
     answers = [await engine.reserve(reservation_id, 1) for reservation_id in ids]
@@ -180,7 +180,7 @@ async def reservations_hold_slots(bed: Bed) -> None:
 
 
 async def abort_frees(bed: Bed) -> None:
-    """An aborted request sends nothing more once the instance has answered a later command, and leaves nothing."""
+    """An aborted request sends nothing after the answer to a later command, and leaves nothing."""
     request = bed.maker.make_request("x1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("x1", request)).until_tokens(2)
     await bed.a.engine.abort(["x1", "nobody"])
@@ -203,7 +203,7 @@ async def abort_after_the_cut_leaves_the_pin(bed: Bed) -> None:
 
 
 async def the_lease_ends(bed: Bed) -> None:
-    """Blocks that nobody pulls or releases are free after the lease."""
+    """Blocks that are never pulled or released are free after the lease."""
     request = bed.maker.make_request("l1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("l1", request)).until_tokens(2)
     await bed.cut("l1", heard)
@@ -214,7 +214,7 @@ async def the_lease_ends(bed: Bed) -> None:
 
 
 async def a_resume_whose_time_is_over_computes_anew(bed: Bed) -> None:
-    """A ticket whose deadline has passed is not pulled: same tokens, no pull, and the pin is given back."""
+    """A ticket whose deadline has passed is not pulled: same tokens, no pull, and the pin is released."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     request = bed.maker.make_request("o1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("o1", request)).until_tokens(5)
@@ -229,7 +229,7 @@ async def a_resume_whose_time_is_over_computes_anew(bed: Bed) -> None:
 
 
 async def a_resume_in_time_pulls(bed: Bed) -> None:
-    """A ticket with time left is pulled, though the instance's clock is known from its answers only."""
+    """A ticket with time left is pulled, though the instance's clock is known only from its answers."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     request = bed.maker.make_request("o2", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("o2", request)).until_tokens(5)
@@ -267,7 +267,7 @@ async def the_report_names_requests(bed: Bed) -> None:
 
 
 async def says_what_it_is(bed: Bed) -> None:
-    """A started engine says whether its requests can move, what runs in it, and by which number metrics know it."""
+    """A started engine reports whether its requests can move, what runs in it, and its number in metrics."""
     first, second = bed.a.engine, bed.b.engine
     assert first.movable
     assert second.movable
@@ -314,8 +314,8 @@ async def says_nothing_before_its_start(bed: Bed) -> None:
 
 async def death_is_told_once_everywhere(bed: Bed) -> None:
     """
-    After a kill, `next_outputs` raises (which `died` reports), pending calls raise, sending does nothing and stopping
-    is harmless.
+    After a kill, `next_outputs` raises (which `died` reports), pending calls
+    raise, sending does nothing and stopping is harmless.
     """
     request = bed.maker.make_request("d1", N_PROMPT, 200)
     await (await bed.a.add("d1", request)).until_tokens(2)
@@ -334,7 +334,7 @@ async def death_is_told_once_everywhere(bed: Bed) -> None:
 
 
 async def a_pull_from_the_dead_recomputes(bed: Bed) -> None:
-    """When the source has died with the ticket out, the target recomputes: same tokens, one failed pull."""
+    """If the source has died after issuing the ticket, the target recomputes: same tokens, one failed pull."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
     request = bed.maker.make_request("k1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("k1", request)).until_tokens(5)
@@ -348,7 +348,7 @@ async def a_pull_from_the_dead_recomputes(bed: Bed) -> None:
 
 
 async def stop_ends_pending_calls(bed: Bed) -> None:
-    """Who waits for an answer while the engine is stopped gets an error instead of waiting for ever."""
+    """Calls that are pending when the engine is stopped raise instead of waiting for ever."""
     bed.a._pump.cancel()  # as in the runtime, where nobody listens any more when a hung instance is stopped
     bed.a.engine.kill()
     pending = asyncio.ensure_future(bed.a.engine.reserve("r", 10))

@@ -31,7 +31,7 @@ class SleepingProcesses:
     environment: Mapping[str, str] = {"CASCADE_TEST_PLACE": "here"}
 
     def __init__(self, n_clients: int, *, becomes_ready: bool) -> None:
-        """For so many clients."""
+        """Set up for this many clients."""
         self.n_clients = n_clients
         self.config: Any = {"completed": False}
         self.ready_payload = b""
@@ -60,7 +60,7 @@ class SleepingProcesses:
         return {"engine": "written"}
 
     def end(self, timeout_s: float) -> None:
-        """Kill it; it never ends by itself."""
+        """Kill it; it never exits by itself."""
         assert timeout_s >= 0.0
         self._ended.set()
         for process in self.processes:
@@ -102,7 +102,7 @@ class WrittenOrder:
 
 @dataclass(slots=True)
 class WrittenLife:
-    """An engine that is only written down."""
+    """An engine that exists only as a record."""
 
     kept: Kept[Mapping[str, Any]] | None = None
     gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -110,10 +110,7 @@ class WrittenLife:
 
 
 class WrittenLauncher:
-    """
-    Two imaginary nodes whose engines accept new clients from anywhere and
-    would outlive this process. See `Launcher`.
-    """
+    """Two imaginary nodes; engines accept clients from anywhere and would outlive this process. See `Launcher`."""
 
     abilities = Abilities(new_clients=True, outlives_front_end=True)
 
@@ -184,7 +181,7 @@ class WrittenLauncher:
 
 
 class WrittenBed:
-    """The written launcher."""
+    """The scripted launcher."""
 
     def __init__(self) -> None:
         """Nothing runs."""
@@ -205,7 +202,7 @@ class WrittenBed:
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the starts of this machine have their folders."""
+    """The folder in which starts on this machine make their own folders."""
     monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(tmp_path))
     return tmp_path
 
@@ -223,7 +220,7 @@ async def test_contract(rule: Callable[[LauncherBed], Awaitable[None]], make_bed
 
 
 def entries_of(folder: Path) -> list[Path]:
-    """What is in it."""
+    """The folder's entries."""
     return list(folder.iterdir())
 
 
@@ -248,7 +245,7 @@ async def test_a_start_on_this_machine_leaves_nothing(folders: Path) -> None:
 
 
 async def test_a_process_that_dies_while_it_starts_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start ends with an error, though the thread that waits for readiness does not."""
+    """The start raises, though the thread that waits for readiness does not end."""
     monkeypatch.setattr("cascadeinfer.cluster.local.START_POLL_S", 0.01)
     bed = LocalBed()
     place, order = bed.launcher.place("a"), bed.slow_order()

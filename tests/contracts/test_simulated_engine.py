@@ -17,7 +17,7 @@ CAPACITY = InstanceCapacity(kv_blocks=64, block_size_tokens=16, max_num_seqs=4, 
 
 
 class SimulatedMaker:
-    """Simulated engines with little room."""
+    """Simulated engines with few blocks."""
 
     lease_s = SimulatedTimes().lease_s
 
@@ -50,7 +50,7 @@ async def test_contract(rule: Callable[[Bed], Awaitable[None]]) -> None:
 
 @virtual_time
 async def test_output_is_a_function_of_the_tokens() -> None:
-    """The output equals the reference function, chunked prefill and batching notwithstanding."""
+    """The output equals the reference function's, despite chunked prefill and batching."""
     bed = await Bed.make(SimulatedMaker())
     requests = [bed.maker.make_request(f"r{n}", n, 30) for n in (1, 31, 32, 33, 200)]
     heards = [await bed.a.add(r.request_id, r) for r in requests]
@@ -69,7 +69,7 @@ def test_any_change_of_tokens_shows() -> None:
 
 @virtual_time
 async def test_preemption_recomputes() -> None:
-    """When blocks run out the youngest request starts over, and its output does not show it."""
+    """If blocks run out, the youngest request starts over, and its output does not show it."""
     bed = await Bed.make(SimulatedMaker())
     requests = [bed.maker.make_request(f"r{n}", 200 + n, 150) for n in range(4)]
     heards = [await bed.a.add(r.request_id, r) for r in requests]
@@ -83,7 +83,7 @@ async def test_preemption_recomputes() -> None:
 
 @virtual_time
 async def test_a_read_after_the_lease_is_garbage() -> None:
-    """Pulling after the lease has ended gives other tokens, and only the source knows: nobody may do it."""
+    """Pulling after the lease has ended gives other tokens, and only the source can tell: no target may do it."""
     bed = await Bed.make(SimulatedMaker())
     request = bed.maker.make_request("s", 50, 40)
     heard = await (await bed.a.add("s", request)).until_tokens(3)
@@ -134,7 +134,7 @@ async def test_lost_pins_are_recomputed() -> None:
 
 @virtual_time
 async def test_start_can_fail_or_be_stopped() -> None:
-    """A start that fails, or is stopped on the way, raises and leaves nothing."""
+    """A start that fails, or is stopped before it completes, raises and leaves nothing."""
     broken = SimulatedEngine("x", 0, CAPACITY, start_error="no memory")
     with pytest.raises(EngineError, match="no memory"):
         await broken.start()
@@ -149,7 +149,7 @@ async def test_start_can_fail_or_be_stopped() -> None:
 
 @virtual_time
 async def test_a_hung_engine_is_silent_until_killed() -> None:
-    """A hung engine answers nothing; its pins can still be read; killing it tells everybody."""
+    """A hung engine answers nothing, though its pins can still be read; killing it is reported to all."""
     bed = await Bed.make(SimulatedMaker())
     assert isinstance(bed.a.engine, SimulatedEngine)
     request = bed.maker.make_request("h", 50, 40)

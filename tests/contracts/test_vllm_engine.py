@@ -39,7 +39,7 @@ Rule = Callable[[Bed], Awaitable[None]]
 
 
 class VllmMaker:
-    """Real instances with little room; forked, so that they start fast."""
+    """Real instances with few blocks, forked so that they start fast."""
 
     lease_s = float(LEASE_S)
 
@@ -122,7 +122,7 @@ async def test_contract(rule: Rule, bed: Bed) -> None:
 
 @pytest.mark.parametrize("rule", OWN, ids=lambda rule: rule.__name__)
 async def test_contract_of_death(rule: Rule, maker: VllmMaker) -> None:
-    """A vLLM instance keeps the engine contract in dying."""
+    """A vLLM instance keeps the contract's rules about dying engines."""
     bed = await Bed.make(maker)
     try:
         await asyncio.wait_for(rule(bed), 120.0)
@@ -131,7 +131,7 @@ async def test_contract_of_death(rule: Rule, maker: VllmMaker) -> None:
 
 
 async def _fill(bed: Bed, name: str, ended: list[str]) -> None:
-    """One request after the other at `a`, all with blocks that the others have had."""
+    """Run one request after another at `a`, so that they reuse blocks of earlier ones."""
     for number in itertools.count():
         attempt = f"{name}-{number}"
         request = bed.maker.make_request(attempt, 400 + 7 * number % 50, 150)
@@ -200,7 +200,7 @@ async def test_engines_do_not_interrupt_the_front_end(bed: Bed) -> None:
 
 
 async def test_a_worker_that_hangs_ends_with_its_engine(maker: VllmMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker whose shutdown hangs ends at once when its EngineCore is killed, and the death is told."""
+    """A worker whose shutdown hangs ends at once when its EngineCore is killed, and the death is reported."""
     monkeypatch.setattr(CascadeConnector, "shutdown", lambda _: time.sleep(3600))  # the forked processes have it too
     bed = await Bed.make(maker)
     try:
@@ -228,7 +228,7 @@ async def test_a_killed_engine_leaves_no_shared_memory(maker: VllmMaker) -> None
 
 
 async def test_a_port_that_is_taken_is_not_used(maker: VllmMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instances start and do their handshake where the port that vLLM would use belongs to somebody else."""
+    """Instances start and shake hands even if another process owns the port that vLLM would use."""
     with socket.create_server((LOOPBACK, 0)) as taken:
         monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(taken.getsockname()[1]))
         bed = await asyncio.wait_for(Bed.make(maker), 120.0)
@@ -239,7 +239,7 @@ async def test_a_port_that_is_taken_is_not_used(maker: VllmMaker, monkeypatch: p
 
 
 async def test_rubbish_on_the_side_channel_keeps_nobody_out(bed: Bed, maker: VllmMaker) -> None:
-    """Malformed messages end vLLM's listener; ours goes on, and an instance that comes later shakes hands."""
+    """Malformed messages end vLLM's listener but not ours: an instance that comes later shakes hands."""
     engine = bed.a.engine
     from cascadeinfer.engines.vllm.instance import VllmInstance
 
