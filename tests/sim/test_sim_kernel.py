@@ -6,7 +6,7 @@ from cascadeinfer.sim.kernel import Kernel, Priority
 
 
 def test_equal_times_go_by_priority_then_order_then_sequence() -> None:
-    """At equal times, steps precede arrivals, lower instance numbers higher ones, and calls scheduled first later ones."""
+    """At equal times, steps precede arrivals, lower instance numbers come first, then calls scheduled earlier."""
     kernel = Kernel()
     seen: list[str] = []
     kernel.at(1.0, Priority.ARRIVAL, seen.append, "arrival a")
