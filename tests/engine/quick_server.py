@@ -27,7 +27,7 @@ PR_SET_PDEATHSIG = 1
 
 def as_if_spawned() -> None:
     """
-    In a forked process: no signals to the server's event loop; an end when its parent ends.
+    In a forked process, send no signals to the server's event loop, and exit when the parent does.
 
     vLLM's workers watch a pipe for their EngineCore's end, and a forked one may hold the pipe's other end itself.
     """

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 N_REQUESTS = 24
 N_HAND_OVERS = 20
 PULLS_OF_ENGINE = "vllm:nixl_xfer_time_seconds_count"
-"""Transfers as NIXL itself counts them, per engine."""
+"""Transfers per engine, as counted by NIXL itself."""
 
 
 async def test_24_requests_through_three_stages(cluster: Cluster) -> None:

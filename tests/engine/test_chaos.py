@@ -14,12 +14,12 @@ pytestmark = pytest.mark.engine
 
 N_INSTANCES = 3
 FEW_CONNECTIONS = 6
-"""Kept open by this test's own HTTP client."""
+"""Connections kept open by this test's own HTTP client."""
 
 
 @pytest.fixture
 def seconds(request: pytest.FixtureRequest) -> float:
-    """How long it goes on."""
+    """How long the chaos lasts, in seconds."""
     chosen: float | None = request.config.getoption("--chaos-s")
     if chosen is None:
         pytest.skip("only with --chaos-s SECONDS, as in `make chaos`")
@@ -32,7 +32,7 @@ def server(
     tiny_model: Path,
     tmp_path: Path,
 ) -> Iterator[ServerProcess]:
-    """A server of its own, whose instances start quickly: two in the stage of the long ones."""
+    """A private server whose instances start quickly, two of them in the stage for long requests."""
     options = ("--instances", str(N_INSTANCES), "--stages", "0-64:1,64-:2", "--distributed-executor-backend", "uni")
     with ServerProcess(tiny_model, tmp_path / "log", *options, program=QUICK_SERVER) as server:
         server.wait_until_ready(N_INSTANCES)
@@ -73,14 +73,11 @@ def test_chaos(server: ServerProcess, seconds: float, request: pytest.FixtureReq
 
 
 def more(now: dict[str, int], before: dict[str, int], slack: dict[str, int]) -> dict[str, int]:
-    """
-    The increase of each count that grew by more than its slack. The
-    slack does not depend on the number of deaths.
-    """
+    """How far each count grew, for those that grew by more than their slack, however many instances died."""
     return {name: count - before[name] for name, count in now.items() if count > before[name] + slack.get(name, 0)}
 
 
 def write(path: str | None, figures: dict[str, Any]) -> None:
-    """Where they are asked for."""
+    """Write the figures to this file, if one is given."""
     if path is not None:
         Path(path).write_text(json.dumps(figures, indent=2) + "\n")

@@ -33,9 +33,10 @@ async def test_what_real_engines_were_told_replays(
     cluster: Cluster, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
     """
-    Requests climb the stages of real instances under a policy of their own, logged from its first event on.
+    Requests climb the stages of real instances under a fresh policy, logged from its first event on.
 
-    The log replays without a difference, names every move, tells the story of each request, and has no token of it.
+    The log replays without a difference, names every move, has the history of each request, and contains none of its
+    tokens.
     """
     spec = PolicySpec(name, {"layout": LAYOUT, **options})
     log = EventLog(

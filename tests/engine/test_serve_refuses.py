@@ -1,5 +1,5 @@
 """
-Operator mistakes on `cascadeinfer serve`'s command line: one line that names the option, exit code 2, nothing started.
+Operator mistakes on `cascadeinfer serve`'s command line: one line naming the option, exit code 2, no start.
 
 All cases run in one subprocess, which imports vLLM once; one more runs as the real command.
 """
@@ -82,12 +82,12 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "flag without a value": (["TINY", "--api-key"], ["--api-key"]),
 }
-"""Words after `serve`, and what the message must hold."""
+"""Arguments after `serve`, and what the message must contain."""
 
 
 @pytest.fixture(scope="module")
 def used_port() -> Iterator[int]:
-    """A port that somebody listens on."""
+    """A port that is in use."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -96,7 +96,7 @@ def used_port() -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def results(tiny_model: Path, used_port: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each case came to."""
+    """The outcome of each case."""
     folder = tmp_path_factory.mktemp("toml")
     (folder / "bad.toml").write_text("[[stages]\n")
     (folder / "other.toml").write_text("[server]\nport = 1\n")

@@ -45,7 +45,7 @@ class Kind:
     n_tokens: int
 
     def body(self, *, stream: bool = False) -> dict[str, Any]:
-        """What is sent; the same every time."""
+        """What is sent, the same every time."""
         rng = random.Random(self.name)
         return {
             "model": MODEL,
@@ -60,7 +60,7 @@ class Kind:
 SHORT = tuple(Kind(f"short {n}", n, 20) for n in (12, 25, 38, 50))
 DOCUMENT = Kind("document", 6000, 16)
 GROWING = Kind("growing", 30, 1100)
-"""Longer in the end than any boundary that the planner may choose between the others."""
+"""Grows longer than any boundary that the planner may choose between the others."""
 DOCUMENT_SHARE = 0.05
 
 
@@ -77,10 +77,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 class Clients:
-    """
-    One client has one growing request at a time; the others send short
-    ones and documents with pauses until stopped.
-    """
+    """One client grows one request at a time; others send short ones and documents with pauses until stopped."""
 
     def __init__(self, server: ServerProcess) -> None:
         """Nothing is sent yet."""
@@ -109,14 +106,14 @@ class Clients:
 
 
 def migrations(server: ServerProcess) -> list[str]:
-    """How all of them ended."""
+    """How all requests ended."""
     lines = server.get("/metrics").text.splitlines()
     return [line for line in lines if line.startswith("cascadeinfer_migrations_total")]
 
 
 @pytest.mark.timeout(420)
 def test_stages_come_by_themselves(server: ServerProcess) -> None:
-    """From one stage to several, live; every answer to the same prompt is the same, wherever it was made."""
+    """One stage becomes several, live; every answer to the same prompt is the same, wherever it was computed."""
     assert len(server.admin()["stages"]) == 1
     clients = Clients(server)
     with ThreadPoolExecutor(N_CLIENTS) as executor:

@@ -1,7 +1,4 @@
-"""
-The connector's parameters on real instances: clients' are ignored,
-impossible ones end one request, no instance dies.
-"""
+"""Connector parameters on real instances: clients' are ignored, impossible ones end only their request."""
 
 import dataclasses
 from typing import Any
@@ -51,7 +48,7 @@ async def test_what_a_client_says_changes_nothing(zoo: Zoo, name: str) -> None:
 
 
 async def with_ticket(zoo: Zoo, old: Attempt, target: VllmInstance, params: dict[str, Any]) -> Attempt:
-    """The request goes on at the target with a ticket of these parameters in place of its own."""
+    """Resume the request at the target with a ticket of these parameters in place of its own."""
     return await zoo.resume(old, target, ticket=VllmTicket(params))
 
 
@@ -91,10 +88,7 @@ async def test_impossible_tickets(zoo: Zoo, name: str) -> None:
 
 
 async def test_a_token_is_for_one_start(zoo: Zoo) -> None:
-    """
-    Parameters under another instance's token are ignored: the whole text
-    is taken as prompt, and nothing is pulled.
-    """
+    """Parameters under another instance's token are ignored: the whole text is prompt, and nothing is pulled."""
     here, other = zoo.instances["async"], zoo.instances["sync"]
     assert here.channel.connector_token != other.channel.connector_token
     old = await zoo.start(other, random_prompt(40, 3), greedy(20))

@@ -37,11 +37,11 @@ END_THINK_ID = 502
 @dataclass(frozen=True, slots=True)
 class Kind:
     """
-    What sets an instance apart.
+    How a kind of instance differs from the others.
 
     Attributes:
         lease_s: Of pinned blocks. Long, so that a test in which only the end of the lease frees them fails.
-        reservation_life_s: Of a reservation that nobody claims; None is the product's.
+        reservation_life_s: Of a reservation that is never claimed; None is the product's default.
     """
 
     asynchronous: bool
@@ -52,7 +52,7 @@ class Kind:
 
 ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 RUNNER = "V2" if ON_V2 else "V1"
-"""The model runner of vLLM's that these tests run on: V1, or V2 with the plugin `tests/support/v2_runner.py`."""
+"""The vLLM model runner that these tests use: V1, or V2 with the plugin `tests/support/v2_runner.py`."""
 ALL_KINDS = {
     "async+cache": Kind(asynchronous=True, caches=True),
     "async": Kind(asynchronous=True, caches=False),
@@ -60,13 +60,13 @@ ALL_KINDS = {
     "sync": Kind(asynchronous=False, caches=False, reservation_life_s=5.0),
 }
 KINDS = {name: kind for name, kind in ALL_KINDS.items() if kind.asynchronous or not ON_V2}
-"""V2 is made for asynchronous scheduling, and its interpreted kernels are slow: half of the kinds there."""
+"""V2 is made for asynchronous scheduling, and its interpreted kernels are slow, so it runs half of the kinds."""
 OTHER = dict(zip(KINDS, reversed(KINDS), strict=True))
 """A partner of another kind, for tests that need not try all pairs."""
 PAIRS = [(source, target) for source in KINDS for target in KINDS if source != target]
 KV_BLOCKS = 512
 USABLE_BLOCKS = KV_BLOCKS - 1
-"""vLLM keeps one as its null block."""
+"""vLLM keeps one block as its null block."""
 MAX_MODEL_LEN = 2048
 MAX_SEQS = 64
 MAX_BATCHED_TOKENS = 256
@@ -74,11 +74,11 @@ MAX_BATCHED_TOKENS = 256
 MIN_MARGIN = 5e-4
 WINDOW_PROMPT = 8
 WINDOW_OUTPUT = 300
-"""Of the text that `Zoo.window` cuts prompts from."""
+"""Length of the text from which `Zoo.window` cuts prompts."""
 SETTLE_S = 20.0
-"""Until everything is given back; well below the long leases."""
+"""Time limit for everything to be given back; well below the long leases."""
 DEADLINE_S = 60.0
-"""For everything that is polled: far above what it takes on a busy machine."""
+"""Time limit for all polling: far more than is needed on a busy machine."""
 
 
 async def eventually(
@@ -112,14 +112,14 @@ def random_prompt(n_tokens: int, seed: int) -> list[int]:
 
 
 def margins_of(delta: Any) -> list[float]:
-    """How far the best token is ahead of the second, per new token; needs `logprobs=2`."""
+    """Margin of the best token over the second best, per new token; needs `logprobs=2`."""
     lists = delta.new_logprobs
     return [] if lists is None else [abs(float(row[1] - row[2])) for row in lists.logprobs]
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One request on one instance: what it has sent so far."""
+    """One request on one instance, with what it has sent so far."""
 
     instance: "VllmInstance"
     engine_request_id: str
@@ -135,7 +135,7 @@ class Attempt:
 
     @property
     def output(self) -> list[int]:
-        """All output tokens of the request, those from before this attempt included."""
+        """All output tokens of the request, including those from before this attempt."""
         return self.brought + self.token_ids
 
     @property
@@ -182,7 +182,7 @@ class Zoo:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop listening; the instances are whoever's started them."""
+        """Stop listening; the instances belong to whoever started them."""
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
@@ -225,7 +225,7 @@ class Zoo:
     async def resume(
         self, old: Attempt, target: "VllmInstance", *, ticket: KvTicket | None, reservation_id: str | None = None
     ) -> Attempt:
-        """Go on with a request elsewhere (or where it was), from its output so far."""
+        """Resume a request elsewhere (or where it was) from its output so far."""
         new = Attempt(target, f"{old.request.request_id}~{next(self._numbers)}", old.request, brought=old.output)
         return await self._add(new, Resume(old.output, ticket, reservation_id))
 
@@ -239,7 +239,7 @@ class Zoo:
         return await (await self.start(instance, prompt, params)).until_end()
 
     async def cut(self, attempt: Attempt) -> bool:
-        """Cut a running request and wait for its last output; False when it ended by itself instead."""
+        """Cut a running request and wait for its last output; False if it ended by itself instead."""
         refused = await attempt.instance.cut(attempt.engine_request_id)
         # Its end is coming or has already come (engines do not wait for a slow test); until_end waits for it.
         assert refused in {None, "ending", "unknown"}, refused
@@ -307,11 +307,11 @@ class Zoo:
         return text[:n_prompt], text[n_prompt : n_prompt + n_output]
 
     async def counters(self, instance: "VllmInstance") -> EngineCounters:
-        """What the instance has done so far."""
+        """The instance's counters so far."""
         return (await instance.report())[1]
 
     async def settled(self, deadline_s: float = SETTLE_S) -> None:
-        """Every instance comes to hold nothing, well before a lease would end: no request, block, pin, reservation."""
+        """Wait until no instance holds a request, block, pin or reservation, well before a lease would end."""
         for name, instance in self.instances.items():
             await self._holds_nothing(name, instance, deadline_s)
         self._attempts.clear()
