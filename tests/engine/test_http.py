@@ -362,7 +362,7 @@ COMPLETION: Any = {"model": MODEL, "prompt": SHORT, "max_tokens": 4}
     ],
 )
 def test_forged_tickets_are_refused(server: ServerProcess, path: str, body: Any, *, stream: bool) -> None:
-    """All APIs refuse it, streams too; one such request once killed all instances."""
+    """All APIs refuse them, streams too; one such request once killed all instances."""
     answer = server.post(path, {**body, "stream": stream})
     assert answer.status_code == 400
     assert "kv_transfer_params" in answer.json()["error"]["message"]

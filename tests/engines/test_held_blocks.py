@@ -16,18 +16,18 @@ NOTHING = dict.fromkeys(HELD_BY, 0)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model's folder."""
+    """The folder of a tiny model."""
     return make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
 def bed(model: Path, request: pytest.FixtureRequest) -> SchedulerBed:
-    """A scheduler that has nothing yet."""
+    """A scheduler without requests."""
     return make_bed(model, asynchronous=request.param)
 
 
 def held(bed: SchedulerBed) -> dict[str, int]:
-    """By reason; no block is in use that is neither a live request's nor told here."""
+    """Held blocks by reason; every block in use is either a live request's or reported here."""
     load = bed.load()
     scheduler = bed.scheduler
     live = sum(
@@ -40,7 +40,7 @@ def held(bed: SchedulerBed) -> dict[str, int]:
 
 
 def test_requests_that_run_hold_nothing_else(bed: SchedulerBed) -> None:
-    """Their blocks are in use, and not held."""
+    """Blocks of running requests are in use, and not held."""
     assert bed.load()["held_blocks"] == NOTHING
     bed.add("a", PROMPT, greedy(30))
     bed.steps(4)
@@ -49,7 +49,7 @@ def test_requests_that_run_hold_nothing_else(bed: SchedulerBed) -> None:
 
 
 def test_reservations(bed: SchedulerBed) -> None:
-    """Those that have not been claimed."""
+    """Unclaimed reservations hold blocks."""
     assert commands.cascade_reserve(bed.core, "r1", 2 * BLOCK) is None
     assert commands.cascade_reserve(bed.core, "r2", BLOCK + 1) is None
     assert held(bed) == {"reservations": 3 + 3}
@@ -63,7 +63,7 @@ def test_reservations(bed: SchedulerBed) -> None:
 
 
 def test_a_cut_pins(bed: SchedulerBed) -> None:
-    """The blocks of a request that has left, until they have been read."""
+    """A cut request's blocks are held until they have been read."""
     bed.add("a", PROMPT, greedy(30))
     bed.steps(4)
     assert commands.cascade_cut(bed.core, "a") is None
@@ -76,7 +76,7 @@ def test_a_cut_pins(bed: SchedulerBed) -> None:
 
 
 def test_a_pin_that_is_none_of_ours(bed: SchedulerBed) -> None:
-    """However it was come by: a request that NIXL pins at its normal end shows, though no cut of ours has led to it."""
+    """A request that NIXL pins at its normal end is reported, though no cut of ours caused it."""
     request = bed.add("a", PROMPT, greedy(4))
     request.kv_transfer_params = {"do_remote_decode": True}
     bed.steps(7)
@@ -86,7 +86,7 @@ def test_a_pin_that_is_none_of_ours(bed: SchedulerBed) -> None:
 
 
 def test_a_pull_that_nobody_waits_for_any_more(bed: SchedulerBed) -> None:
-    """Its client has left while it was under way: the blocks are written to until it has come."""
+    """If the client leaves during the pull, the blocks are held until the data has arrived."""
     bed.pulls_come = False
     bed.add("a", PROMPT, bed.words(greedy(14), **TICKET))
     bed.steps(2)
@@ -100,7 +100,7 @@ def test_a_pull_that_nobody_waits_for_any_more(bed: SchedulerBed) -> None:
 
 
 def test_blocks_that_a_step_may_still_write(model: Path) -> None:
-    """With a step under way, those of a request that was aborted are held until it has ended."""
+    """If a request is aborted during a step, its blocks are held until the step has ended."""
     bed = make_bed(model, asynchronous=True)
     bed.add("a", PROMPT, greedy(30))
     bed.steps(3)
@@ -112,9 +112,9 @@ def test_blocks_that_a_step_may_still_write(model: Path) -> None:
 
 def test_a_reservation_leaves_what_a_prefill_needs(bed: SchedulerBed) -> None:
     """
-    Blocks that a prompt in the middle of its prefill will need are not reserved: vLLM would let the pull wait for them.
+    Blocks that an unfinished prefill will need are not reserved: vLLM would let the pull wait for them.
 
-    Two prompts share one step's budget; the second is left with most of its blocks to come.
+    Two prompts share one step's budget; the second still needs most of its blocks.
     """
     bed.add("first", list(range(3, 403)), greedy(30))
     bed.add("second", list(range(403, 3, -1)), greedy(30))
@@ -127,10 +127,7 @@ def test_a_reservation_leaves_what_a_prefill_needs(bed: SchedulerBed) -> None:
 
 
 def test_an_undone_cut_leaves_nothing_with_the_worker(bed: SchedulerBed) -> None:
-    """
-    The worker learns of a cut with the next step; if the cut is undone it
-    learns that too, or it learns of neither.
-    """
+    """The worker learns of a cut with the next step; if the cut is undone, it learns of both or of neither."""
     bed.add("a", PROMPT, greedy(60))
     bed.steps(4)
     side = bed.side

@@ -1,6 +1,7 @@
 """
-A pytest plugin (`pytest -p support.v2_runner`, `make test-v2`): the engine tests on vLLM's V2 model runner without a
-GPU.
+A pytest plugin that runs the engine tests on vLLM's V2 model runner without a GPU.
+
+Use it with `pytest -p support.v2_runner` or `make test-v2`.
 
 GPUs use the V2 runner. vLLM has a subclass of it for CPUs (`vllm/v1/worker/cpu/model_runner.py`), whose Triton kernels
 run in Triton's interpreter. vLLM's CPU build switches Triton off by the name of its version; this plugin switches it on
@@ -35,7 +36,7 @@ class GrammarMask:
     """
 
     def __getitem__(self, _grid: tuple[int, ...]) -> Any:
-        """Kernels are called for a grid; this one needs none."""
+        """Kernels are called with a grid; this one needs none."""
         return self.apply
 
     @staticmethod

@@ -68,12 +68,12 @@ def record_states() -> None:
 
 
 def _samples(sampler: Any, batch: Any, index: int) -> bool:
-    """Whether this step samples a token of the request: not in the middle of a chunked prefill."""
+    """Whether this step samples a token of the request, as it does not in the middle of a chunked prefill."""
     return int(batch.seq_lens[index]) >= int(sampler.req_states.prefill_len.np[batch.idx_mapping_np[index]])
 
 
 def _row(sampler: Any, batch: Any, index: int) -> list[Any]:
-    """Position and state of one request of the batch."""
+    """Position and state of one request in the batch."""
     slot = int(batch.idx_mapping_np[index])
     row = int(batch.logits_indices[int(batch.cu_num_logits_np[index + 1]) - 1])
     bias, penalties, bad_words = sampler.logits_processors
@@ -99,7 +99,7 @@ def _row(sampler: Any, batch: Any, index: int) -> list[Any]:
 
 
 def allow_mutations() -> None:
-    """Give engines that are forked from now on the utility `cascade_test_mutate(name)`; an empty name undoes it."""
+    """Give engines forked from now on the utility `cascade_test_mutate(name)`; an empty name undoes the mutation."""
     from vllm.v1.engine.core import EngineCore
 
     def mutate(self: Any, name: str) -> None:
@@ -114,17 +114,14 @@ def allow_mutations() -> None:
 
 
 class Recording:
-    """What the engines of one folder have recorded."""
+    """What the engines with this folder have recorded."""
 
     def __init__(self, folder: Path) -> None:
-        """Of this folder."""
+        """Read from this folder."""
         self._folder = folder
 
     def rows(self, request_id: str) -> list[tuple[int, State]]:
-        """
-        (position, state) pairs of a request's attempts (`id`, `id~1`,
-        ...), unordered; a position may occur twice.
-        """
+        """A request's (position, state) pairs over its attempts (`id`, `id~1`, ...), unordered and perhaps repeated."""
         found = []
         for file in self._folder.glob("*.jsonl"):
             for line in file.read_text().splitlines():
@@ -135,5 +132,5 @@ class Recording:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples."""
+    """Lists converted to tuples, recursively."""
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

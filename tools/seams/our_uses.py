@@ -30,13 +30,13 @@ class Use:
     members: dict[str, str] = field(default_factory=dict)
 
     def add(self, member: str, how: str) -> None:
-        """A member is used so."""
+        """Record that a member is used in this way."""
         if self.members.get(member, "used") == "used":
             self.members[member] = how
 
 
 def uses_of(folder: Path, vllm: VllmSources) -> dict[str, Use]:
-    """All uses below a folder, by `module.name`."""
+    """All uses in the files below a folder, by `module.name`."""
     found: defaultdict[str, Use] = defaultdict(Use)
     for file in sorted(folder.rglob("*.py")):
         _File(ast.parse(file.read_text()), str(file.relative_to(folder)), vllm, found).read()
@@ -54,7 +54,7 @@ class _File:
         self._imports: dict[str, str] = {}
 
     def read(self) -> None:
-        """Add its uses."""
+        """Add the uses of this file."""
         for node in ast.walk(self._tree):
             self._import(node)
         for node in ast.walk(self._tree):
