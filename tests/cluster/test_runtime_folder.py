@@ -163,7 +163,7 @@ def test_two_starts_meet(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def slow(path: str | Path, flags: int, mode: int = 0o777, **more: int) -> int:
         descriptor = real(path, flags, mode, **more)
-        if Path(path).name == LOCK and not swept:  # made, not yet locked: another start comes by
+        if Path(path).name == LOCK and not swept:  # made but not yet locked: another server starts
             swept.append(Path(path).parent)
             subprocess.run(
                 [

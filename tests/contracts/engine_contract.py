@@ -349,7 +349,7 @@ async def a_pull_from_the_dead_recomputes(bed: Bed) -> None:
 
 async def stop_ends_pending_calls(bed: Bed) -> None:
     """Calls that are pending when the engine is stopped raise instead of waiting for ever."""
-    bed.a._pump.cancel()  # as in the runtime, where nobody listens any more when a hung instance is stopped
+    bed.a._pump.cancel()  # as in the runtime, which no longer listens when it stops a hung instance
     bed.a.engine.kill()
     pending = asyncio.ensure_future(bed.a.engine.reserve("r", 10))
     await asyncio.sleep(0)

@@ -158,7 +158,7 @@ class Chaos:
     def __init__(self, server: ServerProcess, seconds: float, seed: int) -> None:
         """
         Args:
-            server: A server that is ready and idle.
+            server: A ready, idle server.
             seconds: How long to go on; then everything may end and settle.
             seed: Of all choices.
         """

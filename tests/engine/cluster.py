@@ -125,7 +125,7 @@ class Cluster:
 
         async def nothing() -> bool:
             await self.all_up()
-            with contextlib.suppress(EngineError):  # one has died, and the runtime has not noticed yet
+            with contextlib.suppress(EngineError):  # one has died, but the runtime has not noticed yet
                 return await held_nowhere()
             return False
 

@@ -32,13 +32,13 @@ def as_if_spawned() -> None:
     vLLM's workers watch a pipe for their EngineCore's end, and a forked one may hold the pipe's other end itself.
     """
     signal.set_wakeup_fd(-1)
-    tempfile.tempdir = None  # a spawned process asks its environment
+    tempfile.tempdir = None  # a spawned process reads it from its environment
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":
     ffi.lib._fntab["__dict__"] = {}  # see tests/conftest.py
-    resource_tracker.ensure_running()  # one for all processes, as spawned ones have it
+    resource_tracker.ensure_running()  # one for all processes, as with spawned ones
     os.register_at_fork(after_in_child=as_if_spawned)
     fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}  # set for the processes only: the configuration resets it
     assemble.make_runtime = partial(assemble.make_runtime, extra_environment=fork)  # type: ignore[assignment]

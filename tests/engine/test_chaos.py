@@ -61,7 +61,7 @@ def test_chaos(server: ServerProcess, seconds: float, request: pytest.FixtureReq
     for _ in range(N_INSTANCES - len(there)):
         assert server.post("/admin/instances", {}).status_code == 202
     server.poll(lambda: len(server.admin()["instances"]) == N_INSTANCES and server.idle(), "as many as before", 120)
-    # An instance that is killed while it starts may leave the shared memory that it has just made.
+    # An instance killed while it starts may leave behind the shared memory it has just created.
     n_maybe_starting = report.actions["kill, any process"] + report.actions["drain, starting"]
     slack = {"files": FEW_CONNECTIONS, "shared memory": n_maybe_starting}
     try:

@@ -43,7 +43,7 @@ async def second(zoo: Zoo) -> AsyncIterator[Zoo]:
     async with Zoo(mine) as other:
         other._numbers = itertools.count(
             1_000_000
-        )  # vLLM's front end gives each request an id that no process gives again
+        )  # vLLM's front end gives each request an id that is unique across processes
         try:
             yield other
             await other.settled()
@@ -108,7 +108,7 @@ async def test_what_a_dead_client_leaves(zoo: Zoo, second: Zoo) -> None:
     await zoo.instances[name].release_reservation("m1")
     assert (await own.until_end()).output == expected
 
-    late = await second.start(second.instances[name], prompt, greedy(1500))  # came in after the owner had cleaned up
+    late = await second.start(second.instances[name], prompt, greedy(1500))  # arrived after the owner had cleaned up
     await late.until_output(1)
     await second.instances[name].stop(0.0)
     successor = attached(zoo.instances[name])

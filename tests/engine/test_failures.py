@@ -197,7 +197,7 @@ async def test_hung_instance(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, 
     running = asyncio.ensure_future(outputs(cluster, PROMPT, OTHER_PROMPT))
     await eventually(lambda: _output_so_far(cluster) > 10, "both on their way")
     monkeypatch.setattr(supervisor, "_times", dataclasses.replace(supervisor._times, hang_s=1.0))
-    await asyncio.sleep(2 * supervisor._times.report_s)  # the question under way has the old limit
+    await asyncio.sleep(2 * supervisor._times.report_s)  # the pending poll has the old limit
     os.kill(hung.pid, signal.SIGSTOP)
     await eventually(lambda: cluster.runtime.fleet.engine(victim) is not hung, "noticed")
     monkeypatch.undo()
@@ -208,7 +208,7 @@ async def test_hung_instance(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, 
 
 async def test_stopped_instance_is_left_out(cluster: Cluster) -> None:
     """A paused instance gets nothing new, others answer the requests waiting there, and nothing is restarted."""
-    prompts = [random_prompt(40, seed) for seed in (3, 7, 8)]  # at home on instance 0
+    prompts = [random_prompt(40, seed) for seed in (3, 7, 8)]  # dispatched to instance 0
     expected = await references(cluster, *prompts)
     restarted = restarts(cluster)
     stopped = cluster.instance("0")

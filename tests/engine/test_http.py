@@ -50,7 +50,7 @@ TOOL: Any = {
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The server, ready; its log must hold no traceback at the end."""
     log = tmp_path_factory.mktemp("server") / "log"
-    words = ("--poison-deaths", "3")  # a test here ends two instances under one request
+    words = ("--poison-deaths", "3")  # a test here kills two instances under one request
     with ServerProcess(tiny_model, log, *words) as server:
         server.wait_until_ready()
         yield server
@@ -516,7 +516,7 @@ def test_both_instances_are_killed(client: openai.OpenAI, server: ServerProcess)
         return all(i["up"] and i["restarts"] == before[i["id"]]["restarts"] + 1 for i in now)
 
     server.poll(restarted, "restarted", 240)
-    # What the killed ones have left is gone; a folder per living instance.
+    # Nothing of the killed ones is left; there is one folder per live instance.
     server.poll(lambda: len(list(server.folder().glob("i*"))) == 2, "two folders")
     assert not [path for path in server.folder().iterdir() if path.is_socket()]
     moved = server.metric("cascadeinfer_migrations_total", outcome="moved")
@@ -595,5 +595,5 @@ def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
     assert server.wait_ended(60) == 0
     assert not psutil.wait_procs(everyone, timeout=20)[1]
     assert not folder.exists()
-    # A killed worker's engine may say what happened to it; the front end has nothing to complain of.
+    # A killed worker's engine may log what happened; the front end logs no error.
     assert "Traceback" not in server.log_tail(n_lines=10_000), server.log_tail()

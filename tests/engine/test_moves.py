@@ -238,7 +238,7 @@ async def test_preemption_after_a_move(zoo: Zoo, target: str) -> None:
     await attempt.until_output(10)
     attempt = await zoo.move(attempt, there)
     await attempt.until_output(5)
-    rest = await zoo.squeeze(there, 1)  # the next who grows preempts the one that came last
+    rest = await zoo.squeeze(there, 1)  # the next request that grows preempts the latest arrival
     waited = False
 
     async def preempted() -> bool:
@@ -295,7 +295,7 @@ async def test_min_tokens(zoo: Zoo, source: str, target: str) -> None:
     """`min_tokens` counts from the beginning of the output, not from the move."""
     prompt, text = await zoo.window(40, 60)
     here, there = zoo.instances[source], zoo.instances[target]
-    # A stop token that comes too early must not end the output, one that comes just after the minimum must.
+    # A stop token before the minimum must not end the output; one just after it must.
     early = next(i for i in range(6, 20) if text[i] not in text[:i])
     late = next(i for i in range(25, 60) if text[i] not in text[:i])
     for at, min_tokens in ((early, 25), (late, late - 1)):

@@ -92,7 +92,7 @@ def differences(recording: Recording, case: str, moved: Attempt, alone: Attempt)
     assert expected
     assert {position for position, _ in rows} >= expected.keys(), "a position was not recorded"
     for position, state in rows:
-        if position in expected:  # a step may have been under way when the request ended
+        if position in expected:  # a step may have been running when the request ended
             found |= {name for name in compared if getattr(state, name) != getattr(expected[position], name)}
     return found
 

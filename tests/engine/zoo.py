@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cascadeinfer.engines.protocol import EngineCounters, EngineDied, EngineRequest, KvTicket, Resume
 
-if TYPE_CHECKING:  # tests that are not run do not cost vLLM's import
+if TYPE_CHECKING:  # no vLLM import for tests that are not run
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import FinishReason
 

@@ -50,10 +50,10 @@ class Ending:
     How a migration ended.
 
     Attributes:
-        event: What the policy hears.
-        record: What is kept: outcome, reason, detail.
-        story: States and happenings.
-        asked_tokens: Room that the target has been asked for; None where it has not.
+        event: The event that the policy receives.
+        record: The stored outcome, reason and detail.
+        story: States and events, in order.
+        asked_tokens: Room requested from the target; None if none was.
     """
 
     event: MigrationEnded
@@ -291,7 +291,7 @@ class Live:
 
     def _factory(self, name: InstanceId) -> Callable[[int], ScriptedEngine]:
         def make(_: int) -> ScriptedEngine:
-            return self._engines.setdefault(name, ScriptedEngine(name, CAPACITY))  # none of them starts again in time
+            return self._engines.setdefault(name, ScriptedEngine(name, CAPACITY))  # no restart within the test
 
         return make
 

@@ -141,16 +141,16 @@ class Cluster:
     ) -> None:
         """
         Args:
-            policy: Default: a ScriptedPolicy.
+            policy: A ScriptedPolicy by default.
             instance_ids: The instances.
-            capacity: Of each.
-            times: Of each.
-            supervision: Limits and intervals.
-            migration: Time limits.
+            capacity: Capacity of each instance.
+            times: Times of each instance.
+            supervision: Limits and intervals of supervision.
+            migration: Time limits of migrations.
             start_error: Why an instance's n-th start fails, or None.
-            max_instances: How many there is a place for.
+            max_instances: Number of places for instances.
             observer: Sees events and effects.
-            poison_deaths: So many name a request that kills.
+            poison_deaths: Deaths after which a request is taken for the cause.
         """
         self.policy = policy or ScriptedPolicy()
         self.registry = CollectorRegistry()
@@ -260,7 +260,7 @@ class Cluster:
         lives = {record.instance_id: record.life for record in self.runtime.fleet}
         life = lives[effect.instance_id]
         in_need = not any(other.allows(Deed.TAKE) for other in lives.values())
-        # A policy hears of a condemned instance when it is dead.
+        # The policy is told of a condemned instance only once it is dead.
         if (
             not life.allows(Deed.TAKE_IN_NEED if in_need else Deed.TAKE)
             and life.state is not instance_state.State.CONDEMNED

@@ -53,8 +53,8 @@ class Scene:
     def __init__(self, cluster: Cluster, drain_s: float = LONG_S) -> None:
         """
         Args:
-            cluster: Started.
-            drain_s: The time-out of drains.
+            cluster: A started cluster.
+            drain_s: Time-out of drains, in seconds.
         """
         self.cluster = cluster
         self.drain_s = drain_s
@@ -315,7 +315,7 @@ async def test_what_a_state_allows(state: State) -> None:
         clients = [await cluster.submit(f"n{number}", 40, 30) for number in range(9)]
         places = [cluster.where(client.request.request_id) for client in clients]
         assert scene.life.state is state
-        # A policy hears of a condemned one when it is dead: what it places there in between is an orphan at once.
+        # The policy learns of a condemned instance only once it is dead: what it places there is orphaned at once.
         assert (name in places) == (Deed.TAKE in allowed or state is State.CONDEMNED)
 
         refused = contextlib.nullcontext() if Deed.BE_DRAINED in allowed else pytest.raises(ScalingRefusedError)
@@ -416,8 +416,8 @@ class OnAnAddedOne(Scene):
     def __init__(self, cluster: Cluster, request_id: str) -> None:
         """
         Args:
-            cluster: Started.
-            request_id: Of its request.
+            cluster: A started cluster.
+            request_id: Id of the added instance's request.
         """
         super().__init__(cluster)
         self.request_id = request_id

@@ -103,7 +103,7 @@ async def test_a_deaf_peer_is_restarted_not_the_newcomer() -> None:
         await cluster.until(lambda: len(policy.ended_migrations()) == 1)
         (ended,) = policy.ended_migrations()
         assert ended.outcome is MigrationOutcome.STAYED
-        cluster.move("r", "c")  # with others it moves as ever
+        cluster.move("r", "c")  # with others it moves as usual
         await client.until_end()
         assert [e.outcome for e in policy.ended_migrations()][1:] == [MigrationOutcome.MOVED]
         await cluster.until(lambda: len(cluster.engines["b"]) == 2, "the deaf one is restarted")

@@ -180,7 +180,7 @@ async def test_a_pull_that_ends_late_is_not_used() -> None:
         async with Cluster(policy, "ab", times=SimulatedTimes(pull_s=1.0), supervision=PATIENT) as cluster:
             client = await cluster.submit("r", 100, 60)
             await client.until_tokens(5)
-            stop = FrontEndStop(cluster)  # else it tells the target to recompute, before the target finds out
+            stop = FrontEndStop(cluster)  # otherwise it tells the target to recompute before the target finds out
             cluster.move("r", "b")
             await cluster.until(lambda: cluster["b"].core.pulls == 1, "the pull has begun")
             stop.stop()

@@ -98,7 +98,7 @@ def test_both_shells_end_it_alike(path: Path) -> None:
     """Simulator and runtime give the policy and the records the same states, outcome and detail."""
     simulated = run(follow(path, Simulator(shell_limits(path))))
     live = run(follow(path, Live(shell_limits(path))))
-    # In the simulator what happens at once comes before the ask has reached the target.
+    # In the simulator, an immediate event comes before the request for room has reached the target.
     asked = path[-1][0] is not State.ASKING or path[-1][1] is Happening.ROOM_REFUSED
     assert simulated == (live if asked else replace(live, asked_tokens=None))
     for ending in (simulated, live):

@@ -64,7 +64,7 @@ class Decisions:
 
     Attributes:
         placed: Per request, the instances it was dispatched to.
-        moved: Per request, its hand-overs that came off: from where, to where.
+        moved: Per request, its completed hand-overs as (source, target).
     """
 
     placed: dict[RequestId, list[InstanceId]] = field(default_factory=dict)

@@ -39,7 +39,7 @@ async def test_poison_is_ended_and_others_are_not(n_tokens: int) -> None:
         poison = await cluster.submit("poison", 30, 200)
         n_dead = await kill_whatever_runs(cluster, poison, n_tokens)
         assert poison.finish_reason == "error"
-        # With others that have died and proven themselves beside it, it takes a third death to tell them apart.
+        # If others were present at the deaths and then produced tokens, it takes a third death to tell them apart.
         assert n_dead == 2 if n_tokens == 0 else n_dead in {2, 3}
         for client in others:
             await client.until_end()

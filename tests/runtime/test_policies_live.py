@@ -67,7 +67,7 @@ async def test_requests_climb_the_stages() -> None:
 async def test_never_more_than_three_migrations_per_instance() -> None:
     """However many requests outgrow their stage at once, at most three migrations touch an instance at a time."""
     async with Cluster(stages(), supervision=OFTEN) as cluster:
-        cluster["b"].hold_answers("reserve")  # each asking lasts until it times out
+        cluster["b"].hold_answers("reserve")  # each request for room lasts until it times out
         clients = [await cluster.submit(f"r{i}", 95, 600) for i in range(7)]
         most = 0
         while not all(client.finish_reason for client in clients):

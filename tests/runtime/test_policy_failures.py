@@ -129,7 +129,7 @@ async def test_failures_at_reports_restart_nobody(late: bool) -> None:
             assert client.finish_reason == "length"
         assert (failures(cluster, InstanceReported) or 0) > 5
         assert not any(len(generation) > 1 for generation in cluster.engines.values())
-        cluster.policy.left = 0  # for the final look at its books
+        cluster.policy.left = 0  # for the final check of its view
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -167,7 +167,7 @@ async def test_orphans_that_the_policy_fails_at_again_get_an_error() -> None:
             await client.until_end()
         assert [client.finish_reason for client in clients] == ["error", "length", "length"]
         await cluster.all_up()
-        assert policy.view.requests.keys() <= {"r0"}  # it failed at every death: what it noted before is its own
+        assert policy.view.requests.keys() <= {"r0"}  # it failed at every death, so an entry may remain
         policy.left = 0
         cluster.runtime.announce_loss("b")
 

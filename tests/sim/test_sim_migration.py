@@ -21,8 +21,7 @@ from cascadeinfer.workload.trace import Trace
 
 NETWORK = NetworkConfig(link_bytes_per_s=1e9, pull_overhead_s=0.005, control_s=0.001)
 TRACE = Trace.from_columns([100], [100], [0.0])
-# The same run as test_sim_golden's: asked 100, granted 102, cut command 103, cut 108, pull [114, 222), first token 233
-# ms.
+# The run of test_sim_golden: asked 100, granted 102, cut command 103, cut 108, pull [114, 222), first token 233 ms.
 MOMENTS = {
     "before the ask": 0.1005,
     "before the answer": 0.1015,

@@ -66,7 +66,7 @@ def use_v2() -> None:
     os.environ.update(ENVIRONMENT)
     from vllm import platforms
 
-    assert platforms.current_platform.is_cpu()  # settles, by the version's name, which platform this is
+    assert platforms.current_platform.is_cpu()  # selects the platform by the version's name
     platforms.vllm_version_matches_substr = lambda _: False
 
     import vllm.config.vllm as config
@@ -76,7 +76,7 @@ def use_v2() -> None:
 
     assert triton_utils.HAS_TRITON
     config.HAS_TRITON = True
-    topk_topp_sampler.HAS_TRITON = False  # that kernel is beyond the interpreter; vLLM has the same in torch
+    topk_topp_sampler.HAS_TRITON = False  # the interpreter cannot run that kernel; vLLM has the same in torch
     structured_outputs._apply_grammar_bitmask_kernel = GrammarMask()
 
     from support.v2_states import allow_mutations, record_states
