@@ -17,13 +17,13 @@ from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 
 
 def cores_of(binding: str) -> list[int]:
-    """The cores of a binding."""
+    """The cores that a binding allows."""
     return [int(core) for core in binding.split(",")]
 
 
 @given(st.integers(1, 16), st.lists(st.integers(0, 255), min_size=1, max_size=64, unique=True))
 def test_cores_are_shared_out(n_instances: int, cores: list[int]) -> None:
-    """Every instance gets cores of ours; as many each; none twice unless there are too few."""
+    """Every instance gets some of our cores, all equally many; none is shared unless there are too few."""
     bindings = [cores_of(binding) for binding in split_cores(n_instances, cores)]
     assert len(bindings) == n_instances
     assert all(core in cores for binding in bindings for core in binding)
@@ -57,7 +57,7 @@ def test_devices_are_shared_out(n_instances: int, each: int, visible: str, expec
 
 
 def test_added_instances_get_what_is_free() -> None:
-    """A place that was left comes first, then devices that nobody has had; then there is none."""
+    """A place that was left is reused first, then unused devices; then there is none."""
     places = device_places(2, 2, list("0123456"))
     assert [places.take(name) for name in "ab"] == ["0,1", "2,3"]
     places.give_back("a")
@@ -76,7 +76,7 @@ def test_added_instances_share_the_only_device() -> None:
 
 @given(st.integers(1, 6), st.integers(0, 20), st.lists(st.integers(0, 5), max_size=30))
 def test_cores_stay_shared_out(n_instances: int, more_cores: int, changes: list[int]) -> None:
-    """Whoever comes and goes: a newcomer gets as many cores as the others, and joins somebody only while no place is free."""
+    """A newcomer gets as many cores as the others, and shares them only if no place is free."""
     n_cores = n_instances + more_cores
     each = n_cores // n_instances
     places = core_places(n_instances, range(n_cores))
@@ -101,7 +101,7 @@ def test_cores_stay_shared_out(n_instances: int, more_cores: int, changes: list[
     [(3, 1, "01", 2), (3, 2, "0123", 2), (1, 2, "0", 0), (2, 1, "", 0)],
 )
 def test_too_few_devices(n_instances: int, each: int, visible: str, fix: int) -> None:
-    """Too few devices is an error of --instances that says how many would do."""
+    """Too few devices is an error about --instances that says how many would do."""
     with pytest.raises(ConfigError, match=f"need {n_instances * each} devices, {len(visible)} are visible") as raised:
         split_devices(n_instances, each, list(visible))
     assert raised.value.option == "--instances"
@@ -118,7 +118,7 @@ def test_free_port_is_free() -> None:
 
 
 def test_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between enter and leave the variables are set; afterwards each is as before, also one that did not exist."""
+    """Within the block the variables are set; afterwards each is as before, including those that were unset."""
     monkeypatch.setenv("CASCADE_TEST_OLD", "old")
     monkeypatch.delenv("CASCADE_TEST_NEW", raising=False)
     start = ProcessStart({"CASCADE_TEST_OLD": "1", "CASCADE_TEST_NEW": "2"})
@@ -133,7 +133,7 @@ def test_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_operator_has_set_is_known_while_an_instance_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables of an instance that is starting are not taken for the operator's; what this process has set is."""
+    """Variables of a starting instance are not taken for the operator's; those set by this process are."""
     monkeypatch.setenv("CASCADE_TEST_OLD", "old")
     monkeypatch.delenv("CASCADE_TEST_NEW", raising=False)
     before = operator_environment()

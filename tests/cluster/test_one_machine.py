@@ -1,4 +1,4 @@
-"""What is true of one machine only lies behind the launcher: elsewhere it is listed here, with the reason why it may stay."""
+"""Single-machine facts stay behind the launcher; exceptions are listed here, each with its reason."""
 
 import ast
 from collections.abc import Iterator
@@ -8,9 +8,14 @@ import cascadeinfer
 
 PACKAGE = Path(cascadeinfer.__file__).parent
 BEHIND = PACKAGE / "cluster"
-"""The launchers and what they are made of."""
+"""The launchers and their parts."""
 
-TEXTS = {"127.0.0.1": "loopback", "ipc://": "socket file", "/dev/shm": "shared memory", "/proc/": "proc"}  # noqa: S108 - looked for
+TEXTS = {
+    "127.0.0.1": "loopback",
+    "ipc://": "socket file",
+    "/dev/shm": "shared memory",  # noqa: S108 - looked for
+    "/proc/": "proc",
+}
 NAMES = {
     "LOOPBACK": "loopback",
     "LOOPBACK_DEVICE": "loopback",
@@ -68,11 +73,11 @@ MAY_STAY = {
     ): "a server that is told twice to stop ends what is below it on this machine",
     ("results/output_files.py", "process id"): "makes the names of two unfinished files different",
 }
-"""(File, fact): why."""
+"""The reason for each exception, by (file, fact)."""
 
 
 def facts_in(source: str) -> set[str]:
-    """What this code knows of one machine; what a docstring says does not count."""
+    """The single-machine facts that this code uses; docstrings do not count."""
     return set(_facts_in(ast.parse(source)))
 
 
@@ -93,7 +98,7 @@ def _facts_in(tree: ast.Module) -> Iterator[str]:
 
 
 def test_what_is_looked_for_is_found() -> None:
-    """Addresses in plain and in composed text, names however they are reached, modules; nothing in prose."""
+    """Finds addresses in plain strings and f-strings, names however they are reached, and modules; nothing in prose."""
     assert facts_in('"""On 127.0.0.1."""\ndef f():\n    """See /dev/shm."""\n    return 1') == set()
     assert facts_in('a = f"ipc://{folder}/x"') == {"socket file"}
     assert facts_in("host = '127.0.0.1:80'") == {"loopback"}
@@ -105,7 +110,10 @@ def test_what_is_looked_for_is_found() -> None:
 
 
 def test_facts_of_one_machine_are_behind_the_launcher() -> None:
-    """Nothing outside `cluster/` knows loopback, socket files, shared memory, process ids, child processes or cores, but for what is listed."""
+    """
+    Outside `cluster/`, only the listed exceptions use loopback, socket files,
+    shared memory, process ids, child processes or cores.
+    """
     found = {
         (path.relative_to(PACKAGE).as_posix(), fact)
         for path in PACKAGE.rglob("*.py")

@@ -1,4 +1,4 @@
-"""The folder of a running server: private, swept when its server was killed, never while it lives, and nobody else's."""
+"""A running server's folder is private; it is swept if its server was killed, but never while the server lives."""
 
 import os
 import signal
@@ -39,13 +39,13 @@ with runtime_folder() as folder:
 
 @pytest.fixture
 def base() -> Iterator[Path]:
-    """A short temporary folder, since sockets' names are short."""
+    """A short temporary path, because socket paths are limited in length."""
     with tempfile.TemporaryDirectory(prefix="rf", dir="/tmp") as folder:
         yield Path(folder)
 
 
 def start(base: Path, *words: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
-    """A process with a folder; what it has said of itself and its child."""
+    """A process with a folder, and what it printed about itself and its child."""
     environment = {**os.environ, "TMPDIR": str(base)}
     environment.pop(SOCKETS_VARIABLE, None)
     process = subprocess.Popen(
@@ -61,7 +61,7 @@ def start(base: Path, *words: str) -> tuple[subprocess.Popen[str], dict[str, str
 
 
 def end(process: subprocess.Popen[str], *, kill: bool) -> None:
-    """Have it leave in good order, or kill it."""
+    """Let it exit cleanly, or kill it."""
     if kill:
         process.kill()
     process.communicate()
@@ -69,7 +69,7 @@ def end(process: subprocess.Popen[str], *, kill: bool) -> None:
 
 @pytest.mark.parametrize("kill", [False, True], ids=["leaves", "killed"])
 def test_nothing_is_left_and_nobody_else_is_touched(base: Path, kill: bool) -> None:
-    """A folder goes with its server, or when the next one starts; another server's stays, also while two start."""
+    """A folder is removed with its server or at the next start; another server's stays, even while two start."""
     first, said = start(base)
     other, others = start(base)
     assert stat.S_IMODE(Path(said["server"]).stat().st_mode) == 0o700
@@ -83,7 +83,7 @@ def test_nothing_is_left_and_nobody_else_is_touched(base: Path, kill: bool) -> N
 
 
 def test_an_orphan_holds_no_lock_and_drops_none(base: Path) -> None:
-    """A forked child that outlives its killed server does not keep the folder; one that ends does not free a living server's."""
+    """A forked child does not keep its killed server's folder, and its exit does not free a live server's."""
     server, said = start(base, "--fork")
     os.kill(int(said["child"]), signal.SIGKILL)
     assert sweep(base) == []
@@ -112,14 +112,14 @@ def remnant(base: Path, name: str = "cascadeinfer-abcdefgh") -> Path:
     "name", ["cascadeinfer-metrics-abcdefgh", "cascadeinfer-demo", "other-abcdefgh", "cascadeinfer-"]
 )
 def test_other_names_stay(base: Path, name: str) -> None:
-    """Only what is named as ours is looked at."""
+    """Only folders named like ours are considered."""
     folder = remnant(base, name)
     assert sweep(base) == []
     assert folder.exists()
 
 
 def test_another_users_folder_stays(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However it is named, and whatever its lock says."""
+    """Another user's folder stays, whatever its name and its lock."""
     folder = remnant(base)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     assert sweep(base) == []
@@ -127,7 +127,7 @@ def test_another_users_folder_stays(base: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_links_are_not_followed(base: Path) -> None:
-    """Neither a link in place of the folder, nor of its lock, nor one in it leads out of it."""
+    """No symbolic link leads outside: not as the folder, not as its lock, and not inside it."""
     precious = base / "precious"
     precious.mkdir()
     (precious / LOCK).touch()
@@ -144,7 +144,7 @@ def test_links_are_not_followed(base: Path) -> None:
 
 
 def test_a_folder_without_a_lock_is_a_newborns_at_first(base: Path) -> None:
-    """It is somebody's who is just starting, until it has been empty for a while; one that holds something is never removed."""
+    """Without a lock, an empty folder counts as a starting server's for a while; one with contents is never removed."""
     newborn, old, full = (base / f"cascadeinfer-{name}" for name in ("newborn0", "oldold00", "fullfull"))
     for folder in (newborn, old, full):
         folder.mkdir()
@@ -157,19 +157,22 @@ def test_a_folder_without_a_lock_is_a_newborns_at_first(base: Path) -> None:
 
 
 def test_two_starts_meet(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose folder is swept between its making and its lock takes another."""
+    """A server whose folder is swept before it is locked makes another one."""
     real = os.open
     swept: list[Path] = []
 
     def slow(path: str | Path, flags: int, mode: int = 0o777, **more: int) -> int:
         descriptor = real(path, flags, mode, **more)
-        if Path(path).name == LOCK and not swept:  # made, not yet locked: another start comes by
+        if Path(path).name == LOCK and not swept:  # made but not yet locked: another server starts
             swept.append(Path(path).parent)
             subprocess.run(
                 [
                     sys.executable,
                     "-c",
-                    f"from pathlib import Path; from cascadeinfer.cluster.runtime_folder import sweep; sweep(Path({str(base)!r}))",
+                    (
+                        "from pathlib import Path; from cascadeinfer.cluster.runtime_folder import sweep; "
+                        f"sweep(Path({str(base)!r}))"
+                    ),
                 ],
                 check=True,
             )
@@ -185,7 +188,7 @@ def test_two_starts_meet(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cleared_temporary_folder_does_no_harm(base: Path) -> None:
-    """A server ends in good order though somebody has removed its folder."""
+    """A server exits cleanly even if its folder has been removed."""
     folder = RuntimeFolder.create(base)
     (folder.path / LOCK).unlink()
     folder.path.rmdir()
@@ -193,7 +196,7 @@ def test_a_cleared_temporary_folder_does_no_harm(base: Path) -> None:
 
 
 def test_an_interrupted_sweep_is_taken_up_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lock goes last."""
+    """The lock is removed last."""
     folder = remnant(base)
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
@@ -203,7 +206,7 @@ def test_an_interrupted_sweep_is_taken_up_again(base: Path, monkeypatch: pytest.
 
 
 def test_variables_point_into_the_folder(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """VLLM's sockets and an instance's temporary files are in it; afterwards the operator's word stands again."""
+    """It holds vLLM's sockets and an instance's temporary files; afterwards the operator's settings apply again."""
     monkeypatch.setenv(SOCKETS_VARIABLE, str(base))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     with runtime_folder() as folder:
@@ -220,7 +223,7 @@ def test_variables_point_into_the_folder(base: Path, monkeypatch: pytest.MonkeyP
 def test_instances_that_start_together_have_folders_beside_each_other(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One below the other's would go with it: no front end could attach itself to the second once the first has died."""
+    """Nested, the second would go with the first: once the first had died, no front end could attach to the second."""
     monkeypatch.setenv(SOCKETS_VARIABLE, str(base))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     with runtime_folder() as folder:
@@ -235,7 +238,7 @@ def test_instances_that_start_together_have_folders_beside_each_other(
 
 @pytest.mark.parametrize(("name", "message"), [("x" * 60, "too long"), ("missing", "No such file")])
 def test_a_bad_place_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
-    """In one line that names the variable, before anything is started."""
+    """The error is one line that names the variable, before anything is started."""
     monkeypatch.setenv(SOCKETS_VARIABLE, str(base / name))
     with pytest.raises(ConfigError, match=message) as refused, runtime_folder():
         raise AssertionError

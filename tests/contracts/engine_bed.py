@@ -22,7 +22,7 @@ class Maker(Protocol):
     lease_s: float
 
     def make_engine(self, name: str) -> Engine:
-        """A fresh engine with at least 64 blocks and 4 places in its batch."""
+        """A fresh engine with at least 64 blocks and 4 batch slots."""
         ...
 
     def now_s(self) -> float:
@@ -64,7 +64,7 @@ class Heard:
 
 
 class Listener:
-    """Sorts an engine's outputs by attempt."""
+    """Routes an engine's outputs to their attempts."""
 
     def __init__(self, engine: Engine, capacity: InstanceCapacity) -> None:
         """Start to listen to a started engine."""

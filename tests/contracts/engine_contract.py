@@ -27,7 +27,7 @@ async def runs_to_the_end(bed: Bed) -> None:
 
 
 async def cut_takes_effect_at_the_next_token(bed: Bed) -> None:
-    """A cut ends the request within two tokens, by a final output with a ticket; its blocks are pinned."""
+    """A cut ends the request within two tokens, with a final output that carries a ticket; its blocks are pinned."""
     request = bed.maker.make_request("c1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("c1", request)).until_tokens(3)
     (before, _), ticket = await asyncio.gather(bed.a.engine.report(), bed.cut("c1", heard))
@@ -268,7 +268,7 @@ async def the_report_names_requests(bed: Bed) -> None:
 
 
 async def says_what_it_is(bed: Bed) -> None:
-    """A started engine says whether its requests can move, what runs in it, and by which number metrics know it."""
+    """A started engine reports whether its requests can move, what runs in it, and its number in metrics."""
     first, second = bed.a.engine, bed.b.engine
     assert first.movable
     assert second.movable
@@ -280,7 +280,10 @@ async def says_what_it_is(bed: Bed) -> None:
 
 
 async def who_is_gone_leaves_nothing(bed: Bed) -> None:
-    """What a front-end process has left is aborted, reservations included; what another one is said to have left is nobody's."""
+    """
+    A departed front end's requests are aborted and its reservations
+    released; those of other clients are untouched.
+    """
     request = bed.maker.make_request("g1", N_PROMPT, N_OUTPUT)
     heard = await (await bed.a.add("g1", request)).until_tokens(2)
     assert await bed.a.engine.reserve("g-room", N_PROMPT) is None
@@ -293,13 +296,16 @@ async def who_is_gone_leaves_nothing(bed: Bed) -> None:
 
 
 async def knows_no_other_methods(bed: Bed) -> None:
-    """What an engine does not offer is an EngineError, not a silent nothing."""
+    """Calling a method that the engine does not have raises an EngineError."""
     with pytest.raises(EngineError, match="has no fly_async"):
         await bed.a.engine.utility("fly_async", 3)
 
 
 async def says_nothing_before_its_start(bed: Bed) -> None:
-    """What only a start tells is an EngineError before it; an engine that never started is stopped without harm."""
+    """
+    What is known only after a start raises an EngineError before it;
+    stopping an engine that never started is harmless.
+    """
     engine = bed.maker.make_engine("0")
     with pytest.raises(EngineError):
         _ = engine.movable

@@ -1,8 +1,8 @@
 """
-The contract of `cluster/protocol.py` as tests: each function takes a `LauncherBed` and asserts one rule that the engines rely on.
+The contract of `cluster/protocol.py` as tests: each function takes a `LauncherBed` and asserts one rule.
 
-A launcher is asked for what it says it can do and for nothing else (`Abilities`): a rule about an ability checks that the launcher either keeps it
-or refuses with an error.
+A launcher is asked only for what its `Abilities` declare: a rule about an ability checks that the launcher either
+provides it or refuses with an error.
 """
 
 import asyncio
@@ -24,26 +24,26 @@ class LauncherBed(Protocol):
     launcher: Launcher[Any, Mapping[str, Any]]
 
     def order(self, *, n_clients: int = 2) -> Any:
-        """To start an engine that says its name, for so many clients."""
+        """A start order for an engine whose ready message is its name, with this many clients."""
         ...
 
     def slow_order(self) -> Any:
-        """To start an engine that does not become ready."""
+        """A start order for an engine that never becomes ready."""
         ...
 
     def elsewhere(self) -> ClientAddresses:
-        """Addresses of which nobody has spoken yet."""
+        """Addresses that the launcher has not issued."""
         ...
 
 
 async def started(bed: LauncherBed, name: str = "a", **how: Any) -> Kept[Mapping[str, Any]]:
-    """An engine at a place."""
+    """Start an engine at a place."""
     place = bed.launcher.place(name)
     return await asyncio.wait_for(bed.launcher.start(place, bed.order(**how)), DEADLINE_S)
 
 
 async def places_are_dealt_out_and_taken_back(bed: LauncherBed) -> None:
-    """Each instance has a place of its own; one too many is refused, and has room once another one is gone."""
+    """Each instance has its own place; one too many is refused, and fits once another has gone."""
     first, second = bed.launcher.place("a"), bed.launcher.place("b")
     assert (first.instance_id, second.instance_id) == ("a", "b")
     assert first.resources != second.resources
@@ -56,7 +56,10 @@ async def places_are_dealt_out_and_taken_back(bed: LauncherBed) -> None:
 
 
 async def what_has_started_is_known(bed: LauncherBed) -> None:
-    """The engine's own words, its process and its place come back from the start, and `living` has them until it is stopped."""
+    """
+    A start returns the engine's ready message, its process and its
+    place; `living` lists them until it is stopped.
+    """
     assert not bed.launcher.living()
     kept = await started(bed)
     assert kept.hello["engine"] == "written"
@@ -72,7 +75,7 @@ async def what_has_started_is_known(bed: LauncherBed) -> None:
 
 
 async def a_place_has_one_life_after_another(bed: LauncherBed) -> None:
-    """After a stop the place takes the next start, with another process."""
+    """After a stop, the place takes the next start, with another process."""
     first = await started(bed)
     await bed.launcher.stop(first.place, 5.0)
     second = await asyncio.wait_for(bed.launcher.start(first.place, bed.order()), DEADLINE_S)
@@ -81,7 +84,7 @@ async def a_place_has_one_life_after_another(bed: LauncherBed) -> None:
 
 
 async def a_death_is_told(bed: LauncherBed) -> None:
-    """Whoever waits for an engine's death hears of it, and of no other's; it can be stopped all the same."""
+    """Waiting for an engine's death reports that death and no other; the engine can still be stopped afterwards."""
     doomed, other = await started(bed, "a"), await started(bed, "b")
     deaths = [asyncio.ensure_future(bed.launcher.death(kept.place)) for kept in (doomed, other)]
     await asyncio.sleep(0)
@@ -97,7 +100,7 @@ async def a_death_is_told(bed: LauncherBed) -> None:
 
 
 async def stopping_is_harmless(bed: LauncherBed) -> None:
-    """Where nothing has run, twice, and again after somebody gave up waiting for it."""
+    """Stopping is harmless where nothing has run, twice, and again after a waiter gave up."""
     place = bed.launcher.place("a")
     await bed.launcher.stop(place, 0.0)
     await asyncio.wait_for(bed.launcher.start(place, bed.order()), DEADLINE_S)
@@ -112,7 +115,7 @@ async def stopping_is_harmless(bed: LauncherBed) -> None:
 
 
 async def a_start_can_be_stopped(bed: LauncherBed) -> None:
-    """A start that does not come to its end is ended by `stop`: it raises, and the place takes the next one."""
+    """`stop` ends a start that does not complete: the start raises, and the place takes the next one."""
     place = bed.launcher.place("a")
     start = asyncio.ensure_future(bed.launcher.start(place, bed.slow_order()))
     await asyncio.sleep(0)
@@ -124,7 +127,10 @@ async def a_start_can_be_stopped(bed: LauncherBed) -> None:
 
 
 async def clients_come_and_go(bed: LauncherBed) -> None:
-    """A client binds the addresses that it is told and is attached, its successor at the same number too; twice is harmless."""
+    """
+    Clients bind their given addresses and are attached, as is a successor
+    with the same number; repeats are harmless.
+    """
     kept = await started(bed, n_clients=3)
     first, second = (bed.launcher.client_addresses(kept.place, client) for client in (1, 2))
     assert len({first.input_address, first.output_address, second.input_address, second.output_address}) == 4
@@ -141,7 +147,10 @@ async def clients_come_and_go(bed: LauncherBed) -> None:
 
 
 async def new_clients_are_served_or_refused(bed: LauncherBed) -> None:
-    """A client that was not named at the start, or is elsewhere, is attached where the launcher has the ability, else refused."""
+    """
+    A client not named at the start, or on another node, is attached if the
+    launcher has the ability, otherwise refused.
+    """
     kept = await started(bed)
     for client in (1, 7):
         if bed.launcher.abilities.new_clients:

@@ -1,4 +1,4 @@
-"""The launcher contract on the launcher for this machine, and on one that is written here and can do all that the protocol has."""
+"""The launcher contract on this machine's launcher and on a scripted one that has every ability of the protocol."""
 
 import asyncio
 import multiprocessing
@@ -31,7 +31,7 @@ class SleepingProcesses:
     environment: Mapping[str, str] = {"CASCADE_TEST_PLACE": "here"}
 
     def __init__(self, n_clients: int, *, becomes_ready: bool) -> None:
-        """For so many clients."""
+        """Set up for this many clients."""
         self.n_clients = n_clients
         self.config: Any = {"completed": False}
         self.ready_payload = b""
@@ -60,7 +60,7 @@ class SleepingProcesses:
         return {"engine": "written"}
 
     def end(self, timeout_s: float) -> None:
-        """Kill it; it never ends by itself."""
+        """Kill it; it never exits by itself."""
         assert timeout_s >= 0.0
         self._ended.set()
         for process in self.processes:
@@ -102,7 +102,7 @@ class WrittenOrder:
 
 @dataclass(slots=True)
 class WrittenLife:
-    """An engine that is only written down."""
+    """An engine that exists only as a record."""
 
     kept: Kept[Mapping[str, Any]] | None = None
     gone: asyncio.Event = field(default_factory=asyncio.Event)
@@ -110,7 +110,7 @@ class WrittenLife:
 
 
 class WrittenLauncher:
-    """Two nodes that are not there; engines take new clients anywhere and would outlive this process. See `Launcher`."""
+    """Two imaginary nodes; engines accept clients from anywhere and would outlive this process. See `Launcher`."""
 
     abilities = Abilities(new_clients=True, outlives_front_end=True)
 
@@ -181,7 +181,7 @@ class WrittenLauncher:
 
 
 class WrittenBed:
-    """The written launcher."""
+    """The scripted launcher."""
 
     def __init__(self) -> None:
         """Nothing runs."""
@@ -202,7 +202,7 @@ class WrittenBed:
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the starts of this machine have their folders."""
+    """The folder in which starts on this machine make their own folders."""
     monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(tmp_path))
     return tmp_path
 
@@ -220,12 +220,15 @@ async def test_contract(rule: Callable[[LauncherBed], Awaitable[None]], make_bed
 
 
 def entries_of(folder: Path) -> list[Path]:
-    """What is in it."""
+    """The folder's entries."""
     return list(folder.iterdir())
 
 
 async def test_a_start_on_this_machine_leaves_nothing(folders: Path) -> None:
-    """Its processes have their sockets and temporary files in a folder of their own, which goes with them, and their own variables."""
+    """
+    Its processes have their own variables and a private folder for
+    sockets and temporary files, removed with them.
+    """
     bed = LocalBed()
     order = bed.order(n_clients=2)
     kept = await bed.launcher.start(bed.launcher.place("a"), order)
@@ -242,7 +245,7 @@ async def test_a_start_on_this_machine_leaves_nothing(folders: Path) -> None:
 
 
 async def test_a_process_that_dies_while_it_starts_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start ends with an error, though the thread that waits for readiness does not."""
+    """The start raises, though the thread that waits for readiness does not end."""
     monkeypatch.setattr("cascadeinfer.cluster.local.START_POLL_S", 0.01)
     bed = LocalBed()
     place, order = bed.launcher.place("a"), bed.slow_order()
@@ -257,7 +260,7 @@ async def test_a_process_that_dies_while_it_starts_is_not_waited_for(monkeypatch
 
 
 def test_a_further_instance_must_find_its_memory_free() -> None:
-    """Those of the start share what there is; one that comes later is refused when there is too little, and takes no place."""
+    """Initial instances share the memory there is; a later one is refused if too little is left, and takes no place."""
     launcher: LocalLauncher[Any] = LocalLauncher(Places(["0"], ["1"], may_share=False), 1, further_needs_bytes=2.0**60)
     launcher.place("a")
     with pytest.raises(ScalingRefusedError, match="no memory left"):

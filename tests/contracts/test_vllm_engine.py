@@ -27,7 +27,7 @@ from cascadeinfer.engines.vllm.connector.cascade_connector import CascadeConnect
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
 QUICK_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # the worker is a process of its own, whatever tests before chose
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # the worker is a separate process, whatever earlier tests chose
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -219,7 +219,7 @@ async def test_a_killed_engine_leaves_no_shared_memory(maker: VllmMaker) -> None
     bed = await Bed.make(maker)
     try:
         used = segments_of(os.getpid()) - before
-        assert used  # else this test sees nothing
+        assert used  # otherwise this test would see nothing
         bed.a.engine.kill()
         await asyncio.wait_for(bed.a.died.wait(), 30.0)
     finally:

@@ -1,16 +1,17 @@
 """
-Chaos on a real server: clients of all kinds, and somebody who kills, drains and adds instances under them.
+Chaos on a real server: clients of all kinds while instances are killed, drained and added.
 
-What each request must answer is learned first, one request at a time, each kept on a single instance (`prompt_logprobs` pins it and does
-not change its text). Then `n_clients` clients send requests at random: short and long ones, streamed and not, read slowly, left in the
-middle, with stop strings, grammars, penalties, seeds. Meanwhile instances are killed (SIGKILL), drained and
-added at random. The seed decides what is done; the machine decides when it takes effect.
+The right answer to each request is learned first, one request at a time, each kept on a single instance
+(`prompt_logprobs` pins it and does not change its text). Then `n_clients` clients send requests at random: short and
+long, streamed and not, read slowly, abandoned midway, with stop strings, grammars, penalties or seeds. Meanwhile
+instances are killed (SIGKILL), drained and added at random. The seed decides what is done; the machine decides when it
+takes effect.
 
-Among the clients are hostile ones (`hostile.py`): they forge tickets, send bombs, flood the server with requests that they abandon or that
-cannot be served. They must get their refusals, and nobody else may notice.
+Some clients are hostile (`hostile.py`): they forge tickets, send bombs, and flood the server with requests that they
+abandon or that cannot be served. They must get their refusals, and no other client may notice.
 
-Every request that its client has not left must end once, with the answer learned. A request that is pinned by its sampling state may go on
-with other tokens after its instance has died, as documented: of those the length is checked.
+Every request that its client has not abandoned must end once, with the learned answer. A request pinned by its sampling
+state may continue with other tokens after its instance has died, as documented; for those only the length is checked.
 """
 
 import asyncio
@@ -37,12 +38,12 @@ N_HOSTILE = 2
 HOSTILE_PAUSE_S = 0.5
 """Mean time between two acts of a hostile client."""
 POISON = "poison_request"
-"""How the error of a request begins that is ended because instances have died under it. Here they are killed, so some are."""
+"""Prefix of the error that ends a request because instances died under it; instances are killed here, so it occurs."""
 LEAVE_SHARE = 0.15
 SLOW_SHARE = 0.15
 SLOW_S = 0.03
 ALL_DOWN_SHARE = 0.2
-"""How often the last instance that is up is killed too, when its turn comes."""
+"""Probability that the last instance that is up is killed too when its turn comes."""
 MIN_INSTANCES, MAX_INSTANCES = 2, 4
 DRAIN_TIMEOUT_S = 20.0
 ACTIONS = ("kill", "drain", "add", "kill", "drain", "add", "kill any")
@@ -99,14 +100,14 @@ KINDS = (
 
 @dataclass
 class Answer:
-    """What came back: text per choice, why each ended, tokens in all."""
+    """What came back: the text and finish reason of each choice, and the number of tokens."""
 
     texts: dict[int, str] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     n_tokens: int = 0
 
     def take(self, part: dict[str, Any]) -> None:
-        """A chunk of a stream, or the whole answer."""
+        """Add a chunk of a stream, or the whole answer."""
         for choice in part["choices"]:
             index = choice["index"]
             assert index not in self.reasons, f"words after the last word of choice {index}"
@@ -157,7 +158,7 @@ class Chaos:
     def __init__(self, server: ServerProcess, seconds: float, seed: int) -> None:
         """
         Args:
-            server: A server that is ready and idle.
+            server: A ready, idle server.
             seconds: How long to go on; then everything may end and settle.
             seed: Of all choices.
         """
@@ -170,7 +171,7 @@ class Chaos:
         self._killed_s: list[float] = []
 
     async def run(self) -> Report:
-        """Learn, torment, wait for the last answer."""
+        """Learn the answers, run the chaos, and wait for the last request."""
         before = self._counted()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {API_KEY}"}
@@ -243,7 +244,7 @@ class Chaos:
                 self._check(kind, answer)
 
     async def _hostile(self, http: httpx.AsyncClient, rng: random.Random) -> None:
-        """One act after another; every act before any comes again."""
+        """Perform one act after another; each comes up once before any repeats."""
         client = Hostile(http, LOOPBACK, self.server.port, rng)
         while True:
             for name in rng.sample(sorted(client.acts), len(client.acts)):
@@ -288,7 +289,7 @@ class Chaos:
         return answer
 
     def _n_ended_since(self, since_s: float) -> int:
-        """How often an instance was killed since then."""
+        """The number of times any instance has been killed since this point."""
         return sum(killed_s >= since_s for killed_s in self._killed_s)
 
     def _check(self, kind: Kind, answer: Answer) -> None:
@@ -309,7 +310,7 @@ class Chaos:
     # --- instances ---------------------------------------------------------------------------------------------------
 
     async def _torment(self, http: httpx.AsyncClient) -> None:
-        """One thing after another; every kind of action before any comes again."""
+        """One action after another; each kind comes up once before any repeats."""
         while True:
             for action in self._rng.sample(ACTIONS, len(ACTIONS)):
                 await asyncio.sleep(self._rng.uniform(0.5, 1.5) * PACE_S)
@@ -344,7 +345,7 @@ class Chaos:
             self.report.errors.append(f"{action}: {answer.status_code} {answer.text}")
 
     def _kill(self, seen: list[dict[str, Any]], *, whoever: bool) -> None:
-        """SIGKILL to an instance in service, or to any process of any, one that just starts for instance."""
+        """Send SIGKILL to an instance in service, or to any process of any instance, even one that is starting."""
         cores = [(i["pid"], f"kill, {i['phase']}") for i in seen if i["pid"] is not None]
         others = [
             (process.pid, "kill, any process")
@@ -362,7 +363,7 @@ class Chaos:
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The parts of a stream; it must end as it should."""
+    """The chunks of a stream, which must end properly."""
     done = False
     async for line in response.aiter_lines():
         if not line.startswith("data: "):

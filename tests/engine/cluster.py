@@ -1,8 +1,8 @@
 """
-Three instances, three stages, the runtime and vLLM's `AsyncLLM` on it: the whole product but the HTTP server, in the test's process.
+Three instances in three stages, the runtime and vLLM's `AsyncLLM` on it: everything but the HTTP server, in-process.
 
-The policy is `static_stages` with a switch: with moves switched off a request stays where it was dispatched, which gives the output of
-the same request on one instance alone.
+The policy is `static_stages` with a switch. With moves switched off, a request stays where it was dispatched, which
+gives the output that the same request has on one instance alone.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Cluster:
     def stream(
         self, prompt: str | list[int], params: "SamplingParams", *, request_id: str | None = None
     ) -> "AsyncIterator[RequestOutput]":
-        """Run a request; its outputs as they come."""
+        """Run a request; yields its outputs as they come."""
         request_id = request_id or f"t{next(self._numbers)}"
         given: Any = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
         return self.llm.generate(given, params, request_id)
@@ -71,14 +71,14 @@ class Cluster:
         return sorted(last.outputs, key=lambda completion: completion.index)
 
     async def alone(self, prompt: str | list[int], params: "SamplingParams") -> "list[CompletionOutput]":
-        """The same on one instance, with nothing else running and without moves."""
+        """Run it on one instance, with nothing else running and without moves."""
         await self.settled()
         with self.no_moves():
             return await self.run(prompt, params)
 
     @contextlib.contextmanager
     def no_moves(self) -> Iterator[None]:
-        """Meanwhile, requests stay where they are."""
+        """Within this block, requests stay where they are."""
         self.policy.moving = False
         try:
             yield
@@ -88,7 +88,7 @@ class Cluster:
     # --- what happened -----------------------------------------------------------------------------------------------
 
     def migrations(self, outcome: str | None = None) -> int:
-        """Migrations that have ended so far (so)."""
+        """Migrations that have ended so far (with this outcome)."""
         ended = self.runtime.snapshot()["migrations"]["ended"]
         return sum(ended.values()) if outcome is None else ended.get(outcome, 0)
 
@@ -116,16 +116,16 @@ class Cluster:
         return None
 
     async def all_up(self) -> None:
-        """Wait until every instance is up (again)."""
+        """Wait until every instance is up."""
         await eventually(lambda: len(self.runtime.live_engines()) == 3, "all instances up", 2 * DEADLINE_S)
 
     async def settled(self, deadline_s: float = SETTLE_S) -> None:
-        """All instances are up and nothing is held anywhere: in the engines, the runtime, the policy's books."""
+        """All instances are up, and nothing is held in the engines, the runtime or the policy's view."""
         held: dict[str, Any] = {}
 
         async def nothing() -> bool:
             await self.all_up()
-            with contextlib.suppress(EngineError):  # one has died, and the runtime has not noticed yet
+            with contextlib.suppress(EngineError):  # one has died, but the runtime has not noticed yet
                 return await held_nowhere()
             return False
 

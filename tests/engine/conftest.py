@@ -1,8 +1,8 @@
 """
 Real vLLM instances for the tests of this folder, started once per session.
 
-They start fast: forked (the variable is set for the processes only, after the configuration that would reset it was made), in one process
-each, without compilation, with few KV blocks (NIXL registers each one).
+They start fast: forked, each in one process, without compilation, and with few KV blocks (NIXL registers each one). The
+variable that selects forking is set for the processes only, after the configuration that would reset it has been made.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ FORK = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Engines need more time than the suite's time-out allows, most of all on a busy machine."""
+    """Engines need more time than the suite's time limit allows, above all on a busy machine."""
     for item in items:
         if item.get_closest_marker("engine") is not None and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(300))
@@ -56,9 +56,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def sigterm_is_as_good_as_ctrl_c() -> Iterator[None]:
     """
-    SIGTERM, from `timeout` for instance, ends the tests by way of their fixtures.
+    SIGTERM, from `timeout` for instance, ends the tests through their fixtures.
 
-    Servers lead sessions of their own, so that a signal to the tests' process group does not reach them.
+    Servers lead their own sessions, so a signal to the tests' process group does not reach them.
     """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     yield
@@ -67,7 +67,7 @@ def sigterm_is_as_good_as_ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def states_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where instances on the V2 runner write the states of requests that ask for it by their id."""
+    """Where instances on the V2 runner record the states of requests whose id asks for it."""
     return tmp_path_factory.mktemp("states")
 
 
@@ -91,7 +91,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_process_left() -> Iterator[None]:
-    """After the last test and the end of all fixtures, no process started by the session is alive."""
+    """After the last test and all fixtures, no process started by the session is alive."""
     yield
     # Python's own resource tracker lives as long as this process.
     left = [p for p in psutil.Process().children(recursive=True) if "resource_tracker" not in _command(p)]
@@ -100,7 +100,7 @@ def no_process_left() -> Iterator[None]:
 
 
 def _command(process: psutil.Process) -> str:
-    """A process's command line; empty when it has ended meanwhile, waited for or not."""
+    """A process's command line; empty if it has ended meanwhile, reaped or not."""
     try:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
@@ -164,7 +164,7 @@ async def started_zoo(
 
 
 def reasoning() -> Any:
-    """How instances tell where thinking begins and ends, which thinking budgets need; by token ids, without a parser."""
+    """Reasoning markers as token ids, without a parser: instances need them to enforce thinking budgets."""
     from vllm.config.reasoning import ReasoningConfig
 
     config = ReasoningConfig()
@@ -177,7 +177,7 @@ def reasoning() -> Any:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def zoo(started_zoo: Zoo) -> AsyncIterator[Zoo]:
-    """The instances; after each test they must come to hold nothing."""
+    """The instances; after each test they must hold nothing."""
     yield started_zoo
     await started_zoo.settled()
 

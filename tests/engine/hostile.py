@@ -1,8 +1,8 @@
 """
 Hostile clients for the chaos test: what they send, and what must come back.
 
-Each act is something that once ended an engine, read another client's KV cache, kept an EngineCore busy for ever or left something
-behind in the server. An act returns None when the server answered as it should, else what it answered.
+Each act once killed an engine, read another client's KV cache, kept an EngineCore busy for ever or left something
+behind in the server. An act returns None if the server answered as it should, otherwise the answer.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ TICKET: Final = {
     "remote_num_tokens": 96,
     "tp_size": 1,
 }
-"""What one instance tells another of a request that moves; from a client it is forged."""
+"""A ticket, as one instance passes it to another for a moving request; from a client it is forged."""
 WORDS: Final = (
     TICKET,
     {"do_remote_prefill": True},
@@ -35,7 +35,7 @@ WORDS: Final = (
     {"cascade_prompt_tokens": 1, "cascade_reservation": "client0/m1"},
 )
 MULTIPLE_OF: Final = {"json": {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 100}}
-"""A valid schema whose grammar takes tokens after its end one by one, but not in bulk."""
+"""A valid schema whose grammar accepts tokens after its end one by one, but not in bulk."""
 HALF_OPEN: Final = 20
 FLOOD: Final = 16
 LEAVE_S: Final = 0.02
@@ -89,7 +89,7 @@ def chat(**more: Any) -> dict[str, Any]:
 
 
 class Hostile:
-    """One hostile client. The acts differ by the generator that is passed in, never by the clock."""
+    """One hostile client. The acts vary with the generator that is passed in, never with the clock."""
 
     def __init__(self, http: httpx.AsyncClient, host: str, port: int, rng: random.Random) -> None:
         """
@@ -116,7 +116,7 @@ class Hostile:
         }
 
     async def forged_ticket(self) -> str | None:
-        """Words that only the connector may use, on every surface that generates."""
+        """Send parameters that only the connector may use, on every surface that generates."""
         words = self._rng.choice(WORDS)
         surface, body = self._rng.choice(
             [
@@ -141,12 +141,12 @@ class Hostile:
         return await self._expect({400, 413}, "/v1/completions", completion(structured_outputs=bomb))
 
     async def grammar_past_its_end(self) -> str | None:
-        """It may end with an error, but it must end, and alone."""
+        """The request may end with an error, but it must end, and affect no other."""
         body = completion(n_tokens=200, structured_outputs=MULTIPLE_OF)
         return await self._expect({200, 500}, "/v1/completions", body)
 
     async def no_key(self) -> str | None:
-        """Everything but health and metrics asks for the key."""
+        """All routes but health and metrics require the key."""
         path = self._rng.choice(
             ["/invocations", "/generative_scoring", "/tokenize", "/scale_elastic_ep", "/load", "/v1/models", "/docs"]
         )
@@ -154,7 +154,7 @@ class Hostile:
         return await self._expect({401}, path, completion(), headers=headers)
 
     async def body_too_large(self) -> str | None:
-        """A body that says how large it is, and sends nothing of it."""
+        """A body that announces its size and sends nothing."""
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {API_KEY}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {self._rng.randrange(1 << 26, 1 << 40)}\r\n\r\n"
         reader, writer = await asyncio.open_connection(*self._address)
@@ -168,7 +168,7 @@ class Hostile:
                 await writer.wait_closed()
 
     async def half_open(self) -> str | None:
-        """Connections that never finish their head; whoever opened them goes away without a word."""
+        """Connections that never finish their headers and then vanish silently."""
         writers = []
         for _ in range(HALF_OPEN):
             _, writer = await asyncio.open_connection(*self._address)
@@ -180,7 +180,7 @@ class Hostile:
         return None
 
     async def abandoned(self) -> str | None:
-        """Requests whose client leaves at once: before their head, before their first token, among siblings."""
+        """Requests whose client leaves at once: before the headers, before the first token, among siblings."""
 
         async def leave(body: dict[str, Any], after_s: float) -> None:
             with contextlib.suppress(TimeoutError):
@@ -219,12 +219,12 @@ class Hostile:
         return "; ".join(wrong) or None
 
     async def odd_request_id(self) -> str | None:
-        """Identifiers that do not belong into logs."""
+        """Identifiers that do not belong in logs."""
         name = self._rng.choice(["x" * 200, "a b", 'a"b', "a{b}", "$(reboot)", "a\tb"])
         return await self._expect({400}, "/v1/completions", completion(), headers={"X-Request-Id": name})
 
     async def odd_priority(self) -> str | None:
-        """Numbers that no queue and no message can hold."""
+        """Numbers too large for any queue or message."""
         value = self._rng.choice([10**30, -(10**30), 2**63, -(2**63) - 1])
         return await self._expect({400, 422}, "/v1/completions", completion(priority=value))
 

@@ -1,8 +1,9 @@
 """
-`cascadeinfer serve` whose instances start in a second or two: forked from the server, which has imported everything, and restarted at once.
+`cascadeinfer serve` with instances that start in a second or two and restart at once.
 
-A program of its own, for tests that kill many. Forking beside threads is not safe in general, so the product does not do it. A forked
-process would for instance write the signals it gets to the server's event loop, through the file descriptor that it has inherited.
+They are forked from the server, which has already imported everything. This is a separate program, for tests that kill
+many instances. Forking a process that has threads is not safe in general, so the product does not do it. For instance,
+a forked process would write the signals it gets to the server's event loop, through the inherited file descriptor.
 
 With HURRY in the environment it learns and plans every few seconds, from few requests and for small gains.
 """
@@ -26,18 +27,18 @@ PR_SET_PDEATHSIG = 1
 
 def as_if_spawned() -> None:
     """
-    In a forked process: no signals to the server's event loop; an end when its parent ends.
+    In a forked process, send no signals to the server's event loop, and exit when the parent does.
 
     vLLM's workers watch a pipe for their EngineCore's end, and a forked one may hold the pipe's other end itself.
     """
     signal.set_wakeup_fd(-1)
-    tempfile.tempdir = None  # a spawned process asks its environment
+    tempfile.tempdir = None  # a spawned process reads it from its environment
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":
     ffi.lib._fntab["__dict__"] = {}  # see tests/conftest.py
-    resource_tracker.ensure_running()  # one for all processes, as spawned ones have it
+    resource_tracker.ensure_running()  # one for all processes, as with spawned ones
     os.register_at_fork(after_in_child=as_if_spawned)
     fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}  # set for the processes only: the configuration resets it
     assemble.make_runtime = partial(assemble.make_runtime, extra_environment=fork)  # type: ignore[assignment]

@@ -19,13 +19,13 @@ from conftest import QUICK_ENVIRONMENT
 
 START_DEADLINE_S = 240.0
 PIPES = "pipe:[*]"
-"""In `open_files`; a process object has two."""
+"""The key for pipes in `open_files`; a process object has two."""
 API_KEY = "sesame"
 MODEL = "tiny"
 QUICK_SERVER = (sys.executable, str(Path(__file__).parent / "quick_server.py"))
 """A server whose instances start in a second or two; for tests that start many."""
 OTHERS_WORDS = re.compile(r"\((EngineCore|Worker)|.*\"(GET|POST|DELETE) ")
-"""Lines of the log that are not the front end's own."""
+"""Log lines that are not the front end's own."""
 
 
 class ServerProcess(ServedProcess):
@@ -39,7 +39,7 @@ class ServerProcess(ServedProcess):
         program: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`cascadeinfer`, unless another program is named; with these variables added to those of quick tests."""
+        """Start `cascadeinfer`, or the program named, with these variables added to those of quick tests."""
         port = free_port()
         words = ["serve", str(model), "--host", LOOPBACK, "--port", str(port), "--served-model-name", MODEL]
         words += ["--instances", "2", "--stages", "0-64:1,64-:1", "--api-key", API_KEY, "--report-interval-s", "0.02"]
@@ -55,11 +55,11 @@ class ServerProcess(ServedProcess):
         )
 
     def wait_until_ready(self, n_instances: int = 2) -> None:
-        """Until `/health/ready` says so with all instances."""
+        """Wait until `/health/ready` reports all instances."""
         self.poll(lambda: len(self.get("/health/ready").json()["instances"]) == n_instances, "ready", START_DEADLINE_S)
 
     def poll(self, condition: Callable[[], object], what: str, deadline_s: float = 120.0) -> None:
-        """Until the condition holds; a refused connection is not an answer yet."""
+        """Wait until the condition holds; a refused connection does not count as an answer."""
 
         def holds() -> bool:
             try:
@@ -70,7 +70,7 @@ class ServerProcess(ServedProcess):
         self.wait_until(holds, what, deadline_s, poll_s=0.05)
 
     def log_tail(self, n_lines: int = 60) -> str:
-        """The end of the log without the engines' own words and the access log."""
+        """The end of the log without the engines' output and the access log."""
         lines = [line for line in self.log.read_text().splitlines() if not OTHERS_WORDS.match(line)]
         return "\n".join(line[:300] for line in lines[-n_lines:])
 
@@ -106,9 +106,10 @@ class ServerProcess(ServedProcess):
 
     def resources(self) -> dict[str, int]:
         """
-        What the server's own process has: processes below it, threads of ZMQ, open files, listening ports; and the machine's shared memory.
+        Resource counts: the server's child processes, ZMQ threads, open files and listening ports, and the machine's
+        shared memory.
 
-        Other threads do not count: Python's executor starts some of its few when they are first needed.
+        Other threads do not count: Python's executor starts some of its few only when they are first needed.
         """
         own = psutil.Process(self.pid)
         names = [Path(f"/proc/{own.pid}/task/{thread.id}/comm").read_text() for thread in own.threads()]
@@ -121,13 +122,13 @@ class ServerProcess(ServedProcess):
         }
 
     def folder(self) -> Path:
-        """The server's own, whose lock it has open."""
+        """The server's own folder, whose lock it has open."""
         links = [link.readlink() for link in Path(f"/proc/{self.pid}/fd").iterdir() if link.is_symlink()]
         [folder] = [link.parent for link in links if link.name == LOCK and NAME.fullmatch(link.parent.name)]
         return folder
 
     def open_files(self) -> Counter[str]:
-        """The server's own open files by kind: path without numbers, so that a leak says where it comes from."""
+        """The server's own open files by kind: the path without numbers, so that a leak shows where it comes from."""
         kinds: Counter[str] = Counter()
         for link in Path(f"/proc/{self.pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile

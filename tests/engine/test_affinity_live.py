@@ -1,4 +1,4 @@
-"""The second turn of a conversation on real engines: it goes where the first one's KV cache is, past an instance that would come first."""
+"""The second turn of a conversation on real engines goes to its KV cache, past an instance that ranks first."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +24,14 @@ def server(tiny_model: Path, tmp_path: Path) -> Iterator[ServerProcess]:
 
 
 def turn(server: ServerProcess, prompt: list[int], n_tokens: int) -> None:
-    """A request of this prompt, to its end."""
+    """Run a request with this prompt to its end."""
     body = {"model": MODEL, "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True}
     answer = server.post("/v1/completions", body)
     assert answer.status_code == 200, answer.text
 
 
 def test_second_turn(server: ServerProcess) -> None:
-    """While instance 0 is busy a conversation starts on 1; with both idle its next turn returns to 1 and reads the cache there."""
+    """A conversation starts on instance 1 while 0 is busy; with both idle, its next turn returns to 1's cache."""
     other, first = random_prompt(N_PROMPT, 1), random_prompt(N_PROMPT, 2)
     with ThreadPoolExecutor(1) as executor:
         busy = executor.submit(turn, server, other, 600)

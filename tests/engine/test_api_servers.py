@@ -22,12 +22,12 @@ pytestmark = pytest.mark.engine
 
 N_PROCESSES = 2
 N_REQUESTS = 8
-"""At once, each with a connection of its own: the processes share them."""
+"""Requests sent at once, each on its own connection: the processes share them."""
 N_TRIES = 5
 HANG_TIMEOUT_S = 15
 PROMPT = [17, 42, 99, 7] * 5
 N_TOKENS = 600
-"""From a prompt of 20 this crosses the stage edge at 64 tokens, and takes long enough to be seen in every process."""
+"""From a prompt of 20 this crosses the stage edge at 64 tokens, and runs long enough to be seen in every process."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def wait_until_all_serve(server: ServerProcess, restarts: int = 0) -> None:
-    """Until every process serves, the second after so many restarts."""
+    """Wait until every process serves, the second after this many restarts."""
 
     def serve() -> bool:
         front_ends = server.admin()["front_ends"]
@@ -52,7 +52,7 @@ def wait_until_all_serve(server: ServerProcess, restarts: int = 0) -> None:
 
 
 def complete(server: ServerProcess, n_tokens: int = N_TOKENS) -> str | None:
-    """A greedy completion on a connection of its own; None when the connection was lost."""
+    """A greedy completion on its own connection; None if the connection was lost."""
     body = {"model": MODEL, "prompt": PROMPT, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True}
     try:
         response = server.post("/v1/completions", body)
@@ -64,9 +64,10 @@ def complete(server: ServerProcess, n_tokens: int = N_TOKENS) -> str | None:
 
 def many(server: ServerProcess, executor: ThreadPoolExecutor, n_tokens: int) -> list[Any]:
     """
-    Requests that both processes share; returns all that it has sent when each process has some.
+    Send requests until both processes have served some; returns all that were sent.
 
-    A process that has never had a request is slow to take its first connection, and the other one takes all: then once more.
+    A process that has never had a request is slow to accept its first connection, so the other one may take them all;
+    then the batch is sent again.
     """
     futures: list[Any] = []
     for _ in range(N_TRIES):
@@ -79,7 +80,7 @@ def many(server: ServerProcess, executor: ThreadPoolExecutor, n_tokens: int) -> 
 
 
 def test_processes_share_requests_and_instances(server: ServerProcess) -> None:
-    """Requests of both processes move between the same instances and give what one alone gives; every view adds up over the processes."""
+    """Requests of both processes move between the same instances, unchanged; every view adds up over the processes."""
     alone = complete(server)
     moved, requests = (
         server.metric("cascadeinfer_migrations_total", outcome="moved"),
@@ -100,7 +101,7 @@ def test_processes_share_requests_and_instances(server: ServerProcess) -> None:
 
 
 def test_a_pause_of_process_0_is_nobodys_death(server: ServerProcess) -> None:
-    """Process 0 is stopped for longer than an instance may hang: no instance and no process is restarted, requests go on."""
+    """Process 0 is paused for longer than the hang limit: no instance or process is restarted, and requests go on."""
     alone = complete(server)
     with ThreadPoolExecutor(N_REQUESTS) as executor:
         futures = many(server, executor, N_TOKENS)
@@ -120,7 +121,7 @@ def test_a_pause_of_process_0_is_nobodys_death(server: ServerProcess) -> None:
 
 
 def test_an_instance_dies_under_both_processes(server: ServerProcess) -> None:
-    """Requests of both processes go on elsewhere and end as if nothing had happened; both use the instance's next life."""
+    """Requests of both processes complete elsewhere unchanged; both use the restarted instance."""
     alone = complete(server, 300)
     with ThreadPoolExecutor(N_REQUESTS) as executor:
         futures = many(server, executor, 300)
@@ -133,7 +134,7 @@ def test_an_instance_dies_under_both_processes(server: ServerProcess) -> None:
 
 
 def test_a_process_dies(server: ServerProcess) -> None:
-    """Its clients are disconnected and its requests aborted, the others' go on; another process takes its place."""
+    """Its clients are disconnected and its requests aborted; others go on, and a new process takes its place."""
     alone = complete(server)
     with ThreadPoolExecutor(N_REQUESTS) as executor:
         futures = many(server, executor, N_TOKENS)
@@ -147,7 +148,7 @@ def test_a_process_dies(server: ServerProcess) -> None:
 
 
 def test_admin_on_any_process(server: ServerProcess) -> None:
-    """Whichever process is asked, the answer and the refusal are process 0's; keys are asked for by all."""
+    """Whichever process is asked, answers and refusals are process 0's; every process requires the key."""
     with ThreadPoolExecutor(N_REQUESTS) as executor:
         answers = list(executor.map(lambda _: server.delete("/admin/instances/99"), range(N_REQUESTS)))
         assert {answer.status_code for answer in answers} == {404}
@@ -161,7 +162,7 @@ def test_admin_on_any_process(server: ServerProcess) -> None:
 
 
 def test_sigterm_drains_all_processes(server: ServerProcess) -> None:
-    """Requests of both processes finish, no new one is taken, every process ends, the exit code is 0."""
+    """Requests of both processes finish, no new one is accepted, every process exits, and the exit code is 0."""
     everyone = server.family()
     alone = complete(server)
     with ThreadPoolExecutor(N_REQUESTS) as executor:

@@ -1,4 +1,4 @@
-"""The issue's main claim on real engines: requests flow through three stages with their KV cache, and nothing else changes."""
+"""The main claim on real engines: requests flow through three stages with their KV cache, and nothing else changes."""
 
 import asyncio
 import random
@@ -13,14 +13,15 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 N_REQUESTS = 24
 N_HAND_OVERS = 20
 PULLS_OF_ENGINE = "vllm:nixl_xfer_time_seconds_count"
-"""Transfers as NIXL itself counts them, per engine."""
+"""Transfers per engine, as counted by NIXL itself."""
 
 
 async def test_24_requests_through_three_stages(cluster: Cluster) -> None:
     """
-    24 concurrent requests of mixed lengths get what each gets alone on one instance, with at least 20 hand-overs by KV pull.
+    24 concurrent requests of mixed lengths get the tokens that each gets alone, with at least 20 hand-overs by KV pull.
 
-    Counted three ways that agree: the runtime's migrations, the connector's pulls, NIXL's own transfers. Nothing is recomputed.
+    Three counts agree: the runtime's migrations, the connector's pulls, and NIXL's own transfers. Nothing is
+    recomputed.
     """
     rng = random.Random(1)
     cases: list[tuple[list[int], int, list[int]]] = []

@@ -1,4 +1,4 @@
-"""A real server under kills, drains, adds and impatient clients; `make chaos` goes on for five minutes."""
+"""A real server under kills, drains, adds and impatient clients; `make chaos` runs it for five minutes."""
 
 import asyncio
 import json
@@ -14,12 +14,12 @@ pytestmark = pytest.mark.engine
 
 N_INSTANCES = 3
 FEW_CONNECTIONS = 6
-"""Kept open by this test's own HTTP client."""
+"""Connections kept open by this test's own HTTP client."""
 
 
 @pytest.fixture
 def seconds(request: pytest.FixtureRequest) -> float:
-    """How long it goes on."""
+    """How long the chaos lasts, in seconds."""
     chosen: float | None = request.config.getoption("--chaos-s")
     if chosen is None:
         pytest.skip("only with --chaos-s SECONDS, as in `make chaos`")
@@ -32,7 +32,7 @@ def server(
     tiny_model: Path,
     tmp_path: Path,
 ) -> Iterator[ServerProcess]:
-    """A server of its own, whose instances start quickly: two in the stage of the long ones."""
+    """A private server whose instances start quickly, two of them in the stage for long requests."""
     options = ("--instances", str(N_INSTANCES), "--stages", "0-64:1,64-:2", "--distributed-executor-backend", "uni")
     with ServerProcess(tiny_model, tmp_path / "log", *options, program=QUICK_SERVER) as server:
         server.wait_until_ready(N_INSTANCES)
@@ -41,7 +41,7 @@ def server(
 
 @pytest.mark.timeout(1500)
 def test_chaos(server: ServerProcess, seconds: float, request: pytest.FixtureRequest) -> None:
-    """Every answer is whole and right; afterwards nothing is held by an instance, and nothing is left in or below the server."""
+    """Every answer is complete and right; afterwards no instance holds anything, and the server has leaked nothing."""
     server.poll(server.idle, "idle")
     before, open_before = server.resources(), server.open_files()
     chaos = Chaos(server, seconds, request.config.getoption("--chaos-seed"))
@@ -61,7 +61,7 @@ def test_chaos(server: ServerProcess, seconds: float, request: pytest.FixtureReq
     for _ in range(N_INSTANCES - len(there)):
         assert server.post("/admin/instances", {}).status_code == 202
     server.poll(lambda: len(server.admin()["instances"]) == N_INSTANCES and server.idle(), "as many as before", 120)
-    # An instance that is killed while it starts may leave the shared memory that it has just made.
+    # An instance killed while it starts may leave behind the shared memory it has just created.
     n_maybe_starting = report.actions["kill, any process"] + report.actions["drain, starting"]
     slack = {"files": FEW_CONNECTIONS, "shared memory": n_maybe_starting}
     try:
@@ -73,11 +73,11 @@ def test_chaos(server: ServerProcess, seconds: float, request: pytest.FixtureReq
 
 
 def more(now: dict[str, int], before: dict[str, int], slack: dict[str, int]) -> dict[str, int]:
-    """How much more there is than before, of what there is more of than the slack allows, however many instances have died."""
+    """How far each count grew, for those that grew by more than their slack, however many instances died."""
     return {name: count - before[name] for name, count in now.items() if count > before[name] + slack.get(name, 0)}
 
 
 def write(path: str | None, figures: dict[str, Any]) -> None:
-    """Where they are asked for."""
+    """Write the figures to this file, if one is given."""
     if path is not None:
         Path(path).write_text(json.dumps(figures, indent=2) + "\n")

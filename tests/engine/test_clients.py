@@ -1,4 +1,4 @@
-"""Several front-end processes on the same real instances: who gets which tokens, what each sees of the others, what a dead one leaves."""
+"""Several front-end processes on the same real instances: tokens, mutual visibility, what a dead one leaves."""
 
 import asyncio
 import itertools
@@ -43,7 +43,7 @@ async def second(zoo: Zoo) -> AsyncIterator[Zoo]:
     async with Zoo(mine) as other:
         other._numbers = itertools.count(
             1_000_000
-        )  # vLLM's front end gives each request an id that no process gives again
+        )  # vLLM's front end gives each request an id that is unique across processes
         try:
             yield other
             await other.settled()
@@ -53,7 +53,7 @@ async def second(zoo: Zoo) -> AsyncIterator[Zoo]:
 
 
 async def test_each_client_gets_its_own_tokens(zoo: Zoo, second: Zoo) -> None:
-    """Two clients run and move requests on the same two instances at once; every output is what it is alone."""
+    """Two clients run and move requests on the same two instances at once; every output is as if run alone."""
     a, b = NAMES
     cases = [(await zoo.window(n, 180)) for n in (33, 60, 90, 120)]
     outputs = []
@@ -73,7 +73,7 @@ async def test_each_client_gets_its_own_tokens(zoo: Zoo, second: Zoo) -> None:
 
 
 async def test_load_of_others_is_foreign(zoo: Zoo, second: Zoo) -> None:
-    """A report names the asker's own requests; of the others' it has the lengths."""
+    """A report names the caller's own requests; for other clients' it gives only the lengths."""
     name = NAMES[0]
     prompt, _ = await zoo.window(40, 200)
     own = await zoo.start(zoo.instances[name], prompt, greedy(1500))
@@ -90,7 +90,7 @@ async def test_load_of_others_is_foreign(zoo: Zoo, second: Zoo) -> None:
 
 
 async def test_what_a_dead_client_leaves(zoo: Zoo, second: Zoo) -> None:
-    """Its requests and reservations are gone at the owner's word, those of the others go on; its successor starts clean."""
+    """The owner's command drops its requests and reservations, no others; its successor starts clean."""
     name = NAMES[1]
     prompt, expected = await zoo.window(40, 150)
     own = await zoo.start(zoo.instances[name], prompt, greedy(150))
@@ -108,7 +108,7 @@ async def test_what_a_dead_client_leaves(zoo: Zoo, second: Zoo) -> None:
     await zoo.instances[name].release_reservation("m1")
     assert (await own.until_end()).output == expected
 
-    late = await second.start(second.instances[name], prompt, greedy(1500))  # came in after the owner had cleaned up
+    late = await second.start(second.instances[name], prompt, greedy(1500))  # arrived after the owner had cleaned up
     await late.until_output(1)
     await second.instances[name].stop(0.0)
     successor = attached(zoo.instances[name])
@@ -118,7 +118,7 @@ async def test_what_a_dead_client_leaves(zoo: Zoo, second: Zoo) -> None:
 
 
 async def test_migrations_of_all_clients_are_counted(zoo: Zoo, second: Zoo) -> None:
-    """An instance takes part in so many migrations at once, whoever starts them; further asks and cuts are refused."""
+    """An instance takes part in a limited number of migrations, whoever starts them; more are refused."""
     name = NAMES[1]
     prompt, expected = await zoo.window(20, 280)
     running = await zoo.start(zoo.instances[name], prompt, greedy(280))

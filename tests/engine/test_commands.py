@@ -1,4 +1,4 @@
-"""Commands to a real instance: what is refused and why, reservations, pins and leases, undoing a cut, the load report."""
+"""Commands to a real instance: refusals, reservations, pins and leases, undoing a cut, the load report."""
 
 import asyncio
 import time
@@ -31,7 +31,7 @@ each_kind = pytest.mark.parametrize("name", KINDS)
 
 
 async def running(zoo: Zoo, instance: VllmInstance, n_output: int = 1800, n_prompt: int = 40) -> Attempt:
-    """A request that decodes and will do so for a while; with a prompt of 200 at most it fits the model."""
+    """A request that will decode for a while; with a prompt of at most 200 it fits the model."""
     attempt = await zoo.start(instance, random_prompt(n_prompt, 5), greedy(n_output))
     await attempt.until_output(3)
     return attempt
@@ -39,7 +39,7 @@ async def running(zoo: Zoo, instance: VllmInstance, n_output: int = 1800, n_prom
 
 @each_kind
 async def test_cut_of_an_unknown_request(zoo: Zoo, name: str) -> None:
-    """A request that never was, or has ended, is refused as unknown."""
+    """A request that never existed, or has ended, is refused as unknown."""
     instance = zoo.instances[name]
     assert await instance.cut("nobody") == "unknown"
     ended = await zoo.run(instance, random_prompt(10, 1), greedy(3))
@@ -48,7 +48,7 @@ async def test_cut_of_an_unknown_request(zoo: Zoo, name: str) -> None:
 
 @each_kind
 async def test_cut_of_a_waiting_request(zoo: Zoo, name: str) -> None:
-    """A request that waits for blocks is refused, and runs when there are some."""
+    """A request that waits for blocks is refused, and runs once there are some."""
     instance = zoo.instances[name]
     prompt, expected = await zoo.window(100, 5)
     reservation_id = await zoo.squeeze(instance, 1)
@@ -65,7 +65,7 @@ async def _is_waiting(instance: VllmInstance, attempt: Attempt) -> bool:
 
 @each_kind
 async def test_cut_during_the_prefill(zoo: Zoo, name: str) -> None:
-    """A request whose prompt is not computed yet is refused: between two chunks of a long prompt, or before the first."""
+    """A request whose prefill is not finished is refused: between two chunks of a long prompt, or before the first."""
     instance = zoo.instances[name]
     refusals = set()
     for seed in range(50):
@@ -126,7 +126,7 @@ async def test_undo_too_late(zoo: Zoo, name: str) -> None:
 
 @each_kind
 async def test_reservation_holds_blocks(zoo: Zoo, name: str) -> None:
-    """A reservation takes one block more than its tokens fill, once, and gives them back."""
+    """A reservation takes one block more than its tokens fill, only once, and its release frees them."""
     instance = zoo.instances[name]
     for n_tokens, n_blocks in ((1, 2), (BLOCK, 2), (BLOCK + 1, 3), (10 * BLOCK, 11)):
         for _ in range(2):  # asking again with the same id changes nothing
@@ -141,7 +141,7 @@ async def test_reservation_holds_blocks(zoo: Zoo, name: str) -> None:
 
 @each_kind
 async def test_reservation_without_blocks(zoo: Zoo, name: str) -> None:
-    """Room that is not there is refused, and nothing is held."""
+    """Without enough free blocks a reservation is refused, and nothing is held."""
     instance = zoo.instances[name]
     assert await instance.reserve("all", (USABLE_BLOCKS - 1) * BLOCK) is None
     assert (await instance.report())[0].kv_blocks_used == USABLE_BLOCKS
@@ -165,7 +165,7 @@ async def test_reservation_without_slots(zoo: Zoo, name: str) -> None:
 
 @pytest.mark.runner("V1")
 async def test_reservation_expires(zoo: Zoo) -> None:
-    """A reservation that nobody claims ends by itself."""
+    """A reservation that is never claimed expires."""
     instance = zoo.instances["sync"]
     assert KINDS["sync"].reservation_life_s is not None
     assert await instance.reserve("forgotten", 100) is None
@@ -179,7 +179,7 @@ async def test_reservation_expires(zoo: Zoo) -> None:
 
 @each_kind
 async def test_resume_takes_its_reservation_over(zoo: Zoo, name: str) -> None:
-    """A resumed request gets the room reserved for it, also when there is no other, and the reservation is gone."""
+    """A resumed request gets its reserved room, even if there is no other, and the reservation is gone."""
     here, there = zoo.instances[OTHER[name]], zoo.instances[name]
     prompt, expected = await zoo.window(90, 200)
     attempt = await zoo.start(here, prompt, greedy(200))
@@ -202,7 +202,8 @@ async def test_pin_is_released_on_command(zoo: Zoo, name: str, *, busy: bool) ->
     """
     Pinned blocks are freed on command, whether it comes before or after the step that tells the worker of the pin.
 
-    The order is a matter of microseconds, so many cuts are tried; the instance is otherwise idle or has another request.
+    The order is decided within microseconds, so many cuts are tried; the instance is otherwise idle or has another
+    request.
     """
     instance = zoo.instances[name]
     other = await running(zoo, instance) if busy else None
@@ -239,7 +240,7 @@ async def test_cut_pins_exactly_what_is_computed(zoo: Zoo, name: str) -> None:
 
 @each_kind
 async def test_release_after_the_pull(zoo: Zoo, name: str) -> None:
-    """Releasing what has been pulled already, or was never pinned, is harmless."""
+    """Releasing a pin that has been pulled already, or never existed, is harmless."""
     instance, there = zoo.instances[name], zoo.instances[OTHER[name]]
     prompt, expected = await zoo.window(50, 150)
     attempt = await zoo.start(instance, prompt, greedy(150))
@@ -254,7 +255,7 @@ async def test_release_after_the_pull(zoo: Zoo, name: str) -> None:
 
 @pytest.mark.runner("V1")
 async def test_lease_ends(zoo: Zoo) -> None:
-    """Blocks that nobody pulls or releases are freed when the lease ends, on an idle instance too."""
+    """Blocks that are never pulled or released are freed when the lease ends, on an idle instance too."""
     instance = zoo.instances["sync+cache"]
     attempt = await running(zoo, instance)
     assert await zoo.cut(attempt)
@@ -267,7 +268,8 @@ async def test_abort_of_a_resumed_request(zoo: Zoo, name: str) -> None:
     """
     A client that leaves during the transfer frees both sides well before the lease ends.
 
-    Aborted at once, while it waits for its KV cache, or in its first steps; as the runtime does it, with the pin released.
+    The request is aborted at once, while it waits for its KV cache, or in its first steps. As in the runtime, the pin
+    is released as well.
     """
     here, there = zoo.instances[OTHER[name]], zoo.instances[name]
     for number in range(12):
@@ -285,7 +287,7 @@ async def test_abort_of_a_resumed_request(zoo: Zoo, name: str) -> None:
 
 @each_kind
 async def test_abort_of_a_resumed_request_that_waits(zoo: Zoo, name: str) -> None:
-    """A resumed request that found no room and is aborted while it waits frees the source's blocks."""
+    """A resumed request that finds no room and is aborted while it waits frees the source's blocks."""
     here, there = zoo.instances[OTHER[name]], zoo.instances[name]
     rest = await zoo.squeeze(there, 1)
     attempt = await running(zoo, here, n_prompt=200)
@@ -299,7 +301,7 @@ async def test_abort_of_a_resumed_request_that_waits(zoo: Zoo, name: str) -> Non
 
 @each_kind
 async def test_resumed_request_waits_for_room(zoo: Zoo, name: str) -> None:
-    """A resumed request that finds no room waits, and pulls its KV cache when there is some."""
+    """A resumed request that finds no room waits, and pulls its KV cache once there is some."""
     here, there = zoo.instances[OTHER[name]], zoo.instances[name]
     before = await zoo.counters(there)
     prompt, expected = await zoo.window(120, 150)
@@ -332,7 +334,7 @@ async def test_abort_at_the_source(zoo: Zoo, name: str, when: str) -> None:
 
 @each_kind
 async def test_load_report(zoo: Zoo, name: str) -> None:
-    """The report names every request with its length, the blocks they fill, and what was scheduled."""
+    """The report lists every request with its length, the blocks in use, and what was scheduled."""
     instance = zoo.instances[name]
     before = await zoo.counters(instance)
     prompts = [random_prompt(n_tokens, 7) for n_tokens in (10, 33, 100)]
@@ -364,7 +366,7 @@ async def test_load_report(zoo: Zoo, name: str) -> None:
 
 @each_kind
 async def test_steps_are_timed(zoo: Zoo, name: str) -> None:
-    """Each step is reported once, with what was in it; the seconds of a busy instance are no more than the time that passed."""
+    """Each step is reported once, with its batch; the busy seconds never exceed the time that passed."""
     instance = zoo.instances[name]
     before = await zoo.counters(instance)
     begun_s = time.monotonic()
@@ -389,7 +391,7 @@ async def test_steps_are_timed(zoo: Zoo, name: str) -> None:
 
 @pytest.mark.runner("V1")
 async def test_identity(zoo: Zoo) -> None:
-    """An instance says what it is, as far as step times depend on it: the tiny model's sizes, the processor, the backend."""
+    """An instance reports what its step times depend on: the tiny model's sizes, the processor, the backend."""
     told = await zoo.instances["sync"].identity()
     engine = told.engine
     assert (engine.layers, engine.hidden_size, engine.query_heads, engine.kv_heads) == (3, 128, 4, 2)
@@ -402,7 +404,7 @@ async def test_identity(zoo: Zoo) -> None:
 
 
 async def test_idle_instances_sleep(zoo: Zoo) -> None:
-    """Instances without requests leave the processor alone (NIXL's progress thread takes a whole core unless told not to)."""
+    """Idle instances use no processor time (by default, NIXL's progress thread would keep a whole core busy)."""
     processes = [psutil.Process(instance.pid) for instance in zoo.instances.values()]
     times: Callable[[], float] = lambda: sum(sum(process.cpu_times()[:2]) for process in processes)  # noqa: E731
     before_s = times()

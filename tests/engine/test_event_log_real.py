@@ -1,4 +1,4 @@
-"""What the runtime logs on real engines: a fresh policy decides the same, a request's story is told, and no token is in it."""
+"""The runtime's event log on real engines: replaying it gives the same decisions, and it contains no tokens."""
 
 import asyncio
 import dataclasses
@@ -33,9 +33,10 @@ async def test_what_real_engines_were_told_replays(
     cluster: Cluster, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
     """
-    Requests climb the stages of real instances under a policy of their own, logged from its first event on.
+    Requests climb the stages of real instances under a fresh policy, logged from its first event on.
 
-    The log replays without a difference, names every move, tells the story of each request, and has no token of it.
+    The log replays without a difference, names every move, has the history of each request, and contains none of its
+    tokens.
     """
     spec = PolicySpec(name, {"layout": LAYOUT, **options})
     log = EventLog(

@@ -1,8 +1,8 @@
 """
 Instances that die or hang and clients that leave, at each step of a migration, on real engines.
 
-Whatever happens, a request that is still wanted ends with the tokens it gets alone, and nothing is left behind anywhere (the fixture
-`cluster` checks that every instance is up again and holds nothing).
+Whatever happens, a request that is still wanted ends with the tokens it gets alone, and nothing is left behind anywhere
+(the fixture `cluster` checks that every instance is up again and holds nothing).
 """
 
 import asyncio
@@ -24,9 +24,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 N_OUTPUT = 130
 PROMPT = random_prompt(40, 3)
-"""Dispatched to instance 0, it moves to 1 and to 2."""
+"""Dispatched to instance 0; moves to 1 and then to 2."""
 OTHER_PROMPT = random_prompt(150, 5)
-"""Lives on instance 2, which has no part in the first move."""
+"""Lives on instance 2, which takes no part in the first move."""
 
 Kill = Callable[[str], None]
 
@@ -44,18 +44,18 @@ def kill(cluster: Cluster) -> Kill:
 
 
 async def references(cluster: Cluster, *prompts: list[int]) -> list[Any]:
-    """What each prompt gets alone."""
+    """The output of each prompt run alone."""
     return [(await cluster.alone(prompt, greedy(N_OUTPUT)))[0].token_ids for prompt in prompts]
 
 
 async def outputs(cluster: Cluster, *prompts: list[int]) -> list[Any]:
-    """What the prompts get together, with moves."""
+    """The outputs of the prompts run together, with moves."""
     completions = await asyncio.gather(*(cluster.run(prompt, greedy(N_OUTPUT)) for prompt in prompts))
     return [completion.token_ids for [completion] in completions]
 
 
 def restarts(cluster: Cluster) -> int:
-    """Restarts so far, of all instances."""
+    """Restarts of all instances so far."""
     return sum(instance["restarts"] for instance in cluster.runtime.snapshot()["instances"])
 
 
@@ -77,7 +77,7 @@ def restarts(cluster: Cluster) -> int:
 async def test_kill_during_a_migration(
     cluster: Cluster, kill: Kill, victim: str, action: Action, *, before: bool
 ) -> None:
-    """An instance killed at this step takes nobody else with it, and every request gets the tokens it gets alone."""
+    """An instance killed at this step affects no other, and every request gets the tokens it gets alone."""
     expected = await references(cluster, PROMPT, OTHER_PROMPT)
     restarted = restarts(cluster)
 
@@ -94,7 +94,7 @@ async def test_kill_during_a_migration(
 
 
 async def test_restarted_instance_takes_part_again(cluster: Cluster, kill: Kill) -> None:
-    """An instance that was killed idle comes back, is connected to the others, and requests move to it and from it."""
+    """An idle instance that is killed comes back and connects to the others; requests move to it and from it."""
     [expected] = await references(cluster, PROMPT)
     before = cluster.instance("1")
     kill("1")
@@ -110,7 +110,7 @@ async def test_restarted_instance_takes_part_again(cluster: Cluster, kill: Kill)
 
 
 async def test_all_instances_die(cluster: Cluster, kill: Kill) -> None:
-    """With every instance gone, requests wait for the first that comes back; so do new ones; health says so meanwhile."""
+    """With all instances down, old and new requests wait for the first that returns; health reports it meanwhile."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     expected = await references(cluster, PROMPT, OTHER_PROMPT)
@@ -143,7 +143,7 @@ async def test_kill_under_load(cluster: Cluster, kill: Kill, monkeypatch: pytest
 
 
 async def test_poison_is_ended(cluster: Cluster, kill: Kill) -> None:
-    """A request whose instance dies under it twice ends with HTTP 500 and a named reason; one beside it gets its tokens."""
+    """A request whose instance dies under it twice ends with HTTP 500 and a named reason; its neighbour completes."""
     from vllm.exceptions import GracefulHTTPError
 
     expected = await references(cluster, OTHER_PROMPT)
@@ -151,7 +151,7 @@ async def test_poison_is_ended(cluster: Cluster, kill: Kill) -> None:
     poison = asyncio.ensure_future(cluster.run(PROMPT, greedy(N_OUTPUT)))
 
     def where() -> str | None:
-        """The instance that has given it a token, when it is not on its way to another one."""
+        """The instance that has given the request a token, unless it is about to move."""
         stream = next((s for s in cluster.runtime._streams if s.request.prompt_token_ids == PROMPT), None)
         at_rest = stream is not None and stream.migration is None and stream.started
         return stream.instance_id if stream is not None and at_rest else None
@@ -169,7 +169,7 @@ async def test_poison_is_ended(cluster: Cluster, kill: Kill) -> None:
 
 
 async def test_pinned_request_of_a_dead_instance(cluster: Cluster, kill: Kill) -> None:
-    """A request with state that is lost goes on elsewhere all the same, with all its tokens, and is counted as inexact."""
+    """A request whose sampling state is lost completes elsewhere and is counted as inexact."""
     from vllm.sampling_params import SamplingParams
 
     params = SamplingParams(temperature=0.9, seed=5, max_tokens=N_OUTPUT, ignore_eos=True)
@@ -188,7 +188,7 @@ def _output_so_far(cluster: Cluster) -> int:
 
 @pytest.mark.parametrize("victim", ["0", "2"])
 async def test_hung_instance(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, victim: str) -> None:
-    """An instance that does not answer any more is killed and its requests go on elsewhere."""
+    """An instance that stops answering is killed, and its requests go on elsewhere."""
     expected = await references(cluster, PROMPT, OTHER_PROMPT)
     restarted = restarts(cluster)
     supervisor = cluster.runtime.fleet[victim].supervisor
@@ -197,7 +197,7 @@ async def test_hung_instance(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, 
     running = asyncio.ensure_future(outputs(cluster, PROMPT, OTHER_PROMPT))
     await eventually(lambda: _output_so_far(cluster) > 10, "both on their way")
     monkeypatch.setattr(supervisor, "_times", dataclasses.replace(supervisor._times, hang_s=1.0))
-    await asyncio.sleep(2 * supervisor._times.report_s)  # the question under way has the old limit
+    await asyncio.sleep(2 * supervisor._times.report_s)  # the pending poll has the old limit
     os.kill(hung.pid, signal.SIGSTOP)
     await eventually(lambda: cluster.runtime.fleet.engine(victim) is not hung, "noticed")
     monkeypatch.undo()
@@ -207,8 +207,8 @@ async def test_hung_instance(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, 
 
 
 async def test_stopped_instance_is_left_out(cluster: Cluster) -> None:
-    """An instance that is stopped for a while gets nothing new, what waits there is answered by others, and nothing is restarted."""
-    prompts = [random_prompt(40, seed) for seed in (3, 7, 8)]  # at home on instance 0
+    """A paused instance gets nothing new, others answer the requests waiting there, and nothing is restarted."""
+    prompts = [random_prompt(40, seed) for seed in (3, 7, 8)]  # dispatched to instance 0
     expected = await references(cluster, *prompts)
     restarted = restarts(cluster)
     stopped = cluster.instance("0")
@@ -231,7 +231,7 @@ async def test_stopped_instance_is_left_out(cluster: Cluster) -> None:
 @pytest.mark.parametrize("limit", ["ask_s", "cut_s", "resume_s"])
 async def test_step_that_takes_too_long(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     """
-    A step whose time is up is backed out of: the request stays, or returns to its source.
+    A step that times out is reverted: the request stays, or returns to its source.
 
     The output is the same each time.
     """
@@ -247,7 +247,7 @@ async def test_step_that_takes_too_long(cluster: Cluster, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("action", [Action.CUT, Action.RESUME])
 async def test_source_stands_still(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, action: Action) -> None:
-    """A source that stops answering in mid-migration and then goes on again costs time, not tokens."""
+    """A source that stops answering during a migration and later resumes costs time, not tokens."""
     [expected] = await references(cluster, PROMPT)
     migrator = cluster.runtime._migrator
     monkeypatch.setattr(migrator, "_times", dataclasses.replace(migrator._times, cut_s=0.5, resume_s=0.5))
@@ -270,7 +270,7 @@ async def test_source_stands_still(cluster: Cluster, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("delay_s", [0.0, 0.002, 0.005, 0.01, 0.02])
 @pytest.mark.parametrize("action", [Action.ASK_ROOM, Action.CUT, Action.RESUME])
 async def test_client_leaves_during_a_migration(cluster: Cluster, action: Action, delay_s: float) -> None:
-    """A client that disconnects at any step leaves nothing behind on either side, long before a lease ends."""
+    """A client that disconnects at any step leaves nothing on either side, long before a lease ends."""
     request = asyncio.ensure_future(cluster.run(PROMPT, greedy(N_OUTPUT)))
     loop = asyncio.get_running_loop()
     with cluster.on_action(action, lambda _: _later(loop.call_later, delay_s, request.cancel)) as struck:
@@ -287,7 +287,7 @@ def _later(call_later: Callable[..., Any], delay_s: float, do: Callable[[], Any]
 
 
 async def test_client_leaves_while_all_is_calm(cluster: Cluster) -> None:
-    """A client that disconnects before the first token, or in the middle, frees its request's blocks."""
+    """A client that disconnects before the first token, or later, frees its request's blocks."""
     for n_tokens in (0, 1, 10):
         request = asyncio.ensure_future(cluster.run(OTHER_PROMPT, greedy(N_OUTPUT)))
         await eventually(
@@ -300,7 +300,7 @@ async def test_client_leaves_while_all_is_calm(cluster: Cluster) -> None:
 
 
 async def test_clients_leave_in_the_storm(cluster: Cluster) -> None:
-    """Of 20 requests that move about, every other one is abandoned at some point; the rest get their tokens."""
+    """Of 20 requests that move around, every other one is abandoned at some point; the rest get their tokens."""
     prompts = [random_prompt(30 + 4 * number, 21) for number in range(10)]
     expected = await references(cluster, *prompts)
     abandoned = [asyncio.ensure_future(cluster.run(random_prompt(45, n), greedy(N_OUTPUT))) for n in range(10)]

@@ -1,4 +1,4 @@
-"""What a request may ask for survives its moves, or keeps it where it is; through vLLM's `AsyncLLM`, compared with no moves."""
+"""Every request feature survives moves or pins the request (vLLM's `AsyncLLM`, compared with no moves)."""
 
 import asyncio
 import json
@@ -14,11 +14,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 N_OUTPUT = 130
 PROMPT = random_prompt(40, 3)
-"""With its output it crosses both stage edges."""
+"""With this much output it crosses both stage edges."""
 
 
 async def moved_and_alone(cluster: Cluster, params: Any, prompt: Any = PROMPT) -> tuple[Any, Any]:
-    """The request with moves, which must happen, and without."""
+    """Run the request with moves, which must happen, and without."""
     alone = await cluster.alone(prompt, params)
     moves = cluster.migrations("moved")
     moved = await cluster.run(prompt, params)
@@ -40,7 +40,7 @@ async def moved_and_alone(cluster: Cluster, params: Any, prompt: Any = PROMPT) -
     ids="+".join,
 )
 async def test_option_survives(cluster: Cluster, options: dict[str, Any]) -> None:
-    """Sampling options whose state is in the tokens or nowhere give the same output with moves."""
+    """Sampling options whose only state is in the tokens give the same output with moves."""
     [moved], [alone] = await moved_and_alone(cluster, greedy(N_OUTPUT, **options))
     assert moved.token_ids == alone.token_ids
     assert (moved.text, moved.finish_reason, moved.stop_reason) == (
@@ -51,7 +51,7 @@ async def test_option_survives(cluster: Cluster, options: dict[str, Any]) -> Non
 
 
 async def test_stop_string_across_a_move(cluster: Cluster) -> None:
-    """A stop string whose tokens come from two instances ends the output, at the same character."""
+    """A stop string whose tokens come from two instances ends the output at the same character."""
     [whole] = await cluster.alone(PROMPT, greedy(N_OUTPUT))
     stop = whole.text[60:260]
     assert stop not in whole.text[:-1].replace(stop, "", 1)
@@ -62,7 +62,7 @@ async def test_stop_string_across_a_move(cluster: Cluster) -> None:
 
 
 async def test_stop_string_after_the_moves(cluster: Cluster) -> None:
-    """A stop string found at the last instance ends the request there."""
+    """A stop string that appears on the last instance ends the request there."""
     [whole] = await cluster.alone(PROMPT, greedy(N_OUTPUT))
     stop = whole.text[-12:-4]
     [moved], [alone] = await moved_and_alone(cluster, greedy(N_OUTPUT, stop=[stop], include_stop_str_in_output=True))
@@ -71,7 +71,7 @@ async def test_stop_string_after_the_moves(cluster: Cluster) -> None:
 
 
 async def test_regex_grammar(cluster: Cluster) -> None:
-    """A regular expression goes on where it was: the text with moves is the same, and matches."""
+    """A regular expression continues where it was: the text with moves is the same, and matches."""
     from vllm.sampling_params import StructuredOutputsParams
 
     pattern = r"([a-f]{3}-[0-9]{2},){20}end"
@@ -82,7 +82,7 @@ async def test_regex_grammar(cluster: Cluster) -> None:
 
 
 async def test_json_schema(cluster: Cluster) -> None:
-    """A JSON schema goes on where it was: the text with moves is the same, and conforms."""
+    """A JSON schema continues where it was: the text with moves is the same, and conforms."""
     from vllm.sampling_params import StructuredOutputsParams
 
     items = {"type": "string", "enum": ["red", "green", "blue"]}
@@ -95,7 +95,7 @@ async def test_json_schema(cluster: Cluster) -> None:
 
 
 async def test_logprobs(cluster: Cluster) -> None:
-    """Every token's log-probabilities and their ranks are those of one instance alone, one set per token."""
+    """Every token has one set of log-probabilities, with the values and ranks of one instance alone."""
     [moved], [alone] = await moved_and_alone(cluster, greedy(N_OUTPUT, logprobs=3))
     assert len(moved.logprobs) == len(alone.logprobs) == N_OUTPUT
     for here, there in zip(moved.logprobs, alone.logprobs, strict=True):
@@ -105,7 +105,7 @@ async def test_logprobs(cluster: Cluster) -> None:
 
 
 async def test_several_completions(cluster: Cluster) -> None:
-    """With `n=2` both completions move, and both are what one instance gives."""
+    """With `n=2` both completions move, and both equal those of one instance."""
     from vllm.sampling_params import RequestOutputKind
 
     [alone] = await cluster.alone(PROMPT, greedy(N_OUTPUT))
@@ -119,7 +119,7 @@ async def test_several_completions(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("interval", [1, 7])
 async def test_stream_has_every_token_once(cluster: Cluster, interval: int) -> None:
-    """The deltas of a stream, put together, are the output: no token twice, none missing, in order."""
+    """A stream's deltas concatenate to the output: no token twice, none missing, in order."""
     from vllm.sampling_params import RequestOutputKind
 
     [alone] = await cluster.alone(PROMPT, greedy(N_OUTPUT))
@@ -163,7 +163,7 @@ async def test_what_only_v1_pins_moves(cluster: Cluster, name: str) -> None:
 )
 async def test_pinned_request_stays(cluster: Cluster, options: dict[str, Any], reason: str) -> None:
     """
-    A request whose state would not survive stays on its instance while others leave it, and a counter says why.
+    A request whose state would not survive stays on its instance while others move, and a counter says why.
 
     Its output is the same as without any moves.
     """
@@ -194,14 +194,14 @@ async def test_pinned_request_stays(cluster: Cluster, options: dict[str, Any], r
 
 
 async def test_request_for_one_token(cluster: Cluster) -> None:
-    """One token at the edge of a stage: it ends where it began."""
+    """With one token at the edge of a stage, it ends where it began."""
     for n_prompt in (62, 63, 64, 127, 128):
         [output] = await cluster.run(random_prompt(n_prompt, 1), greedy(1))
         assert len(output.token_ids) == 1
 
 
 async def test_tokens_behind_a_grammar(cluster: Cluster) -> None:
-    """With `ignore_eos` a text goes on behind the end of its grammar, and moves there too: no instance dies of it."""
+    """With `ignore_eos` a text continues past the end of its grammar, moves there too, and kills no instance."""
     from vllm.sampling_params import StructuredOutputsParams
 
     schema = {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 100}  # vLLM gives it to llguidance

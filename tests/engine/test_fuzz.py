@@ -1,9 +1,9 @@
 """
-Request bodies made from the server's own OpenAPI schema, against a real server: whatever they say, no instance may die of them.
+Request bodies generated from the server's own OpenAPI schema, against a real server: none may kill an instance.
 
-A body made wholly at random is nearly always refused at once. So most are a good body of which a few fields are what the schema allows,
-or does not allow; the rest are the generator's own. A client that waits too long leaves, which is part of the trial. `make fuzz` sends
-many more bodies than CI does.
+A wholly random body is nearly always refused at once. So most are a good body with a few fields set to values that the
+schema allows or forbids; the rest are the generator's own. A client that waits too long leaves, which is part of the
+test. `make fuzz` sends many more bodies than CI does.
 """
 
 import json
@@ -37,13 +37,13 @@ GOOD_BODIES: dict[str, Any] = {
     "/tokenize": {"prompt": "the quick brown fox"},
     "/detokenize": {"tokens": [300, 301]},
 }
-"""By surface that reads a body and reaches an engine or the tokeniser; those that a server does not have are passed over."""
+"""Good bodies by surface, for those that reach an engine or the tokeniser; surfaces that a server lacks are skipped."""
 SCHEMA_OF = {"/invocations": "/v1/completions", "/inference/v1/generate": "/v1/completions"}
-"""Surfaces whose own schema says nothing, or nothing that can be satisfied: whose fields they are given."""
+"""Surfaces whose own schema says nothing, or nothing satisfiable, and the surface whose fields they are given."""
 MAX_CHANGES = 3
 FEW_EXAMPLES = 12
 PATIENCE_S = 3.0
-"""Then the client leaves: a body may ask for thousands of tokens."""
+"""The client leaves after this: a body may ask for thousands of tokens."""
 MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 
 
@@ -58,7 +58,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def answers(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
-    """What came back, by surface and status; written where it is asked for."""
+    """Answers by surface and status; written to a file if one is asked for."""
     counted: Counter[str] = Counter()
     yield counted
     path: str | None = request.config.getoption("--fuzz-report")
@@ -69,7 +69,7 @@ def answers(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
 
 
 def changed(path: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """A good body with other values in some fields."""
+    """A good body with some fields changed."""
     good = {"model": MODEL, **GOOD_BODIES[path]}
     if "sampling_params" in good:
         return {**good, "sampling_params": {**good["sampling_params"], **fields}}
@@ -77,7 +77,7 @@ def changed(path: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def restarts(server: ServerProcess) -> int:
-    """How often an instance has been started again."""
+    """The number of instance restarts."""
     return sum(instance["restarts"] for instance in server.admin()["instances"])
 
 
@@ -86,7 +86,7 @@ def restarts(server: ServerProcess) -> int:
 def test_no_body_ends_an_instance(
     server: ServerProcess, answers: Counter[str], path: str, mode: GenerationMode, request: pytest.FixtureRequest
 ) -> None:
-    """After all bodies to a surface every instance is the one it was, and nothing is held for any of them."""
+    """After all bodies to a surface, no instance has restarted, and nothing is held for any of them."""
     document = server.get("/openapi.json").json()
     if path not in document["paths"]:
         pytest.skip(f"this server has no {path}")

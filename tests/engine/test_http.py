@@ -29,7 +29,7 @@ MESSAGES: Any = [{"role": "user", "content": "tell me a story"}]
 N_TOKENS = 120
 """With a short prompt this crosses the stage edge at 64 tokens."""
 LONG = 400
-"""So far beyond the edge that the server looks at it again before its end, on a busy machine as well."""
+"""Far enough past the edge that the server checks it again before its end, even on a busy machine."""
 FOREVER = {"ignore_eos": True}
 BEARER = {"Authorization": f"Bearer {API_KEY}"}
 TOOL: Any = {
@@ -50,7 +50,7 @@ TOOL: Any = {
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The server, ready; its log must hold no traceback at the end."""
     log = tmp_path_factory.mktemp("server") / "log"
-    words = ("--poison-deaths", "3")  # a test here ends two instances under one request
+    words = ("--poison-deaths", "3")  # a test here kills two instances under one request
     with ServerProcess(tiny_model, log, *words) as server:
         server.wait_until_ready()
         yield server
@@ -96,7 +96,7 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 def test_completion_moves_and_stream_agrees(client: openai.OpenAI, server: ServerProcess) -> None:
-    """A completion moves between the stages on its way, and its stream has the same text."""
+    """A completion moves between the stages as it grows, and its stream has the same text."""
     moved = server.metric("cascadeinfer_migrations_total", outcome="moved", reason="outgrew_stage")
     completion = complete(client, n_tokens=LONG)
     assert server.metric("cascadeinfer_migrations_total", outcome="moved") > moved
@@ -121,7 +121,7 @@ def test_chat_moves_and_stream_agrees(client: openai.OpenAI) -> None:
 
 
 def test_chat_logprobs(client: openai.OpenAI) -> None:
-    """Every token has its log-probabilities, those after a move too, and two runs agree."""
+    """Every token has its log-probabilities, including those after a move, and two runs agree."""
     runs = [
         client.chat.completions.create(
             model=MODEL, messages=MESSAGES, max_tokens=N_TOKENS, temperature=0, logprobs=True, top_logprobs=2,
@@ -152,7 +152,7 @@ def test_json_schema(client: openai.OpenAI) -> None:
 
 
 def test_tokens_behind_a_grammar(client: openai.OpenAI, server: ServerProcess) -> None:
-    """With `ignore_eos` a text goes on behind its grammar's end, is moved there, and kills no instance."""
+    """With `ignore_eos` a text continues past its grammar's end, moves there, and kills no instance."""
     moved = server.metric("cascadeinfer_migrations_total", outcome="moved", reason="outgrew_stage")
     schema = {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 100}
     chunks = list(
@@ -186,7 +186,7 @@ def test_automatic_tool(client: openai.OpenAI) -> None:
 
 
 def test_stop_string_and_n(client: openai.OpenAI) -> None:
-    """A stop string ends the text where it stands; `n` gives as many choices."""
+    """A stop string ends the text where it occurs; `n` gives that many choices."""
     text = complete(client).choices[0].text
     stop = text[-15:-5]
     stopped = complete(client, stop=[stop]).choices[0]
@@ -196,7 +196,7 @@ def test_stop_string_and_n(client: openai.OpenAI) -> None:
 
 
 def test_tokenize(server: ServerProcess) -> None:
-    """Text and tokens go both ways."""
+    """Text and tokens convert both ways."""
     tokens = server.post("/tokenize", {"model": MODEL, "prompt": SHORT}).json()
     assert tokens["count"] == len(tokens["tokens"])
     back = server.post("/detokenize", {"model": MODEL, "tokens": tokens["tokens"]}).json()
@@ -204,7 +204,7 @@ def test_tokenize(server: ServerProcess) -> None:
 
 
 def test_many_streams_at_once(client: openai.OpenAI) -> None:
-    """A dozen streams of different lengths at the same time, each as if it were alone."""
+    """A dozen concurrent streams of different lengths, each as if it were alone."""
     prompts = [SHORT + " and the dog" * number for number in range(12)]
     alone = [complete(client, prompt).choices[0].text for prompt in prompts]
     together = [""] * len(prompts)
@@ -224,7 +224,7 @@ def test_many_streams_at_once(client: openai.OpenAI) -> None:
 
 
 def test_metrics(client: openai.OpenAI, server: ServerProcess) -> None:
-    """Ours and vLLM's, the latter with each instance as `engine`; transfers as NIXL counts them."""
+    """Our metrics and vLLM's, the latter with each instance as `engine`; transfers as NIXL counts them."""
     before = server.metric("cascadeinfer_requests_total", outcome="finished")
     transfers = server.metric("vllm:nixl_xfer_time_seconds_count")
     moved = server.metric("cascadeinfer_migrations_total", outcome="moved")
@@ -247,7 +247,7 @@ def test_metrics(client: openai.OpenAI, server: ServerProcess) -> None:
 
 
 def test_pinned_request_is_counted(client: openai.OpenAI, server: ServerProcess) -> None:
-    """A request that may not move says so in a metric."""
+    """A request that may not move is counted in a metric."""
     before = server.metric("cascadeinfer_pinned_requests_total", reason="seeded_sampling")
     client.completions.create(model=MODEL, prompt=SHORT, max_tokens=5, temperature=1.0, seed=1)
     assert server.metric("cascadeinfer_pinned_requests_total", reason="seeded_sampling") == before + 1
@@ -278,7 +278,7 @@ def test_admin_instances(client: openai.OpenAI, server: ServerProcess) -> None:
 
 
 def test_everything_listens_on_the_loopback(server: ServerProcess) -> None:
-    """Of the server, the engines and their workers: no port of any of them is reached from outside, no socket has a name outside the private folder."""
+    """No port of server, engines or workers is reachable from outside; named sockets are in the private folder."""
     folder = server.folder()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     listening, named = [], []
@@ -298,7 +298,7 @@ def test_everything_listens_on_the_loopback(server: ServerProcess) -> None:
 
 
 def test_each_instance_computes_on_its_own_cores(server: ServerProcess) -> None:
-    """The thread that computes the model stays where the instance was placed, though NIXL's connector moves it as it comes."""
+    """The thread that computes the model stays on its cores, though NIXL's connector moves it when it loads."""
     workers = [process for process in server.family() if process.name() == "VLLM::Worker"]
     first, second = (set(worker.cpu_affinity()) for worker in workers)
     assert first.isdisjoint(second) or len(os.sched_getaffinity(0)) < 2
@@ -321,14 +321,14 @@ def test_api_key_is_needed(server: ServerProcess, key: str | None) -> None:
     ],
 )  # fmt: skip
 def test_everything_asks_for_the_key(server: ServerProcess, method: str, path: str) -> None:
-    """Each of these answered anybody once."""
+    """Each of these once answered without a key."""
     answer = httpx.request(method, server.url + path, json={"model": MODEL, "prompt": SHORT}, timeout=60)
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
 def test_what_cannot_work_says_so(server: ServerProcess) -> None:
-    """One sentence that names what to use instead."""
+    """The answer is one sentence that names what to use instead."""
     answer = server.post("/scale_elastic_ep", {"new_data_parallel_size": 3})
     assert answer.status_code == 501
     assert "/admin/instances" in answer.json()["error"]["message"]
@@ -336,7 +336,7 @@ def test_what_cannot_work_says_so(server: ServerProcess) -> None:
 
 @pytest.mark.parametrize("priority", [10**6 + 1, -(10**6) - 1, 2**63, 10**30])
 def test_priorities_beyond_all_bounds(server: ServerProcess, priority: int) -> None:
-    """They are refused, and nothing of them is left: some would not fit into a message to an engine."""
+    """They are refused and leave nothing behind: some would not fit into a message to an engine."""
     answer = server.post("/v1/completions", {"model": MODEL, "prompt": SHORT, "priority": priority})
     assert answer.status_code == 400
     server.poll(server.idle, "idle")
@@ -362,7 +362,7 @@ COMPLETION: Any = {"model": MODEL, "prompt": SHORT, "max_tokens": 4}
     ],
 )
 def test_forged_tickets_are_refused(server: ServerProcess, path: str, body: Any, *, stream: bool) -> None:
-    """On every API, streams too; one such request once ended all instances."""
+    """All APIs refuse them, streams too; one such request once killed all instances."""
     answer = server.post(path, {**body, "stream": stream})
     assert answer.status_code == 400
     assert "kv_transfer_params" in answer.json()["error"]["message"]
@@ -395,7 +395,7 @@ BIG_TOOL: Any = {
     ids=["schema", "regex", "choice", "response_format", "tool"],
 )
 def test_grammars_that_are_too_large_are_refused(server: ServerProcess, path: str, body: Any, *, stream: bool) -> None:
-    """However they come in, with a status of their own where nothing has been sent, and one sentence."""
+    """Every form is refused with one sentence, and with its own status if nothing has been sent yet."""
     answer = server.post(path, {**body, "stream": stream})
     assert answer.status_code == 400
     assert "the structured output" in answer.json()["error"]["message"]
@@ -434,19 +434,19 @@ def test_unknown_model(client: openai.OpenAI) -> None:
     ids=str,
 )
 def test_malformed_request(server: ServerProcess, body: Any) -> None:
-    """A body that is no request is a 4xx with a message, and the server goes on."""
+    """A body that is not a request is a 4xx with a message, and the server goes on."""
     answer = server.post("/v1/completions", body)
     assert 400 <= answer.status_code < 500, answer.text
     assert answer.json()["error"]["message"]
 
 
 def test_unknown_route(server: ServerProcess) -> None:
-    """A route that is not there is a 404."""
+    """An unknown route is a 404."""
     assert server.get("/v1/nothing").status_code == 404
 
 
 def test_requests_that_end_before_their_first_token(server: ServerProcess) -> None:
-    """Abandoned before they are placed or have a token, refused by vLLM, among siblings: none lives on (see `nothing_left`)."""
+    """Requests abandoned early, or refused by vLLM, even among siblings, do not live on (`nothing_left`)."""
     abandoned = {**COMPLETION, "prompt": [300] * 200, "max_tokens": 400, **FOREVER}
     several = {"prompt": [[300] * 200, [301] * 200]}
     beams = {"use_beam_search": True, "n": 2, "max_tokens": 40}
@@ -493,9 +493,9 @@ def test_client_disconnects(client: openai.OpenAI, server: ServerProcess) -> Non
 
 def test_both_instances_are_killed(client: openai.OpenAI, server: ServerProcess) -> None:
     """
-    `kill -9` of the instance that has the request, then of the other one's worker process, both in mid-stream.
+    `kill -9` of the instance that has the request, then of the other's worker process, both in mid-stream.
 
-    The client sees a pause, no error, and the same text; both instances come back and take part again.
+    The client sees a pause, no error, and the same text; both instances come back and serve again.
     """
     expected = complete(client, n_tokens=900).choices[0].text
     before = {instance["id"]: instance for instance in server.admin()["instances"]}
@@ -516,7 +516,7 @@ def test_both_instances_are_killed(client: openai.OpenAI, server: ServerProcess)
         return all(i["up"] and i["restarts"] == before[i["id"]]["restarts"] + 1 for i in now)
 
     server.poll(restarted, "restarted", 240)
-    # What the killed ones have left is gone; a folder per living instance.
+    # Nothing of the killed ones is left; there is one folder per live instance.
     server.poll(lambda: len(list(server.folder().glob("i*"))) == 2, "two folders")
     assert not [path for path in server.folder().iterdir() if path.is_socket()]
     moved = server.metric("cascadeinfer_migrations_total", outcome="moved")
@@ -529,7 +529,7 @@ def test_both_instances_are_killed(client: openai.OpenAI, server: ServerProcess)
     [({"count": 0}, 400), ({"count": 65}, 400), ({"count": "many"}, 400), ({"number": 1}, 400), (b"{", 400)],
 )
 def test_bad_bodies_of_adding(server: ServerProcess, body: Any, status: int) -> None:
-    """They are refused with a reason and nothing is added."""
+    """They are refused with a reason, and nothing is added."""
     answer = server.post("/admin/instances", body)
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
@@ -537,7 +537,7 @@ def test_bad_bodies_of_adding(server: ServerProcess, body: Any, status: int) -> 
 
 
 def test_an_instance_is_replaced(client: openai.OpenAI, server: ServerProcess) -> None:
-    """Added while a stream runs and drained under another: the streams are as ever, metrics and layout follow, no pipe stays open."""
+    """Adding and draining during streams leaves them unchanged; metrics and layout follow, no pipe leaks."""
     pipes = server.open_files()[PIPES]
     expected = complete(client, n_tokens=900).choices[0].text
     assert server.post("/admin/instances", {}, key=None).status_code == 401
@@ -574,7 +574,7 @@ def test_an_instance_is_replaced(client: openai.OpenAI, server: ServerProcess) -
 
 
 def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
-    """After SIGTERM, with an instance just being added, the running stream goes on to its end, new connections are refused, and all end."""
+    """After SIGTERM, even during an add, the running stream completes, new connections are refused, all exit."""
     expected = complete(client, n_tokens=900).choices[0].text
     assert server.post("/admin/instances", {}).status_code == 202
     everyone, folder = server.family(), server.folder()
@@ -595,5 +595,5 @@ def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
     assert server.wait_ended(60) == 0
     assert not psutil.wait_procs(everyone, timeout=20)[1]
     assert not folder.exists()
-    # A killed worker's engine may say what happened to it; the front end has nothing to complain of.
+    # A killed worker's engine may log what happened; the front end logs no error.
     assert "Traceback" not in server.log_tail(n_lines=10_000), server.log_tail()

@@ -1,5 +1,5 @@
 """
-Moving a request by hand between real instances leaves its greedy output as it is, wherever and whenever it is cut.
+Explicit moves between real instances leave a request's greedy output unchanged, wherever and whenever it is cut.
 
 Each kind of instance (scheduling, prefix caching) is source and target; see `zoo.py`.
 """
@@ -27,9 +27,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 async def test_many_moves(zoo: Zoo, source: str, target: str) -> None:
     """
-    Fifteen moves to and fro leave the greedy output as it is, and every one pulls the KV cache.
+    Fifteen moves back and forth leave the greedy output unchanged, and every one pulls the KV cache.
 
-    A request that ended first, because the engines were ahead of this process, is looked at as well and followed by another.
+    A request that ends first, because the engines were ahead of this process, is checked too and followed by another.
     """
     prompt, expected = await zoo.window(20, 280)
     for _ in range(10):
@@ -49,7 +49,7 @@ async def test_many_moves(zoo: Zoo, source: str, target: str) -> None:
         after = [await zoo.counters(zoo.instances[name]) for name in (source, target)]
         assert sum(c.failed_pulls for c in after) == sum(c.failed_pulls for c in before)
         pulls = sum(c.pulls for c in after) - sum(c.pulls for c in before)
-        # What a cache still holds from the visit before is not pulled again: nothing, when N - 1 tokens are whole blocks.
+        # What the cache still holds from the last visit is not pulled again: nothing, if N - 1 tokens are whole blocks.
         assert pulls == moves or (moves - pulls <= 4 and (KINDS[source].caches or KINDS[target].caches))
         if moves == 15:
             break
@@ -59,16 +59,16 @@ async def test_many_moves(zoo: Zoo, source: str, target: str) -> None:
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 async def test_every_offset_around_block_boundaries(zoo: Zoo, source: str, target: str) -> None:
     """
-    A request may be cut at any length around a multiple of the block size, two less to two more.
+    A request may be cut at any length within two tokens of a multiple of the block size.
 
-    Asking for N tokens instead of N - 1 ends the target's process when N - 1 is a multiple and prefix caching is off.
+    Asking for N tokens instead of N - 1 kills the target's process if N - 1 is a multiple and prefix caching is off.
     """
     missing = {k * BLOCK + offset for k in (1, 2, 4) for offset in (-2, -1, 0, 1, 2)}
     here, there = zoo.instances[source], zoo.instances[target]
     before = await zoo.counters(there)
 
     async def move_near(length: int, lead: int) -> int:
-        """Cut near this length, having started so many tokens before; returns at which length it was cut, 0 when it ended first."""
+        """Start `lead` tokens below this length and cut near it; returns the length at the cut, 0 if it ended first."""
         prompt, expected = await zoo.window(length - lead, lead + 24)
         attempt = await zoo.start(here, prompt, greedy(lead + 24))
         await attempt.until_output(2)
@@ -93,7 +93,7 @@ async def test_every_offset_around_block_boundaries(zoo: Zoo, source: str, targe
 
 @pytest.mark.parametrize("target", [name for name, kind in KINDS.items() if kind.caches])
 async def test_prefix_cache_of_the_target_is_used(zoo: Zoo, target: str) -> None:
-    """Blocks that the target has cached are not pulled again, and a pull of nothing still frees the source's blocks."""
+    """Blocks that the target has cached are not pulled again; an empty pull still frees the source's blocks."""
     prompt, expected = await zoo.window(100, 150)
     here, there = zoo.instances[OTHER[target]], zoo.instances[target]
     assert (await zoo.run(there, prompt, greedy(150))).output == expected
@@ -109,7 +109,7 @@ async def test_prefix_cache_of_the_target_is_used(zoo: Zoo, target: str) -> None
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 async def test_recompute(zoo: Zoo, source: str, target: str) -> None:
-    """Without a ticket the target computes the KV cache anew, in chunks, among other requests."""
+    """Without a ticket the target recomputes the KV cache, in chunks, among other requests."""
     prompt, expected = await zoo.reference(3 * MAX_BATCHED_TOKENS + 5, 24)
     other_prompt, other_expected = await zoo.window(50, 80)
     here, there = zoo.instances[source], zoo.instances[target]
@@ -127,7 +127,7 @@ async def test_recompute(zoo: Zoo, source: str, target: str) -> None:
 @pytest.mark.parametrize("source", KINDS)
 @pytest.mark.parametrize("how", ["eos", "stop_token"])
 async def test_end_of_sequence_races_the_cut(zoo: Zoo, source: str, how: str) -> None:
-    """A request that ends by its own token in the very step of the cut ends: no ticket, nothing pinned, the same output."""
+    """A request that ends by itself in the step of the cut has ended: no ticket, nothing pinned, the same output."""
     prompt, text = await zoo.window(40, 80)
     at = next(i for i in range(20, 80) if text[i] not in text[:i])
     ending = {"eos_id": text[at]} if how == "eos" else {"stop_token_ids": [text[at]]}
@@ -157,7 +157,7 @@ async def test_end_of_sequence_races_the_cut(zoo: Zoo, source: str, how: str) ->
 
 @pytest.mark.parametrize("source", KINDS)
 async def test_length_races_the_cut(zoo: Zoo, source: str) -> None:
-    """However near to its `max_tokens` a request is cut, it has exactly so many, one or none of them at the target."""
+    """However close to `max_tokens` a request is cut, it gets exactly that many, one or none at the target."""
     prompt, text = await zoo.window(60, 60)
     here, there = zoo.instances[source], zoo.instances[OTHER[source]]
     refusals: set[str | None] = set()
@@ -186,7 +186,7 @@ async def test_length_races_the_cut(zoo: Zoo, source: str) -> None:
 
 @pytest.mark.parametrize("source", KINDS)
 async def test_model_length_races_the_cut(zoo: Zoo, source: str) -> None:
-    """A request that reaches the model's maximum ends there, also when it is cut shortly before."""
+    """A request that reaches the model's maximum length ends there, even if it is cut shortly before."""
     room = 12
     prompt, expected = await zoo.reference(MAX_MODEL_LEN - room, room)
     here, there = zoo.instances[source], zoo.instances[OTHER[source]]
@@ -212,7 +212,7 @@ async def test_model_length_races_the_cut(zoo: Zoo, source: str) -> None:
 
 @pytest.mark.parametrize("source", KINDS)
 async def test_one_token_output(zoo: Zoo, source: str) -> None:
-    """A request for one token cannot be cut, and gets it."""
+    """A request for one token cannot be cut, and completes."""
     prompt, expected = await zoo.window(70, 1)
     here = zoo.instances[source]
     for _ in range(10):
@@ -226,9 +226,9 @@ async def test_one_token_output(zoo: Zoo, source: str) -> None:
 @pytest.mark.parametrize("target", KINDS)
 async def test_preemption_after_a_move(zoo: Zoo, target: str) -> None:
     """
-    A request that was moved, then preempted for want of blocks and computed anew, keeps its output.
+    A request that was moved, then preempted for lack of blocks and recomputed, keeps its output.
 
-    The V1 runner rebuilds its state from the output count that the scheduler tells it.
+    The V1 runner rebuilds its state from the output count that the scheduler passes to it.
     """
     here, there = zoo.instances[OTHER[target]], zoo.instances[target]
     prompt, expected = await zoo.window(20, 280)
@@ -238,7 +238,7 @@ async def test_preemption_after_a_move(zoo: Zoo, target: str) -> None:
     await attempt.until_output(10)
     attempt = await zoo.move(attempt, there)
     await attempt.until_output(5)
-    rest = await zoo.squeeze(there, 1)  # the next who grows preempts the one that came last
+    rest = await zoo.squeeze(there, 1)  # the next request that grows preempts the latest arrival
     waited = False
 
     async def preempted() -> bool:
@@ -256,7 +256,7 @@ async def test_preemption_after_a_move(zoo: Zoo, target: str) -> None:
 
 @pytest.mark.parametrize("target", KINDS)
 async def test_undone_cut_after_a_move(zoo: Zoo, target: str) -> None:
-    """A request that was moved, cut again and uncut at once keeps its output."""
+    """A request that was moved, then cut again with the cut undone at once, keeps its output."""
     here, there = zoo.instances[OTHER[target]], zoo.instances[target]
     prompt, expected = await zoo.window(40, 150)
     for _ in range(10):
@@ -277,7 +277,7 @@ async def test_undone_cut_after_a_move(zoo: Zoo, target: str) -> None:
 
 @pytest.mark.parametrize("target", KINDS)
 async def test_no_budget_on_arrival(zoo: Zoo, target: str) -> None:
-    """A request whose KV cache has come while a long prefill takes every step's token budget runs after it, unchanged."""
+    """A request whose KV cache arrives while a long prefill takes all of each step's budget runs afterwards."""
     here, there = zoo.instances[OTHER[target]], zoo.instances[target]
     prompt, expected = await zoo.window(40, 60)
     long_prompt, long_expected = await zoo.reference(MAX_MODEL_LEN - 12, 12)
@@ -295,7 +295,7 @@ async def test_min_tokens(zoo: Zoo, source: str, target: str) -> None:
     """`min_tokens` counts from the beginning of the output, not from the move."""
     prompt, text = await zoo.window(40, 60)
     here, there = zoo.instances[source], zoo.instances[target]
-    # A stop token that comes too early must not end the output, one that comes just after the minimum must.
+    # A stop token before the minimum must not end the output; one just after it must.
     early = next(i for i in range(6, 20) if text[i] not in text[:i])
     late = next(i for i in range(25, 60) if text[i] not in text[:i])
     for at, min_tokens in ((early, 25), (late, late - 1)):
@@ -331,7 +331,7 @@ async def test_many_at_once(zoo: Zoo) -> None:
 
 
 async def test_unrelated_prompts_are_not_mixed_up(zoo: Zoo) -> None:
-    """The text of the reference depends on its prompt: another prompt of the same length gets another output."""
+    """The reference output depends on its prompt: another prompt of the same length gives another output."""
     prompt, expected = await zoo.window(90, 20)
     other = await zoo.run(zoo.instances["async"], random_prompt(90, 99), greedy(20))
     assert prompt != other.request.prompt_token_ids

@@ -1,7 +1,7 @@
 """
-What the operator gets wrong on `cascadeinfer serve`'s command line: one line that names it, exit code 2, nothing started.
+Operator mistakes on `cascadeinfer serve`'s command line: one line naming the option, exit code 2, no start.
 
-All cases run in one other process, which imports vLLM once; one more runs as the real command.
+All cases run in one subprocess, which imports vLLM once; one more runs as the real command.
 """
 
 import json
@@ -82,12 +82,12 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "flag without a value": (["TINY", "--api-key"], ["--api-key"]),
 }
-"""Words after `serve`, and what the message must hold."""
+"""Arguments after `serve`, and what the message must contain."""
 
 
 @pytest.fixture(scope="module")
 def used_port() -> Iterator[int]:
-    """A port that somebody listens on."""
+    """A port that is in use."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -96,7 +96,7 @@ def used_port() -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def results(tiny_model: Path, used_port: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each case came to."""
+    """The outcome of each case."""
     folder = tmp_path_factory.mktemp("toml")
     (folder / "bad.toml").write_text("[[stages]\n")
     (folder / "other.toml").write_text("[server]\nport = 1\n")
@@ -123,7 +123,7 @@ def results(tiny_model: Path, used_port: int, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("name", CASES)
 def test_bad_option(results: dict[str, Any], name: str) -> None:
-    """The operator's mistake is told in one line that names the option, with exit code 2, before anything is started."""
+    """The mistake is reported in one line that names the option, with exit code 2, before anything is started."""
     result = results[name]
     assert result["code"] == 2, result["err"]
     lines = [line for line in result["err"].splitlines() if "Triton" not in line]  # vLLM's own warning

@@ -1,9 +1,9 @@
 """
-A server that is told nothing, on real engines: what steps cost is learnt, stages are planned, requests move between them with unchanged words;
-and far more requests than it can take are refused in good order.
+A server without configuration, on real engines, learns step costs, plans stages and moves requests, text unchanged.
 
-The model is tiny, and so is what stages gain: planning is made hasty (see quick_server.py), and the workload is one that gains much, short
-answers beside documents whose prompts take a hundred times as long as a step.
+It also refuses requests far beyond its capacity in good order. The model is tiny, and so is the gain from stages:
+planning is made hasty (see quick_server.py), and the workload is one that gains much, short answers beside documents
+whose prompts take a hundred times as long as a step.
 """
 
 import random
@@ -26,8 +26,9 @@ pytestmark = pytest.mark.engine
 N_CLIENTS = 4
 PAUSE_S = 0.1
 """
-Between two requests of a client, at least; those of short ones and documents pause at least as long as the last one took, however slow the
-machine: near the instances' capacity, one stage is best, as no share of it is left over.
+Minimum pause between two requests of a client. Clients with short requests and documents pause at least as long as
+their last request took, however slow the machine: near the instances' capacity one stage is best, as no share of it is
+left over.
 """
 DEADLINE_S = 150.0
 HAND_OVERS = 1
@@ -44,7 +45,7 @@ class Kind:
     n_tokens: int
 
     def body(self, *, stream: bool = False) -> dict[str, Any]:
-        """What is sent; the same every time."""
+        """What is sent, the same every time."""
         rng = random.Random(self.name)
         return {
             "model": MODEL,
@@ -59,7 +60,7 @@ class Kind:
 SHORT = tuple(Kind(f"short {n}", n, 20) for n in (12, 25, 38, 50))
 DOCUMENT = Kind("document", 6000, 16)
 GROWING = Kind("growing", 30, 1100)
-"""Longer in the end than any boundary that the planner may choose between the others."""
+"""Grows longer than any boundary that the planner may choose between the others."""
 DOCUMENT_SHARE = 0.05
 
 
@@ -76,7 +77,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 class Clients:
-    """One has a growing request at a time, the others send short ones and documents with a pause between, until they are told to stop."""
+    """One client grows one request at a time; others send short ones and documents with pauses until stopped."""
 
     def __init__(self, server: ServerProcess) -> None:
         """Nothing is sent yet."""
@@ -105,14 +106,14 @@ class Clients:
 
 
 def migrations(server: ServerProcess) -> list[str]:
-    """How all of them ended."""
+    """How all requests ended."""
     lines = server.get("/metrics").text.splitlines()
     return [line for line in lines if line.startswith("cascadeinfer_migrations_total")]
 
 
 @pytest.mark.timeout(420)
 def test_stages_come_by_themselves(server: ServerProcess) -> None:
-    """From one stage to several, live; every answer to the same prompt is the same, wherever it was made."""
+    """One stage becomes several, live; every answer to the same prompt is the same, wherever it was computed."""
     assert len(server.admin()["stages"]) == 1
     clients = Clients(server)
     with ThreadPoolExecutor(N_CLIENTS) as executor:
@@ -141,8 +142,8 @@ def test_stages_come_by_themselves(server: ServerProcess) -> None:
 
 def test_far_too_many_are_refused_in_good_order(server: ServerProcess) -> None:
     """
-    Three times as many at once as run and wait: what is refused is refused by HTTP 429 with a time to come again, streams too; the others
-    are answered as ever, and afterwards everything is as before.
+    Three times as many requests at once as can run and wait: the surplus gets HTTP 429 with a retry time, streams too.
+    The others are answered as ever, and afterwards everything is as before.
     """
     asked = [Kind("burst", 20, 150).body(stream=bool(number % 2)) for number in range(N_BURST)]
     with ThreadPoolExecutor(N_BURST) as executor:

@@ -1,7 +1,7 @@
 """
 SIGTERM at many moments of a start: one line, exit code 143, nothing left behind.
 
-A moment is a fact about the server's processes or files, never a time. `START_MOMENTS=all` tries more of them.
+A moment is a condition on the server's processes or files, never a time. `START_MOMENTS=all` tries more of them.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ COMMAND = (str(Path(sys.executable).parent / "cascadeinfer"),)
 
 
 class Start(NamedTuple):
-    """A server that starts."""
+    """A server that is starting."""
 
     process: subprocess.Popen[bytes]
     base: Path
@@ -41,7 +41,7 @@ class Start(NamedTuple):
     mark: str
 
     def below(self) -> list[psutil.Process]:
-        """Instances and followers: Python processes that were spawned or forked, but for Python's resource tracker."""
+        """Instances and followers: Python processes that were spawned or forked, except Python's resource tracker."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has just ended
@@ -51,22 +51,22 @@ class Start(NamedTuple):
         return found
 
     def folders(self) -> list[Path]:
-        """Of its instances."""
+        """Processes of its instances."""
         return list(self.base.glob("cascadeinfer-*/i*"))
 
     def listening(self) -> int:
-        """Its instances whose side channel listens."""
+        """Its instances whose side channel is listening."""
         return sum(
             any(c.status == psutil.CONN_LISTEN and c.laddr.port != 0 for c in p.net_connections(kind="inet"))
             for p in self.below()
         )
 
     def segments(self) -> set[str]:
-        """Names of the shared memory that its processes use."""
+        """Names of the shared memory segments that its processes use."""
         return {name for process in self.below() for name in segments_of(process.pid)}
 
     def marked(self) -> list[psutil.Process]:
-        """Every process of the machine that this start has led to."""
+        """Every process on the machine that descends from this start."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -78,14 +78,14 @@ class Start(NamedTuple):
 
 
 def catches_signals(start: Start) -> bool:
-    """Our handler is in place: the first thing that the command does."""
+    """Our signal handler is installed, which is the first thing the command does."""
     status = Path(f"/proc/{start.process.pid}/status").read_text()
     caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 class Moment(NamedTuple):
-    """Part of a start."""
+    """A moment of a start."""
 
     come: Callable[[Start], object]
     program: tuple[str, ...] = QUICK_SERVER
@@ -118,14 +118,14 @@ if os.environ.get("START_MOMENTS") == "all":
 
 @pytest.fixture
 def base() -> Iterator[Path]:
-    """The server's temporary folder; short, for its sockets."""
+    """The server's temporary folder, with a short path for its sockets."""
     with tempfile.TemporaryDirectory(prefix="st", dir="/tmp") as folder:
         yield Path(folder)
 
 
 @contextlib.contextmanager
 def started(tiny_model: Path, tmp_path: Path, base: Path, moment: Moment) -> Iterator[Start]:
-    """A start that has come to this moment; nothing of it is left afterwards."""
+    """A start that has reached this moment; nothing of it is left afterwards."""
     words = ["serve", str(tiny_model), "--port", str(free_port()), "--instances", "2", "--stages", "0-64:1,64-:1"]
     words += ["--dtype", "float32", "--block-size", "32", "--enforce-eager", "--num-gpu-blocks-override", "64"]
     words += ["--max-model-len", "512", "--event-log", str(tmp_path / "events"), *moment.arguments]
@@ -148,7 +148,10 @@ def started(tiny_model: Path, tmp_path: Path, base: Path, moment: Moment) -> Ite
 
 @pytest.mark.parametrize("name", MOMENTS)
 def test_start_is_stopped(tiny_model: Path, tmp_path: Path, base: Path, name: str) -> None:
-    """One line of ours at the end, no traceback, 128 + the signal, no process, no file, no shared memory."""
+    """
+    The last line is ours, without a traceback; exit code 128 + the signal;
+    no process, file or shared memory is left.
+    """
     moment = MOMENTS[name]
     with started(tiny_model, tmp_path, base, moment) as start:
         segments = start.segments()
@@ -166,7 +169,7 @@ def test_start_is_stopped(tiny_model: Path, tmp_path: Path, base: Path, name: st
 
 
 def test_what_a_killed_server_leaves_is_swept(tiny_model: Path, tmp_path: Path, base: Path) -> None:
-    """After `kill -9` of process 0 its processes end by themselves, their shared memory goes, and the next start removes its files."""
+    """After `kill -9` of process 0 the rest exit, shared memory is freed, and the next start removes the files."""
     with started(tiny_model, tmp_path, base, MOMENTS["followers"]) as start:
         wait_for(lambda: any(list(folder.iterdir()) for folder in start.folders()), start)
         [folder] = base.iterdir()
@@ -182,7 +185,7 @@ def test_what_a_killed_server_leaves_is_swept(tiny_model: Path, tmp_path: Path, 
 
 
 def wait_for(condition: Callable[[], object], start: Start) -> None:
-    """Until the moment has come."""
+    """Wait until the moment has come."""
     end_s = time.monotonic() + DEADLINE_S
     while True:
         try:

@@ -1,8 +1,9 @@
 """
-On vLLM's V2 model runner a moved request is, position by position, in the state that it would be in on one instance.
+On vLLM's V2 model runner, a moved request has at every position the state it would have on one instance.
 
-Compared are the runner's own request states (see `v2_states.py`), not only the texts: a count that is off by one, a seed that begins anew or a
-prompt that has grown shows, even where the tiny model's text happens to be the same. Mutations show that the comparison sees such faults.
+The test compares the runner's own request states (see `v2_states.py`), not only the texts. A count that is off by one,
+a seed that starts afresh or a prompt that has grown shows, even where the tiny model's text happens to be the same.
+Mutations show that the comparison detects such faults.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.runner("V2"), pytest.mark.asyncio(
 
 N_OUTPUT = 44
 PROMPT = [*[token for token in random_prompt(50, 5) if not THINK_ID <= token <= END_THINK_ID][:40], THINK_ID]
-"""It begins to think, which nobody minds but a budget."""
+"""It starts to think, which matters only to a thinking budget."""
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "seeded": {"temperature": 1.3, "seed": 1234},
@@ -35,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "thinking": {"temperature": 0.7, "seed": 21, "thinking_token_budget": 20},
 }
 CUTS = (7, BLOCK - len(PROMPT) % BLOCK, BLOCK - len(PROMPT) % BLOCK + 1)
-"""Output tokens when the cut is asked for: within a block, and around a block's end."""
+"""Output tokens when the cut is requested: within a block, and around a block's end."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def recording(states_folder: Path) -> Recording:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def alone(zoo: Zoo) -> AsyncIterator[Callable[[str], Any]]:
-    """A case's run on one instance; made once per test."""
+    """A case's run on one instance, once per test."""
     instance = next(iter(zoo.instances.values()))
 
     async def run(case: str) -> Attempt:
@@ -65,7 +66,7 @@ def _fresh(name: str) -> str:
 
 
 async def params(zoo: Zoo, case: str) -> Any:
-    """A case's sampling parameters; bad words are pairs of tokens that the greedy text would have."""
+    """A case's sampling parameters; bad words are pairs of tokens that occur in the greedy text."""
     from vllm.sampling_params import SamplingParams
 
     options = dict(CASES[case])
@@ -80,9 +81,9 @@ async def params(zoo: Zoo, case: str) -> Any:
 
 def differences(recording: Recording, case: str, moved: Attempt, alone: Attempt) -> set[str]:
     """
-    What is not the same: `text`, or fields of the state at some position.
+    What differs: `text`, or fields of the state at some position.
 
-    V2 draws a seed for each request that brings none; such seeds are not compared.
+    V2 draws a seed for each request that has none; such seeds are not compared.
     """
     compared = {field.name for field in fields(State)} - ({"seed"} if "seed" not in CASES[case] else set())
     found = set() if moved.output == alone.output else {"text"}
@@ -91,7 +92,7 @@ def differences(recording: Recording, case: str, moved: Attempt, alone: Attempt)
     assert expected
     assert {position for position, _ in rows} >= expected.keys(), "a position was not recorded"
     for position, state in rows:
-        if position in expected:  # a step may have been under way when the request ended
+        if position in expected:  # a step may have been running when the request ended
             found |= {name for name in compared if getattr(state, name) != getattr(expected[position], name)}
     return found
 
@@ -99,7 +100,7 @@ def differences(recording: Recording, case: str, moved: Attempt, alone: Attempt)
 async def move(
     zoo: Zoo, case: str, pair: tuple[str, str], at: int, *, recompute: bool = False, **hooks: Any
 ) -> Attempt:
-    """A case's run with one move; several tries, since a request may end before it is cut."""
+    """A case's run with one move; retried, since a request may end before it is cut."""
     here, there = (zoo.instances[name] for name in pair)
     for _ in range(20):
         attempt = await zoo.start(here, PROMPT, await params(zoo, case), request_id=_fresh("moved"))
@@ -116,7 +117,7 @@ async def move(
 async def test_states_after_a_pull(
     zoo: Zoo, recording: Recording, alone: Any, case: str, pair: tuple[str, str]
 ) -> None:
-    """Pulled, cut within a block and around its end: every state is the one of an unmoved run."""
+    """With KV pulls, cut within a block and around its end, every state equals that of an unmoved run."""
     expected = await alone(case)
     if "min_tokens" not in case:
         assert len(expected.output) == N_OUTPUT
@@ -126,7 +127,7 @@ async def test_states_after_a_pull(
 
 @pytest.mark.parametrize("case", CASES)
 async def test_states_after_a_recomputation(zoo: Zoo, recording: Recording, alone: Any, case: str) -> None:
-    """Computed anew at the target, with other requests in the batch: the same."""
+    """Recomputed at the target, with other requests in the batch, every state is the same too."""
     expected = await alone(case)
     other = await zoo.start(zoo.instances[PAIRS[0][1]], random_prompt(60, 8), await params(zoo, "greedy"))
     assert differences(recording, case, await move(zoo, case, PAIRS[0], 12, recompute=True), expected) == set()
@@ -150,7 +151,7 @@ async def mutate(zoo: Zoo, pair: tuple[str, str], name: str) -> None:
 async def test_comparison_sees_a_fault(
     zoo: Zoo, recording: Recording, alone: Any, mutation: str, case: str, seen: set[str]
 ) -> None:
-    """What the V1 runner needs is wrong on V2, and so are output tokens told as prompt: the comparison says what differs."""
+    """What V1 needs is wrong on V2, and so is passing output tokens as prompt: the comparison finds each fault."""
     expected = await alone(case)
     await mutate(zoo, PAIRS[0], mutation)
     try:
@@ -161,7 +162,7 @@ async def test_comparison_sees_a_fault(
 
 
 async def test_comparison_sees_wrong_blocks(zoo: Zoo, recording: Recording, alone: Any) -> None:
-    """Blocks pulled in a wrong order: the text differs."""
+    """If blocks are pulled in the wrong order, the text differs."""
     expected = await alone("greedy")
     here, there = (zoo.instances[name] for name in PAIRS[0])
     attempt = await zoo.start(here, PROMPT, await params(zoo, "greedy"), request_id=_fresh("moved"))

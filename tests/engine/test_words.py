@@ -1,4 +1,4 @@
-"""Words for the connector on real instances: a client's are not heard, impossible ones of ours end one request, and no instance dies."""
+"""Connector parameters on real instances: clients' are ignored, impossible ones end only their request."""
 
 import dataclasses
 from typing import Any
@@ -34,7 +34,7 @@ SAID = [
 
 @pytest.mark.parametrize("name", ["async+cache", "sync"])
 async def test_what_a_client_says_changes_nothing(zoo: Zoo, name: str) -> None:
-    """Requests with a client's words, in every form that has done harm, get what they get without; afterwards nothing is held."""
+    """Client-supplied parameters, in every form that has done harm, leave the output unchanged and no blocks held."""
     instance = zoo.instances[name]
     prompt, expected = await zoo.window(100, 12)
     for key in ("kv_transfer_params", "cascadeinfer_words"):
@@ -48,16 +48,16 @@ async def test_what_a_client_says_changes_nothing(zoo: Zoo, name: str) -> None:
 
 
 async def with_ticket(zoo: Zoo, old: Attempt, target: VllmInstance, params: dict[str, Any]) -> Attempt:
-    """The request goes on at the target with a ticket of these parameters in place of its own."""
+    """Resume the request at the target with a ticket of these parameters in place of its own."""
     return await zoo.resume(old, target, ticket=VllmTicket(params))
 
 
 @pytest.mark.parametrize("name", KINDS)
 async def test_impossible_tickets(zoo: Zoo, name: str) -> None:
     """
-    Our own words, wrong: those that cannot be true end their request with an error, those that only the pull finds out are computed anew.
+    Wrong parameters of our own: impossible ones end their request with an error; if only the pull fails, it recomputes.
 
-    A neighbour gets its tokens; the instance holds nothing afterwards (the fixture looks).
+    A neighbour gets its tokens; the instance holds nothing afterwards (the fixture checks).
     """
     target = zoo.instances[name]
     source = next(instance for instance in zoo.instances.values() if instance is not target)
@@ -88,7 +88,7 @@ async def test_impossible_tickets(zoo: Zoo, name: str) -> None:
 
 
 async def test_a_token_is_for_one_start(zoo: Zoo) -> None:
-    """Words under another instance's token are nobody's: the whole text is taken for a prompt, and nothing is pulled."""
+    """Parameters under another instance's token are ignored: the whole text is prompt, and nothing is pulled."""
     here, other = zoo.instances["async"], zoo.instances["sync"]
     assert here.channel.connector_token != other.channel.connector_token
     old = await zoo.start(other, random_prompt(40, 3), greedy(20))

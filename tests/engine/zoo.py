@@ -1,12 +1,13 @@
 """
-Raw vLLM instances driven by hand: one of each kind, every request steered step by step.
+Raw vLLM instances, one of each kind, driven step by step.
 
-`Zoo` owns four instances that differ in what the connector's rules depend on (asynchronous or synchronous scheduling, prefix caching on
-or off) and are all connected, so that each kind is source and target of moves. A pump per instance sorts outputs to the request they
-belong to, as the runtime does; nothing else of the runtime is involved.
+`Zoo` owns four instances that differ in what the connector's rules depend on (asynchronous or synchronous scheduling,
+prefix caching on or off). All are connected, so each kind is source and target of moves. A pump per instance routes
+outputs to their requests, as the runtime does; nothing else of the runtime is involved.
 
-Float32 sums depend on the batch a token is computed in, by some 1e-5 in a logit. Reference outputs are therefore made from prompts whose
-greedy choices are all ahead of the second best by `MIN_MARGIN`: an output that differs then is wrong, never a tie.
+Float32 sums depend on the batch in which a token is computed, by some 1e-5 in a logit. Reference outputs are therefore
+made from prompts whose greedy choices all lead the second best by `MIN_MARGIN`: an output that differs is wrong, never
+a tie.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cascadeinfer.engines.protocol import EngineCounters, EngineDied, EngineRequest, KvTicket, Resume
 
-if TYPE_CHECKING:  # tests that are not run do not cost vLLM's import
+if TYPE_CHECKING:  # no vLLM import for tests that are not run
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine import FinishReason
 
@@ -36,11 +37,11 @@ END_THINK_ID = 502
 @dataclass(frozen=True, slots=True)
 class Kind:
     """
-    What sets an instance apart.
+    How a kind of instance differs from the others.
 
     Attributes:
         lease_s: Of pinned blocks. Long, so that a test in which only the end of the lease frees them fails.
-        reservation_life_s: Of a reservation that nobody claims; None is the product's.
+        reservation_life_s: Of a reservation that is never claimed; None is the product's default.
     """
 
     asynchronous: bool
@@ -51,7 +52,7 @@ class Kind:
 
 ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 RUNNER = "V2" if ON_V2 else "V1"
-"""The model runner of vLLM's that these tests run on: V1, or V2 with the plugin `tests/support/v2_runner.py`."""
+"""The vLLM model runner that these tests use: V1, or V2 with the plugin `tests/support/v2_runner.py`."""
 ALL_KINDS = {
     "async+cache": Kind(asynchronous=True, caches=True),
     "async": Kind(asynchronous=True, caches=False),
@@ -59,13 +60,13 @@ ALL_KINDS = {
     "sync": Kind(asynchronous=False, caches=False, reservation_life_s=5.0),
 }
 KINDS = {name: kind for name, kind in ALL_KINDS.items() if kind.asynchronous or not ON_V2}
-"""V2 is made for asynchronous scheduling, and its interpreted kernels are slow: half of the kinds there."""
+"""V2 is made for asynchronous scheduling, and its interpreted kernels are slow, so it runs half of the kinds."""
 OTHER = dict(zip(KINDS, reversed(KINDS), strict=True))
 """A partner of another kind, for tests that need not try all pairs."""
 PAIRS = [(source, target) for source in KINDS for target in KINDS if source != target]
 KV_BLOCKS = 512
 USABLE_BLOCKS = KV_BLOCKS - 1
-"""vLLM keeps one as its null block."""
+"""vLLM keeps one block as its null block."""
 MAX_MODEL_LEN = 2048
 MAX_SEQS = 64
 MAX_BATCHED_TOKENS = 256
@@ -73,17 +74,17 @@ MAX_BATCHED_TOKENS = 256
 MIN_MARGIN = 5e-4
 WINDOW_PROMPT = 8
 WINDOW_OUTPUT = 300
-"""Of the text that `Zoo.window` cuts prompts from."""
+"""Length of the text from which `Zoo.window` cuts prompts."""
 SETTLE_S = 20.0
-"""Until everything is given back; well below the long leases."""
+"""Time limit for everything to be given back; well below the long leases."""
 DEADLINE_S = 60.0
-"""For everything that is polled: far above what it takes on a busy machine."""
+"""Time limit for all polling: far more than is needed on a busy machine."""
 
 
 async def eventually(
     condition: Callable[[], Awaitable[bool] | bool], what: Callable[[], str] | str, deadline_s: float = DEADLINE_S
 ) -> None:
-    """Poll until the condition holds; fails the test, saying what was waited for, when it does not within the deadline."""
+    """Poll until the condition holds; fails the test, naming what it waited for, if the deadline passes."""
     end_s = time.monotonic() + deadline_s
     while True:
         holds = condition()
@@ -111,14 +112,14 @@ def random_prompt(n_tokens: int, seed: int) -> list[int]:
 
 
 def margins_of(delta: Any) -> list[float]:
-    """How far the best token is ahead of the second, per new token; needs `logprobs=2`."""
+    """Margin of the best token over the second best, per new token; needs `logprobs=2`."""
     lists = delta.new_logprobs
     return [] if lists is None else [abs(float(row[1] - row[2])) for row in lists.logprobs]
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One request on one instance: what it has sent so far."""
+    """One request on one instance, with what it has sent so far."""
 
     instance: "VllmInstance"
     engine_request_id: str
@@ -134,7 +135,7 @@ class Attempt:
 
     @property
     def output(self) -> list[int]:
-        """All output tokens of the request, those from before this attempt included."""
+        """All output tokens of the request, including those from before this attempt."""
         return self.brought + self.token_ids
 
     @property
@@ -181,7 +182,7 @@ class Zoo:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop listening; the instances are whoever's started them."""
+        """Stop listening; the instances belong to whoever started them."""
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
@@ -224,7 +225,7 @@ class Zoo:
     async def resume(
         self, old: Attempt, target: "VllmInstance", *, ticket: KvTicket | None, reservation_id: str | None = None
     ) -> Attempt:
-        """Go on with a request elsewhere (or where it was), from its output so far."""
+        """Resume a request elsewhere (or where it was) from its output so far."""
         new = Attempt(target, f"{old.request.request_id}~{next(self._numbers)}", old.request, brought=old.output)
         return await self._add(new, Resume(old.output, ticket, reservation_id))
 
@@ -238,18 +239,18 @@ class Zoo:
         return await (await self.start(instance, prompt, params)).until_end()
 
     async def cut(self, attempt: Attempt) -> bool:
-        """Cut a running request and wait for its last output; False when it ended by itself instead."""
+        """Cut a running request and wait for its last output; False if it ended by itself instead."""
         refused = await attempt.instance.cut(attempt.engine_request_id)
-        # Its end, which until_end waits for, is about to come or has come: engines do not wait for a test that is slow to look.
+        # Its end is coming or has already come (engines do not wait for a slow test); until_end waits for it.
         assert refused in {None, "ending", "unknown"}, refused
         await attempt.until_end()
         return attempt.ticket is not None
 
     async def move(self, attempt: Attempt, target: "VllmInstance", *, recompute: bool = False) -> Attempt:
         """
-        Move a running request; returns the attempt that goes on (the old one, ended, when it could not be cut any more).
+        Move a running request; returns the new attempt (the old one, ended, if it could no longer be cut).
 
-        Room is reserved first, as the protocol asks.
+        Room is reserved first, as the protocol requires.
         """
         reservation_id = f"v{next(self._numbers)}"
         assert await target.reserve(reservation_id, attempt.n_tokens + 8) is None
@@ -267,8 +268,8 @@ class Zoo:
         Cut a request and undo the cut at once.
 
         Returns:
-            The attempt that goes on, and whether the cut was undone; when a step came between the two, the request is taken back
-            without its KV cache, as the migration protocol does it.
+            The new attempt, and whether the cut was undone. If a step came between the two, the request is taken
+            back without its KV cache, as in the migration protocol.
         """
         instance, request_id = attempt.instance, attempt.engine_request_id
         refused, undone = await asyncio.gather(instance.cut(request_id), instance.undo_cut(request_id))
@@ -281,7 +282,7 @@ class Zoo:
         return await self.resume(attempt, instance, ticket=None), False
 
     async def reference(self, prompt_tokens: int, output_tokens: int) -> tuple[list[int], list[int]]:
-        """A prompt of this length and its greedy output of this length, free of near ties; made once, on one instance."""
+        """A prompt and its greedy output of these lengths, free of near ties; made once, on one instance."""
         key = (prompt_tokens, output_tokens)
         if key not in self._references:
             instance = next(iter(self.instances.values()))
@@ -297,7 +298,8 @@ class Zoo:
         """
         A prompt and its greedy output, cut out of one long greedy text.
 
-        What follows on the first n tokens of a greedy text is the rest of it, so one reference serves every prompt length.
+        The continuation of the first n tokens of a greedy text is the rest of it, so one reference serves every prompt
+        length.
         """
         assert WINDOW_PROMPT <= n_prompt <= n_prompt + n_output <= WINDOW_PROMPT + WINDOW_OUTPUT
         prompt, output = await self.reference(WINDOW_PROMPT, WINDOW_OUTPUT)
@@ -305,11 +307,11 @@ class Zoo:
         return text[:n_prompt], text[n_prompt : n_prompt + n_output]
 
     async def counters(self, instance: "VllmInstance") -> EngineCounters:
-        """What the instance has done so far."""
+        """The instance's counters so far."""
         return (await instance.report())[1]
 
     async def settled(self, deadline_s: float = SETTLE_S) -> None:
-        """Every instance comes to hold nothing, well before a lease would end: no request, block, pin, reservation."""
+        """Wait until no instance holds a request, block, pin or reservation, well before a lease would end."""
         for name, instance in self.instances.items():
             await self._holds_nothing(name, instance, deadline_s)
         self._attempts.clear()
@@ -332,7 +334,7 @@ class Zoo:
         await eventually(nothing, lambda: f"{name} holds nothing: {held}", deadline_s)
 
     async def squeeze(self, instance: "VllmInstance", n_left: int) -> str:
-        """Reserve all but so many free blocks, at a moment at which no request takes one; returns the reservation's id."""
+        """Reserve all but this many free blocks, when no request is taking any; returns the reservation's id."""
         reservation_id = f"squeeze{next(self._numbers)}"
 
         async def reserved() -> bool:

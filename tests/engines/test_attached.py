@@ -1,4 +1,4 @@
-"""A further client of an EngineCore that another process owns, with an EngineCore written here at the other ends of its sockets."""
+"""A further client of an EngineCore that another process owns, tested against a scripted EngineCore on its sockets."""
 
 import asyncio
 import tempfile
@@ -40,7 +40,7 @@ HELLO = EngineHello(
 
 
 class EngineCore:
-    """Connects to a client's sockets and answers its commands, but for those that it keeps waiting."""
+    """Connects to a client's sockets and answers its commands, except those that it keeps waiting."""
 
     def __init__(self, attachment: Attachment) -> None:
         """Connect."""
@@ -67,7 +67,7 @@ class EngineCore:
                 await self._output.send_multipart(encoder.encode(EngineCoreOutputs(utility_output=told)))
 
     async def close(self) -> None:
-        """Be gone."""
+        """Close all sockets."""
         self._serving.cancel()
         await asyncio.gather(self._serving, return_exceptions=True)
         self._context.destroy(linger=0)
@@ -75,7 +75,7 @@ class EngineCore:
 
 @pytest.fixture
 def attachment() -> Any:
-    """Sockets in a folder whose path is short enough for them."""
+    """A folder for sockets, with a path short enough for them."""
     with tempfile.TemporaryDirectory() as folder:
         addresses = [f"ipc://{Path(folder) / name}" for name in ("in", "out")]
         yield Attachment(3, 77, "life1", b"", *addresses, "token")
@@ -95,7 +95,7 @@ async def instance(attachment: Attachment) -> AsyncIterator[VllmInstance]:
 
 
 async def test_it_learns_from_owner_and_engine(instance: VllmInstance, attachment: Attachment) -> None:
-    """Number and process id are the owner's word, the rest is the engine's; what a predecessor left is aborted before anything else."""
+    """Number and process id come from the owner, the rest from the engine; leftovers are aborted first."""
     core = EngineCore(attachment)
     try:
         capacity = await instance.start()
@@ -110,7 +110,7 @@ async def test_it_learns_from_owner_and_engine(instance: VllmInstance, attachmen
 
 
 async def test_the_owner_tells_of_a_death(instance: VllmInstance, attachment: Attachment) -> None:
-    """Then outputs end, who waits for an answer gets an error, and there is no process any more; killing is not this client's."""
+    """Outputs end, pending calls get an error, and the process id is gone; this client cannot kill the engine."""
     core = EngineCore(attachment)
     try:
         await instance.start()
@@ -133,7 +133,7 @@ async def test_the_owner_tells_of_a_death(instance: VllmInstance, attachment: At
 
 
 async def test_a_client_that_has_let_go_takes_no_commands(instance: VllmInstance, attachment: Attachment) -> None:
-    """They are errors and reach nobody."""
+    """Commands raise, and nothing reaches the engine."""
     core = EngineCore(attachment)
     try:
         await instance.start()
@@ -150,7 +150,7 @@ async def test_a_client_that_has_let_go_takes_no_commands(instance: VllmInstance
 async def test_an_engine_that_does_not_come_is_an_error(
     instance: VllmInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody connects to the sockets: the start ends after its time limit."""
+    """If nothing connects to the sockets, the start fails after its time limit."""
     monkeypatch.setattr(attached, "CONNECT_TIMEOUT_S", 0.2)
     with pytest.raises(EngineError, match="cannot be attached"):
         await instance.start()

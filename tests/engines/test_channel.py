@@ -1,4 +1,4 @@
-"""The command channel to an EngineCore, with a written client in place of vLLM's: what is sent, what is read, what a closed one does."""
+"""The command channel to an EngineCore, over a scripted client in place of vLLM's."""
 
 import asyncio
 from types import SimpleNamespace
@@ -53,7 +53,7 @@ LOAD = EngineLoad(
 
 
 class Client:
-    """vLLM's client, as far as the channel uses it; answers are given beforehand, by command."""
+    """vLLM's client, as far as the channel uses it; answers are set in advance, by command."""
 
     client_index = 1
 
@@ -66,36 +66,36 @@ class Client:
         self.is_dead = False
 
     async def call_utility_async(self, command: str, *args: Any) -> Any:
-        """Answers at once; over the wire, as msgpack would have it."""
+        """Answer at once, encoded and decoded as msgpack would on the wire."""
         if self.is_dead:
             raise EngineDeadError
         self.calls.append((command, *args))
         return msgspec.msgpack.decode(msgspec.msgpack.encode(self.answers.get(command)))
 
     async def add_request_async(self, request: Any) -> None:
-        """Keeps it."""
+        """Record the request."""
         if self.is_dead:
             raise EngineDeadError
         self.requests.append(request)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
-        """Keeps them."""
+        """Record the ids."""
         self.aborted += request_ids
 
     async def get_output_async(self) -> Any:
-        """A step, or death."""
+        """An empty step, or the engine's death."""
         if self.is_dead:
             raise EngineDeadError
         return SimpleNamespace(outputs=[], engine_index=0)
 
 
 def channel_on(client: Client) -> EngineChannel:
-    """The third instance's."""
+    """A channel of the instance with number 3."""
     return EngineChannel("a", 3, client, HELLO, "token")  # type: ignore[arg-type]
 
 
 async def test_a_report_is_what_the_engine_says() -> None:
-    """Own requests by id, foreign ones as lengths, each step with its batch; asked under this client's number."""
+    """Own requests by id, foreign ones as lengths, each step with its batch; requested under this client's number."""
     client = Client()
     report, counters = await channel_on(client).report()
     assert client.calls == [("cascade_load", 1)]
@@ -107,14 +107,14 @@ async def test_a_report_is_what_the_engine_says() -> None:
 
 @pytest.mark.parametrize("wrong", [{"clock_s": None}, {"running": [["r"]]}, {"surplus": 1}])
 async def test_an_answer_of_another_form_is_refused(wrong: dict[str, Any]) -> None:
-    """What lacks a field, has one too many or one of another type is an error where it arrives, not a wrong load."""
+    """A report with a missing, extra or wrongly typed field is an error on arrival, not a wrong load."""
     client = Client(cascade_load={**LOAD.plain(), **wrong})
     with pytest.raises(msgspec.ValidationError):
         await channel_on(client).report()
 
 
 async def test_two_clients_reservations_have_different_names() -> None:
-    """The client's prefix goes with the reservation, with its release and with the request that takes it over."""
+    """The reservation, its release and the request that claims it all carry the client's prefix."""
     client = Client()
     channel = channel_on(client)
     request = request_with("r", [1, 2, 3], SamplingParams(max_tokens=5))
@@ -130,12 +130,12 @@ async def test_two_clients_reservations_have_different_names() -> None:
 
 
 async def test_outputs_carry_the_instances_number() -> None:
-    """By it vLLM's metrics tell instances apart."""
+    """Its number is what tells instances apart in vLLM's metrics."""
     assert (await channel_on(Client()).next_outputs()).engine_index == 3
 
 
 async def test_death_is_told_by_the_outputs_and_to_who_waits() -> None:
-    """`next_outputs` raises, pending calls end, later ones are refused, and what is merely sent is nobody's error."""
+    """`next_outputs` raises, pending and later calls raise, and messages without an answer raise nothing."""
     client = Client()
     channel = channel_on(client)
     pending = client.utility_results[0] = asyncio.get_running_loop().create_future()
@@ -149,7 +149,7 @@ async def test_death_is_told_by_the_outputs_and_to_who_waits() -> None:
 
 
 async def test_a_closed_channel_sends_nothing() -> None:
-    """Commands are errors, requests and aborts go nowhere; who already waits is woken by whoever ends the client."""
+    """Commands raise, requests and aborts go nowhere; pending calls are woken by whoever ends the client."""
     client = Client()
     channel = channel_on(client)
     pending = client.utility_results[0] = asyncio.get_running_loop().create_future()

@@ -16,7 +16,7 @@ NOTHING = dict.fromkeys(HELD_BY, 0)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model's folder."""
+    """The folder of a tiny model."""
     return make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
 
 
@@ -112,9 +112,9 @@ def test_blocks_that_a_step_may_still_write(model: Path) -> None:
 
 def test_a_reservation_leaves_what_a_prefill_needs(bed: SchedulerBed) -> None:
     """
-    Blocks that a prompt in the middle of its prefill will need are not reserved: vLLM would let the pull wait for them.
+    Blocks that an unfinished prefill will need are not reserved: vLLM would let the pull wait for them.
 
-    Two prompts share one step's budget; the second is left with most of its blocks to come.
+    Two prompts share one step's budget; the second still needs most of its blocks.
     """
     bed.add("first", list(range(3, 403)), greedy(30))
     bed.add("second", list(range(403, 3, -1)), greedy(30))
@@ -127,7 +127,7 @@ def test_a_reservation_leaves_what_a_prefill_needs(bed: SchedulerBed) -> None:
 
 
 def test_an_undone_cut_leaves_nothing_with_the_worker(bed: SchedulerBed) -> None:
-    """The worker is told of a cut with the next step; if the cut is undone it is told that too, or never told of either."""
+    """The worker learns of a cut with the next step; if the cut is undone, it learns of both or of neither."""
     bed.add("a", PROMPT, greedy(60))
     bed.steps(4)
     side = bed.side

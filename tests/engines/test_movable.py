@@ -1,4 +1,4 @@
-"""Which engines' requests may move: plain and latent attention over one group of layers, and nothing else."""
+"""Which engines' requests may move: only those with plain or latent attention over one KV cache group."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ FULL = FullAttentionSpec(**ATTENTION)
 
 
 def config(*, speculative: object = None, **sizes: int) -> Any:
-    """What is read of a `VllmConfig`."""
+    """The part of a `VllmConfig` that is read."""
     parallel = {
         "pipeline_parallel_size": 1,
         "decode_context_parallel_size": 1,
@@ -32,7 +32,7 @@ def config(*, speculative: object = None, **sizes: int) -> Any:
 
 
 def groups(*specs: Any) -> list[KVCacheGroupSpec]:
-    """One per specification."""
+    """One KV cache group per specification."""
     return [KVCacheGroupSpec([f"layer{number}"], spec) for number, spec in enumerate(specs)]
 
 
@@ -40,7 +40,7 @@ def groups(*specs: Any) -> list[KVCacheGroupSpec]:
     "spec", [FULL, FullAttentionSpec(**ATTENTION, sliding_window=64), MLAAttentionSpec(**ATTENTION)]
 )
 def test_moves(spec: Any) -> None:
-    """Full attention, sliding windows that are kept as full attention, multi-head latent attention."""
+    """Full attention, sliding windows kept as full attention, and multi-head latent attention can move."""
     assert why_not_movable(config(), groups(spec)) is None
 
 
@@ -56,7 +56,7 @@ def test_moves(spec: Any) -> None:
     ],
 )
 def test_other_caches_stay(spec: Any, word: str) -> None:
-    """Blocks that are dropped in the middle, sinks, windows, states: named, and not moved."""
+    """Blocks dropped in the middle, attention sinks, windows and recurrent states: named, and not moved."""
     assert word in (why_not_movable(config(), groups(spec)) or "")
 
 
@@ -70,10 +70,10 @@ def test_other_caches_stay(spec: Any, word: str) -> None:
     ],
 )
 def test_other_engines_stay(vllm_config: Any, word: str) -> None:
-    """What an engine does beside plain decoding, or spreads over ranks other than by tensor."""
+    """Engines that do more than plain decoding, or shard over ranks other than by tensor, cannot move requests."""
     assert word in (why_not_movable(vllm_config, groups(FULL)) or "")
 
 
 def test_several_groups_stay() -> None:
-    """Layers of two kinds have block tables of their own."""
+    """Layers of two kinds have separate block tables."""
     assert "several kinds" in (why_not_movable(config(), groups(FULL, FULL)) or "")

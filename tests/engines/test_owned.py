@@ -1,4 +1,4 @@
-"""The life of an EngineCore that this process owns, over a written launcher: what of a place is whose, what further clients are told."""
+"""An EngineCore owned by this process, over a scripted launcher: its life, its place and its clients."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ PLACE = Place("a", "node", "0-3", "here", "eth0")
 
 
 class Launcher:
-    """Writes down what it is told. See `cascadeinfer.cluster.protocol.Launcher`."""
+    """Records its calls. See `cascadeinfer.cluster.protocol.Launcher`."""
 
     abilities = Abilities(new_clients=True, outlives_front_end=False)
 
@@ -26,15 +26,15 @@ class Launcher:
         self._n_started = 0
 
     def place(self, instance_id: InstanceId) -> Place:
-        """Not asked here."""
+        """Not used here."""
         raise AssertionError(instance_id)
 
     def release(self, place: Place) -> None:
-        """Not asked here."""
+        """Not used here."""
         raise AssertionError(place)
 
     async def start(self, place: Place, order: Any) -> Kept[EngineHello]:
-        """Each life has an engine id of its own."""
+        """Give each life its own engine id."""
         self.told.append(("start", place.instance_id))
         self._n_started += 1
         hello = EngineHello(
@@ -53,43 +53,43 @@ class Launcher:
         return Kept(place, 100 + self._n_started, hello, b"ready", order.config)
 
     def living(self) -> Mapping[InstanceId, Kept[EngineHello]]:
-        """Not asked here."""
+        """Not used here."""
         raise AssertionError
 
     def client_addresses(self, place: Place, client: int) -> ClientAddresses:
-        """Made of the client's number."""
+        """Addresses derived from the client's number."""
         return ClientAddresses(f"tcp://{place.host}:{1000 + client}", f"tcp://{place.host}:{2000 + client}")
 
     async def attach(self, place: Place, client: int, addresses: ClientAddresses) -> None:
-        """Written down."""
+        """Record the call."""
         self.told.append(("attach", place.instance_id, client, addresses.input_address))
 
     async def detach(self, place: Place, client: int) -> None:
-        """Written down."""
+        """Record the call."""
         self.told.append(("detach", place.instance_id, client))
 
     async def death(self, place: Place) -> str:
-        """Not asked here."""
+        """Not used here."""
         raise AssertionError(place)
 
     def kill(self, place: Place) -> None:
-        """Written down."""
+        """Record the call."""
         self.told.append(("kill", place.instance_id))
 
     async def stop(self, place: Place, timeout_s: float) -> None:
-        """Written down."""
+        """Record the call."""
         self.told.append(("stop", place.instance_id, timeout_s))
 
 
 def core_at(launcher: Launcher) -> OwnedCore:
-    """A life at the place; its processes are not made."""
+    """A life at the place; no processes are made."""
     core = OwnedCore(launcher, PLACE, 3, SimpleNamespace(), {})  # type: ignore[arg-type]
     core._processes = SimpleNamespace(client=SimpleNamespace(client_index=0), config=None)  # type: ignore[assignment]
     return core
 
 
 async def test_a_former_life_leaves_the_next_one_alone() -> None:
-    """Once stopped, a life that is killed or stopped again touches nothing at its place."""
+    """Once stopped, killing or stopping a life again does not affect its place."""
     launcher = Launcher()
     former, present = core_at(launcher), core_at(launcher)
     await former.begin()
@@ -105,7 +105,7 @@ async def test_a_former_life_leaves_the_next_one_alone() -> None:
 
 
 async def test_a_life_that_was_stopped_before_it_began_does_not_begin() -> None:
-    """Nothing is started that nobody would stop."""
+    """Nothing is started that would never be stopped."""
     launcher = Launcher()
     core = core_at(launcher)
     await core.end(0.0)
@@ -115,7 +115,7 @@ async def test_a_life_that_was_stopped_before_it_began_does_not_begin() -> None:
 
 
 async def test_further_clients_are_attached_while_it_runs() -> None:
-    """A client is told of this life, its own addresses and the token; before the start and after the end there is nothing to tell."""
+    """A client learns this life's id, its own addresses and the token; before and after, it gets nothing."""
     launcher = Launcher()
     core, other = core_at(launcher), core_at(launcher)
     assert await core.attachment(1) is None

@@ -1,4 +1,4 @@
-"""Which requests are pinned, by model runner; that what is not pinned survives a move is shown in `tests/engine`."""
+"""Which requests are pinned, by model runner; `tests/engine` shows that all others survive a move."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from cascadeinfer.frontend.pins import pin_reason_of
 
 
 def config(*, v2: bool, **changed: Any) -> Any:
-    """What the rule reads of a `VllmConfig`."""
+    """The part of a `VllmConfig` that the rule reads."""
     fields = {
         "use_v2_model_runner": v2,
         "structured_outputs_config": SimpleNamespace(reasoning_parser=""),
@@ -40,7 +40,7 @@ def request(params: SamplingParams | None = None, **changed: Any) -> EngineCoreR
 
 
 def bad_words() -> SamplingParams:
-    """Two words that may not follow each other."""
+    """Two words that may not occur in sequence."""
     return SamplingParams(bad_words=["hello there"])
 
 
@@ -58,7 +58,7 @@ def bad_words() -> SamplingParams:
     ],
 )
 def test_v1_pins_what_v2_moves(params: SamplingParams, on_v1: PinReason | None) -> None:
-    """State that V1 loses pins a request there and nowhere else."""
+    """State that only the V1 runner loses pins a request on V1 and not on V2."""
     assert pin_reason_of(request(params), config(v2=False), movable=True) is on_v1
     assert pin_reason_of(request(params), config(v2=True), movable=True) is None
 
@@ -85,12 +85,12 @@ GRAMMAR = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
 def test_pinned_on_both_runners(
     params: SamplingParams, changed: dict[str, Any], reason: PinReason | None, *, v2: bool
 ) -> None:
-    """What neither runner moves is pinned on both."""
+    """What neither runner can move is pinned on both."""
     assert pin_reason_of(request(params), config(v2=v2, **changed), movable=True) is reason
 
 
 def test_installed_processors_pin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A logits processor that an installed package brings has state that nobody here knows: every request stays."""
+    """A logits processor from an installed package has state that we do not know, so every request stays."""
     monkeypatch.setattr(pins, "_has_plugged_processors", lambda: True)
     assert pin_reason_of(request(), config(v2=True), movable=True) is PinReason.CUSTOM_SAMPLING
 
@@ -107,5 +107,5 @@ def test_installed_processors_pin(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_requests_of_other_shapes(changed: dict[str, Any], reason: PinReason, *, movable: bool) -> None:
-    """Requests that are more than token ids and sampling parameters are pinned."""
+    """Requests that consist of more than token ids and sampling parameters are pinned."""
     assert pin_reason_of(request(**changed), config(v2=True), movable=movable) is reason

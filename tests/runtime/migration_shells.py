@@ -1,8 +1,9 @@
 """
-The two shells of the migration protocol with one request that is to move, over instances that do what a test says.
+The two shells of the migration protocol, each moving one request between instances that the test scripts.
 
-`Simulator` is the simulated cluster over scripted instances, `Live` the runtime over scripted engines: they answer what the test says, when it
-says so, and compute nothing. Everything between them and the policy is real.
+`Simulator` is the simulated cluster over scripted instances; `Live` is the runtime over scripted engines. The instances
+compute nothing: they give the answers that the test chooses, when it chooses. Everything between them and the policy is
+real.
 """
 
 import asyncio
@@ -38,9 +39,9 @@ SOURCE, TARGET, _ = IDS
 MOVE = StartMigration("test", "m", "r0", SOURCE, TARGET, MigrationReason.OPERATOR)
 PROMPT_TOKENS = 100
 CONTROL_S = 0.001
-"""One way of a command of the simulator."""
+"""Time for one simulated command to travel one way."""
 TURNS = 30
-"""Of the event loop, within which everything that waits in a queue is handled."""
+"""Event loop turns within which everything queued is handled."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Ending:
     How a migration ended.
 
     Attributes:
-        event: What the policy hears.
-        record: What is kept: outcome, reason, detail.
-        story: States and happenings.
-        asked_tokens: Room that the target has been asked for; None where it has not.
+        event: The event that the policy receives.
+        record: The stored outcome, reason and detail.
+        story: States and events, in order.
+        asked_tokens: Room requested from the target; None if none was.
     """
 
     event: MigrationEnded
@@ -66,44 +67,44 @@ class Shell(Protocol):
 
     @property
     def now_s(self) -> float:
-        """The shell's clock."""
+        """The time on the shell's clock."""
         ...
 
     @property
     def migration(self) -> Migration:
-        """The migration, also when it is over."""
+        """The migration; still available once it is over."""
         ...
 
     async def begin(self) -> None:
-        """The policy asks for the move."""
+        """Have the policy start the move."""
         ...
 
     async def bring(self, happening: Happening) -> None:
-        """Let this happen now."""
+        """Trigger this event now."""
         ...
 
     async def grow(self, n_tokens: int) -> None:
-        """The source sends so many tokens."""
+        """Have the source send this many tokens."""
         ...
 
     async def deliver(self) -> None:
-        """The command that is under way arrives."""
+        """Deliver the command in transit."""
         ...
 
     async def wait(self, until_s: float) -> None:
-        """Time passes, and nobody answers anything."""
+        """Let time pass while nobody answers anything."""
         ...
 
     async def end(self) -> Ending:
-        """Put everything away."""
+        """Shut everything down."""
         ...
 
 
-# --- the simulated cluster ----------------------------------------------------------------------------------------------
+# --- the simulated cluster --------------------------------------------------------------------------------------------
 
 
 class Moves(LeastLoaded):
-    """Least loaded; asks for the move when the timer fires."""
+    """Least loaded; starts the move when its timer fires."""
 
     def __init__(self, at_s: float) -> None:
         super().__init__()
@@ -122,26 +123,26 @@ class Moves(LeastLoaded):
         return effects
 
     def next_timer_s(self) -> float | None:
-        """Until the move is asked for."""
+        """When the move is to start."""
         return self._at_s
 
 
 class ScriptedInstance(SimInstance):
-    """Never steps; refuses what the test says, and hears nothing while it is not alive."""
+    """Never steps; refuses what the test chooses, and receives nothing while it is down."""
 
     refusal: Refusal | None = None
     asked_tokens: int | None = None
 
-    def reserve(self, migration_id: MigrationId, length_tokens: int, now_s: float) -> Refusal | None:  # noqa: ARG002 - as there
+    def reserve(self, migration_id: MigrationId, length_tokens: int, now_s: float) -> Refusal | None:  # noqa: ARG002 - SimInstance
         """See SimInstance."""
         self.asked_tokens = length_tokens
         return self.refusal
 
-    def request_cut(self, request: SimRequest, now_s: float) -> Refusal | None:  # noqa: ARG002 - as there
+    def request_cut(self, request: SimRequest, now_s: float) -> Refusal | None:  # noqa: ARG002 - SimInstance
         """See SimInstance."""
         return self.refusal
 
-    def expect(self, request: SimRequest, migration_id: MigrationId, now_s: float) -> int:  # noqa: ARG002 - as there
+    def expect(self, request: SimRequest, migration_id: MigrationId, now_s: float) -> int:  # noqa: ARG002 - SimInstance
         """See SimInstance."""
         return request.settled_tokens - 1
 
@@ -195,7 +196,7 @@ class Simulator:
         assert self._request.instance_id == SOURCE
 
     async def bring(self, happening: Happening) -> None:  # noqa: C901, PLR0912 - one arm per happening
-        """See Shell; what no instance of the simulator says is told to the migrator."""
+        """See Shell; the migrator is told directly of events that no simulated instance reports."""
         match happening:
             case Happening.ROOM_GRANTED:
                 self._run_to(self.now_s + 2 * CONTROL_S)
@@ -268,7 +269,7 @@ class Simulator:
         self._cluster.instance_stepped(self._instance(instance_id), end)
 
 
-# --- the runtime --------------------------------------------------------------------------------------------------------
+# --- the runtime ------------------------------------------------------------------------------------------------------
 
 
 class Live:
@@ -290,7 +291,7 @@ class Live:
 
     def _factory(self, name: InstanceId) -> Callable[[int], ScriptedEngine]:
         def make(_: int) -> ScriptedEngine:
-            return self._engines.setdefault(name, ScriptedEngine(name, CAPACITY))  # none of them starts again in time
+            return self._engines.setdefault(name, ScriptedEngine(name, CAPACITY))  # no restart within the test
 
         return make
 
@@ -319,7 +320,7 @@ class Live:
         await self._settle()
 
     async def bring(self, happening: Happening) -> None:  # noqa: C901, PLR0912 - one arm per happening
-        """See Shell; that a place is silent is told to the migrator, or it would take as long as a suspicion takes."""
+        """See Shell; silence is reported to the migrator directly, as waiting for a suspicion would take too long."""
         match happening:
             case Happening.ROOM_GRANTED:
                 self._engines[TARGET].answer("reserve", None)
@@ -378,7 +379,7 @@ class Live:
     def _say(
         self, token_ids: list[int], finish_reason: str | None = None, ticket: dict[str, int] | None = None
     ) -> None:
-        """The instance that has the request sends this."""
+        """Have the instance that runs the request send this."""
         stream = self._stream
         assert stream.instance_id is not None
         assert stream.engine_request_id is not None

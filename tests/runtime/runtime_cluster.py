@@ -1,8 +1,9 @@
 """
-A runtime over simulated engines, in virtual time, with clients that check every token and a final look for leftovers.
+A runtime over simulated engines in virtual time, with clients that check every token and a final check for leftovers.
 
-`async with Cluster(...)` starts everything and, at the end, asserts that nothing is left: no stream, no migration, no request, block, pin
-or reservation on any engine (well before a lease could have hidden a leak), no error in the log, no timer. `@virtual_time` adds: no task.
+`async with Cluster(...)` starts everything. On exit it asserts that nothing is left: no stream or migration; no
+request, block, pin or reservation on any engine (checked well before an expiring lease could hide a leak); no error in
+the log; and no timer. `@virtual_time` also asserts that no task is left.
 """
 
 import asyncio
@@ -39,17 +40,17 @@ TIMES = SimulatedTimes()
 SUPERVISION = SupervisionTimes(report_s=0.1, hang_s=2.0, backoff_first_s=1.0, backoff_max_s=8.0, window_s=30.0)
 MIGRATION = MigrationLimits(ask_s=2.0, cut_s=5.0, resume_s=7.0)
 GRACE_S = 0.5
-"""Within this everything must be free once the last request has ended: far below lease and reservation life."""
+"""Everything must be free this long after the last request's end: far below the life of a lease or reservation."""
 PATIENCE_S = 600.0
 MANY_DEATHS = 1_000_000
-"""For tests that end several instances under one request, one after the other, as a poison request would."""
+"""For tests that kill several instances in turn while they run one request, as a poison request would."""
 WATCH_S = 0.02
 DEFECTS = ("internal error", "a command", "a migration command")
-"""How log records of our own bugs begin."""
+"""Prefixes of log records that report our own bugs."""
 
 
 class ScriptedPolicy(LeastLoaded):
-    """Least loaded, except where a test has said otherwise; remembers every event."""
+    """Least loaded, except where a test decides otherwise; records every event."""
 
     def __init__(self, places: dict[str, str] | None = None) -> None:
         """Requests in `places` go to the instance named there while it is up."""
@@ -60,7 +61,7 @@ class ScriptedPolicy(LeastLoaded):
         self.answers: list[Callable[[Event], list[Effect]]] = []
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
-        """What least loaded does, then what the test has queued."""
+        """The effects of least loaded, then those that the test has queued."""
         self.events.append(event)
         effects = super().handle(event, now_s)
         more = [*self.queue, *(effect for answer in self.answers for effect in answer(event))]
@@ -69,7 +70,7 @@ class ScriptedPolicy(LeastLoaded):
         return effects + more
 
     def choose(self, request: RequestView, candidates: list[InstanceView]) -> InstanceView:
-        """The place the test has said, or the least loaded."""
+        """The instance that the test names, or the least loaded one."""
         wanted = self.places.get(request.request_id)
         return next((c for c in candidates if c.instance_id == wanted), None) or super().choose(request, candidates)
 
@@ -79,7 +80,7 @@ class ScriptedPolicy(LeastLoaded):
 
 
 class Client:
-    """Who sent a request: checks each token against the undisturbed output as it comes."""
+    """A client that checks each token of its request against the undisturbed output as it arrives."""
 
     def __init__(self, request: EngineRequest) -> None:
         """A client that has just sent this request."""
@@ -91,7 +92,7 @@ class Client:
         self.news = asyncio.Event()
 
     def hear(self, delta: Any) -> None:
-        """One output of the runtime for this request."""
+        """Take one output of the runtime for this request."""
         name = self.request.request_id
         assert self.finish_reason is None, f"{name}: words after the last word"
         assert not self.left, f"{name}: words to a client that has left"
@@ -113,7 +114,7 @@ class Client:
         return self
 
     async def until_tokens(self, n: int) -> Self:
-        """Wait for at least so many tokens."""
+        """Wait for at least this many tokens."""
         return await self.until(lambda client: len(client.token_ids) >= n)
 
     async def until_end(self) -> Self:
@@ -140,16 +141,16 @@ class Cluster:
     ) -> None:
         """
         Args:
-            policy: Default: a ScriptedPolicy.
+            policy: A ScriptedPolicy by default.
             instance_ids: The instances.
-            capacity: Of each.
-            times: Of each.
-            supervision: Limits and intervals.
-            migration: Time limits.
+            capacity: Capacity of each instance.
+            times: Times of each instance.
+            supervision: Limits and intervals of supervision.
+            migration: Time limits of migrations.
             start_error: Why an instance's n-th start fails, or None.
-            max_instances: How many there is a place for.
+            max_instances: Number of places for instances.
             observer: Sees events and effects.
-            poison_deaths: So many name a request that kills.
+            poison_deaths: Deaths after which a request is taken for the cause.
         """
         self.policy = policy or ScriptedPolicy()
         self.registry = CollectorRegistry()
@@ -248,7 +249,7 @@ class Cluster:
                 self.clients[delta.request_id].hear(delta)
 
     def _observe(self, now_s: float, event: Event, effects: Sequence[Effect], failed: str | None = None) -> None:
-        """No policy that has not failed places anything where the state of the instance forbids it."""
+        """The policy places nothing on an instance whose state forbids it, unless it has failed before."""
         for effect in effects:
             if isinstance(effect, Dispatch) and not self.runtime._driver._failures:
                 self._check_place(effect)
@@ -259,7 +260,7 @@ class Cluster:
         lives = {record.instance_id: record.life for record in self.runtime.fleet}
         life = lives[effect.instance_id]
         in_need = not any(other.allows(Deed.TAKE) for other in lives.values())
-        # A policy hears of a condemned instance when it is dead.
+        # The policy is told of a condemned instance only once it is dead.
         if (
             not life.allows(Deed.TAKE_IN_NEED if in_need else Deed.TAKE)
             and life.state is not instance_state.State.CONDEMNED
@@ -285,7 +286,7 @@ class Cluster:
                     yield engine.core.core_id, sequence.engine_request_id
 
     def check_pump(self) -> None:
-        """Raise what went wrong in a client or on an engine."""
+        """Raise the first error of a client or an engine."""
         for task in (self._pump, self._watch):
             if task is not None and task.done():
                 task.result()
@@ -301,7 +302,7 @@ class Cluster:
         priority: int = 0,
         prefix_hashes: tuple[int, ...] = (),
     ) -> Client:
-        """Send a request, whose prompt depends on its id; `stop_at` makes it end at that output token."""
+        """Send a request whose prompt depends on its id; it ends at output token `stop_at`, if given."""
         seed = sum(ord(c) * 31**i for i, c in enumerate(request_id))
         prompt = [(seed + 7 * i) % 32_000 for i in range(n_prompt)]
         stops = frozenset() if stop_at is None else frozenset({generate(prompt, stop_at)[-1]})
@@ -313,13 +314,13 @@ class Cluster:
         return client
 
     def abort(self, client: Client) -> None:
-        """The client goes away."""
+        """Have the client leave."""
         client.left = True
         client.news.set()
         self.runtime.abort([client.request.request_id])
 
     def do(self, *effects: Effect) -> None:
-        """Have the policy ask for these effects now."""
+        """Have the policy return these effects now."""
         assert isinstance(self.policy, ScriptedPolicy)
         self.policy.queue.extend(effects)
         self.runtime._driver.emit(TimerFired("test"))
@@ -362,7 +363,7 @@ class Cluster:
         )
 
     async def gone(self, instance_id: str) -> Departed:
-        """Wait until an instance has been removed; what became of it."""
+        """Wait until an instance has been removed; returns how it ended."""
         await self.until(lambda: instance_id not in self.runtime.fleet.records, f"{instance_id} is gone")
         return next(d for d in self.runtime.fleet.departed if d.instance_id == instance_id)
 
@@ -392,7 +393,7 @@ class Cluster:
             assert not [i for i in self.policy.view.instances.values() if i.kv_tokens or i.waiting]
 
     def _check_view(self, view: ClusterView) -> None:
-        """The policy's books and the runtime agree on who is there, who drains and who is suspect."""
+        """The policy's view and the runtime agree on which instances are present, draining and suspect."""
         there = {record.instance_id: record for record in self.runtime.fleet if record.engine is not None}
         assert view.instances.keys() == there.keys()
         for instance_id, record in there.items():
@@ -402,7 +403,7 @@ class Cluster:
 
 
 class _Defects(logging.Handler):
-    """Collects log records that tell of a bug of ours."""
+    """Collects log records that report a bug of ours."""
 
     def __init__(self, messages: list[str]) -> None:
         super().__init__(logging.ERROR)

@@ -1,7 +1,7 @@
 """
-An engine that does nothing by itself: a test says what it answers and when, what it sends, and when it dies.
+An engine that does nothing by itself: the test decides what it answers, what it sends and when it dies.
 
-It computes nothing and keeps no books; the simulated engine is the one that behaves like an instance.
+It computes nothing and keeps no books. For an engine that behaves like an instance, use the simulated engine.
 """
 
 import asyncio
@@ -43,15 +43,15 @@ class ScriptedEngine:
     # --- what a test says --------------------------------------------------------------------------------------------
 
     def answer(self, command: str, result: Any) -> None:
-        """Answer a command that waits."""
+        """Answer a waiting command."""
         self._waiting.pop(command).set_result(result)
 
     def send(self, delta: SimulatedDelta) -> None:
-        """A step has brought this."""
+        """Deliver the outputs of a step."""
         self._outputs.put_nowait(SimulatedOutputs([delta]))
 
     def die(self) -> None:
-        """The process is gone, and that is known."""
+        """The process has died, and its death is known."""
         for future in self._waiting.values():
             future.set_exception(EngineError("died", instance_id=self.instance_id))
         self._waiting.clear()

@@ -13,7 +13,7 @@ from support.virtual_time import VirtualTimeLoop, virtual_time
 
 
 class Scripted:
-    """Answers events by a function, and wants to be woken at given times."""
+    """Answers events with a function, and asks to be woken at given times."""
 
     def __init__(
         self, answer: Callable[[Event], list[Effect]] = lambda _: [], wake_s: list[float] | None = None
@@ -41,7 +41,7 @@ def now_s() -> float:
 
 @virtual_time
 async def test_timers_fire_when_asked() -> None:
-    """A policy is woken at each time it names, not before, and not once the driver has stopped."""
+    """A policy is woken at each time it names, not earlier, and not once the driver has stopped."""
     policy = Scripted(wake_s=[1.5, 2.0, 9.0])
     driver = PolicyDriver(policy, lambda _: None, now_s)
     driver.emit(InstanceDraining("start", "a"))
@@ -61,7 +61,7 @@ async def test_timers_fire_when_asked() -> None:
 
 @virtual_time
 async def test_an_event_on_the_way_waits_its_turn() -> None:
-    """Events that an effect causes at once are handled after all effects of the event before, in order."""
+    """Events that an effect causes at once are handled, in order, after all effects of the current event."""
     log: list[str] = []
 
     def answer(event: Event) -> list[Effect]:
@@ -80,7 +80,7 @@ async def test_an_event_on_the_way_waits_its_turn() -> None:
 
 @virtual_time
 async def test_an_error_does_not_jam_the_driver() -> None:
-    """A policy that raises hurts neither the caller nor later events; who watches and who mends are told of the event."""
+    """A policy that raises affects neither the caller nor later events; watcher and repairer are told of the event."""
     placed = Dispatch("good", "r", "a")
 
     def answer(event: Event) -> list[Effect]:
@@ -105,7 +105,7 @@ async def test_an_error_does_not_jam_the_driver() -> None:
 
 @virtual_time
 async def test_an_effect_that_cannot_be_carried_out_costs_no_other() -> None:
-    """One effect that raises as it is begun is a failure at its event; those after it are carried out."""
+    """If starting one effect raises, that counts as a failure at its event; the effects after it are carried out."""
     begun: list[str] = []
     failed: list[Event] = []
 
@@ -125,7 +125,7 @@ async def test_an_effect_that_cannot_be_carried_out_costs_no_other() -> None:
 
 @virtual_time
 async def test_messages_arrive_once_and_later() -> None:
-    """A message between agents arrives exactly once, not within the event that sent it."""
+    """A message between agents arrives exactly once, and not within the event that sent it."""
     policy = ScriptedPolicy()
     async with Cluster(policy) as cluster:
         message = Ask("ask1", "r", 100, "rebalance")

@@ -1,4 +1,4 @@
-"""Instances come and go at run time: nobody notices, nothing is lost, ids are never used again."""
+"""Instances are added and removed at run time: clients notice nothing, nothing is lost, and ids are never reused."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ LAYOUT = StageLayout.from_boundaries((100, 200), (("a",), ("b",), ("c",)))
 
 
 def phases(cluster: Cluster) -> dict[str, str]:
-    """What `/admin/instances` says of each."""
+    """What `/admin/instances` shows of each instance."""
     return {shown["id"]: shown["phase"] for shown in cluster.runtime.snapshot()["instances"]}
 
 
@@ -33,7 +33,10 @@ def policy_named(name: str) -> Policy:
 
 @virtual_time
 async def test_an_added_instance_gets_work() -> None:
-    """It starts while the others serve without a pause, is connected to all, and takes requests and moves."""
+    """
+    An added instance starts while the others serve without a pause,
+    connects to all, and takes requests and moves.
+    """
     policy = ScriptedPolicy()
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 400)
@@ -56,7 +59,10 @@ async def test_an_added_instance_gets_work() -> None:
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @virtual_time
 async def test_a_drained_instance_hands_over_and_goes(name: str) -> None:
-    """Under every policy: running requests move off it live, nothing is computed anew, no new one comes, then it is gone."""
+    """
+    Under every policy, a draining instance's requests move off live, without
+    recomputation; it gets no new ones and ends.
+    """
     async with Cluster(policy_named(name)) as cluster:
         clients = [await cluster.submit(f"r{i}", 30 + 30 * i, 500) for i in range(6)]
         for client in clients:
@@ -93,7 +99,7 @@ async def test_what_cannot_move_ends_where_it_is() -> None:
 
 @virtual_time
 async def test_the_time_is_up() -> None:
-    """What is left on a draining instance then goes on elsewhere, computed anew, and is counted so."""
+    """When the drain times out, what is left goes on elsewhere, is recomputed, and is counted as recomputed."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 400, pin_reason=PinReason.LORA)
@@ -139,7 +145,7 @@ async def test_bad_requests_change_nothing() -> None:
 
 @virtual_time
 async def test_a_failed_start_is_told_and_harms_nobody() -> None:
-    """The reason is to be seen, the place is free again, requests go on."""
+    """The reason is shown, the place is free again, and requests go on."""
     async with Cluster(start_error=lambda name, _: "no memory" if name == "3" else None) as cluster:
         client = await cluster.submit("r", 50, 300)
         await client.until_tokens(5)
@@ -159,7 +165,7 @@ async def test_a_failed_start_is_told_and_harms_nobody() -> None:
 
 @virtual_time
 async def test_killed_while_it_is_connected() -> None:
-    """An added instance that dies during its handshakes is started again like any other; nobody else notices."""
+    """An added instance that dies during its handshakes is restarted like any other; the others are not affected."""
     policy = ScriptedPolicy()
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 300)
@@ -179,7 +185,7 @@ async def test_killed_while_it_is_connected() -> None:
 @pytest.mark.parametrize("stage", ["starting", "connecting", "down"])
 @virtual_time
 async def test_removed_before_it_serves(stage: str) -> None:
-    """An instance that starts, is being connected or is down can be removed; the policy never hears of it, or no more."""
+    """An instance that is starting, connecting or down can be removed; the policy never hears of it, or never again."""
     policy = ScriptedPolicy()
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 200)
@@ -206,7 +212,7 @@ async def test_removed_before_it_serves(stage: str) -> None:
 @pytest.mark.parametrize("how", ["kill", "hang"])
 @virtual_time
 async def test_killed_while_it_drains(how: str) -> None:
-    """Its requests go on elsewhere and it is not started again."""
+    """Its requests go on elsewhere and it is not restarted."""
     policy = ScriptedPolicy({"r": "a", "s": "a"})
     async with Cluster(policy) as cluster:
         clients = [
@@ -230,7 +236,7 @@ async def test_killed_while_it_drains(how: str) -> None:
 @pytest.mark.parametrize("state", [State.ASKING, State.CUTTING, State.RESUMING])
 @virtual_time
 async def test_killed_in_mid_move_of_a_drain(state: State, victim: str) -> None:
-    """Whoever of the two dies in whatever state of the move: the request comes out whole, and the drain ends."""
+    """Source or target dies in any state of the move: the request completes, and the drain ends."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, "ab") as cluster:
         client = await cluster.submit("r", 60, 300)
@@ -267,13 +273,13 @@ async def test_the_only_other_instance_dies_during_a_drain() -> None:
 
 
 class ServerStops(Exception):  # noqa: N818 - no error
-    """Leave the cluster's block without waiting for its requests."""
+    """Leave the cluster's `async with` block without waiting for its requests."""
 
 
 @pytest.mark.parametrize("what", ["adding", "connecting", "draining"])
 @virtual_time
 async def test_stopped_on_the_way(what: str) -> None:
-    """The end of the server during an add or a drain leaves no process, timer or task behind, and nothing begins any more."""
+    """A server that stops during an add or a drain leaves no process, timer or task behind and starts nothing new."""
     cluster = Cluster(ScriptedPolicy({"r": "a"}))
     with contextlib.suppress(ServerStops):
         async with cluster:
@@ -299,7 +305,7 @@ async def test_stopped_on_the_way(what: str) -> None:
 @pytest.mark.parametrize("fault", ["kill", "drain", "add"])
 @virtual_time
 async def test_faults_while_a_new_layout_is_rolled_out(fault: str) -> None:
-    """A layout change moves requests from everywhere to everywhere; a death, a drain or an add in the middle loses none."""
+    """A layout change moves requests between all instances; a death, a drain or an add in the middle loses none."""
     policy = Cascade(layout=LAYOUT)
     quick = dataclasses.replace(SUPERVISION, report_s=0.02)
     async with Cluster(policy, supervision=quick) as cluster:

@@ -1,8 +1,8 @@
 """
-Every transition of an instance's life, forced on a running runtime; and what each state allows, as requests and operators find it.
+Every transition of an instance's life, forced on a running runtime, and what each state allows requests and operators.
 
-`Scene.reach` brings an instance into a state, `HAPPEN` makes the thing happen. After each: the transition has occurred, every client has got
-exactly its tokens, and nothing is left on any instance (`Cluster`).
+`Scene.reach` brings an instance into a state; `HAPPEN` triggers the event. After each: the transition has occurred,
+every client has received exactly its tokens, and nothing is left on any instance (`Cluster`).
 """
 
 import asyncio
@@ -23,18 +23,18 @@ from support.virtual_time import virtual_time
 PATIENT = replace(SUPERVISION, hang_s=60.0)
 LONG_S = 600.0
 SOON_S = 2.0
-"""A drain that is overdue after that: longer than a suspicion takes, shorter than any request here."""
+"""Time-out of an overdue drain: longer than a suspicion takes, shorter than any request here."""
 N_OUTPUT = 4000
 
 Pair = tuple[State, Happening]
 PAIRS = sorted(TRANSITIONS, key=lambda pair: (pair[0].value, pair[1].value))
 NEW = FIRST | {State.GONE}
-"""States of an instance that is added; in all others it is instance a."""
+"""States of an added instance; all other states are reached with instance a."""
 
 
 @pytest.fixture
 def occurred(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Pair]]]:
-    """What happens to which instance, in which state."""
+    """Which event happens to which instance, in which state."""
     pairs: list[tuple[str, Pair]] = []
     happen = InstanceLife.happen
 
@@ -48,13 +48,13 @@ def occurred(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Pair]]
 
 
 class Scene:
-    """Instances a, b and c, and one that is added; `name` is the one that all is about."""
+    """Instances a, b and c, and one that is added; `name` is the instance under test."""
 
     def __init__(self, cluster: Cluster, drain_s: float = LONG_S) -> None:
         """
         Args:
-            cluster: Started.
-            drain_s: The time-out of drains.
+            cluster: A started cluster.
+            drain_s: Time-out of drains, in seconds.
         """
         self.cluster = cluster
         self.drain_s = drain_s
@@ -81,11 +81,11 @@ class Scene:
         assert self.life.state is state
 
     async def added(self) -> None:
-        """In this turn of the event loop."""
+        """It lasts for this turn of the event loop."""
         (self.name,) = self.cluster.runtime.elastic.add()
 
     async def starting(self) -> None:
-        """A start takes its time."""
+        """Its start is slow."""
         await self.added()
         await self.until(State.STARTING)
 
@@ -96,13 +96,13 @@ class Scene:
         await self.until(State.JOINING)
 
     async def up(self) -> None:
-        """It is up with a request on it."""
+        """It is up and runs a request."""
         self.client = await self.cluster.submit("r", 40, N_OUTPUT, pin_reason=PinReason.LORA)
         await self.client.until_tokens(3)
         assert self.cluster.where("r") == self.name
 
     async def suspect(self) -> None:
-        """It computes, and its reports are held back."""
+        """It computes, but its reports are held back."""
         await self.up()
         self.engine.hold_answers("report")
         await self.until(State.SUSPECT)
@@ -118,12 +118,12 @@ class Scene:
         self.drain()
 
     async def draining_suspect(self) -> None:
-        """Drained while it is silent."""
+        """It is drained while silent."""
         await self.suspect()
         self.drain()
 
     async def doomed(self) -> None:
-        """Condemned while it drains."""
+        """It is condemned while it drains."""
         await self.draining()
         self.condemn()
 
@@ -133,7 +133,7 @@ class Scene:
         await self.until(State.DOWN)
 
     async def restarting(self) -> None:
-        """A restart takes its time."""
+        """Its restart is slow."""
         await self.down()
         await self.until(State.RESTARTING)
 
@@ -144,20 +144,20 @@ class Scene:
         await self.until(State.REJOINING)
 
     async def removing(self) -> None:
-        """In this turn of the event loop."""
+        """It lasts for this turn of the event loop."""
         await self.down()
         self.drain()
 
     def condemn(self) -> None:
-        """Kill it for no request's doing."""
+        """Kill it without blaming any request."""
         self.cluster.runtime.fleet[self.name].supervisor.condemn(self.engine, "the test wants it")
 
     def drain(self) -> None:
-        """As an operator does."""
+        """Drain it, as an operator does."""
         self.cluster.runtime.elastic.drain(self.name, self.drain_s)
 
     async def thaw(self) -> None:
-        """Let everything go on; the request ends."""
+        """Let everything go on until the request ends."""
         for engine in [engine for engines in self.cluster.engines.values() for engine in engines[-1:]]:
             engine.release_answers("report")
             engine.release_answers("handshake")
@@ -167,41 +167,41 @@ class Scene:
 
 
 async def nothing(_: Scene) -> None:
-    """It comes by itself."""
+    """Happens without our help."""
 
 
 async def silence(scene: Scene) -> None:
-    """Its reports are held back."""
+    """Hold its reports back."""
     scene.engine.hold_answers("report")
 
 
 async def answers(scene: Scene) -> None:
-    """Its reports come again."""
+    """Release its reports."""
     scene.engine.release_answers("report")
 
 
 async def handshake(scene: Scene) -> None:
-    """Its peer answers."""
+    """Have its peer answer."""
     scene.cluster["b"].release_answers("handshake")
 
 
 async def condemn(scene: Scene) -> None:
-    """It is killed on purpose."""
+    """Kill it on purpose."""
     scene.condemn()
 
 
 async def death(scene: Scene) -> None:
-    """Its process is killed by somebody."""
+    """Its process is killed from outside."""
     scene.engine.kill()
 
 
 async def drain(scene: Scene) -> None:
-    """An operator wants it away."""
+    """An operator removes it."""
     scene.drain()
 
 
 async def request_ends(scene: Scene) -> None:
-    """Its client leaves; the next report says that nothing is there any more."""
+    """Its client leaves; the next report says that it is empty."""
     assert scene.client is not None
     scene.cluster.abort(scene.client)
     await asyncio.sleep(3 * PATIENT.report_s)
@@ -225,14 +225,14 @@ HAPPEN: dict[Happening, Callable[[Scene], Awaitable[None]]] = {
 
 
 async def doomed_and_empty(scene: Scene) -> None:
-    """An idle one is condemned, then drained: it is empty before its death is noticed."""
+    """An idle instance is condemned, then drained: it is empty before its death is noticed."""
     scene.condemn()
     scene.drain()
     assert scene.life.state is State.DOOMED
 
 
 async def doomed_and_overdue(scene: Scene) -> None:
-    """One with a request is condemned, then drained without any time, as a front end does that hears of both at once."""
+    """An instance with a request is condemned, then drained with no time, as when a front end hears of both at once."""
     await scene.condemned()
     scene.cluster.runtime.elastic.drain(scene.name, 0.0)
     assert scene.life.state is State.DOOMED
@@ -247,7 +247,7 @@ SPECIAL: dict[Pair, Callable[[Scene], Awaitable[None]]] = {
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].value}-{pair[1].value}")
 @virtual_time
 async def test_each_transition_occurs(pair: Pair, occurred: list[tuple[str, Pair]]) -> None:
-    """Each transition of the table is reached, and whatever it is, requests and instances come out of it whole."""
+    """Every transition of the table is reached, and requests and instances survive each of them."""
     state, happening = pair
     fails = happening is Happening.START_FAILED
 
@@ -270,7 +270,7 @@ async def test_each_transition_occurs(pair: Pair, occurred: list[tuple[str, Pair
 
 
 def shown(cluster: Cluster, name: str) -> dict[str, object]:
-    """What `/admin/instances` says of an instance."""
+    """What `/admin/instances` shows of an instance."""
     return next(i for i in cluster.runtime.snapshot()["instances"] if i["id"] == name)
 
 
@@ -288,13 +288,13 @@ IN_VIEW = {
     State.DRAINING_SUSPECT: (True, True),
     State.DOOMED: (True, False),
 }
-"""Of the instances that a policy knows of: whether they drain, and are suspect, by its books."""
+"""For states that the policy knows of: whether its view has the instance as (draining, suspect)."""
 
 
 @pytest.mark.parametrize("state", HELD, ids=lambda state: state.value)
 @virtual_time
 async def test_what_a_state_allows(state: State) -> None:
-    """Who gets new requests, whose engine is used, who may be drained, and what policy and operators know: all as the table says."""
+    """Who gets requests, which engine is used and what may be drained match the table, as do policy and admin views."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=PATIENT) as cluster:
         scene = Scene(cluster)
@@ -315,7 +315,7 @@ async def test_what_a_state_allows(state: State) -> None:
         clients = [await cluster.submit(f"n{number}", 40, 30) for number in range(9)]
         places = [cluster.where(client.request.request_id) for client in clients]
         assert scene.life.state is state
-        # A policy hears of a condemned one when it is dead: what it places there in between is an orphan at once.
+        # The policy learns of a condemned instance only once it is dead: what it places there is orphaned at once.
         assert (name in places) == (Deed.TAKE in allowed or state is State.CONDEMNED)
 
         refused = contextlib.nullcontext() if Deed.BE_DRAINED in allowed else pytest.raises(ScalingRefusedError)
@@ -330,7 +330,7 @@ async def test_what_a_state_allows(state: State) -> None:
 @pytest.mark.parametrize("state", LASTING, ids=lambda state: state.value)
 @virtual_time
 async def test_who_serves_in_need(state: State) -> None:
-    """While nobody else answers, new requests go to one that is up alone, and to one that is suspect like the others; to no other."""
+    """With all others suspect, an UP instance gets all new requests, a suspect one its share, any other state none."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=PATIENT) as cluster:
         scene = Scene(cluster)
@@ -353,7 +353,7 @@ async def test_who_serves_in_need(state: State) -> None:
 @pytest.mark.parametrize("state", HELD, ids=lambda state: state.value)
 @virtual_time
 async def test_who_may_be_the_only_one(state: State) -> None:
-    """The last other instance may be drained when this one can take its requests, be it in need, and not otherwise."""
+    """The last other instance may be drained only if this one can take its requests, at least in need."""
     async with Cluster(ScriptedPolicy({"r": "a"}), "ab", supervision=PATIENT) as cluster:
         scene = Scene(cluster)
         if state in FIRST:
@@ -370,7 +370,7 @@ async def test_who_may_be_the_only_one(state: State) -> None:
 
 @virtual_time
 async def test_only_who_may_be_asked_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through lives of all kinds an instance is asked for its load, and given requests, only in states that allow it."""
+    """Through lives of all kinds, an instance is polled for load and given requests only in states that allow it."""
     asked: set[State] = set()
     given: set[State] = set()
     report, add = SimulatedEngine.report, SimulatedEngine.add
@@ -411,13 +411,13 @@ async def test_only_who_may_be_asked_is_asked(monkeypatch: pytest.MonkeyPatch) -
 
 
 class OnAnAddedOne(Scene):
-    """The same scenes on an instance that is added for it."""
+    """The same scenes on an instance that is added for the purpose."""
 
     def __init__(self, cluster: Cluster, request_id: str) -> None:
         """
         Args:
-            cluster: Started.
-            request_id: Of its request.
+            cluster: A started cluster.
+            request_id: Id of the added instance's request.
         """
         super().__init__(cluster)
         self.request_id = request_id

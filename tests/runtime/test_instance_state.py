@@ -1,4 +1,4 @@
-"""The table of an instance's life: complete, without dead ends, and what it allows agrees with where it leads."""
+"""The instance state table is complete and has no dead ends; what a state allows agrees with its transitions."""
 
 from collections import deque
 
@@ -24,7 +24,7 @@ IN_USE = {state for state, deeds in ALLOWED.items() if Deed.RUN in deeds}
 
 
 def life_in(state: State) -> InstanceLife:
-    """A life that is in this state."""
+    """An instance life in this state."""
     life = InstanceLife("7")
     life.state = state
     return life
@@ -33,7 +33,7 @@ def life_in(state: State) -> InstanceLife:
 @pytest.mark.parametrize("happening", Happening)
 @pytest.mark.parametrize("state", State)
 def test_each_pair_is_followed_ignored_or_refused(state: State, happening: Happening) -> None:
-    """A pair of the table leads on; an ignored one changes nothing; any other raises, with the history, and changes nothing."""
+    """A listed pair is a transition, an ignored pair changes nothing, and any other raises with the history."""
     life = life_in(state)
     life.history.append(Passage(Happening.START, state, 1.5, "because"))
     before = list(life.history)
@@ -70,7 +70,7 @@ def test_every_state_is_reachable_and_can_end() -> None:
 
 
 def reach(after: dict[State, set[State]], start: State) -> set[State]:
-    """All states that can follow, `start` included."""
+    """All states reachable from `start`, itself included."""
     seen, todo = {start}, deque([start])
     while todo:
         for state in after[todo.popleft()] - seen:
@@ -92,7 +92,7 @@ def test_what_is_allowed_leads_somewhere() -> None:
 
 
 def test_what_is_in_use_can_die() -> None:
-    """In each state in which requests run there, and in no other that is asked for its load but those that join, it can be condemned."""
+    """Exactly the states that are polled for load (in use or joining) can die, and each of them can be condemned."""
     for state in State:
         asked = Deed.BE_ASKED in ALLOWED[state]
         assert asked == (state in IN_USE or Deed.JOIN in ALLOWED[state])
@@ -108,7 +108,7 @@ def test_what_is_in_use_can_die() -> None:
 
 
 def test_what_drains_never_comes_back() -> None:
-    """From a state that operators see as draining only such states follow, and the end."""
+    """From a state that operators see as draining, only such states and the last one follow."""
     after: dict[State, set[State]] = {state: set() for state in State}
     for (state, _), following in TRANSITIONS.items():
         after[state].add(following)
@@ -119,7 +119,7 @@ def test_what_drains_never_comes_back() -> None:
 
 
 def test_the_history_is_bounded() -> None:
-    """Only the last passages are remembered, in errors too."""
+    """Only the most recent passages are kept, in errors too."""
     life = life_in(State.UP)
     for number in range(REMEMBERED):
         life.happen(Happening.SUSPECTED, number)

@@ -1,4 +1,4 @@
-"""Newcomers are introduced to all that are up, side by side; a pair that cannot connect is not the newcomer's death."""
+"""A new instance connects to all that are up, in parallel; a pair that cannot connect does not kill it."""
 
 import asyncio
 import itertools
@@ -18,7 +18,7 @@ def broken(cluster: Cluster) -> list[list[str]]:
 
 
 def assert_all_connected(cluster: Cluster) -> None:
-    """Every pair that is up, by the runtime's books and by what the instances know."""
+    """Every pair of UP instances is connected, according to the runtime and to the instances themselves."""
     assert not broken(cluster)
     for one, other in itertools.combinations(cluster.runtime.live_engines(), 2):
         assert cluster.runtime.fleet.connected(one.instance_id, other.instance_id)
@@ -27,7 +27,7 @@ def assert_all_connected(cluster: Cluster) -> None:
 
 
 async def restarted(cluster: Cluster, name: str) -> None:
-    """Kill it; until its next life has begun."""
+    """Kill an instance and wait until its next life has begun."""
     n = len(cluster.engines[name])
     cluster[name].kill()
     await cluster.until(lambda: len(cluster.engines[name]) == n + 1)
@@ -35,7 +35,7 @@ async def restarted(cluster: Cluster, name: str) -> None:
 
 @virtual_time
 async def test_newcomers_that_come_at_the_same_time_meet() -> None:
-    """Those of the start, two that are restarted together, and one that is added meanwhile."""
+    """Instances connect at the start, when two restart together, and when one is added meanwhile."""
     async with Cluster() as cluster:
         assert_all_connected(cluster)
         cluster["a"].kill()
@@ -49,7 +49,7 @@ async def test_newcomers_that_come_at_the_same_time_meet() -> None:
 
 @virtual_time
 async def test_one_that_hangs_in_its_handshake_keeps_nobody_waiting() -> None:
-    """Another newcomer, and one that is added, come up while the sick one still tries."""
+    """Another newcomer, and an added one, come up while the sick one is still trying."""
     async with Cluster() as cluster:
         await restarted(cluster, "a")
         cluster["a"].hold_answers("handshake")
@@ -68,7 +68,7 @@ async def test_one_that_hangs_in_its_handshake_keeps_nobody_waiting() -> None:
 
 @virtual_time
 async def test_a_peer_that_answers_late_does_not_keep_a_newcomer_waiting() -> None:
-    """After a while it joins those with whom it has shaken hands; the pair is connected when the answer comes."""
+    """After a while it joins those whose handshakes succeeded; the missing pair is connected when the answer comes."""
     async with Cluster() as cluster:
         await restarted(cluster, "a")
         cluster["b"].hold_answers("handshake")
@@ -83,7 +83,10 @@ async def test_a_peer_that_answers_late_does_not_keep_a_newcomer_waiting() -> No
 
 @virtual_time
 async def test_a_deaf_peer_is_restarted_not_the_newcomer() -> None:
-    """The newcomer joins without it, moves between the two are refused; the deaf one is restarted when it is deaf still."""
+    """
+    The newcomer joins without the deaf instance, moves between the two are
+    refused, and one that stays deaf is restarted.
+    """
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy) as cluster:
         cluster["b"].turn_deaf()
@@ -100,7 +103,7 @@ async def test_a_deaf_peer_is_restarted_not_the_newcomer() -> None:
         await cluster.until(lambda: len(policy.ended_migrations()) == 1)
         (ended,) = policy.ended_migrations()
         assert ended.outcome is MigrationOutcome.STAYED
-        cluster.move("r", "c")  # with others it moves as ever
+        cluster.move("r", "c")  # with others it moves as usual
         await client.until_end()
         assert [e.outcome for e in policy.ended_migrations()][1:] == [MigrationOutcome.MOVED]
         await cluster.until(lambda: len(cluster.engines["b"]) == 2, "the deaf one is restarted")
@@ -112,7 +115,7 @@ async def test_a_deaf_peer_is_restarted_not_the_newcomer() -> None:
 
 @virtual_time
 async def test_the_only_peer_is_deaf() -> None:
-    """With two instances the newcomer joins all the same: then the other can be restarted with somebody up."""
+    """With two instances the newcomer joins anyway, so that the other can be restarted while one is up."""
     async with Cluster(instance_ids="ab") as cluster:
         cluster["b"].turn_deaf()
         await restarted(cluster, "a")
@@ -128,7 +131,7 @@ async def test_the_only_peer_is_deaf() -> None:
 
 @virtual_time
 async def test_a_deaf_newcomer_is_restarted() -> None:
-    """Its own side channel does not answer: it does not come up, whoever else is there stays."""
+    """Its own side channel does not answer: it does not come up, and all others stay."""
     async with Cluster() as cluster:
         await restarted(cluster, "a")
         cluster["a"].turn_deaf()
@@ -141,7 +144,7 @@ async def test_a_deaf_newcomer_is_restarted() -> None:
 
 @virtual_time
 async def test_a_pair_that_fails_is_tried_again() -> None:
-    """Neither side is ill: both stay, and the pair heals."""
+    """Neither side is at fault: both stay, and the pair heals."""
     async with Cluster() as cluster:
         await restarted(cluster, "a")
         cluster["a"].refuse_connection()
@@ -154,7 +157,7 @@ async def test_a_pair_that_fails_is_tried_again() -> None:
 
 @virtual_time
 async def test_one_that_cannot_listen_again_is_restarted() -> None:
-    """An instance says in its reports that its side channel is closed and stays so: it is restarted, its requests go on."""
+    """An instance whose load reports say that its side channel is closed for good is restarted; its requests go on."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 400)
@@ -169,7 +172,7 @@ async def test_one_that_cannot_listen_again_is_restarted() -> None:
 
 @virtual_time
 async def test_the_wait_for_a_restart_is_shown() -> None:
-    """`/admin/instances` says how often it died, why, and when it will be started again."""
+    """`/admin/instances` shows how often it died, why, and when it will be restarted."""
     async with Cluster(start_error=lambda name, n: "broken" if name == "b" and 0 < n < 3 else None) as cluster:
         cluster["b"].kill()
         await cluster.until(lambda: len(cluster.engines["b"]) == 3)
@@ -187,7 +190,7 @@ async def test_the_wait_for_a_restart_is_shown() -> None:
 @pytest.mark.parametrize("seed", range(12))
 @virtual_time
 async def test_in_the_end_everybody_knows_everybody(seed: int) -> None:
-    """Deaths, refusals, deaf and slow ones, additions in any order: once it is calm all are up and every pair is connected."""
+    """Deaths, refusals, deaf or slow instances and adds, in any order: in the end all are up and connected."""
     dice = random.Random(seed)
     async with Cluster(max_instances=6) as cluster:
         for _ in range(25):

@@ -1,4 +1,4 @@
-"""A request that the policy refuses after it has taken it: its client hears of it, and nothing stays behind."""
+"""A request that the policy refuses after accepting it: its client is told, and nothing is left behind."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from support.virtual_time import virtual_time
 
 
 class Holding(ScriptedPolicy):
-    """Keeps requests whose id begins with `held` to itself."""
+    """Holds back requests whose id begins with `held`."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """See Policy."""
@@ -29,7 +29,7 @@ def refuse(cluster: Cluster, request_id: str) -> None:
 
 
 def listen(cluster: Cluster) -> Callable[[], dict[str, float]]:
-    """Hear refusals as a front end does; the times to come again, by request."""
+    """Listen for refusals as a front end does; returns the retry delays by request."""
     heard: dict[str, float] = {}
 
     def on_refusal(request_id: str, refusal: RequestRejectedError) -> None:
@@ -44,7 +44,7 @@ def listen(cluster: Cluster) -> Callable[[], dict[str, float]]:
 
 @virtual_time
 async def test_a_refusal_after_waiting_ends_the_stream() -> None:
-    """A client whose request waited in the policy and is then refused gets an error, once, and the id is free again."""
+    """A client whose request waited in the policy and is then refused gets one error, and the id is free again."""
     policy = Holding()
     async with Cluster(policy) as cluster:
         client = await cluster.submit("held")
@@ -60,7 +60,7 @@ async def test_a_refusal_after_waiting_ends_the_stream() -> None:
 
 @virtual_time
 async def test_a_front_end_is_told_when_to_come_again() -> None:
-    """Before the first token the front end gets the refusal itself, with the time to wait, and no error output beside it."""
+    """Before the first token the front end gets the refusal itself, with its retry delay, and no error output."""
     async with Cluster(Holding()) as cluster:
         heard = listen(cluster)
         client = await cluster.submit("held")
@@ -90,7 +90,7 @@ async def test_a_refusal_amid_the_tokens_is_an_error() -> None:
 
 @virtual_time
 async def test_a_refusal_amid_a_migration_ends_both() -> None:
-    """A request that is refused while it moves leaves nothing pinned or reserved, on either side."""
+    """A request that is refused during its move leaves nothing pinned or reserved on either side."""
     async with Cluster() as cluster:
         client = await cluster.submit("r", 40, 400)
         await client.until_tokens(5)
@@ -104,7 +104,7 @@ async def test_a_refusal_amid_a_migration_ends_both() -> None:
 
 @virtual_time
 async def test_a_refusal_of_somebody_unknown_is_nothing() -> None:
-    """A refusal that crosses the client's leaving changes nothing and is not kept."""
+    """A refusal that coincides with the client's departure changes nothing and is not kept."""
     async with Cluster(Holding()) as cluster:
         client = await cluster.submit("held")
         stream = cluster.runtime._streams.get("held")
@@ -118,8 +118,8 @@ async def test_a_refusal_of_somebody_unknown_is_nothing() -> None:
 @virtual_time
 async def test_urgent_requests_push_waiting_ones_out_and_overload_passes() -> None:
     """
-    Far more requests than fit: at most so many wait, urgent newcomers take the place of waiting ones, whose clients are told, every
-    other one ends whole, and afterwards requests are taken again.
+    Far more requests than fit: the number waiting is bounded, and urgent newcomers replace waiting requests, whose
+    clients are told. Every other request completes, and afterwards new ones are accepted again.
     """
     policy = Cascade(max_queued=6)
     async with Cluster(policy, "ab") as cluster:

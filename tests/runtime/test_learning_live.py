@@ -1,4 +1,4 @@
-"""The cascade on a running runtime: it begins with one stage and no costs, learns, plans, and requests move with their text unchanged."""
+"""The cascade on a running runtime starts with one stage and no costs, learns, plans and moves requests."""
 
 import asyncio
 import logging
@@ -26,7 +26,10 @@ REQUESTS = 450
 
 @virtual_time
 async def test_stages_come_by_themselves(caplog: pytest.LogCaptureFixture) -> None:
-    """Short chats and long documents: costs are learnt, stages planned for a reason that is logged, and hand-overs follow."""
+    """
+    With short chats and long documents, costs are learnt, stages planned
+    with a logged reason, and hand-overs follow.
+    """
     policy = Cascade(
         layout=StageLayout.single(("a", "b", "c")),
         learning=LearningSettings(interval_s=2.0),
@@ -54,7 +57,7 @@ async def test_stages_come_by_themselves(caplog: pytest.LogCaptureFixture) -> No
 
 @virtual_time
 async def test_a_plan_that_failed_is_counted(caplog: pytest.LogCaptureFixture) -> None:
-    """The layout stays, operators have a metric and a line in the log."""
+    """The layout stays; operators get a metric and a log line."""
     async with Cluster() as cluster:
         before = StageLayout.single(("a", "b", "c"))
         cluster.do(PublishLayout("x", before, failure="no such thing"))

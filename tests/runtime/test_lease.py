@@ -1,9 +1,9 @@
 """
-The lease: no pull that is used reads blocks whose pin has ended, whoever is late.
+The lease: whoever is late, no pull whose data is used reads blocks after their pin has ended.
 
-The front end, the source and the target are each stopped for a while at any moment of a move. A front end that is stopped hears nothing and
-its timers are late; when it goes on, what waits comes in either order. `Cluster` checks every token and, at the end, that no instance has
-used a pull that was over after the lease.
+The front end, the source and the target are each paused for a while at any moment of a move. A paused front end hears
+nothing and its timers fire late; when it resumes, the pending messages and timers arrive in either order. `Cluster`
+checks every token and, at the end, that no instance has used a pull that finished after the lease.
 """
 
 import asyncio
@@ -24,14 +24,14 @@ from cascadeinfer.runtime.supervise import SupervisionTimes
 from support.virtual_time import run, virtual_time
 
 PATIENT = SupervisionTimes(hang_s=600.0)
-"""Nobody is killed for being late: what may go wrong with the lease is looked for, not the way out."""
+"""No instance is killed for being late: the tests look for lease violations, not for the recovery."""
 COMMANDS = ("reserve", "cut", "undo_cut", "release_pin", "release_reservation")
 MANY_STEPS = 20
-"""Turns of the event loop within which everything that waits in a queue is handled."""
+"""Event loop turns within which everything queued is handled."""
 
 
 class FrontEndStop:
-    """Lets the front end of a cluster hear nothing and do nothing on time while it is stopped."""
+    """Pauses a cluster's front end: while stopped it receives nothing, and its timers fire late."""
 
     def __init__(self, cluster: Cluster) -> None:
         """The front end runs."""
@@ -48,7 +48,7 @@ class FrontEndStop:
             self._happen(migration_id, happening, refusal)
 
     def stop(self) -> None:
-        """From now on."""
+        """Pause from now on."""
         self._is_stopped = True
         for name in "ab":
             self._cluster[name].hold_outputs()
@@ -56,7 +56,7 @@ class FrontEndStop:
                 self._cluster[name].hold_answers(command)
 
     async def go_on(self, *, timers_first: bool) -> None:
-        """Everything that waits is handled, the overdue timers before or after the rest."""
+        """Handle everything that waits, the overdue timers before or after the rest."""
         self._is_stopped = False
         if timers_first:
             self._fire()
@@ -69,7 +69,7 @@ class FrontEndStop:
         self._fire()
 
     def _fire(self) -> None:
-        """A timer of a state that is over was cancelled: it does not fire, however late it is."""
+        """The timer of a state that is over was cancelled: it does not fire, however late."""
         for migration_id in self._late_timers:
             record = self._cluster.runtime._migrator._records.get(migration_id)
             if record is not None and record.timer is not None and record.timer.when() <= self._now_s():
@@ -83,7 +83,7 @@ class FrontEndStop:
 
 @dataclass(frozen=True)
 class Stop:
-    """Somebody is stopped so long after the move has been asked for, for so long."""
+    """A pause: how long after the start of the move it begins, and how long it lasts."""
 
     after_s: float
     for_s: float
@@ -106,14 +106,14 @@ class Stop:
 
 @contextmanager
 def of_one_move() -> Iterator[ScriptedPolicy]:
-    """A policy that has ended exactly one migration afterwards."""
+    """The policy has ended exactly one migration afterwards."""
     policy = ScriptedPolicy({"r": "a"})
     yield policy
     assert len(policy.ended_migrations()) == 1
 
 
 async def move(front_end: Stop, source: Stop, target: Stop, *, pull_s: float, timers_first: bool) -> MigrationEnded:
-    """A request moves while everybody is stopped for a while; how it ended."""
+    """Move a request while each party is paused for a while; returns how the migration ended."""
     times = SimulatedTimes(pull_s=pull_s)
     with of_one_move() as policy:
         async with Cluster(policy, "ab", times=times, supervision=PATIENT) as cluster:
@@ -145,7 +145,7 @@ STOPS = st.builds(
 def test_no_pull_that_is_used_is_over_after_the_lease(
     front_end: Stop, source: Stop, target: Stop, pull_s: float, timers_first: bool
 ) -> None:
-    """Whoever is stopped, when and for how long: the text is right and nobody has used blocks whose pin had ended."""
+    """Whoever is paused, when and for how long, the text is right and no block is used after its pin has ended."""
     run(move(front_end, source, target, pull_s=pull_s, timers_first=timers_first))
 
 
@@ -160,14 +160,14 @@ def test_no_pull_that_is_used_is_over_after_the_lease(
     ],
 )
 def test_how_it_ends(front_end: Stop, target: Stop, outcome: str, detail: str) -> None:
-    """The deadline is seven seconds after the cut was sent; what is heard later is not taken, in whatever order it comes."""
+    """The deadline is seven seconds after the cut was sent; anything heard later is not used, in any order."""
     for timers_first in (False, True):
         ended = run(move(front_end, NEVER, target, pull_s=0.015, timers_first=timers_first))
         assert (ended.outcome.value, ended.detail) == (outcome, detail)
 
 
 def test_a_cut_that_is_heard_too_late() -> None:
-    """With less time left than a pull needs, the source takes the request back, also when the overdue timer comes first."""
+    """With less time left than a pull needs, the source takes the request back, even if its timer fires first."""
     for timers_first, end in ((False, ("stayed", "cut_late")), (True, ("stayed", "timed_out"))):
         ended = run(move(Stop(0.015, 6.9), NEVER, NEVER, pull_s=0.015, timers_first=timers_first))
         assert (ended.outcome.value, ended.detail) == end
@@ -175,12 +175,12 @@ def test_a_cut_that_is_heard_too_late() -> None:
 
 @virtual_time
 async def test_a_pull_that_ends_late_is_not_used() -> None:
-    """The target is stopped in the middle of its pull until the lease is over: it computes the KV cache anew by itself."""
+    """A target paused during its pull until the lease is over recomputes the KV cache itself."""
     with of_one_move() as policy:
         async with Cluster(policy, "ab", times=SimulatedTimes(pull_s=1.0), supervision=PATIENT) as cluster:
             client = await cluster.submit("r", 100, 60)
             await client.until_tokens(5)
-            stop = FrontEndStop(cluster)  # else it tells the target to recompute, before the target finds out
+            stop = FrontEndStop(cluster)  # otherwise it tells the target to recompute before the target finds out
             cluster.move("r", "b")
             await cluster.until(lambda: cluster["b"].core.pulls == 1, "the pull has begun")
             stop.stop()
@@ -195,7 +195,7 @@ async def test_a_pull_that_ends_late_is_not_used() -> None:
 
 @virtual_time
 async def test_the_deadline_is_counted_from_the_cut() -> None:
-    """What the target is told is the moment of the cut plus the limit, however late the cut is heard of."""
+    """The target's deadline is the time of the cut plus the limit, however late the front end hears of the cut."""
     with of_one_move() as policy:
         async with Cluster(policy, "ab", supervision=PATIENT) as cluster:
             client = await cluster.submit("r", 100, 60)

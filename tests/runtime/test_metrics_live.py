@@ -87,7 +87,7 @@ async def test_counters_and_pause() -> None:
 
 @virtual_time
 async def test_requests_by_outcome() -> None:
-    """Finished and aborted requests are counted apart; an orphan is counted as recovered."""
+    """Finished and aborted requests are counted separately; an orphan is counted as recovered."""
     async with Cluster(places()) as cluster:
         await moved_once(cluster)
         cluster.abort(cluster.clients["s1"])
@@ -107,7 +107,7 @@ async def test_requests_by_outcome() -> None:
 
 @virtual_time
 async def test_metrics_can_be_made_again() -> None:
-    """After `close` the registry is empty, and another runtime of the process can register."""
+    """After `close` the registry is empty, and another runtime in the process can register."""
     first = Cluster()
     first.runtime.metrics.close()
     assert not list(first.registry.collect())

@@ -1,8 +1,9 @@
 """
-Every pair (state, happening) of the migration table, forced on a running runtime.
+Every (state, event) pair of the migration table, forced on a running runtime.
 
-`reach` brings a request's migration from instance a to b into a state and freezes it there; `HAPPEN` makes the thing happen. After each:
-the pair has occurred, the client has got exactly its tokens, and nothing is left on any instance (`Cluster`).
+`reach` brings the migration of a request from instance a to b into a state and freezes it there; `HAPPEN` triggers the
+event. After each: the pair has occurred, the client has received exactly its tokens, and nothing is left on any
+instance (`Cluster`).
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from support.virtual_time import virtual_time
 N_OUTPUT = 60
 LIMITS = MigrationLimits(ask_s=1.0, cut_s=0.3, resume_s=0.6)
 NO_TIMER = {(state, Happening.TIMED_OUT) for state in (State.WITHDRAWING, State.RECOMPUTING, State.RETURNING)}
-"""Ignored by the table, and the runtime sets no timer in these states: cannot be forced."""
+"""Ignored by the table, and the runtime sets no timer in these states, so they cannot be forced."""
 PAIRS = sorted((TRANSITIONS.keys() | IGNORED) - NO_TIMER, key=lambda pair: (pair[0].value, pair[1].value))
 OPEN = [state for state in State if state not in OUTCOMES]
 
@@ -49,14 +50,14 @@ class Scene:
         await asyncio.sleep(0.02)
 
     async def cutting(self) -> None:
-        """The source does not step."""
+        """The source is paused."""
         self.cluster["a"].pause()
         self.cluster.move("r", "b")
         await self.in_state(State.CUTTING)
         await asyncio.sleep(0.02)
 
     async def withdrawing(self) -> None:
-        """The cut has timed out; the answer to its undoing is held back."""
+        """The cut has timed out; the answer to undoing it is held back."""
         self.cluster["a"].hold_answers("undo_cut")
         await self.cutting()
         await self.in_state(State.WITHDRAWING)
@@ -68,13 +69,13 @@ class Scene:
         await self.in_state(State.WITHDRAWING)
 
     async def resuming(self) -> None:
-        """The target does not step."""
+        """The target is paused."""
         self.cluster["b"].pause()
         self.cluster.move("r", "b")
         await self.in_state(State.RESUMING)
 
     async def recomputing(self) -> None:
-        """The target does not step, and there was nothing to pull."""
+        """The target is paused, and there was nothing to pull."""
         self.cluster["a"].spoil_cut()
         self.cluster["b"].pause()
         self.cluster.move("r", "b")
@@ -103,23 +104,23 @@ class Scene:
             engine.thaw()
 
     def has(self, state: State) -> str:
-        """The instance that has the request in this state."""
+        """The instance that holds the request in this state."""
         return "b" if state in {State.RESUMING, State.RECOMPUTING} else "a"
 
 
 async def room_granted(scene: Scene, _: State) -> None:
-    """The answer comes."""
+    """The held-back answer arrives."""
     scene.thaw()
 
 
 async def room_refused(scene: Scene, _: State) -> None:
-    """The target says no."""
+    """The target refuses."""
     scene.cluster["b"].refuse_room(Refusal.NO_BLOCKS)
     scene.cluster.move("r", "b")
 
 
 async def cut_done(scene: Scene, state: State) -> None:
-    """The cut takes effect (in WITHDRAWING: its output, held back until now, comes)."""
+    """The cut takes effect (in WITHDRAWING: its held-back output arrives)."""
     if state is State.WITHDRAWING:
         await scene.withdrawing_in_vain()
     else:
@@ -129,13 +130,13 @@ async def cut_done(scene: Scene, state: State) -> None:
 
 
 async def cut_empty(scene: Scene, state: State) -> None:
-    """The cut takes effect without KV cache."""
+    """The cut takes effect without a KV cache to pull."""
     scene.cluster["a"].spoil_cut()
     await cut_done(scene, state) if state is State.WITHDRAWING else scene.cluster.move("r", "b")
 
 
 async def cut_late(scene: Scene, state: State) -> None:
-    """The cut's output comes when the lease leaves no time; in CUTTING the front end was stopped, so that its timer was late too."""
+    """The cut's output comes with no lease time left; in CUTTING the front end was paused, so its timer is late too."""
     if state is State.WITHDRAWING:
         await scene.withdrawing_in_vain()
     else:
@@ -163,12 +164,12 @@ async def cut_refused(scene: Scene, state: State) -> None:
 
 
 async def go_on(scene: Scene, _: State) -> None:
-    """What was frozen goes on: a held answer, or a step."""
+    """What was frozen goes on: a held-back answer arrives, or a step runs."""
     scene.thaw()
 
 
 async def first_token(scene: Scene, state: State) -> None:
-    """Whoever has the request sends a token, while answers stay held back."""
+    """The instance that runs the request sends a token, while answers stay held back."""
     seen = len(scene.client.token_ids)
     if state is State.CUTTING:  # the cut's own token would be its end: hold the cut's effect back, not its token
         scene.cluster["a"].unpause()
@@ -177,7 +178,7 @@ async def first_token(scene: Scene, state: State) -> None:
 
 
 async def request_ended(scene: Scene, state: State) -> None:
-    """The request ends by itself: by its length where it decodes, by an engine's error where it waits for its KV cache."""
+    """The request ends by itself: at its length limit if it decodes, by an engine error if it waits for KV cache."""
     if state in {State.ASKING, State.WITHDRAWING}:
         scene.cluster["a"].unpause()
         await scene.client.until_end()
@@ -186,7 +187,7 @@ async def request_ended(scene: Scene, state: State) -> None:
 
 
 async def client_left(scene: Scene, _: State) -> None:
-    """The client goes away."""
+    """The client leaves."""
     scene.cluster.abort(scene.client)
 
 
@@ -203,7 +204,7 @@ async def target_lost(scene: Scene, _: State) -> None:
 
 
 async def timed_out(scene: Scene, state: State) -> None:
-    """The state's time passes."""
+    """The state's time limit passes."""
     scene.cluster["a"].pause()
     limits = {State.ASKING: LIMITS.ask_s, State.CUTTING: LIMITS.cut_s, State.RESUMING: LIMITS.resume_s}
     await asyncio.sleep(limits[state] - 0.1)
@@ -213,7 +214,7 @@ async def timed_out(scene: Scene, state: State) -> None:
 
 
 async def place_silent(scene: Scene, state: State) -> None:
-    """Whoever has the request answers nothing any more."""
+    """The instance that holds the request stops answering."""
     scene.cluster[scene.has(state)].freeze()
 
 
@@ -240,7 +241,7 @@ FROM_THE_START = {room_refused, cut_done, cut_empty, cut_late, cut_refused}
 @pytest.mark.parametrize(("state", "happening"), PAIRS, ids=lambda value: value.value)
 @virtual_time
 async def test_pair(state: State, happening: Happening) -> None:
-    """After this happening in this state every token comes exactly once, and nothing is left anywhere."""
+    """After this event in this state every token comes exactly once, and nothing is left anywhere."""
     policy = ScriptedPolicy({"r": "a", "s": "b"})
     async with Cluster(policy, migration=LIMITS) as cluster:
         client = await cluster.submit("r", 100, N_OUTPUT)
@@ -269,7 +270,7 @@ async def test_pair(state: State, happening: Happening) -> None:
 @pytest.mark.parametrize("state", OPEN, ids=lambda state: state.value)
 @virtual_time
 async def test_bystander_dies(state: State) -> None:
-    """The death of an instance that has no part in a migration changes nothing for it."""
+    """The death of an instance that takes no part in a migration does not affect it."""
     policy = ScriptedPolicy({"r": "a", "s": "c"})
     async with Cluster(policy, migration=LIMITS) as cluster:
         client = await cluster.submit("r", 100, N_OUTPUT)
@@ -295,7 +296,7 @@ DEATHS = {"a": Happening.SOURCE_LOST, "b": Happening.TARGET_LOST}
 @pytest.mark.parametrize("state", OPEN, ids=lambda state: state.value)
 @virtual_time
 async def test_both_die(state: State, order: str) -> None:
-    """When source and target die one right after the other, the request goes on elsewhere and comes out whole."""
+    """If source and target die in quick succession, the request completes elsewhere."""
     expected = state
     for name in order:
         expected = TRANSITIONS.get((expected, DEATHS[name]), (expected, ()))[0]

@@ -1,4 +1,4 @@
-"""The race that docs/migration.md tells step by step: the target dies when the source has cut the request and nobody has heard of it yet."""
+"""The race in docs/migration.md: the target dies after the source's cut, before anyone has heard of the cut."""
 
 from runtime_cluster import Cluster, ScriptedPolicy
 

@@ -1,8 +1,9 @@
 """
-Every path through the migration table, in both shells: the simulated cluster and the runtime end it alike.
+Every path through the migration table, in both shells: the simulated cluster and the runtime must end it alike.
 
-The paths are walked in the table itself, so that a new transition is fed as well; each is also fed with one happening on the way that the
-table ignores. Compared are the states, the outcome and the `detail` of the record, and when a time limit is over.
+The paths are generated from the table itself, so new transitions are covered too. Each path is also run with one
+ignored event on the way. The test compares the states, the record's outcome and `detail`, and when a time limit
+expires.
 """
 
 from collections.abc import Iterator
@@ -23,19 +24,19 @@ from cascadeinfer.core.migration import (
 from support.virtual_time import run
 
 TICK_S = 1e-6
-"""Less than anything here takes."""
+"""Shorter than anything takes here."""
 CUT_FIRST = MigrationLimits(ask_s=0.5, cut_s=0.3, resume_s=1.0)
 LEASE_FIRST = MigrationLimits(ask_s=0.5, cut_s=3.0, resume_s=1.0)
 """The lease leaves no time to pull before the cut has timed out."""
 NO_TIMER = {(state, Happening.TIMED_OUT) for state in (State.WITHDRAWING, State.RECOMPUTING, State.RETURNING)}
-"""Ignored by the table, and no shell sets a timer in these states: cannot be brought about."""
+"""Ignored by the table, and no shell sets a timer in these states, so they cannot be triggered."""
 DEATHS = {Happening.SOURCE_LOST, Happening.TARGET_LOST}
 
 Path = tuple[tuple[State, Happening], ...]
 
 
 def paths(state: State = State.ASKING, path: Path = (), *, has_detour: bool = False) -> Iterator[Path]:
-    """All paths from this state to an end, with at most one ignored happening; nobody dies twice."""
+    """All paths from this state to an end, with at most one ignored event; no instance dies twice."""
     if state in OUTCOMES:
         yield path
         return
@@ -56,7 +57,7 @@ PATHS = list(paths())
 
 
 async def follow(path: Path, shell: Shell) -> Ending:
-    """Take a migration along this path; each state and each time limit as the path and the limits say."""
+    """Take a migration along this path, checking each state and each time limit."""
     await shell.begin()
     limits = shell_limits(path)
     began_s = {State.ASKING: shell.now_s}
@@ -78,26 +79,26 @@ async def follow(path: Path, shell: Shell) -> Ending:
 
 
 def shell_limits(path: Path) -> MigrationLimits:
-    """Limits under which the path can be taken."""
+    """Limits under which the path is possible."""
     return LEASE_FIRST if (State.CUTTING, Happening.CUT_LATE) in path else CUT_FIRST
 
 
 def name_of(path: Path) -> str:
-    """A path for people."""
+    """A readable name for a path."""
     return "-".join(happening.value for _, happening in path)
 
 
 def test_the_paths_cover_the_table() -> None:
-    """Every transition and every happening without effect is on some path; nothing but timers that nobody sets is left out."""
+    """Every transition and every ignored event is on some path; only timers that are never set are left out."""
     assert {pair for path in PATHS for pair in path} == (TRANSITIONS.keys() | IGNORED) - NO_TIMER
 
 
 @pytest.mark.parametrize("path", PATHS, ids=name_of)
 def test_both_shells_end_it_alike(path: Path) -> None:
-    """The same states, outcome and detail in the simulator and in the runtime, for the policy and in what is kept."""
+    """Simulator and runtime give the policy and the records the same states, outcome and detail."""
     simulated = run(follow(path, Simulator(shell_limits(path))))
     live = run(follow(path, Live(shell_limits(path))))
-    # In the simulator what happens at once comes before the ask has reached the target.
+    # In the simulator, an immediate event comes before the request for room has reached the target.
     asked = path[-1][0] is not State.ASKING or path[-1][1] is Happening.ROOM_REFUSED
     assert simulated == (live if asked else replace(live, asked_tokens=None))
     for ending in (simulated, live):
@@ -110,7 +111,7 @@ def test_both_shells_end_it_alike(path: Path) -> None:
     [(ROOM_SLACK_TOKENS - 1, "moved", ""), (ROOM_SLACK_TOKENS, "stayed", "cut_refused:outgrew_room")],
 )
 def test_who_outgrows_its_room_is_not_cut(n_tokens: int, outcome: str, detail: str) -> None:
-    """In both shells a request that grows past the room asked for while the target thinks stays where it is."""
+    """In both shells, a request that outgrows its reserved room while the target decides stays where it is."""
 
     async def growing(shell: Shell) -> Ending:
         await shell.begin()

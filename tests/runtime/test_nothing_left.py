@@ -1,4 +1,4 @@
-"""Requests that end before, or without, their first output: nothing of them stays, in no engine, and nobody else is harmed."""
+"""Requests that end before or without their first output leave nothing on any engine and harm no other request."""
 
 import asyncio
 from typing import Any
@@ -13,7 +13,7 @@ from support.virtual_time import virtual_time
 
 
 def at_arrival(policy: ScriptedPolicy, request_id: str, *effects: Effect) -> None:
-    """Have the policy add these effects when this request arrives, after its dispatch."""
+    """Have the policy add these effects after the dispatch of this request when it arrives."""
 
     def answer(event: Event) -> list[Effect]:
         return list(effects) if isinstance(event, RequestArrived) and event.request_id == request_id else []
@@ -22,10 +22,10 @@ def at_arrival(policy: ScriptedPolicy, request_id: str, *effects: Effect) -> Non
 
 
 class Clumsy(ScriptedPolicy):
-    """Asks for something impossible right after it has placed the request `bad`."""
+    """Asks for something impossible right after placing the request `bad`."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
-        """See Policy; what it asks for second is no effect at all."""
+        """See Policy; the second thing it returns is no effect at all."""
         effects = super().handle(event, now_s)
         if isinstance(event, RequestArrived) and event.request_id == "bad":
             effects.append("no effect")  # type: ignore[arg-type]
@@ -34,7 +34,7 @@ class Clumsy(ScriptedPolicy):
 
 @virtual_time
 async def test_refused_after_it_was_placed() -> None:
-    """A policy that places a request and refuses it with the next breath: its instance does not go on computing it."""
+    """If a policy places a request and refuses it at the same event, the instance stops computing it."""
     policy = ScriptedPolicy()
     at_arrival(policy, "r", Reject("test", "r", "second_thoughts", 1.0))
     async with Cluster(policy, "a") as cluster:
@@ -46,7 +46,7 @@ async def test_refused_after_it_was_placed() -> None:
 
 @virtual_time
 async def test_the_policy_fails_after_it_has_placed() -> None:
-    """The client hears that the policy failed; its request, which an engine has already, is stopped there."""
+    """The client is told that the policy failed; its request, already on an engine, is stopped there."""
     async with Cluster(Clumsy({"good": "a"}), "a") as cluster:
         good = await cluster.submit("good", 40, 60)
         with pytest.raises(PolicyError):
@@ -60,7 +60,7 @@ async def test_the_policy_fails_after_it_has_placed() -> None:
 @pytest.mark.parametrize("how", ["client leaves", "request ends"])
 @virtual_time
 async def test_refused_as_its_migration_ends(how: str) -> None:
-    """The end of a request ends its migration, at which the policy refuses the request: it ends once, and so do those after it."""
+    """If the policy refuses a request whose end has just ended its migration, the request still ends only once."""
     policy = ScriptedPolicy({"r": "a", "other": "a"})
     policy.answers.append(lambda event: [Reject("test", "r", "late", 1.0)] if isinstance(event, MigrationEnded) else [])
     async with Cluster(policy, "ab") as cluster:
@@ -93,7 +93,10 @@ async def test_refused_as_its_migration_ends(how: str) -> None:
 @pytest.mark.parametrize("is_last", [False, True])
 @virtual_time
 async def test_refused_as_it_arrives_at_its_target(*, is_last: bool) -> None:
-    """The first token there, perhaps the last one of all, ends the move, at which the policy refuses: an error, and not a word after it."""
+    """
+    The first token at the target, perhaps the last of all, ends the move;
+    the policy refuses: one error, nothing after it.
+    """
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, "ab") as cluster:
         client = await cluster.submit("r", 40, 400)
@@ -118,7 +121,7 @@ async def test_refused_as_it_arrives_at_its_target(*, is_last: bool) -> None:
 
 @virtual_time
 async def test_an_id_that_is_in_use() -> None:
-    """The newcomer is told; the one that has the id goes on to its end, and the id is free afterwards."""
+    """The newcomer gets an error; the request that has the id completes, and the id is free afterwards."""
     async with Cluster(ScriptedPolicy(), "ab") as cluster:
         first = await cluster.submit("r", 40, 60)
         await first.until_tokens(5)
@@ -134,7 +137,7 @@ async def test_an_id_that_is_in_use() -> None:
 @pytest.mark.parametrize("to_whom", ["target", "back"])
 @virtual_time
 async def test_a_move_that_cannot_be_sent(to_whom: str) -> None:
-    """The resumed request fits into no message: it ends with an error, and neither side keeps anything for it."""
+    """The resumed request does not fit into a message: it ends with an error, and neither side keeps anything."""
     async with Cluster(ScriptedPolicy({"r": "a"}), "ab") as cluster:
         client = await cluster.submit("r", 40, 400)
         await client.until_tokens(5)
@@ -156,7 +159,7 @@ async def test_a_move_that_cannot_be_sent(to_whom: str) -> None:
 
 @virtual_time
 async def test_the_end_of_all_instances() -> None:
-    """A request that is refused late, with tokens, while every instance is down gets its error too."""
+    """A request refused late, with tokens, while every instance is down still gets its error."""
     async with Cluster(ScriptedPolicy(), "ab") as cluster:
         client = await cluster.submit("r", 40, 400)
         await client.until_tokens(5)
@@ -171,7 +174,7 @@ async def test_the_end_of_all_instances() -> None:
 
 @virtual_time
 async def test_an_observer_that_fails() -> None:
-    """Whoever watches the events must not leave a request behind that its sender believes refused."""
+    """An observer that raises must not leave a request behind that its sender believes refused."""
     failing = [False]
 
     def observer(_now_s: float, event: Event, *_: object) -> None:

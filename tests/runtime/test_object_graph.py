@@ -1,4 +1,4 @@
-"""The drawing of the runtime's objects in docs/architecture.md: who owns whom and who knows whom, compared with a runtime that runs."""
+"""The runtime's object diagram in docs/architecture.md (ownership and references), compared with a running runtime."""
 
 import dataclasses
 import enum
@@ -21,7 +21,7 @@ Edge = tuple[str, str]
 
 
 def is_object(thing: Any) -> bool:
-    """Whether it is an object of `runtime/`, and no mere value."""
+    """Whether it is an object of `runtime/` other than a plain value."""
     cls = type(thing)
     is_value = isinstance(thing, tuple | enum.Enum) or (
         dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
@@ -37,7 +37,7 @@ def fields_of(thing: Any) -> Iterator[Any]:
 
 
 def objects_in(held: Any) -> Iterator[Any]:
-    """Objects of `runtime/` that somebody has who holds this: itself, in a collection, or behind a method."""
+    """Objects of `runtime/` reachable from this value: itself, in a collection, or behind a bound method."""
     if is_object(held):
         yield held
     elif isinstance(held, functools.partial):
@@ -54,7 +54,7 @@ def objects_in(held: Any) -> Iterator[Any]:
 
 
 def edges_from(start: Any) -> set[Edge]:
-    """Names of classes of which one's object holds the other's, of all that can be reached."""
+    """Pairs of class names, holder and held, for all reachable objects."""
     edges: set[Edge] = set()
     seen, todo = {id(start)}, [start]
     while todo:
@@ -68,7 +68,7 @@ def edges_from(start: Any) -> set[Edge]:
 
 
 def drawn() -> tuple[set[Edge], set[Edge]]:
-    """Who owns whom by the drawing, and who knows whom by the table below it."""
+    """Ownership from the drawing, and references from the table below it."""
     section = PAGE.read_text(encoding="utf-8").partition("## The runtime's objects")[2].partition("\n## ")[0]
     owns: set[Edge] = set()
     path: list[str] = []
@@ -89,7 +89,7 @@ def drawn() -> tuple[set[Edge], set[Edge]]:
 
 @virtual_time
 async def test_the_drawing_is_of_what_there_is() -> None:
-    """With a move, a drain and handshakes under way, objects hold each other as it is drawn, and everything has one owner."""
+    """With a move, a drain and handshakes under way, objects refer to each other as drawn, and each has one owner."""
     async with Cluster(ScriptedPolicy({"r": "a", "s": "b"})) as cluster:
         moving = await cluster.submit("r", 40, 400)
         await moving.until_tokens(3)

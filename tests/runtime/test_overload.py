@@ -1,4 +1,4 @@
-"""Too much, too slow, too impatient: bounded queues, prompt refusals, and a recovery by itself."""
+"""Under overload queues stay bounded, refusals are prompt, and the runtime recovers by itself."""
 
 import asyncio
 import random
@@ -16,13 +16,13 @@ MAX_QUEUED = 12
 N_INSTANCES = 3
 PROMPT, OUTPUT = 40, 60
 ROOM = N_INSTANCES * CAPACITY.max_num_seqs + MAX_QUEUED
-"""Requests that can live at once: a slot each, or a place in the queue."""
+"""Requests that can be live at once: those in batch slots and those in the queue."""
 SLOW = SimulatedTimes(step_s=0.03)
 LAYOUT = StageLayout.from_boundaries((70,), (("a", "b"), ("c",)))
 
 
 async def flood(cluster: Cluster, rate_per_s: float, seconds: float, rng: random.Random) -> tuple[list[Client], int]:
-    """Requests at this rate, whatever becomes of them; a tenth of the clients leave. Returns the accepted, and how many were refused."""
+    """Send requests at this rate; a tenth of the clients leave. Returns the accepted ones and the number refused."""
     loop = asyncio.get_running_loop()
     end_s = loop.time() + seconds
     accepted: list[Client] = []
@@ -56,9 +56,10 @@ async def served_per_s(cluster: Cluster, n: int) -> float:
 @virtual_time
 async def test_ten_times_too_much_for_a_minute(fault: str | None, layout: StageLayout | None) -> None:
     """
-    What is accepted ends whole, the rest is refused at once, the number of live requests is bounded, and afterwards all is as before.
+    Accepted requests complete, the rest are refused at once, the number of live requests is bounded, and afterwards the
+    runtime works as before.
 
-    Also when an instance dies or is drained in the middle: what had been accepted is not refused later.
+    This holds even if an instance dies or is drained in the middle: what was accepted is not refused later.
     """
     async with Cluster(Cascade(layout=layout, max_queued=MAX_QUEUED), times=SLOW) as cluster:
         before = await served_per_s(cluster, N_INSTANCES * CAPACITY.max_num_seqs)
@@ -85,7 +86,7 @@ async def test_ten_times_too_much_for_a_minute(fault: str | None, layout: StageL
 
 @virtual_time
 async def test_nobody_listens_for_a_while() -> None:
-    """A front end that does not read for seconds finds every token in order; instances and moves go on meanwhile."""
+    """A front end that reads nothing for seconds finds every token in order; instances and moves go on meanwhile."""
     async with Cluster(Cascade(layout=LAYOUT)) as cluster:
         clients = [await cluster.submit(f"r{i}", PROMPT, 100) for i in range(6)]
         for client in clients:

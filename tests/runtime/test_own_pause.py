@@ -1,4 +1,4 @@
-"""The front end's own pause is nobody else's death: its loop stands still for longer than every time limit."""
+"""A pause of the front end's own event loop, longer than every time limit, is not taken for any instance's death."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ assert SUPERVISION.hang_s < PAUSE_S
 
 
 def stall() -> None:
-    """The front end is stopped and goes on."""
+    """Pause and resume the front end."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
     loop.stall(PAUSE_S)
@@ -21,7 +21,7 @@ def stall() -> None:
 
 @virtual_time
 async def test_no_instance_is_killed_for_it() -> None:
-    """Answers that were under way are waited for; nobody is restarted, requests end on the instances they were on."""
+    """Pending answers are still awaited; no instance is restarted, and requests end where they were."""
     async with Cluster() as cluster:
         clients = [await cluster.submit(f"r{i}", 50, 100) for i in range(6)]
         await clients[0].until_tokens(5)
@@ -41,7 +41,7 @@ async def test_no_instance_is_killed_for_it() -> None:
 
 @virtual_time
 async def test_one_that_hangs_is_found_out_afterwards() -> None:
-    """The whole time limit after the pause, not sooner and not never."""
+    """The full time limit counts from the end of the pause, and then it does apply."""
     async with Cluster() as cluster:
         cluster["a"].hang()
         await asyncio.sleep(SUPERVISION.hang_s / 2)
@@ -55,7 +55,7 @@ async def test_one_that_hangs_is_found_out_afterwards() -> None:
 
 @virtual_time
 async def test_a_drain_gets_its_time_again() -> None:
-    """Requests that could have ended during the pause are not computed anew for it."""
+    """Requests that may have ended during the pause are not recomputed because of it."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 200)
@@ -94,7 +94,7 @@ async def test_a_dropped_request_still_waits_for_the_death() -> None:
 @pytest.mark.parametrize("n_pauses", [2, 5])
 @virtual_time
 async def test_pauses_one_after_the_other(n_pauses: int) -> None:
-    """Each starts the count again; those that answer in between are never blamed."""
+    """Each pause restarts the count; instances that answer in between are never blamed."""
     async with Cluster() as cluster:
         for _ in range(n_pauses):
             stall()

@@ -1,10 +1,11 @@
 """
-One trace, two shells: what the policy decides in the simulator is what it decides in the runtime.
+One trace, two shells: the policy decides the same in the simulator and in the runtime.
 
-What must be equal is what follows from the requests themselves: where each is dispatched, and by which hand-overs it climbs the stages. What may
-differ is what follows from the moment at which an instance reports (instances of the simulator take turns, those of the runtime report at the same
-time): which of several equal instances takes a request, the length at which it is handed over, and whether it is handed over at all
-within the last tokens of its life. The second half replays what the runtime has logged.
+What follows from the requests themselves must be equal: where each is dispatched, and by which hand-overs it climbs the
+stages. What follows from the moment of an instance's report may differ, since simulated instances take turns while
+those of the runtime report at the same time: which of several equal instances takes a request, the length at which it
+is handed over, and whether it is handed over at all within the last tokens of its life. The second half replays the
+runtime's log.
 """
 
 import asyncio
@@ -42,13 +43,13 @@ MODEL = StepModel(
 )
 """Every step takes the same time, as with the simulated engine."""
 LAST_TOKENS = 60
-"""A request that crosses a boundary so near to its end may be handed over or not: asking and cutting take a few reports."""
+"""A request crossing a boundary this close to its end may or may not be handed over: bid and cut take a few reports."""
 OFTEN = SupervisionTimes(report_s=REPORT_S, hang_s=5.0)
 EDGES = (100, 200)
 
 
 def layout_of(groups: Sequence[Sequence[InstanceId]]) -> StageLayout:
-    """Three stages of these instances."""
+    """Three stages with these instances."""
     return StageLayout.from_boundaries(EDGES, tuple(tuple(group) for group in groups))
 
 
@@ -63,7 +64,7 @@ class Decisions:
 
     Attributes:
         placed: Per request, the instances it was dispatched to.
-        moved: Per request, its hand-overs that came off: from where, to where.
+        moved: Per request, its completed hand-overs as (source, target).
     """
 
     placed: dict[RequestId, list[InstanceId]] = field(default_factory=dict)
@@ -85,7 +86,7 @@ class Decisions:
 
 
 def mixed_trace(n: int = 60) -> Trace:
-    """Poisson arrivals of requests that begin in every stage; many outgrow one or two."""
+    """Poisson arrivals; requests start in every stage, and many outgrow one or two."""
     rng = np.random.default_rng(7)
     prompts = rng.integers(10, 260, size=n)
     return Trace.from_columns(prompts, rng.integers(5, 220, size=n), np.cumsum(rng.exponential(0.08, size=n)))
@@ -111,7 +112,7 @@ def in_simulator(trace: Trace, spec: PolicySpec, n_instances: int) -> Decisions:
 async def in_runtime(
     trace: Trace, spec: PolicySpec, n_instances: int, observer: Observer, *, kill_at_row: int | None = None
 ) -> None:
-    """The trace on the runtime with simulated engines; the instance that has just got a request may die on the way."""
+    """The trace on the runtime with simulated engines; optionally the instance that has just got a request dies."""
     loop = asyncio.get_running_loop()
     async with Cluster(
         spec.make(),
@@ -167,7 +168,7 @@ async def test_both_shells_decide_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", ["static_stages", "cascade"])
 @virtual_time
 async def test_both_shells_take_the_same_stages(name: str) -> None:
-    """With two instances per stage, where moments decide between them: every request goes through the same stages."""
+    """With two instances per stage, where timing decides between them, every request goes through the same stages."""
     options = {"static_stages": {"retry_s": 0.05}, "cascade": {"refine": False, "rebalance": False}}
     trace, spec = mixed_trace(), PolicySpec(name, {"layout": PAIRS, **options[name]})
     simulated, live = in_simulator(trace, spec, 6), Decisions()
@@ -189,7 +190,7 @@ REPLAYED = {
 @pytest.mark.parametrize("name", sorted(REPLAYED))
 @virtual_time
 async def test_the_runtimes_log_replays(name: str, tmp_path: Path) -> None:
-    """What the runtime has logged, with a death on the way, a fresh policy does again effect by effect."""
+    """Replaying the runtime's log, which includes a death, a fresh policy gives the same effects one by one."""
     spec = REPLAYED[name]
     ids = tuple(f"i{number}" for number in range(6))
     header = header_of(spec, source="runtime", instances=ids, commit=None)

@@ -1,4 +1,4 @@
-"""A request under which instances die, in a running runtime: it is ended, the others are not, and nothing is left."""
+"""A request that kills its instances, in a running runtime: it is ended, the others complete, and nothing is left."""
 
 import asyncio
 from dataclasses import replace
@@ -11,7 +11,7 @@ from support.virtual_time import virtual_time
 
 
 async def kill_whatever_runs(cluster: Cluster, poison: Client, n_tokens: int) -> int:
-    """From now on its engine dies as soon as it has so many tokens of the request there. Returns how many died, when it is over."""
+    """Kill any engine that has this many of the request's tokens; returns the number of deaths."""
     name, n_dead, dead = poison.request.request_id, 0, None
     while poison.finish_reason is None:
         place = cluster.where(name)
@@ -33,13 +33,13 @@ def _is_held(cluster: Cluster, name: str) -> bool:
 @pytest.mark.parametrize("n_tokens", [0, 1, 3])
 @virtual_time
 async def test_poison_is_ended_and_others_are_not(n_tokens: int) -> None:
-    """After its second death (its third, where others could have done it too) it ends with an error; everybody else gets the right answer."""
+    """It ends with an error after two deaths (three if others could have caused them); all others complete."""
     async with Cluster(ScriptedPolicy(), "ab") as cluster:
         others = [await cluster.submit(f"r{i}", 20, 60) for i in range(6)]
         poison = await cluster.submit("poison", 30, 200)
         n_dead = await kill_whatever_runs(cluster, poison, n_tokens)
         assert poison.finish_reason == "error"
-        # With others that have died and proven themselves beside it, it takes a third death to tell them apart.
+        # If others were present at the deaths and then produced tokens, it takes a third death to tell them apart.
         assert n_dead == 2 if n_tokens == 0 else n_dead in {2, 3}
         for client in others:
             await client.until_end()
@@ -53,7 +53,7 @@ async def test_poison_is_ended_and_others_are_not(n_tokens: int) -> None:
 
 @virtual_time
 async def test_the_client_is_told_why() -> None:
-    """Where the front end can be told, it is, with a sentence; the request has ended by then."""
+    """If the front end can be told, it gets the explanation; the request has ended by then."""
     async with Cluster(ScriptedPolicy(), "ab") as cluster:
         told: list[tuple[str, str, int]] = []
 
@@ -72,7 +72,7 @@ async def test_the_client_is_told_why() -> None:
 
 @virtual_time
 async def test_an_ordinary_death_ends_nobody() -> None:
-    """All go on, one after the other on each instance, and are above suspicion with their next token."""
+    """All go on, one at a time on each instance, and are cleared of suspicion by their next token."""
     async with Cluster(ScriptedPolicy(dict.fromkeys([f"r{i}" for i in range(8)], "a")), "abc") as cluster:
         clients = [await cluster.submit(f"r{i}", 20, 60) for i in range(8)]
         for client in clients:
@@ -88,7 +88,7 @@ async def test_an_ordinary_death_ends_nobody() -> None:
 
 @virtual_time
 async def test_a_request_without_a_client_is_not_tried_again() -> None:
-    """When its client leaves before its instance dies, nothing of it goes anywhere."""
+    """If its client leaves before its instance dies, no part of it goes elsewhere."""
     async with Cluster(ScriptedPolicy({"r": "a"}), "ab") as cluster:
         client = await cluster.submit("r", 20, 60)
         await client.until_tokens(3)
@@ -101,7 +101,7 @@ async def test_a_request_without_a_client_is_not_tried_again() -> None:
 
 @virtual_time
 async def test_one_that_is_held_back_can_be_aborted() -> None:
-    """Its turn never comes, and the one after it is not forgotten."""
+    """Its turn never comes, and the request behind it is not forgotten."""
     names = ["a0", "a1", "a2", "a3"]
     async with Cluster(ScriptedPolicy(dict.fromkeys(names, "a")), "ab") as cluster:
         clients = {name: await cluster.submit(name, 20, 60) for name in names}
@@ -121,7 +121,7 @@ async def test_one_that_is_held_back_can_be_aborted() -> None:
 
 @virtual_time
 async def test_a_suspected_request_does_not_move() -> None:
-    """Neither the one in the engine nor one that is held back: a resume at another place would get past the isolation there."""
+    """Neither a running nor a held-back suspect is resumed elsewhere, which would bypass the isolation there."""
     policy = ScriptedPolicy({"r0": "a", "r1": "a"})
     async with Cluster(policy, "ab") as cluster:
         clients = [await cluster.submit(f"r{i}", 40, 60) for i in range(2)]
@@ -146,7 +146,7 @@ async def test_a_suspected_request_does_not_move() -> None:
 
 @virtual_time
 async def test_planned_ends_are_no_deaths() -> None:
-    """An instance that is drained until the time is up is nobody's fault."""
+    """An instance whose drain times out blames no request."""
     async with Cluster(ScriptedPolicy({"r": "a"}), "ab") as cluster:
         client = await cluster.submit("r", 20, 200)
         await client.until_tokens(3)
@@ -160,7 +160,7 @@ async def test_planned_ends_are_no_deaths() -> None:
 
 @virtual_time
 async def test_a_request_that_cannot_be_sent_ends() -> None:
-    """An engine that cannot take a request in (it does not fit into a message) has not died: the request ends with an error, alone."""
+    """An engine that cannot accept a request (too large for a message) has not died; only that request fails."""
     async with Cluster(ScriptedPolicy({"bad": "a", "good": "a"}), "ab") as cluster:
         engine = cluster["a"]
         add = engine.add
@@ -185,7 +185,7 @@ async def test_a_request_that_cannot_be_sent_ends() -> None:
 @pytest.mark.parametrize("n_instances", [2, 3])
 @virtual_time
 async def test_instances_that_die_together_end_nobody(n_instances: int, apart_s: float) -> None:
-    """An orphan that is placed on an instance which is dead, or about to die of the same cause, has no part in that death."""
+    """An orphan placed on an instance that is dead, or about to die of the same cause, has no part in that death."""
     dying = "abc"[:n_instances]
     policy = ScriptedPolicy({f"r{i}": dying[i % n_instances] for i in range(12)})
     async with Cluster(policy, "abcd") as cluster:
@@ -205,7 +205,7 @@ async def test_instances_that_die_together_end_nobody(n_instances: int, apart_s:
 
 @virtual_time
 async def test_two_ordinary_deaths_under_many_requests() -> None:
-    """Nobody is ended, and all are above suspicion long before the first of them ends."""
+    """No request is ended, and all are cleared of suspicion long before the first of them completes."""
     policy = ScriptedPolicy({f"r{i}": "a" for i in range(24)})
     async with Cluster(policy, "abc", capacity=replace(CAPACITY, kv_blocks=2048, max_num_seqs=32)) as cluster:
         clients = [await cluster.submit(f"r{i}", 20, 1500) for i in range(24)]
@@ -225,7 +225,7 @@ async def test_two_ordinary_deaths_under_many_requests() -> None:
 
 
 async def hang_whatever_admits(cluster: Cluster, name: str) -> int:
-    """From now on an engine hangs as soon as it has the request. Returns how many did, when it is over."""
+    """Make any engine hang as soon as it has the request; returns how many did once it is over."""
     hung: set[int] = set()
     while (stream := cluster.runtime._streams.get(name)) is not None:
         place = stream.instance_id
@@ -240,7 +240,7 @@ async def hang_whatever_admits(cluster: Cluster, name: str) -> int:
 @pytest.mark.parametrize("n_others", [0, 6])
 @virtual_time
 async def test_a_request_that_hangs_what_admits_it_costs_two_instances(n_others: int) -> None:
-    """Taken away from the first that is silent it makes a second one so, stays there, and is ended when both have been given up."""
+    """Moved off a silent instance, it silences a second one, stays there, and ends once both are given up."""
     supervision = replace(SUPERVISION, suspect_s=0.3)
     async with Cluster(ScriptedPolicy(), "abcde", supervision=supervision) as cluster:
         others = [await cluster.submit(f"r{i}", 20, 60) for i in range(n_others)]
@@ -256,7 +256,7 @@ async def test_a_request_that_hangs_what_admits_it_costs_two_instances(n_others:
 
 @virtual_time
 async def test_one_that_was_taken_away_and_had_a_token_is_not_blamed() -> None:
-    """Whatever becomes of the instance that was silent."""
+    """It is not blamed, whatever becomes of the instance that was silent."""
     async with Cluster(ScriptedPolicy({"r": "a"}), "ab", supervision=replace(SUPERVISION, suspect_s=0.3)) as cluster:
         cluster["a"].freeze()
         client = await cluster.submit("r", 20, 400)
@@ -271,7 +271,7 @@ async def test_one_that_was_taken_away_and_had_a_token_is_not_blamed() -> None:
 
 @virtual_time
 async def test_a_restart_of_ours_is_no_death() -> None:
-    """An instance whose side channel is dead is restarted: no request has done that."""
+    """An instance whose side channel is dead is restarted, and no request is blamed."""
     async with Cluster(ScriptedPolicy({"r": "a"}), "ab", poison_deaths=1) as cluster:
         client = await cluster.submit("r", 20, 600)
         await client.until_tokens(3)
@@ -285,7 +285,7 @@ async def test_a_restart_of_ours_is_no_death() -> None:
 
 @virtual_time
 async def test_an_answer_to_an_older_question_says_nothing() -> None:
-    """An instance that was asked before the death may have died since: a suspected request waits for the next answer."""
+    """An instance polled before the death may have died since: a suspected request waits for the next answer."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, "ab") as cluster:
         client = await cluster.submit("r", 20, 60)
@@ -305,7 +305,7 @@ async def test_an_answer_to_an_older_question_says_nothing() -> None:
 
 @virtual_time
 async def test_a_request_that_was_sent_to_a_dead_instance_is_not_blamed_for_long() -> None:
-    """It had no part in that death: after its first token elsewhere an ordinary death is its first."""
+    """It had no part in that death: an ordinary death after its first token elsewhere counts as its first."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, "abc") as cluster:
         cluster["a"].kill()

@@ -1,4 +1,4 @@
-"""Whole policies on simulated engines: stages, limits, rejection, and the books they keep."""
+"""Complete policies on simulated engines: stages, limits, rejection, and their bookkeeping."""
 
 import asyncio
 from collections import Counter
@@ -20,10 +20,10 @@ OFTEN = SupervisionTimes(report_s=0.02, hang_s=2.0)
 
 
 class Logged:
-    """A policy whose events and effects are kept."""
+    """A policy that logs its events and effects."""
 
     def __init__(self, policy: Policy) -> None:
-        """Log this policy."""
+        """Wrap this policy."""
         self.policy = policy
         self.events: list[Event] = []
         self.effects: list[Effect] = []
@@ -50,7 +50,7 @@ def stages() -> StaticStages:
 
 @virtual_time
 async def test_requests_climb_the_stages() -> None:
-    """Each request starts in the stage of its prompt and moves on as it grows, by KV pull; all come out whole."""
+    """Each request starts in the stage of its prompt and moves by KV pull as it grows; all complete."""
     policy = Logged(stages())
     async with Cluster(policy, supervision=OFTEN) as cluster:
         clients = [await cluster.submit(f"r{i}", 20 + 9 * i, 200) for i in range(8)]
@@ -67,7 +67,7 @@ async def test_requests_climb_the_stages() -> None:
 async def test_never_more_than_three_migrations_per_instance() -> None:
     """However many requests outgrow their stage at once, at most three migrations touch an instance at a time."""
     async with Cluster(stages(), supervision=OFTEN) as cluster:
-        cluster["b"].hold_answers("reserve")  # each asking lasts until it times out
+        cluster["b"].hold_answers("reserve")  # each request for room lasts until it times out
         clients = [await cluster.submit(f"r{i}", 95, 600) for i in range(7)]
         most = 0
         while not all(client.finish_reason for client in clients):
@@ -83,7 +83,7 @@ async def test_never_more_than_three_migrations_per_instance() -> None:
 
 @virtual_time
 async def test_stages_stay_whole_when_their_instances_die() -> None:
-    """Killing each instance in turn under climbing requests loses no token."""
+    """Killing each instance in turn while requests climb the stages loses no token."""
     async with Cluster(stages(), supervision=OFTEN, poison_deaths=MANY_DEATHS) as cluster:
         clients = [await cluster.submit(f"r{i}", 20 + 20 * i, 300) for i in range(8)]
         for name in "bca":
@@ -97,7 +97,7 @@ async def test_stages_stay_whole_when_their_instances_die() -> None:
 
 @virtual_time
 async def test_pinned_requests_stay() -> None:
-    """A pinned request is never moved, and counted; when its instance dies it goes on elsewhere, counted as inexact."""
+    """A pinned request is never moved and is counted; if its instance dies it goes on elsewhere, counted as inexact."""
     policy = Logged(stages())
     async with Cluster(policy, supervision=OFTEN) as cluster:
         client = await cluster.submit("r", 90, 100, pin_reason=PinReason.SEEDED_SAMPLING)
@@ -132,7 +132,7 @@ class Full(ScriptedPolicy):
     """Refuses every request beyond the second."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
-        """Admission before anything else."""
+        """Apply admission before anything else."""
         if isinstance(event, RequestArrived) and len(self.view.requests) >= 2:
             self.events.append(event)
             self.view.apply(event)
@@ -142,7 +142,7 @@ class Full(ScriptedPolicy):
 
 @virtual_time
 async def test_rejection_leaves_nothing() -> None:
-    """A refused request raises with the time to wait, is forgotten by runtime and policy, and is counted."""
+    """A refused request raises with its retry delay, is forgotten by runtime and policy, and is counted."""
     policy = Full()
     async with Cluster(policy) as cluster:
         accepted = [await cluster.submit(f"r{i}", 50, 40) for i in range(2)]
@@ -163,7 +163,7 @@ async def test_rejection_leaves_nothing() -> None:
 
 @virtual_time
 async def test_stale_migrations_end_at_once() -> None:
-    """A migration of a request that has ended, or is elsewhere by now, ends before it begins, and the policy is told."""
+    """Migrating a request that has ended or is elsewhere by now ends before it begins, and the policy is told."""
     policy = ScriptedPolicy({"r": "a", "s": "b"})
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 40)
@@ -180,7 +180,7 @@ async def test_stale_migrations_end_at_once() -> None:
 
 @virtual_time
 async def test_no_room_no_move() -> None:
-    """A target without room, of slots or of blocks, refuses, and the request stays where it is."""
+    """A target without free slots or blocks refuses, and the request stays where it is."""
     policy = ScriptedPolicy({"r": "a", "big": "b"} | {f"s{i}": "c" for i in range(8)})
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 300, 200)
@@ -214,7 +214,7 @@ async def test_no_move_to_an_instance_that_is_down() -> None:
 @virtual_time
 @pytest.mark.parametrize("cut_takes_effect", [False, True])
 async def test_a_cut_that_took_too_long_is_named(cut_takes_effect: bool) -> None:
-    """Undone or taken back, the migration says that the cut timed out, not how it was undone."""
+    """Whether undone or taken back, the migration records that the cut timed out, not how it was reverted."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=SupervisionTimes(hang_s=60.0)) as cluster:
         client = await cluster.submit("r", 50, 60)
@@ -230,7 +230,7 @@ async def test_a_cut_that_took_too_long_is_named(cut_takes_effect: bool) -> None
 
 @virtual_time
 async def test_no_pull_after_the_lease() -> None:
-    """A target that wakes up after the lease has ended does not decode what it finds there: the source has the request back."""
+    """A target that wakes up after the lease decodes nothing: the source has taken the request back."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=SupervisionTimes(hang_s=60.0)) as cluster:
         client = await cluster.submit("r", 100, 60)
@@ -247,7 +247,7 @@ async def test_no_pull_after_the_lease() -> None:
 
 @virtual_time
 async def test_failed_pull_is_no_failed_migration() -> None:
-    """When the pinned blocks are gone the target computes them anew: same tokens, and its counter says so."""
+    """If the pinned blocks are gone, the target recomputes them: same tokens, and its counter records it."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 100, 60)

@@ -1,4 +1,4 @@
-"""A policy that raises: the instance that brought the event lives on, no request hangs, everything is counted and logged."""
+"""A policy that raises: the instance behind the event survives, no request hangs, and all is counted and logged."""
 
 from collections.abc import Callable
 
@@ -21,10 +21,10 @@ from support.virtual_time import virtual_time
 
 
 class Failing(ScriptedPolicy):
-    """Raises where a test says so, before or after it has changed its books."""
+    """Raises where a test chooses, before or after updating its view."""
 
     def __init__(self, fails: Callable[[Event], bool], *, late: bool = False, times: int = 1_000_000) -> None:
-        """Fail at events of which `fails` says so, at most so often."""
+        """Fail at events selected by `fails`, at most this often."""
         super().__init__()
         self.fails = fails
         self.late = late
@@ -50,7 +50,7 @@ def failures(cluster: Cluster, event: type[Event]) -> float | None:
 @pytest.mark.parametrize("late", [False, True])
 @virtual_time
 async def test_a_failed_arrival_is_an_error_at_once(late: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """The sender gets an error, the books of runtime and policy forget the request, and its id can come again."""
+    """The sender gets an error, runtime and policy forget the request, and its id can be used again."""
     policy = Failing(lambda e: isinstance(e, RequestArrived) and e.request_id == "bad", late=late, times=1)
     async with Cluster(policy) as cluster:
         good = await cluster.submit("good")
@@ -71,15 +71,15 @@ async def test_a_failed_arrival_is_an_error_at_once(late: bool, caplog: pytest.L
 
 
 class Clumsy(Failing):
-    """Refuses `bad` where a test says so, as it arrives, and with the same breath asks for something impossible."""
+    """Refuses `bad` where a test chooses, and at the same event asks for something impossible."""
 
     def __init__(self, fails: Callable[[Event], bool] = lambda _: False) -> None:
-        """Fail at events of which `fails` says so; refuse nobody yet."""
+        """Fail at events selected by `fails`; refuse nothing yet."""
         super().__init__(fails)
         self.refusals = 0
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
-        """See Policy; what it asks for second is no effect at all."""
+        """See Policy; the second thing it returns is no effect at all."""
         if self.refusals and isinstance(event, RequestArrived) and event.request_id == "bad":
             self.refusals -= 1
             return [Reject("test", "bad", "no", 1.0), "no effect"]  # type: ignore[list-item]
@@ -88,7 +88,7 @@ class Clumsy(Failing):
 
 @virtual_time
 async def test_a_refusal_and_a_failure_at_once_are_forgotten_with_the_request() -> None:
-    """The sender hears of the refusal; the next request with the same id has nothing to do with either."""
+    """The sender gets the refusal; the next request with the same id is affected by neither fault."""
     async with Cluster(policy := Clumsy()) as cluster:
         policy.refusals = 1
         with pytest.raises(RequestRejectedError):
@@ -100,7 +100,7 @@ async def test_a_refusal_and_a_failure_at_once_are_forgotten_with_the_request() 
 
 @virtual_time
 async def test_a_refusal_and_a_failure_at_once_end_an_orphan_once() -> None:
-    """A request that is announced anew, refused, and failed at with the same breath gets one error, and those after it are placed."""
+    """A request announced again, refused and failed in the same call gets one error; later requests are placed."""
     async with Cluster(policy := Clumsy(lambda event: isinstance(event, InstanceLost))) as cluster:
         policy.places = {"bad": "b", "r": "b"}
         clients = [await cluster.submit(name, 30, 400) for name in ("bad", "r")]
@@ -121,7 +121,7 @@ async def test_a_refusal_and_a_failure_at_once_end_an_orphan_once() -> None:
 @pytest.mark.parametrize("late", [False, True])
 @virtual_time
 async def test_failures_at_reports_restart_nobody(late: bool) -> None:
-    """A policy that fails at every report still serves: no instance is restarted, no request is hurt."""
+    """A policy that fails at every report still serves: no instance is restarted, no request is harmed."""
     async with Cluster(Failing(lambda e: isinstance(e, InstanceReported), late=late)) as cluster:
         clients = [await cluster.submit(f"r{i}") for i in range(6)]
         for client in clients:
@@ -129,13 +129,13 @@ async def test_failures_at_reports_restart_nobody(late: bool) -> None:
             assert client.finish_reason == "length"
         assert (failures(cluster, InstanceReported) or 0) > 5
         assert not any(len(generation) > 1 for generation in cluster.engines.values())
-        cluster.policy.left = 0  # for the final look at its books
+        cluster.policy.left = 0  # for the final check of its view
 
 
 @pytest.mark.parametrize("late", [False, True])
 @virtual_time
 async def test_orphans_of_a_failed_loss_go_on(late: bool) -> None:
-    """When the policy fails at a death, the loss is announced again, and the orphans end with all their tokens elsewhere."""
+    """If the policy fails on a death, the loss is announced again, and the orphans complete elsewhere."""
     async with Cluster(Failing(lambda e: isinstance(e, InstanceLost), late=late, times=1)) as cluster:
         clients = [await cluster.submit(f"r{i}", 30, 400) for i in range(6)]
         for client in clients:
@@ -150,7 +150,7 @@ async def test_orphans_of_a_failed_loss_go_on(late: bool) -> None:
 
 @virtual_time
 async def test_orphans_that_the_policy_fails_at_again_get_an_error() -> None:
-    """A request that lost its instance, and at which the policy then fails for good, ends with an error; the others go on."""
+    """If the policy fails for good on an orphaned request, that request ends with an error; the others go on."""
 
     def fails(event: Event) -> bool:
         again = isinstance(event, RequestArrived) and event.request_id == "r0" and event.prompt_tokens > 30
@@ -167,7 +167,7 @@ async def test_orphans_that_the_policy_fails_at_again_get_an_error() -> None:
             await client.until_end()
         assert [client.finish_reason for client in clients] == ["error", "length", "length"]
         await cluster.all_up()
-        assert policy.view.requests.keys() <= {"r0"}  # it failed at every death: what it noted before is its own
+        assert policy.view.requests.keys() <= {"r0"}  # it failed at every death, so an entry may remain
         policy.left = 0
         cluster.runtime.announce_loss("b")
 
@@ -175,7 +175,7 @@ async def test_orphans_that_the_policy_fails_at_again_get_an_error() -> None:
 @pytest.mark.parametrize("late", [False, True])
 @virtual_time
 async def test_an_instance_whose_coming_failed_is_announced_again(late: bool) -> None:
-    """A policy that fails at the first instances that come still gets them, without a restart."""
+    """A policy that fails when the first instances join still gets them, without a restart."""
     policy = Failing(lambda e: isinstance(e, InstanceJoined), late=late, times=4)
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r")
@@ -187,11 +187,11 @@ async def test_an_instance_whose_coming_failed_is_announced_again(late: bool) ->
 
 @virtual_time
 async def test_dispatches_that_a_failure_swallowed_are_made_again() -> None:
-    """A policy that fails after it has noted a dispatch does not leave the request waiting for ever."""
+    """A policy that fails after recording a dispatch does not leave the request waiting for ever."""
     waiting: list[str] = []
 
     class Holding(Failing):
-        """Holds `second` back until `first` ends, and then fails with the dispatch on its lips."""
+        """Holds `second` back until `first` ends, then fails before it returns the dispatch."""
 
         def handle(self, event: Event, now_s: float) -> list[Effect]:
             if isinstance(event, RequestArrived) and event.request_id == "second" and not waiting:
@@ -216,7 +216,7 @@ async def test_dispatches_that_a_failure_swallowed_are_made_again() -> None:
 
 @virtual_time
 async def test_an_ended_migration_that_failed_hurts_nobody() -> None:
-    """A policy that fails at the end of a move: the request decodes on at the target and comes out whole."""
+    """If the policy fails at the end of a move, the request decodes on at the target and completes."""
     async with Cluster(policy := Failing(lambda e: isinstance(e, MigrationEnded), times=1)) as cluster:
         policy.places = {"r": "a"}
         client = await cluster.submit("r", 40, 100)
@@ -229,7 +229,7 @@ async def test_an_ended_migration_that_failed_hurts_nobody() -> None:
 
 @virtual_time
 async def test_a_timer_that_cannot_be_named_is_a_failure() -> None:
-    """A policy that fails when asked for its next timer is not asked less, and everything else goes on."""
+    """A policy that fails when asked for its next timer is still asked as often, and everything else goes on."""
     policy = ScriptedPolicy()
     policy.next_timer_s = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
     async with Cluster(policy) as cluster:

@@ -1,8 +1,9 @@
 """
-Random lives: requests come and leave, instances die, hang, stall, return, are added and drained, policies move requests to and fro.
+Random lives: requests come and go; instances die, hang, stall, return, are added and drained; policies move requests.
 
-Everything is drawn from one seed and happens in virtual time, so a seed that fails fails again: it is in the test's name and in the error.
-The checks are `Cluster`'s: each token once and in order, nothing left at the end, no attempt that nobody hears.
+Everything is drawn from one seed and happens in virtual time, so a failing seed fails again: the seed is in the test's
+name and in the error. `Cluster` checks that each token comes once and in order, that nothing is left at the end, and
+that no attempt runs without a listener.
 """
 
 import asyncio
@@ -27,14 +28,14 @@ from support.virtual_time import virtual_time
 CASES = [("restless", seed) for seed in range(6)] + [(name, 6) for name in sorted(POLICIES)]
 LIVE_S = 15.0
 N_INSTANCES = 4
-"""At first, and about so many later."""
+"""The initial number of instances, and roughly the number later."""
 LIMITS = MigrationLimits(ask_s=0.5, cut_s=0.3, resume_s=0.8)
 SMALL = replace(CAPACITY, kv_blocks=60, max_num_seqs=5)
-"""Requests wait, are preempted, and find no room."""
+"""So small that requests wait, are preempted, and find no room."""
 
 
 class Restless(ScriptedPolicy):
-    """Moves requests about at random, whether it makes sense or not."""
+    """Moves requests at random, whether it makes sense or not."""
 
     def __init__(self, rng: random.Random) -> None:
         """Draw from this generator."""
@@ -43,7 +44,7 @@ class Restless(ScriptedPolicy):
         self._n = 0
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
-        """Least loaded, and after each report perhaps a move from the reporting instance to any other."""
+        """Least loaded; after each report it may move a request from the reporting instance to any other."""
         effects = super().handle(event, now_s)
         if isinstance(event, InstanceReported) and self._rng.random() < 0.7:
             here = self.view.instances.get(event.instance_id)
@@ -65,7 +66,7 @@ class Restless(ScriptedPolicy):
 
 
 async def stall(engine: SimulatedEngine, rng: random.Random) -> None:
-    """It does not step for a while."""
+    """The instance does not step for a while."""
     engine.pause()
     await asyncio.sleep(rng.uniform(0.0, 1.5))
     engine.unpause()
@@ -87,14 +88,14 @@ async def late_answers(engine: SimulatedEngine, rng: random.Random) -> None:
 
 
 async def terminate(engine: SimulatedEngine, rng: random.Random) -> None:
-    """It drops its requests and ends soon after."""
+    """The instance drops its requests and ends soon after."""
     engine.end_all("abort")
     await asyncio.sleep(rng.uniform(0.0, 0.3))
     engine.kill()
 
 
 async def at_once(engine: SimulatedEngine, rng: random.Random) -> None:
-    """One of the faults that take no time."""
+    """One of the faults that are instantaneous."""
     rng.choice((engine.hang, engine.lose_pins, engine.spoil_cut, lambda: engine.refuse_room(Refusal.NO_BLOCKS)))()
 
 
@@ -114,7 +115,7 @@ async def trouble(cluster: Cluster, rng: random.Random) -> None:
 
 
 def scale(cluster: Cluster, rng: random.Random) -> None:
-    """An instance more or one less, whatever state it is in, when that is allowed."""
+    """Add or drain an instance in any state, if that is allowed."""
     there = list(cluster.runtime.fleet.records)
     with contextlib.suppress(ScalingRefusedError):
         if rng.random() < (0.7 if len(there) < N_INSTANCES else 0.3):
@@ -124,7 +125,7 @@ def scale(cluster: Cluster, rng: random.Random) -> None:
 
 
 async def live(cluster: Cluster, rng: random.Random) -> None:
-    """Arrivals, departures and faults for a while, then peace until everything has ended."""
+    """Arrivals, departures and faults for a while, then calm until everything has ended."""
     clients: list[Client] = []
     troubles: list[asyncio.Task[None]] = []
     end_s = asyncio.get_running_loop().time() + LIVE_S
@@ -167,7 +168,7 @@ def policy_of(name: str, rng: random.Random) -> Policy:
 @pytest.mark.parametrize(("name", "seed"), CASES)
 @virtual_time
 async def test_random_life(name: str, seed: int) -> None:
-    """Whatever happens, every client that stays gets exactly its tokens, and at the end nothing is left."""
+    """Whatever happens, every client that stays gets exactly its tokens, and nothing is left at the end."""
     rng = random.Random(seed)
     try:
         async with Cluster(

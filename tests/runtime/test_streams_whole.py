@@ -1,4 +1,4 @@
-"""Requests come out whole: each token once and in order, wherever the request has been."""
+"""Streams are complete: each token comes once and in order, wherever the request has run."""
 
 import pytest
 from runtime_cluster import Cluster
@@ -9,7 +9,7 @@ from support.virtual_time import virtual_time
 
 @virtual_time
 async def test_plain_requests() -> None:
-    """Requests that never move come out as from one engine alone, by length and by stop token."""
+    """Requests that never move have the output of a single engine, whether they end by length or by stop token."""
     async with Cluster() as cluster:
         clients = [await cluster.submit(f"r{i}", 10 + 17 * i, 30) for i in range(12)]
         clients.append(await cluster.submit("stops", 50, 60, stop_at=9))
@@ -21,7 +21,7 @@ async def test_plain_requests() -> None:
 
 @virtual_time
 async def test_to_and_fro() -> None:
-    """Fifteen moves to and fro leave the output as it is; each pulls the KV cache and none recomputes."""
+    """Fifteen moves back and forth leave the output unchanged; each pulls the KV cache and none recomputes."""
     async with Cluster() as cluster:
         client = await cluster.submit("r", 90, 150)
         for move in range(15):

@@ -1,4 +1,4 @@
-"""Instances that fail: at the start, in the middle, by silence; one, several or all; and what becomes of the requests."""
+"""Instances that fail at the start, while serving, or by silence, singly or together, and their requests."""
 
 import asyncio
 from dataclasses import replace
@@ -20,7 +20,7 @@ def now_s() -> float:
 
 @virtual_time
 async def test_orphans_go_on_elsewhere() -> None:
-    """When an instance dies its requests, running and waiting, go on elsewhere and come out whole."""
+    """If an instance dies, its running and waiting requests go on elsewhere and complete."""
     policy = ScriptedPolicy({f"r{i}": "a" for i in range(12)})
     async with Cluster(policy) as cluster:
         clients = [await cluster.submit(f"r{i}", 50 + i, 40) for i in range(12)]
@@ -38,7 +38,7 @@ async def test_orphans_go_on_elsewhere() -> None:
 
 @virtual_time
 async def test_all_down_then_one_returns() -> None:
-    """With no instance up requests wait, new ones too; when one is back all finish."""
+    """With no instance up, old and new requests wait; once one is back all complete."""
     failing = {"b", "c"}
     start_error = lambda name, n: "broken" if n > 0 and name in failing else None  # noqa: E731
     async with Cluster(start_error=start_error) as cluster:
@@ -63,7 +63,7 @@ async def test_all_down_then_one_returns() -> None:
 
 @virtual_time
 async def test_back_off_doubles_and_starts_anew() -> None:
-    """Restarts wait 1, 2, 4, 8, 8 s ...; after a steady time the wait is the first again; another death keeps it growing."""
+    """Restart delays are 1, 2, 4, 8, 8 s ...; a steady period resets the delay, another death keeps it growing."""
     async with Cluster(start_error=lambda name, n: "broken" if name == "b" and 0 < n < 6 else None) as cluster:
         made_s: list[float] = []
         died_s = now_s()
@@ -91,7 +91,7 @@ async def test_back_off_doubles_and_starts_anew() -> None:
 
 @virtual_time
 async def test_dead_instance_that_cannot_be_stopped() -> None:
-    """What goes wrong when a dead engine is put away is logged, and the instance is started again all the same."""
+    """Errors while cleaning up a dead engine are logged, and the instance is restarted anyway."""
     async with Cluster() as cluster:
         engine, stop = cluster["a"], cluster["a"].stop
 
@@ -125,7 +125,7 @@ async def test_hung_instance_is_replaced() -> None:
 
 @virtual_time
 async def test_hung_instance_that_dies_before_it_is_found_out() -> None:
-    """Death is noticed at once even while an answer is waited for."""
+    """A death is noticed at once, even while waiting for an answer."""
     async with Cluster() as cluster:
         cluster["a"].hang()
         await asyncio.sleep(0.5)
@@ -139,7 +139,7 @@ async def test_hung_instance_that_dies_before_it_is_found_out() -> None:
 @pytest.mark.parametrize("victim", ["a", "b"])
 @virtual_time
 async def test_hang_in_mid_migration(victim: str) -> None:
-    """A source or target that hangs while it owes the migration an answer delays the request, but loses nothing."""
+    """A source or target that hangs when it owes the migration an answer delays the request, but loses nothing."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 200)
@@ -156,7 +156,7 @@ async def test_hang_in_mid_migration(victim: str) -> None:
 
 @virtual_time
 async def test_a_hung_peer_delays_a_restart_but_does_not_block_it() -> None:
-    """An instance that comes back while another hangs joins once the other has been found out."""
+    """An instance that returns while another hangs joins once the hang has been detected."""
     async with Cluster() as cluster:
         cluster["a"].kill()
         await asyncio.sleep(0.5)
@@ -169,7 +169,7 @@ async def test_a_hung_peer_delays_a_restart_but_does_not_block_it() -> None:
 
 @virtual_time
 async def test_an_instance_that_hangs_before_it_joins_blocks_nobody() -> None:
-    """One that hangs while it is being connected is found out like any other; those that wait to join then do."""
+    """An instance that hangs while connecting is detected like any other; those waiting to join then do."""
     async with Cluster() as cluster:
         cluster["a"].kill()
         await cluster.until(lambda: len(cluster.engines["a"]) == 2)
@@ -184,7 +184,7 @@ async def test_an_instance_that_hangs_before_it_joins_blocks_nobody() -> None:
 
 @virtual_time
 async def test_no_reports_before_an_instance_joins() -> None:
-    """While an instance is being connected its reports, which show that it lives, are not told to the policy."""
+    """While an instance is connecting, its reports prove that it is alive but are not passed to the policy."""
     policy = ScriptedPolicy()
     async with Cluster(policy) as cluster:
         cluster["a"].kill()
@@ -200,7 +200,7 @@ async def test_no_reports_before_an_instance_joins() -> None:
 
 @virtual_time
 async def test_one_that_does_not_start_stops_all() -> None:
-    """When one instance does not start, `start` raises its error and everything else is stopped."""
+    """If one instance does not start, `start` raises its error and everything else is stopped."""
     cluster = Cluster(start_error=lambda name, _: "no memory" if name == "b" else None)
     with pytest.raises(EngineError, match=r"instance b: .*no memory") as raised:
         await cluster.runtime.start()
@@ -214,7 +214,7 @@ async def test_one_that_does_not_start_stops_all() -> None:
 
 @virtual_time
 async def test_one_that_cannot_connect_stops_all() -> None:
-    """When two instances cannot connect at the first start, `start` raises instead of trying for ever."""
+    """If two instances cannot connect at the first start, `start` raises instead of retrying for ever."""
     cluster = Cluster()
 
     def refusing(n_start: int) -> object:
@@ -232,7 +232,7 @@ async def test_one_that_cannot_connect_stops_all() -> None:
 
 @virtual_time
 async def test_an_engine_that_cannot_be_made_is_tried_again() -> None:
-    """When making an engine for a restart fails (no port is left, say) the next try comes after the back-off."""
+    """If making an engine for a restart fails (say, no port is left), the next attempt follows after the back-off."""
     async with Cluster() as cluster:
         supervisor = cluster.runtime.fleet["c"].supervisor
         make = supervisor._make_engine
@@ -263,7 +263,7 @@ async def test_start_can_be_cancelled() -> None:
 
 @virtual_time
 async def test_a_restart_that_cannot_connect_is_tried_again() -> None:
-    """A restarted instance that fails with all others, who are well, does not join; the next try does."""
+    """A restarted instance that cannot connect to any healthy peer does not join; its next attempt does."""
     policy = ScriptedPolicy()
     async with Cluster(policy) as cluster:
         cluster["c"].kill()
@@ -277,7 +277,7 @@ async def test_a_restart_that_cannot_connect_is_tried_again() -> None:
 
 @virtual_time
 async def test_shutdown_of_an_instance_is_no_end_of_its_requests() -> None:
-    """An instance that gets SIGTERM drops its requests before it ends: they go on elsewhere, the client sees no abort."""
+    """An instance that gets SIGTERM drops its requests first: they go on elsewhere, and no client sees an abort."""
     policy = ScriptedPolicy({f"r{i}": "a" for i in range(3)})
     async with Cluster(policy) as cluster:
         clients = [await cluster.submit(f"r{i}", 50, 40) for i in range(3)]
@@ -294,7 +294,7 @@ async def test_shutdown_of_an_instance_is_no_end_of_its_requests() -> None:
 @pytest.mark.parametrize("state", [None, State.ASKING, State.CUTTING, State.RESUMING], ids=str)
 @virtual_time
 async def test_a_request_dropped_by_an_instance_that_lives_is_aborted(state: State | None) -> None:
-    """An instance that drops a request and lives on: after the grace its client is told; a migration it was in is over."""
+    """If an instance drops a request but lives on, the client is told after the grace period and any migration ends."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy) as cluster:
         client = await cluster.submit("r", 50, 40)

@@ -1,4 +1,4 @@
-"""An instance that lives but does not answer, or is slow: who gets its requests, when it is suspected, when it is trusted again."""
+"""An instance that is alive but silent or slow: who gets its requests, when it is suspected and when trusted again."""
 
 import asyncio
 from collections.abc import Callable
@@ -30,7 +30,7 @@ MAKERS = {
 
 
 def suspects(cluster: Cluster) -> list[str]:
-    """Who is suspected, as operators see it."""
+    """The suspect instances, as operators see them."""
     return [i["id"] for i in cluster.runtime.snapshot()["instances"] if i["suspect"]]
 
 
@@ -38,9 +38,9 @@ def suspects(cluster: Cluster) -> list[str]:
 @virtual_time
 async def test_nobody_waits_for_a_silent_instance(name: str) -> None:
     """
-    Under every policy: what is new goes to those that answer, what waited at the silent one too, and nothing is restarted.
+    Under every policy, answering instances get the new requests and those waiting at the silent one; none restarts.
 
-    Before an instance is suspected it gets its share; those requests wait there until it is.
+    Until it is suspected, a silent instance gets its share; those requests wait there until then.
     """
     async with Cluster(MAKERS[name](), supervision=PATIENT) as cluster:
         early = [await cluster.submit(f"e{number}", 40, 30) for number in range(3)]
@@ -67,7 +67,7 @@ async def test_nobody_waits_for_a_silent_instance(name: str) -> None:
 
 @virtual_time
 async def test_when_nobody_answers_everybody_is_used() -> None:
-    """With all instances silent requests are placed as ever, and nothing is taken away: there is nowhere to go."""
+    """With all instances silent, requests are placed as usual, and none is withdrawn: there is nowhere to go."""
     policy = ScriptedPolicy()
     async with Cluster(policy, supervision=PATIENT) as cluster:
         for name in "abc":
@@ -86,7 +86,7 @@ async def test_when_nobody_answers_everybody_is_used() -> None:
 
 @virtual_time
 async def test_what_waits_goes_to_one_that_answers_later() -> None:
-    """Nobody answers, then one does again: what waits at the other goes there."""
+    """After all have been silent, one answers again and gets the requests waiting at the other."""
     async with Cluster(ScriptedPolicy({"r": "a"}), "ab", supervision=PATIENT) as cluster:
         for name in "ab":
             cluster[name].freeze()
@@ -105,7 +105,7 @@ async def test_what_waits_goes_to_one_that_answers_later() -> None:
 
 @virtual_time
 async def test_what_runs_stays_and_what_is_pinned_waits_elsewhere() -> None:
-    """A request with tokens stays where its KV cache is; an unstarted one goes, whatever pins it; each is whole."""
+    """A request with tokens stays with its KV cache; an unstarted one goes, whatever pins it; both complete."""
     async with Cluster(ScriptedPolicy({"r": "a", "p": "a"}), supervision=PATIENT) as cluster:
         running = await cluster.submit("r", 40, 200)
         await running.until_tokens(3)
@@ -121,7 +121,7 @@ async def test_what_runs_stays_and_what_is_pinned_waits_elsewhere() -> None:
 
 @virtual_time
 async def test_a_request_does_not_wander_for_ever() -> None:
-    """Wherever it goes that one falls silent: after two withdrawals it stays, and goes on when its instance does."""
+    """Every instance it goes to falls silent: after two withdrawals it stays, and resumes with its instance."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=PATIENT) as cluster:
         for name in "abc":
@@ -146,7 +146,7 @@ async def test_a_request_does_not_wander_for_ever() -> None:
 
 @virtual_time
 async def test_a_timed_out_resume_goes_back_to_a_place_that_answers() -> None:
-    """The target falls silent before its first token: the source takes the request back, long before the target is killed."""
+    """If the target falls silent before its first token, the source takes the request back before any kill."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=PATIENT) as cluster:
         client = await cluster.submit("r", 100, 60)
@@ -166,7 +166,7 @@ async def test_a_timed_out_resume_goes_back_to_a_place_that_answers() -> None:
 
 @virtual_time
 async def test_neither_source_nor_target_answers() -> None:
-    """Both fall silent in a migration: the third instance computes the request anew."""
+    """Both fall silent during a migration: the third instance recomputes the request."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, supervision=PATIENT) as cluster:
         client = await cluster.submit("r", 100, 60)
@@ -186,12 +186,12 @@ async def test_neither_source_nor_target_answers() -> None:
         await cluster.until(lambda: not suspects(cluster))
 
 
-# --- the watch ------------------------------------------------------------------------------------------------------------
+# --- the watch --------------------------------------------------------------------------------------------------------
 
 
 @virtual_time
 async def test_suspicion_ends_with_an_answer_in_time() -> None:
-    """Not with the late one: with the next."""
+    """The late report does not count; the next one does."""
     said: list[str] = []
     watch = AnswerWatch(1.0, lambda: said.append("suspected"), lambda: said.append("trusted"))
     watch.asked()
@@ -216,7 +216,7 @@ async def test_suspicion_ends_with_an_answer_in_time() -> None:
 
 @virtual_time
 async def test_own_pause_is_not_counted() -> None:
-    """A process that was stopped for a minute suspects nobody until the limit has passed once more."""
+    """A process that was paused for a minute suspects no instance until the limit has passed again."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
     said: list[str] = []
@@ -231,7 +231,7 @@ async def test_own_pause_is_not_counted() -> None:
     watch.stop()
 
 
-# --- slow ones ------------------------------------------------------------------------------------------------------------
+# --- slow ones --------------------------------------------------------------------------------------------------------
 
 MODEL = StepModel(
     base_s=0.01, per_decode_s=2e-4, per_kv_token_s=1e-6, per_prefill_token_s=2e-5, per_prefill_attention_s=1e-9
@@ -242,7 +242,10 @@ SLOW = 10.0
 
 
 async def serve(policy: Policy, *, gap_s: float) -> tuple[float, float]:
-    """Three instances, the first so much slower. Returns its share of the requests and the p90 of their latency in seconds."""
+    """
+    Three instances, the first slowed by this factor. Returns its share of
+    the requests and their p90 latency in seconds.
+    """
     times = SimulatedTimes(step_model=MODEL)
     async with Cluster(policy, capacity=ROOMY, times=times, supervision=PATIENT) as cluster:
         slowed = replace(
@@ -275,7 +278,7 @@ async def serve(policy: Policy, *, gap_s: float) -> tuple[float, float]:
 @pytest.mark.parametrize("gap_s", [0.5, 2.0])
 @pytest.mark.parametrize("make", [LeastLoaded, Cascade, lambda: Cascade(step_model=MODEL)])
 def test_a_slow_instance_gets_less(make: Callable[[], Policy], gap_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of three takes ten times as long per step: priced by its steps it gets a smaller share, and the p90 is lower."""
+    """One of three takes ten times as long per step: priced by its steps it gets less, and the p90 is lower."""
     share, p90_s = run(serve(make(), gap_s=gap_s))
     monkeypatch.setattr("cascadeinfer.core.pace.SLOW_FROM", float("inf"))
     blind_share, blind_p90_s = run(serve(make(), gap_s=gap_s))

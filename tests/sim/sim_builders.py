@@ -1,4 +1,4 @@
-"""Small clusters, traces and a restless policy for the simulator's tests."""
+"""Small clusters, traces and a policy that migrates restlessly, for the simulator's tests."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ TIGHT = InstanceCapacity(kv_blocks=40, block_size_tokens=4, max_num_seqs=6, max_
 
 
 def config(**changes: object) -> SimConfig:
-    """A two-instance cluster with room, or as changed."""
+    """A two-instance cluster with ample room, with these changes."""
     plain = SimConfig(
         instances=2, capacity=CAPACITY, step_model=MODEL, kv_bytes_per_token=131_072.0, context_tokens=4096
     )
@@ -75,7 +75,7 @@ def random_trace(rng: np.random.Generator, n: int, rate_rps: float, *, prompts: 
 
 
 class Restless(LeastLoaded):
-    """Least loaded, but migrates running requests at random and sends messages: for tests of everything around it."""
+    """Least loaded, but migrates running requests at random and sends messages, to exercise everything around it."""
 
     def __init__(self, seed: int, move_probability: float = 0.5) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ POLICY_NAMES = ("round_robin", "least_loaded", "static_stages", "cascade", "rest
 
 
 def faulty(seed: int, trace: Trace, instances: int) -> FaultPlan:
-    """Crashes, clients that leave, lost and late messages."""
+    """Crashes, departing clients, lost and late messages."""
     return FaultPlan.draw(np.random.default_rng(seed), instance_ids(instances), len(trace), trace.duration_s + 1.0)
 
 
@@ -138,7 +138,7 @@ def same(left: SimResult, right: SimResult) -> None:
 
 
 class MoveOnce(LeastLoaded):
-    """Least loaded, and moves one request from one instance to another at a given time."""
+    """Least loaded; moves one request from one instance to another at a given time."""
 
     def __init__(self, at_s: float, request_id: str = "r0", source_id: str = "i0", target_id: str = "i1") -> None:
         super().__init__()
@@ -158,5 +158,5 @@ class MoveOnce(LeastLoaded):
         return effects
 
     def next_timer_s(self) -> float | None:
-        """Until the move is asked for."""
+        """When the move is to start."""
         return self._at_s

@@ -1,4 +1,4 @@
-"""The checkers find what they are for."""
+"""The invariant checkers find the faults they are meant to find."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from cascadeinfer.sim.requests import Phase, SimRequest
 
 
 def halfway() -> tuple[SimCluster, Checker]:
-    """A run in the middle, with requests in every phase, checked so far."""
+    """A run stopped midway with requests in every phase, all checks passed so far."""
     trace = random_trace(np.random.default_rng(5), 60, 200.0)
     cluster = SimCluster(trace, policy_named("least_loaded", 3), tight())
     checker = Checker()
@@ -28,17 +28,17 @@ def one(cluster: SimCluster, phase: Phase) -> SimRequest:
 
 
 def repeat_token(cluster: SimCluster) -> None:
-    """A request gets a token that no step made."""
+    """A request gets a token that no step produced."""
     one(cluster, Phase.WAITING).produced += 1
 
 
 def lose_tokens(cluster: SimCluster) -> None:
-    """A request forgets what it had."""
+    """A request loses its tokens."""
     one(cluster, Phase.FINISHED).produced -= 1
 
 
 def leak_block(cluster: SimCluster) -> None:
-    """A block is nobody's."""
+    """A block belongs to no request."""
     next(iter(cluster.fleet.instances.values())).scheduler.kv.plain_free -= 1
 
 
@@ -58,7 +58,7 @@ def vanish(cluster: SimCluster) -> None:
 
 @pytest.mark.parametrize("tamper", [repeat_token, lose_tokens, leak_block, be_twice, vanish])
 def test_a_fault_in_the_books_is_found(tamper: Callable[[SimCluster], None]) -> None:
-    """Each kind of corruption raises at the next look."""
+    """Each kind of corruption raises at the next check."""
     cluster, checker = halfway()
     checker.check(cluster)
     tamper(cluster)

@@ -1,5 +1,5 @@
 """
-Runs worked out by hand.
+Runs calculated by hand.
 
 A step takes 10 ms, 1 ms per decoding request and 0.1 ms per prompt token (`ROUND_MODEL`).
 """
@@ -19,7 +19,7 @@ NETWORK = NetworkConfig(link_bytes_per_s=1e9, pull_overhead_s=0.005, control_s=0
 
 
 def run(trace: Trace, **changes: object) -> SimResult:
-    """On one instance, by hand-reckonable step times."""
+    """Run on one instance with round step times."""
     changes = {"instances": 1, "step_model": ROUND_MODEL, **changes}
     return simulate(trace, policy_named("least_loaded", 1), config(**changes), check=True)
 
@@ -67,7 +67,7 @@ def test_a_long_prompt_goes_in_chunks_while_others_decode() -> None:
 
 
 def test_one_output_token_is_the_end_of_the_prompt() -> None:
-    """Nothing is decoded for an output of one token."""
+    """An output of one token has no decode step."""
     requests = run(Trace.from_columns([100], [1], [0.5])).requests
     assert requests.finish_s[0] == requests.first_token_s[0] == pytest.approx(0.52)
     assert np.isnan(requests.tpot_s[0])

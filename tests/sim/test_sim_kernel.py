@@ -6,7 +6,7 @@ from cascadeinfer.sim.kernel import Kernel, Priority
 
 
 def test_equal_times_go_by_priority_then_order_then_sequence() -> None:
-    """At one moment steps come before arrivals, lower instance numbers before higher, earlier asked before later."""
+    """At equal times, steps precede arrivals, lower instance numbers come first, then calls scheduled earlier."""
     kernel = Kernel()
     seen: list[str] = []
     kernel.at(1.0, Priority.ARRIVAL, seen.append, "arrival a")
@@ -42,7 +42,7 @@ def test_the_past_is_closed() -> None:
 
 
 def test_steps_of_higher_instances_have_not_happened_while_a_lower_one_steps() -> None:
-    """Inside the step of instance 1, what ends now on 0 and 1 has happened, on 2 not yet; afterwards everything has."""
+    """Within the step of instance 1, steps that end now on 0 and 1 have ended, on 2 not yet; afterwards all have."""
     kernel = Kernel()
     seen: list[tuple[bool, ...]] = []
 

@@ -1,4 +1,4 @@
-"""A cluster of several kinds: each instance runs, is priced and is filled by what it is itself."""
+"""A cluster of several instance kinds: each instance is run, priced and filled by its own properties."""
 
 from collections import Counter
 from dataclasses import replace
@@ -31,7 +31,7 @@ from cascadeinfer.workload.trace import Trace
 
 
 def slower(model: StepModel, factor: float) -> StepModel:
-    """Every part of a step takes so much longer."""
+    """Every part of a step takes this many times as long."""
     return StepModel(*(factor * model.coefficients()).tolist())
 
 
@@ -60,7 +60,7 @@ def busy_trace(n: int = 300, rate_rps: float = 30.0, seed: int = 3) -> Trace:
 
 
 def dispatched(policy: Policy, trace: Trace, settings: SimConfig) -> tuple[SimResult, Counter[str]]:
-    """Run it, every invariant checked; who was sent how many requests."""
+    """Run it with every invariant checked; returns the result and the number of requests per instance."""
     sent: Counter[str] = Counter()
 
     def observe(_: float, __: Event, effects: list[Effect]) -> None:
@@ -70,7 +70,7 @@ def dispatched(policy: Policy, trace: Trace, settings: SimConfig) -> tuple[SimRe
 
 
 def test_a_step_costs_what_its_instance_takes() -> None:
-    """The same request on an instance of twice the step time takes twice as long, to the last step."""
+    """The same request takes exactly twice as long on an instance with twice the step time."""
     kinds = {"i1": SimKind(InstanceKind(config().capacity, "slow"), slower(ROUND_MODEL, 2.0))}
     trace = Trace.from_columns(np.array([100, 100]), np.array([11, 11]), np.array([0.0, 0.0]))
     result = simulate(trace, RoundRobin(), config(step_model=ROUND_MODEL, kinds=kinds), check=True)
@@ -80,7 +80,7 @@ def test_a_step_costs_what_its_instance_takes() -> None:
 
 
 def test_prices_are_of_the_instance_that_runs_the_batch() -> None:
-    """A policy that has each kind's model prices each by its own; the price of the slow one, empty, is four times the fast one's."""
+    """Each instance is priced by its own kind's model: the empty slow one costs four times the fast one."""
     policy = Cascade(step_model=MODEL, step_models={"slow": SLOW})
     simulate(busy_trace(1), policy, unequal(), check=True)
     fast, slow = (policy.view.instances[instance_id] for instance_id in ("i0", "i1"))
@@ -90,7 +90,7 @@ def test_prices_are_of_the_instance_that_runs_the_batch() -> None:
 
 
 def test_work_is_shared_by_speed() -> None:
-    """The slow instance gets less of the work than the fast one, not nothing, and everybody waits less than if both were taken for alike."""
+    """The slow instance gets less work than the fast one, and latency is lower than if they were taken as equal."""
     trace = busy_trace(rate_rps=10.0)
     informed, sent = dispatched(Cascade(step_model=MODEL, step_models={"slow": SLOW}), trace, unequal())
     alike, _ = dispatched(Cascade(step_model=MODEL, step_models={"slow": MODEL}), trace, unequal())
@@ -99,7 +99,7 @@ def test_work_is_shared_by_speed() -> None:
 
 
 def test_work_is_shared_by_capacity() -> None:
-    """Of two instances that are as fast, one with half of the KV cache holds half as many tokens under load."""
+    """Of two equally fast instances, the one with half the KV cache holds half as many tokens under load."""
     settings = config(capacity=WHOLE, kinds={"i1": SimKind(InstanceKind(HALF), MODEL)})
     result, _ = dispatched(LeastLoaded(), busy_trace(600, 60.0), settings)
     samples = result.samples
@@ -110,7 +110,7 @@ def test_work_is_shared_by_capacity() -> None:
 
 @pytest.mark.parametrize("name", [*sorted(POLICIES), "cascade in stages"])
 def test_a_request_goes_only_where_it_fits(name: str) -> None:
-    """Whatever the policy, a request is neither placed on nor moved to an instance that it may outgrow; the small one serves the rest."""
+    """No policy sends or moves a request to an instance that it may outgrow; the small one serves the rest."""
     layout = StageLayout.from_boundaries((30, 60), (("i1",), ("i0",), ("i2",)))
     policy: Policy = {
         "cascade in stages": lambda: Cascade(layout=layout, step_model=MODEL, step_models={"slow": SLOW}),
@@ -136,7 +136,7 @@ def test_a_request_goes_only_where_it_fits(name: str) -> None:
 
 
 def test_what_fits_nowhere_now_waits_for_an_instance_that_holds_it() -> None:
-    """While only the small instance is there long requests wait, and short ones that came later do not wait for them."""
+    """While only the small instance is up, long requests wait, and short ones that came later do not wait for them."""
     trace = Trace.from_columns(np.array([90, 20]), np.array([5, 5]), np.array([1.0, 1.01]))
     faults = FaultPlan(crashes=tuple(Crash(0.1, i, 4.0) for i in ("i1", "i2")))
     for policy in (Cascade(step_model=MODEL), Cascade(step_model=MODEL, max_queued=8), LeastLoaded()):
@@ -145,7 +145,7 @@ def test_what_fits_nowhere_now_waits_for_an_instance_that_holds_it() -> None:
 
 
 def test_requests_move_between_kinds() -> None:
-    """Requests that outgrow a stage of small, slow instances move to one that is not, and every token comes once."""
+    """Requests that outgrow a stage of small, slow instances move to a larger one, and every token comes once."""
     layout = StageLayout.from_boundaries((40,), (("i0",), ("i1", "i2")))
     policy = Cascade(layout=layout, step_model=MODEL, step_models={"slow": SLOW}, refine=False, replan=False)
     trace = random_trace(np.random.default_rng(2), 200, 8.0, prompts=39)
@@ -160,7 +160,7 @@ def test_requests_move_between_kinds() -> None:
 
 
 def test_the_log_carries_kinds_and_replays(tmp_path: Path) -> None:
-    """The header has the models by key, each join its kind, and a fresh policy decides the same."""
+    """The log header has the models by key, each join has its kind, and a fresh policy decides the same."""
     spec = PolicySpec("cascade", {"step_model": MODEL, "step_models": {"slow": SLOW}})
     path = tmp_path / "run.log"
     header = header_of(spec, source="simulator", instances=("i0", "i1", "i2"), commit=None)
@@ -189,7 +189,7 @@ class Stubborn(RoundRobin):
 
 
 def test_a_policy_that_places_what_does_not_fit_is_told() -> None:
-    """The simulator ends with what the request may need and what the instance holds, instead of preempting it for ever."""
+    """The simulator raises, naming the request's need and the instance's capacity, instead of preempting for ever."""
     trace = Trace.from_columns(np.array([90]), np.array([5]), np.array([1.0]))
     with pytest.raises(PolicyError, match="may grow to 150 tokens, the KV cache there holds 100"):
         simulate(trace, Stubborn(), crowded())
@@ -210,7 +210,7 @@ def test_a_policy_that_places_what_does_not_fit_is_told() -> None:
     ],
 )
 def test_kinds_are_checked(changes: dict[str, object], message: str) -> None:
-    """Unknown instances, a context that fits nobody and an impossible capacity are refused before the run."""
+    """Unknown instances, a context that fits no instance and an impossible capacity are refused before the run."""
     with pytest.raises(ConfigError, match=message):
         tight(**changes)
 

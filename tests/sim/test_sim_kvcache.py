@@ -39,7 +39,7 @@ def test_a_shared_unit_is_counted_once() -> None:
 
 
 def test_a_hash_that_is_here_is_not_published_twice() -> None:
-    """Who computes a unit that is here already keeps private blocks."""
+    """A request that computes a unit already present keeps private blocks."""
     kv = KvCache(blocks=8, blocks_per_unit=2)
     kv.take(4)
     assert kv.publish(5)
@@ -57,7 +57,7 @@ def test_hits_stop_at_the_first_gap_and_at_the_limit() -> None:
 
 
 class KvCacheMachine(RuleBasedStateMachine):
-    """Requests that come, share, and go, beside a book of who holds what."""
+    """Requests that come, share and go, with a record of who holds what."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class KvCacheMachine(RuleBasedStateMachine):
 
     @rule(units=st.lists(st.integers(0, 5), max_size=3, unique=True), extra=st.integers(0, 4))
     def admit(self, units: list[int], extra: int) -> None:
-        """Hold what is there, compute the rest, publish it."""
+        """Hold the cached units, compute the rest and publish them."""
         found, idle = self.kv.hits(units, len(units))
         new = 2 * (len(units) - found) + extra
         if new > self.kv.free_blocks - 2 * idle:
@@ -90,7 +90,7 @@ class KvCacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def blocks_add_up(self) -> None:
-        """Private, shared, cached and free blocks are all there are, and users of units are those the book names."""
+        """Private, shared, cached and free blocks add up to all, and the users of units match the record."""
         private = sum(blocks for blocks, _ in self.holders)
         users = Counter(unit for _, units in self.holders for unit in units)
         assert users == Counter(self.kv.used_by)

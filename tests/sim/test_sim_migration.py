@@ -1,4 +1,4 @@
-"""Migrations when something goes wrong at each step, and those that policies ask for."""
+"""Migrations that fail at each step, and those that policies request."""
 
 from collections import Counter
 from dataclasses import replace
@@ -21,8 +21,7 @@ from cascadeinfer.workload.trace import Trace
 
 NETWORK = NetworkConfig(link_bytes_per_s=1e9, pull_overhead_s=0.005, control_s=0.001)
 TRACE = Trace.from_columns([100], [100], [0.0])
-# The same run as test_sim_golden's: asked 100, granted 102, cut command 103, cut 108, pull [114, 222), first token 233
-# ms.
+# The run of test_sim_golden: asked 100, granted 102, cut command 103, cut 108, pull [114, 222), first token 233 ms.
 MOMENTS = {
     "before the ask": 0.1005,
     "before the answer": 0.1015,
@@ -35,7 +34,7 @@ MOMENTS = {
 
 
 def moving(faults: FaultPlan, **changes: object) -> tuple[SimResult, MoveOnce]:
-    """The golden migration under faults."""
+    """The golden migration with faults."""
     policy = MoveOnce(0.1)
     settings = config(
         step_model=ROUND_MODEL, kv_bytes_per_token=1e6, network=NETWORK, faults=faults, detect_s=0.0, **changes
@@ -47,7 +46,7 @@ def moving(faults: FaultPlan, **changes: object) -> tuple[SimResult, MoveOnce]:
 @pytest.mark.parametrize("detect_s", [0.0, 0.004, 0.3])
 @pytest.mark.parametrize("victim", ["i0", "i1"])
 def test_a_crash_at_each_step_loses_nothing(moment: str, detect_s: float, victim: str) -> None:
-    """Whichever side dies, however late that is noticed: one MigrationEnded, each token once, the request finishes."""
+    """Whichever side dies, however late it is noticed: one MigrationEnded, each token once, the request finishes."""
     at_s = MOMENTS[moment]
     policy = MoveOnce(0.1)
     settings = config(
@@ -78,7 +77,7 @@ def test_a_crash_at_each_step_loses_nothing(moment: str, detect_s: float, victim
     ],
 )
 def test_a_crash_ends_a_migration_as_the_table_says(moment: str, victim: str, outcome: str, recomputed: bool) -> None:
-    """A death noticed at once has the outcome of `core/migration.py`; only a target lost before the cut is free."""
+    """A death noticed at once has the outcome of `core/migration.py`; only losing the target before the cut is free."""
     result, policy = moving(FaultPlan(crashes=(Crash(MOMENTS[moment], victim, 1.0),)))
     assert [event.outcome.value for event in policy.ended] == [outcome]
     assert (result.requests.recomputed_tokens[0] > 0) == recomputed
@@ -87,7 +86,7 @@ def test_a_crash_ends_a_migration_as_the_table_says(moment: str, victim: str, ou
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_client_that_leaves_at_each_step_leaves_nothing_behind(moment: str) -> None:
-    """The migration ends, the request is over once, and (checked after every event) all blocks come back."""
+    """The migration and the request end once, and (checked after every event) all blocks are freed."""
     at_s = MOMENTS[moment]
     finished: list[RequestFinished] = []
 
@@ -111,7 +110,7 @@ def test_a_client_that_leaves_at_each_step_leaves_nothing_behind(moment: str) ->
 
 
 def test_a_pull_slower_than_the_lease_is_given_up() -> None:
-    """When the time limit of RESUMING passes in the pull, the source takes the request back."""
+    """If the time limit of RESUMING passes during the pull, the source takes the request back."""
     result, policy = moving(FaultPlan(), migration=MigrationLimits(resume_s=0.05, least_pull_s=0.0))
     assert [event.outcome.value for event in policy.ended] == ["stayed"]
     assert policy.ended[0].detail == "timed_out"
@@ -121,7 +120,7 @@ def test_a_pull_slower_than_the_lease_is_given_up() -> None:
 
 
 def test_a_full_target_refuses() -> None:
-    """The target has one slot and one request in it: the mover stays, and never pauses."""
+    """The target's only slot is taken: the request stays and never pauses."""
     capacity = InstanceCapacity(kv_blocks=4096, block_size_tokens=16, max_num_seqs=1, max_batched_tokens=2048)
     trace = Trace.from_columns([100, 100], [50, 100], [0.0, 0.0])
     policy = MoveOnce(0.1)
@@ -132,7 +131,7 @@ def test_a_full_target_refuses() -> None:
 
 
 def test_a_request_about_to_end_ends_where_it_is() -> None:
-    """When its last token comes before the cut, the migration is over and the target's room is free again."""
+    """If its last token comes before the cut, the migration ends and the target's room is free again."""
     trace = Trace.from_columns([100, 10], [9, 5], [0.0, 1.0])  # its last token is due at 108 ms, when the cut would be
     policy = MoveOnce(0.1)
     result = simulate(trace, policy, config(step_model=ROUND_MODEL, network=NETWORK), check=True)
@@ -141,7 +140,7 @@ def test_a_request_about_to_end_ends_where_it_is() -> None:
 
 
 def test_a_move_of_what_is_gone_ends_at_once() -> None:
-    """Asking for a request that is over, or is elsewhere, gives exactly one answer: stale."""
+    """Moving a request that has ended, or is elsewhere, gives exactly one answer: stale."""
     policy = MoveOnce(0.5)
     trace = Trace.from_columns([10, 10], [3, 3], [0.0, 1.0])
     simulate(trace, policy, config(step_model=ROUND_MODEL), check=True)
@@ -192,7 +191,7 @@ def test_static_stages_hand_over_for_real() -> None:
 
 
 def test_a_drained_instance_empties_and_leaves() -> None:
-    """Its requests move to the other stage or finish; then it is gone, without orphans, and gets nothing more."""
+    """Its requests move to the other stage or finish; then it is removed, without orphans, and gets nothing more."""
     settings, policy = staged()
     lost: list[tuple[float, InstanceLost]] = []
 
@@ -212,7 +211,7 @@ def test_a_drained_instance_empties_and_leaves() -> None:
 
 
 def test_an_instance_that_joins_late_gets_work() -> None:
-    """It is not there before, and takes requests after."""
+    """It is absent before, and takes requests afterwards."""
     faults = FaultPlan(late_joins=(LateJoin(2.0, "i1"),))
     trace = mixed_trace(100, 10.0, 3)
     result = simulate(trace, policy_named("round_robin", 2), config(faults=faults), check=True)
@@ -222,7 +221,7 @@ def test_an_instance_that_joins_late_gets_work() -> None:
 
 
 def test_requests_of_a_dead_instance_go_on_elsewhere() -> None:
-    """They are computed anew from prompt and output so far, and every one finishes with all its tokens."""
+    """They are recomputed from the prompt and output so far, and every one finishes with all its tokens."""
     trace = mixed_trace(60, 20.0, 4)
     faults = FaultPlan(crashes=(Crash(2.0, "i1", 3.0),))
     result = simulate(trace, policy_named("least_loaded", 2), config(faults=faults), check=True)
@@ -245,10 +244,7 @@ def test_requests_of_a_dead_instance_go_on_elsewhere() -> None:
 def test_crash_and_departure_around_moves(
     crash_s: float, victim: str, detect_s: float, leave_s: float, seed: int
 ) -> None:
-    """
-    Three requests, one moving, one client leaving, one instance dying, at any times: invariants hold, the others
-    finish.
-    """
+    """Three requests with a move, a departing client and a death at any times: invariants hold, the others finish."""
     trace = Trace.from_columns([20, 30, 10], [60, 40, 50], [0.0, 0.0, 0.01])
     faults = FaultPlan(
         crashes=(Crash(crash_s, victim, 0.5),), disconnects=(Disconnect(leave_s, seed % 3),), message_drop=0.1

@@ -1,4 +1,4 @@
-"""Whatever the trace, policy and faults: invariants hold after every event, and the fast path is the slow path."""
+"""For any trace, policy and faults, the invariants hold after every event, and the fast path equals the slow path."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ seeds = st.integers(0, 2**32 - 1)
     seed=seeds, name=st.sampled_from(POLICY_NAMES), caching=st.booleans(), rate_rps=st.sampled_from([5.0, 40.0, 400.0])
 )
 def test_invariants_hold_under_faults(seed: int, name: str, caching: bool, rate_rps: float) -> None:
-    """One place per request, tokens once and in order, blocks conserved, after every event of a faulty run."""
+    """One place per request, tokens once and in order, and blocks conserved, after every event of a faulty run."""
     rng = np.random.default_rng(seed)
     trace = random_trace(rng, 40, rate_rps)
     config = tight(prefix_caching=caching, faults=faulty(seed, trace, 3), seed=seed)

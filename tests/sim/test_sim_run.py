@@ -1,4 +1,4 @@
-"""The one call: what it refuses, and how it ends."""
+"""`simulate`: what it refuses, and how it ends."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_a_trace_without_times_is_refused() -> None:
 
 
 def test_a_trace_that_does_not_fit_is_refused() -> None:
-    """Requests beyond the context are counted, not cut silently."""
+    """Requests beyond the context are counted, not silently truncated."""
     trace = Trace.from_columns([10, 4000], [5, 200], [0.0, 1.0])
     with pytest.raises(TraceError, match=r"1 of 2 requests are longer than the context of 4096 tokens: cap the trace"):
         simulate(trace, policy_named("least_loaded", 2), config())
@@ -52,7 +52,7 @@ def test_a_trace_that_does_not_fit_is_refused() -> None:
 
 
 def test_prefix_caching_needs_hashes_that_cover_whole_blocks() -> None:
-    """Without hashes, or with hashes of 24 tokens and blocks of 16, there is nothing to share."""
+    """Without hashes, or with hashes of 24 tokens and blocks of 16, nothing can be shared."""
     with pytest.raises(ConfigError, match="needs a trace with prefix hashes"):
         simulate(TRACE, policy_named("least_loaded", 2), config(prefix_caching=True))
     trace = Trace.from_columns([48], [5], [0.0], prefix_hashes=[[1, 2]], prefix_block_tokens=24)
@@ -73,7 +73,7 @@ def test_prefix_caching_needs_hashes_that_cover_whole_blocks() -> None:
     ],
 )
 def test_impossible_clusters_are_refused(changes: dict[str, object], complaint: str) -> None:
-    """Each wrong number is named."""
+    """The error names each invalid number."""
     with pytest.raises(ConfigError, match=complaint):
         config(**changes)
 
@@ -87,7 +87,7 @@ def test_impossible_clusters_are_refused(changes: dict[str, object], complaint: 
     ],
 )
 def test_effects_are_checked(effect: Effect, complaint: str | None) -> None:
-    """An unknown instance is the policy's bug; a request that is not there (any more) is a race and ignored."""
+    """An unknown instance is the policy's bug; a request that is gone or not yet there is a race and is ignored."""
     trace = Trace.from_columns([10], [5], [0.0])
     if complaint is None:
         simulate(trace, Saying(effect, Reject("c", "r0", "full", 1.0)), config(), check=True)
@@ -97,7 +97,7 @@ def test_effects_are_checked(effect: Effect, complaint: str | None) -> None:
 
 
 def test_placing_twice_is_an_error() -> None:
-    """A request is in one place."""
+    """A request cannot be dispatched twice."""
     twice = Saying(Dispatch("c", "r0", "i0"), Dispatch("c", "r0", "i1"))
     with pytest.raises(PolicyError, match="is on i0 already"):
         simulate(Trace.from_columns([10], [5], [0.0]), twice, config())
@@ -107,13 +107,13 @@ def test_placing_twice_is_an_error() -> None:
 
 
 def test_a_policy_that_forgets_requests_is_found_out() -> None:
-    """When nothing happens for long and requests are unfinished, the run says so instead of going on for ever."""
+    """If nothing happens for long while requests are unfinished, the run raises instead of going on for ever."""
     with pytest.raises(PolicyError, match=r"2 requests are unfinished, the oldest being r0 \(unplaced"):
         simulate(TRACE, Deaf(), config(stall_limit_s=30.0))
 
 
 def test_refused_requests_are_over_and_said_to_be() -> None:
-    """A rejected request ends with no token, and the policy hears it, as in the runtime."""
+    """A rejected request ends without a token, and the policy is told, as in the runtime."""
     ends: list[RequestFinished] = []
 
     def look(_: float, event: object, __: object) -> None:
@@ -127,7 +127,7 @@ def test_refused_requests_are_over_and_said_to_be() -> None:
 
 
 def test_a_run_can_be_stopped_in_the_middle() -> None:
-    """At 0.1 s of 20 + 11 k ms, 8 tokens are out; what is unfinished has no finish and counts its tokens so far."""
+    """At 0.1 s of 20 + 11 k ms, 8 tokens are out; an unfinished request has no finish time and counts its tokens."""
     trace = Trace.from_columns([100, 10], [50, 10], [0.0, 5.0])
     settings = config(step_model=ROUND_MODEL, stop_s=0.1, instances=1)
     result = simulate(trace, policy_named("least_loaded", 1), settings)
@@ -138,14 +138,14 @@ def test_a_run_can_be_stopped_in_the_middle() -> None:
 
 
 def test_an_empty_trace_is_an_empty_run() -> None:
-    """Nothing comes, nothing happens."""
+    """Without arrivals, nothing happens."""
     empty = Trace.from_columns([], [], [])
     result = simulate(empty, policy_named("least_loaded", 2), config())
     assert (len(result.requests), result.end_s, result.events) == (0, 0.0, 0)
 
 
 def test_progress_is_told() -> None:
-    """Now and then, with virtual time and requests that are over, never backwards."""
+    """Progress is reported now and then with the virtual time and finished requests, never backwards."""
     rng = np.random.default_rng(0)
     trace = Trace.from_columns(rng.integers(1, 100, 400), rng.integers(1, 50, 400), np.cumsum(rng.random(400)))
     seen: list[tuple[float, int]] = []
@@ -156,7 +156,7 @@ def test_progress_is_told() -> None:
 
 
 def test_ids_sort_as_numbers() -> None:
-    """The names of 12 instances are in order as text."""
+    """The names of 12 instances sort in order as text."""
     ids = instance_ids(12)
     assert ids[0] == "i00"
     assert list(ids) == sorted(ids)
@@ -164,7 +164,7 @@ def test_ids_sort_as_numbers() -> None:
 
 
 def test_the_cap_that_requests_state() -> None:
-    """All the context left, or the configured cap where that is less."""
+    """All the remaining context, or the configured cap if that is less."""
     caps: list[int] = []
 
     def look(_: float, event: object, __: object) -> None:

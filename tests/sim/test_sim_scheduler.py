@@ -1,4 +1,4 @@
-"""What runs in a step: vLLM V1's rules, case by case."""
+"""What runs in a step: vLLM V1's scheduling rules, case by case."""
 
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.sim.requests import Phase, SimRequest
@@ -17,13 +17,13 @@ def scheduler(blocks: int = 100, *, seqs: int = 8, budget: int = 16, block_size:
 
 
 def step(s: Scheduler) -> tuple[StepPlan, StepEnd]:
-    """One whole step."""
+    """Run one whole step."""
     plan = s.plan(0.0)
     return plan, s.complete(plan, 0.0)
 
 
 def chunks(plan: StepPlan) -> list[tuple[str, int]]:
-    """Who computes how many prompt tokens."""
+    """The number of prompt tokens that each request computes."""
     return [(r.request_id, tokens) for r, tokens in plan.chunks]
 
 
@@ -48,7 +48,7 @@ def test_attention_of_a_chunk_counts_the_context_before_it() -> None:
 
 
 def test_tokens_of_a_request_come_one_per_step_to_the_last() -> None:
-    """The step that ends the prompt gives the first token; an output of 3 needs two more steps."""
+    """The step that completes the prefill gives the first token; an output of 3 needs two more steps."""
     s = scheduler()
     a = request("a", 4, 3)
     s.push(a)
@@ -68,7 +68,7 @@ def test_a_head_that_does_not_fit_whole_is_not_overtaken() -> None:
 
 
 def test_slots_limit_the_batch_and_reservations_take_slots() -> None:
-    """With 2 slots, one of them kept for a request on its way, one request runs."""
+    """With 2 slots, one of them reserved for an incoming request, one request runs."""
     s = scheduler(seqs=2)
     assert s.reserve("m", 4) is None
     s.push(request("a", 4, 5))
@@ -100,7 +100,7 @@ def test_the_latest_is_preempted_and_comes_back_first_with_all_its_tokens() -> N
 
 
 def test_the_highest_priority_number_is_preempted_first() -> None:
-    """Priority decides before the order of admission: the earlier but less urgent request goes."""
+    """Priority outranks the order of admission: the earlier but less urgent request is preempted."""
     s = scheduler(blocks=4, budget=64)
     a, b = request("a", 7, 9, priority=5), request("b", 7, 9)
     s.push(a)
@@ -112,7 +112,7 @@ def test_the_highest_priority_number_is_preempted_first() -> None:
 
 
 def test_lower_priority_numbers_are_admitted_first() -> None:
-    """The queue goes by priority, then by arrival."""
+    """The queue is ordered by priority, then by arrival."""
     s = scheduler(budget=4, seqs=4)
     for r in (request("a", 4, 2, priority=1), request("b", 4, 2), request("c", 4, 2)):
         s.push(r)
@@ -123,7 +123,7 @@ def test_lower_priority_numbers_are_admitted_first() -> None:
 
 
 def test_a_request_alone_that_finds_no_block_waits_for_pinned_ones() -> None:
-    """When pinned blocks leave too few, the last one running preempts itself and runs again once they are free."""
+    """If pinned blocks leave too few, the last running request preempts itself and resumes once they are free."""
     s = scheduler(blocks=4, budget=64)
     a = request("a", 4, 12)
     s.push(a)
@@ -155,7 +155,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
 
 
 def test_a_wholly_cached_prompt_still_computes_its_last_unit() -> None:
-    """At least one token must be computed to have a next one."""
+    """At least one prompt token must be computed to get the next token."""
     s = scheduler(unit=1, budget=64)
     for name in "ab":
         s.push(request(name, 8, 3, hashes=(1, 2)))
@@ -164,7 +164,7 @@ def test_a_wholly_cached_prompt_still_computes_its_last_unit() -> None:
 
 
 def test_room_is_refused_to_movers_while_a_queue_wants_it() -> None:
-    """A reservation needs a slot and blocks beyond what the queue and prompts under way will take."""
+    """A reservation needs a slot, and blocks beyond those that the queue and running prefills will take."""
     s = scheduler(blocks=10, seqs=2, budget=4)
     s.push(request("a", 20, 3))
     step(s)  # 1 block of 5
@@ -174,7 +174,7 @@ def test_room_is_refused_to_movers_while_a_queue_wants_it() -> None:
 
 
 def test_a_cut_request_leaves_with_its_blocks_pinned() -> None:
-    """The cut takes effect at the end of the step: one more token comes; computed blocks stay until unpinned."""
+    """The cut takes effect at the end of the step, with one more token; computed blocks stay until unpinned."""
     s = scheduler()
     a = request("a", 7, 9)
     s.push(a)
@@ -192,7 +192,7 @@ def test_a_cut_request_leaves_with_its_blocks_pinned() -> None:
 
 
 def test_a_cut_is_refused_unless_the_request_decodes() -> None:
-    """What waits or is in its prompt has no token stream to cut."""
+    """A request that waits or is in prefill has no token stream to cut."""
     s = scheduler()
     a = request("a", 20, 9)
     s.push(a)
@@ -202,7 +202,7 @@ def test_a_cut_is_refused_unless_the_request_decodes() -> None:
 
 
 def test_a_finish_beats_the_cut() -> None:
-    """When the step that the cut waits for brings the last token, the request is finished and nothing is pinned."""
+    """If the step that the cut waits for brings the last token, the request is finished and nothing is pinned."""
     s = scheduler()
     a = request("a", 4, 2)
     s.push(a)
@@ -214,7 +214,7 @@ def test_a_finish_beats_the_cut() -> None:
 
 
 def test_removing_anybody_anywhere_frees_everything() -> None:
-    """Waiting, computing, decoding, pulling, joining: afterwards all blocks are free."""
+    """Whether waiting, computing, decoding, pulling or joining, all blocks are free afterwards."""
     s = scheduler(blocks=30, seqs=4, budget=8)
     target = scheduler(blocks=30)
     a, b, c, d = (request(name, 10, 9) for name in "abcd")

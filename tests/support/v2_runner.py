@@ -1,9 +1,12 @@
 """
-A pytest plugin (`pytest -p support.v2_runner`, `make test-v2`): the engine tests on vLLM's V2 model runner, without a GPU.
+A pytest plugin that runs the engine tests on vLLM's V2 model runner without a GPU.
 
-V2 is the runner that GPUs use. vLLM has a subclass of it for CPUs (`vllm/v1/worker/cpu/model_runner.py`), whose Triton kernels run in
-Triton's interpreter. vLLM's CPU build switches Triton off by the name of its version; this plugin switches it on again before the rest
-of vLLM is imported. No file of vLLM is changed. This cannot show CUDA graphs, streams, or kernels as they are compiled for a GPU.
+Use it with `pytest -p support.v2_runner` or `make test-v2`.
+
+GPUs use the V2 runner. vLLM has a subclass of it for CPUs (`vllm/v1/worker/cpu/model_runner.py`), whose Triton kernels
+run in Triton's interpreter. vLLM's CPU build switches Triton off by the name of its version; this plugin switches it on
+again before the rest of vLLM is imported. It changes no file of vLLM. It cannot exercise CUDA graphs, streams, or
+kernels as they are compiled for a GPU.
 """
 
 import os
@@ -26,14 +29,14 @@ ENVIRONMENT = {
 
 class GrammarMask:
     """
-    What vLLM's `_apply_grammar_bitmask_kernel` does, in torch: the interpreter cannot reshape what the kernel unpacks.
+    vLLM's `_apply_grammar_bitmask_kernel` in torch: the interpreter cannot reshape the values it unpacks.
 
-    The arguments are the kernel's. `bitmask` holds one bit per token of the vocabulary for each mask, 32 bits to a word;
-    `logits_indices` names the request and position that each mask is for.
+    The arguments are the kernel's. `bitmask` holds one bit per token of the vocabulary for each mask, 32 bits to a
+    word; `logits_indices` names the request and position that each mask is for.
     """
 
     def __getitem__(self, _grid: tuple[int, ...]) -> Any:
-        """Kernels are called for a grid; this one needs none."""
+        """Kernels are called with a grid; this one needs none."""
         return self.apply
 
     @staticmethod
@@ -63,7 +66,7 @@ def use_v2() -> None:
     os.environ.update(ENVIRONMENT)
     from vllm import platforms
 
-    assert platforms.current_platform.is_cpu()  # settles, by the version's name, which platform this is
+    assert platforms.current_platform.is_cpu()  # selects the platform by the version's name
     platforms.vllm_version_matches_substr = lambda _: False
 
     import vllm.config.vllm as config
@@ -73,7 +76,7 @@ def use_v2() -> None:
 
     assert triton_utils.HAS_TRITON
     config.HAS_TRITON = True
-    topk_topp_sampler.HAS_TRITON = False  # that kernel is beyond the interpreter; vLLM has the same in torch
+    topk_topp_sampler.HAS_TRITON = False  # the interpreter cannot run that kernel; vLLM has the same in torch
     structured_outputs._apply_grammar_bitmask_kernel = GrammarMask()
 
     from support.v2_states import allow_mutations, record_states

@@ -1,8 +1,9 @@
 """
-What vLLM's V2 model runner holds for a request at each of its positions, recorded inside real engine processes.
+The state that vLLM's V2 model runner holds for a request at each position, recorded inside real engine processes.
 
-`record_states` wraps the runner's sampler before engines are forked. A process writes one JSON line per sampled position of a request
-whose id begins with `PREFIX`, to a file of its own in the folder named by `FOLDER_VARIABLE`. `Recording` reads them back.
+`record_states` wraps the runner's sampler before engines are forked. Each process appends one JSON line per sampled
+position of a request whose id begins with `PREFIX` to its own file in the folder named by `FOLDER_VARIABLE`.
+`Recording` reads them back.
 """
 
 import itertools
@@ -49,7 +50,7 @@ class State:
 
 
 def record_states() -> None:
-    """Wrap the sampler of processes that are forked from now on; they record if the variable is set in their environment."""
+    """Wrap the sampler of processes forked from now on; they record if the variable is set in their environment."""
     from vllm.v1.worker.gpu.sample.sampler import Sampler
 
     sample = Sampler.__call__
@@ -67,12 +68,12 @@ def record_states() -> None:
 
 
 def _samples(sampler: Any, batch: Any, index: int) -> bool:
-    """Whether this step samples a token of the request: not in the middle of a chunked prefill."""
+    """Whether this step samples a token of the request, as it does not in the middle of a chunked prefill."""
     return int(batch.seq_lens[index]) >= int(sampler.req_states.prefill_len.np[batch.idx_mapping_np[index]])
 
 
 def _row(sampler: Any, batch: Any, index: int) -> list[Any]:
-    """Position and state of one request of the batch."""
+    """Position and state of one request in the batch."""
     slot = int(batch.idx_mapping_np[index])
     row = int(batch.logits_indices[int(batch.cu_num_logits_np[index + 1]) - 1])
     bias, penalties, bad_words = sampler.logits_processors
@@ -98,7 +99,7 @@ def _row(sampler: Any, batch: Any, index: int) -> list[Any]:
 
 
 def allow_mutations() -> None:
-    """Give engines that are forked from now on the utility `cascade_test_mutate(name)`; an empty name undoes it."""
+    """Give engines forked from now on the utility `cascade_test_mutate(name)`; an empty name undoes the mutation."""
     from vllm.v1.engine.core import EngineCore
 
     def mutate(self: Any, name: str) -> None:
@@ -113,14 +114,14 @@ def allow_mutations() -> None:
 
 
 class Recording:
-    """What the engines of one folder have recorded."""
+    """What the engines with this folder have recorded."""
 
     def __init__(self, folder: Path) -> None:
-        """Of this folder."""
+        """Read from this folder."""
         self._folder = folder
 
     def rows(self, request_id: str) -> list[tuple[int, State]]:
-        """Position and state, in no order, of a request's attempts (`id`, `id~1`, ...); a position may be there twice."""
+        """A request's (position, state) pairs over its attempts (`id`, `id~1`, ...), unordered and perhaps repeated."""
         found = []
         for file in self._folder.glob("*.jsonl"):
             for line in file.read_text().splitlines():
@@ -131,5 +132,5 @@ class Recording:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples."""
+    """Lists converted to tuples, recursively."""
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What we rely on inside vLLM is in one table, is there in the installed version, and a change of it is noticed."""
+"""One table lists what we rely on inside vLLM; the installed version has all of it, and changes are noticed."""
 
 import ast
 import re
@@ -22,33 +22,33 @@ NOT_OURS = {
     "handle_fault": "vLLM's own fault tolerance of data-parallel ranks; instances are restarted by the runtime",
     "get_status": "of the same",
 }
-"""Calls of `AsyncLLM` on its engine core that our client leaves to the base, with the reason."""
+"""Calls of `AsyncLLM` on its engine core that our client leaves to its base class, with the reason."""
 
 
 @pytest.fixture(scope="module")
 def vllm() -> VllmSources:
-    """The installed version."""
+    """The sources of the installed version."""
     return VllmSources.installed()
 
 
 @pytest.fixture(scope="module")
 def uses(vllm: VllmSources) -> dict[str, Use]:
-    """Ours."""
+    """Our uses of vLLM."""
     return uses_of(SOURCE, vllm)
 
 
 def test_every_use_is_in_the_table(uses: dict[str, Use]) -> None:
-    """Each name of vLLM's that the source uses has its assumption, and no assumption is left of a use that is gone."""
+    """Each vLLM name that the source uses has an assumption, and no assumption is left over."""
     assert assumptions().keys() == uses.keys()
 
 
 def test_the_installed_version_is_the_recorded_one(vllm: VllmSources, uses: dict[str, Use]) -> None:
-    """Every name is there, with the recorded parameters; bodies that are overridden or patched are those that were read."""
+    """All names exist with the recorded parameters; bodies that we override or patch are unchanged."""
     assert differences(recorded(BASE), facts_of(vllm, uses)) == []
 
 
 def absent(vllm_facts: Facts, uses: dict[str, Use], version: tuple[int, ...]) -> list[str]:
-    """Uses that a version does not have, but for names whose assumption says that it has them until or since another version."""
+    """Names that a version lacks, except those whose assumption says they exist only until or since another version."""
     said = assumptions()
     names = {
         key if member is None else f"{key}:{member}" for key, use in uses.items() for member in (None, *use.members)
@@ -67,13 +67,13 @@ def absent(vllm_facts: Facts, uses: dict[str, Use], version: tuple[int, ...]) ->
 
 
 def test_every_use_is_there(vllm: VllmSources, uses: dict[str, Use]) -> None:
-    """No use names something that the installed vLLM does not have."""
+    """We use no name that the installed vLLM lacks."""
     assert absent(facts_of(vllm, uses), uses, (0, 32)) == []
 
 
 @pytest.mark.parametrize("file", sorted(HERE.glob("*.json")), ids=lambda file: file.stem)
 def test_every_use_is_in_every_recorded_version(file: Path, uses: dict[str, Use]) -> None:
-    """Versions that were only read have all that is used too, and their facts are about the uses of today."""
+    """Versions that were only read also have everything we use, and their facts cover today's uses."""
     facts = recorded(file.stem)
     major, minor, _ = file.stem.split(".")
     assert absent(facts, uses, (int(major), int(minor))) == []
@@ -83,7 +83,7 @@ def test_every_use_is_in_every_recorded_version(file: Path, uses: dict[str, Use]
 
 
 def test_all_that_async_llm_calls_is_ours(vllm: VllmSources) -> None:
-    """Whatever `AsyncLLM` asks of its engine core, our client answers itself; the exceptions have a reason, and exist."""
+    """All that `AsyncLLM` calls on its engine core is our client's own; each exception is real and has a reason."""
     found = vllm.find("vllm.v1.engine.async_llm", "AsyncLLM")
     assert found is not None
     assert found.node is not None
@@ -99,7 +99,7 @@ def test_all_that_async_llm_calls_is_ours(vllm: VllmSources) -> None:
 
 
 def fake_vllm(folder: Path, core: str) -> VllmSources:
-    """A package `vllm` with a module `core` and a re-export of what is in it."""
+    """A package `vllm` with a module `core` and a re-export of its contents."""
     package = folder / "vllm"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("from .core import Engine as Engine\n")
@@ -166,14 +166,14 @@ def test_what_is_found_of_our_source(tmp_path: Path) -> None:
     ],
 )
 def test_a_change_is_said(tmp_path: Path, old: str, new: str, said: list[str]) -> None:
-    """A name that is gone, parameters that differ, a body that does something else; not a docstring."""
+    """Reported are a missing name, different parameters or a changed body, but not a changed docstring."""
     _, before = facts_with(tmp_path / "before", CORE)
     _, after = facts_with(tmp_path / "after", CORE.replace(old, new))
     assert differences(before, after) == said
 
 
 def test_parameters_and_bodies_of_what_is_no_function() -> None:
-    """An assignment has neither."""
+    """An assignment has neither parameters nor body."""
     [node] = ast.parse("x = 1").body
     assert parameters(node) is None
     assert body_hash(node) is None

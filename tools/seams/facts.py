@@ -1,12 +1,12 @@
 """
-Facts of one vLLM version about everything that we use of its insides, and their comparison.
+Record the facts of one vLLM version about every internal that we use, and compare versions.
 
-    python tools/seams/facts.py                       # the table: what we use, how, and what we assume
-    python tools/seams/facts.py --vllm 0.33.0         # downloads that wheel and says what is different from the recorded version
-    python tools/seams/facts.py --vllm 0.33.0 --record    # and records its facts, once every difference has been read and dealt with
+    python tools/seams/facts.py                         # the table: what we use, how, and what we assume
+    python tools/seams/facts.py --vllm 0.33.0           # download that wheel and list differences from the record
+    python tools/seams/facts.py --vllm 0.33.0 --record  # record its facts, once every difference has been dealt with
 
-Facts are the parameters of functions and classes, and hashes of the bodies that we override or patch. They lie in `VERSION.json` beside
-this file, what we assume of each name in `assumptions.toml`.
+Facts are the parameters of functions and classes, and hashes of the bodies that we override or patch. They are stored
+in `VERSION.json` beside this file; what we assume of each name is in `assumptions.toml`.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from vllm_sources import VllmSources, body_hash, parameters
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "src" / "cascadeinfer"
 BASE = "0.32.0"
-"""The version that others are compared with."""
+"""The version with which others are compared."""
 
 Facts = dict[str, dict[str, str | None]]
-"""By `module.name` or `module.name:member`: `parameters` and `body`, each where there is one."""
+"""By `module.name` or `module.name:member`: `parameters` and `body`, where they exist."""
 
 
 def facts_of(vllm: VllmSources, uses: dict[str, Use]) -> Facts:
-    """What is so in this version; a name that it lacks is missing here too."""
+    """The facts of this version; a name that it lacks has none."""
     facts: Facts = {}
     for key, use in sorted(uses.items()):
         for member, how in [(None, "used"), *sorted(use.members.items())]:
@@ -44,7 +44,7 @@ def facts_of(vllm: VllmSources, uses: dict[str, Use]) -> Facts:
 
 
 def differences(before: Facts, after: Facts) -> list[str]:
-    """In words, one per name; empty: nothing that we use has changed."""
+    """The differences in words, one per name; empty if nothing that we use has changed."""
     lines = [f"{name}: gone" for name in before if name not in after]
     lines += [f"{name}: new here" for name in after if name not in before]
     for name in before.keys() & after.keys():
@@ -57,18 +57,18 @@ def differences(before: Facts, after: Facts) -> list[str]:
 
 
 def recorded(version: str) -> Facts:
-    """Those of a version that has been looked at."""
+    """The recorded facts of a version that has been reviewed."""
     facts: Facts = json.loads((HERE / f"{version}.json").read_text())
     return facts
 
 
 def assumptions() -> dict[str, str]:
-    """By `module.name`: what we take for granted."""
+    """What we take for granted, by `module.name`."""
     return tomllib.loads((HERE / "assumptions.toml").read_text())
 
 
 def download(version: str, folder: Path) -> Path:
-    """The wheel of a version; without what it depends on."""
+    """Download the wheel of a version, without its dependencies."""
     command = [
         sys.executable,
         "-m",
@@ -86,7 +86,7 @@ def download(version: str, folder: Path) -> Path:
 
 
 def table(uses: dict[str, Use], facts: Facts) -> str:
-    """Everything that we rely on."""
+    """Everything that we rely on, as text."""
     lines = []
     said = assumptions()
     for key, use in sorted(uses.items()):

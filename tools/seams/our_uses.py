@@ -1,9 +1,10 @@
 """
-What our source uses of vLLM's insides, found in its syntax.
+What our source uses of vLLM's internals, found in its syntax trees.
 
-Found are: names imported from `vllm`; what subclasses of vLLM's classes override, call by `super()` or take from `self` without having it
-themselves; attributes of parameters, variables and attributes that are annotated with one of vLLM's classes; attributes of imported
-modules and classes, those that are assigned to (patches) apart. A use that has none of these forms is not found.
+It finds names imported from `vllm`; what subclasses of vLLM's classes override, call through `super()` or take from
+`self` without defining it; attributes of parameters, variables and attributes annotated with one of vLLM's classes; and
+attributes of imported modules and classes, with those assigned to (patches) listed separately. A use of any other form
+is not found.
 """
 
 import ast
@@ -29,13 +30,13 @@ class Use:
     members: dict[str, str] = field(default_factory=dict)
 
     def add(self, member: str, how: str) -> None:
-        """A member is used so."""
+        """Record that a member is used in this way."""
         if self.members.get(member, "used") == "used":
             self.members[member] = how
 
 
 def uses_of(folder: Path, vllm: VllmSources) -> dict[str, Use]:
-    """All uses below a folder, by `module.name`."""
+    """All uses in the files below a folder, by `module.name`."""
     found: defaultdict[str, Use] = defaultdict(Use)
     for file in sorted(folder.rglob("*.py")):
         _File(ast.parse(file.read_text()), str(file.relative_to(folder)), vllm, found).read()
@@ -53,7 +54,7 @@ class _File:
         self._imports: dict[str, str] = {}
 
     def read(self) -> None:
-        """Add its uses."""
+        """Add the uses of this file."""
         for node in ast.walk(self._tree):
             self._import(node)
         for node in ast.walk(self._tree):

@@ -1,8 +1,8 @@
 """
 vLLM's sources, read without importing them: from the installed package or from a wheel of any version.
 
-Names are resolved as Python would: through re-exports (`vllm.config.VllmConfig`), base classes and modules that are packages. What a module
-makes up at run time (`__getattr__`) counts as there.
+Names are resolved as Python would: through re-exports (`vllm.config.VllmConfig`), base classes and modules that are
+packages. Names that a module creates at run time (`__getattr__`) count as existing.
 """
 
 import ast
@@ -16,19 +16,19 @@ from pathlib import Path
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 DEPTH_MAX = 12
-"""Of re-exports and base classes that are followed."""
+"""Limit on the chain of re-exports and base classes that is followed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A name's definition: in which module, and its syntax; None for what is not a function, class or assignment."""
+    """A name's definition: its module and its syntax node, None if it is not a function, class or assignment."""
 
     module: str
     node: ast.AST | None
 
 
 class VllmSources:
-    """One version of vLLM, as text."""
+    """The source text of one version of vLLM."""
 
     def __init__(self, place: Path) -> None:
         """
@@ -42,14 +42,14 @@ class VllmSources:
 
     @classmethod
     def installed(cls) -> "VllmSources":
-        """Of this environment."""
+        """The sources of the version installed in this environment."""
         spec = importlib.util.find_spec("vllm")
         assert spec is not None
         assert spec.origin is not None
         return cls(Path(spec.origin).parents[1])
 
     def tree(self, module: str) -> ast.Module | None:
-        """A module's syntax; None: there is no such module in Python."""
+        """A module's syntax tree; None if there is no such module in Python."""
         if module not in self._trees:
             text = self._text(module)
             self._trees[module] = None if text is None else ast.parse(text)
@@ -66,14 +66,14 @@ class VllmSources:
         return None
 
     def used(self, key: str, member: str | None = None) -> Found | None:
-        """What a use names: `module.name`, or a member of it; None: it is not there."""
+        """The definition that a use refers to: `module.name`, or a member of it; None if it does not exist."""
         module, _, name = key.rpartition(".")
         if member is not None:
             return self.member(module, name, member) if module else self.find(key, member)
         return self.find(module, name) if module else Found(key, None)
 
     def find(self, module: str, name: str, depth: int = 0) -> Found | None:
-        """What `from module import name` gives; None: an ImportError."""
+        """What `from module import name` gives; None if that is an ImportError."""
         tree = self.tree(module)
         if tree is None or depth > DEPTH_MAX:
             return None
@@ -105,7 +105,7 @@ class VllmSources:
         return Found(f"{module}.{name}", None) if self.tree(f"{module}.{name}") is not None else None
 
     def member(self, module: str, class_name: str, member: str) -> Found | None:
-        """A method, field or instance attribute of a class or of one of its bases; of a module, a name in it."""
+        """A method, field or instance attribute of a class or of one of its bases; for a module, a name in it."""
         found = self.find(module, class_name)
         if found is None:
             return None
@@ -122,7 +122,7 @@ class VllmSources:
         return Found(found.module, None) if passes_on else None
 
     def bases(self, found: Found, depth: int = 0) -> Iterator[Found]:
-        """A class and its bases, as far as they are vLLM's, depth first."""
+        """A class and its bases within vLLM, depth first."""
         if not isinstance(found.node, ast.ClassDef) or depth > DEPTH_MAX:
             return
         yield found
@@ -133,7 +133,7 @@ class VllmSources:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Of a module, those below `if TYPE_CHECKING`, `try` and the like included."""
+    """The statements of a module, including those below `if TYPE_CHECKING`, `try` and the like."""
     for node in body:
         yield node
         for field in ("body", "orelse", "finalbody"):
@@ -145,7 +145,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _defines(node: ast.AST, name: str) -> bool:
-    """Whether a statement gives this name a function, class or value."""
+    """Whether a statement defines this name as a function, class or value."""
     if isinstance(node, Function | ast.ClassDef):
         return node.name == name
     targets = node.targets if isinstance(node, ast.Assign) else []
@@ -168,7 +168,7 @@ def _own_member(owner: ast.ClassDef, member: str) -> ast.AST | None:
 
 
 def parameters(node: ast.AST | None) -> str | None:
-    """A function's parameters without annotations, or those of a class's `__init__`; None for anything else."""
+    """The parameters of a function or a class's `__init__`, without annotations; None for anything else."""
     if isinstance(node, ast.ClassDef):
         node = next((n for n in node.body if isinstance(n, Function) and n.name == "__init__"), None)
     if not isinstance(node, Function):
@@ -182,7 +182,10 @@ def parameters(node: ast.AST | None) -> str | None:
 
 
 def body_hash(node: ast.AST | None) -> str | None:
-    """Of a function's statements without docstring and comments: changes when what it does may have changed."""
+    """
+    A hash of a function's statements without docstring and comments: it
+    changes if the behaviour may have changed.
+    """
     if not isinstance(node, Function):
         return None
     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
