@@ -1,11 +1,13 @@
 """
 The launcher for instances that are processes of this machine, children of the process that starts them.
 
-Everything here that is true of one machine only is meant for nobody else: addresses on the loopback, sockets in a private folder, process
-ids and signals, shared memory (`shared_memory.py`), the environment of a start (`process_start.py`), cores and devices (`places.py`).
+Everything here that is true of one machine only is meant for nobody else: addresses on the loopback, sockets in a
+private folder, process ids and signals, shared memory (`shared_memory.py`), the environment of a start
+(`process_start.py`), cores and devices (`places.py`).
 
-What an engine's processes are is for who knows the engine to say (`EngineProcesses`). vLLM's take the addresses of all their clients when they
-are started and no others afterwards, and they end with the process that started them: this launcher has neither of the `Abilities`.
+What an engine's processes are is for who knows the engine to say (`EngineProcesses`). vLLM's take the addresses of all
+their clients when they are started and no others afterwards, and they end with the process that started them: this
+launcher has neither of the `Abilities`.
 """
 
 import asyncio
@@ -104,7 +106,9 @@ class EngineProcesses(Protocol[HelloT_co]):
         ...
 
     def end(self, timeout_s: float) -> None:
-        """End the processes, those that are starting too, and block until they have ended or were killed. Twice is harmless."""
+        """End the processes, those that are starting too, and block until they have ended or were killed. Twice is
+        harmless.
+        """
         ...
 
     def put_away(self) -> None:
@@ -166,7 +170,8 @@ class LocalLauncher(Generic[HelloT]):
         if available < self._further_needs_bytes:
             raise ScalingRefusedError(
                 f"no memory left: an instance needs {self._further_needs_bytes / 2**30:.1f} GiB for KV blocks alone, "
-                f"{available / 2**30:.1f} GiB are free (drain one, or start the server with a smaller --kv-cache-memory-bytes)"
+                f"{available / 2**30:.1f} GiB are free "
+                "(drain one, or start the server with a smaller --kv-cache-memory-bytes)"
             )
 
     def release(self, place: Place) -> None:
@@ -199,7 +204,8 @@ class LocalLauncher(Generic[HelloT]):
         """
         In a thread: start the processes and wait for them. Ends early by an error when `stop` is called meanwhile.
 
-        What has been started is kept in the life, not by whoever waits: that may have been cancelled, and `stop` must find it.
+        What has been started is kept in the life, not by whoever waits: that may have been cancelled, and `stop` must
+        find it.
         """
         folder = life.folder = instance_folder()
         life.further_clients = tuple(
@@ -215,8 +221,8 @@ class LocalLauncher(Generic[HelloT]):
         """
         Wait for the thread that starts the processes.
 
-        vLLM does not look at them between its last word of the start and its first of the service: one that dies there would be
-        waited for until `VLLM_ENGINE_READY_TIMEOUT_S`, ten minutes. The thread is; we are not.
+        vLLM does not look at them between its last word of the start and its first of the service: one that dies there
+        would be waited for until `VLLM_ENGINE_READY_TIMEOUT_S`, ten minutes. The thread is; we are not.
         """
         was_dead = False
         while not (await asyncio.wait([creation], timeout=START_POLL_S))[0]:

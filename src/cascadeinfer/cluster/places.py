@@ -14,8 +14,8 @@ def split_cores(n_instances: int, cores: Sequence[int]) -> list[str]:
     """
     Cores per instance in vLLM's notation (`VLLM_CPU_OMP_THREADS_BIND`), e.g. `0-3`, `4-7`.
 
-    With fewer cores than instances, instances share cores in turn; left-over cores stay free for the front end (and for instances that are
-    added later).
+    With fewer cores than instances, instances share cores in turn; left-over cores stay free for the front end (and for
+    instances that are added later).
     """
     if not cores:
         raise ConfigError("this process may run on no core", option="CPU affinity")
@@ -41,7 +41,8 @@ def split_devices(n_instances: int, devices_per_instance: int, visible: Sequence
         return [visible[0]] * n_instances  # instances share one device: lower --gpu-memory-utilization
     enough_for = len(visible) // devices_per_instance
     raise ConfigError(
-        f"{n_instances} instances of {devices_per_instance} device(s) need {needed} devices, {len(visible)} are visible",
+        f"{n_instances} instances of {devices_per_instance} device(s) need {needed} devices, "
+        f"{len(visible)} are visible",
         option="--instances",
         fix=f"{f'use --instances {enough_for} or ' if enough_for else ''}make more devices visible",
     )
@@ -51,8 +52,8 @@ class Places:
     """
     The places of this machine (cores or devices), each for one instance or shared by several; dealt out and taken back.
 
-    An instance that is added later gets a place that another has left, then one that was never used, then, where instances may share, the
-    one with the fewest.
+    An instance that is added later gets a place that another has left, then one that was never used, then, where
+    instances may share, the one with the fewest.
     """
 
     def __init__(self, dealt: Sequence[str], spare: Sequence[str], *, may_share: bool) -> None:
@@ -78,7 +79,8 @@ class Places:
         if place is None:
             if not self._may_share:
                 raise ScalingRefusedError(
-                    f"no device left: {', '.join(self._room)} have an instance each (drain one, or start the server with more devices)"
+                    f"no device left: {', '.join(self._room)} have an instance each "
+                    "(drain one, or start the server with more devices)"
                 )
             place = min(self._room, key=lambda p: used[p] / self._room[p])
             logger.warning("instance %s shares cores %s with others: there are no free ones", instance_id, place)

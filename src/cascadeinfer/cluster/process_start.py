@@ -1,9 +1,10 @@
 """
 The environment in which an instance's processes are started.
 
-An instance's settings reach vLLM through environment variables that its processes inherit when they are started. `ProcessStart` sets
-them for the moment of the start only, under a lock, so that several instances can start in parallel without seeing each other's. Who
-wants to know what the operator has set asks `operator_environment`: `os.environ` may hold another instance's variables at that moment.
+An instance's settings reach vLLM through environment variables that its processes inherit when they are started.
+`ProcessStart` sets them for the moment of the start only, under a lock, so that several instances can start in parallel
+without seeing each other's. Who wants to know what the operator has set asks `operator_environment`: `os.environ` may
+hold another instance's variables at that moment.
 """
 
 import os
@@ -16,8 +17,9 @@ class ProcessStart:
     """
     The environment that one instance's processes inherit.
 
-    `enter` and `leave` bracket the moment of the start, possibly in different threads' stacks; `leave` may be called twice. With no
-    variables it makes sure that another process (a front end's) is not started in the middle of an instance's start, with its variables.
+    `enter` and `leave` bracket the moment of the start, possibly in different threads' stacks; `leave` may be called
+    twice. With no variables it makes sure that another process (a front end's) is not started in the middle of an
+    instance's start, with its variables.
     """
 
     _lock = threading.Lock()
@@ -67,5 +69,7 @@ class ProcessStart:
 
 
 def operator_environment() -> dict[str, str]:
-    """The variables that this process was started with and has set for itself; never those of an instance that is starting just now."""
+    """The variables that this process was started with and has set for itself; never those of an instance that is
+    starting just now.
+    """
     return ProcessStart.environment_before()

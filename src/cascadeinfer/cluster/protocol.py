@@ -1,15 +1,16 @@
 """
 Where engines run, and who keeps them: the protocol of a launcher.
 
-A launcher gives an instance a place, starts an engine there and keeps it: it knows whether the engine lives, ends it, and lets front ends
-attach to it. What is true of one kind of place only (how far an address reaches, how a process is killed, whether clocks are shared) stays
-behind this protocol.
+A launcher gives an instance a place, starts an engine there and keeps it: it knows whether the engine lives, ends it,
+and lets front ends attach to it. What is true of one kind of place only (how far an address reaches, how a process is
+killed, whether clocks are shared) stays behind this protocol.
 
-A place holds one engine at a time; each start at it is a new life, with an engine id of its own. A front end is a *client* of the engine, by
-a number that its successor takes over: it binds two sockets, and the engine connects to them.
+A place holds one engine at a time; each start at it is a new life, with an engine id of its own. A front end is a
+*client* of the engine, by a number that its successor takes over: it binds two sockets, and the engine connects to
+them.
 
-Launchers differ in what they can do beyond that (`Abilities`); whoever needs an ability asks before. `cluster/local.py` is the one for processes of
-this machine. `docs/extending.md` says how to write another one.
+Launchers differ in what they can do beyond that (`Abilities`); whoever needs an ability asks before. `cluster/local.py`
+is the one for processes of this machine. `docs/extending.md` says how to write another one.
 """
 
 from collections.abc import Mapping
@@ -149,7 +150,9 @@ class Launcher(Protocol[OrderT_contra, HelloT]):
         ...
 
     async def detach(self, place: Place, client: int) -> None:
-        """Nobody is at the client's addresses any more. What it left in the engine is aborted by whoever commands the engine."""
+        """Nobody is at the client's addresses any more. What it left in the engine is aborted by whoever commands the
+        engine.
+        """
         ...
 
     async def death(self, place: Place) -> str:
@@ -162,7 +165,8 @@ class Launcher(Protocol[OrderT_contra, HelloT]):
 
     async def stop(self, place: Place, timeout_s: float) -> None:
         """
-        End the engine, one that is starting too, and remove what it leaves on the node. Doing it twice, or again after a cancellation, is harmless.
+        End the engine, one that is starting too, and remove what it leaves on the node. Doing it twice, or again after
+        a cancellation, is harmless.
 
         Args:
             place: Where it runs.

@@ -1,18 +1,20 @@
 """
-The private folder of a running server: the sockets of its instances, their temporary files, the metrics of its processes.
+The private folder of a running server: the sockets of its instances, their temporary files, the metrics of its
+processes.
 
     TMPDIR/cascadeinfer-XXXXXXXX/    0700, ours
         lock                         locked for the server's life
         metrics/                     Prometheus metrics that several processes share
         iXXXXXXXX/ ...               one start of one instance: ZMQ's sockets, vLLM's rendezvous file
 
-It goes when the server goes. A server that was killed leaves it, and the next one that starts removes it: a folder whose lock is free has no
-server. The lock is POSIX's: the kernel drops it with the process, whatever ended it, and children do not inherit it, so that an orphan cannot
-hold it. (Such a lock is also dropped when its process closes *any* descriptor of the file, so nobody here ever opens the own one again.)
+It goes when the server goes. A server that was killed leaves it, and the next one that starts removes it: a folder
+whose lock is free has no server. The lock is POSIX's: the kernel drops it with the process, whatever ended it, and
+children do not inherit it, so that an orphan cannot hold it. (Such a lock is also dropped when its process closes *any*
+descriptor of the file, so nobody here ever opens the own one again.)
 
-`TMPDIR` is writable by everybody. A folder is swept only when it is ours, by name and by owner, and a real folder; what is opened in it is
-opened relative to the open folder and never through a link. Two starts may meet: one that finds, once it has its lock, that its folder has been
-swept takes another.
+`TMPDIR` is writable by everybody. A folder is swept only when it is ours, by name and by owner, and a real folder; what
+is opened in it is opened relative to the open folder and never through a link. Two starts may meet: one that finds,
+once it has its lock, that its folder has been swept takes another.
 """
 
 import contextlib
@@ -102,7 +104,9 @@ class RuntimeFolder:
 
 
 def instance_folder() -> Path:
-    """A new folder for one start of an instance: in this server's, or where the sockets go if there is none. Whoever asks removes it."""
+    """A new folder for one start of an instance: in this server's, or where the sockets go if there is none. Whoever
+    asks removes it.
+    """
     return Path(tempfile.mkdtemp(prefix="i", dir=operator_environment().get(SOCKETS_VARIABLE)))
 
 
@@ -126,7 +130,7 @@ def _user_name() -> str:
 
 
 def sweep(base: Path) -> list[Path]:
-    """Remove what servers of this user have left below `base` that are no more. Returns the folders that were removed."""
+    """Remove what dead servers of this user left below `base`. Returns the removed folders."""
     removed = []
     with contextlib.suppress(FileNotFoundError), os.scandir(base) as entries:
         for entry in entries:
@@ -148,7 +152,7 @@ def runtime_folder() -> Iterator[RuntimeFolder]:
         ConfigError: See RuntimeFolder.create.
     """
     said = os.environ.get(SOCKETS_VARIABLE)
-    # Asked in any case: Python remembers the answer, which it must not take from the moment in which an instance's variables are set.
+    # Always ask: Python caches the answer, and must not compute it first while an instance's variables are set.
     temporary = tempfile.gettempdir()
     base = Path(said or temporary)
     sweep(base)

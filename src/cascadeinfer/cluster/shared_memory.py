@@ -1,8 +1,9 @@
 """
 The shared memory of processes that were killed.
 
-vLLM's message queues are Python's shared memory. Whoever made it removes it at its end, which a killed process does not come to; Python's
-resource tracker would, but there is one for the server and all its processes, and it waits for the server's end.
+vLLM's message queues are Python's shared memory. Whoever made it removes it at its end, which a killed process does not
+come to; Python's resource tracker would, but there is one for the server and all its processes, and it waits for the
+server's end.
 """
 
 import contextlib
@@ -20,7 +21,9 @@ PREFIX = "psm_"
 
 
 def segments_of(pid: int) -> set[str]:
-    """Names of Python's shared memory that a process and those below it use. None of one that has ended, or that `/proc` does not show us."""
+    """Names of Python's shared memory that a process and those below it use. None of one that has ended, or that
+    `/proc` does not show us.
+    """
     names: set[str] = set()
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
