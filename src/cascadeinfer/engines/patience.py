@@ -1,8 +1,8 @@
 """
 Waits with a time limit that take no account of the time during which this process slept.
 
-See `cascadeinfer.core.silence`. `asyncio.timeout` and `call_later` fire at once after a sleep, before anybody has had the chance to be
-heard; these do not.
+See `cascadeinfer.core.silence`. `asyncio.timeout` and `call_later` fire at once after a sleep, before anybody has had
+the chance to be heard; these do not.
 """
 
 import asyncio

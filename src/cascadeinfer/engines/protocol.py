@@ -1,8 +1,10 @@
 """
-What the runtime needs of an engine: one instance of the model that runs requests, and lets go of and takes over running ones.
+What the runtime needs of an engine: one instance of the model that runs requests, and lets go of and takes over running
+ones.
 
-An engine knows nothing of stages or policies. The runtime gives each attempt to run a request its own `engine_request_id` (a request that
-moves is a new attempt at the target), so that late words of an old attempt cannot be mistaken for the new one's.
+An engine knows nothing of stages or policies. The runtime gives each attempt to run a request its own
+`engine_request_id` (a request that moves is a new attempt at the target), so that late words of an old attempt cannot
+be mistaken for the new one's.
 
 All methods are called from one event loop. Commands are carried out in the order of the calls.
 """
@@ -18,7 +20,9 @@ from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 
 
 class KvTicket(Protocol):
-    """Where a cut request's KV cache is pinned. Whoever carries it may ask how much there is; the rest is the engines' own."""
+    """Where a cut request's KV cache is pinned. Whoever carries it may ask how much there is; the rest is the engines'
+    own.
+    """
 
     @property
     def n_tokens(self) -> int:
@@ -55,8 +59,8 @@ class Resume:
         output_token_ids: Its output so far.
         ticket: Where its KV cache can be pulled from; None to compute it anew.
         reservation_id: The reservation at the target that it takes over, if any.
-        pull_before_s: When the pull must be over, on the clock of the caller (`time.monotonic`); the engine computes the KV cache
-            anew when it is not. None: whenever.
+        pull_before_s: When the pull must be over, on the clock of the caller (`time.monotonic`); the engine computes
+            the KV cache anew when it is not. None: whenever.
     """
 
     output_token_ids: list[int]
@@ -76,7 +80,8 @@ class EngineCounters:
         reserved: Reservations held now.
         pinned: Cut requests whose blocks are pinned now.
         failed_pulls: Pulls that failed; the engine recomputed what they should have brought.
-        held_blocks: KV blocks that no request runs or waits with, by what holds them now (`docs/metrics.md` lists the reasons).
+        held_blocks: KV blocks that no request runs or waits with, by what holds them now (`docs/metrics.md` lists the
+            reasons).
         listens: Whether somebody listens on its side channel, where peers shake hands.
     """
 
@@ -92,7 +97,9 @@ class EngineCounters:
 
 
 class InstanceIdentity(NamedTuple):
-    """What runs: the engine's identity, bytes of a token's KV (all devices), multiprocessors of a device (None on a processor)."""
+    """What runs: the engine's identity, bytes of a token's KV (all devices), multiprocessors of a device (None on a
+    processor).
+    """
 
     engine: EngineIdentity
     kv_bytes_per_token: int
@@ -153,7 +160,9 @@ class Engine(Protocol):
         ...
 
     async def listens(self) -> bool:
-        """Whether its side channel answers, so that peers can shake hands with it. Mends it if it can. Raises EngineError."""
+        """Whether its side channel answers, so that peers can shake hands with it. Mends it if it can. Raises
+        EngineError.
+        """
         ...
 
     async def identity(self) -> InstanceIdentity:
@@ -235,7 +244,9 @@ class Engine(Protocol):
         ...
 
     def failure_of(self, request_id: RequestId) -> StepOutputs:
-        """Outputs that end this request with an error, for the front end. Asks nothing of the instance, which may be dead."""
+        """Outputs that end this request with an error, for the front end. Asks nothing of the instance, which may be
+        dead.
+        """
         ...
 
     @property

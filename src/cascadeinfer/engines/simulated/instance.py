@@ -236,7 +236,9 @@ class SimulatedEngine(SimulatedProcess):
         self.core.spoiled_cuts += 1
 
     def end_all(self, finish_reason: str) -> None:
-        """End every request without a token: `abort` as an instance does on SIGTERM, `error` as after an internal error."""
+        """End every request without a token: `abort` as an instance does on SIGTERM, `error` as after an internal
+        error.
+        """
         everyone = self._everyone()
         self.core.abort(everyone)
         self._emit([SimulatedDelta(request_id, [], finish_reason) for request_id in everyone])

@@ -1,13 +1,15 @@
 """
-An EngineCore as a further front-end process sees it: another process has started it and keeps it alive; this one is a client of it.
+An EngineCore as a further front-end process sees it: another process has started it and keeps it alive; this one is a
+client of it.
 
-vLLM's EngineCore serves several clients: it connects to an input and an output socket of each, and answers the one that asked. The owner
-of the instance says where those sockets are to be bound (`Attachment`), with everything else a client learns at start. Nothing is started or
-killed here; the owner connects the instance to its peers, and it tells of a death.
+vLLM's EngineCore serves several clients: it connects to an input and an output socket of each, and answers the one that
+asked. The owner of the instance says where those sockets are to be bound (`Attachment`), with everything else a client
+learns at start. Nothing is started or killed here; the owner connects the instance to its peers, and it tells of a
+death.
 
-A process that died is followed by another one at the same sockets. So an EngineCore's ready message may have gone to its
-predecessor (the attachment carries it), answers to the predecessor's calls may arrive (and find nobody), and whatever the predecessor
-left running is aborted first.
+A process that died is followed by another one at the same sockets. So an EngineCore's ready message may have gone to
+its predecessor (the attachment carries it), answers to the predecessor's calls may arrive (and find nobody), and
+whatever the predecessor left running is aborted first.
 """
 
 import asyncio

@@ -1,9 +1,9 @@
 """
 The command channel to one EngineCore: requests out, outputs back, commands and their answers.
 
-It works on vLLM's client of that EngineCore and knows nothing of the process at the other end: who has started it, who ends it and who
-tells of its death is `owned.py`'s or `attached.py`'s. Commands are vLLM's utility calls (`connector/commands.py` has their other end); they are
-carried out in order, between two steps.
+It works on vLLM's client of that EngineCore and knows nothing of the process at the other end: who has started it, who
+ends it and who tells of its death is `owned.py`'s or `attached.py`'s. Commands are vLLM's utility calls
+(`connector/commands.py` has their other end); they are carried out in order, between two steps.
 
 A closed channel takes commands no more: whoever asks gets an EngineError, what is merely sent goes nowhere.
 """

@@ -1,10 +1,12 @@
 """
-One vLLM instance as the runtime sees it: a command channel to its EngineCore (`channel.py`), and how that one comes and goes (`EngineCoreLife`).
+One vLLM instance as the runtime sees it: a command channel to its EngineCore (`channel.py`), and how that one comes and
+goes (`EngineCoreLife`).
 
-There are two such lives: an EngineCore that this process starts and ends (`owned.py`), and one that another process owns (`attached.py`).
+There are two such lives: an EngineCore that this process starts and ends (`owned.py`), and one that another process
+owns (`attached.py`).
 
-We have one client per instance instead of one data-parallel client for all: a dead EngineCore then ends its own client only, and each
-instance has its own `VllmConfig`.
+We have one client per instance instead of one data-parallel client for all: a dead EngineCore then ends its own client
+only, and each instance has its own `VllmConfig`.
 """
 
 from collections.abc import Sequence

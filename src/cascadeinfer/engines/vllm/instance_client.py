@@ -1,4 +1,6 @@
-"""vLLM's `AsyncMPClient` for one EngineCore, with what it keeps to itself: that the process runs, what it said when it was ready."""
+"""vLLM's `AsyncMPClient` for one EngineCore, with what it keeps to itself: that the process runs, what it said when it
+was ready.
+"""
 
 import contextlib
 from collections.abc import Callable, Sequence

@@ -1,4 +1,6 @@
-"""Requests that are made here and not by vLLM's front end: for profiles, benchmarks and tests. Token ids in, token ids out."""
+"""Requests that are made here and not by vLLM's front end: for profiles, benchmarks and tests. Token ids in, token ids
+out.
+"""
 
 import time
 

@@ -1,8 +1,8 @@
 """
 The processes of one EngineCore on this machine, started through vLLM's own client.
 
-The client's constructor starts them and blocks until they are ready, so it runs in a thread (`cluster/local.py`). It is the first client of
-the EngineCore, number 0, and the only one that commands it from the start.
+The client's constructor starts them and blocks until they are ready, so it runs in a thread (`cluster/local.py`). It is
+the first client of the EngineCore, number 0, and the only one that commands it from the start.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,9 @@ class VllmProcesses:
         return EngineHello.of(await self.client.call_utility_async("cascade_hello"))
 
     def end(self, timeout_s: float) -> None:
-        """See EngineProcesses; vLLM's manager kills them after the timeout. Those that are still starting are killed at once."""
+        """See EngineProcesses; vLLM's manager kills them after the timeout. Those that are still starting are killed at
+        once.
+        """
         self._ended = True
         if self._client is not None:
             shut_down(self._client, timeout_s)

@@ -79,7 +79,9 @@ class StepTimer:
 
 
 def entries_of(output: SchedulerOutput) -> Iterator[tuple[int, int]]:
-    """Per request scheduled: tokens computed before, tokens computed now. A decode with drafts to verify is a decode: one token."""
+    """Per request scheduled: tokens computed before, tokens computed now. A decode with drafts to verify is a decode:
+    one token.
+    """
     drafts = output.scheduled_spec_decode_tokens
     counts = {name: n - len(drafts.get(name, ())) for name, n in output.num_scheduled_tokens.items()}
     for request in output.scheduled_new_reqs:
