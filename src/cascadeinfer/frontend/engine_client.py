@@ -1,9 +1,9 @@
 """
 N instances behind vLLM's `AsyncLLM`: an `EngineCoreClient` that hands requests to the runtime.
 
-`AsyncLLM` (tokeniser, detokeniser, stop strings, logprobs, metrics) and the OpenAI server on top of it run unchanged; they see one engine
-core client whose outputs carry the instance's number as engine index. Calls that concern every instance (LoRA, sleep, cache resets,
-profiling) go to all that are up; their answers must agree.
+`AsyncLLM` (tokeniser, detokeniser, stop strings, logprobs, metrics) and the OpenAI server on top of it run unchanged;
+they see one engine core client whose outputs carry the instance's number as engine index. Calls that concern every
+instance (LoRA, sleep, cache resets, profiling) go to all that are up; their answers must agree.
 """
 
 import asyncio
@@ -117,7 +117,8 @@ class CascadeEngineClient(EngineCoreClient):
         """
         Hand a request to the runtime. Whatever is raised, nothing of it stays in the books, vLLM's or ours.
 
-        Some requests vLLM submits only to abort them, for a connector to clean up after a client's transfer: here is nothing of a client's.
+        Some requests vLLM submits only to abort them, for a connector to clean up after a client's transfer: here is
+        nothing of a client's.
         """
         if request.abort_immediately:
             return
@@ -223,7 +224,8 @@ class CascadeLLM(AsyncLLM):
 
     def forget_request(self, request_id: RequestId) -> None:
         """
-        Drop a request that was refused from the books, and its siblings (`n` > 1) with it: their client gets the refusal.
+        Drop a request that was refused from the books, and its siblings (`n` > 1) with it: their client gets the
+        refusal.
 
         What it puts into the client's queue on the way is not seen when an exception is there already.
         """
@@ -235,7 +237,9 @@ class CascadeLLM(AsyncLLM):
         self.runtime.abort(dropped)
 
     def refuse_late(self, request_id: RequestId, rejected: RequestRejectedError) -> None:
-        """A request that waits for its first token is refused: its client gets the HTTP 429 that it would have got at once."""
+        """A request that waits for its first token is refused: its client gets the HTTP 429 that it would have got at
+        once.
+        """
         self._end_with(request_id, OverloadedError(rejected))
 
     def fail(self, request_id: RequestId, sentence: str) -> None:

@@ -1,9 +1,10 @@
 """
 Which requests may not migrate, because a move could change their answer.
 
-What survives depends on the model runner (`docs/migration.md` has the table, with the test of each cell). V1 restarts a seeded
-generator, counts penalties from the move on and forgets the beginning of a bad word. V2 derives noise from seed and position and
-rebuilds its counts from the token ids, so that none of these pins a request there. A counter says why a request is pinned.
+What survives depends on the model runner (`docs/migration.md` has the table, with the test of each cell). V1 restarts a
+seeded generator, counts penalties from the move on and forgets the beginning of a bad word. V2 derives noise from seed
+and position and rebuilds its counts from the token ids, so that none of these pins a request there. A counter says why
+a request is pinned.
 """
 
 import functools

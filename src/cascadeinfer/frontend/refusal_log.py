@@ -1,8 +1,8 @@
 """
 A refusal in the log is one line, not a traceback.
 
-vLLM logs whatever ends a stream as an error with its traceback, the client's own mistakes and refusals included. A client could fill the
-disk with them, and the operator would look for a fault that is none.
+vLLM logs whatever ends a stream as an error with its traceback, the client's own mistakes and refusals included. A
+client could fill the disk with them, and the operator would look for a fault that is none.
 """
 
 import logging

@@ -1,8 +1,8 @@
 """
 vLLM's OpenAI server on our engine client, with our own start and stop.
 
-SIGTERM drains: the listening socket closes, running requests finish, then the server ends and the caller stops the instances. A second
-signal, or the drain time-out, ends it at once.
+SIGTERM drains: the listening socket closes, running requests finish, then the server ends and the caller stops the
+instances. A second signal, or the drain time-out, ends it at once.
 """
 
 import contextlib
@@ -73,8 +73,8 @@ def check_api_servers(args: Namespace) -> None:
     """
     Refuse what does not go with our front-end processes, or means something else.
 
-    Without vLLM's random part in request ids, a client that chooses the id of another one's request would end that one's stream, in vLLM's
-    own books and before we see it.
+    Without vLLM's random part in request ids, a client that chooses the id of another one's request would end that
+    one's stream, in vLLM's own books and before we see it.
 
     Raises:
         ConfigError: With the option and the fix.

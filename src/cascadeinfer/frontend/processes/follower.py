@@ -91,7 +91,9 @@ class Follower:
         self._follow_layout()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """A task without which this process is of no use: when it fails the process ends, and process 0 starts another one."""
+        """A task without which this process is of no use: when it fails the process ends, and process 0 starts another
+        one.
+        """
 
         def ended(task: "asyncio.Task[None]") -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
@@ -146,7 +148,9 @@ class Follower:
             await asyncio.sleep(SUMMARY_S)
 
     def _follow_fleet(self) -> None:
-        """Instances that are new here are attached in the background; those that drain, or are gone, are emptied and left."""
+        """Instances that are new here are attached in the background; those that drain, or are gone, are emptied and
+        left.
+        """
         if self._runtime is None or self._fleet_news is None:
             return
         self._runtime.fleet.pairs.foreign = frozenset(self._fleet_news.broken_pairs)
@@ -170,7 +174,9 @@ class Follower:
             self._runtime.emit(LayoutAnnounced("layout", self._layout_news.layout()))
 
     def _condemn(self, instance_id: InstanceId, why: str) -> None:
-        """Process 0 ends it: the death that this process is about to notice is nobody's fault. Once it has noticed, the news are of the past."""
+        """Process 0 ends it: the death that this process is about to notice is nobody's fault. Once it has noticed, the
+        news are of the past.
+        """
         assert self._runtime is not None
         state = self._runtime.fleet[instance_id]
         if state.engine is not None:
@@ -182,7 +188,7 @@ class Follower:
             with contextlib.suppress(ScalingRefusedError):  # nobody else is attached yet
                 self._runtime.elastic.drain(instance_id, timeout_s)
 
-    # --- Admin ---------------------------------------------------------------------------------------------------------
+    # --- Admin --------------------------------------------------------------------------------------------------------
 
     async def snapshot(self) -> dict[str, Any]:
         """See FrontEnds.snapshot."""

@@ -1,8 +1,8 @@
 """
 What process 0 and a follower tell each other.
 
-News are whole states, not changes: the last one counts, a lost or merged one does no harm. Times are on the monotonic clock, which
-all processes of a machine share.
+News are whole states, not changes: the last one counts, a lost or merged one does no harm. Times are on the monotonic
+clock, which all processes of a machine share.
 """
 
 from typing import Any, TypeAlias

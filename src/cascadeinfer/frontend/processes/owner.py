@@ -1,8 +1,8 @@
 """
 Process 0's side: starts the followers, keeps them alive, tells them of instances and stages, answers for all.
 
-A follower that dies takes its clients' connections with it. What it left in the instances is aborted, and another one is started in its
-place, after a pause that doubles with every failure in a row.
+A follower that dies takes its clients' connections with it. What it left in the instances is aborted, and another one
+is started in its place, after a pause that doubles with every failure in a row.
 """
 
 import asyncio
@@ -101,7 +101,8 @@ class FrontEnds:
             n_processes: All together.
             runtime: Process 0's; it owns the instances. It need not be started yet.
             start_process: Starts the follower of this number, with its end of a socket pair.
-            attachment_of: Has an instance serve the follower of this number; what that one must know, None while it does not run.
+            attachment_of: Has an instance serve the follower of this number; what that one must know, None while it
+                does not run.
             loads: Open connections per process, shared, by which the least loaded one accepts.
             event_log_failure: Why process 0 writes no event log, though there should be one.
         """
@@ -150,7 +151,7 @@ class FrontEnds:
                 follower.process.kill()
                 await asyncio.to_thread(follower.process.join)
 
-    # --- Admin ---------------------------------------------------------------------------------------------------------
+    # --- Admin --------------------------------------------------------------------------------------------------------
 
     async def snapshot(self) -> dict[str, Any]:
         """The JSON of `/admin/instances`, over all processes; what followers have is as old as their last summary."""
@@ -193,7 +194,7 @@ class FrontEnds:
             event_log_failure=self._event_log_failure(),
         )
 
-    # --- one follower --------------------------------------------------------------------------------------------------
+    # --- one follower -------------------------------------------------------------------------------------------------
 
     async def _keep(self, follower: FollowerState) -> None:
         """Start it again whenever it ends, until all stop."""
@@ -281,7 +282,7 @@ class FrontEnds:
             else:
                 logger.warning("instance %s: %s requests of process %s aborted", engine.instance_id, n_left, index)
 
-    # --- news ----------------------------------------------------------------------------------------------------------
+    # --- news ---------------------------------------------------------------------------------------------------------
 
     async def _tell_news(self) -> None:
         while True:
