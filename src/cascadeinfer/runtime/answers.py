@@ -1,12 +1,13 @@
 """
 Whether an instance answers in time: the watch over one question at a time.
 
-The limit follows the instance: `suspect_s` beyond the longest of its last answers (an answer comes between two steps, so it may take as long as the
-longest step), which fades with each further answer. An instance that has just been suspected wrongly therefore gets more time, and an instance that
-was suspected is trusted again after the first answer that came in time, not after the late one: both keep it from going to and fro.
+The limit follows the instance: `suspect_s` beyond the longest of its last answers (an answer comes between two steps,
+so it may take as long as the longest step), which fades with each further answer. An instance that has just been
+suspected wrongly therefore gets more time, and an instance that was suspected is trusted again after the first answer
+that came in time, not after the late one: both keep it from going to and fro.
 
-Silence is counted in slices, and a slice that this process itself has overslept starts the count anew: who was asleep heard nothing, and
-the answer may have been there.
+Silence is counted in slices, and a slice that this process itself has overslept starts the count anew: who was asleep
+heard nothing, and the answer may have been there.
 """
 
 import asyncio

@@ -1,8 +1,9 @@
 """
 Drives a policy: one event at a time, its effects at once, its timer armed.
 
-A policy that raises is a bug of the policy, and must not hurt whoever brought the event: the exception is logged with the event, what the
-event led to is dropped, and `failed` is told, which sees to the requests (`recovery.py`). An effect that cannot be begun likewise.
+A policy that raises is a bug of the policy, and must not hurt whoever brought the event: the exception is logged with
+the event, what the event led to is dropped, and `failed` is told, which sees to the requests (`recovery.py`). An effect
+that cannot be begun likewise.
 """
 
 import asyncio
@@ -34,7 +35,8 @@ class PolicyDriver:
     """
     The only caller of a policy.
 
-    Effects are carried out by `perform` in the order given. Events that arise on the way (an effect can fail at once) wait their turn.
+    Effects are carried out by `perform` in the order given. Events that arise on the way (an effect can fail at once)
+    wait their turn.
     """
 
     def __init__(

@@ -1,12 +1,14 @@
 """
 Adds and drains instances while the others serve.
 
-An added instance starts in the background and joins like any other: it is connected to all that are up, then the policy may use it. One
-whose first start fails is given up, its place is free again, and `Fleet.departed` says why. Ids are never used twice.
+An added instance starts in the background and joins like any other: it is connected to all that are up, then the policy
+may use it. One whose first start fails is given up, its place is free again, and `Fleet.departed` says why. Ids are
+never used twice.
 
-A drained instance takes no new request; the policy moves its running ones elsewhere, live, and what cannot move ends there. When nothing
-is left, or the time is up, it is stopped and forgotten. What is still there when the time is up goes on elsewhere from prompt and output
-so far, as after a death. One that dies on the way is not started again. One that is starting, or down, is removed at once.
+A drained instance takes no new request; the policy moves its running ones elsewhere, live, and what cannot move ends
+there. When nothing is left, or the time is up, it is stopped and forgotten. What is still there when the time is up
+goes on elsewhere from prompt and output so far, as after a death. One that dies on the way is not started again. One
+that is starting, or down, is removed at once.
 """
 
 import asyncio
@@ -126,7 +128,8 @@ class Elasticity:
         others = [other for other in self._fleet if other is not record and other.life.allows(Deed.TAKE_IN_NEED)]
         if not is_first and not others:
             raise ScalingRefusedError(
-                f"no instance but {instance_id} is up: its requests would have nowhere to go (add one, wait until it is up)"
+                f"no instance but {instance_id} is up: its requests would have nowhere to go "
+                "(add one, wait until it is up)"
             )
         now_s = self._clock()
         record.drain = Drain(now_s, now_s + timeout_s, len(self._streams.on_instance(instance_id)))

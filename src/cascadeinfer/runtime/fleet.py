@@ -1,8 +1,10 @@
 """
-The directory of instances: each one's supervisor and what is known of it, the stages they form; how a new one is connected to the others.
+The directory of instances: each one's supervisor and what is known of it, the stages they form; how a new one is
+connected to the others.
 
-An instance is in the directory from before its start until it is removed; it has an engine here only while it is up and connected. Those
-that were removed, or were added and did not start, are remembered for a while (`departed`), so that operators can see what became of them.
+An instance is in the directory from before its start until it is removed; it has an engine here only while it is up and
+connected. Those that were removed, or were added and did not start, are remembered for a while (`departed`), so that
+operators can see what became of them.
 """
 
 import asyncio

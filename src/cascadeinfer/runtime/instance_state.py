@@ -1,16 +1,17 @@
 """
 An instance's life as a transition table: started, joined, used, suspected, drained, dead, started again, gone.
 
-Theory of operation. An instance is *added* to the fleet, its engine is *started*, shakes hands with those that are up, and *joins* them. From
-then on it is in use, until it dies, is killed on purpose (*condemned*) or has been drained. One that dies is started again after a while;
-one that was drained is removed for good. What it says of its load while it is in use makes it *suspect* when that is overdue, and trusted
-again afterwards, whether it drains or not.
+Theory of operation. An instance is *added* to the fleet, its engine is *started*, shakes hands with those that are up,
+and *joins* them. From then on it is in use, until it dies, is killed on purpose (*condemned*) or has been drained. One
+that dies is started again after a while; one that was drained is removed for good. What it says of its load while it is
+in use makes it *suspect* when that is overdue, and trusted again afterwards, whether it drains or not.
 
-`TRANSITIONS` is the whole life, and `ALLOWED` says what may be done with an instance in each state. Whoever holds an instance asks these tables
-and keeps no flag of its own. `docs/protocols/instance.md` is drawn from them (`python docs/protocols/draw.py`).
+`TRANSITIONS` is the whole life, and `ALLOWED` says what may be done with an instance in each state. Whoever holds an
+instance asks these tables and keeps no flag of its own. `docs/protocols/instance.md` is drawn from them (`python
+docs/protocols/draw.py`).
 
-This file knows no engine, no clock and no policy. What a policy knows of an instance (`core/view.py`, `core/roster.py`) follows from the events that
-the runtime sends with some of the transitions, and is less.
+This file knows no engine, no clock and no policy. What a policy knows of an instance (`core/view.py`, `core/roster.py`)
+follows from the events that the runtime sends with some of the transitions, and is less.
 """
 
 import enum

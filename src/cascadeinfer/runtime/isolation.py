@@ -1,10 +1,11 @@
 """
 Keeps requests apart under which instances have died (`core/quarantine.py`), and ends those that did it.
 
-A suspected request waits at its place for a load report that was asked for after the last death: instances may have died together.
+A suspected request waits at its place for a load report that was asked for after the last death: instances may have
+died together.
 
-Isolation holds in one front-end process: each has its own requests, and suspected ones of two processes can meet on an instance. If it dies, both
-processes end theirs.
+Isolation holds in one front-end process: each has its own requests, and suspected ones of two processes can meet on an
+instance. If it dies, both processes end theirs.
 """
 
 import asyncio

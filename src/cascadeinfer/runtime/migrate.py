@@ -1,11 +1,13 @@
 """
 Carries migrations out on two engines, as `core/migration.py` says.
 
-`Migrator` tells each migration what happens (answers of engines, tokens, deaths, timers) and does what it says. Every command runs in a task of
-its own; its answer is one more happening, ignored when the migration is over by then. Exactly one `on_ended` follows each `start`.
+`Migrator` tells each migration what happens (answers of engines, tokens, deaths, timers) and does what it says. Every
+command runs in a task of its own; its answer is one more happening, ignored when the migration is over by then. Exactly
+one `on_ended` follows each `start`.
 
-The deadline of a pull counts from when the cut was sent. A front end that was stopped itself may find the target's tokens and the overdue
-timer at the same moment, in any order: `expire` comes before the tokens of every step, so the deadline wins.
+The deadline of a pull counts from when the cut was sent. A front end that was stopped itself may find the target's
+tokens and the overdue timer at the same moment, in any order: `expire` comes before the tokens of every step, so the
+deadline wins.
 """
 
 import asyncio
@@ -77,7 +79,8 @@ class Migrator:
             on_ended: Called once per migration, when it is over.
             limits: Of every migration.
             add_failed: Called with a request, and the id of its attempt, that could not be sent to an engine.
-            clock: The time in seconds, that of the engines' `Resume.pull_before_s`. It must not stand still while a callback runs.
+            clock: The time in seconds, that of the engines' `Resume.pull_before_s`. It must not stand still while a
+                callback runs.
         """
         self._add_failed = add_failed
         self._engines = engines
@@ -147,8 +150,8 @@ class Migrator:
         """
         End the pulls whose deadline has passed, also where the timer that says so is late itself.
 
-        To be called before the tokens of a step are looked at: one that was computed after the deadline, from blocks that may not have
-        been pinned any more, then belongs to an attempt that has been given up.
+        To be called before the tokens of a step are looked at: one that was computed after the deadline, from blocks
+        that may not have been pinned any more, then belongs to an attempt that has been given up.
         """
         if not self._records:
             return
@@ -232,7 +235,7 @@ class Migrator:
             self._commands.send(engine.abort([engine_request_id]))
 
     async def _command(self, record: MigrationRecord, action: Action) -> None:
-        """One command to one engine; one that dies on the way answers nothing, and its loss is a happening of its own."""
+        """Send one command to one engine. A dying engine answers nothing; its loss arrives as a separate event."""
         migration = record.migration
         to_target = action in {Action.ASK_ROOM, Action.RELEASE_ROOM}
         engine = self._engines.engine(migration.target_id if to_target else migration.source_id)

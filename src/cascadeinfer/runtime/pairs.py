@@ -1,13 +1,14 @@
 """
 Who has shaken hands with whom: introduces a newcomer to all that are up, several newcomers at a time.
 
-Each pair has a task of its own that tries until it has succeeded or one of the two is gone. A newcomer shakes hands with those that are
-up; when it is through with them it looks again, and comes up in the same turn of the event loop in which it has found nobody new. So of two
-that come at the same time the later one finds the other, and one that hangs in its handshake keeps nobody but itself waiting.
+Each pair has a task of its own that tries until it has succeeded or one of the two is gone. A newcomer shakes hands
+with those that are up; when it is through with them it looks again, and comes up in the same turn of the event loop in
+which it has found nobody new. So of two that come at the same time the later one finds the other, and one that hangs in
+its handshake keeps nobody but itself waiting.
 
-A pair that fails is broken: both serve, moves between them are refused, and it is tried again. Who is at fault is found out
-(`core/handshakes.py`): a newcomer whose own fault it is does not come up; one that is up and whose side channel does not answer at the
-second try either is restarted.
+A pair that fails is broken: both serve, moves between them are refused, and it is tried again. Who is at fault is found
+out (`core/handshakes.py`): a newcomer whose own fault it is does not come up; one that is up and whose side channel
+does not answer at the second try either is restarted.
 """
 
 import asyncio

@@ -1,16 +1,19 @@
 """
 What becomes of the requests when the policy fails at an event.
 
-The policy's books may then say that a request was placed, or an instance taken into use, while nothing of it was done. So that nobody waits
-for ever:
+The policy's books may then say that a request was placed, or an instance taken into use, while nothing of it was done.
+So that nobody waits for ever:
 
 - A request that the policy fails at as it arrives is refused with an error at once.
-- A while after any failure every request that has no place is announced anew: its end, then its arrival as a prompt of its length so far. It
-  goes on where the policy then puts it. One that the policy fails at again, or refuses, gets an error.
+- A while after any failure every request that has no place is announced anew: its end, then its arrival as a prompt of
+  its length so far. It goes on where the policy then puts it. One that the policy fails at again, or refuses, gets an
+  error.
 - An instance whose coming the policy failed at is announced anew, and so is the loss of one, as long as it is so.
-- That a request or a migration ended, or an instance drains, is told a second time, so that the books do not count it for ever.
+- That a request or a migration ended, or an instance drains, is told a second time, so that the books do not count it
+  for ever.
 
-What remains is a migration that the policy counts and that never began, because it failed with it on its lips: that ends with its request.
+What remains is a migration that the policy counts and that never began, because it failed with it on its lips: that
+ends with its request.
 """
 
 import asyncio

@@ -1,10 +1,10 @@
 """
 Shell no. 2: runs a policy on real engines.
 
-Everything happens on one event loop. Facts (a request arrives, a step's outputs come, an instance dies, a migration ends) become
-events; `PolicyDriver` hands each to the policy, which sees one at a time, and its effects are carried out at once. The front end reads
-the merged outputs from `next_outputs`, in which a moved request looks as if it had never moved: finishes of cut requests are hidden,
-ids are the request's own.
+Everything happens on one event loop. Facts (a request arrives, a step's outputs come, an instance dies, a migration
+ends) become events; `PolicyDriver` hands each to the policy, which sees one at a time, and its effects are carried out
+at once. The front end reads the merged outputs from `next_outputs`, in which a moved request looks as if it had never
+moved: finishes of cut requests are hidden, ids are the request's own.
 """
 
 import asyncio
@@ -97,7 +97,8 @@ class Runtime:
         )
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
         self._given_up = GivenUp(self._give_up)
-        #: Told of a request that is refused after `submit` has returned and before its first token; None: it ends with an error.
+        #: Told of a request that is refused after `submit` has returned and before its first token; None: it ends with
+        #: an error.
         self.on_late_refusal: Callable[[RequestId, RequestRejectedError], None] | None = None
         #: Told of a request that cannot go on, with a sentence for its client; None: it ends with an error without one.
         self.on_failure: Callable[[RequestId, str], None] | None = None
@@ -345,7 +346,9 @@ class Runtime:
             self._performer.abort(stream)
 
     def _deliver(self, engine: Engine, stream: Stream, delta: Any, now_s: float) -> bool:
-        """Returns whether it is for the client: not when the policy, which hears that a migration ended, refuses the request."""
+        """Returns whether it is for the client: not when the policy, which hears that a migration ended, refuses the
+        request.
+        """
         if stream.attempts > 1:
             delta.request_id = stream.request.request_id
             delta.events = None  # queued and scheduled again: of no meaning to the client's statistics

@@ -1,9 +1,9 @@
 """
 The requests that live in the runtime, each on exactly one instance at a time, each token delivered exactly once.
 
-Every placement of a request on an engine is an *attempt* with its own engine-side id (`id`, then `id~1`, `id~2` ...). Only the current
-attempt is in the table, so words of an old one (a token in flight when it was aborted, a finish of a killed engine) find nobody. The
-output so far is kept here, because it is what a request needs to go on elsewhere.
+Every placement of a request on an engine is an *attempt* with its own engine-side id (`id`, then `id~1`, `id~2` ...).
+Only the current attempt is in the table, so words of an old one (a token in flight when it was aborted, a finish of a
+killed engine) find nobody. The output so far is kept here, because it is what a request needs to go on elsewhere.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +44,8 @@ class Stream:
         tokens_before: Output tokens when its current attempt began.
         withdrawals: How often it was taken away from an instance that did not answer.
         arriving: Whether its sender waits to hear whether the policy takes it.
-        refusal: Why the policy did not take it, until whoever announced it has ended it; None: it took it, or has not heard of it.
+        refusal: Why the policy did not take it, until whoever announced it has ended it; None: it took it, or has not
+            heard of it.
         ending: Its end is under way: the policy, which hears of that piece by piece, can do nothing more with it.
         last_token_s: When its last token came, on the runtime's clock; None before the first.
     """

@@ -1,10 +1,11 @@
 """
 One instance's life: start, pump its outputs, ask for its load, notice its death or silence, restart it with back-off.
 
-Silence is measured by one who may have slept (`core/silence.py`): a front end that was stopped for a minute does not kill instances for it.
+Silence is measured by one who may have slept (`core/silence.py`): a front end that was stopped for a minute does not
+kill instances for it.
 
-A `Supervisor` runs one task per instance for as long as the runtime lives. It reports facts through the `Listener` protocol and
-decides nothing; what may happen next, a restart for one, is in the table of `instance_state.py`.
+A `Supervisor` runs one task per instance for as long as the runtime lives. It reports facts through the `Listener`
+protocol and decides nothing; what may happen next, a restart for one, is in the table of `instance_state.py`.
 """
 
 import asyncio
@@ -38,8 +39,10 @@ class SupervisionTimes:
     Attributes:
         report_s: Between two load reports.
         suspect_s: An instance whose report is overdue by this much is suspected: others get what is new.
-        hang_s: An instance that answers nothing for this long is taken for hung and killed. Must exceed its longest step.
-        backoff_first_s: Before a restart after one death; doubled with each further one, failed starts included (`core/back_off.py`).
+        hang_s: An instance that answers nothing for this long is taken for hung and killed. Must exceed its longest
+            step.
+        backoff_first_s: Before a restart after one death; doubled with each further one, failed starts included
+            (`core/back_off.py`).
         backoff_max_s: At most this long.
         window_s: For so long a death counts.
     """

@@ -1,13 +1,14 @@
 """
 What becomes of the requests of an instance that does not answer.
 
-While it is suspected nothing new goes there (the policy's books see to that, `core/view.py`). What waits there without having been
-started is taken away, if another instance can take it, and told to the policy with the suspicion: it places it like an orphan. So is what
-a migration has left there to be computed anew. What runs there stays: it goes on when the instance does, or elsewhere when it is killed.
+While it is suspected nothing new goes there (the policy's books see to that, `core/view.py`). What waits there without
+having been started is taken away, if another instance can take it, and told to the policy with the suspicion: it places
+it like an orphan. So is what a migration has left there to be computed anew. What runs there stays: it goes on when the
+instance does, or elsewhere when it is killed.
 
-A request that the instance has not reported as running may be in the very step that makes it late. So that a long prompt does not wander for ever
-from instance to instance, a request is taken away at most `MAX_WITHDRAWALS` times, and not at all when it may be what the instance hangs at
-(`core/quarantine.py`).
+A request that the instance has not reported as running may be in the very step that makes it late. So that a long
+prompt does not wander for ever from instance to instance, a request is taken away at most `MAX_WITHDRAWALS` times, and
+not at all when it may be what the instance hangs at (`core/quarantine.py`).
 """
 
 import logging
