@@ -1,10 +1,10 @@
 """
 Shell no. 1: runs a policy on simulated instances in virtual time.
 
-Facts (a request arrives, a step ends, an instance dies, a migration ends) become events; `_emit` hands each to the policy and carries its
-effects out at once; events that arise on the way wait their turn, so the policy sees one event at a time. Order at one moment:
-see `kernel.Priority`. The order of events around a death and an end is the runtime's: `MigrationEnded` comes before the
-`InstanceLost` or `RequestFinished` that brought it about.
+Facts (a request arrives, a step ends, an instance dies, a migration ends) become events; `_emit` hands each to the
+policy and carries its effects out at once; events that arise on the way wait their turn, so the policy sees one event
+at a time. Order at one moment: see `kernel.Priority`. The order of events around a death and an end is the runtime's:
+`MigrationEnded` comes before the `InstanceLost` or `RequestFinished` that brought it about.
 """
 
 import math
@@ -308,7 +308,8 @@ class SimCluster:
         longest_tokens = self.config.longest_tokens(request.prompt_tokens)
         if longest_tokens > instance.capacity.kv_tokens:
             raise PolicyError(
-                f"{effect}: the request may grow to {longest_tokens} tokens, the KV cache there holds {instance.capacity.kv_tokens}"
+                f"{effect}: the request may grow to {longest_tokens} tokens, "
+                f"the KV cache there holds {instance.capacity.kv_tokens}"
             )
         if np.isnan(request.dispatched_s):
             request.dispatched_s = self.kernel.now_s

@@ -1,8 +1,8 @@
 """
 The instances of a cluster: when they step, report, crash, drain and come back.
 
-An instance is a heap event only where a decision is due (its wake-up); each look at one first brings it up to now. A crashed
-instance stays in the books, silent, until `detect_s` have passed: what is sent to it meanwhile is lost with it.
+An instance is a heap event only where a decision is due (its wake-up); each look at one first brings it up to now. A
+crashed instance stays in the books, silent, until `detect_s` have passed: what is sent to it meanwhile is lost with it.
 """
 
 import math

@@ -1,13 +1,14 @@
 """
 One simulated instance: a scheduler on a clock.
 
-A step is in flight from its start until `end_s`; what it computes was decided at its start and its tokens come at its end. Requests,
-commands and reports arrive in between and take effect at the next step's start, as in vLLM.
+A step is in flight from its start until `end_s`; what it computes was decided at its start and its tokens come at its
+end. Requests, commands and reports arrive in between and take effect at the next step's start, as in vLLM.
 
-While only decoding goes on and no decision is near, the instance *cruises*: no step is a heap event. `wake_s` says when the instance must
-be woken (the first step end that needs a decision); until then `catch_up` runs the steps that have ended meanwhile, in compiled
-code, and must be called before the instance is looked at or changed. A change of anything (a new request, a freed block) may end the cruise at the step in flight. With `fast_forward` off every step
-end is a wake-up; times and results are the same to the last bit.
+While only decoding goes on and no decision is near, the instance *cruises*: no step is a heap event. `wake_s` says when
+the instance must be woken (the first step end that needs a decision); until then `catch_up` runs the steps that have
+ended meanwhile, in compiled code, and must be called before the instance is looked at or changed. A change of anything
+(a new request, a freed block) may end the cruise at the step in flight. With `fast_forward` off every step end is a
+wake-up; times and results are the same to the last bit.
 """
 
 import math

@@ -1,8 +1,8 @@
 """
 A request in the simulator: what the trace says of it, where it is, how far it is.
 
-While a request decodes in a batch, its length is `base + steps of the batch` (see `sim/batch.py`) and `produced` is stale; whoever takes
-it out of the batch settles it.
+While a request decodes in a batch, its length is `base + steps of the batch` (see `sim/batch.py`) and `produced` is
+stale; whoever takes it out of the batch settles it.
 """
 
 import enum
@@ -51,7 +51,8 @@ class SimRequest:
         units: Hashes of the shared units it uses.
         admission: Number of its last admission; higher is later.
         instance_id: Where it is, or was sent; None while it waits for the policy.
-        lost_tokens: That had been computed when it last left a batch or prompt unfinished; computing them again is waste.
+        lost_tokens: That had been computed when it last left a batch or prompt unfinished; computing them again is
+            waste.
         watched: Whether a migration waits for its next token.
         dispatched_s: When the policy first placed it; then when it first ran, got its first token, ended.
     """

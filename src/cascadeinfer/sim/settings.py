@@ -39,7 +39,8 @@ class SimKind:
 
     Attributes:
         kind: What the policy is told.
-        step_model: What their steps take. The policy is not told; it may have been given the same model under the kind's key.
+        step_model: What their steps take. The policy is not told; it may have been given the same model under the
+            kind's key.
     """
 
     kind: InstanceKind
@@ -94,7 +95,8 @@ class SimConfig:
         Check what can be checked without a trace.
 
         Raises:
-            ConfigError: A number is out of range, `kinds` names an instance that is not there, or one request of full length fits none.
+            ConfigError: A number is out of range, `kinds` names an instance that is not there, or one request of full
+                length fits none.
         """
         if self.instances < 1:
             raise ConfigError(f"a cluster needs at least one instance, not {self.instances}", option="--instances")
