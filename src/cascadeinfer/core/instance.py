@@ -1,9 +1,10 @@
 """
 One instance in a policy's books: what is there, what it weighs, what its next step costs.
 
-Everything that is read per decision is kept up to date, not computed when asked: a change costs O(1), a report O(requests there) in
-C loops (`dict.update`, `sum`), and looking at the load of an instance one attribute. Lengths live here (`request_ids`), because a report
-brings them all at once. Only `ClusterView` (`core/view.py`) calls what changes an instance.
+Everything that is read per decision is kept up to date, not computed when asked: a change costs O(1), a report
+O(requests there) in C loops (`dict.update`, `sum`), and looking at the load of an instance one attribute. Lengths live
+here (`request_ids`), because a report brings them all at once. Only `ClusterView` (`core/view.py`) calls what changes
+an instance.
 """
 
 from dataclasses import dataclass, field
@@ -17,18 +18,21 @@ from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, R
 CROWDED: Final = 0.6
 """Share of the KV cache from which an instance gets dearer than its steps: requests grow, and a full cache preempts."""
 CROWDING: Final = 4.0
-"""Price of a full instance over its price by steps alone, less one. In simulation at 90 % of capacity a third fewer preemptions."""
+"""Price of a full instance over its price by steps alone, less one. In simulation at 90 % of capacity a third fewer
+preemptions.
+"""
 
 
 @dataclass(slots=True)
 class Pricing:
     """
-    What a step of an instance costs its requests: `price = (requests + 1) * (base + per_request * requests + per_token * tokens +
-    urgency * queue) * crowding`, the seconds that all requests there and one more wait for one token, its share of the wait for the first
-    included; `crowding = 1 + CROWDING * (excess of the KV share over CROWDED, as a share of what is left)^2`.
+    What a step of an instance costs its requests: `price = (requests + 1) * (base + per_request * requests + per_token
+    * tokens + urgency * queue) * crowding`, the seconds that all requests there and one more wait for one token, its
+    share of the wait for the first included; `crowding = 1 + CROWDING * (excess of the KV share over CROWDED, as a
+    share of what is left)^2`.
 
-    `queue` is the time it takes to compute what does not decode yet, `sum(per_queued_token * tokens + per_queued_pair * tokens^2)`.
-    Units of time are those of `base`.
+    `queue` is the time it takes to compute what does not decode yet, `sum(per_queued_token * tokens + per_queued_pair *
+    tokens^2)`. Units of time are those of `base`.
 
     Attributes:
         base: A step with nothing in it.
@@ -36,7 +40,8 @@ class Pricing:
         per_token: Each token of their lengths.
         per_queued_token: Each token to be computed.
         per_queued_pair: Half of what the attention of a token to another costs when it is computed.
-        urgency: Share of that wait that counts per token of a newcomer: one over the tokens that it will produce. May change.
+        urgency: Share of that wait that counts per token of a newcomer: one over the tokens that it will produce. May
+            change.
     """
 
     base: float = 1.0
@@ -58,7 +63,8 @@ class InstanceView:
 
     Attributes:
         capacity: Of its kind.
-        request_ids: Requests placed here, waiting or running, with their lengths in tokens at the last report, in order of placement.
+        request_ids: Requests placed here, waiting or running, with their lengths in tokens at the last report, in order
+            of placement.
         kv_tokens: Sum of their lengths.
         waiting: Requests that waited at the last report or were placed since, so have not been seen running.
         inbound: Requests on their way here by migration, with their lengths in tokens.
@@ -68,17 +74,20 @@ class InstanceView:
         foreign_tokens: Sum of their lengths.
         foreign_waiting_tokens: Lengths of those of them that wait.
         foreign_queue: Time to compute those, see `Pricing`.
-        blocks_committed: Blocks in use at the last report, and what waits here, came since or is on its way here will need; less
-            what has left since.
+        blocks_committed: Blocks in use at the last report, and what waits here, came since or is on its way here will
+            need; less what has left since.
         step_s: Mean step time at the last report that had one, 0.0 before.
-        starting: Requests not known to decode yet, with the length at which they were placed: they wait, or are being computed.
+        starting: Requests not known to decode yet, with the length at which they were placed: they wait, or are being
+            computed.
         queue: Time to compute those, see `Pricing`.
         suspect: Its report is overdue.
         shunned: It is suspect while another is not: nothing new goes there.
         pace: The steps that it has reported.
         slowness: How much longer its steps take than those of its peers would, 1.0 unless it matters (`core/pace.py`).
-        lag: The same beside those peers alone that the same step model prices: something other than their content makes its steps long.
-        load: The larger of its KV share and its batch share, with everything here (foreign or not) and on its way here; 1.0 is full.
+        lag: The same beside those peers alone that the same step model prices: something other than their content makes
+            its steps long.
+        load: The larger of its KV share and its batch share, with everything here (foreign or not) and on its way here;
+            1.0 is full.
         price: See `Pricing`; times `slowness`.
     """
 
@@ -126,7 +135,8 @@ class InstanceView:
     @property
     def slowed_load(self) -> float:
         """
-        The load as a newcomer feels it: as many requests as wait for one step here would fill so much of an instance of usual speed.
+        The load as a newcomer feels it: as many requests as wait for one step here would fill so much of an instance of
+        usual speed.
 
         A slow instance counts the newcomer itself, or it would be as good as any other while it is empty.
         """
@@ -156,7 +166,8 @@ class InstanceView:
 
     def marginal_price(self, tokens: int, cached_tokens: int) -> float:
         """
-        What one more request of this length, so many of its leading tokens cached here, costs all requests here and itself, per token.
+        What one more request of this length, so many of its leading tokens cached here, costs all requests here and
+        itself, per token.
 
         Unlike `price` it can be compared between instances that hold requests of different lengths.
         """
@@ -238,8 +249,8 @@ class InstanceView:
         while len(lengths) > known:  # a dict keeps its order: strangers came in last
             lengths.popitem()
         self.kv_tokens = sum(lengths.values())
-        # Blocks of requests on their way here are reserved, so in use, when the ask for room has been granted, which takes
-        # milliseconds: the report counts them.
+        # Blocks of requests on their way here are reserved, so in use, when the ask for room has been granted, which
+        # takes milliseconds: the report counts them.
         self.blocks_committed = report.kv_blocks_used
         if self.starting or report.waiting_ids:
             self._follow_queue(report)

@@ -1,8 +1,9 @@
 """
 What an instance is, as far as decisions depend on it: how much it holds, which step model prices it, what it is for.
 
-Instances of one kind are interchangeable. A cluster may have several kinds: other devices, another degree of tensor parallelism, or only KV
-caches of other sizes. All of them serve the same model, and KV cache can go from any one to any other.
+Instances of one kind are interchangeable. A cluster may have several kinds: other devices, another degree of tensor
+parallelism, or only KV caches of other sizes. All of them serve the same model, and KV cache can go from any one to any
+other.
 """
 
 import enum

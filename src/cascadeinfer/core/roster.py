@@ -1,11 +1,12 @@
 """
 Who serves which stage: the layout that is wanted, and the one in force with the instances that are there.
 
-A plan names boundaries and groups. Instances come and go; the layout in force follows from the plan and from who is there:
-- A stage without an instance is absorbed by the next longer one that has any (short requests in a long stage slow only themselves), the
-  longest by the one below. When one of its instances comes back, the stage is there again.
-- An instance that the plan does not name joins the stage that lacks most instances, the longest among equals; with no plan there is
-  one stage.
+A plan names boundaries and groups. Instances come and go; the layout in force follows from the plan and from who is
+there:
+- A stage without an instance is absorbed by the next longer one that has any (short requests in a long stage slow only
+  themselves), the longest by the one below. When one of its instances comes back, the stage is there again.
+- An instance that the plan does not name joins the stage that lacks most instances, the longest among equals; with no
+  plan there is one stage.
 Boundaries move by refinement and by new plans. The layout in force is public: every agent may read it.
 """
 

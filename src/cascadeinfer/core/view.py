@@ -1,10 +1,10 @@
 """
 A policy's books: which instances there are, which requests are where, how loaded each is.
 
-One writer: `ClusterView.apply(event)` (and `carry_out` for the policy's own decisions). Policies read the rest. Between two reports
-an instance's load is corrected by what was dispatched to it, moved and finished since, so that a burst of arrivals does not all
-land on the instance that was idle at the last report. Dicts keep insertion order and ids are sorted where order matters: no decision
-depends on hashing.
+One writer: `ClusterView.apply(event)` (and `carry_out` for the policy's own decisions). Policies read the rest. Between
+two reports an instance's load is corrected by what was dispatched to it, moved and finished since, so that a burst of
+arrivals does not all land on the instance that was idle at the last report. Dicts keep insertion order and ids are
+sorted where order matters: no decision depends on hashing.
 
 The numbers of one instance are in `core/instance.py`. An event costs O(1), a report O(requests there) in C loops.
 """
@@ -88,8 +88,8 @@ class ClusterView:
         Start with no instance and no request.
 
         Args:
-            pricing: What a step of an instance of a kind costs, for `InstanceView.price`, in one unit for all kinds; None: prices only
-                count requests.
+            pricing: What a step of an instance of a kind costs, for `InstanceView.price`, in one unit for all kinds;
+                None: prices only count requests.
         """
         self._make_pricing = pricing
         self._pricings: dict[InstanceKind, Pricing] = {}
@@ -119,9 +119,11 @@ class ClusterView:
 
     def able(self, request: RequestView, instances: Sequence[InstanceView]) -> Sequence[InstanceView]:
         """
-        Those of these instances whose whole KV cache holds the request at its longest: on another one it could get stuck for good.
+        Those of these instances whose whole KV cache holds the request at its longest: on another one it could get
+        stuck for good.
 
-        A cap beyond every cache there has been says nothing, and counts as the largest of them. Where all can, the same sequence is returned.
+        A cap beyond every cache there has been says nothing, and counts as the largest of them. Where all can, the same
+        sequence is returned.
         """
         longest = self._longest_tokens(request)
         if longest <= self._least_kv_tokens:

@@ -3,9 +3,9 @@ Which step model prices which instances now: those that were given, corrected or
 
 Each key (`InstanceKind.step_model_key`) has a model of its own and learns from its own instances' steps alone.
 
-Prices are compared between instances, so all are in one unit. While any instance that is there has no model, every instance is priced by
-nominal proportions instead, in which the kinds differ by their capacity only; `core/pace.py` then tells the slow ones apart. No instance is
-priced by another's model.
+Prices are compared between instances, so all are in one unit. While any instance that is there has no model, every
+instance is priced by nominal proportions instead, in which the kinds differ by their capacity only; `core/pace.py` then
+tells the slow ones apart. No instance is priced by another's model.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,16 +104,18 @@ class StepModels:
 
     def weakest(self, kinds: Iterable[InstanceKind]) -> tuple[StepModel | None, InstanceCapacity]:
         """
-        What a plan for these instances is made with, since a plan knows one kind: the slowest model and the smallest of each capacity.
+        What a plan for these instances is made with, since a plan knows one kind: the slowest model and the smallest of
+        each capacity.
 
-        Whichever instance a stage is then given, it does at least what was planned. A faster or larger one is not made use of by the plan, but
-        by prices.
+        Whichever instance a stage is then given, it does at least what was planned. A faster or larger one is not made
+        use of by the plan, but by prices.
 
         Args:
             kinds: Of the instances; at least one.
 
         Returns:
-            Model and capacity; no model while nothing is known of any of these instances, or what is missing is still being learnt.
+            Model and capacity; no model while nothing is known of any of these instances, or what is missing is still
+            being learnt.
 
         Raises:
             PlanError: Some have a model and others will never have one.

@@ -1,8 +1,8 @@
 """
 Which agent is to be woken next.
 
-Of an agent's wishes only the earliest counts: too early a wake-up does no harm, and a woken agent says anew when it wants the next. Entries that
-no longer count stay in the heap until they come up.
+Of an agent's wishes only the earliest counts: too early a wake-up does no harm, and a woken agent says anew when it
+wants the next. Entries that no longer count stay in the heap until they come up.
 """
 
 from heapq import heappop, heappush

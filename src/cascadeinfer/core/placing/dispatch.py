@@ -1,15 +1,16 @@
 """
 Which instance takes a request: filter, score, pick.
 
-Formula: among the candidates that have room, the least loaded; when none has room, the least loaded of all (its engine queues
-the request, which is what vLLM does). Ties go to the first candidate; callers pass them sorted by id. Load is
-`max(kv tokens / capacity, requests / max_num_seqs)` (`InstanceView.load`), requests on their way by migration counted, so two
-movers do not see the same free place. An instance whose steps take longer than its peers' (`core/pace.py`) counts as fuller by as much
-(`InstanceView.slowed_load`). One that is suspected has no room while another is not.
+Formula: among the candidates that have room, the least loaded; when none has room, the least loaded of all (its engine
+queues the request, which is what vLLM does). Ties go to the first candidate; callers pass them sorted by id. Load is
+`max(kv tokens / capacity, requests / max_num_seqs)` (`InstanceView.load`), requests on their way by migration counted,
+so two movers do not see the same free place. An instance whose steps take longer than its peers' (`core/pace.py`)
+counts as fuller by as much (`InstanceView.slowed_load`). One that is suspected has no room while another is not.
 
-*Price* is the finer measure: the seconds that all requests of an instance and the newcomer wait for one token (`Pricing`). Among rules that
-know no output length it gave the lowest mean latency in simulation on every trace and load tried: against KV tokens 4 to 6 % at high
-load, against request counts 1 to 5 %, against Llumnix' freeness 0 to 2 %. Source of the filter-score-pick split: llm-d's scheduler.
+*Price* is the finer measure: the seconds that all requests of an instance and the newcomer wait for one token
+(`Pricing`). Among rules that know no output length it gave the lowest mean latency in simulation on every trace and
+load tried: against KV tokens 4 to 6 % at high load, against request counts 1 to 5 %, against Llumnix' freeness 0 to 2
+%. Source of the filter-score-pick split: llm-d's scheduler.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,9 @@ _load = attrgetter("slowed_load")
 _price = attrgetter("price")
 
 TYPICAL_OUTPUT_TOKENS: Final = 128
-"""Over so many tokens a newcomer spreads the wait for its first, until the workload tells better; traces have harmonic means of 10 to 500."""
+"""Over so many tokens a newcomer spreads the wait for its first, until the workload tells better; traces have harmonic
+means of 10 to 500.
+"""
 NOMINAL_KV_SHARE: Final = 2.0
 """Reading a full KV cache against a step with nothing in it: 30 to 120 GB of cache, 15 to 140 GB of weights."""
 NOMINAL_PREFILL_SHARE: Final = 0.005

@@ -1,9 +1,9 @@
 """
 Empties a draining instance, for policies that never move a request otherwise.
 
-Running requests go to the least loaded instance with room, the longest first (it would hold the instance up longest), at most
-`max_migrations` per instance at once, either way. What waits there runs first and moves then; what is pinned, or about to end, ends there.
-A request whose move failed is tried again after `retry_s`.
+Running requests go to the least loaded instance with room, the longest first (it would hold the instance up longest),
+at most `max_migrations` per instance at once, either way. What waits there runs first and moves then; what is pinned,
+or about to end, ends there. A request whose move failed is tried again after `retry_s`.
 """
 
 from cascadeinfer.core.bidask.handover import HandoverRules, movable
