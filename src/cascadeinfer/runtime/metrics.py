@@ -57,9 +57,8 @@ class RuntimeMetrics(Collector):
         Args:
             registry: Where to register; vLLM's `/metrics` shows the process's default registry.
             read: Called at every scrape.
-            dropped_events: Events that are not in the event log, because its writer could not keep up or the disk
-                failed.
-            event_log_failed: Whether nothing more is written to the event log that was asked for.
+            dropped_events: Events missing from the event log because its writer fell behind or the disk failed.
+            event_log_failed: Whether a requested event log is no longer written.
         """
         self._registry = registry
         self._read = read
@@ -95,7 +94,7 @@ class RuntimeMetrics(Collector):
         registry.register(self)
 
     def _count_trouble(self, registry: CollectorRegistry) -> None:
-        """What an operator wants to be woken for."""
+        """Counters that an operator would alert on."""
         self.suspicions = Counter(
             "cascadeinfer_suspicions",
             "Times that an instance's report was overdue, so that nothing new went there while another answered.",
