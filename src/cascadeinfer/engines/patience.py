@@ -1,8 +1,8 @@
 """
-Waits with a time limit that take no account of the time during which this process slept.
+Time-outs that do not count time during which this process was suspended.
 
-See `cascadeinfer.core.silence`. `asyncio.timeout` and `call_later` fire at once after a sleep, before anybody has had
-the chance to be heard; these do not.
+See `cascadeinfer.core.silence`. After a suspension, `asyncio.timeout` and `call_later` fire at once, before any pending
+answer can be read; these do not.
 """
 
 import asyncio

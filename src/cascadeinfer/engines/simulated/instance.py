@@ -1,5 +1,5 @@
 """
-A simulated instance: the engine protocol on a simulated process (`process.py`), and the faults that can be injected.
+A simulated instance: the engine protocol on a simulated process (`process.py`), with fault injection.
 
 Faults are `kill` (part of the protocol), those of the process, and the methods under "faults" here.
 """

@@ -1,12 +1,12 @@
 """
 A simulated instance's "process", which serves commands between steps, and the connection to it.
 
-As with vLLM: commands are carried out in the order of the calls, between two steps; answers and outputs come back in
-order; a process that dies is noticed a moment later, and whoever waits for its answer then gets an EngineError; a hung
-one answers nothing, but its pinned blocks can still be pulled.
+As with vLLM, commands are carried out in call order between two steps, and answers and outputs come back in order. The
+death of a process is noticed a moment later, and pending calls then get an EngineError. A hung process answers nothing,
+but its pinned blocks can still be pulled.
 
-A held answer has had its effect at the instance already; held outputs likewise. Times are those of the running event
-loop.
+A held answer, or held outputs, delay only the delivery: the command has already taken effect at the instance. Times are
+those of the running event loop.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Tells an EngineCore that starts of more clients than the one that starts it."""
+"""Makes a starting EngineCore known to more clients than the one that starts it."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

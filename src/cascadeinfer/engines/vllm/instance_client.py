@@ -1,5 +1,6 @@
-"""vLLM's `AsyncMPClient` for one EngineCore, with what it keeps to itself: that the process runs, what it said when it
-was ready.
+"""
+vLLM's `AsyncMPClient` for one EngineCore, exposing what it keeps private: whether the process runs, and its ready
+message.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """
-From vLLM's engine arguments to N instances: each one's configuration, environment and factory.
+Turns vLLM's engine arguments into N instances: each one's configuration, environment and factory.
 
-Every start of an instance, restarts included, gets a fresh `VllmConfig` with a KV engine id of its own, so that its
-peers do the handshake anew instead of reading a dead process's memory.
+Every start of an instance, restarts included, gets a fresh `VllmConfig` with a new KV engine id, so that its peers
+repeat the handshake instead of reading a dead process's memory.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """
-An EngineCore that this process has started at a place, and ends.
+An EngineCore that this process starts at a place, and ends.
 
-A launcher (`cluster/protocol.py`) keeps its processes; here are the channel to it and what its further clients must be
-told.
+A launcher (`cluster/protocol.py`) keeps its processes; this module holds the channel to it and what its further clients
+must be told.
 """
 
 import asyncio

@@ -1,6 +1,4 @@
-"""Requests that are made here and not by vLLM's front end: for profiles, benchmarks and tests. Token ids in, token ids
-out.
-"""
+"""Requests made here rather than by vLLM's front end, for profiles, benchmarks and tests: token ids in and out."""
 
 import time
 

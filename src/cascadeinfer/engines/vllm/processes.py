@@ -2,7 +2,7 @@
 The processes of one EngineCore on this machine, started through vLLM's own client.
 
 The client's constructor starts them and blocks until they are ready, so it runs in a thread (`cluster/local.py`). It is
-the first client of the EngineCore, number 0, and the only one that commands it from the start.
+client number 0 of the EngineCore, and the only one that sends it commands from the start.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,10 +1,10 @@
 """
-The duration of each step and its batch, measured where the steps are made.
+Measures each step's duration and batch where the steps are made.
 
 A step begins when it is scheduled and ends when its output has been processed. If the engine was busy before, it begins
-at the end of the previous step: the work between two steps (messages, serialisation) is part of a step's cost, and with
-asynchronous scheduling, where a step is scheduled while another runs, the time from end to end is what the device took
-for it. So the seconds of a busy engine add up to wall time, and idle time is in none of them.
+at the end of the previous step: the work between two steps (messages, serialisation) is part of a step's cost. With
+asynchronous scheduling, where a step is scheduled while another runs, the time from end to end is what the device took.
+So the seconds of a busy engine add up to wall time, and idle time is never counted.
 """
 
 import time
