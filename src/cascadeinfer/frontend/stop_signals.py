@@ -42,7 +42,7 @@ class StopSignals:
 
     Attributes:
         told: Called with `at_once` when the server must stop.
-        at_leave: Called, last one first, before a process that was stopped during its start ends.
+        at_leave: Called in reverse order before a process stopped during its start exits.
     """
 
     def __init__(self, *, second_is_at_once: bool = True, says_so: bool = True) -> None:
