@@ -1,11 +1,11 @@
 """
-Carries migrations out between simulated instances, as `core/migration.py` says.
+Carries migrations out between simulated instances, following the state machine in `core/migration.py`.
 
-Times: the ask, its answer and the cut command take `control_s` each; the cut takes effect when the source's step in
-flight ends; the pull starts `control_s + pull_overhead_s` later and moves all tokens but the last (less what the target
-has cached) over the network; the target's next step but the one in flight has the request, and that step's token ends
-the migration. Until the cut the source decodes on. Its blocks stay pinned until the pull is done. A crashed instance
-does not answer: the state's time limit, or the crash's discovery, decides.
+Times: the ask, its answer and the cut command take `control_s` each. The cut takes effect when the source's step in
+flight ends; until then the source keeps decoding. The pull starts `control_s + pull_overhead_s` later and moves all
+tokens but the last (less what the target has cached) over the network; the source's blocks stay pinned until it is
+done. The request joins the target's next step after the one in flight, and that step's token ends the migration. A
+crashed instance does not answer: the time limit of the state, or the detection of the crash, decides.
 """
 
 import math
