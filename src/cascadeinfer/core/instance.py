@@ -134,8 +134,7 @@ class InstanceView:
     @property
     def slowed_load(self) -> float:
         """
-        The load as a newcomer experiences it: the load at which an instance of usual speed would keep as many requests
-        waiting for a step.
+        The load as a newcomer experiences it: that of an equivalent instance of usual speed, i.e. scaled by `slowness`.
 
         A slow instance counts the newcomer itself; otherwise it would look as good as any other while empty.
         """
