@@ -287,15 +287,15 @@ class LocalLauncher(Generic[HelloT]):
             await asyncio.to_thread(life.segments.remember, processes)
         await asyncio.to_thread(life.engine.end, timeout_s)
         for process in processes:
-            await asyncio.to_thread(process.join, REAP_TIMEOUT_S)  # nobody else waits for what was killed: a zombie
+            await asyncio.to_thread(process.join, REAP_TIMEOUT_S)  # reap the killed process, or it stays a zombie
         if life.creation is not None:
             await asyncio.wait([life.creation], timeout=REAP_TIMEOUT_S)
-            # Its error has to be looked at by somebody, and whoever waited for it may have been cancelled.
+            # Retrieve its error: the task that waited for it may have been cancelled.
             life.creation.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         life.engine.put_away()
         await asyncio.to_thread(life.segments.remove)
         if life.folder is not None:
-            # Its sockets are nobody's any more.
+            # Its sockets are no longer used.
             await asyncio.to_thread(shutil.rmtree, life.folder, ignore_errors=True)
         if self._lives.get(place.instance_id) is life:
             del self._lives[place.instance_id]

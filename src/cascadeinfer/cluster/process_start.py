@@ -24,7 +24,7 @@ class ProcessStart:
 
     _lock = threading.Lock()
     _changing = threading.Lock()
-    #: What the variables of the start under way were before it, None for those that were not set.
+    #: Previous values of the variables set for the start under way; None for those that were unset.
     _before: ClassVar[dict[str, str | None]] = {}
 
     def __init__(self, environment: Mapping[str, str]) -> None:

@@ -134,7 +134,7 @@ def sweep(base: Path) -> list[Path]:
     removed = []
     with contextlib.suppress(FileNotFoundError), os.scandir(base) as entries:
         for entry in entries:
-            # Whatever is odd about one of them must not keep a server from starting.
+            # A problem with one of them must not keep the server from starting.
             with contextlib.suppress(OSError):
                 if NAME.fullmatch(entry.name) and _sweep_one(Path(entry.path)):
                     removed.append(Path(entry.path))

@@ -29,7 +29,7 @@ def segments_of(pid: int) -> set[str]:
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for user in (process, *process.children(recursive=True)):
-            # What is not known here stays until the server's end.
+            # Segments unknown here stay until the server exits.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
                 used = Path(f"/proc/{user.pid}/maps").read_text()
                 names.update(re.findall(rf"{SHARED_MEMORY}/({PREFIX}\w+)", used))
