@@ -25,7 +25,7 @@ async def within(limit_s: float, awaited: Awaitable[T], slept: Callable[[float],
     Args:
         limit_s: For so long, as `Silence` counts it; infinite: for ever.
         awaited: What answers. It is cancelled when the time is over, or when the waiting is.
-        slept: Told of every own sleep, with its length in seconds.
+        slept: Called for every suspension of this process, with its length in seconds.
 
     Raises:
         TimeoutError: There was none.

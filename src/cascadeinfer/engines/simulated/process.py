@@ -163,8 +163,7 @@ class SimulatedProcess:
             while self._inbox:
                 self._carry_out(self._inbox.popleft())
             if self._steps and self.core.has_work() and self.times.step_model is not None:
-                # How long it takes depends on what is in it: computed first, then waited for, before anybody hears of
-                # it.
+                # Its duration depends on its contents: compute the step first, then wait, then publish the results.
                 deltas = self.core.step(self._now_s())
                 await asyncio.sleep(self.core.step_s)
                 await self._thawed.wait()

@@ -105,7 +105,7 @@ class AttachedClient(AsyncMPClient):
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
-                self.utility_results.clear()  # nobody will answer
+                self.utility_results.clear()  # no answers will come
                 await asyncio.sleep(CONNECT_POLL_S)
         self.input_socket.setsockopt(zmq.ROUTER_MANDATORY, 0)  # a death is the owner's to tell, not the sender's
         return hello

@@ -71,7 +71,7 @@ class EngineChannel:
         self._is_open = True
         self.hello = hello
         self.connector_token = connector_token
-        #: The EngineCore's clock, as far as its answers tell.
+        #: The EngineCore's clock, as estimated from its answers.
         self._clock = ClockBound()
         self._clock.answered(hello.clock_s, time.monotonic())
         self._steps_at_report = 0

@@ -190,7 +190,7 @@ class VllmInstance:
         return await self.channel.next_outputs()
 
     async def limit_migrations(self, max_migrations: int | None) -> None:
-        """It takes part in at most so many migrations at once, whoever starts them; None: no limit."""
+        """Limit the migrations it takes part in at once, whoever starts them; None for no limit."""
         await self.channel.limit_migrations(max_migrations)
 
     async def forget_client(self, client_index: int) -> int:

@@ -16,7 +16,7 @@ from cascadeinfer.engines.vllm.further_clients import with_further_clients
 
 
 class InstanceClient(AsyncMPClient):
-    """vLLM's client, told when its processes have been started."""
+    """vLLM's client, with a callback once its processes have been started."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class InstanceClient(AsyncMPClient):
         log_stats: bool,
         further_clients: Sequence[ClientAddresses] = (),
     ) -> None:
-        """Start the EngineCore and block until it is ready; `on_started` is called (in this thread) on the way."""
+        """Start the EngineCore and block until it is ready; `on_started` is called meanwhile, in this thread."""
         self._on_started = on_started
         self._until_started = contextlib.ExitStack()
         self.ready_payload = b""

@@ -135,7 +135,7 @@ def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, setti
 
 
 def places_for(engine_args: AsyncEngineArgs, n_instances: int) -> Places:
-    """Cores or devices for so many instances, and for those that are added later."""
+    """Cores or devices for this many instances, and for those added later."""
     if current_platform.is_cpu():
         return core_places(n_instances, usable_cores())
     each = engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size

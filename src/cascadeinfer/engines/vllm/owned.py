@@ -61,7 +61,7 @@ class OwnedCore:
         self._kept: Kept[EngineHello] | None = None
         self._channel: EngineChannel | None = None
         self._stopped = False
-        #: Stopped to the end: what is at its place now is another life's.
+        #: Fully stopped: whatever runs at its place now is another life.
         self._ended = False
 
     @property

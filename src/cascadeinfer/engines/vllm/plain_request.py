@@ -9,7 +9,7 @@ from cascadeinfer.engines.protocol import EngineRequest
 
 
 def make_plain_request(request_id: str, prompt_token_ids: list[int], max_output_tokens: int) -> EngineRequest:
-    """A request that generates exactly so many tokens (fewer at the model's longest sequence), whatever they are."""
+    """A request that generates exactly this many tokens (fewer at the model's longest sequence), whatever they are."""
     params = SamplingParams(
         temperature=0.0,
         max_tokens=max_output_tokens,

@@ -36,7 +36,7 @@ class VllmProcesses:
         self.config = vllm_config
         self._log_stats = log_stats
         self._client: InstanceClient | None = None
-        #: vLLM's manager of the processes, from when they run until they are put away.
+        #: vLLM's manager of the processes, from their start until they are cleaned up.
         self._manager: Any = None
         self._ended = False
 
@@ -87,7 +87,7 @@ class VllmProcesses:
     def put_away(self) -> None:
         """See EngineProcesses."""
         if self._client is not None:
-            fail_pending_calls(self._client)  # one that hung: nobody hears `next_outputs` any more
+            fail_pending_calls(self._client)  # one that hung: `next_outputs` has no reader any more
             let_go(self._client)
             self._client = None
         if self._manager is not None:
