@@ -104,7 +104,7 @@ class CascadeEngineClient(EngineCoreClient):
         self._movable = all(engine.movable for engine in runtime.live_engines())
         self.engine_ranks_managed = [engine.index for engine in runtime.live_engines()]
         self.resources = Liveness()
-        #: Has `AsyncLLM` forget a request that it had noted before it handed it over here; vLLM leaves it in its books.
+        #: Makes `AsyncLLM` forget a request that it recorded before handing it over; vLLM would keep it in its books.
         self.forget: Callable[[RequestId], None] = lambda _: None
 
     async def get_output_async(self) -> EngineCoreOutputs:
@@ -202,7 +202,7 @@ class CascadeLLM(AsyncLLM):
     """`AsyncLLM` whose health is that of the runtime: healthy while any instance is up."""
 
     runtime: Runtime
-    #: What requests may say; the server sets the operator's.
+    #: What requests may contain; the server sets the operator's limits.
     content_limits = ContentLimits()
 
     async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:

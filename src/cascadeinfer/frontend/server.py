@@ -61,7 +61,7 @@ def shared_metrics(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(mode=0o700)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    # The class was chosen by the environment when the module was imported; metrics ask for it when they are made.
+    # The environment determined the class when the module was imported; metrics look it up when they are created.
     values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
     try:
         yield

@@ -162,7 +162,7 @@ def kill_all_below() -> None:
 
     Python's resource tracker is spared: it ends with us, and removes the shared memory that others have left behind.
     """
-    # Python says the number nowhere else.
+    # Python exposes the number nowhere else.
     tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]  # noqa: SLF001 - see above
     while below := [p for p in psutil.Process().children(recursive=True) if p.pid != tracker]:
         for process in below:

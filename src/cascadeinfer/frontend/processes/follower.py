@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 SUMMARY_S = 0.25
 ANSWER_TIMEOUT_S = 10.0
 UNSENT_MAX_BYTES = 1 << 16
-"""While so much waits for process 0 to read it, summaries wait too."""
+"""Summaries are held back while this much is unread by process 0."""
 
 
 class Follower:
@@ -182,7 +182,7 @@ class Follower:
     def _drain(self, instance_id: InstanceId, timeout_s: float) -> None:
         assert self._runtime is not None
         if self._runtime.fleet[instance_id].drain is None:
-            with contextlib.suppress(ScalingRefusedError):  # nobody else is attached yet
+            with contextlib.suppress(ScalingRefusedError):  # no other is attached yet
                 self._runtime.elastic.drain(instance_id, timeout_s)
 
     # --- Admin --------------------------------------------------------------------------------------------------------

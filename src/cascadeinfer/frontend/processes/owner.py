@@ -219,7 +219,7 @@ class FrontEnds:
     async def _one_life(self, follower: FollowerState) -> None:
         ours, its = socket.socketpair()
         with its:
-            # In a thread: a spawned process is given all it needs before this returns.
+            # In a thread: this blocks until the spawned process has received everything it needs.
             follower.process = await asyncio.to_thread(self._start_process, follower.index, its)
         follower.channel = await Channel[FromFollower].open(ours, FromFollower)
         follower.said = {}
