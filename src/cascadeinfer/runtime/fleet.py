@@ -141,7 +141,7 @@ class Fleet:
             EngineError: It cannot be connected, and the fault is its own.
         """
         await self.pairs.introduce(engine)
-        record = self.records[engine.instance_id]  # nobody has come up since the last one it was introduced to
+        record = self.records[engine.instance_id]  # no other has come up since its last handshake
         if not record.life.allows(Deed.JOIN):
             raise EngineError("is being removed", instance_id=engine.instance_id)
         for watcher in self.watchers:

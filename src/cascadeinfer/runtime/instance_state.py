@@ -141,17 +141,17 @@ IGNORED: Final = frozenset(
         (State.DRAINING_SUSPECT, Happening.SUSPECTED),
         (State.UP, Happening.TRUSTED),
         (State.DRAINING, Happening.TRUSTED),
-        # Whatever one that is about to die says or does not say is of no interest any more.
+        # Reports, or their absence, no longer matter once an instance is about to die.
         (State.CONDEMNED, Happening.SUSPECTED),
         (State.CONDEMNED, Happening.TRUSTED),
         (State.CONDEMNED, Happening.CONDEMNED),
         (State.DOOMED, Happening.SUSPECTED),
         (State.DOOMED, Happening.TRUSTED),
         (State.DOOMED, Happening.CONDEMNED),
-        # Nobody uses it yet: there is nothing to take out of use before it dies.
+        # It is not in use yet, so nothing must be taken out of use before it dies.
         (State.JOINING, Happening.CONDEMNED),
         (State.REJOINING, Happening.CONDEMNED),
-        # The last words of an engine that is being stopped.
+        # The last messages of an engine that is being stopped.
         (State.REMOVING, Happening.CONDEMNED),
         (State.REMOVING, Happening.STARTED),
         (State.REMOVING, Happening.START_FAILED),

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 POISON_REMEMBERED: Final = 32
 POISON_SENTENCE: Final = "poison_request: the instances that ran this request died under it; it is not tried again"
-"""What its client is told, with HTTP 500."""
+"""The message to its client, with HTTP 500."""
 
 
 class Isolation:

@@ -212,7 +212,7 @@ class Migrator:
         engine = self._engines.engine(instance_id)
         engine_request_id = self._streams.place(record.stream, instance_id)
         if engine is None:
-            return  # its loss is on the way as a happening
+            return  # its loss arrives as a separate event
         resume = Resume(
             list(record.stream.output_token_ids),
             ticket,

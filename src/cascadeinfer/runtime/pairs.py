@@ -73,14 +73,14 @@ class Pairs:
 
     Attributes:
         strict: The server starts: a pair that fails keeps it from starting, and newcomers wait for each other.
-        foreign: Broken pairs according to whoever connects the instances, when that is not this process.
+        foreign: Broken pairs as reported by the process that connects the instances, if it is not this one.
     """
 
     def __init__(self, live_engines: Callable[[], list[Engine]], condemn: Callable[[Engine, str], None]) -> None:
         """
         Args:
             live_engines: Those that are up now.
-            condemn: Told who is to be restarted, and why.
+            condemn: Called with the instance to restart, and why.
         """
         self._live_engines = live_engines
         self._condemn = condemn
@@ -143,7 +143,7 @@ class Pairs:
             pair.task.cancel()
 
     async def stop(self) -> None:
-        """Try no more."""
+        """Stop trying."""
         tasks = [pair.task for pair in self._known.values() if pair.task is not None]
         for task in tasks:
             task.cancel()

@@ -127,7 +127,7 @@ class Performer:
         assert stream.engine_request_id is not None
         engine = self._fleet.engine(stream.instance_id)
         if engine is None:
-            return  # its loss is an event on the way, and the request an orphan
+            return  # its loss arrives as an event, which orphans the request
         engine_request_id = stream.engine_request_id
         resume = Resume(list(stream.output_token_ids)) if stream.output_token_ids else None
         self._commands.send(

@@ -92,7 +92,7 @@ class Recovery:
             self._timer = asyncio.get_running_loop().call_later(REPAIR_AFTER_S, self._repair)
 
     def stop(self) -> None:
-        """No more repairs."""
+        """Cancel pending repairs."""
         if self._timer is not None:
             self._timer.cancel()
 

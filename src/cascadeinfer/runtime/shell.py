@@ -97,10 +97,10 @@ class Runtime:
         )
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
         self._given_up = GivenUp(self._give_up)
-        #: Told of a request that is refused after `submit` has returned and before its first token; None: it ends with
-        #: an error.
+        #: Called for a request refused after `submit` has returned and before its first token; None: it ends with an
+        #: error.
         self.on_late_refusal: Callable[[RequestId, RequestRejectedError], None] | None = None
-        #: Told of a request that cannot go on, with a sentence for its client; None: it ends with an error without one.
+        #: Called for a request that cannot continue, with a sentence for its client; None: it ends with a bare error.
         self.on_failure: Callable[[RequestId, str], None] | None = None
 
     # --- for the front end -------------------------------------------------------------------------------------------

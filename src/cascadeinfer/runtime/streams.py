@@ -23,7 +23,7 @@ class Refusal:
 
     Attributes:
         outcome: The metric label of its end: `rejected`, or `failed` where the policy failed at it.
-        error: For whoever sent it.
+        error: Raised to the sender.
     """
 
     outcome: str
@@ -108,10 +108,10 @@ class StreamTable:
         """Start empty."""
         self._streams: dict[RequestId, Stream] = {}
         self._by_attempt: dict[str, Stream] = {}
-        #: Told of each request that leaves its place, and of each that is over.
+        #: Called for each request that leaves its place, and for each that ends.
         self.on_displaced: Callable[[Stream], None] = lambda _: None
         self.on_closed: Callable[[Stream], None] = lambda _: None
-        #: The request whose current attempt has this id; None for words of an old attempt.
+        #: The request whose current attempt has this id; None for output of an old attempt.
         self.of_attempt: Callable[[str], Stream | None] = self._by_attempt.get
 
     def __len__(self) -> int:
@@ -119,7 +119,7 @@ class StreamTable:
         return len(self._streams)
 
     def __iter__(self) -> Iterator[Stream]:
-        """Live requests in order of arrival; safe against changes on the way."""
+        """Live requests in order of arrival; safe against concurrent changes."""
         return iter(list(self._streams.values()))
 
     def get(self, request_id: RequestId) -> Stream | None:

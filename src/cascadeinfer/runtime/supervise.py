@@ -27,7 +27,7 @@ from cascadeinfer.runtime.instance_state import Deed, Happening, InstanceLife
 logger = logging.getLogger(__name__)
 
 DEAF_REPORTS = 10
-"""An instance that says in so many reports in a row that its side channel is dead cannot mend it."""
+"""After this many consecutive reports of a dead side channel, the instance cannot repair it."""
 DEAF = "its side channel is dead and stays so"
 
 
@@ -108,7 +108,7 @@ class Supervisor:
         Args:
             instance_id: Its name, the same over restarts.
             make_engine: Makes a fresh engine for the n-th start (0, 1, ...).
-            listener: Who is told.
+            listener: Notified of what happens.
             times: Limits and intervals.
         """
         self.instance_id = instance_id
