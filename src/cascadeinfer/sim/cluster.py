@@ -191,7 +191,7 @@ class SimCluster:
         self.migrator.instance_crashed(instance.instance_id)
 
     def instance_lost(self, instance: SimInstance) -> None:
-        """Its requests are orphans; the policy places them anew and they go on from prompt and output so far."""
+        """Its requests are orphans: the policy places them anew, and they continue from prompt and output so far."""
         self.migrator.instance_lost(instance.instance_id)
         orphans = sorted(instance.scheduler.requests(), key=lambda request: request.row)
         for request in orphans:

@@ -166,7 +166,7 @@ class SimInstance:
 
     def push(self, request: SimRequest, now_s: float) -> None:
         """Queue a request."""
-        # Behind a head that does not fit nothing moves until the running requests change.
+        # Nothing moves behind a head that does not fit until the running requests change.
         is_head = self.scheduler.push(request)
         self._changed(now_s, stop_cruise=is_head)
 

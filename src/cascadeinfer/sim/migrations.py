@@ -57,7 +57,7 @@ class Host(Protocol):
         ...
 
     def displaced(self, request: SimRequest) -> None:
-        """The request is nowhere; the policy will be told."""
+        """The request is on no instance; an event will tell the policy."""
         ...
 
     def migration_ended(self, move: Move) -> None:
@@ -129,7 +129,7 @@ class Migrator:
         self.happen(move, move.migration.cut_heard(self._kernel.now_s, move.tokens - 1))
 
     def instance_crashed(self, instance_id: InstanceId) -> None:
-        """Transfers from and to it stop; nobody knows why yet."""
+        """Transfers from and to it stop; the cause is not known yet."""
         for move in list(self.moves.values()):
             if instance_id in {move.migration.source_id, move.migration.target_id}:
                 self.network.cancel(move.migration.migration_id)
@@ -227,7 +227,7 @@ class Migrator:
         move.request.instance_id = move.migration.target_id
         target = self._host.instance(move.migration.target_id)
         if target is None:
-            return  # its loss is a happening of its own
+            return  # its loss arrives as a separate event
         move.pulled_tokens = target.expect(move.request, move.migration.migration_id, self._kernel.now_s)
         self._host.touched(target)
         network = self._config.network
@@ -259,11 +259,11 @@ class Migrator:
             self._host.touched(source)
 
     def _place(self, move: Move, instance_id: InstanceId) -> None:
-        """Queue the request at an instance that computes its KV cache anew."""
+        """Queue the request at an instance that recomputes its KV cache."""
         move.request.instance_id = instance_id
         instance = self._host.instance(instance_id)
         if instance is None:
-            return  # its loss is a happening of its own
+            return  # its loss arrives as a separate event
         instance.watch(move.request)
         instance.push(move.request, self._kernel.now_s)
         self._host.touched(instance)

@@ -24,7 +24,7 @@ class Phase(enum.Enum):
     DECODE = "decode"
     """Running; one token per step."""
     PULLING = "pulling"
-    """Cut at the source; the target has its blocks and its KV cache is on the way."""
+    """Cut at the source; the target has allocated its blocks and its KV cache is in transit."""
     JOINING = "joining"
     """Its KV cache is at the target; it decodes from the next step on."""
     FINISHED = "finished"
