@@ -247,8 +247,8 @@ class InstanceView:
         while len(lengths) > known:  # a dict keeps its order: strangers came in last
             lengths.popitem()
         self.kv_tokens = sum(lengths.values())
-        # Blocks of requests on their way here are reserved, so in use, when the ask for room has been granted, which
-        # takes milliseconds: the report counts them.
+        # Blocks of inbound requests are reserved, so in use, once the ask for room has been granted, which takes
+        # milliseconds: the report counts them.
         self.blocks_committed = report.kv_blocks_used
         if self.starting or report.waiting_ids:
             self._follow_queue(report)
@@ -274,7 +274,7 @@ class InstanceView:
         blocks_for = self.capacity.blocks_for
         self.blocks_committed += sum([blocks_for(self.request_ids[request_id]) for request_id in waiting])
         starting = {r: placed for r, placed in self.starting.items() if r in waiting or self.request_ids[r] <= placed}
-        for request_id in waiting:  # one that ran before is computed anew with all it has
+        for request_id in waiting:  # one that ran before is recomputed with all its tokens
             starting.setdefault(request_id, self.request_ids[request_id])
         self.starting = starting
         self.queue = sum(map(self.pricing.queue_of, starting.values()))

@@ -315,7 +315,7 @@ class ClusterView:
         self._find_alike()
         self._find_available()
         tokens_of = dict(zip(event.orphan_ids, event.orphan_tokens, strict=True))
-        # A migrating request still counts here while it goes on at its target: `MigrationEnded` will say where it is.
+        # A migrating request counts here even once it runs at its target: `MigrationEnded` will say where it is.
         ids_here = list(instance.request_ids) if instance is not None else []
         placed_here = [request_id for request_id in ids_here if self.requests[request_id].migration_id is None]
         for request_id in {**dict.fromkeys(placed_here), **dict.fromkeys(event.orphan_ids)}:
