@@ -66,17 +66,17 @@ logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0
 PROFILE_LEASE_S = 30
-"""Of pulls that are measured: nobody waits for their blocks."""
+"""For measured pulls, whose blocks no other request waits for."""
 REATTACH_S = 0.05
 """A follower waits for process 0's word that an instance is up again, not for its own back-off."""
 
 
 async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
     """
-    Compare the profile with every engine that runs.
+    Compare the profile with every running engine.
 
     Raises:
-        ProfileError: It is of another model or set-up than one of them.
+        ProfileError: It was measured on another model or set-up than one of them.
     """
     if options.profile is None:
         if POLICIES[options.policy_name()].uses_profile:
@@ -90,7 +90,7 @@ async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
 
 
 def _instances(runtime: Runtime) -> list[VllmInstance]:
-    """Those that are up."""
+    """The instances that are up."""
     return [engine for engine in runtime.live_engines() if isinstance(engine, VllmInstance)]
 
 
@@ -147,10 +147,10 @@ def make_runtime(
 async def running_llm(
     runtime: Runtime, *, log_stats: bool = True, log_requests: bool = False
 ) -> AsyncIterator[CascadeLLM]:
-    """Start a runtime and put vLLM's `AsyncLLM` on it; stop both at the end."""
+    """Start a runtime with vLLM's `AsyncLLM` on it; stop both at the end."""
     await runtime.start()
     try:
-        # They serve the same model; a context that was fitted to an instance's memory may be shorter than another's.
+        # They serve the same model; a context fitted to one instance's memory may be shorter than another's.
         configs = [engine.config for engine in runtime.live_engines()]
         narrowest = min(configs, key=lambda config: config.model_config.max_model_len)
         llm = make_llm(runtime, narrowest, log_stats=log_stats, log_requests=log_requests)
@@ -212,7 +212,7 @@ async def running_subjects(args: Namespace, n_instances: int) -> AsyncIterator[l
     Engines to profile, started and connected; stopped at the end.
 
     Raises:
-        ConfigError: An option of vLLM's is wrong; nothing has been started.
+        ConfigError: A vLLM option is wrong; nothing has been started.
         EngineError: An engine did not start.
     """
     names = tuple(str(i) for i in range(n_instances))
@@ -301,7 +301,7 @@ def run_follower(
     loads: MutableSequence[int],
 ) -> None:
     """
-    A follower, in a process of its own, until process 0 tells it to stop or is gone.
+    Run a follower in its own process until process 0 tells it to stop or is gone.
 
     Args:
         index: Its number, from 1.

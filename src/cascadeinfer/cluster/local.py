@@ -1,11 +1,13 @@
 """
-The launcher for instances that are processes of this machine, children of the process that starts them.
+The launcher for instances that run on this machine, as child processes of the process that starts them.
 
-Everything here that is true of one machine only is meant for nobody else: addresses on the loopback, sockets in a private folder, process
-ids and signals, shared memory (`shared_memory.py`), the environment of a start (`process_start.py`), cores and devices (`places.py`).
+Everything specific to one machine stays behind it: loopback addresses, sockets in a private folder, process ids and
+signals, shared memory (`shared_memory.py`), the start-up environment (`process_start.py`), cores and devices
+(`places.py`).
 
-What an engine's processes are is for who knows the engine to say (`EngineProcesses`). vLLM's take the addresses of all their clients when they
-are started and no others afterwards, and they end with the process that started them: this launcher has neither of the `Abilities`.
+What an engine's processes are is defined by the engine's side (`EngineProcesses`). vLLM's processes learn the addresses
+of all their clients at start, accept no others later, and end with the process that started them, so this launcher has
+neither of the `Abilities`.
 """
 
 import asyncio
@@ -56,7 +58,7 @@ def free_memory_bytes() -> int:
 
 
 async def exit_of(process: BaseProcess) -> None:
-    """Wait until a process that was started here has ended."""
+    """Wait until a process started here has ended."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
     watched = os.dup(process.sentinel)
@@ -70,11 +72,12 @@ async def exit_of(process: BaseProcess) -> None:
 
 class EngineProcesses(Protocol[HelloT_co]):
     """
-    The processes of one start of an engine, and the first client of it. What is said to block is called in a thread.
+    The processes of one start of an engine, and its first client. Methods documented as blocking are called in a
+    thread.
 
     Attributes:
-        environment: Variables that they get, beside the launcher's.
-        n_clients: How many will use it, the first one (number 0) included.
+        environment: Variables for them, in addition to the launcher's.
+        n_clients: How many clients will use it, including the first (number 0).
     """
 
     environment: Mapping[str, str]
@@ -82,17 +85,17 @@ class EngineProcesses(Protocol[HelloT_co]):
 
     @property
     def processes(self) -> Sequence[BaseProcess]:
-        """Those that have been started and not been put away; the main one is the first."""
+        """Processes that have been started and not yet cleaned up; the main one is first."""
         ...
 
     @property
     def ready_payload(self) -> bytes:
-        """Of a started one, see `Kept`."""
+        """See `Kept`; available once started."""
         ...
 
     @property
     def config(self) -> Any:
-        """Of a started one, see `Kept`."""
+        """See `Kept`; available once started."""
         ...
 
     def start(self, environment: ProcessStart, further_clients: Sequence[ClientAddresses]) -> None:
@@ -100,15 +103,15 @@ class EngineProcesses(Protocol[HelloT_co]):
         ...
 
     async def hello(self) -> HelloT_co:
-        """What the engine says of itself, once it is ready."""
+        """What the engine reports about itself once it is ready."""
         ...
 
     def end(self, timeout_s: float) -> None:
-        """End the processes, those that are starting too, and block until they have ended or were killed. Twice is harmless."""
+        """End the processes, even while they start, and block until all have exited or been killed. Idempotent."""
         ...
 
     def put_away(self) -> None:
-        """Once they have ended, in the event loop's thread: close what they leave in this process."""
+        """After they have exited: close what they leave in this process. Runs in the event loop's thread."""
         ...
 
 
@@ -119,10 +122,10 @@ class _Life(Generic[HelloT]):
 
     Attributes:
         folder: Its sockets and temporary files.
-        further_clients: Addresses of the clients from number 1 on, known once it has begun to start.
+        further_clients: Addresses of the clients from number 1 on, known once the start has begun.
         creation: The thread that starts it.
-        kept: Once it has started.
-        attached: Clients that are there.
+        kept: Set once it has started.
+        attached: Clients that are attached.
     """
 
     engine: EngineProcesses[HelloT]
@@ -143,8 +146,8 @@ class LocalLauncher(Generic[HelloT]):
         """
         Args:
             places: The cores or devices of this machine.
-            n_first: Instances of the start, among which all of its memory is shared out.
-            further_needs_bytes: Main memory that each further one must find free.
+            n_first: Number of initial instances, which share all of its memory.
+            further_needs_bytes: Main memory that must be free for each further instance.
         """
         self._places = places
         self._n_first = n_first
@@ -166,7 +169,8 @@ class LocalLauncher(Generic[HelloT]):
         if available < self._further_needs_bytes:
             raise ScalingRefusedError(
                 f"no memory left: an instance needs {self._further_needs_bytes / 2**30:.1f} GiB for KV blocks alone, "
-                f"{available / 2**30:.1f} GiB are free (drain one, or start the server with a smaller --kv-cache-memory-bytes)"
+                f"{available / 2**30:.1f} GiB are free "
+                "(drain one, or start the server with a smaller --kv-cache-memory-bytes)"
             )
 
     def release(self, place: Place) -> None:
@@ -197,9 +201,10 @@ class LocalLauncher(Generic[HelloT]):
     @staticmethod
     def _create(life: _Life[HelloT]) -> None:
         """
-        In a thread: start the processes and wait for them. Ends early by an error when `stop` is called meanwhile.
+        Start the processes and wait for them; runs in a thread. Ends early with an error if `stop` is called meanwhile.
 
-        What has been started is kept in the life, not by whoever waits: that may have been cancelled, and `stop` must find it.
+        The started processes are recorded in the life, not by the waiting caller: the caller may have been cancelled,
+        and `stop` must find them.
         """
         folder = life.folder = instance_folder()
         life.further_clients = tuple(
@@ -215,8 +220,8 @@ class LocalLauncher(Generic[HelloT]):
         """
         Wait for the thread that starts the processes.
 
-        vLLM does not look at them between its last word of the start and its first of the service: one that dies there would be
-        waited for until `VLLM_ENGINE_READY_TIMEOUT_S`, ten minutes. The thread is; we are not.
+        vLLM stops watching the process between its last start-up message and first reply; a death there would block it
+        until `VLLM_ENGINE_READY_TIMEOUT_S`, ten minutes. The thread stays blocked; we poll.
         """
         was_dead = False
         while not (await asyncio.wait([creation], timeout=START_POLL_S))[0]:
@@ -233,14 +238,14 @@ class LocalLauncher(Generic[HelloT]):
         return {instance_id: life.kept for instance_id, life in self._lives.items() if life.kept is not None}
 
     def client_addresses(self, place: Place, client: int) -> ClientAddresses:
-        """See Launcher: those of its start, and no others."""
+        """See Launcher: only the addresses named at its start."""
         addresses = self._life(place).further_clients
         if not 1 <= client <= len(addresses):
             raise EngineError(f"was not started for a client {client}", instance_id=place.instance_id)
         return addresses[client - 1]
 
     async def attach(self, place: Place, client: int, addresses: ClientAddresses) -> None:
-        """See Launcher: the engine has been told of all its clients at its start."""
+        """See Launcher: the engine learned of all its clients at its start."""
         life = self._life(place)
         if life.kept is None:
             raise EngineError("has not started", instance_id=place.instance_id)
@@ -249,7 +254,7 @@ class LocalLauncher(Generic[HelloT]):
         life.attached.add(client)
 
     async def detach(self, place: Place, client: int) -> None:
-        """See Launcher: the engine goes on knowing the addresses, for the client's successor."""
+        """See Launcher: the engine keeps the addresses, for the client's successor."""
         if (life := self._lives.get(place.instance_id)) is not None:
             life.attached.discard(client)
 
@@ -282,15 +287,15 @@ class LocalLauncher(Generic[HelloT]):
             await asyncio.to_thread(life.segments.remember, processes)
         await asyncio.to_thread(life.engine.end, timeout_s)
         for process in processes:
-            await asyncio.to_thread(process.join, REAP_TIMEOUT_S)  # nobody else waits for what was killed: a zombie
+            await asyncio.to_thread(process.join, REAP_TIMEOUT_S)  # reap the killed process, or it stays a zombie
         if life.creation is not None:
             await asyncio.wait([life.creation], timeout=REAP_TIMEOUT_S)
-            # Its error has to be looked at by somebody, and whoever waited for it may have been cancelled.
+            # Retrieve its error: the task that waited for it may have been cancelled.
             life.creation.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         life.engine.put_away()
         await asyncio.to_thread(life.segments.remove)
         if life.folder is not None:
-            # Its sockets are nobody's any more.
+            # Its sockets are no longer used.
             await asyncio.to_thread(shutil.rmtree, life.folder, ignore_errors=True)
         if self._lives.get(place.instance_id) is life:
             del self._lives[place.instance_id]

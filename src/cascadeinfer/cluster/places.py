@@ -1,4 +1,4 @@
-"""How the cores or devices of one machine are shared out among instances, and among those that are added later."""
+"""Divides the cores or devices of one machine among instances, including those added later."""
 
 import logging
 from collections import Counter
@@ -14,8 +14,8 @@ def split_cores(n_instances: int, cores: Sequence[int]) -> list[str]:
     """
     Cores per instance in vLLM's notation (`VLLM_CPU_OMP_THREADS_BIND`), e.g. `0-3`, `4-7`.
 
-    With fewer cores than instances, instances share cores in turn; left-over cores stay free for the front end (and for instances that are
-    added later).
+    With fewer cores than instances, the instances share cores in turn. Left-over cores stay free for the front end and
+    for instances added later.
     """
     if not cores:
         raise ConfigError("this process may run on no core", option="CPU affinity")
@@ -41,7 +41,8 @@ def split_devices(n_instances: int, devices_per_instance: int, visible: Sequence
         return [visible[0]] * n_instances  # instances share one device: lower --gpu-memory-utilization
     enough_for = len(visible) // devices_per_instance
     raise ConfigError(
-        f"{n_instances} instances of {devices_per_instance} device(s) need {needed} devices, {len(visible)} are visible",
+        f"{n_instances} instances of {devices_per_instance} device(s) need {needed} devices, "
+        f"{len(visible)} are visible",
         option="--instances",
         fix=f"{f'use --instances {enough_for} or ' if enough_for else ''}make more devices visible",
     )
@@ -49,18 +50,18 @@ def split_devices(n_instances: int, devices_per_instance: int, visible: Sequence
 
 class Places:
     """
-    The places of this machine (cores or devices), each for one instance or shared by several; dealt out and taken back.
+    The places of this machine (cores or devices), each for one instance or shared by several; taken and given back.
 
-    An instance that is added later gets a place that another has left, then one that was never used, then, where instances may share, the
-    one with the fewest.
+    An instance added later gets a vacated place if there is one, then one never used, then, where sharing is allowed,
+    the place with the fewest instances.
     """
 
     def __init__(self, dealt: Sequence[str], spare: Sequence[str], *, may_share: bool) -> None:
         """
         Args:
-            dealt: A place for each instance of the start; one that is named twice holds two.
-            spare: Places beyond those.
-            may_share: Whether more instances than that may be put on them.
+            dealt: A place for each initial instance; a place named twice holds two.
+            spare: Further places.
+            may_share: Whether further instances may share places.
         """
         self._room = Counter([*dealt, *spare])
         self._place_of: dict[InstanceId, str] = {}
@@ -78,7 +79,8 @@ class Places:
         if place is None:
             if not self._may_share:
                 raise ScalingRefusedError(
-                    f"no device left: {', '.join(self._room)} have an instance each (drain one, or start the server with more devices)"
+                    f"no device left: {', '.join(self._room)} have an instance each "
+                    "(drain one, or start the server with more devices)"
                 )
             place = min(self._room, key=lambda p: used[p] / self._room[p])
             logger.warning("instance %s shares cores %s with others: there are no free ones", instance_id, place)
@@ -91,7 +93,7 @@ class Places:
 
 
 def core_places(n_instances: int, cores: Sequence[int]) -> Places:
-    """Cores for so many instances, and for more that come later: left-over cores first, then shared ones."""
+    """Cores for this many instances and for later ones: left-over cores first, then shared ones."""
     dealt = split_cores(n_instances, cores)
     each = max(1, len(cores) // n_instances)
     rest = [str(core) for core in cores[each * n_instances :]]
@@ -101,10 +103,10 @@ def core_places(n_instances: int, cores: Sequence[int]) -> Places:
 
 def device_places(n_instances: int, devices_per_instance: int, visible: Sequence[str]) -> Places:
     """
-    Devices for so many instances, and for more that come later. Only a single device is shared.
+    Devices for this many instances and for later ones. Only a single device is shared.
 
     Raises:
-        ConfigError: There are too few for the start.
+        ConfigError: There are too few for the initial instances.
     """
     dealt = split_devices(n_instances, devices_per_instance, visible)
     rest = visible[n_instances * devices_per_instance :]

@@ -1,9 +1,10 @@
 """
 The environment in which an instance's processes are started.
 
-An instance's settings reach vLLM through environment variables that its processes inherit when they are started. `ProcessStart` sets
-them for the moment of the start only, under a lock, so that several instances can start in parallel without seeing each other's. Who
-wants to know what the operator has set asks `operator_environment`: `os.environ` may hold another instance's variables at that moment.
+An instance's settings reach vLLM through environment variables that its processes inherit. `ProcessStart` sets them
+only for the moment of the start, under a lock, so that several instances can start in parallel without seeing each
+other's variables. To read what the operator has set, use `operator_environment`: `os.environ` may hold an instance's
+variables at that moment.
 """
 
 import os
@@ -16,13 +17,14 @@ class ProcessStart:
     """
     The environment that one instance's processes inherit.
 
-    `enter` and `leave` bracket the moment of the start, possibly in different threads' stacks; `leave` may be called twice. With no
-    variables it makes sure that another process (a front end's) is not started in the middle of an instance's start, with its variables.
+    `enter` and `leave` bracket the moment of the start, possibly in different threads' stacks; `leave` may be called
+    twice. An empty set of variables protects the start of another process (a front end) from inheriting an instance's
+    variables.
     """
 
     _lock = threading.Lock()
     _changing = threading.Lock()
-    #: What the variables of the start under way were before it, None for those that were not set.
+    #: Previous values of the variables set for the start under way; None for those that were unset.
     _before: ClassVar[dict[str, str | None]] = {}
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -31,7 +33,7 @@ class ProcessStart:
         self._entered = False
 
     def enter(self) -> None:
-        """Wait for the turn and set the variables."""
+        """Wait for the lock and set the variables."""
         self._lock.acquire()
         with self._changing:
             self._before.update({name: os.environ.get(name) for name in self._environment})
@@ -67,5 +69,5 @@ class ProcessStart:
 
 
 def operator_environment() -> dict[str, str]:
-    """The variables that this process was started with and has set for itself; never those of an instance that is starting just now."""
+    """The variables this process was started with or has set itself, without those of an instance that is starting."""
     return ProcessStart.environment_before()

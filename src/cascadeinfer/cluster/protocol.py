@@ -1,15 +1,16 @@
 """
-Where engines run, and who keeps them: the protocol of a launcher.
+The protocol of a launcher, which decides where engines run and keeps them running.
 
-A launcher gives an instance a place, starts an engine there and keeps it: it knows whether the engine lives, ends it, and lets front ends
-attach to it. What is true of one kind of place only (how far an address reaches, how a process is killed, whether clocks are shared) stays
-behind this protocol.
+A launcher gives an instance a place, starts an engine there and keeps it: it knows whether the engine is alive, ends
+it, and lets front ends attach to it. What depends on the kind of place (how far an address reaches, how a process is
+killed, whether clocks are shared) stays behind this protocol.
 
-A place holds one engine at a time; each start at it is a new life, with an engine id of its own. A front end is a *client* of the engine, by
-a number that its successor takes over: it binds two sockets, and the engine connects to them.
+A place holds one engine at a time; each start there is a new life with its own engine id. A front end is a numbered
+*client* of the engine, and its successor takes the number over: the client binds two sockets, and the engine connects
+to them.
 
-Launchers differ in what they can do beyond that (`Abilities`); whoever needs an ability asks before. `cluster/local.py` is the one for processes of
-this machine. `docs/extending.md` says how to write another one.
+Launchers differ in their further abilities (`Abilities`); check them before relying on one. `cluster/local.py` is the
+launcher for processes of this machine; `docs/extending.md` explains how to write another.
 """
 
 from collections.abc import Mapping
@@ -30,9 +31,9 @@ class Place:
     Room for one instance.
 
     Attributes:
-        instance_id: Whose it is.
-        node: The machine, by a name that tells machines apart.
-        resources: What of the machine it is: cores or devices, as the engine writes them (`0-3`, `0,1`).
+        instance_id: The instance it belongs to.
+        node: The machine, by a name unique among machines.
+        resources: Its part of the machine: cores or devices in the engine's notation (`0-3`, `0,1`).
         host: The address on which its processes listen for each other and for other instances.
         network_device: The interface that has this address.
     """
@@ -47,11 +48,11 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class ClientAddresses:
     """
-    A client's two sockets, which it binds.
+    The two sockets that a client binds.
 
     Attributes:
-        input_address: From which the engine takes requests.
-        output_address: To which it sends what it has computed.
+        input_address: Where the engine receives requests.
+        output_address: Where the engine sends its outputs.
     """
 
     input_address: str
@@ -61,14 +62,14 @@ class ClientAddresses:
 @dataclass(frozen=True, slots=True)
 class Kept(Generic[HelloT]):
     """
-    A running engine: all that a client must know of it but its own addresses.
+    A running engine: everything a client must know of it except the client's own addresses.
 
     Attributes:
         place: Where it runs.
         pid: Its main process on that node.
-        hello: What it says of itself.
-        ready_payload: The engine's message of readiness, which each client needs.
-        config: The engine's own configuration, as its start has completed it; opaque here.
+        hello: What it reports about itself.
+        ready_payload: The engine's ready message, which each client needs.
+        config: The engine's own configuration, completed by its start; opaque here.
     """
 
     place: Place
@@ -81,11 +82,11 @@ class Kept(Generic[HelloT]):
 @dataclass(frozen=True, slots=True)
 class Abilities:
     """
-    What a launcher can do beyond keeping engines while its process lives.
+    What a launcher can do beyond keeping engines while its own process lives.
 
     Attributes:
-        new_clients: An engine takes clients that were not named at its start.
-        outlives_front_end: Its engines go on when the process that started them ends; `living` finds them again.
+        new_clients: An engine accepts clients that were not named at its start.
+        outlives_front_end: Its engines survive the process that started them; `living` finds them again.
     """
 
     new_clients: bool
@@ -110,29 +111,29 @@ class Launcher(Protocol[OrderT_contra, HelloT]):
         ...
 
     def release(self, place: Place) -> None:
-        """The instance is gone for good, and nothing runs there: the room is free again."""
+        """The instance is gone for good and nothing runs there: free its place."""
         ...
 
     async def start(self, place: Place, order: OrderT_contra) -> Kept[HelloT]:
         """
-        Start an engine and wait until it answers. Whoever gives up waiting, or gets an error, calls `stop`.
+        Start an engine and wait until it answers. A caller that stops waiting, or gets an error, must call `stop`.
 
         Raises:
-            EngineError: It did not start, was stopped meanwhile, or there is one already.
+            EngineError: It did not start, was stopped meanwhile, or one is already running there.
         """
         ...
 
     def living(self) -> Mapping[InstanceId, Kept[HelloT]]:
-        """The engines that have started and have not been stopped, a dead one included until then."""
+        """Engines that have started and have not been stopped; a dead one is listed until it is stopped."""
         ...
 
     def client_addresses(self, place: Place, client: int) -> ClientAddresses:
         """
-        Addresses that a client in this process's reach can bind for the engine at a place.
+        Addresses that a client within reach of this process can bind for the engine at a place.
 
         Args:
             place: An engine has begun to start there.
-            client: The client's number, from 1; number 0 is whoever starts the engine.
+            client: The client's number, from 1; number 0 is the process that starts the engine.
 
         Raises:
             EngineError: The engine has no room for a client of this number.
@@ -141,19 +142,19 @@ class Launcher(Protocol[OrderT_contra, HelloT]):
 
     async def attach(self, place: Place, client: int, addresses: ClientAddresses) -> None:
         """
-        Have the engine serve a client at these addresses; doing it twice is harmless.
+        Have the engine serve a client at these addresses. Idempotent.
 
         Raises:
-            EngineError: It does not run, or cannot serve a client there.
+            EngineError: It is not running, or cannot serve a client there.
         """
         ...
 
     async def detach(self, place: Place, client: int) -> None:
-        """Nobody is at the client's addresses any more. What it left in the engine is aborted by whoever commands the engine."""
+        """The client at these addresses is gone. Whoever commands the engine aborts what the client left there."""
         ...
 
     async def death(self, place: Place) -> str:
-        """Wait until the engine that has started there is gone; returns why, as far as it is known."""
+        """Wait until the engine started there is gone; returns the reason as far as known."""
         ...
 
     def kill(self, place: Place) -> None:
@@ -162,10 +163,11 @@ class Launcher(Protocol[OrderT_contra, HelloT]):
 
     async def stop(self, place: Place, timeout_s: float) -> None:
         """
-        End the engine, one that is starting too, and remove what it leaves on the node. Doing it twice, or again after a cancellation, is harmless.
+        End the engine, even while it starts, and remove what it leaves on the node. Idempotent, also after a
+        cancellation.
 
         Args:
             place: Where it runs.
-            timeout_s: For it to end by itself; then it is killed.
+            timeout_s: Time to exit by itself before it is killed.
         """
         ...

@@ -1,18 +1,19 @@
 """
-The private folder of a running server: the sockets of its instances, their temporary files, the metrics of its processes.
+The private folder of a running server: sockets of its instances, their temporary files, metrics of its processes.
 
     TMPDIR/cascadeinfer-XXXXXXXX/    0700, ours
         lock                         locked for the server's life
         metrics/                     Prometheus metrics that several processes share
         iXXXXXXXX/ ...               one start of one instance: ZMQ's sockets, vLLM's rendezvous file
 
-It goes when the server goes. A server that was killed leaves it, and the next one that starts removes it: a folder whose lock is free has no
-server. The lock is POSIX's: the kernel drops it with the process, whatever ended it, and children do not inherit it, so that an orphan cannot
-hold it. (Such a lock is also dropped when its process closes *any* descriptor of the file, so nobody here ever opens the own one again.)
+The server removes it on exit. A killed server leaves it behind, and the next one to start removes it: a folder whose
+lock is free has no server. The lock is a POSIX lock: the kernel drops it with the process, however that ended, and
+children do not inherit it, so no orphan can hold it. (It is also dropped when its process closes *any* descriptor of
+the file, so this module never opens its own lock file again.)
 
-`TMPDIR` is writable by everybody. A folder is swept only when it is ours, by name and by owner, and a real folder; what is opened in it is
-opened relative to the open folder and never through a link. Two starts may meet: one that finds, once it has its lock, that its folder has been
-swept takes another.
+Everybody can write to `TMPDIR`. A folder is swept only if its name and owner are ours and it is a real folder; files in
+it are opened relative to the open folder and never through a link. Two starts may race: one that finds, once it holds
+its lock, that its folder has been swept takes another.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ class RuntimeFolder:
     def __init__(self, path: Path, lock: int) -> None:
         """
         Args:
-            path: It exists.
+            path: The existing folder.
             lock: The descriptor of its locked file.
         """
         self.path = path
@@ -69,10 +70,10 @@ class RuntimeFolder:
     @classmethod
     def create(cls, base: Path) -> "RuntimeFolder":
         """
-        A new one below `base`.
+        Create one below `base`.
 
         Raises:
-            ConfigError: `base` cannot be written, or is too long for a socket's name.
+            ConfigError: `base` is not writable, or too long for a socket's name.
         """
         if len(os.fsencode(base)) + SOCKET_NAME_BYTES > SOCKET_PATH_MAX_BYTES:
             raise ConfigError(
@@ -93,7 +94,7 @@ class RuntimeFolder:
                 return cls(path, lock)
 
     def remove(self) -> None:
-        """At the server's end. Doing it twice is harmless."""
+        """Remove the folder at the end of the server. Idempotent."""
         if self._lock >= 0:
             with contextlib.suppress(FileNotFoundError):  # somebody has cleared the temporary folder
                 _remove(self.path)
@@ -102,15 +103,18 @@ class RuntimeFolder:
 
 
 def instance_folder() -> Path:
-    """A new folder for one start of an instance: in this server's, or where the sockets go if there is none. Whoever asks removes it."""
+    """
+    A new folder for one start of an instance, inside this server's folder, or in the socket folder if there is none.
+    The caller removes it.
+    """
     return Path(tempfile.mkdtemp(prefix="i", dir=operator_environment().get(SOCKETS_VARIABLE)))
 
 
 def instance_environment(folder: Path) -> dict[str, str]:
     """
-    Variables with which an instance's processes make their sockets and temporary files in its folder.
+    Variables that make an instance's processes put their sockets and temporary files in its folder.
 
-    What PyTorch compiles must outlive the instance; it would go to the temporary folder too.
+    PyTorch's compile cache would go to the temporary folder too, but must outlive the instance.
     """
     ours = {SOCKETS_VARIABLE: str(folder), "TMPDIR": str(folder)}
     if COMPILED_VARIABLE not in operator_environment():
@@ -126,11 +130,11 @@ def _user_name() -> str:
 
 
 def sweep(base: Path) -> list[Path]:
-    """Remove what servers of this user have left below `base` that are no more. Returns the folders that were removed."""
+    """Remove what dead servers of this user left below `base`. Returns the removed folders."""
     removed = []
     with contextlib.suppress(FileNotFoundError), os.scandir(base) as entries:
         for entry in entries:
-            # Whatever is odd about one of them must not keep a server from starting.
+            # A problem with one of them must not keep the server from starting.
             with contextlib.suppress(OSError):
                 if NAME.fullmatch(entry.name) and _sweep_one(Path(entry.path)):
                     removed.append(Path(entry.path))
@@ -142,13 +146,13 @@ def sweep(base: Path) -> list[Path]:
 @contextlib.contextmanager
 def runtime_folder() -> Iterator[RuntimeFolder]:
     """
-    Sweep, and have a folder of one's own for as long as the server runs: vLLM's sockets are made in it.
+    Sweep, then provide a private folder for the server's life, where vLLM's sockets are made.
 
     Raises:
         ConfigError: See RuntimeFolder.create.
     """
     said = os.environ.get(SOCKETS_VARIABLE)
-    # Asked in any case: Python remembers the answer, which it must not take from the moment in which an instance's variables are set.
+    # Always ask: Python caches the answer, and must not compute it first while an instance's variables are set.
     temporary = tempfile.gettempdir()
     base = Path(said or temporary)
     sweep(base)
@@ -165,7 +169,7 @@ def runtime_folder() -> Iterator[RuntimeFolder]:
 
 
 def _lock_new(path: Path) -> int | None:
-    """Make and lock the file in a new folder; None when somebody who swept was faster."""
+    """Create and lock the lock file in a new folder; None if a concurrent sweep was faster."""
     try:
         lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
@@ -183,7 +187,7 @@ def _lock_new(path: Path) -> int | None:
 
 
 def _sweep_one(path: Path) -> bool:
-    """Remove this folder if it is ours and nobody's any more."""
+    """Remove this folder if it is ours and no server holds it."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         about = os.fstat(folder)
@@ -209,7 +213,7 @@ def _sweep_one(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder of ours, the lock last: what is cut short in the middle is still swept the next time."""
+    """Remove a folder of ours, the lock last, so that an interrupted removal is swept the next time."""
     for entry in list(path.iterdir()):
         if entry.name == LOCK:
             continue

@@ -1,8 +1,9 @@
 """
-The shared memory of processes that were killed.
+Removes the shared memory of killed processes.
 
-vLLM's message queues are Python's shared memory. Whoever made it removes it at its end, which a killed process does not come to; Python's
-resource tracker would, but there is one for the server and all its processes, and it waits for the server's end.
+vLLM's message queues live in Python shared memory, unlinked by their creator on exit; a killed process never gets
+there. Python's resource tracker would, but the server and all its processes share one, and it waits for the server's
+exit.
 """
 
 import contextlib
@@ -20,12 +21,15 @@ PREFIX = "psm_"
 
 
 def segments_of(pid: int) -> set[str]:
-    """Names of Python's shared memory that a process and those below it use. None of one that has ended, or that `/proc` does not show us."""
+    """
+    Names of the Python shared memory that a process and its descendants use. Empty for one that has ended, or that
+    `/proc` does not show us.
+    """
     names: set[str] = set()
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for user in (process, *process.children(recursive=True)):
-            # What is not known here stays until the server's end.
+            # Segments unknown here stay until the server exits.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
                 used = Path(f"/proc/{user.pid}/maps").read_text()
                 names.update(re.findall(rf"{SHARED_MEMORY}/({PREFIX}\w+)", used))
@@ -33,20 +37,20 @@ def segments_of(pid: int) -> set[str]:
 
 
 class Segments:
-    """Those of one instance's processes and of all below them."""
+    """The segments of one instance's processes and all their descendants."""
 
     def __init__(self) -> None:
         """None known yet."""
         self._names: set[str] = set()
 
     def remember(self, processes: Iterable[BaseProcess]) -> None:
-        """While the processes live: what belonged to one that was killed cannot be told from anybody else's."""
+        """Record segments while the processes live: a killed process's segments cannot be told from others."""
         for process in processes:
             if process.is_alive() and process.pid is not None:  # else its number may be another's by now
                 self._names.update(segments_of(process.pid))
 
     def remove(self) -> None:
-        """Once its processes are gone: remove what is still there, so that the resource tracker need not."""
+        """Once the processes are gone: remove the remaining segments, so that the resource tracker need not."""
         for name in self._names:
             with contextlib.suppress(FileNotFoundError):
                 segment = SharedMemory(name)

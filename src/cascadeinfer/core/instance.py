@@ -1,9 +1,10 @@
 """
-One instance in a policy's books: what is there, what it weighs, what its next step costs.
+One instance in a policy's books: its requests, its load, and the cost of its next step.
 
-Everything that is read per decision is kept up to date, not computed when asked: a change costs O(1), a report O(requests there) in
-C loops (`dict.update`, `sum`), and looking at the load of an instance one attribute. Lengths live here (`request_ids`), because a report
-brings them all at once. Only `ClusterView` (`core/view.py`) calls what changes an instance.
+Everything read per decision is kept up to date rather than computed on demand: a change costs O(1), a report O(requests
+there) in C loops (`dict.update`, `sum`), and reading an instance's load one attribute access. Lengths live here
+(`request_ids`), because a report brings them all at once. Only `ClusterView` (`core/view.py`) calls the methods that
+change an instance.
 """
 
 from dataclasses import dataclass, field
@@ -15,28 +16,32 @@ from cascadeinfer.core.pace import Pace
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 
 CROWDED: Final = 0.6
-"""Share of the KV cache from which an instance gets dearer than its steps: requests grow, and a full cache preempts."""
+"""KV cache share above which the price exceeds that of the steps alone: requests grow, and a full cache preempts."""
 CROWDING: Final = 4.0
-"""Price of a full instance over its price by steps alone, less one. In simulation at 90 % of capacity a third fewer preemptions."""
+"""Price of a full instance relative to its price by steps alone, minus one. In simulation at 90 % of capacity this
+value gave a third fewer preemptions.
+"""
 
 
 @dataclass(slots=True)
 class Pricing:
     """
-    What a step of an instance costs its requests: `price = (requests + 1) * (base + per_request * requests + per_token * tokens +
-    urgency * queue) * crowding`, the seconds that all requests there and one more wait for one token, its share of the wait for the first
-    included; `crowding = 1 + CROWDING * (excess of the KV share over CROWDED, as a share of what is left)^2`.
+    What a step of an instance costs its requests: `price = (requests + 1) * (base + per_request * requests + per_token
+    * tokens + urgency * queue) * crowding`. This is the total of seconds that all requests there, plus a newcomer, wait
+    per token, including the newcomer's amortised wait for its first. `crowding = 1 + CROWDING * (excess of the KV share
+    over CROWDED, as a share of what is left)^2`.
 
-    `queue` is the time it takes to compute what does not decode yet, `sum(per_queued_token * tokens + per_queued_pair * tokens^2)`.
-    Units of time are those of `base`.
+    `queue` is the time to compute what does not decode yet: `sum(per_queued_token * tokens + per_queued_pair *
+    tokens^2)`. Times have the unit of `base`.
 
     Attributes:
-        base: A step with nothing in it.
-        per_request: Each request.
-        per_token: Each token of their lengths.
-        per_queued_token: Each token to be computed.
-        per_queued_pair: Half of what the attention of a token to another costs when it is computed.
-        urgency: Share of that wait that counts per token of a newcomer: one over the tokens that it will produce. May change.
+        base: Cost of an empty step.
+        per_request: Cost per request.
+        per_token: Cost per token of the requests' lengths.
+        per_queued_token: Cost per token to be computed.
+        per_queued_pair: Half the cost of one token's attention to another during prefill.
+        urgency: Share of the wait for the first token that counts per token of a newcomer: one over the number of
+            tokens it will produce. May change.
     """
 
     base: float = 1.0
@@ -57,29 +62,32 @@ class InstanceView:
     What a policy knows of one instance.
 
     Attributes:
-        capacity: Of its kind.
-        request_ids: Requests placed here, waiting or running, with their lengths in tokens at the last report, in order of placement.
+        capacity: Capacity of its kind.
+        request_ids: Requests placed here, waiting or running, with their lengths in tokens at the last report, in order
+            of placement.
         kv_tokens: Sum of their lengths.
         waiting: Requests that waited at the last report or were placed since, so have not been seen running.
-        inbound: Requests on their way here by migration, with their lengths in tokens.
-        inbound_tokens: Sum of those.
+        inbound: Requests migrating to this instance, with their lengths in tokens.
+        inbound_tokens: Sum of those lengths.
         outbound: Migrations that leave here.
         foreign_requests: Requests here that belong to other front-end processes, at the last report.
         foreign_tokens: Sum of their lengths.
-        foreign_waiting_tokens: Lengths of those of them that wait.
+        foreign_waiting_tokens: Lengths of those that wait.
         foreign_queue: Time to compute those, see `Pricing`.
-        blocks_committed: Blocks in use at the last report, and what waits here, came since or is on its way here will need; less
-            what has left since.
+        blocks_committed: Blocks in use at the last report, plus what requests that wait here, arrived since or are
+            migrating here will need, minus what has left since.
         step_s: Mean step time at the last report that had one, 0.0 before.
-        starting: Requests not known to decode yet, with the length at which they were placed: they wait, or are being computed.
+        starting: Requests not known to decode yet, with their length at placement: they wait, or are being computed.
         queue: Time to compute those, see `Pricing`.
         suspect: Its report is overdue.
         shunned: It is suspect while another is not: nothing new goes there.
         pace: The steps that it has reported.
-        slowness: How much longer its steps take than those of its peers would, 1.0 unless it matters (`core/pace.py`).
-        lag: The same beside those peers alone that the same step model prices: something other than their content makes its steps long.
-        load: The larger of its KV share and its batch share, with everything here (foreign or not) and on its way here; 1.0 is full.
-        price: See `Pricing`; times `slowness`.
+        slowness: Its step times relative to those of its peers, 1.0 unless it matters (`core/pace.py`).
+        lag: The same, relative only to peers priced by the same step model: something other than their content makes
+            its steps long.
+        load: The larger of its KV share and its batch share, counting everything here (foreign or not) and on its way
+            here; 1.0 is full.
+        price: See `Pricing`; multiplied by `slowness`.
     """
 
     instance_id: InstanceId
@@ -120,15 +128,15 @@ class InstanceView:
 
     @property
     def migrations(self) -> int:
-        """Migrations this instance takes part in, either way."""
+        """Migrations this instance takes part in, in either direction."""
         return len(self.inbound) + len(self.outbound)
 
     @property
     def slowed_load(self) -> float:
         """
-        The load as a newcomer feels it: as many requests as wait for one step here would fill so much of an instance of usual speed.
+        The load as a newcomer experiences it: that of an equivalent instance of usual speed, i.e. scaled by `slowness`.
 
-        A slow instance counts the newcomer itself, or it would be as good as any other while it is empty.
+        A slow instance counts the newcomer itself; otherwise it would look as good as any other while empty.
         """
         return self.load if self.slowness == 1.0 else (self.load + self._per_request) * self.slowness
 
@@ -143,7 +151,7 @@ class InstanceView:
         return len(self.request_ids) + len(self.inbound) + self.foreign_requests
 
     def price_with(self, more_requests: int, more_tokens: int) -> float:
-        """The price with so much more on its way here."""
+        """The price with this much more on its way here."""
         pricing = self.pricing
         requests = len(self.request_ids) + len(self.inbound) + self.foreign_requests + more_requests
         tokens = self.kv_tokens + self.inbound_tokens + self.foreign_tokens + more_tokens
@@ -156,9 +164,10 @@ class InstanceView:
 
     def marginal_price(self, tokens: int, cached_tokens: int) -> float:
         """
-        What one more request of this length, so many of its leading tokens cached here, costs all requests here and itself, per token.
+        Cost per token, to all requests here and to itself, of one more request of this length with this many leading
+        tokens cached here.
 
-        Unlike `price` it can be compared between instances that hold requests of different lengths.
+        Unlike `price` it is comparable between instances whose requests differ in length.
         """
         pricing = self.pricing
         requests = self.committed_requests
@@ -169,30 +178,30 @@ class InstanceView:
         return (step + (requests + 1) * more + pricing.urgency * waited) * self.slowness
 
     def free_blocks(self) -> int:
-        """Blocks that nothing here or on its way here will need as it is; negative when overcommitted."""
+        """Blocks that nothing here or on its way here needs at its present length; negative when overcommitted."""
         return self.capacity.kv_blocks - self.blocks_committed
 
     def _weigh(self) -> None:
-        """Bring `load` and `price` up to date; called after every change."""
+        """Update `load` and `price`; called after every change."""
         by_tokens = (self.kv_tokens + self.inbound_tokens + self.foreign_tokens) * self._per_token
         by_requests = (len(self.request_ids) + len(self.inbound) + self.foreign_requests) * self._per_request
         self.load = max(by_requests, by_tokens)
         self.price = self.price_with(0, 0)
 
     def set_slowness(self, slowness: float) -> None:
-        """How slow it is beside the others has been found out."""
+        """Record how slow it is relative to the others."""
         if slowness != self.slowness:
             self.slowness = slowness
             self._weigh()
 
     def reprice(self) -> None:
-        """The price list has changed."""
+        """The pricing has changed."""
         self.queue = sum(map(self.pricing.queue_of, self.starting.values()))
         self.foreign_queue = sum(map(self.pricing.queue_of, self.foreign_waiting_tokens))
         self._weigh()
 
     def add(self, request_id: RequestId, tokens: int, *, waits: bool) -> None:
-        """A request was placed here; one that moved here decodes, any other waits first."""
+        """A request was placed here; a migrated one decodes, any other waits first."""
         self.request_ids[request_id] = tokens
         if waits:
             self.waiting[request_id] = None
@@ -203,7 +212,7 @@ class InstanceView:
         self._weigh()
 
     def drop(self, request_id: RequestId) -> int:
-        """A request is here no more. Returns its length."""
+        """A request has left. Returns its length."""
         tokens = self.request_ids.pop(request_id)
         self.waiting.pop(request_id, None)
         if (placed_tokens := self.starting.pop(request_id, None)) is not None:
@@ -221,7 +230,7 @@ class InstanceView:
         self._weigh()
 
     def expect_no_more(self, migration_id: MigrationId) -> None:
-        """It is here, or will not come."""
+        """The expected request has arrived, or will not come."""
         tokens = self.inbound.pop(migration_id, None)
         if tokens is not None:
             self.inbound_tokens -= tokens
@@ -229,7 +238,7 @@ class InstanceView:
             self._weigh()
 
     def follow(self, report: InstanceReport) -> None:
-        """Take over a report. Requests it names that are not here (any more) are left out."""
+        """Apply a report. Requests in it that are not here (any more) are ignored."""
         lengths = self.request_ids
         known = len(lengths)
         lengths.update(zip(report.running_ids, report.running_tokens, strict=True))
@@ -238,7 +247,7 @@ class InstanceView:
         while len(lengths) > known:  # a dict keeps its order: strangers came in last
             lengths.popitem()
         self.kv_tokens = sum(lengths.values())
-        # Blocks of requests on their way here are reserved, so in use, when the ask for room has been granted, which takes
+        # Blocks of inbound requests are reserved, so in use, once the ask for room has been granted, which takes
         # milliseconds: the report counts them.
         self.blocks_committed = report.kv_blocks_used
         if self.starting or report.waiting_ids:
@@ -250,7 +259,7 @@ class InstanceView:
         self._weigh()
 
     def _follow_foreign(self, running_tokens: tuple[int, ...], waiting_tokens: tuple[int, ...]) -> None:
-        """What other front-end processes have here; blocks of theirs that run are in the report's count already."""
+        """What other front-end processes have here. The report's block count includes their running requests."""
         self.foreign_requests = len(running_tokens) + len(waiting_tokens)
         self.foreign_tokens = sum(running_tokens) + sum(waiting_tokens)
         self.foreign_waiting_tokens = waiting_tokens
@@ -265,7 +274,7 @@ class InstanceView:
         blocks_for = self.capacity.blocks_for
         self.blocks_committed += sum([blocks_for(self.request_ids[request_id]) for request_id in waiting])
         starting = {r: placed for r, placed in self.starting.items() if r in waiting or self.request_ids[r] <= placed}
-        for request_id in waiting:  # one that ran before is computed anew with all it has
+        for request_id in waiting:  # one that ran before is recomputed with all its tokens
             starting.setdefault(request_id, self.request_ids[request_id])
         self.starting = starting
         self.queue = sum(map(self.pricing.queue_of, starting.values()))

@@ -1,8 +1,9 @@
 """
-What an instance is, as far as decisions depend on it: how much it holds, which step model prices it, what it is for.
+What an instance is as far as decisions depend on it: its capacity, the step model that prices it, its role.
 
-Instances of one kind are interchangeable. A cluster may have several kinds: other devices, another degree of tensor parallelism, or only KV
-caches of other sizes. All of them serve the same model, and KV cache can go from any one to any other.
+Instances of one kind are interchangeable. A cluster may have several kinds: other devices, another degree of tensor
+parallelism, or only KV caches of other sizes. All of them serve the same model, and KV cache can be transferred between
+any two.
 """
 
 import enum
@@ -27,11 +28,11 @@ class Role(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class InstanceKind:
     """
-    What one instance is; fixed while it lives.
+    The kind of one instance; fixed for its life.
 
     Attributes:
         capacity: What it can hold.
-        step_model_key: Which step model says what its steps take.
+        step_model_key: Key of the step model that predicts its step times.
         role: What it computes.
     """
 

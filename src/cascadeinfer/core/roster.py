@@ -1,11 +1,12 @@
 """
-Who serves which stage: the layout that is wanted, and the one in force with the instances that are there.
+Which instances serve which stage: the wanted layout, and the layout in force with the instances that are present.
 
-A plan names boundaries and groups. Instances come and go; the layout in force follows from the plan and from who is there:
-- A stage without an instance is absorbed by the next longer one that has any (short requests in a long stage slow only themselves), the
-  longest by the one below. When one of its instances comes back, the stage is there again.
-- An instance that the plan does not name joins the stage that lacks most instances, the longest among equals; with no plan there is
-  one stage.
+A plan names boundaries and groups. Instances come and go; the layout in force follows from the plan and the instances
+present:
+- A stage without instances is absorbed by the next longer one that has any (short requests in a long stage slow only
+  themselves), the longest stage by the one below. It returns with the first of its instances.
+- An instance that the plan does not name joins the stage that lacks most instances, the longest among equals; without a
+  plan there is one stage.
 Boundaries move by refinement and by new plans. The layout in force is public: every agent may read it.
 """
 
@@ -20,7 +21,7 @@ class Roster:
     The wanted stages, and the layout in force.
 
     Attributes:
-        layout: In force; None while nobody is there.
+        layout: The layout in force; None while no instance is present.
         stage_of: Index of each instance's stage in it.
         plan_stage: Per stage in force, its index in the plan.
     """
@@ -28,7 +29,7 @@ class Roster:
     def __init__(self, plan: StageLayout | None = None) -> None:
         """
         Args:
-            plan: Wanted from the start; its instances need not be there yet. None: one stage of all that come.
+            plan: The layout wanted from the start; its instances may arrive later. None: one stage of all that arrive.
         """
         self.layout: StageLayout | None = None
         self.stage_of: dict[InstanceId, int] = {}
@@ -41,7 +42,7 @@ class Roster:
 
     @property
     def boundaries_tokens(self) -> tuple[int, ...]:
-        """Of the plan, as refined."""
+        """The plan's boundaries, as refined."""
         return tuple(self._boundaries)
 
     def adopt(self, plan: StageLayout) -> None:
@@ -59,7 +60,7 @@ class Roster:
 
     def follow(self, there: Sequence[InstanceId]) -> bool:
         """
-        Reckon the layout in force anew.
+        Recompute the layout in force.
 
         Args:
             there: Instances that take requests, sorted.

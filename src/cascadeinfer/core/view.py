@@ -1,12 +1,12 @@
 """
-A policy's books: which instances there are, which requests are where, how loaded each is.
+A policy's books: which instances exist, where requests are, how loaded each instance is.
 
-One writer: `ClusterView.apply(event)` (and `carry_out` for the policy's own decisions). Policies read the rest. Between two reports
-an instance's load is corrected by what was dispatched to it, moved and finished since, so that a burst of arrivals does not all
-land on the instance that was idle at the last report. Dicts keep insertion order and ids are sorted where order matters: no decision
-depends on hashing.
+There is one writer: `ClusterView.apply(event)` (and `carry_out` for the policy's own decisions). Policies only read.
+Between two reports an instance's load is corrected by what was dispatched to it, migrated and finished since, so that a
+burst of arrivals does not all land on the instance that was idle at the last report. Dicts keep insertion order, and
+ids are sorted where order matters: no decision depends on hashing.
 
-The numbers of one instance are in `core/instance.py`. An event costs O(1), a report O(requests there) in C loops.
+`core/instance.py` has the numbers of one instance. An event costs O(1), a report O(requests there) in C loops.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,7 +76,7 @@ class RequestView:
 
     @property
     def longest_tokens(self) -> int:
-        """Sequence length that it may reach by its own cap. A bound, not a forecast."""
+        """Longest sequence length that its own cap allows. A bound, not a forecast."""
         return self.prompt_tokens + self.max_output_tokens
 
 
@@ -88,8 +88,8 @@ class ClusterView:
         Start with no instance and no request.
 
         Args:
-            pricing: What a step of an instance of a kind costs, for `InstanceView.price`, in one unit for all kinds; None: prices only
-                count requests.
+            pricing: Step costs of an instance of a kind, for `InstanceView.price`, in one unit for all kinds; None:
+                prices only count requests.
         """
         self._make_pricing = pricing
         self._pricings: dict[InstanceKind, Pricing] = {}
@@ -107,21 +107,23 @@ class ClusterView:
 
     def available(self) -> Sequence[InstanceView]:
         """
-        Instances that take new requests, sorted by id. A snapshot: later changes make another.
+        Instances that take new requests, sorted by id. A snapshot: later changes produce a new one.
 
-        Those that are suspected are left out while another is there.
+        Suspected instances are left out as long as another is available.
         """
         return self._available
 
     def members(self) -> Sequence[InstanceView]:
-        """Instances that do not drain, suspected or not, sorted by id: stages are made of them. A snapshot."""
+        """Instances that are not draining, suspected or not, sorted by id; stages consist of them. A snapshot."""
         return self._members
 
     def able(self, request: RequestView, instances: Sequence[InstanceView]) -> Sequence[InstanceView]:
         """
-        Those of these instances whose whole KV cache holds the request at its longest: on another one it could get stuck for good.
+        The instances among these whose whole KV cache can hold the request at its longest: on any other it could get
+        stuck for good.
 
-        A cap beyond every cache there has been says nothing, and counts as the largest of them. Where all can, the same sequence is returned.
+        A cap larger than every cache seen so far says nothing, and counts as the largest of them. If all can, the same
+        sequence is returned.
         """
         longest = self._longest_tokens(request)
         if longest <= self._least_kv_tokens:
@@ -129,7 +131,7 @@ class ClusterView:
         return [instance for instance in instances if instance.capacity.kv_tokens >= longest]
 
     def able_ids(self, request: RequestView, instance_ids: Sequence[InstanceId]) -> Sequence[InstanceId]:
-        """`able`, by id. Kinds are as public as the layout: agents ask this too."""
+        """`able`, by id. Kinds are as public as the layout, and agents use this too."""
         longest = self._longest_tokens(request)
         if longest <= self._least_kv_tokens:
             return instance_ids
@@ -139,15 +141,15 @@ class ClusterView:
         return min(request.longest_tokens, self._most_kv_tokens)
 
     def unplaced(self) -> list[RequestView]:
-        """Requests that wait for a dispatch, in the order in which they should run: by priority, then arrival."""
+        """Requests waiting for a dispatch, in the order in which they should run: by priority, then arrival."""
         return sorted(self._unplaced.values(), key=attrgetter("priority", "arrival"))
 
     def waits(self) -> int:
-        """How many requests wait for a dispatch."""
+        """Number of requests waiting for a dispatch."""
         return len(self._unplaced)
 
     def apply(self, event: Event) -> None:  # noqa: C901, PLR0912 - one arm per event
-        """Follow one event. Unknown ids are ignored: a report can cross a finish."""
+        """Apply one event. Unknown ids are ignored, because a report can cross a finish."""
         match event:
             case InstanceReported():
                 if (instance := self.instances.get(event.instance_id)) is not None:
@@ -182,7 +184,7 @@ class ClusterView:
                 self._lose(event)
 
     def carry_out(self, effects: list[Effect]) -> None:
-        """Note what the policy itself has just decided, so that its next decision knows."""
+        """Record the policy's own decision, so that its next one takes it into account."""
         for effect in effects:
             if isinstance(effect, Dispatch):
                 self._place(effect.request_id, effect.instance_id)
@@ -192,7 +194,7 @@ class ClusterView:
                 self._remove(effect.request_id)
 
     def reprice(self, pricing: Callable[[InstanceKind], Pricing]) -> None:
-        """Use another price list; prices follow as instances change, and how much a first token's wait counts stays."""
+        """Use new pricing. Prices follow as instances change; the weight of the wait for the first token is kept."""
         self._make_pricing = pricing
         for kind, old in self._pricings.items():
             new = pricing(kind)
@@ -206,7 +208,7 @@ class ClusterView:
                 self._costs[instance_id] = cost
 
     def set_urgency(self, urgency: float) -> None:
-        """Change how much waiting for the first token counts (`Pricing.urgency`); prices follow as instances change."""
+        """Change the weight of the wait for the first token (`Pricing.urgency`); prices follow as instances change."""
         self._urgency = urgency
         for pricing in self._pricings.values():
             pricing.urgency = urgency
@@ -220,7 +222,7 @@ class ClusterView:
         return self._pricings[kind]
 
     def _find_alike(self) -> None:
-        """Instances have come or gone: who is priced by the same step model, how large the caches are."""
+        """After instances came or went: find those that share a step model, and the sizes of their caches."""
         self._alike = {}
         for instance in self.instances.values():
             self._alike.setdefault(instance.kind.step_model_key, []).append(instance)
@@ -244,7 +246,7 @@ class ClusterView:
                 self._take_away(request)
 
     def _compare_pace(self, instance: InstanceView) -> None:
-        """An instance has shown how fast it is: say of all how slow they are beside the others."""
+        """An instance has reported its pace: update the relative slowness of all."""
         cost = instance.pace.cost(instance.pricing)
         if cost is None:
             self._costs.pop(instance.instance_id, None)
@@ -263,7 +265,7 @@ class ClusterView:
                 self._compare_alike(alike)
 
     def _compare_alike(self, alike: Sequence[InstanceView]) -> None:
-        """Say of instances that one step model prices how slow they are beside one another."""
+        """Update the relative slowness of instances priced by one step model."""
         costs = {i.instance_id: self._costs[i.instance_id] for i in alike if i.instance_id in self._costs}
         lags = slowness_of(costs, {i.instance_id: i.lag for i in alike})
         for instance in alike:
@@ -313,7 +315,7 @@ class ClusterView:
         self._find_alike()
         self._find_available()
         tokens_of = dict(zip(event.orphan_ids, event.orphan_tokens, strict=True))
-        # A migrating request still counts here while it goes on at its target: `MigrationEnded` will say where it is.
+        # A migrating request counts here even once it runs at its target: `MigrationEnded` will say where it is.
         ids_here = list(instance.request_ids) if instance is not None else []
         placed_here = [request_id for request_id in ids_here if self.requests[request_id].migration_id is None]
         for request_id in {**dict.fromkeys(placed_here), **dict.fromkeys(event.orphan_ids)}:

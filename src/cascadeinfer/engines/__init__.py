@@ -1,1 +1,1 @@
-"""Engines: what runs the model. One protocol, a simulated engine, and vLLM."""
+"""Engines run the model: one protocol, a simulated engine, and vLLM."""

@@ -1,8 +1,8 @@
 """
-Waits with a time limit that take no account of the time during which this process slept.
+Time-outs that do not count time during which this process was suspended.
 
-See `cascadeinfer.core.silence`. `asyncio.timeout` and `call_later` fire at once after a sleep, before anybody has had the chance to be
-heard; these do not.
+See `cascadeinfer.core.silence`. After a suspension, `asyncio.timeout` and `call_later` fire at once, before any pending
+answer can be read; these do not.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ async def within(limit_s: float, awaited: Awaitable[T], slept: Callable[[float],
     Args:
         limit_s: For so long, as `Silence` counts it; infinite: for ever.
         awaited: What answers. It is cancelled when the time is over, or when the waiting is.
-        slept: Told of every own sleep, with its length in seconds.
+        slept: Called for every suspension of this process, with its length in seconds.
 
     Raises:
         TimeoutError: There was none.

@@ -1,8 +1,9 @@
 """
-What the runtime needs of an engine: one instance of the model that runs requests, and lets go of and takes over running ones.
+The engine protocol: one instance of the model that runs requests, releases running ones and takes running ones over.
 
-An engine knows nothing of stages or policies. The runtime gives each attempt to run a request its own `engine_request_id` (a request that
-moves is a new attempt at the target), so that late words of an old attempt cannot be mistaken for the new one's.
+An engine knows nothing of stages or policies. The runtime gives each attempt to run a request its own
+`engine_request_id` (a migrated request is a new attempt at the target), so that late output of an old attempt is never
+credited to the new one.
 
 All methods are called from one event loop. Commands are carried out in the order of the calls.
 """
@@ -18,7 +19,7 @@ from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 
 
 class KvTicket(Protocol):
-    """Where a cut request's KV cache is pinned. Whoever carries it may ask how much there is; the rest is the engines' own."""
+    """Where a cut request's KV cache is pinned. Callers may ask how many tokens it holds; the rest is opaque."""
 
     @property
     def n_tokens(self) -> int:
@@ -32,9 +33,9 @@ class EngineRequest:
     A request as the runtime sees it.
 
     Attributes:
-        pin_reason: Why it may not move, or None.
-        payload: The engine's own form of it; opaque to the runtime.
-        prefix_hashes: Of the prompt's leading blocks, each covering all before it; empty when unknown.
+        pin_reason: Why it may not migrate, or None.
+        payload: The engine's own form of the request; opaque to the runtime.
+        prefix_hashes: Hashes of the prompt's leading blocks, each covering all before it; empty when unknown.
     """
 
     request_id: RequestId
@@ -49,14 +50,14 @@ class EngineRequest:
 @dataclass(frozen=True, slots=True)
 class Resume:
     """
-    How a request that has run elsewhere goes on.
+    How a request that has run elsewhere continues.
 
     Attributes:
         output_token_ids: Its output so far.
-        ticket: Where its KV cache can be pulled from; None to compute it anew.
+        ticket: Where its KV cache can be pulled from; None to recompute it.
         reservation_id: The reservation at the target that it takes over, if any.
-        pull_before_s: When the pull must be over, on the clock of the caller (`time.monotonic`); the engine computes the KV cache
-            anew when it is not. None: whenever.
+        pull_before_s: Deadline of the pull, on the caller's clock (`time.monotonic`); the engine recomputes the KV
+            cache if it passes. None: no deadline.
     """
 
     output_token_ids: list[int]
@@ -75,9 +76,10 @@ class EngineCounters:
         pulled_tokens: Tokens in them.
         reserved: Reservations held now.
         pinned: Cut requests whose blocks are pinned now.
-        failed_pulls: Pulls that failed; the engine recomputed what they should have brought.
-        held_blocks: KV blocks that no request runs or waits with, by what holds them now (`docs/metrics.md` lists the reasons).
-        listens: Whether somebody listens on its side channel, where peers shake hands.
+        failed_pulls: Failed pulls, whose tokens the engine recomputed.
+        held_blocks: KV blocks held without a running or waiting request, by reason (`docs/metrics.md` lists the
+            reasons).
+        listens: Whether the listener of its side channel, where peers do the handshake, is alive.
     """
 
     steps: int = 0
@@ -92,7 +94,7 @@ class EngineCounters:
 
 
 class InstanceIdentity(NamedTuple):
-    """What runs: the engine's identity, bytes of a token's KV (all devices), multiprocessors of a device (None on a processor)."""
+    """The engine's identity, KV bytes per token (all devices), multiprocessors of a device (None on a CPU)."""
 
     engine: EngineIdentity
     kv_bytes_per_token: int
@@ -101,10 +103,10 @@ class InstanceIdentity(NamedTuple):
 
 class TokenDelta(Protocol):
     """
-    One request's news of one step; vLLM's EngineCoreOutput has this form.
+    One request's part of a step's outputs; has the form of vLLM's EngineCoreOutput.
 
     Attributes:
-        kv_transfer_params: What its ticket is made of (`Engine.ticket_of`); None for clients.
+        kv_transfer_params: Source of its ticket (`Engine.ticket_of`); None for clients.
     """
 
     request_id: str
@@ -115,7 +117,7 @@ class TokenDelta(Protocol):
 
 
 class StepOutputs(Protocol):
-    """The news of one step; vLLM's EngineCoreOutputs has this form."""
+    """The outputs of one step; has the form of vLLM's EngineCoreOutputs."""
 
     outputs: list[Any]
 
@@ -153,11 +155,14 @@ class Engine(Protocol):
         ...
 
     async def listens(self) -> bool:
-        """Whether its side channel answers, so that peers can shake hands with it. Mends it if it can. Raises EngineError."""
+        """
+        Whether its side channel answers, so that peers can do the handshake with it; repairs it if possible. Raises
+        EngineError.
+        """
         ...
 
     async def identity(self) -> InstanceIdentity:
-        """What runs here, for cost profiles. Raises EngineError."""
+        """The identity of what runs here, for cost profiles. Raises EngineError."""
         ...
 
     async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
@@ -165,7 +170,7 @@ class Engine(Protocol):
         ...
 
     async def abort(self, engine_request_ids: list[str]) -> None:
-        """Stop requests. What was in flight may still come out."""
+        """Stop requests. Output in flight may still arrive."""
         ...
 
     async def cut(self, engine_request_id: str) -> Refusal | None:
@@ -173,20 +178,20 @@ class Engine(Protocol):
         Ask that a running request end at its next token with its KV cache pinned.
 
         Returns:
-            None when under way (an output with a ticket follows, unless the request ends by itself), else why not.
+            None if accepted (an output with a ticket follows, unless the request ends by itself), else why not.
         """
         ...
 
     async def undo_cut(self, engine_request_id: str) -> bool:
-        """Let a cut request go on; False when the cut has taken effect."""
+        """Let a cut request continue; False if the cut has already taken effect."""
         ...
 
     async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
-        """Hold room for a request of this many tokens; None, or why not."""
+        """Reserve room for a request of this many tokens. Returns None, or why it cannot."""
         ...
 
     async def release_reservation(self, reservation_id: str) -> None:
-        """Give reserved room back."""
+        """Release reserved room."""
         ...
 
     async def release_pin(self, engine_request_id: str) -> None:
@@ -195,7 +200,7 @@ class Engine(Protocol):
 
     async def forget_client(self, client_index: int) -> int:
         """
-        Abort what a front-end process that is gone has left here, its reservations included.
+        Abort what a dead front-end process left here, its reservations included.
 
         Args:
             client_index: Its number among the processes that use this instance.
@@ -207,15 +212,15 @@ class Engine(Protocol):
 
     async def utility(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """
-        Call what the engine offers beside all this (adapters, sleep, profiling), by its own name for it.
+        Call one of the engine's other functions (adapters, sleep, profiling) by its own name.
 
         Raises:
-            EngineError: It has no such method, or does not run.
+            EngineError: It has no such method, or is not running.
         """
         ...
 
     async def report(self) -> tuple[InstanceReport, EngineCounters]:
-        """The load now, with engine request ids."""
+        """The current load, with engine request ids."""
         ...
 
     async def next_outputs(self) -> StepOutputs:
@@ -227,7 +232,7 @@ class Engine(Protocol):
         ...
 
     def has_dropped(self, delta: TokenDelta) -> bool:
-        """Whether this final output means that the engine gave the request up (it is being shut down), unasked."""
+        """Whether this final output means that the engine gave the request up unasked (it is shutting down)."""
         ...
 
     def has_failed(self, delta: TokenDelta) -> bool:
@@ -235,7 +240,7 @@ class Engine(Protocol):
         ...
 
     def failure_of(self, request_id: RequestId) -> StepOutputs:
-        """Outputs that end this request with an error, for the front end. Asks nothing of the instance, which may be dead."""
+        """Outputs that end this request with an error. Asks nothing of the instance, which may be dead."""
         ...
 
     @property
@@ -268,5 +273,5 @@ class EngineSource(Protocol):
         ...
 
     def release(self, instance_id: InstanceId) -> None:
-        """The instance is gone for good: its place is free again."""
+        """The instance is gone for good: free its place."""
         ...

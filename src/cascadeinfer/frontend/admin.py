@@ -1,7 +1,7 @@
 """
-Routes beside vLLM's own: `/admin/instances` (look, add, drain), `/health/live`, `/health/ready`.
+Routes in addition to vLLM's own: `/admin/instances` (show, add, drain), `/health/live`, `/health/ready`.
 
-Adding and draining are begun here and answered with 202; `GET` shows how they go on.
+Adding and draining start here and are answered with 202; `GET` shows their progress.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from cascadeinfer.runtime.shell import Runtime
 
 
 class AddInstances(BaseModel):
-    """The body of `POST /admin/instances`; it may be left out."""
+    """The body of `POST /admin/instances`; may be omitted."""
 
     model_config = ConfigDict(extra="forbid")
     count: int = Field(1, ge=1, le=64)
 
 
 class Admin(Protocol):
-    """Who knows and changes the instances: the runtime of this process, or of another one."""
+    """Shows and changes the instances: the runtime of this process, or of another."""
 
     async def snapshot(self) -> dict[str, Any]:
         """The JSON of `/admin/instances`."""
@@ -41,12 +41,12 @@ class Admin(Protocol):
 
 
 class OwnRuntime:
-    """The only process's runtime. See Admin."""
+    """The runtime of the only process. See Admin."""
 
     def __init__(self, runtime: Runtime) -> None:
         """
         Args:
-            runtime: It owns the instances.
+            runtime: The owner of the instances.
         """
         self._runtime = runtime
 
@@ -65,12 +65,12 @@ class OwnRuntime:
 
 def attach_admin_routes(app: FastAPI, runtime: Runtime, admin: Admin, *, drain_timeout_s: float) -> None:
     """
-    Add the routes to vLLM's app. Keys are asked for at the door (`frontend/door`).
+    Add the routes to vLLM's app. Keys are checked at the door (`frontend/door`).
 
     Args:
-        runtime: This process's, for its health.
-        admin: For what concerns all processes.
-        drain_timeout_s: For instances that are drained without a time-out of their own.
+        runtime: This process's runtime, for its health.
+        admin: Answers what concerns all processes.
+        drain_timeout_s: For drains that name no time-out.
     """
     app.include_router(_instance_routes(admin, drain_timeout_s))
     app.include_router(_health_routes(runtime))

@@ -1,9 +1,9 @@
 """
 N instances behind vLLM's `AsyncLLM`: an `EngineCoreClient` that hands requests to the runtime.
 
-`AsyncLLM` (tokeniser, detokeniser, stop strings, logprobs, metrics) and the OpenAI server on top of it run unchanged; they see one engine
-core client whose outputs carry the instance's number as engine index. Calls that concern every instance (LoRA, sleep, cache resets,
-profiling) go to all that are up; their answers must agree.
+`AsyncLLM` (tokeniser, detokeniser, stop strings, logprobs, metrics) and the OpenAI server on top of it run unchanged.
+They see one engine core client whose outputs carry the instance's number as engine index. Calls that concern every
+instance (LoRA, sleep, cache resets, profiling) go to all that are up; their answers must agree.
 """
 
 import asyncio
@@ -72,7 +72,7 @@ def _fault_in(request: EngineCoreRequest) -> str | None:
 @dataclass(slots=True)
 class Liveness:
     """
-    What `AsyncLLM.errored` reads.
+    The state behind `AsyncLLM.errored`.
 
     Attributes:
         engine_dead: True only after shutdown: a dead instance is restarted, and requests wait for it.
@@ -91,20 +91,20 @@ class OverloadedError(GracefulHTTPError):
 
 
 class CascadeEngineClient(EngineCoreClient):
-    """See the module header. The runtime is started before and stopped after this object's life."""
+    """See the module header. The runtime is started before this object is made and stopped after its last use."""
 
     def __init__(self, runtime: Runtime, vllm_config: VllmConfig) -> None:
         """
         Args:
             runtime: A started runtime over vLLM instances.
-            vllm_config: The configuration that the instances share, as they report it after start.
+            vllm_config: The configuration that the instances share, as reported after their start.
         """
         self._runtime = runtime
         self._vllm_config = vllm_config
         self._movable = all(engine.movable for engine in runtime.live_engines())
         self.engine_ranks_managed = [engine.index for engine in runtime.live_engines()]
         self.resources = Liveness()
-        #: Has `AsyncLLM` forget a request that it had noted before it handed it over here; vLLM leaves it in its books.
+        #: Makes `AsyncLLM` forget a request that it recorded before handing it over; vLLM would keep it in its books.
         self.forget: Callable[[RequestId], None] = lambda _: None
 
     async def get_output_async(self) -> EngineCoreOutputs:
@@ -115,9 +115,10 @@ class CascadeEngineClient(EngineCoreClient):
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         """
-        Hand a request to the runtime. Whatever is raised, nothing of it stays in the books, vLLM's or ours.
+        Hand a request to the runtime. If this raises, no trace of the request stays in vLLM's books or ours.
 
-        Some requests vLLM submits only to abort them, for a connector to clean up after a client's transfer: here is nothing of a client's.
+        vLLM submits some requests only to abort them, so that a connector cleans up after a client's transfer; clients
+        have no transfers here.
         """
         if request.abort_immediately:
             return
@@ -151,11 +152,11 @@ class CascadeEngineClient(EngineCoreClient):
             raise GracefulHTTPError(str(failed), HTTPStatus.INTERNAL_SERVER_ERROR) from failed
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
-        """Forget requests: their clients left, or a stop string ended them."""
+        """Abort requests whose clients left or whose stop string was found."""
         self._runtime.abort(request_ids)
 
     async def get_supported_tasks_async(self) -> Any:
-        """Tasks of the model; every instance serves the same one, which is checked."""
+        """Tasks of the model; checked to be the same for every instance."""
         return await self.to_all("get_supported_tasks_async")
 
     async def call_utility_async(self, method: str, *args: Any) -> Any:
@@ -163,14 +164,14 @@ class CascadeEngineClient(EngineCoreClient):
         return await self.to_all("call_utility_async", method, *args)
 
     async def to_all(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call every instance that is up; the first answer, after checking that the others are the same."""
+        """Call every instance that is up; returns the first answer, after checking that all agree."""
         answers = await asyncio.gather(*(engine.utility(method, *args, **kwargs) for engine in self._engines()))
         if method != "collective_rpc_async" and any(answer != answers[0] for answer in answers):
             raise RuntimeError(f"instances disagree on {method}: {answers}")
         return answers[0]
 
     def _engines(self) -> list[Engine]:
-        """Those that are up, one at least."""
+        """Engines that are up; at least one."""
         if not (engines := self._runtime.live_engines()):
             raise EngineDeadError
         return engines
@@ -180,7 +181,7 @@ class CascadeEngineClient(EngineCoreClient):
         return False
 
     def shutdown(self, timeout: float | None = None) -> None:  # noqa: ARG002 - vLLM's signature
-        """Called by AsyncLLM; the runtime is stopped by whoever started it."""
+        """Called by AsyncLLM; the runtime is stopped by its owner."""
         self.resources.engine_dead = True
 
 
@@ -198,14 +199,14 @@ for _name in TO_ALL_INSTANCES:
 
 
 class CascadeLLM(AsyncLLM):
-    """`AsyncLLM` whose health is that of the runtime: well while any instance is up."""
+    """`AsyncLLM` whose health is that of the runtime: healthy while any instance is up."""
 
     runtime: Runtime
-    #: What requests may say; the server sets the operator's.
+    #: What requests may contain; the server sets the operator's limits.
     content_limits = ContentLimits()
 
     async def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """Check what a request says before anything of it is compiled or handed over: every API comes through here."""
+        """Check a request before anything of it is compiled or handed over; every API passes through here."""
         try:
             params = checked_params(params, self.content_limits)
             check_sendable(request_id, params)
@@ -214,7 +215,7 @@ class CascadeLLM(AsyncLLM):
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
 
     async def notify_kv_transfer_request_rejected(self, *_: Any, **__: Any) -> None:
-        """VLLM tells the engine that a client's transfer is off. No client has one here."""
+        """VLLM reports that a client's transfer is cancelled. No client has one here."""
 
     async def check_health(self) -> None:
         """Raise while no instance is up."""
@@ -223,9 +224,9 @@ class CascadeLLM(AsyncLLM):
 
     def forget_request(self, request_id: RequestId) -> None:
         """
-        Drop a request that was refused from the books, and its siblings (`n` > 1) with it: their client gets the refusal.
+        Remove a refused request from the books, with its siblings (`n` > 1): their client gets the refusal.
 
-        What it puts into the client's queue on the way is not seen when an exception is there already.
+        Anything this puts into the client's queue meanwhile is not seen if an exception is already there.
         """
         state = self.output_processor.request_states.get(request_id)
         parent = None if state is None else state.parent_req
@@ -235,11 +236,11 @@ class CascadeLLM(AsyncLLM):
         self.runtime.abort(dropped)
 
     def refuse_late(self, request_id: RequestId, rejected: RequestRejectedError) -> None:
-        """A request that waits for its first token is refused: its client gets the HTTP 429 that it would have got at once."""
+        """Refuse a request that waits for its first token: its client gets the HTTP 429 of an immediate refusal."""
         self._end_with(request_id, OverloadedError(rejected))
 
     def fail(self, request_id: RequestId, sentence: str) -> None:
-        """A request cannot go on: its client gets HTTP 500, or its stream an error, with this sentence."""
+        """Fail a request that cannot continue: its client gets HTTP 500, or its stream an error, with this sentence."""
         self._end_with(request_id, GracefulHTTPError(sentence, HTTPStatus.INTERNAL_SERVER_ERROR))
 
     def _end_with(self, request_id: RequestId, error: GracefulHTTPError) -> None:

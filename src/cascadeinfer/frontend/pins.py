@@ -1,9 +1,10 @@
 """
-Which requests may not migrate, because a move could change their answer.
+Which requests may not migrate because a move could change their output.
 
-What survives depends on the model runner (`docs/migration.md` has the table, with the test of each cell). V1 restarts a seeded
-generator, counts penalties from the move on and forgets the beginning of a bad word. V2 derives noise from seed and position and
-rebuilds its counts from the token ids, so that none of these pins a request there. A counter says why a request is pinned.
+What survives a migration depends on the model runner (`docs/migration.md` has the table, with the test for each cell).
+V1 restarts a seeded generator, counts penalties from the move on and forgets the beginning of a bad word. V2 derives
+noise from seed and position and rebuilds its counts from the token ids, so none of these pins a request there. A
+counter records why requests are pinned.
 """
 
 import functools
@@ -22,8 +23,8 @@ def pin_reason_of(request: EngineCoreRequest, vllm_config: VllmConfig, *, movabl
     Why this request must stay on its instance, or None.
 
     Args:
-        request: As vLLM's front end made it.
-        vllm_config: Of the engines.
+        request: The request as made by vLLM's front end.
+        vllm_config: The engines' configuration.
         movable: Whether the engine's configuration allows live migration at all.
     """
     reasons = (
@@ -45,7 +46,7 @@ def pin_reason_of(request: EngineCoreRequest, vllm_config: VllmConfig, *, movabl
 
 
 def _sampling_pin(sampling: SamplingParams, vllm_config: VllmConfig) -> PinReason | None:
-    """What no runner moves."""
+    """Sampling features that no runner can migrate."""
     reasoning = bool(vllm_config.structured_outputs_config.reasoning_parser)
     watermarked = vllm_config.watermark_config is not None and sampling.watermarking is not False
     reasons = (
@@ -63,7 +64,7 @@ def _sampling_pin(sampling: SamplingParams, vllm_config: VllmConfig) -> PinReaso
 
 
 def _v1_pin(sampling: SamplingParams) -> PinReason | None:
-    """What the V1 runner loses at a move."""
+    """Sampling state that the V1 runner loses in a migration."""
     reasons = (
         (sampling.seed is not None and sampling.temperature != 0.0, PinReason.SEEDED_SAMPLING),
         (bool(sampling.presence_penalty or sampling.frequency_penalty), PinReason.TOKEN_PENALTIES),
@@ -75,5 +76,5 @@ def _v1_pin(sampling: SamplingParams) -> PinReason | None:
 
 @functools.cache
 def _has_plugged_processors() -> bool:
-    """Whether an installed package brings logits processors of its own, whose state nobody here knows."""
+    """Whether an installed package adds logits processors, whose state is unknown here."""
     return bool(entry_points(group=LOGITSPROCS_GROUP))

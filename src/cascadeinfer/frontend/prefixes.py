@@ -1,9 +1,10 @@
 """
-Hashes of a prompt's beginnings, by which a policy sees that two prompts start alike (`core/placing/affinity.py`, `prefix_aware.py`).
+Hashes of prompt prefixes, by which a policy recognises prompts with a common prefix (`core/placing/affinity.py`,
+`prefix_aware.py`).
 
-They are not vLLM's block hashes, which its engines compute for themselves, but coarser and cheaper ones: a shared beginning of less than
-`PREFIX_BLOCK_TOKENS` is not worth a detour. Each covers all blocks before it, so equal hashes mean equal beginnings, up to accidents that cost one
-detour and nothing else. They say nothing outside this process.
+They are coarser and cheaper than vLLM's block hashes, which its engines compute for themselves: a common prefix shorter
+than `PREFIX_BLOCK_TOKENS` is not worth a detour. Each hash covers all blocks before it, so equal hashes mean equal
+prefixes; a collision costs one detour and nothing else. The hashes are meaningless outside this process.
 """
 
 from typing import Final
@@ -17,9 +18,11 @@ PREFIX_BLOCK_TOKENS: Final = 128
 
 def prefix_hashes_of(request: EngineCoreRequest, vllm_config: VllmConfig) -> tuple[int, ...]:
     """
-    One hash per block of the prompt, the last of which may be shorter; what vLLM keeps apart in its cache differs from the first on.
+    One hash per block of the prompt; the last block may be shorter. Prompts that vLLM's cache keeps apart differ from
+    the first hash on.
 
-    Empty where nothing is shared: without prefix caching, for prompts that are more than token ids, for requests that may not read the cache.
+    Empty if nothing can be shared: without prefix caching, for prompts that are more than token ids, for requests that
+    may not read the cache.
     """
     tokens = request.prompt_token_ids
     sampling = request.sampling_params

@@ -1,8 +1,8 @@
 """
-A refusal in the log is one line, not a traceback.
+Logs a refusal as one line instead of a traceback.
 
-vLLM logs whatever ends a stream as an error with its traceback, the client's own mistakes and refusals included. A client could fill the
-disk with them, and the operator would look for a fault that is none.
+vLLM logs whatever ends a stream as an error with its traceback, including client mistakes and refusals. A client could
+fill the disk with them, and operators would search for a fault that does not exist.
 """
 
 import logging
@@ -11,7 +11,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMClientError
 
 
 class OneLineRefusals(logging.Filter):
-    """Takes the traceback from records about refusals, and makes them information."""
+    """Strips the traceback from records about refusals and lowers them to INFO."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Pass every record on."""
@@ -24,7 +24,7 @@ class OneLineRefusals(logging.Filter):
 
 
 def log_refusals_in_one_line() -> None:
-    """From now on, in whatever vLLM logs."""
+    """Apply this to all of vLLM's logging from now on."""
     for handler in logging.getLogger("vllm").handlers:
         if not any(isinstance(known, OneLineRefusals) for known in handler.filters):
             handler.addFilter(OneLineRefusals())

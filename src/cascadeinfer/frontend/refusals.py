@@ -91,7 +91,7 @@ async def _dropped(_: Message) -> None:
 
 
 def _may_be_refusal(head: Message) -> bool:
-    """Whether the head is that of a stream, or of a 429 that does not say when to retry."""
+    """Whether the head is that of a stream, or of a 429 without `Retry-After`."""
     named = {name.lower(): value for name, value in head["headers"]}
     if head["status"] == HTTPStatus.TOO_MANY_REQUESTS:
         return b"retry-after" not in named

@@ -1,8 +1,8 @@
 """
 vLLM's OpenAI server on our engine client, with our own start and stop.
 
-SIGTERM drains: the listening socket closes, running requests finish, then the server ends and the caller stops the instances. A second
-signal, or the drain time-out, ends it at once.
+SIGTERM drains: the listening socket closes, running requests finish, then the server ends and the caller stops the
+instances. A second signal, or the drain time-out, ends it at once.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def import_parser_plugins(args: Namespace) -> None:
-    """The operator's own tool and reasoning parsers, which options may name."""
+    """Import the operator's own tool and reasoning parsers, so that options can name them."""
     if args.tool_parser_plugin:
         ToolParserManager.import_tool_parser(args.tool_parser_plugin)
     if args.reasoning_parser_plugin:
@@ -54,14 +54,14 @@ def import_parser_plugins(args: Namespace) -> None:
 @contextlib.contextmanager
 def shared_metrics(folder: Path) -> Iterator[None]:
     """
-    Meanwhile Prometheus metrics made by this process, and by those it starts, are kept in files that all of them read.
+    In this context, Prometheus metrics of this process and of those it starts are kept in files that all of them read.
 
     Args:
-        folder: Made here; it goes with the server's own folder.
+        folder: Created here; removed with the server's own folder.
     """
     folder.mkdir(mode=0o700)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    # The class was chosen by the environment when the module was imported; metrics ask for it when they are made.
+    # The environment determined the class when the module was imported; metrics look it up when they are created.
     values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
     try:
         yield
@@ -71,10 +71,10 @@ def shared_metrics(folder: Path) -> Iterator[None]:
 
 def check_api_servers(args: Namespace) -> None:
     """
-    Refuse what does not go with our front-end processes, or means something else.
+    Reject options that conflict with our front-end processes, or mean something else here.
 
-    Without vLLM's random part in request ids, a client that chooses the id of another one's request would end that one's stream, in vLLM's
-    own books and before we see it.
+    Without vLLM's random part in request ids, a client that picks the id of another client's request would end that
+    stream, in vLLM's own books and before we see it.
 
     Raises:
         ConfigError: With the option and the fix.
@@ -116,11 +116,11 @@ def bind(host: str, port: int) -> socket.socket:
 @dataclass(frozen=True, slots=True)
 class SharedServing:
     """
-    What a process that serves beside others needs.
+    What a process needs to serve alongside others.
 
     Attributes:
         admin: Answers for all processes.
-        loads: Open connections per process, shared, and this process's place among them.
+        loads: Shared counts of open connections per process, and this process's index in them.
     """
 
     admin: Admin
@@ -129,7 +129,7 @@ class SharedServing:
 
 @dataclass(frozen=True, slots=True)
 class RequestRules:
-    """What the operator says of requests: keys and sizes, and what may be in them."""
+    """The operator's rules for requests: keys, sizes and permitted contents."""
 
     door: DoorSettings
     contents: ContentLimits

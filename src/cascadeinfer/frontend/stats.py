@@ -25,7 +25,7 @@ Family: TypeAlias = Counter | Gauge | Histogram
 
 
 class _Sharing:
-    """Called like a metric class; creates a family once and returns it from then on."""
+    """Called like a metric class; creates a family once and returns the same one from then on."""
 
     def __init__(self, metric_class: type[Family], families: dict[str, Family]) -> None:
         self._metric_class = metric_class
@@ -38,7 +38,7 @@ class _Sharing:
 
 
 def _sharing_logger_class(families: dict[str, Family]) -> type[PrometheusStatLogger]:
-    """VLLM's logger class, made to take its metrics and those of its parts from these families."""
+    """A subclass of vLLM's logger that takes its metrics, and those of its parts, from these families."""
     classes = {
         "_gauge_cls": _Sharing(Gauge, families),
         "_counter_cls": _Sharing(Counter, families),

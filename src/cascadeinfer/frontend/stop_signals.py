@@ -42,7 +42,7 @@ class StopSignals:
 
     Attributes:
         told: Called with `at_once` when the server must stop.
-        at_leave: Called, last one first, before a process that was stopped during its start ends.
+        at_leave: Called in reverse order before a process stopped during its start exits.
     """
 
     def __init__(self, *, second_is_at_once: bool = True, says_so: bool = True) -> None:
@@ -162,7 +162,7 @@ def kill_all_below() -> None:
 
     Python's resource tracker is spared: it ends with us, and removes the shared memory that others have left behind.
     """
-    # Python says the number nowhere else.
+    # Python exposes the number nowhere else.
     tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]  # noqa: SLF001 - see above
     while below := [p for p in psutil.Process().children(recursive=True) if p.pid != tracker]:
         for process in below:

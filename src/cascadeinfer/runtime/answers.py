@@ -1,12 +1,13 @@
 """
-Whether an instance answers in time: the watch over one question at a time.
+Watches whether an instance answers in time, one question at a time.
 
-The limit follows the instance: `suspect_s` beyond the longest of its last answers (an answer comes between two steps, so it may take as long as the
-longest step), which fades with each further answer. An instance that has just been suspected wrongly therefore gets more time, and an instance that
-was suspected is trusted again after the first answer that came in time, not after the late one: both keep it from going to and fro.
+The limit adapts to the instance: `suspect_s` beyond the longest recent answer time, which fades with each further
+answer. (Answers are given between two steps, so one may take as long as the longest step.) A wrongly suspected instance
+therefore gets more time, and a suspected one is trusted again only after the first answer that came in time, not after
+the late one. Both rules prevent flapping.
 
-Silence is counted in slices, and a slice that this process itself has overslept starts the count anew: who was asleep heard nothing, and
-the answer may have been there.
+Silence is counted in slices. If this process overslept a slice, the count starts anew: it could not have heard an
+answer.
 """
 
 import asyncio
@@ -27,9 +28,9 @@ class AnswerWatch:
     def __init__(self, suspect_s: float, suspected: Callable[[], None], trusted: Callable[[], None]) -> None:
         """
         Args:
-            suspect_s: Beyond what is usual, in seconds; infinite: nobody is suspected.
-            suspected: Called when an answer is overdue, and again whenever as much time has passed without it.
-            trusted: Called when the first one in time has come after that.
+            suspect_s: Seconds beyond the usual answer time; infinite means that nobody is suspected.
+            suspected: Called when an answer is overdue, and again each time the limit passes without one.
+            trusted: Called on the first timely answer after that.
         """
         self._suspect_s = suspect_s
         self._suspected = suspected
@@ -47,7 +48,7 @@ class AnswerWatch:
         return self._suspect_s + self._longest_s
 
     def asked(self) -> None:
-        """A question is on its way."""
+        """A question has been sent."""
         self._asked_s = asyncio.get_running_loop().time()
         self._slices = 0
         self._overdue = False
@@ -55,7 +56,7 @@ class AnswerWatch:
             self._wait()
 
     def answered(self) -> None:
-        """Its answer is here."""
+        """Its answer has arrived."""
         self.stop()
         took_s = asyncio.get_running_loop().time() - self._asked_s
         self._longest_s = max(min(took_s, LONGEST_COUNTED * self._suspect_s), FADING * self._longest_s)
@@ -64,7 +65,7 @@ class AnswerWatch:
             self._trusted()
 
     def stop(self) -> None:
-        """No more questions, or none under way."""
+        """Stop watching: no further questions, or none pending."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

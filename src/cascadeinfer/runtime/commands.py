@@ -1,4 +1,4 @@
-"""Commands to instances that nobody waits for: each in a task of its own, its failure in the log."""
+"""Fire-and-forget commands to instances: each runs in its own task, and failures are logged."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class Commands:
-    """Commands under way. A dead instance answers nothing; what fails beyond that is our own bug."""
+    """Commands under way. A dead instance answers nothing; any other failure is a bug of ours."""
 
     def __init__(self, what: str) -> None:
         """
@@ -22,10 +22,10 @@ class Commands:
 
     def send(self, command: Coroutine[Any, Any, None], failed: Callable[[], None] | None = None) -> None:
         """
-        Carry out a command, in order with those before it.
+        Carry out a command, after those sent before it.
 
         Args:
-            failed: Called when it raises, after that is in the log.
+            failed: Called when it raises, once the failure has been logged.
         """
         task = asyncio.get_running_loop().create_task(command)
         self._tasks.add(task)

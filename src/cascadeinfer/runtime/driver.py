@@ -1,8 +1,9 @@
 """
-Drives a policy: one event at a time, its effects at once, its timer armed.
+Drives a policy: delivers one event at a time, carries its effects out at once and arms its timer.
 
-A policy that raises is a bug of the policy, and must not hurt whoever brought the event: the exception is logged with the event, what the
-event led to is dropped, and `failed` is told, which sees to the requests (`recovery.py`). An effect that cannot be begun likewise.
+A policy that raises has a bug, which must not hurt the source of the event: the exception is logged with the event, the
+resulting effects are dropped, and the `failed` callback takes care of the requests (`recovery.py`). An effect that
+cannot be started is treated the same way.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ FURTHER: Final = 1000
 
 
 class Observer(Protocol):
-    """Sees each event with its time, what it led to, and the name of the exception where the policy raised instead."""
+    """Sees each event with its time and effects, or the name of the exception if the policy raised."""
 
     def __call__(self, now_s: float, event: Event, effects: Sequence[Effect], failed: str | None = None) -> None:
         """Must not block, must not raise."""
@@ -34,7 +35,8 @@ class PolicyDriver:
     """
     The only caller of a policy.
 
-    Effects are carried out by `perform` in the order given. Events that arise on the way (an effect can fail at once) wait their turn.
+    `perform` carries effects out in the order given. Events that arise meanwhile (an effect can fail at once) are
+    queued.
     """
 
     def __init__(
@@ -50,8 +52,8 @@ class PolicyDriver:
         Args:
             policy: The strategy.
             perform: Carries one effect out; must not block.
-            clock: The time in seconds; the policy's timers are on it.
-            failed: Told of each event at which the policy failed, after it.
+            clock: The time in seconds; the policy's timers use it.
+            failed: Called with each event at which the policy failed, after it.
             observer: Sees everything, before the effects are carried out.
         """
         self._policy = policy
@@ -65,7 +67,7 @@ class PolicyDriver:
         self._failures: Counter[tuple[str, str]] = Counter()
 
     def emit(self, event: Event) -> None:
-        """Hand an event to the policy, now or after those before it."""
+        """Deliver an event to the policy, after any that are queued."""
         self._events.append(event)
         if self._busy:
             return
@@ -78,7 +80,7 @@ class PolicyDriver:
         self._arm()
 
     def stop(self) -> None:
-        """No more timers."""
+        """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

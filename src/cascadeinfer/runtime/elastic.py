@@ -1,12 +1,14 @@
 """
 Adds and drains instances while the others serve.
 
-An added instance starts in the background and joins like any other: it is connected to all that are up, then the policy may use it. One
-whose first start fails is given up, its place is free again, and `Fleet.departed` says why. Ids are never used twice.
+An added instance starts in the background and joins like any other: it is connected to all that are up, then the policy
+may use it. If its first start fails, it is given up, its place is freed, and `Fleet.departed` says why. Ids are never
+reused.
 
-A drained instance takes no new request; the policy moves its running ones elsewhere, live, and what cannot move ends there. When nothing
-is left, or the time is up, it is stopped and forgotten. What is still there when the time is up goes on elsewhere from prompt and output
-so far, as after a death. One that dies on the way is not started again. One that is starting, or down, is removed at once.
+A draining instance takes no new requests. The policy migrates its running requests live; those that cannot move finish
+there. Once it is empty, or its time is up, it is stopped and forgotten. Requests still there when the time is up
+continue elsewhere from prompt and output so far, as after a death. An instance that dies while draining is not
+restarted. One that is starting, or down, is removed at once.
 """
 
 import asyncio
@@ -52,10 +54,10 @@ class Elasticity:
             fleet: The instances.
             streams: The live requests.
             migrator: The migrations under way.
-            listener: Told when an instance is taken from its requests.
+            listener: Notified when an instance is taken from its requests.
             emit: Takes events for the policy.
             clock: The time in seconds.
-            source: Makes engines of added instances; None: none can be added.
+            source: Makes engines for added instances; None if none can be added.
         """
         self._fleet = fleet
         self._streams = streams
@@ -76,7 +78,7 @@ class Elasticity:
             Their ids.
 
         Raises:
-            ScalingRefusedError: There is no place for so many; none was added.
+            ScalingRefusedError: There is not enough room for all of them; none was added.
         """
         self._refuse_when_stopping()
         if self._source is None:
@@ -99,7 +101,7 @@ class Elasticity:
         return list(placed)
 
     def adopt(self, instance_id: InstanceId, make_engine: Callable[[int], Engine]) -> None:
-        """An instance that somebody else has added, or has started again: it joins when it is up."""
+        """Take in an instance that another process added or restarted; it joins once it is up."""
         if not self._stopping:
             self._spawn(instance_id, self._start(self._fleet.add(instance_id, make_engine)))
 
@@ -108,12 +110,12 @@ class Elasticity:
         Empty an instance, then stop and remove it.
 
         Args:
-            instance_id: Which.
-            timeout_s: Then its requests go on elsewhere, computed anew.
+            instance_id: The instance.
+            timeout_s: After this time its remaining requests continue elsewhere and are recomputed.
 
         Raises:
             UnknownInstanceError: There is no such instance.
-            ScalingRefusedError: It drains already, is being removed, or is the last one that could serve.
+            ScalingRefusedError: It is already draining or being removed, or it is the last one that could serve.
         """
         self._refuse_when_stopping()
         record = self._fleet.records.get(instance_id)
@@ -126,7 +128,8 @@ class Elasticity:
         others = [other for other in self._fleet if other is not record and other.life.allows(Deed.TAKE_IN_NEED)]
         if not is_first and not others:
             raise ScalingRefusedError(
-                f"no instance but {instance_id} is up: its requests would have nowhere to go (add one, wait until it is up)"
+                f"no instance but {instance_id} is up: its requests would have nowhere to go "
+                "(add one, wait until it is up)"
             )
         now_s = self._clock()
         record.drain = Drain(now_s, now_s + timeout_s, len(self._streams.on_instance(instance_id)))
@@ -143,12 +146,12 @@ class Elasticity:
         return record
 
     def look(self, record: InstanceRecord) -> None:
-        """An instance has reported or gone down: if it drains, it may be empty now."""
+        """An instance has reported or gone down: if it is draining, it may be empty now."""
         if record.drain is not None:
             record.drain.news.set()
 
     async def stop(self) -> None:
-        """Give up what is under way; the fleet stops all instances."""
+        """Abandon what is under way; the fleet stops all instances."""
         self._stopping = True
         tasks = list(self._tasks.values())
         for task in tasks:
@@ -188,7 +191,7 @@ class Elasticity:
         await self._put_away(record, "drained", error)
 
     async def _put_away(self, record: InstanceRecord, how: str, error: str | None = None) -> None:
-        """Stop what is left of one that is out of use."""
+        """Stop what remains of an instance that is out of use."""
         try:
             await record.supervisor.stop(STOP_TIMEOUT_S)
         finally:

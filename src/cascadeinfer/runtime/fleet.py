@@ -1,8 +1,10 @@
 """
-The directory of instances: each one's supervisor and what is known of it, the stages they form; how a new one is connected to the others.
+The directory of instances: their supervisors, what is known of them and the stages they form; also connects newcomers
+to the others.
 
-An instance is in the directory from before its start until it is removed; it has an engine here only while it is up and connected. Those
-that were removed, or were added and did not start, are remembered for a while (`departed`), so that operators can see what became of them.
+An instance is listed from before its start until its removal; it has an engine here only while it is up and connected.
+Instances that were removed, or failed to start after being added, are remembered for a while (`departed`), so that
+operators can see what became of them.
 """
 
 import asyncio
@@ -24,14 +26,14 @@ DEPARTED_REMEMBERED = 32
 
 
 class FleetWatcher(Protocol):
-    """Who must know which instances there are."""
+    """Notified when instances join and leave."""
 
     def instance_joins(self, engine: Engine) -> None:
         """It is about to take requests, for the first time or again."""
         ...
 
     def instance_left(self, instance_id: InstanceId) -> None:
-        """It was removed for good; its id is never used again."""
+        """It was removed for good; its id is never reused."""
         ...
 
 
@@ -40,11 +42,11 @@ class Fleet:
     All instances of a runtime.
 
     Attributes:
-        records: What is known of each.
-        departed: The last ones that are gone for good.
+        records: What is known of each instance.
+        departed: The most recently removed instances.
         layout: The stages in force, as the policy has published them.
-        watchers: Told of everyone that joins and leaves.
-        pairs: Who has shaken hands with whom.
+        watchers: Notified whenever an instance joins or leaves.
+        pairs: Which instances have completed the handshake with each other.
     """
 
     def __init__(
@@ -55,8 +57,8 @@ class Fleet:
     ) -> None:
         """
         Args:
-            make_engines: Per instance, what makes its engine for the n-th start.
-            listener: Who is told what happens to them.
+            make_engines: Per instance, makes its engine for the n-th start.
+            listener: Notified of what happens to them.
             times: Limits and intervals of their supervision.
         """
         self._listener = listener
@@ -70,7 +72,7 @@ class Fleet:
         self.pairs = Pairs(self.live_engines, self._condemn)
 
     def __iter__(self) -> Iterator[InstanceRecord]:
-        """All instances, up or not; safe against changes on the way."""
+        """All instances, up or not; safe against concurrent changes."""
         return iter(list(self.records.values()))
 
     def __getitem__(self, instance_id: InstanceId) -> InstanceRecord:
@@ -78,14 +80,14 @@ class Fleet:
         return self.records[instance_id]
 
     def add(self, instance_id: InstanceId, make_engine: Callable[[int], Engine]) -> InstanceRecord:
-        """One more; it is not started here."""
+        """Add an instance without starting it."""
         assert instance_id not in self.records, f"instance {instance_id} is there already"
         record = InstanceRecord(Supervisor(instance_id, make_engine, self._listener, self._times))
         self.records[instance_id] = record
         return record
 
     def remove(self, instance_id: InstanceId, how: str, error: str | None, now_s: float) -> None:
-        """One that has been stopped is gone for good."""
+        """Remove a stopped instance for good."""
         record = self.records[instance_id]
         record.supervisor.happen(Happening.REMOVED, how)
         del self.records[instance_id]
@@ -100,7 +102,7 @@ class Fleet:
         return None if record is None else record.engine
 
     def connected(self, one_id: InstanceId, other_id: InstanceId) -> bool:
-        """Whether both are up and KV cache can go from one to the other."""
+        """Whether both are up and KV cache can be transferred from one to the other."""
         one, other = self.engine(one_id), self.engine(other_id)
         return one is not None and other is not None and self.pairs.connected(one, other)
 
@@ -118,7 +120,7 @@ class Fleet:
         Start all in parallel; returns when every one is up.
 
         Raises:
-            EngineError: One did not start. The others may run: call `stop`.
+            EngineError: An instance did not start. Others may be running: call `stop`.
         """
         starts = [asyncio.ensure_future(record.supervisor.start()) for record in self]
         self.pairs.strict = True
@@ -133,13 +135,13 @@ class Fleet:
 
     async def join(self, engine: Engine, capacity: InstanceCapacity) -> None:
         """
-        An instance has started: connect it to all that are up. From now on it counts as up.
+        An instance has started: connect it to all that are up. It counts as up from now on.
 
         Raises:
-            EngineError: It cannot be connected, and that is its own fault.
+            EngineError: It cannot be connected, and the fault is its own.
         """
         await self.pairs.introduce(engine)
-        record = self.records[engine.instance_id]  # nobody has come up since the last one it was introduced to
+        record = self.records[engine.instance_id]  # no other has come up since its last handshake
         if not record.life.allows(Deed.JOIN):
             raise EngineError("is being removed", instance_id=engine.instance_id)
         for watcher in self.watchers:
@@ -147,7 +149,7 @@ class Fleet:
         record.came_up(engine, capacity)
 
     def went_down(self, instance_id: InstanceId, why: str) -> InstanceRecord:
-        """It is out of use, or never was in use: nobody has shaken hands with its next life yet."""
+        """It is out of use, or never was in use; its next life starts without handshakes."""
         record = self.records[instance_id]
         record.went_down(why)
         self.pairs.forget(instance_id)

@@ -1,7 +1,8 @@
 """
-Requests that an instance has given up: it is about to die, and they then go on elsewhere like every orphan.
+Requests that an instance has given up, normally because it is about to die; they then continue elsewhere like any
+orphan.
 
-If it lives on after all, their clients are told of the abort.
+If the instance survives after all, their clients are told of the abort.
 """
 
 import asyncio
@@ -21,13 +22,13 @@ class GivenUp:
     def __init__(self, tell_client: Callable[[Stream, Any], None]) -> None:
         """
         Args:
-            tell_client: Told of a request whose instance has not died, with the output that says so.
+            tell_client: Called for a request whose instance has not died, with the output that reports the abort.
         """
         self._tell_client = tell_client
         self._alarms: list[Alarm] = []
 
     def wait(self, stream: Stream, outputs: Any, delta: Any) -> None:
-        """An instance gave a request up, by this output of this step."""
+        """An instance gave a request up with this output of this step."""
         attempt = stream.engine_request_id
 
         def time_is_up() -> None:
@@ -40,6 +41,6 @@ class GivenUp:
         self._alarms.append(Alarm(GRACE_S, time_is_up))
 
     def stop(self) -> None:
-        """Tell nobody any more."""
+        """Stop; no further clients are told."""
         for alarm in self._alarms:
             alarm.cancel()

@@ -1,16 +1,17 @@
 """
-An instance's life as a transition table: started, joined, used, suspected, drained, dead, started again, gone.
+An instance's life as a transition table, from start and join to suspicion, drain, death, restart and removal.
 
-Theory of operation. An instance is *added* to the fleet, its engine is *started*, shakes hands with those that are up, and *joins* them. From
-then on it is in use, until it dies, is killed on purpose (*condemned*) or has been drained. One that dies is started again after a while;
-one that was drained is removed for good. What it says of its load while it is in use makes it *suspect* when that is overdue, and trusted
-again afterwards, whether it drains or not.
+Theory of operation. An instance is *added* to the fleet, its engine is *started*, does the handshake with those that
+are up, and *joins* them. It is then in use until it dies, is killed on purpose (*condemned*) or has been drained. A
+dead instance is restarted after a pause; a drained one is removed for good. An overdue load report makes an instance in
+use *suspect*, draining or not, until it is trusted again.
 
-`TRANSITIONS` is the whole life, and `ALLOWED` says what may be done with an instance in each state. Whoever holds an instance asks these tables
-and keeps no flag of its own. `docs/protocols/instance.md` is drawn from them (`python docs/protocols/draw.py`).
+`TRANSITIONS` is the whole life, and `ALLOWED` lists what may be done with an instance in each state. Every component
+that holds an instance asks these tables and keeps no flags. `docs/protocols/instance.md` is generated from them
+(`python docs/protocols/draw.py`).
 
-This file knows no engine, no clock and no policy. What a policy knows of an instance (`core/view.py`, `core/roster.py`) follows from the events that
-the runtime sends with some of the transitions, and is less.
+This module knows no engine, clock or policy. A policy's knowledge of an instance (`core/view.py`, `core/roster.py`)
+follows from the events that the runtime sends with some of the transitions, and is less detailed.
 """
 
 import enum
@@ -25,7 +26,7 @@ REMEMBERED: Final = 16
 
 
 class State(enum.Enum):
-    """Where an instance is in its life."""
+    """State of an instance in its life."""
 
     ADDED = "added"
     """In the directory; its first start has not begun."""
@@ -140,17 +141,17 @@ IGNORED: Final = frozenset(
         (State.DRAINING_SUSPECT, Happening.SUSPECTED),
         (State.UP, Happening.TRUSTED),
         (State.DRAINING, Happening.TRUSTED),
-        # Whatever one that is about to die says or does not say is of no interest any more.
+        # Reports, or their absence, no longer matter once an instance is about to die.
         (State.CONDEMNED, Happening.SUSPECTED),
         (State.CONDEMNED, Happening.TRUSTED),
         (State.CONDEMNED, Happening.CONDEMNED),
         (State.DOOMED, Happening.SUSPECTED),
         (State.DOOMED, Happening.TRUSTED),
         (State.DOOMED, Happening.CONDEMNED),
-        # Nobody uses it yet: there is nothing to take out of use before it dies.
+        # It is not in use yet, so nothing must be taken out of use before it dies.
         (State.JOINING, Happening.CONDEMNED),
         (State.REJOINING, Happening.CONDEMNED),
-        # The last words of an engine that is being stopped.
+        # The last messages of an engine that is being stopped.
         (State.REMOVING, Happening.CONDEMNED),
         (State.REMOVING, Happening.STARTED),
         (State.REMOVING, Happening.START_FAILED),
@@ -192,13 +193,13 @@ PHASES: Final[dict[State, str]] = {
 
 class Passage(NamedTuple):
     """
-    From one state to the next.
+    One transition from a state to the next.
 
     Attributes:
         happening: What happened.
-        state: The state since then.
-        at_s: When, on the clock of whoever told of it.
-        why: In a few words, where there is more to say; else empty.
+        state: The state after it.
+        at_s: Time, on the caller's clock.
+        why: A few words of explanation where there is more to say; else empty.
     """
 
     happening: Happening
@@ -209,11 +210,11 @@ class Passage(NamedTuple):
 
 class InstanceLife:
     """
-    One instance's state and how it came to it.
+    One instance's state and its history.
 
     Attributes:
-        state: Now.
-        history: The last passages, the oldest first.
+        state: The current state.
+        history: The last transitions, oldest first.
     """
 
     def __init__(self, instance_id: InstanceId) -> None:
@@ -235,11 +236,11 @@ class InstanceLife:
 
     def happen(self, happening: Happening, now_s: float, why: str = "") -> bool:
         """
-        Follow one happening.
+        Apply one happening.
 
         Args:
             happening: What happened.
-            now_s: When, in seconds on a clock that does not jump.
+            now_s: The time, in seconds on a clock that does not jump.
             why: The reason, for the history.
 
         Returns:
@@ -260,7 +261,7 @@ class InstanceLife:
         return True
 
     def story(self) -> tuple[str, ...]:
-        """States and what led to them, as far back as is remembered."""
+        """States and what led to them, as far back as the history goes."""
         told = [] if len(self.history) == REMEMBERED else [State.ADDED.value]
         for passage in self.history:
             because = f": {passage.why}" if passage.why else ""

@@ -1,10 +1,11 @@
 """
-Keeps requests apart under which instances have died (`core/quarantine.py`), and ends those that did it.
+Isolates requests under which instances have died (`core/quarantine.py`), and ends those that caused the deaths.
 
-A suspected request waits at its place for a load report that was asked for after the last death: instances may have died together.
+A suspected request is held back until the instance where it is placed answers a load query sent after the last death,
+because several instances may have died together.
 
-Isolation holds in one front-end process: each has its own requests, and suspected ones of two processes can meet on an instance. If it dies, both
-processes end theirs.
+Isolation is per front-end process: each has its own requests, so suspected requests of two processes can meet on one
+instance. If it dies, both processes end theirs.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 POISON_REMEMBERED: Final = 32
 POISON_SENTENCE: Final = "poison_request: the instances that ran this request died under it; it is not tried again"
-"""What its client is told, with HTTP 500."""
+"""The message to its client, with HTTP 500."""
 
 
 class Isolation:
@@ -37,9 +38,9 @@ class Isolation:
     def __init__(self, streams: StreamTable, metrics: RuntimeMetrics, clock: Callable[[], float], deaths: int) -> None:
         """
         Args:
-            deaths: Of instances under a request, after which it is ended.
-            streams: The live requests; it says here when one leaves its place.
-            metrics: Where poison is counted.
+            deaths: Number of instance deaths after which a request is ended.
+            streams: The live requests; the table reports here when one leaves its place.
+            metrics: Counts poison requests.
             clock: The time in seconds.
         """
         self._streams = streams
@@ -53,7 +54,7 @@ class Isolation:
         streams.on_closed = self._closed
 
     def may_enter(self, stream: Stream) -> bool:
-        """Whether a request that was just placed may be sent; else it is sent later."""
+        """Whether a newly placed request may be sent now; if not, it is sent later."""
         assert stream.instance_id is not None
         may = self._quarantine.may_enter(stream.request.request_id, stream.instance_id)
         self._count()
@@ -64,7 +65,7 @@ class Isolation:
         return self._quarantine.is_suspected(stream.request.request_id)
 
     def token_came(self, stream: Stream) -> None:
-        """A request has a token of its present attempt."""
+        """The current attempt of a request has produced a token."""
         if not self._quarantine.is_idle:
             n_tokens = len(stream.output_token_ids) - stream.tokens_before
             was_suspected = self.keeps(stream)
@@ -73,28 +74,28 @@ class Isolation:
                 self._count()
 
     def instance_answered(self, instance_id: InstanceId, asked_s: float) -> None:
-        """An instance has answered a question that was asked then, by the loop's clock."""
+        """An instance has answered the query sent at this time, on the loop's clock."""
         if asked_s > self._died_s:
             self._send(self._quarantine.answer(instance_id))
 
     def taken_away(self, stream: Stream, instance_id: InstanceId) -> None:
-        """A request is about to be taken away from an instance that is silent."""
+        """A request is about to be withdrawn from a silent instance."""
         self._quarantine.take_away(stream.request.request_id, instance_id)
 
     def may_be_taken(self, stream: Stream) -> bool:
-        """Whether a request may be taken away from an instance that is silent: not when it may be why."""
+        """Whether a request may be withdrawn from a silent instance: not if it may be the cause."""
         return self._quarantine.may_be_taken(stream.request.request_id)
 
     def instance_trusted(self, instance_id: InstanceId) -> None:
-        """It answers again, or ended because somebody wanted it so: no request is to blame."""
+        """It answers again, or was stopped on purpose: no request is to blame."""
         self._quarantine.trust(instance_id)
 
     def instance_died(self, instance_id: InstanceId) -> Stream | None:
         """
-        Call it before its requests are displaced.
+        An instance died; call this before its requests are displaced.
 
         Returns:
-            The request that did it, if that is known now. It may run elsewhere: it was taken away from there.
+            The request that caused it, if known by now. It may run elsewhere after being withdrawn from there.
         """
         self._died_s = asyncio.get_running_loop().time()
         there = {stream.request.request_id: stream.started for stream in self._streams.on_instance(instance_id)}

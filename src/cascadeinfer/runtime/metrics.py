@@ -1,8 +1,8 @@
 """
 Prometheus metrics of the runtime. Names, labels and meaning are in `docs/metrics.md`.
 
-Counters and histograms are counted as things happen; gauges are read from the runtime when Prometheus asks. vLLM's own metrics carry
-the instance as their label `engine` (its number, the same as our label `instance`).
+Counters and histograms are counted as things happen; gauges are read from the runtime when Prometheus asks. vLLM's own
+metrics carry the instance as their label `engine` (its number, the same as our label `instance`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -57,8 +57,8 @@ class RuntimeMetrics(Collector):
         Args:
             registry: Where to register; vLLM's `/metrics` shows the process's default registry.
             read: Called at every scrape.
-            dropped_events: Events that are not in the event log, because its writer could not keep up or the disk failed.
-            event_log_failed: Whether nothing more is written to the event log that was asked for.
+            dropped_events: Events missing from the event log because its writer fell behind or the disk failed.
+            event_log_failed: Whether a requested event log is no longer written.
         """
         self._registry = registry
         self._read = read
@@ -94,7 +94,7 @@ class RuntimeMetrics(Collector):
         registry.register(self)
 
     def _count_trouble(self, registry: CollectorRegistry) -> None:
-        """What an operator wants to be woken for."""
+        """Counters that an operator would alert on."""
         self.suspicions = Counter(
             "cascadeinfer_suspicions",
             "Times that an instance's report was overdue, so that nothing new went there while another answered.",
@@ -193,7 +193,8 @@ class RuntimeMetrics(Collector):
     def close(self) -> None:
         """Unregister everything, so that another runtime of this process can register."""
         for collector in (
-            self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered, self.policy_failures,
-            self.plan_failures, self.suspicions, self.withdrawn, self.poison_requests, self.suspected_requests,
+            self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered,
+            self.policy_failures, self.plan_failures, self.suspicions, self.withdrawn, self.poison_requests,
+            self.suspected_requests,
         ):  # fmt: skip
             self._registry.unregister(collector)

@@ -1,11 +1,13 @@
 """
-Carries migrations out on two engines, as `core/migration.py` says.
+Carries migrations out on two engines, following the state machine in `core/migration.py`.
 
-`Migrator` tells each migration what happens (answers of engines, tokens, deaths, timers) and does what it says. Every command runs in a task of
-its own; its answer is one more happening, ignored when the migration is over by then. Exactly one `on_ended` follows each `start`.
+`Migrator` feeds each migration its events (engine answers, tokens, deaths, timers) and carries out the resulting
+actions. Every command runs in its own task; its answer is one more event, ignored if the migration is over by then.
+Exactly one `on_ended` follows each `start`.
 
-The deadline of a pull counts from when the cut was sent. A front end that was stopped itself may find the target's tokens and the overdue
-timer at the same moment, in any order: `expire` comes before the tokens of every step, so the deadline wins.
+A pull's deadline counts from when the cut was sent. After this process itself was suspended, the target's tokens and
+the overdue timer may arrive together, in any order. `expire` therefore runs before each step's tokens are processed, so
+that the deadline wins.
 """
 
 import asyncio
@@ -75,9 +77,10 @@ class Migrator:
             engines: Where to find the two engines.
             streams: The live requests; the migrator moves their attempts.
             on_ended: Called once per migration, when it is over.
-            limits: Of every migration.
+            limits: Limits of every migration.
             add_failed: Called with a request, and the id of its attempt, that could not be sent to an engine.
-            clock: The time in seconds, that of the engines' `Resume.pull_before_s`. It must not stand still while a callback runs.
+            clock: The time in seconds, on the clock of the engines' `Resume.pull_before_s`. It must not stand still
+                while a callback runs.
         """
         self._add_failed = add_failed
         self._engines = engines
@@ -93,7 +96,7 @@ class Migrator:
         return len(self._records)
 
     def involves(self, instance_id: InstanceId) -> bool:
-        """Whether an instance has a part in a migration under way."""
+        """Whether an instance takes part in a migration under way."""
         return any(
             instance_id in {record.migration.source_id, record.migration.target_id} for record in self._records.values()
         )
@@ -111,7 +114,7 @@ class Migrator:
         self._act(record, Action.ASK_ROOM)
 
     def happen(self, migration_id: MigrationId, happening: Happening, refusal: Refusal | None = None) -> None:
-        """Something happened to a migration; ignored when it is over."""
+        """Apply an event to a migration; ignored when it is over."""
         record = self._records.get(migration_id)
         if record is None:
             return
@@ -125,7 +128,7 @@ class Migrator:
             self._arm(record)
 
     def cut_took_effect(self, migration_id: MigrationId, ticket: KvTicket) -> None:
-        """The source's final output came: the request is nowhere until it is resumed."""
+        """The source's final output arrived: the request runs nowhere until it is resumed."""
         record = self._records.get(migration_id)
         if record is None:
             return
@@ -135,7 +138,7 @@ class Migrator:
         self.happen(migration_id, record.migration.cut_heard(self._clock(), ticket.n_tokens))
 
     def token_came(self, stream: Stream, now_s: float) -> None:
-        """A token of a request in migration came."""
+        """A request in migration produced a token."""
         migration = stream.migration
         assert migration is not None
         record = self._records[migration.migration_id]
@@ -145,10 +148,10 @@ class Migrator:
 
     def expire(self) -> None:
         """
-        End the pulls whose deadline has passed, also where the timer that says so is late itself.
+        End the pulls whose deadline has passed, even if their timer is late.
 
-        To be called before the tokens of a step are looked at: one that was computed after the deadline, from blocks that may not have
-        been pinned any more, then belongs to an attempt that has been given up.
+        Call this before processing a step's tokens: a token computed after the deadline may stem from blocks that were
+        no longer pinned, and then belongs to an attempt that has been given up.
         """
         if not self._records:
             return
@@ -158,7 +161,7 @@ class Migrator:
                 self.happen(record.migration.migration_id, Happening.TIMED_OUT)
 
     def instance_lost(self, instance_id: InstanceId) -> None:
-        """An instance is gone: tell every migration it has a part in."""
+        """An instance is gone: notify every migration it takes part in."""
         for record in list(self._records.values()):
             if record.migration.source_id == instance_id:
                 self.happen(record.migration.migration_id, Happening.SOURCE_LOST)
@@ -209,7 +212,7 @@ class Migrator:
         engine = self._engines.engine(instance_id)
         engine_request_id = self._streams.place(record.stream, instance_id)
         if engine is None:
-            return  # its loss is on the way as a happening
+            return  # its loss arrives as a separate event
         resume = Resume(
             list(record.stream.output_token_ids),
             ticket,
@@ -232,7 +235,7 @@ class Migrator:
             self._commands.send(engine.abort([engine_request_id]))
 
     async def _command(self, record: MigrationRecord, action: Action) -> None:
-        """One command to one engine; one that dies on the way answers nothing, and its loss is a happening of its own."""
+        """Send one command to one engine. A dying engine answers nothing; its loss arrives as a separate event."""
         migration = record.migration
         to_target = action in {Action.ASK_ROOM, Action.RELEASE_ROOM}
         engine = self._engines.engine(migration.target_id if to_target else migration.source_id)

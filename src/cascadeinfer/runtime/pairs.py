@@ -1,13 +1,13 @@
 """
-Who has shaken hands with whom: introduces a newcomer to all that are up, several newcomers at a time.
+Tracks which instances have completed the handshake with each other, and introduces newcomers, several at a time.
 
-Each pair has a task of its own that tries until it has succeeded or one of the two is gone. A newcomer shakes hands with those that are
-up; when it is through with them it looks again, and comes up in the same turn of the event loop in which it has found nobody new. So of two
-that come at the same time the later one finds the other, and one that hangs in its handshake keeps nobody but itself waiting.
+Each pair has its own task, which retries until it succeeds or either instance is gone. A newcomer does the handshake
+with all that are up, then looks again, and comes up in the same turn of the event loop in which it finds nobody new. So
+of two simultaneous newcomers the later one finds the other, and a hung handshake delays only its own newcomer.
 
-A pair that fails is broken: both serve, moves between them are refused, and it is tried again. Who is at fault is found out
-(`core/handshakes.py`): a newcomer whose own fault it is does not come up; one that is up and whose side channel does not answer at the
-second try either is restarted.
+A failed pair is broken: both instances serve, migrations between them are refused, and the handshake is retried.
+`core/handshakes.py` determines which side is at fault: a faulty newcomer does not come up; an instance that is up and
+whose side channel fails to answer twice is restarted.
 """
 
 import asyncio
@@ -73,14 +73,14 @@ class Pairs:
 
     Attributes:
         strict: The server starts: a pair that fails keeps it from starting, and newcomers wait for each other.
-        foreign: Broken pairs according to whoever connects the instances, when that is not this process.
+        foreign: Broken pairs as reported by the process that connects the instances, if it is not this one.
     """
 
     def __init__(self, live_engines: Callable[[], list[Engine]], condemn: Callable[[Engine, str], None]) -> None:
         """
         Args:
             live_engines: Those that are up now.
-            condemn: Told who is to be restarted, and why.
+            condemn: Called with the instance to restart, and why.
         """
         self._live_engines = live_engines
         self._condemn = condemn
@@ -143,7 +143,7 @@ class Pairs:
             pair.task.cancel()
 
     async def stop(self) -> None:
-        """Try no more."""
+        """Stop trying."""
         tasks = [pair.task for pair in self._known.values() if pair.task is not None]
         for task in tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""Carries out what the policy wants done. Each effect ends in an event, as `core/effects.py` promises."""
+"""Carries the policy's effects out. Each effect ends in an event, as `core/effects.py` promises."""
 
 import asyncio
 import logging
@@ -67,7 +67,7 @@ class Performer:
         self.migration_counts: dict[str, int] = {}
 
     def carry_out(self, effect: Effect) -> None:
-        """Begin with an effect; never waits."""
+        """Start one effect. Never blocks."""
         match effect:
             case Dispatch():
                 self._dispatch(effect)
@@ -92,7 +92,7 @@ class Performer:
             logger.info("stages: %s (%s)", effect.layout, effect.why or "instances came or went")
 
     def abort(self, stream: Stream) -> None:
-        """A request's client left: stop it on its instance. One in a migration is the migrator's to stop."""
+        """A request's client left: stop it on its instance. If it is in migration, the migrator stops it."""
         if stream.instance_id is not None and stream.engine_request_id is not None:
             engine = self._fleet.engine(stream.instance_id)
             if engine is not None:
@@ -127,7 +127,7 @@ class Performer:
         assert stream.engine_request_id is not None
         engine = self._fleet.engine(stream.instance_id)
         if engine is None:
-            return  # its loss is an event on the way, and the request an orphan
+            return  # its loss arrives as an event, which orphans the request
         engine_request_id = stream.engine_request_id
         resume = Resume(list(stream.output_token_ids)) if stream.output_token_ids else None
         self._commands.send(
@@ -135,7 +135,7 @@ class Performer:
         )
 
     def _add_failed(self, stream: Stream, engine_request_id: str) -> None:
-        """A request could not be sent, which is no death of the engine: nobody would ever hear of it again."""
+        """A request could not be sent. No engine died, so no other event would ever report it."""
         if stream.engine_request_id == engine_request_id:
             self._fail(stream)
 

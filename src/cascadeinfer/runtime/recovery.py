@@ -1,16 +1,18 @@
 """
-What becomes of the requests when the policy fails at an event.
+Repairs the fate of requests after the policy failed at an event.
 
-The policy's books may then say that a request was placed, or an instance taken into use, while nothing of it was done. So that nobody waits
-for ever:
+The policy's books may then record a request as placed, or an instance as in use, although nothing was done. So that
+nothing waits for ever:
 
-- A request that the policy fails at as it arrives is refused with an error at once.
-- A while after any failure every request that has no place is announced anew: its end, then its arrival as a prompt of its length so far. It
-  goes on where the policy then puts it. One that the policy fails at again, or refuses, gets an error.
-- An instance whose coming the policy failed at is announced anew, and so is the loss of one, as long as it is so.
-- That a request or a migration ended, or an instance drains, is told a second time, so that the books do not count it for ever.
+- A request at whose arrival the policy fails is refused with an error at once.
+- Some time after any failure, every unplaced request is announced anew: its end, then its arrival as a prompt of its
+  length so far. It continues where the policy then places it. If the policy fails at it again, or refuses it, it ends
+  with an error.
+- If the policy failed at an instance's arrival or loss, that is announced anew for as long as it holds.
+- The end of a request or migration, or the drain of an instance, is announced a second time, so that the books do not
+  count it for ever.
 
-What remains is a migration that the policy counts and that never began, because it failed with it on its lips: that ends with its request.
+One case remains: a migration recorded by the policy before it raised. It is forgotten when its request ends.
 """
 
 import asyncio
@@ -36,7 +38,7 @@ REPAIR_AFTER_S: Final = 1.0
 
 
 class Host(Protocol):
-    """The runtime, as far as it is needed here."""
+    """The part of the runtime that recovery needs."""
 
     def emit(self, event: Event) -> None:
         """Hand the policy an event."""
@@ -73,7 +75,7 @@ class Recovery:
         self._timer: asyncio.TimerHandle | None = None
 
     def policy_failed(self, event: Event) -> None:
-        """The policy failed at this event: see to it that the requests go on."""
+        """The policy failed at this event: make sure that the requests continue."""
         self._metrics.policy_failures.labels(type(event).__name__).inc()
         match event:
             case RequestArrived():
@@ -90,12 +92,12 @@ class Recovery:
             self._timer = asyncio.get_running_loop().call_later(REPAIR_AFTER_S, self._repair)
 
     def stop(self) -> None:
-        """No more repairs."""
+        """Cancel pending repairs."""
         if self._timer is not None:
             self._timer.cancel()
 
     def _refuse(self, request_id: RequestId) -> None:
-        """The policy failed at a request that was announced to it; where it had refused it before, that counts."""
+        """The policy failed at a request announced to it. If it had refused the request before, the refusal stands."""
         stream = self._streams.get(request_id)
         if stream is not None and stream.refusal is None:
             failure = PolicyError(f"the scheduling policy failed at request {request_id}; the log says how")

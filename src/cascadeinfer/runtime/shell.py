@@ -1,10 +1,10 @@
 """
 Shell no. 2: runs a policy on real engines.
 
-Everything happens on one event loop. Facts (a request arrives, a step's outputs come, an instance dies, a migration ends) become
-events; `PolicyDriver` hands each to the policy, which sees one at a time, and its effects are carried out at once. The front end reads
-the merged outputs from `next_outputs`, in which a moved request looks as if it had never moved: finishes of cut requests are hidden,
-ids are the request's own.
+Everything happens on one event loop. Facts (a request arrives, a step's outputs arrive, an instance dies, a migration
+ends) become events; `PolicyDriver` hands them to the policy one at a time and carries its effects out at once. The
+front end reads the merged outputs from `next_outputs`, in which a migrated request looks as if it had never moved: the
+finishes of cut requests are hidden, and ids are the request's own.
 """
 
 import asyncio
@@ -97,9 +97,10 @@ class Runtime:
         )
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
         self._given_up = GivenUp(self._give_up)
-        #: Told of a request that is refused after `submit` has returned and before its first token; None: it ends with an error.
+        #: Called for a request refused after `submit` has returned and before its first token; None: it ends with an
+        #: error.
         self.on_late_refusal: Callable[[RequestId, RequestRejectedError], None] | None = None
-        #: Told of a request that cannot go on, with a sentence for its client; None: it ends with an error without one.
+        #: Called for a request that cannot continue, with a sentence for its client; None: it ends with a bare error.
         self.on_failure: Callable[[RequestId, str], None] | None = None
 
     # --- for the front end -------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ class Runtime:
             raise stream.refusal.error
 
     def abort(self, request_ids: list[RequestId]) -> None:
-        """Forget these requests, wherever they are; ids that are not live are ignored."""
+        """Abort these requests, wherever they run; ids that are not live are ignored."""
         for request_id in request_ids:
             if (stream := self._streams.get(request_id)) is not None:
                 self._finish(stream, "aborted")
@@ -154,7 +155,7 @@ class Runtime:
         return await self._outputs.get()
 
     def snapshot(self) -> dict[str, Any]:
-        """What `/admin/instances` shows."""
+        """The JSON of `/admin/instances`."""
         now_s = self._clock()
         shown = snapshot(
             self.fleet,
@@ -169,7 +170,7 @@ class Runtime:
         return {**shown, **self._isolation.shown(now_s)}
 
     def tally(self) -> dict[str, Any]:
-        """The numbers in the snapshot that add up over several processes."""
+        """The numbers of the snapshot that add up over several processes."""
         return tally(self._streams, len(self._migrator), self._performer.migration_counts)
 
     def unfinished(self) -> list[tuple[float, int, int, int]]:
@@ -189,7 +190,7 @@ class Runtime:
         return len(self._streams)
 
     async def stop(self, timeout_s: float) -> None:
-        """Stop everything. Requests that still live get no more tokens."""
+        """Stop everything. Live requests get no more tokens."""
         self._driver.stop()
         self._recovery.stop()
         self._given_up.stop()
@@ -208,7 +209,7 @@ class Runtime:
         self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, InstanceKind(capacity)))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
-        """Deliver a step's tokens; drop the words of old attempts; hide the finishes of cuts."""
+        """Deliver a step's tokens; drop late output of superseded attempts; hide the finishes of cuts."""
         self._migrator.expire()
         now_s = self._clock()
         delivered = []
@@ -226,7 +227,7 @@ class Runtime:
         self._outputs.put_nowait(outputs)
 
     def _give_up(self, stream: Stream, outputs: StepOutputs) -> None:
-        """Its instance has given it up and lives on: its client is told."""
+        """The instance gave the request up but survived: tell its client."""
         self._outputs.put_nowait(outputs)
         self._computed(stream)
         self._finish(stream, "dropped")
@@ -256,7 +257,7 @@ class Runtime:
         )  # fmt: skip
 
     def instance_suspected(self, engine: Engine) -> None:
-        """What waits there goes elsewhere."""
+        """Requests waiting there are moved elsewhere."""
         self._suspects.suspected(engine)
 
     def instance_trusted(self, engine: Engine) -> None:
@@ -264,7 +265,7 @@ class Runtime:
         self._suspects.trusted(engine)
 
     def instance_down(self, instance_id: InstanceId, why: str, *, planned: bool = False) -> None:
-        """Its requests are orphans; the policy places them anew and they go on from prompt and output so far."""
+        """Its requests are orphans: the policy places them anew, and they continue from prompt and output so far."""
         self.elastic.look(self.fleet.went_down(instance_id, why))
         self._migrator.instance_lost(instance_id)
         if planned:
@@ -323,7 +324,7 @@ class Runtime:
         self._end(stream, "failed", "the request could not be sent to an instance; the server's log says why")
 
     def _refuse_late(self, stream: Stream, refusal: RequestRejectedError) -> None:
-        """The policy refuses a request that it had taken."""
+        """The policy refuses a request that it had accepted."""
         if self.on_late_refusal is None or stream.output_token_ids:
             self.end_with_error(stream, "rejected")
             return
@@ -331,13 +332,13 @@ class Runtime:
         self.on_late_refusal(stream.request.request_id, refusal)
 
     def _computed(self, stream: Stream) -> None:
-        """It is in no engine any more: nothing has to be stopped at its end."""
+        """No engine has it any more: nothing must be stopped when it ends."""
         stream.ending = True
         if stream.migration is not None:
             self._migrator.happen(stream.migration.migration_id, Happening.REQUEST_ENDED)
 
     def _stop_computing(self, stream: Stream) -> None:
-        """Nobody waits for the rest of it: stop it wherever it is."""
+        """Nobody waits for the rest of its output: stop it wherever it runs."""
         stream.ending = True
         if stream.migration is not None:
             self._migrator.happen(stream.migration.migration_id, Happening.CLIENT_LEFT)
@@ -345,7 +346,10 @@ class Runtime:
             self._performer.abort(stream)
 
     def _deliver(self, engine: Engine, stream: Stream, delta: Any, now_s: float) -> bool:
-        """Returns whether it is for the client: not when the policy, which hears that a migration ended, refuses the request."""
+        """
+        Returns whether the output goes to the client: not if the policy, on hearing that a migration ended, refuses the
+        request.
+        """
         if stream.attempts > 1:
             delta.request_id = stream.request.request_id
             delta.events = None  # queued and scheduled again: of no meaning to the client's statistics

@@ -1,9 +1,10 @@
 """
-The requests that live in the runtime, each on exactly one instance at a time, each token delivered exactly once.
+The live requests of the runtime: each runs on exactly one instance at a time, and each token is delivered exactly once.
 
-Every placement of a request on an engine is an *attempt* with its own engine-side id (`id`, then `id~1`, `id~2` ...). Only the current
-attempt is in the table, so words of an old one (a token in flight when it was aborted, a finish of a killed engine) find nobody. The
-output so far is kept here, because it is what a request needs to go on elsewhere.
+Every placement of a request on an engine is an *attempt* with its own engine-side id (`id`, then `id~1`, `id~2` ...).
+Only the current attempt is in the table, so late output of a superseded attempt (a token in flight at an abort, a
+finish from a killed engine) matches no stream and is dropped. The output so far is kept here, because a request needs
+it to continue elsewhere.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ class Refusal:
 
     Attributes:
         outcome: The metric label of its end: `rejected`, or `failed` where the policy failed at it.
-        error: For whoever sent it.
+        error: Raised to the sender.
     """
 
     outcome: str
@@ -44,7 +45,8 @@ class Stream:
         tokens_before: Output tokens when its current attempt began.
         withdrawals: How often it was taken away from an instance that did not answer.
         arriving: Whether its sender waits to hear whether the policy takes it.
-        refusal: Why the policy did not take it, until whoever announced it has ended it; None: it took it, or has not heard of it.
+        refusal: Why the policy did not take it, until whoever announced it has ended it; None: it took it, or has not
+            heard of it.
         ending: Its end is under way: the policy, which hears of that piece by piece, can do nothing more with it.
         last_token_s: When its last token came, on the runtime's clock; None before the first.
     """
@@ -77,11 +79,11 @@ class Stream:
 @dataclass(slots=True)
 class Seen:
     """
-    What has come and ended since somebody last took it: what one process tells the one that plans for all.
+    Arrivals and ends since the last `take`: what one process reports to the one that plans for all.
 
     Attributes:
-        n_arrived: Requests that came.
-        ended: Of each that ended, the fields of a SeenEnd; None: nobody wants to know.
+        n_arrived: Requests that arrived.
+        ended: The fields of a SeenEnd for each that ended; None if nobody asks for them.
     """
 
     n_arrived: int = 0
@@ -93,7 +95,7 @@ class Seen:
             self.ended.append((prompt_tokens, output_tokens, arrived_s))
 
     def take(self) -> tuple[int, list[tuple[int, int, float]]]:
-        """Arrivals and ends since the last time; from now on ends are noted."""
+        """Arrivals and ends since the last call; ends are recorded from the first call on."""
         taken = self.n_arrived, self.ended or []
         self.n_arrived, self.ended = 0, []
         return taken
@@ -106,10 +108,10 @@ class StreamTable:
         """Start empty."""
         self._streams: dict[RequestId, Stream] = {}
         self._by_attempt: dict[str, Stream] = {}
-        #: Told of each request that leaves its place, and of each that is over.
+        #: Called for each request that leaves its place, and for each that ends.
         self.on_displaced: Callable[[Stream], None] = lambda _: None
         self.on_closed: Callable[[Stream], None] = lambda _: None
-        #: The request whose current attempt has this id; None for words of an old attempt.
+        #: The request whose current attempt has this id; None for output of an old attempt.
         self.of_attempt: Callable[[str], Stream | None] = self._by_attempt.get
 
     def __len__(self) -> int:
@@ -117,7 +119,7 @@ class StreamTable:
         return len(self._streams)
 
     def __iter__(self) -> Iterator[Stream]:
-        """Live requests in order of arrival; safe against changes on the way."""
+        """Live requests in order of arrival; safe against concurrent changes."""
         return iter(list(self._streams.values()))
 
     def get(self, request_id: RequestId) -> Stream | None:
@@ -130,7 +132,7 @@ class StreamTable:
         return [stream for stream in self._streams.values() if stream.instance_id == instance_id]
 
     def known(self, engine_request_ids: tuple[str, ...], tokens: tuple[int, ...]) -> dict[RequestId, int]:
-        """Of requests that an engine has reported, those whose current attempt it is, by their own ids."""
+        """Of the requests an engine reported, those whose current attempt it runs, by their own ids."""
         streams = zip(map(self.of_attempt, engine_request_ids), tokens, strict=True)
         return {stream.request.request_id: n for stream, n in streams if stream is not None}
 
@@ -143,7 +145,7 @@ class StreamTable:
         return stream
 
     def place(self, stream: Stream, instance_id: InstanceId) -> str:
-        """Begin a new attempt on this instance, ending the one before; returns its id."""
+        """Begin a new attempt on this instance, ending the previous one; returns its id."""
         self.displace(stream)
         request_id = stream.request.request_id
         engine_request_id = request_id if stream.attempts == 0 else f"{request_id}~{stream.attempts}"
@@ -155,7 +157,7 @@ class StreamTable:
         return engine_request_id
 
     def displace(self, stream: Stream) -> None:
-        """End the current attempt, if any: nothing it still says is heard."""
+        """End the current attempt, if any: its further output is ignored."""
         if stream.engine_request_id is None:
             return
         del self._by_attempt[stream.engine_request_id]

@@ -1,10 +1,11 @@
 """
-One instance's life: start, pump its outputs, ask for its load, notice its death or silence, restart it with back-off.
+One instance's life: start it, pump its outputs, poll its load, notice death or silence, restart it with back-off.
 
-Silence is measured by one who may have slept (`core/silence.py`): a front end that was stopped for a minute does not kill instances for it.
+Silence is measured so that this process's own pauses do not count (`core/silence.py`): a front end that was suspended
+for a minute does not kill instances for it.
 
-A `Supervisor` runs one task per instance for as long as the runtime lives. It reports facts through the `Listener` protocol and
-decides nothing; what may happen next, a restart for one, is in the table of `instance_state.py`.
+A `Supervisor` runs one task per instance for as long as the runtime lives. It reports facts through the `Listener`
+protocol and decides nothing; what may happen next, such as a restart, is in the table of `instance_state.py`.
 """
 
 import asyncio
@@ -26,22 +27,23 @@ from cascadeinfer.runtime.instance_state import Deed, Happening, InstanceLife
 logger = logging.getLogger(__name__)
 
 DEAF_REPORTS = 10
-"""An instance that says in so many reports in a row that its side channel is dead cannot mend it."""
+"""After this many consecutive reports of a dead side channel, the instance cannot repair it."""
 DEAF = "its side channel is dead and stays so"
 
 
 @dataclass(frozen=True, slots=True)
 class SupervisionTimes:
     """
-    Seconds.
+    Limits and intervals of supervision, in seconds.
 
     Attributes:
         report_s: Between two load reports.
-        suspect_s: An instance whose report is overdue by this much is suspected: others get what is new.
-        hang_s: An instance that answers nothing for this long is taken for hung and killed. Must exceed its longest step.
-        backoff_first_s: Before a restart after one death; doubled with each further one, failed starts included (`core/back_off.py`).
-        backoff_max_s: At most this long.
-        window_s: For so long a death counts.
+        suspect_s: An instance whose report is overdue by this much is suspected: new requests go to others.
+        hang_s: An instance that is silent for this long counts as hung and is killed. Must exceed its longest step.
+        backoff_first_s: Pause before a restart after one death; doubles with each further death or failed start
+            (`core/back_off.py`).
+        backoff_max_s: Longest pause.
+        window_s: How long a death counts.
     """
 
     report_s: float = 0.1
@@ -53,10 +55,10 @@ class SupervisionTimes:
 
 
 class Listener(Protocol):
-    """Who is told."""
+    """Notified of what happens to an instance."""
 
     async def instance_up(self, engine: Engine, capacity: InstanceCapacity) -> None:
-        """It answers and has a capacity; connect it to the others, then use it. May raise EngineError."""
+        """It answers and has a capacity: connect it to the others, then use it. May raise EngineError."""
         ...
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
@@ -66,7 +68,7 @@ class Listener(Protocol):
     def instance_reported(
         self, engine: Engine, report: InstanceReport, counters: EngineCounters, asked_s: float
     ) -> None:
-        """It said how loaded it is, perhaps before it is in use; it was asked then, by the loop's clock."""
+        """It reported its load, perhaps before it is in use; the query was sent at that time on the loop's clock."""
         ...
 
     def instance_suspected(self, engine: Engine) -> None:
@@ -78,7 +80,7 @@ class Listener(Protocol):
         ...
 
     def instance_down(self, instance_id: InstanceId, why: str, *, planned: bool = False) -> None:
-        """It is gone; `planned`: because somebody wanted it so, for a reason that is no request's doing."""
+        """It is gone. `planned` means on purpose, so that no request is to blame."""
         ...
 
 
@@ -87,12 +89,12 @@ class Supervisor:
     Keeps one instance alive.
 
     Attributes:
-        life: Where it is in its life. Told through `happen`, by whoever brings a change about.
+        life: Its state and history; changed only through `happen`.
         engine: The engine of its last start.
-        restarts: Times it was started again, or that was tried.
-        back_off: Its last deaths.
-        next_start_s: When it will be started again, on the loop's clock; None while it is up or starts.
-        condemned: Why it is restarted although no request has done anything to it; None if it is not.
+        restarts: Number of restarts, attempts included.
+        back_off: Its recent deaths.
+        next_start_s: When it will be restarted, on the loop's clock; None while it is up or starting.
+        condemned: Why it is being restarted although no request is to blame; None if it is not.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Supervisor:
         Args:
             instance_id: Its name, the same over restarts.
             make_engine: Makes a fresh engine for the n-th start (0, 1, ...).
-            listener: Who is told.
+            listener: Notified of what happens.
             times: Limits and intervals.
         """
         self.instance_id = instance_id
@@ -151,7 +153,7 @@ class Supervisor:
         return self.life.happen(happening, asyncio.get_running_loop().time(), why)
 
     def condemn(self, engine: Engine, why: str) -> None:
-        """Something is wrong with it that a restart mends: end this life of it."""
+        """A fault that a restart cures: end this life of the instance."""
         if engine is self.engine and self.condemned is None:
             self.condemned = why
             self.happen(Happening.CONDEMNED, why)
@@ -212,7 +214,7 @@ class Supervisor:
             self.next_start_s = None
 
     async def _put_away(self, engine: Engine) -> None:
-        """What is left of a dead engine must not keep the next one from starting."""
+        """Clean up a dead engine, so that it cannot keep the next one from starting."""
         try:
             await engine.stop(0.0)
         except Exception:

@@ -1,13 +1,14 @@
 """
-What becomes of the requests of an instance that does not answer.
+Handles the requests of an instance that does not answer.
 
-While it is suspected nothing new goes there (the policy's books see to that, `core/view.py`). What waits there without having been
-started is taken away, if another instance can take it, and told to the policy with the suspicion: it places it like an orphan. So is what
-a migration has left there to be computed anew. What runs there stays: it goes on when the instance does, or elsewhere when it is killed.
+A suspected instance gets no new requests (the policy's books exclude it, `core/view.py`). Requests waiting there that
+have not started are withdrawn if another instance can take them, and are reported to the policy with the suspicion,
+which places them like orphans. The same holds for requests that a migration left there to be recomputed. Running
+requests stay: they continue when the instance does, or elsewhere if it is killed.
 
-A request that the instance has not reported as running may be in the very step that makes it late. So that a long prompt does not wander for ever
-from instance to instance, a request is taken away at most `MAX_WITHDRAWALS` times, and not at all when it may be what the instance hangs at
-(`core/quarantine.py`).
+A request not reported as running may be part of the very step that makes the instance late. So that a long prompt does
+not wander from instance to instance for ever, a request is withdrawn at most `MAX_WITHDRAWALS` times, and never if it
+may be what the instance hangs on (`core/quarantine.py`).
 """
 
 import logging
@@ -49,10 +50,10 @@ class Suspects:
         Args:
             fleet: The instances.
             streams: The live requests.
-            metrics: Where suspicions and withdrawals are counted.
+            metrics: Counts suspicions and withdrawals.
             emit: Hands the policy an event.
             performer: Stops a request on its instance, or ends its migration.
-            isolation: Remembers who was taken away, in case the instance is given up.
+            isolation: Remembers withdrawn requests, in case the instance is given up.
         """
         self._fleet = fleet
         self._streams = streams
@@ -62,7 +63,7 @@ class Suspects:
         self._isolation = isolation
 
     def suspected(self, engine: Engine) -> None:
-        """Its report is overdue, or still is: then there may be news of who can take what waits there."""
+        """Its report is overdue, newly or still; in the latter case other instances may have become free."""
         record = self._fleet[engine.instance_id]
         if record.engine is not engine:
             return  # it is being connected
@@ -82,7 +83,7 @@ class Suspects:
             self._emit(InstanceTrusted(f"answers:{engine.instance_id}", engine.instance_id))
 
     def _withdraw(self, record: InstanceRecord) -> tuple[RequestId, ...]:
-        """Take away what waits there and can go elsewhere."""
+        """Withdraw the requests that wait there and can go elsewhere."""
         if not self._others_answer(record.instance_id):
             return ()
         withdrawn = self._unstarted(record)

@@ -1,4 +1,4 @@
-"""What operators see of the runtime: the state of each instance, as gauges and as the JSON of `/admin/instances`."""
+"""The operators' view of the runtime: each instance's state, as gauges and as the JSON of `/admin/instances`."""
 
 import asyncio
 import itertools
@@ -28,13 +28,13 @@ MAX_LISTED_DEATHS = 5
 @dataclass(slots=True)
 class Drain:
     """
-    An instance is being emptied.
+    The drain of an instance.
 
     Attributes:
         began_s: When it began.
         ends_s: When its time is up.
-        n_requests: Requests that were there when it began.
-        news: Set when it may be empty.
+        n_requests: Requests on the instance when it began.
+        news: Set when the instance may be empty.
     """
 
     began_s: float
@@ -46,13 +46,13 @@ class Drain:
 @dataclass(frozen=True, slots=True)
 class Departed:
     """
-    What became of an instance that is gone for good.
+    A removed instance.
 
     Attributes:
-        how: In a few words: `drained`, `did not start`, and so on.
-        error: What went wrong on the way, or None.
-        at_s: When.
-        life: How it came to it.
+        how: A few words: `drained`, `did not start`, and so on.
+        error: What went wrong, or None.
+        at_s: When it was removed.
+        life: Its history.
     """
 
     instance_id: InstanceId
@@ -116,7 +116,7 @@ class InstanceRecord:
         self.settled.set()
 
     def went_down(self, why: str) -> None:
-        """It is out of use: what it reported holds no more."""
+        """It is out of use: its last report no longer holds."""
         assert self.engine is None
         self.last_error = why
         self.report = IDLE

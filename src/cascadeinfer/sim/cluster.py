@@ -1,10 +1,10 @@
 """
 Shell no. 1: runs a policy on simulated instances in virtual time.
 
-Facts (a request arrives, a step ends, an instance dies, a migration ends) become events; `_emit` hands each to the policy and carries its
-effects out at once; events that arise on the way wait their turn, so the policy sees one event at a time. Order at one moment:
-see `kernel.Priority`. The order of events around a death and an end is the runtime's: `MigrationEnded` comes before the
-`InstanceLost` or `RequestFinished` that brought it about.
+Facts (a request arrives, a step ends, an instance dies, a migration ends) become events; `_emit` hands each to the
+policy and carries its effects out at once. Events that arise meanwhile are queued, so the policy sees one event at a
+time. For the order at one moment see `kernel.Priority`. The order of events around a death or an end is the runtime's:
+`MigrationEnded` comes before the `InstanceLost` or `RequestFinished` that caused it.
 """
 
 import math
@@ -109,7 +109,7 @@ class SimCluster:
         return bool(self._to_come or self.live) and self.kernel.step(self._stop_s)
 
     def settle(self) -> None:
-        """Bring everything up to now: for the records of a run that was stopped."""
+        """Bring everything up to the current time, for the records of a run that was stopped."""
         for request in self.live.values():
             if request.phase is Phase.DECODE and request.instance_id is not None:
                 instance = self.instance(request.instance_id)
@@ -191,7 +191,7 @@ class SimCluster:
         self.migrator.instance_crashed(instance.instance_id)
 
     def instance_lost(self, instance: SimInstance) -> None:
-        """Its requests are orphans; the policy places them anew and they go on from prompt and output so far."""
+        """Its requests are orphans: the policy places them anew, and they continue from prompt and output so far."""
         self.migrator.instance_lost(instance.instance_id)
         orphans = sorted(instance.scheduler.requests(), key=lambda request: request.row)
         for request in orphans:
@@ -231,11 +231,11 @@ class SimCluster:
     # --- Host: what the migrator needs --------------------------------------------------------------------------------
 
     def instance(self, instance_id: InstanceId) -> SimInstance | None:
-        """An instance brought up to now; None when it is gone."""
+        """An instance, brought up to the current time; None when it is gone."""
         return self.fleet.instance(instance_id)
 
     def touched(self, instance: SimInstance) -> None:
-        """See to it that the instance is woken when it must be."""
+        """Make sure that the instance is woken in time."""
         self.fleet.touched(instance)
 
     def displaced(self, request: SimRequest) -> None:
@@ -308,7 +308,8 @@ class SimCluster:
         longest_tokens = self.config.longest_tokens(request.prompt_tokens)
         if longest_tokens > instance.capacity.kv_tokens:
             raise PolicyError(
-                f"{effect}: the request may grow to {longest_tokens} tokens, the KV cache there holds {instance.capacity.kv_tokens}"
+                f"{effect}: the request may grow to {longest_tokens} tokens, "
+                f"the KV cache there holds {instance.capacity.kv_tokens}"
             )
         if np.isnan(request.dispatched_s):
             request.dispatched_s = self.kernel.now_s

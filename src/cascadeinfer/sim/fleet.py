@@ -1,8 +1,9 @@
 """
 The instances of a cluster: when they step, report, crash, drain and come back.
 
-An instance is a heap event only where a decision is due (its wake-up); each look at one first brings it up to now. A crashed
-instance stays in the books, silent, until `detect_s` have passed: what is sent to it meanwhile is lost with it.
+An instance is a heap event only where a decision is due (its wake-up); every access first brings it up to the current
+time. A crashed instance stays in the books, silent, until `detect_s` have passed: what is sent to it meanwhile is lost
+with it.
 """
 
 import math
@@ -18,7 +19,7 @@ from cascadeinfer.sim.steps import StepEnd
 
 
 class Listener(Protocol):
-    """Who is told what happens to instances."""
+    """Notified of what happens to instances."""
 
     def instance_joined(self, instance: SimInstance) -> None:
         """It is ready."""
@@ -29,15 +30,15 @@ class Listener(Protocol):
         ...
 
     def instance_reported(self, instance: SimInstance, report: InstanceReport) -> None:
-        """It said how loaded it is."""
+        """It reported its load."""
         ...
 
     def instance_crashed(self, instance: SimInstance) -> None:
-        """It is dead; nobody knows yet."""
+        """It has died, not yet detected."""
         ...
 
     def instance_lost(self, instance: SimInstance) -> None:
-        """Its death is known; the listener takes it out of the books."""
+        """Its death has been detected; the listener takes it out of the books."""
         ...
 
     def instance_draining(self, instance: SimInstance) -> None:
@@ -50,18 +51,18 @@ class Fleet:
     All instances.
 
     Attributes:
-        instances: Those that are there, crashed ones included until that is found out.
-        numbers: Place of every instance that there may be.
-        draining: Those that leave when they are empty.
-        tokens_of_the_lost: Output tokens that instances no longer here handed out.
+        instances: Present instances, including crashed ones until the crash is detected.
+        numbers: Index of every instance that may ever exist.
+        draining: Instances that leave once they are empty.
+        tokens_of_the_lost: Output tokens delivered by instances that are gone.
     """
 
     def __init__(self, kernel: Kernel, config: SimConfig, listener: Listener, *, unit_tokens: int) -> None:
         """
         Args:
             kernel: The clock.
-            config: Of the cluster.
-            listener: Is told what happens.
+            config: The cluster's configuration.
+            listener: Notified of what happens.
             unit_tokens: Tokens that one prefix hash covers; 0 without prefix caching.
         """
         self.instances: dict[InstanceId, SimInstance] = {}
@@ -88,14 +89,14 @@ class Fleet:
             self._kernel.at(drain.at_s, Priority.FAULT, self._drain, drain.instance_id)
 
     def instance(self, instance_id: InstanceId) -> SimInstance | None:
-        """An instance brought up to now; None when it is gone."""
+        """An instance, brought up to the current time; None when it is gone."""
         instance = self.instances.get(instance_id)
         if instance is not None:
             instance.catch_up(self._kernel.settled_s(instance.number))
         return instance
 
     def touched(self, instance: SimInstance) -> None:
-        """See to it that the instance is woken when it must be."""
+        """Make sure that the instance is woken in time."""
         wake_s = instance.wake_s()
         if wake_s != instance.scheduled_wake_s:
             instance.scheduled_wake_s = wake_s
@@ -169,6 +170,6 @@ class Fleet:
             self._listener.instance_draining(instance)
 
     def leave(self, instance: SimInstance) -> None:
-        """A drained instance shuts down in good order; its loss is known at once."""
+        """A drained instance shuts down cleanly; its loss is known at once."""
         instance.crash()
         self._lose(instance)

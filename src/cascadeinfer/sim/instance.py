@@ -1,13 +1,14 @@
 """
 One simulated instance: a scheduler on a clock.
 
-A step is in flight from its start until `end_s`; what it computes was decided at its start and its tokens come at its end. Requests,
-commands and reports arrive in between and take effect at the next step's start, as in vLLM.
+A step is in flight from its start until `end_s`; what it computes is decided at its start, and its tokens come at its
+end. Requests, commands and reports arrive in between and take effect at the next step's start, as in vLLM.
 
-While only decoding goes on and no decision is near, the instance *cruises*: no step is a heap event. `wake_s` says when the instance must
-be woken (the first step end that needs a decision); until then `catch_up` runs the steps that have ended meanwhile, in compiled
-code, and must be called before the instance is looked at or changed. A change of anything (a new request, a freed block) may end the cruise at the step in flight. With `fast_forward` off every step
-end is a wake-up; times and results are the same to the last bit.
+While the batch only decodes and no decision is near, the instance *cruises*: no step is a heap event. `wake_s` says
+when the instance must be woken (the first step end that needs a decision). Until then `catch_up` runs the steps that
+have ended meanwhile, in compiled code; call it before reading or changing the instance. Any change (a new request, a
+freed block) may end the cruise at the step in flight. With `fast_forward` off, every step end is a wake-up; times and
+results are the same to the last bit.
 """
 
 import math
@@ -33,10 +34,10 @@ class SimInstance:
     One instance. The shell calls the methods at non-decreasing times and wakes it at `wake_s`.
 
     Attributes:
-        alive: False once it has crashed; then nothing happens here any more.
+        alive: False once it has crashed; nothing happens here after that.
         end_s: When the step in flight ends; infinite when there is none.
         steps_done: Steps finished since the start.
-        busy_s: Their durations, summed.
+        busy_s: Sum of their durations.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class SimInstance:
         return self.end_s == IDLE
 
     def wake_s(self) -> float:
-        """When `step_ended` must be called unless something changes before; infinite when idle."""
+        """When `step_ended` must be called unless something changes first; infinite when idle."""
         if self._wake_s is None:
             self._wake_s = self._run_until(IDLE)[1] if self._cruising else self.end_s
         return self._wake_s
@@ -110,7 +111,7 @@ class SimInstance:
         return after
 
     def catch_up(self, until_s: float) -> None:
-        """Run the cruise's steps that end until then (inclusive)."""
+        """Run the cruise's steps that end by this time (inclusive)."""
         if not self._cruising or self.end_s > until_s:
             return
         scheduler = self.scheduler
@@ -154,7 +155,7 @@ class SimInstance:
         self._cruising = self._fast_forward and not plan.chunks and not plan.preempted and not scheduler.watches_batch()
 
     def _changed(self, now_s: float, *, stop_cruise: bool) -> None:
-        """Something changed: the wake-up must be found anew; an idle instance may have something to do."""
+        """Something changed: recompute the wake-up; an idle instance may have work."""
         if not self.alive:
             return
         self._wake_s = None
@@ -165,7 +166,7 @@ class SimInstance:
 
     def push(self, request: SimRequest, now_s: float) -> None:
         """Queue a request."""
-        # Behind a head that does not fit nothing moves until the running requests change.
+        # Nothing moves behind a head that does not fit until the running requests change.
         is_head = self.scheduler.push(request)
         self._changed(now_s, stop_cruise=is_head)
 
@@ -175,13 +176,13 @@ class SimInstance:
         self._changed(now_s, stop_cruise=True)
 
     def reserve(self, migration_id: MigrationId, length_tokens: int, now_s: float) -> Refusal | None:
-        """Keep room for a request on its way here. Returns why not, or None."""
+        """Reserve room for a request migrating here. Returns why not, or None."""
         refused = self.scheduler.reserve(migration_id, length_tokens)
         self._changed(now_s, stop_cruise=False)
         return refused
 
     def unreserve(self, migration_id: MigrationId, now_s: float) -> None:
-        """Let a reservation go, if there is one."""
+        """Release a reservation, if there is one."""
         self.scheduler.unreserve(migration_id)
         self._changed(now_s, stop_cruise=bool(self.scheduler.waiting))
 
@@ -213,7 +214,7 @@ class SimInstance:
         self._changed(now_s, stop_cruise=True)
 
     def watch(self, request: SimRequest) -> None:
-        """Have `step_ended` say when this request gets its next token."""
+        """Make `step_ended` report the next token of this request."""
         self.scheduler.watch(request)
 
     def crash(self) -> None:
@@ -224,7 +225,7 @@ class SimInstance:
         self._wake_s = IDLE
 
     def report(self) -> InstanceReport:
-        """The load now, between two steps."""
+        """The current load, between two steps."""
         scheduler = self.scheduler
         batch = scheduler.batch
         if self._ids_of_change != batch.changes:

@@ -1,11 +1,11 @@
 """
-Carries migrations out between simulated instances, as `core/migration.py` says.
+Carries migrations out between simulated instances, following the state machine in `core/migration.py`.
 
-Times: the ask, its answer and the cut command take `control_s` each; the cut takes effect when the source's step in flight ends; the
-pull starts `control_s + pull_overhead_s` later and moves all tokens but the last (less what the target has cached) over the
-network; the target's next step but the one in flight has the request, and that step's token ends the migration. Until the cut the
-source decodes on. Its blocks stay pinned until the pull is done. A crashed instance does not answer: the state's time limit, or
-the crash's discovery, decides.
+Times: the ask, its answer and the cut command take `control_s` each. The cut takes effect when the source's step in
+flight ends; until then the source keeps decoding. The pull starts `control_s + pull_overhead_s` later and moves all
+tokens but the last (less what the target has cached) over the network; the source's blocks stay pinned until it is
+done. The request joins the target's next step after the one in flight, and that step's token ends the migration. A
+crashed instance does not answer: the time limit of the state, or the detection of the crash, decides.
 """
 
 import math
@@ -57,7 +57,7 @@ class Host(Protocol):
         ...
 
     def displaced(self, request: SimRequest) -> None:
-        """The request is nowhere; the policy will be told."""
+        """The request is on no instance; an event will tell the policy."""
         ...
 
     def migration_ended(self, move: Move) -> None:
@@ -129,7 +129,7 @@ class Migrator:
         self.happen(move, move.migration.cut_heard(self._kernel.now_s, move.tokens - 1))
 
     def instance_crashed(self, instance_id: InstanceId) -> None:
-        """Transfers from and to it stop; nobody knows why yet."""
+        """Transfers from and to it stop; the cause is not known yet."""
         for move in list(self.moves.values()):
             if instance_id in {move.migration.source_id, move.migration.target_id}:
                 self.network.cancel(move.migration.migration_id)
@@ -227,7 +227,7 @@ class Migrator:
         move.request.instance_id = move.migration.target_id
         target = self._host.instance(move.migration.target_id)
         if target is None:
-            return  # its loss is a happening of its own
+            return  # its loss arrives as a separate event
         move.pulled_tokens = target.expect(move.request, move.migration.migration_id, self._kernel.now_s)
         self._host.touched(target)
         network = self._config.network
@@ -259,11 +259,11 @@ class Migrator:
             self._host.touched(source)
 
     def _place(self, move: Move, instance_id: InstanceId) -> None:
-        """Queue the request at an instance that computes its KV cache anew."""
+        """Queue the request at an instance that recomputes its KV cache."""
         move.request.instance_id = instance_id
         instance = self._host.instance(instance_id)
         if instance is None:
-            return  # its loss is a happening of its own
+            return  # its loss arrives as a separate event
         instance.watch(move.request)
         instance.push(move.request, self._kernel.now_s)
         self._host.touched(instance)

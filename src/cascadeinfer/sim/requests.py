@@ -1,8 +1,8 @@
 """
-A request in the simulator: what the trace says of it, where it is, how far it is.
+A request in the simulator: its data from the trace, its place and its progress.
 
-While a request decodes in a batch, its length is `base + steps of the batch` (see `sim/batch.py`) and `produced` is stale; whoever takes
-it out of the batch settles it.
+While a request decodes in a batch, its length is `base + steps of the batch` (see `sim/batch.py`) and `produced` is
+stale; taking it out of the batch updates it.
 """
 
 import enum
@@ -13,7 +13,7 @@ from cascadeinfer.core.types import InstanceId, RequestId
 
 
 class Phase(enum.Enum):
-    """Where a request is in its life."""
+    """Phase of a request in its life."""
 
     UNPLACED = "unplaced"
     """It waits for the policy."""
@@ -24,7 +24,7 @@ class Phase(enum.Enum):
     DECODE = "decode"
     """Running; one token per step."""
     PULLING = "pulling"
-    """Cut at the source; the target has its blocks and its KV cache is on the way."""
+    """Cut at the source; the target has allocated its blocks and its KV cache is in transit."""
     JOINING = "joining"
     """Its KV cache is at the target; it decodes from the next step on."""
     FINISHED = "finished"
@@ -41,19 +41,20 @@ class SimRequest:
     One request.
 
     Attributes:
-        row: In the trace.
+        row: Row in the trace.
         produced: Output tokens delivered; stale while decoding.
         base: Length minus the batch's steps, while decoding.
         slot: Index in the batch, while decoding.
         computed: Tokens with KV cache, while prefilling.
-        goal: Tokens to compute before the next token comes: the length when it was queued.
+        goal: Tokens to compute before the next token: the length when it was queued.
         blocks: Blocks it holds while prefilling, shared units included.
         units: Hashes of the shared units it uses.
         admission: Number of its last admission; higher is later.
         instance_id: Where it is, or was sent; None while it waits for the policy.
-        lost_tokens: That had been computed when it last left a batch or prompt unfinished; computing them again is waste.
+        lost_tokens: Tokens already computed when it last left a batch, or a prompt unfinished; recomputing them is
+            waste.
         watched: Whether a migration waits for its next token.
-        dispatched_s: When the policy first placed it; then when it first ran, got its first token, ended.
+        dispatched_s: When the policy first placed it; followed by the times of its first run, first token and end.
     """
 
     request_id: RequestId

@@ -1,4 +1,4 @@
-"""One call from a trace and a policy to records."""
+"""Runs a trace through a policy in one call and returns the records."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ PROGRESS_EVENTS: Final = 2048
 @dataclass(frozen=True, slots=True, eq=False)
 class SimResult:
     """
-    What a run left behind.
+    The results of a run.
 
     Attributes:
         requests: One row per request of the trace.
-        migrations: One row per migration that began and is over.
+        migrations: One row per migration that started and ended.
         samples: One row per report of an instance.
         layouts: Stage layouts with the time from which each was in force.
         end_s: Virtual time at the end.
-        steps: Steps of all instances that were there at the end.
-        events: Clock events that were gone through.
-        messages_sent: Bid-ask messages.
-        messages_lost: Of those, lost on the way or sent to the dead.
+        steps: Steps of all instances present at the end.
+        events: Clock events processed.
+        messages_sent: Bid-ask messages sent.
+        messages_lost: Of those, lost on the way or sent to dead instances.
     """
 
     requests: RequestRecords

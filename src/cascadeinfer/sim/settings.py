@@ -1,4 +1,4 @@
-"""What a simulated cluster is made of: plain values, checked once."""
+"""The settings of a simulated cluster: plain values, checked once."""
 
 import math
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from cascadeinfer.sim.faults import FaultPlan
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkConfig:
     """
-    How instances talk.
+    Communication between instances.
 
     Attributes:
-        link_bytes_per_s: KV cache transfer, per instance and direction; concurrent transfers share it equally.
-        max_pulls: Transfers at once per instance and direction; more wait in line.
+        link_bytes_per_s: KV cache transfer rate, per instance and direction; concurrent transfers share it equally.
+        max_pulls: Concurrent transfers per instance and direction; further ones queue.
         pull_overhead_s: Set-up of each pull before its first byte.
-        control_s: One way of a command or answer between front end and engine.
-        message_delay_s: One way of a bid-ask message.
+        control_s: One-way time of a command or answer between front end and engine.
+        message_delay_s: One-way time of a bid-ask message.
     """
 
     link_bytes_per_s: float = 50e9
@@ -38,8 +38,9 @@ class SimKind:
     A kind of simulated instances.
 
     Attributes:
-        kind: What the policy is told.
-        step_model: What their steps take. The policy is not told; it may have been given the same model under the kind's key.
+        kind: The kind as the policy knows it.
+        step_model: The actual step times. The policy is not told; it may have been given the same model under the
+            kind's key.
     """
 
     kind: InstanceKind
@@ -52,12 +53,12 @@ class SimConfig:
     A simulated cluster.
 
     Attributes:
-        instances: How many; their ids are `instance_ids(instances)`.
-        capacity: Of each that `kinds` does not name.
-        step_model: Step time of each that `kinds` does not name; its key is the default one.
-        kinds: Instances that are of another kind, by id. KV cache can go from any instance to any other.
-        kv_bytes_per_token: Of KV cache, for transfers.
-        context_tokens: The model's longest sequence; no request may be longer. At least one instance holds one of them.
+        instances: Number of instances; their ids are `instance_ids(instances)`.
+        capacity: Capacity of each instance that `kinds` does not name.
+        step_model: Step times of each instance that `kinds` does not name; its key is the default one.
+        kinds: Instances of other kinds, by id. KV cache can be transferred between any two instances.
+        kv_bytes_per_token: KV cache bytes per token, for transfers.
+        context_tokens: The model's longest sequence; no request may be longer. At least one instance can hold one.
         max_output_tokens: The cap that each request states; None states all the context left.
         network: Transfers and messages.
         migration: Limits of migrations, the same as the runtime's.
@@ -66,9 +67,9 @@ class SimConfig:
         detect_s: From a crash to its `InstanceLost`.
         faults: What goes wrong, and when.
         seed: For message loss and delay.
-        stop_s: Stop here, however much is unfinished; None runs until everything is over.
-        stall_limit_s: Error when nothing at all has happened for so long while requests wait for the policy.
-        fast_forward: Run stretches of decode steps in compiled code; off only to check that it makes no difference.
+        stop_s: Stop at this time with whatever is unfinished; None runs until everything is over.
+        stall_limit_s: Fail if nothing at all happens for this long while requests wait for the policy.
+        fast_forward: Run stretches of decode steps in compiled code; off only to check that results do not change.
     """
 
     instances: int
@@ -94,7 +95,8 @@ class SimConfig:
         Check what can be checked without a trace.
 
         Raises:
-            ConfigError: A number is out of range, `kinds` names an instance that is not there, or one request of full length fits none.
+            ConfigError: A number is out of range, `kinds` names an instance that is not there, or one request of full
+                length fits none.
         """
         if self.instances < 1:
             raise ConfigError(f"a cluster needs at least one instance, not {self.instances}", option="--instances")

@@ -1,9 +1,9 @@
 """
-How the cascade's layout follows the workload and the engines: learn step costs, plan anew, move boundaries.
+Adapts the cascade's layout to the workload and the engines: learns step costs, replans, moves boundaries.
 
-It is asked at every report and does at most one of these, when it is due. It changes only the roster and moves no
-request: requests that have become too long for their stage are handed over as usual. A fault of the planner leaves the
-layout as it is; it is reported as `Adapted.failure`, and planning is tried again one interval later.
+It runs at every report and does at most one of these when it is due. It changes only the roster and migrates no
+request: requests that have become too long for their stage are handed over as usual. A planner failure leaves the
+layout as it is; it is reported as `Adapted.failure`, and planning is retried one interval later.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,11 +1,11 @@
 """
-Which step model prices which instances now: those that were given, corrected or found by what the instances report.
+Which step model prices which instances: the given ones, corrected by the instances' reports, or learned from them.
 
-Each key (`InstanceKind.step_model_key`) has a model of its own and learns from its own instances' steps alone.
+Each key (`InstanceKind.step_model_key`) has its own model, which learns only from the steps of its own instances.
 
-Prices are compared between instances, so all are in one unit. While any instance that is there has no model, every instance is priced by
-nominal proportions instead, in which the kinds differ by their capacity only; `core/pace.py` then tells the slow ones apart. No instance is
-priced by another's model.
+Prices are compared between instances, so all share one unit. As long as any instance present has no model, every
+instance is priced by nominal proportions, in which kinds differ only by capacity; `core/pace.py` then identifies the
+slow ones. No instance is priced by another's model.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,9 +38,9 @@ class StepModels:
     ) -> None:
         """
         Args:
-            default: Of the instances with the default key, to start with; None: unknown.
-            named: Of the others, likewise.
-            learning: How models follow what instances report; None: they stay as they are.
+            default: Initial model of the instances with the default key; None if unknown.
+            named: Initial models of the other keys.
+            learning: How models follow what instances report; None keeps them as they are.
         """
         self._models = dict(named or {})
         if default is not None:
@@ -59,7 +59,7 @@ class StepModels:
         return self._models.get(key)
 
     def pricing(self, key: StepModelKey) -> StepModel | None:
-        """The model that prices instances of this key; None: nominal proportions do. See the module header."""
+        """The model that prices instances of this key; None for nominal proportions. See the module header."""
         return self._models.get(key) if self._complete else None
 
     def follow(self, kinds: Iterable[InstanceKind]) -> bool:
@@ -67,10 +67,10 @@ class StepModels:
         Instances have come or gone.
 
         Args:
-            kinds: Of all that are there now.
+            kinds: Kinds of all instances present.
 
         Returns:
-            Whether prices are in another unit now.
+            Whether the unit of prices has changed.
         """
         before = self._complete
         self._there = tuple(sorted({kind.step_model_key for kind in kinds}))
@@ -93,7 +93,7 @@ class StepModels:
         return bool(due)
 
     def update(self, now_s: float) -> bool:
-        """Learn from what was noted, where it is time. Returns whether a model is another one now."""
+        """Learn from the observed steps where it is due. Returns whether a model has changed."""
         changed = False
         for key, learner in self._learners.items():
             if learner.is_due(now_s) and learner.update(now_s):
@@ -104,16 +104,18 @@ class StepModels:
 
     def weakest(self, kinds: Iterable[InstanceKind]) -> tuple[StepModel | None, InstanceCapacity]:
         """
-        What a plan for these instances is made with, since a plan knows one kind: the slowest model and the smallest of each capacity.
+        The basis of a plan for these instances, since a plan assumes one kind: the slowest model and the smallest of
+        each capacity.
 
-        Whichever instance a stage is then given, it does at least what was planned. A faster or larger one is not made use of by the plan, but
-        by prices.
+        Whichever instance a stage is then given, it performs at least as planned. The plan does not exploit a faster or
+        larger one, but prices do.
 
         Args:
             kinds: Of the instances; at least one.
 
         Returns:
-            Model and capacity; no model while nothing is known of any of these instances, or what is missing is still being learnt.
+            Model and capacity; no model while nothing is known of any of these instances, or what is missing is still
+            being learned.
 
         Raises:
             PlanError: Some have a model and others will never have one.
@@ -137,5 +139,5 @@ class StepModels:
 
     @property
     def _complete(self) -> bool:
-        """Whether every instance that is there has a model."""
+        """Whether every instance present has a model."""
         return all(key in self._models for key in self._there)

@@ -1,1 +1,1 @@
-"""The bid-ask protocol: who moves a request inside a stage or to the next one, agreed by messages between instances."""
+"""The bid-ask protocol: instances agree by messages who takes a request, inside a stage or in the next one."""

@@ -1,14 +1,14 @@
 """
 The bid-ask agent of one instance: which requests to offer, whose bids to take.
 
-It sees its own instance (`InstanceView` and its requests), the layout in force with the kinds of its instances (public)
+It sees its own instance (`InstanceView` and its requests), the public layout in force with the kinds of its instances,
 and the messages sent to it; of other instances it knows only what they told it. It hands over requests that have
 outgrown the stage, moves requests to stage peers when it is overloaded, and empties a draining instance. Messages to
 send and migrations to start go into an `Outbox`; the caller passes in the time. The protocol is in `rounds.py`, its two
 sides in `asker.py` and `bidder.py`.
 
 Rules:
-- At most `max_migrations` at once, both directions together: migrations, kept places and awards under way count.
+- At most `max_migrations` at once, in both directions together; migrations, kept places and pending awards count.
 - An instance is overloaded when its load exceeds the mean of its stage peers' advertised loads both by `imbalance_load`
   and by the share `imbalance_share` of that mean. It then moves one request at a time, of about half the difference in
   size, and only to a bidder that will still be less loaded than the asker is now.
@@ -82,7 +82,7 @@ class Agent:
         return self._own.migrations + self.bidder.kept + self.asker.awarding
 
     def review(self, now_s: float, out: Outbox) -> None:
-        """Look at this instance, e.g. after its report: what should go, and who should know."""
+        """Review this instance, e.g. after its report: which requests should go, and which peers should be told."""
         if self.asker.rounds:
             self.asker.end_rests(now_s)
         layout = self._roster.layout
@@ -161,7 +161,7 @@ class Agent:
                 slots -= self.asker.open(request, reason, candidates, now_s, out)
 
     def _empty(self, layout: StageLayout, now_s: float, out: Outbox) -> None:
-        """Give everything away."""
+        """Offer every request to other instances."""
         if not self.asker.may_ask(MigrationReason.DRAIN, now_s):
             return
         slots = self._free_slots()

@@ -1,8 +1,8 @@
 """
-Which agent is to be woken next.
+Which agent must be woken next.
 
-Of an agent's wishes only the earliest counts: too early a wake-up does no harm, and a woken agent says anew when it wants the next. Entries that
-no longer count stay in the heap until they come up.
+Only the earliest request of an agent counts: a premature wake-up does no harm, and a woken agent states anew when it
+wants the next. Obsolete entries stay in the heap until they come up.
 """
 
 from heapq import heappop, heappush
@@ -19,19 +19,19 @@ class WakeUps:
         self._wake_of: dict[InstanceId, float] = {}
 
     def at(self, instance_id: InstanceId, wake_s: float) -> None:
-        """See to it that this instance's agent is woken by then."""
+        """Make sure that this instance's agent is woken by then."""
         if wake_s < self._wake_of.get(instance_id, NEVER):
             self._wake_of[instance_id] = wake_s
             heappush(self._heap, (wake_s, instance_id))
 
     def next_s(self) -> float | None:
-        """When the next agent is to be woken; None when none is."""
+        """When the next agent must be woken; None if none."""
         while self._heap and self._wake_of.get(self._heap[0][1]) != self._heap[0][0]:
             heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
     def take_due(self, now_s: float) -> InstanceId | None:
-        """The instance whose agent is to be woken now, the longest overdue first; its wish is then fulfilled."""
+        """The instance whose agent must be woken now, the longest overdue first; its entry is then removed."""
         wake_s = self.next_s()
         if wake_s is None or wake_s > now_s:
             return None

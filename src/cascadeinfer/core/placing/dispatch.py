@@ -1,15 +1,16 @@
 """
 Which instance takes a request: filter, score, pick.
 
-Formula: among the candidates that have room, the least loaded; when none has room, the least loaded of all (its engine queues
-the request, which is what vLLM does). Ties go to the first candidate; callers pass them sorted by id. Load is
-`max(kv tokens / capacity, requests / max_num_seqs)` (`InstanceView.load`), requests on their way by migration counted, so two
-movers do not see the same free place. An instance whose steps take longer than its peers' (`core/pace.py`) counts as fuller by as much
-(`InstanceView.slowed_load`). One that is suspected has no room while another is not.
+Formula: the least loaded of the candidates that have room; if none has room, the least loaded of all (its engine queues
+the request, as vLLM does). Ties go to the first candidate; callers pass them sorted by id. Load is `max(kv tokens /
+capacity, requests / max_num_seqs)` (`InstanceView.load`) and counts inbound migrations, so that two migrations do not
+both see the same free place. An instance whose steps take longer than its peers' (`core/pace.py`) counts as
+proportionally fuller (`InstanceView.slowed_load`). A suspected instance has no room while another is not suspected.
 
-*Price* is the finer measure: the seconds that all requests of an instance and the newcomer wait for one token (`Pricing`). Among rules that
-know no output length it gave the lowest mean latency in simulation on every trace and load tried: against KV tokens 4 to 6 % at high
-load, against request counts 1 to 5 %, against Llumnix' freeness 0 to 2 %. Source of the filter-score-pick split: llm-d's scheduler.
+*Price* is the finer measure: the total of seconds that all requests of an instance and the newcomer wait per token
+(`Pricing`). Among rules that know no output length it gave the lowest mean latency in simulation on every trace and
+load tried: by 4 to 6 % against KV tokens at high load, 1 to 5 % against request counts, 0 to 2 % against Llumnix'
+freeness. Source of the filter-score-pick split: llm-d's scheduler.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,9 @@ _load = attrgetter("slowed_load")
 _price = attrgetter("price")
 
 TYPICAL_OUTPUT_TOKENS: Final = 128
-"""Over so many tokens a newcomer spreads the wait for its first, until the workload tells better; traces have harmonic means of 10 to 500."""
+"""Tokens over which a newcomer's wait for its first is amortised until the workload is known; the harmonic mean of
+output lengths is 10 to 500 in traces.
+"""
 NOMINAL_KV_SHARE: Final = 2.0
 """Reading a full KV cache against a step with nothing in it: 30 to 120 GB of cache, 15 to 140 GB of weights."""
 NOMINAL_PREFILL_SHARE: Final = 0.005
@@ -32,7 +35,7 @@ NOMINAL_PREFILL_SHARE: Final = 0.005
 
 
 def pricing_of(model: StepModel | None, capacity: InstanceCapacity) -> Pricing:
-    """What a step costs by a cost model; without one by nominal proportions."""
+    """Step costs from a cost model; without one, nominal proportions."""
     if model is None:
         return Pricing(
             base=1.0,
@@ -51,7 +54,7 @@ def pricing_of(model: StepModel | None, capacity: InstanceCapacity) -> Pricing:
 
 
 def has_room(instance: InstanceView, length_tokens: int) -> bool:
-    """Whether a request of this length could run at once: blocks (one more than it fills) and a slot in the batch."""
+    """Whether a request of this length could run at once: enough blocks (one more than it fills) and a batch slot."""
     capacity = instance.capacity
     return (
         not instance.draining
@@ -80,7 +83,7 @@ def cheapest(candidates: Iterable[InstanceView]) -> InstanceView | None:
 
 
 def pick(candidates: Sequence[InstanceView], length_tokens: int) -> InstanceView | None:
-    """The instance that takes a request of this length, or None when there are no candidates at all."""
+    """The instance that takes a request of this length, or None without candidates."""
     best = least_loaded(candidates)
     if best is None or has_room(best, length_tokens):
         return best

@@ -1,9 +1,9 @@
 """
-Empties a draining instance, for policies that never move a request otherwise.
+Empties a draining instance, for policies that otherwise never migrate a request.
 
-Running requests go to the least loaded instance with room, the longest first (it would hold the instance up longest), at most
-`max_migrations` per instance at once, either way. What waits there runs first and moves then; what is pinned, or about to end, ends there.
-A request whose move failed is tried again after `retry_s`.
+Running requests go to the least loaded instance with room, the longest first (it would delay the drain most), at most
+`max_migrations` per instance at once, in either direction. Waiting requests run first and then move; pinned ones, and
+those about to end, finish there. A request whose migration failed is retried after `retry_s`.
 """
 
 from cascadeinfer.core.bidask.handover import HandoverRules, movable
@@ -27,7 +27,7 @@ class Evacuation:
         Args:
             view: The policy's books.
             max_migrations: Per instance, both directions together.
-            retry_s: Pause of a request after a move that ended where it began.
+            retry_s: Pause of a request after a failed migration.
         """
         self._view = view
         self._max_migrations = max_migrations
@@ -37,7 +37,7 @@ class Evacuation:
         self._started = 0
 
     def note(self, event: Event, now_s: float) -> None:
-        """Remember which moves failed, as long as it matters."""
+        """Remember failed migrations for as long as they matter."""
         if isinstance(event, MigrationEnded) and event.outcome is MigrationOutcome.STAYED:
             if event.request_id in self._view.requests:
                 self._not_before_s[event.request_id] = now_s + self._retry_s
@@ -45,7 +45,7 @@ class Evacuation:
             self._not_before_s.pop(event.request_id, None)
 
     def moves(self, source: InstanceView, cause: str, now_s: float) -> list[StartMigration]:
-        """Moves to begin now; they are noted in the books."""
+        """Migrations to start now; they are recorded in the books."""
         begun: list[StartMigration] = []
         ready = movable(source, self._view.requests, self._rules)
         for request in sorted(ready, key=lambda request: (-request.tokens, request.arrival)):

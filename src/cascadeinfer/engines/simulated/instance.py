@@ -1,5 +1,5 @@
 """
-A simulated instance: the engine protocol on a simulated process (`process.py`), and the faults that can be injected.
+A simulated instance: the engine protocol on a simulated process (`process.py`), with fault injection.
 
 Faults are `kill` (part of the protocol), those of the process, and the methods under "faults" here.
 """
@@ -236,7 +236,9 @@ class SimulatedEngine(SimulatedProcess):
         self.core.spoiled_cuts += 1
 
     def end_all(self, finish_reason: str) -> None:
-        """End every request without a token: `abort` as an instance does on SIGTERM, `error` as after an internal error."""
+        """End every request without a token: `abort` as an instance does on SIGTERM, `error` as after an internal
+        error.
+        """
         everyone = self._everyone()
         self.core.abort(everyone)
         self._emit([SimulatedDelta(request_id, [], finish_reason) for request_id in everyone])

@@ -1,11 +1,12 @@
 """
 A simulated instance's "process", which serves commands between steps, and the connection to it.
 
-As with vLLM: commands are carried out in the order of the calls, between two steps; answers and outputs come back in order; a process that
-dies is noticed a moment later, and whoever waits for its answer then gets an EngineError; a hung one answers nothing, but its pinned
-blocks can still be pulled.
+As with vLLM, commands are carried out in call order between two steps, and answers and outputs come back in order. The
+death of a process is noticed a moment later, and pending calls then get an EngineError. A hung process answers nothing,
+but its pinned blocks can still be pulled.
 
-A held answer has had its effect at the instance already; held outputs likewise. Times are those of the running event loop.
+A held answer, or held outputs, delay only the delivery: the command has already taken effect at the instance. Times are
+those of the running event loop.
 """
 
 import asyncio
@@ -162,7 +163,7 @@ class SimulatedProcess:
             while self._inbox:
                 self._carry_out(self._inbox.popleft())
             if self._steps and self.core.has_work() and self.times.step_model is not None:
-                # How long it takes depends on what is in it: computed first, then waited for, before anybody hears of it.
+                # Its duration depends on its contents: compute the step first, then wait, then publish the results.
                 deltas = self.core.step(self._now_s())
                 await asyncio.sleep(self.core.step_s)
                 await self._thawed.wait()

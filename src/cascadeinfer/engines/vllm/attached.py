@@ -1,13 +1,15 @@
 """
-An EngineCore as a further front-end process sees it: another process has started it and keeps it alive; this one is a client of it.
+An EngineCore as seen by a further front-end process, which is a client of it: another process started it and keeps it
+alive.
 
-vLLM's EngineCore serves several clients: it connects to an input and an output socket of each, and answers the one that asked. The owner
-of the instance says where those sockets are to be bound (`Attachment`), with everything else a client learns at start. Nothing is started or
-killed here; the owner connects the instance to its peers, and it tells of a death.
+vLLM's EngineCore serves several clients: it connects to an input and an output socket of each, and answers the one that
+asked. The owner of the instance tells the client where to bind these sockets (`Attachment`), and everything else a
+client learns at start. Nothing is started or killed here; the owner connects the instance to its peers and reports its
+death.
 
-A process that died is followed by another one at the same sockets. So an EngineCore's ready message may have gone to its
-predecessor (the attachment carries it), answers to the predecessor's calls may arrive (and find nobody), and whatever the predecessor
-left running is aborted first.
+A successor of a dead front-end process binds the same sockets. An EngineCore's ready message may therefore have gone to
+the predecessor (the attachment carries it), answers to the predecessor's calls may arrive (and are dropped), and
+whatever the predecessor left running is aborted first.
 """
 
 import asyncio
@@ -39,7 +41,7 @@ CONNECT_TIMEOUT_S = 30.0
 
 
 class _Answers(dict[int, Any]):
-    """Futures of calls under way; the answer to a call that this process never made is nobody's."""
+    """Futures of pending calls; an answer to a call that this process never made is dropped."""
 
     def pop(self, call_id: int, *_: Any) -> Any:
         """The future of a call."""
@@ -48,7 +50,7 @@ class _Answers(dict[int, Any]):
 
 class AttachedClient(AsyncMPClient):
     """
-    vLLM's client on sockets of its own, of an EngineCore that runs already.
+    vLLM's client for an already running EngineCore, on its own sockets.
 
     `MPClient.__init__` cannot be used: it waits for the ready message, which comes only once per socket and EngineCore.
     """
@@ -85,10 +87,10 @@ class AttachedClient(AsyncMPClient):
 
     async def connected(self) -> EngineHello:
         """
-        Wait until the EngineCore has connected; returns what it says of itself.
+        Wait until the EngineCore has connected; returns what it reports about itself.
 
         Raises:
-            TimeoutError: It does not come.
+            TimeoutError: It did not connect in time.
         """
         return await within(CONNECT_TIMEOUT_S, self._first_answer())
 
@@ -103,13 +105,13 @@ class AttachedClient(AsyncMPClient):
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
-                self.utility_results.clear()  # nobody will answer
+                self.utility_results.clear()  # no answers will come
                 await asyncio.sleep(CONNECT_POLL_S)
         self.input_socket.setsockopt(zmq.ROUTER_MANDATORY, 0)  # a death is the owner's to tell, not the sender's
         return hello
 
     def engine_died(self) -> None:
-        """The owner says that the EngineCore is gone."""
+        """The owner reports that the EngineCore is gone."""
         self.resources.engine_dead = True
         self.outputs_queue.put_nowait(EngineDeadError())
 
@@ -127,9 +129,9 @@ class AttachedCore:
         """
         Args:
             instance_id: Its name.
-            vllm_config: As the owner's, for what the front end reads from it.
+            vllm_config: The owner's configuration, for what the front end reads from it.
             client_index: This process's number among the clients.
-            attach: Waits until the instance is up, and will call `died` when it is not any more.
+            attach: Waits until the instance is up, and arranges for `died` to be called when it goes down.
         """
         self.instance_id = instance_id
         self.index = -1
@@ -162,20 +164,20 @@ class AttachedCore:
         return channel
 
     async def connect(self, channel: EngineChannel, peers: Sequence[EngineChannel]) -> None:
-        """The owner has connected it to its peers before it said that it is up."""
+        """Nothing to do: the owner connected it to its peers before reporting it up."""
 
     async def detach(self, client: int) -> None:
-        """The owner sees by itself which processes are gone."""
+        """Nothing to do: the owner notices by itself which processes are gone."""
 
     def died(self) -> None:
-        """The owner says that it is gone."""
+        """The owner reports that it is gone."""
         self._pid = None
         if self._client is not None:
             self._client.engine_died()
             fail_pending_calls(self._client)
 
     def kill(self) -> None:
-        """Killing is the owner's: it finds out by itself that an instance hangs."""
+        """Nothing to do: the owner notices by itself that an instance hangs, and kills it."""
 
     async def end(self, timeout_s: float) -> None:  # noqa: ARG002 - the protocol's
         """Let go of the instance."""

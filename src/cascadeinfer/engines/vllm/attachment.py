@@ -1,19 +1,19 @@
-"""What a further front-end process must know of an instance that another one owns."""
+"""What a further front-end process must know of an instance owned by another."""
 
 import msgspec
 
 
 class Attachment(msgspec.Struct, frozen=True):
     """
-    What a further client must know of a running instance; the owner sends it.
+    What a further client must know of a running instance; sent by the owner.
 
     Attributes:
         index: Its number; vLLM's metrics carry it as the label `engine`.
-        engine_id: Another one after each start.
-        ready_payload: vLLM's message of readiness.
+        engine_id: A new one for each start.
+        ready_payload: vLLM's ready message.
         input_address: Where this client binds the socket from which the instance takes requests.
-        output_address: Where it binds the one to which the instance sends.
-        connector_token: Under which the instance's connector takes words from front ends; nothing that is to be logged.
+        output_address: Where it binds the socket to which the instance sends.
+        connector_token: Authenticates front ends' words to the instance's connector; must not be logged.
     """
 
     index: int

@@ -1,11 +1,11 @@
 """
 The command channel to one EngineCore: requests out, outputs back, commands and their answers.
 
-It works on vLLM's client of that EngineCore and knows nothing of the process at the other end: who has started it, who ends it and who
-tells of its death is `owned.py`'s or `attached.py`'s. Commands are vLLM's utility calls (`connector/commands.py` has their other end); they are
-carried out in order, between two steps.
+It works on vLLM's client of that EngineCore and knows nothing of the process at the other end; starting and ending it
+and reporting its death belong to `owned.py` or `attached.py`. Commands are vLLM's utility calls
+(`connector/commands.py` has the other end); they are carried out in order, between two steps.
 
-A closed channel takes commands no more: whoever asks gets an EngineError, what is merely sent goes nowhere.
+A closed channel takes no more commands: calls raise EngineError, and one-way messages are dropped.
 """
 
 import asyncio
@@ -42,11 +42,11 @@ HANDSHAKE_TIMEOUT_S = 30.0
 
 class EngineChannel:
     """
-    One client's side of it.
+    One client's side of the channel.
 
     Attributes:
-        hello: What the EngineCore says of itself.
-        connector_token: Under which its connector takes words from front ends.
+        hello: What the EngineCore reports about itself.
+        connector_token: Authenticates front ends' words to its connector.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class EngineChannel:
         self._is_open = True
         self.hello = hello
         self.connector_token = connector_token
-        #: The EngineCore's clock, as far as its answers tell.
+        #: The EngineCore's clock, as estimated from its answers.
         self._clock = ClockBound()
         self._clock.answered(hello.clock_s, time.monotonic())
         self._steps_at_report = 0
@@ -85,7 +85,7 @@ class EngineChannel:
         return self._client
 
     def close(self) -> None:
-        """Take no more commands. Who waits for an answer still waits: see `ending.fail_pending_calls`."""
+        """Take no more commands. Pending calls are not woken: see `ending.fail_pending_calls`."""
         self._is_open = False
 
     # --- the instance ------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class EngineChannel:
         )
 
     async def identity(self) -> InstanceIdentity:
-        """What runs there, for cost profiles: to make one, or to check that one is of this engine."""
+        """What runs there, to make a cost profile or to check that one belongs to this engine."""
         told = await self._call("cascade_identity")
         return InstanceIdentity(EngineIdentity(**told["identity"]), told["kv_bytes_per_token"], told["multiprocessors"])
 
@@ -118,14 +118,14 @@ class EngineChannel:
             raise EngineError(f"no KV handshake with {peer.engine_id}", instance_id=self.instance_id) from None
 
     async def listens(self) -> bool:
-        """See Engine.listens; the side channel answers without the engine's help, so one in a long step answers too."""
+        """See Engine.listens; the side channel answers without the engine's help, even during a long step."""
         address = self.hello.host, self.hello.port
         if await side_channel.answers(*address):
             return True
         return bool(await self._call("cascade_listens")) and await side_channel.answers(*address)
 
     async def limit_migrations(self, max_migrations: int | None) -> None:
-        """It takes part in at most so many migrations at once, whoever starts them; None: no limit."""
+        """Limit the migrations it takes part in at once, whoever starts them; None for no limit."""
         await self._call("cascade_limit_migrations", max_migrations)
 
     async def forget_client(self, client_index: int) -> int:
@@ -157,7 +157,7 @@ class EngineChannel:
         return None if moment_s is None else self._clock.at_other(moment_s)
 
     def _own(self, reservation_id: str) -> str:
-        """Another client may have a reservation of the same name."""
+        """Qualifies a reservation id: another client may have used the same one."""
         return reservation_prefix(self._client.client_index) + reservation_id
 
     async def abort(self, engine_request_ids: list[str]) -> None:

@@ -17,10 +17,11 @@ KILL_POLL_S = 0.1
 
 def shut_down(client: MPClient, timeout_s: float) -> None:
     """
-    The client's shutdown, to its end.
+    Run the client's shutdown to its end.
 
-    vLLM lists the processes below an EngineCore and asks each one's name before it kills it: one that ends in between (a worker of an engine
-    that is dying anyway) makes it raise, before the EngineCore is killed and the client's sockets are closed.
+    vLLM lists the processes below an EngineCore and asks for each one's name before killing it. If one exits in between
+    (a worker of an engine that is dying anyway), this raises before the EngineCore is killed and the client's sockets
+    are closed.
     """
     try:
         client.shutdown(timeout_s)
@@ -30,26 +31,26 @@ def shut_down(client: MPClient, timeout_s: float) -> None:
 
 
 def fail_pending_calls(client: MPClient) -> None:
-    """Wake whoever waits for an answer of a dead engine; vLLM leaves those futures unresolved."""
+    """Wake all callers waiting for an answer of a dead engine; vLLM leaves their futures unresolved."""
     for future in client.utility_results.values():
         if isinstance(future, asyncio.Future) and not future.done():
             future.set_exception(EngineDeadError())
-            future.exception()  # looked at, also where nobody waits: a call that could not be sent leaves its future there
+            future.exception()  # retrieved even if nobody waits: a call that could not be sent leaves its future there
 
 
 def let_go(client: MPClient) -> None:
     """
     Close the sockets, files and threads of a client that has been shut down. Call it in the event loop's thread.
 
-    vLLM leaves the threads (three) and their files to Python's garbage collection, which in a process of this size does not come for a
-    long time: a client hangs in cycles with its tasks and their errors.
+    vLLM leaves the three threads and their files to Python's garbage collector, which may not run for a long time in a
+    process of this size: a client is part of reference cycles with its tasks and their errors.
     """
     close_sockets([s for s in (client.resources.output_socket, client.resources.input_socket) if s is not None])
     client.resources.ctx.destroy(linger=0)
 
 
 def kill(manager: Any) -> None:
-    """Kill the processes of an EngineCore, whatever ends by itself meanwhile."""
+    """Kill the processes of an EngineCore, even if some exit by themselves meanwhile."""
     for process in getattr(manager, "processes", []):
         end_s = time.monotonic() + REAP_TIMEOUT_S
         while process.is_alive() and time.monotonic() < end_s:

@@ -1,4 +1,4 @@
-"""Tells an EngineCore that starts of more clients than the one that starts it."""
+"""Makes a starting EngineCore known to more clients than the one that starts it."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from cascadeinfer.cluster.protocol import ClientAddresses
 
 @contextlib.contextmanager
 def with_further_clients(further_clients: Sequence[ClientAddresses]) -> Iterator[None]:
-    """Meanwhile, EngineCores are told of these clients too; `AsyncMPClient` names only itself and offers no parameter."""
+    """Within this context, EngineCores also learn of these clients; `AsyncMPClient` offers no parameter for it."""
     original = core_client.launch_core_engines
 
     def launch(vllm_config: VllmConfig, executor_class: type[Executor], log_stats: bool, addresses: Any) -> Any:

@@ -1,10 +1,12 @@
 """
-One vLLM instance as the runtime sees it: a command channel to its EngineCore (`channel.py`), and how that one comes and goes (`EngineCoreLife`).
+One vLLM instance as the runtime sees it: a command channel to its EngineCore (`channel.py`) and that core's life cycle
+(`EngineCoreLife`).
 
-There are two such lives: an EngineCore that this process starts and ends (`owned.py`), and one that another process owns (`attached.py`).
+There are two kinds of life: an EngineCore that this process starts and ends (`owned.py`), and one that another process
+owns (`attached.py`).
 
-We have one client per instance instead of one data-parallel client for all: a dead EngineCore then ends its own client only, and each
-instance has its own `VllmConfig`.
+We use one client per instance rather than one data-parallel client for all: a dead EngineCore then ends only its own
+client, and each instance has its own `VllmConfig`.
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ from cascadeinfer.engines.vllm.messages import EngineHello
 
 class EngineCoreLife(Protocol):
     """
-    How an EngineCore comes and goes.
+    The life cycle of an EngineCore.
 
     Attributes:
         instance_id: The instance's name.
@@ -50,7 +52,7 @@ class EngineCoreLife(Protocol):
         ...
 
     async def begin(self) -> EngineChannel:
-        """Start it, or wait until it is there; it answers on the channel. Raises EngineError."""
+        """Start it, or wait until it is up; afterwards it answers on the channel. Raises EngineError."""
         ...
 
     async def connect(self, channel: EngineChannel, peers: Sequence[EngineChannel]) -> None:
@@ -58,7 +60,7 @@ class EngineCoreLife(Protocol):
         ...
 
     async def detach(self, client: int) -> None:
-        """A front-end process that used it, by this number, is gone."""
+        """The front-end process with this number, which used it, is gone."""
         ...
 
     def kill(self) -> None:
@@ -66,7 +68,7 @@ class EngineCoreLife(Protocol):
         ...
 
     async def end(self, timeout_s: float) -> None:
-        """See Engine.stop: also before and during `begin`, and twice."""
+        """See Engine.stop. May be called before and during `begin`, and twice."""
         ...
 
 
@@ -122,7 +124,10 @@ class VllmInstance:
         return self._channel.capacity()
 
     async def connect(self, peers: Sequence[Engine]) -> None:
-        """See Engine.connect. Engines whose requests cannot move need no handshake, and some cannot do one."""
+        """
+        See Engine.connect. Skipped for engines whose requests cannot migrate: they need no handshake, and some cannot
+        do one.
+        """
         channels = []
         for peer in peers:
             assert isinstance(peer, VllmInstance)
@@ -185,7 +190,7 @@ class VllmInstance:
         return await self.channel.next_outputs()
 
     async def limit_migrations(self, max_migrations: int | None) -> None:
-        """It takes part in at most so many migrations at once, whoever starts them; None: no limit."""
+        """Limit the migrations it takes part in at once, whoever starts them; None for no limit."""
         await self.channel.limit_migrations(max_migrations)
 
     async def forget_client(self, client_index: int) -> int:

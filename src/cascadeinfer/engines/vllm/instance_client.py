@@ -1,4 +1,7 @@
-"""vLLM's `AsyncMPClient` for one EngineCore, with what it keeps to itself: that the process runs, what it said when it was ready."""
+"""
+vLLM's `AsyncMPClient` for one EngineCore, exposing what it keeps private: whether the process runs, and its ready
+message.
+"""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -13,7 +16,7 @@ from cascadeinfer.engines.vllm.further_clients import with_further_clients
 
 
 class InstanceClient(AsyncMPClient):
-    """vLLM's client, told when its processes have been started."""
+    """vLLM's client, with a callback once its processes have been started."""
 
     def __init__(
         self,
@@ -24,7 +27,7 @@ class InstanceClient(AsyncMPClient):
         log_stats: bool,
         further_clients: Sequence[ClientAddresses] = (),
     ) -> None:
-        """Start the EngineCore and block until it is ready; `on_started` is called (in this thread) on the way."""
+        """Start the EngineCore and block until it is ready; `on_started` is called meanwhile, in this thread."""
         self._on_started = on_started
         self._until_started = contextlib.ExitStack()
         self.ready_payload = b""

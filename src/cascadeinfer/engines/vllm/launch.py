@@ -1,8 +1,8 @@
 """
-From vLLM's engine arguments to N instances: each one's configuration, environment and factory.
+Turns vLLM's engine arguments into N instances: each one's configuration, environment and factory.
 
-Every start of an instance, restarts included, gets a fresh `VllmConfig` with a KV engine id of its own, so that its peers do the
-handshake anew instead of reading a dead process's memory.
+Every start of an instance, restarts included, gets a fresh `VllmConfig` with a new KV engine id, so that its peers
+repeat the handshake instead of reading a dead process's memory.
 """
 
 import argparse
@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 CPU_KV_BYTES_MAX = 1 << 30
 CONNECTOR_MODULE = "cascadeinfer.engines.vllm.connector"
 PEERS_STAY = 0.0
-"""Time to live of what NIXL knows of a peer: without end. By default an idle hour ends it, and the next pull begins with a handshake."""
+"""Time to live of what NIXL knows of a peer: without end. By default an idle hour ends it, and the next pull begins
+with a handshake.
+"""
 CPU_UCX_TRANSPORTS = "tcp,shm,self,cma,sysv,posix"
 """UCX finds no InfiniBand on CPU machines and warns about it at every start without this."""
 
@@ -56,8 +58,8 @@ class KvTransferSettings:
 
     Attributes:
         lease_s: How long a cut request's blocks stay pinned at the source unless they are pulled before.
-        max_migrations: At once per instance, either way, where several front-end processes start them; None: one process does, and
-            its policy keeps to its own limit.
+        max_migrations: At once per instance, either way, where several front-end processes start them; None: one
+            process does, and its policy keeps to its own limit.
     """
 
     lease_s: int = 10
@@ -105,8 +107,9 @@ def with_cpu_kv_share(engine_args: AsyncEngineArgs, n_instances: int) -> AsyncEn
     """
     On a CPU, give each instance its share of memory for KV blocks unless the operator said how much.
 
-    vLLM would let every instance claim most of the machine. The share is half of what is free now, divided by the instances, and at most
-    `CPU_KV_BYTES_MAX`: NIXL registers each block at start, which takes seconds per gigabyte of small blocks.
+    vLLM would let every instance claim most of the machine. The share is half of what is free now, divided by the
+    instances, and at most `CPU_KV_BYTES_MAX`: NIXL registers each block at start, which takes seconds per gigabyte of
+    small blocks.
     """
     said = engine_args.kv_cache_memory_bytes is not None or bool(os.environ.get("VLLM_CPU_KVCACHE_SPACE"))
     if said or not current_platform.is_cpu():
@@ -132,7 +135,7 @@ def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, setti
 
 
 def places_for(engine_args: AsyncEngineArgs, n_instances: int) -> Places:
-    """Cores or devices for so many instances, and for those that are added later."""
+    """Cores or devices for this many instances, and for those added later."""
     if current_platform.is_cpu():
         return core_places(n_instances, usable_cores())
     each = engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
@@ -141,7 +144,9 @@ def places_for(engine_args: AsyncEngineArgs, n_instances: int) -> Places:
 
 
 def environment_of(place: Place) -> dict[str, str]:
-    """What an instance's processes get so that they use only their place and its network interface; the operator's settings win."""
+    """What an instance's processes get so that they use only their place and its network interface; the operator's
+    settings win.
+    """
     ours = {**dict.fromkeys(NETWORK_DEVICE_VARIABLES, place.network_device), **MAMBA_LAYOUT}
     if current_platform.is_cpu():
         ours |= {"VLLM_CPU_OMP_THREADS_BIND": place.resources, "UCX_TLS": CPU_UCX_TRANSPORTS}
@@ -173,7 +178,8 @@ class VllmSource:
             n_clients: Front-end processes that will use the instances.
 
         Raises:
-            ConfigError: vLLM refuses the arguments (an unknown model folder, an impossible length), or ours contradict them.
+            ConfigError: vLLM refuses the arguments (an unknown model folder, an impossible length), or ours contradict
+                them.
         """
         check_engine_args(engine_args)
         self._engine_args = with_cpu_kv_share(engine_args, n_instances)
@@ -268,7 +274,8 @@ def attached_factories(
     Per instance that another process owns, what makes a further client of it for the n-th time.
 
     Args:
-        engine_args: The operator's; what an instance's start has changed in the configuration comes with the attachment.
+        engine_args: The operator's; what an instance's start has changed in the configuration comes with the
+            attachment.
         client_index: This process's number among the clients.
         attach: See AttachedCore.
     """

@@ -1,8 +1,8 @@
 """
-What an EngineCore's commands answer, typed at both ends: `connector/commands.py` fills these in, `channel.py` reads them.
+Typed answers to an EngineCore's commands: `connector/commands.py` fills them in, `channel.py` reads them.
 
-vLLM carries plain values only (msgpack), so they are sent as dicts of the fields below; a dict that lacks a field, or has one of another
-type, is refused where it arrives.
+vLLM carries plain values only (msgpack), so answers are sent as dicts of the fields below. The receiver rejects a dict
+that lacks a field or has one of another type.
 """
 
 from typing import Any, Self

@@ -1,7 +1,8 @@
 """
-An EngineCore that this process has started at a place, and ends.
+An EngineCore that this process starts at a place, and ends.
 
-A launcher (`cluster/protocol.py`) keeps its processes; here are the channel to it and what its further clients must be told.
+A launcher (`cluster/protocol.py`) keeps its processes; this module holds the channel to it and what its further clients
+must be told.
 """
 
 import asyncio
@@ -44,7 +45,8 @@ class OwnedCore:
             environment: Variables its processes get.
             log_stats: Whether its steps carry statistics for vLLM's metrics.
             n_clients: Front-end processes that will use it, this one included.
-            max_migrations: It takes part in at once, over all processes; None: the only process keeps to its limit itself.
+            max_migrations: It takes part in at once, over all processes; None: the only process keeps to its limit
+                itself.
         """
         self.instance_id = place.instance_id
         self.index = index
@@ -59,7 +61,7 @@ class OwnedCore:
         self._kept: Kept[EngineHello] | None = None
         self._channel: EngineChannel | None = None
         self._stopped = False
-        #: Stopped to the end: what is at its place now is another life's.
+        #: Fully stopped: whatever runs at its place now is another life.
         self._ended = False
 
     @property
@@ -128,7 +130,9 @@ class OwnedCore:
 
 
 async def attachment_of(engine: Engine, client: int) -> Attachment | None:
-    """Have an instance that this process owns serve the further client of this number; what that one must know, None while it does not run."""
+    """Have an instance that this process owns serve the further client of this number; what that one must know, None
+    while it does not run.
+    """
     assert isinstance(engine, VllmInstance)
     assert isinstance(engine.life, OwnedCore)
     return await engine.life.attachment(client)

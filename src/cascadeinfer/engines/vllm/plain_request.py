@@ -1,4 +1,4 @@
-"""Requests that are made here and not by vLLM's front end: for profiles, benchmarks and tests. Token ids in, token ids out."""
+"""Requests made here rather than by vLLM's front end, for profiles, benchmarks and tests: token ids in and out."""
 
 import time
 
@@ -9,7 +9,7 @@ from cascadeinfer.engines.protocol import EngineRequest
 
 
 def make_plain_request(request_id: str, prompt_token_ids: list[int], max_output_tokens: int) -> EngineRequest:
-    """A request that generates exactly so many tokens (fewer at the model's longest sequence), whatever they are."""
+    """A request that generates exactly this many tokens (fewer at the model's longest sequence), whatever they are."""
     params = SamplingParams(
         temperature=0.0,
         max_tokens=max_output_tokens,

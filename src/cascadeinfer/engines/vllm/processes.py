@@ -1,8 +1,8 @@
 """
 The processes of one EngineCore on this machine, started through vLLM's own client.
 
-The client's constructor starts them and blocks until they are ready, so it runs in a thread (`cluster/local.py`). It is the first client of
-the EngineCore, number 0, and the only one that commands it from the start.
+The client's constructor starts them and blocks until they are ready, so it runs in a thread (`cluster/local.py`). It is
+client number 0 of the EngineCore, and the only one that sends it commands from the start.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class VllmProcesses:
         self.config = vllm_config
         self._log_stats = log_stats
         self._client: InstanceClient | None = None
-        #: vLLM's manager of the processes, from when they run until they are put away.
+        #: vLLM's manager of the processes, from their start until they are cleaned up.
         self._manager: Any = None
         self._ended = False
 
@@ -75,7 +75,9 @@ class VllmProcesses:
         return EngineHello.of(await self.client.call_utility_async("cascade_hello"))
 
     def end(self, timeout_s: float) -> None:
-        """See EngineProcesses; vLLM's manager kills them after the timeout. Those that are still starting are killed at once."""
+        """See EngineProcesses; vLLM's manager kills them after the timeout. Those that are still starting are killed at
+        once.
+        """
         self._ended = True
         if self._client is not None:
             shut_down(self._client, timeout_s)
@@ -85,7 +87,7 @@ class VllmProcesses:
     def put_away(self) -> None:
         """See EngineProcesses."""
         if self._client is not None:
-            fail_pending_calls(self._client)  # one that hung: nobody hears `next_outputs` any more
+            fail_pending_calls(self._client)  # one that hung: `next_outputs` has no reader any more
             let_go(self._client)
             self._client = None
         if self._manager is not None:

@@ -1,4 +1,4 @@
-"""What a follower knows of the instances: who is up, and the clients it has of them."""
+"""A follower's knowledge of the instances: which are up, and its clients of them."""
 
 import asyncio
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Attached(Protocol):
 
 
 class Board:
-    """The owner's word on each instance, for those who wait for it."""
+    """The owner's statements about each instance, for tasks that wait for it."""
 
     def __init__(self) -> None:
         """Nothing is known yet."""
@@ -30,7 +30,7 @@ class Board:
         self._news = asyncio.Event()
 
     def follow(self, up: Mapping[InstanceId, Attachment]) -> None:
-        """These are up, and no others: who waits for one can go on, clients of a former life are told of its end."""
+        """Exactly these are up: waiting tasks continue, and clients of earlier lives learn that those have ended."""
         self._up = dict(up)
         for instance_id, (instance, engine_id) in list(self._attached.items()):
             attachment = up.get(instance_id)
@@ -42,7 +42,7 @@ class Board:
 
     async def attach(self, instance: Attached) -> Attachment:
         """
-        Wait until an instance is up; from then on the client is told when it is not any more.
+        Wait until an instance is up; from then on the client is notified when it goes down.
 
         Raises:
             EngineError: The client was stopped meanwhile.

@@ -1,4 +1,4 @@
-"""Messages between two processes over a socket pair: sent without waiting, each with its length before it."""
+"""Length-prefixed messages between two processes over a socket pair; sending never waits."""
 
 import asyncio
 import socket
@@ -32,11 +32,11 @@ class Channel(Generic[Received]):
 
     @property
     def unsent_bytes(self) -> int:
-        """What the other end has not taken yet, beyond the kernel's buffer."""
+        """Bytes not yet in the kernel's buffer."""
         return self._writer.transport.get_write_buffer_size()
 
     def send(self, message: Any) -> None:
-        """Send; never waits. Nobody hears what is sent to an end that is closed."""
+        """Send; never waits. Messages to a closed end are dropped."""
         if self._writer.transport.is_closing():
             return
         if self.unsent_bytes > MAX_UNSENT_BYTES:
@@ -46,7 +46,7 @@ class Channel(Generic[Received]):
         self._writer.write(len(content).to_bytes(LENGTH_BYTES, "big") + content)
 
     async def messages(self) -> AsyncIterator[Received]:
-        """What comes, until the other end is closed."""
+        """Incoming messages, until the other end is closed."""
         try:
             while True:
                 length = int.from_bytes(await self._reader.readexactly(LENGTH_BYTES), "big")
@@ -55,5 +55,5 @@ class Channel(Generic[Received]):
             return
 
     def close(self) -> None:
-        """The other end hears no more."""
+        """Close this end."""
         self._writer.close()

@@ -1,7 +1,7 @@
 """
-A follower's side: follows the news of process 0, tells it what this process has, asks it what only it knows.
+A follower's side: follows the news from process 0, reports what this process has, and asks what only process 0 knows.
 
-The other end is gone when process 0 is: then this process ends too, at once, since its instances do.
+When process 0 is gone, the channel closes. The follower then exits at once, since the instances die with process 0.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 SUMMARY_S = 0.25
 ANSWER_TIMEOUT_S = 10.0
 UNSENT_MAX_BYTES = 1 << 16
-"""While so much waits for process 0 to read it, summaries wait too."""
+"""Summaries are held back while this much is unread by process 0."""
 
 
 class Follower:
@@ -61,10 +61,10 @@ class Follower:
         """
         Args:
             channel: To process 0.
-            board: Told who is up.
-            make_engine: What makes the engine of an instance for its n-th attachment.
-            on_stop: Told to drain, or (True) to end at once.
-            event_log_failure: Why this process writes no event log, though there should be one.
+            board: Updated with the instances that are up.
+            make_engine: Makes what creates the engine of an instance for its n-th attachment.
+            on_stop: Called to drain, or (True) to stop at once.
+            event_log_failure: Why this process writes no event log although one was requested.
         """
         self._channel = channel
         self._board = board
@@ -85,13 +85,13 @@ class Follower:
         return [news.instance_id for news in self._fleet_news.instances if news.attachment is not None]
 
     def run(self, runtime: Runtime) -> None:
-        """The runtime of this process has started: from now on it follows the news."""
+        """The runtime of this process has started: follow the news from now on."""
         self._runtime = runtime
         self._follow_fleet()
         self._follow_layout()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """A task without which this process is of no use: when it fails the process ends, and process 0 starts another one."""
+        """Start an indispensable task: if it fails, this process exits, and process 0 starts another."""
 
         def ended(task: "asyncio.Task[None]") -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
@@ -128,7 +128,7 @@ class Follower:
         os._exit(1)
 
     async def tell(self) -> None:
-        """Tell process 0 every now and then what this process has."""
+        """Report periodically to process 0 what this process has."""
         while True:
             self._follow_fleet()  # what could not be done at once
             if self._runtime is not None and self._channel.unsent_bytes < UNSENT_MAX_BYTES:
@@ -146,7 +146,7 @@ class Follower:
             await asyncio.sleep(SUMMARY_S)
 
     def _follow_fleet(self) -> None:
-        """Instances that are new here are attached in the background; those that drain, or are gone, are emptied and left."""
+        """Attach to new instances in the background; empty and release those that are draining or gone."""
         if self._runtime is None or self._fleet_news is None:
             return
         self._runtime.fleet.pairs.foreign = frozenset(self._fleet_news.broken_pairs)
@@ -170,7 +170,10 @@ class Follower:
             self._runtime.emit(LayoutAnnounced("layout", self._layout_news.layout()))
 
     def _condemn(self, instance_id: InstanceId, why: str) -> None:
-        """Process 0 ends it: the death that this process is about to notice is nobody's fault. Once it has noticed, the news are of the past."""
+        """
+        Process 0 ends the instance: no request is to blame for the death that this process is about to notice. Once
+        noticed, the news is outdated.
+        """
         assert self._runtime is not None
         state = self._runtime.fleet[instance_id]
         if state.engine is not None:
@@ -179,10 +182,10 @@ class Follower:
     def _drain(self, instance_id: InstanceId, timeout_s: float) -> None:
         assert self._runtime is not None
         if self._runtime.fleet[instance_id].drain is None:
-            with contextlib.suppress(ScalingRefusedError):  # nobody else is attached yet
+            with contextlib.suppress(ScalingRefusedError):  # no other is attached yet
                 self._runtime.elastic.drain(instance_id, timeout_s)
 
-    # --- Admin ---------------------------------------------------------------------------------------------------------
+    # --- Admin --------------------------------------------------------------------------------------------------------
 
     async def snapshot(self) -> dict[str, Any]:
         """See FrontEnds.snapshot."""

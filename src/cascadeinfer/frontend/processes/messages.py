@@ -1,8 +1,8 @@
 """
-What process 0 and a follower tell each other.
+The messages between process 0 and its followers.
 
-News are whole states, not changes: the last one counts, a lost or merged one does no harm. Times are on the monotonic clock, which
-all processes of a machine share.
+News carries whole states, not changes: the last one counts, and a lost or merged one does no harm. Times are on the
+monotonic clock, which all processes of a machine share.
 """
 
 from typing import Any, TypeAlias
@@ -16,13 +16,13 @@ from cascadeinfer.engines.vllm.attachment import Attachment
 
 class InstanceNews(msgspec.Struct, frozen=True):
     """
-    One instance.
+    The state of one instance.
 
     Attributes:
         attachment: What this follower needs to use it; None while it is not up.
-        restarts: Times it was restarted.
-        drain_ends_s: When the time is up that it has to hand its requests over; None when it does not drain.
-        condemned: Why it is restarted although no request has done anything to it; None if it is not.
+        restarts: Number of restarts.
+        drain_ends_s: When the time for handing its requests over is up; None if it is not draining.
+        condemned: Why it is being restarted although no request is to blame; None if it is not.
     """
 
     instance_id: InstanceId
@@ -33,7 +33,7 @@ class InstanceNews(msgspec.Struct, frozen=True):
 
 
 class FleetNews(msgspec.Struct, frozen=True, tag=True):
-    """All instances that there are, once those of the start are up, and the pairs of them that are not connected."""
+    """All instances, once the initial ones are up, and the pairs that are not connected."""
 
     instances: list[InstanceNews]
     broken_pairs: tuple[tuple[InstanceId, ...], ...] = ()
@@ -56,24 +56,24 @@ class LayoutNews(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Drain and end; or end at once."""
+    """Drain and exit, or exit at once."""
 
     at_once: bool
 
 
 class Look(msgspec.Struct, frozen=True, tag=True):
     """
-    A follower asks for all that `/admin/instances` shows.
+    A follower asks for everything that `/admin/instances` shows.
 
     Attributes:
-        number: Of the question; its answer has the same.
+        number: Number of the question; the answer carries it too.
     """
 
     number: int
 
 
 class AddInstances(msgspec.Struct, frozen=True, tag=True):
-    """A follower asks for so many instances more."""
+    """A follower asks for this many more instances."""
 
     number: int
     count: int
@@ -88,35 +88,35 @@ class DrainInstance(msgspec.Struct, frozen=True, tag=True):
 
 
 class Shown(msgspec.Struct, frozen=True, tag=True):
-    """To `Look`: JSON, made to be shown and not to be understood here."""
+    """Answer to `Look`: JSON to pass on without interpreting it."""
 
     number: int
     content: dict[str, Any]
 
 
 class Added(msgspec.Struct, frozen=True, tag=True):
-    """To `AddInstances`: those that start now."""
+    """Answer to `AddInstances`: the instances that are starting."""
 
     number: int
     instance_ids: list[InstanceId]
 
 
 class Drains(msgspec.Struct, frozen=True, tag=True):
-    """To `DrainInstance`: it is under way."""
+    """Answer to `DrainInstance`: the drain is under way."""
 
     number: int
     instance_id: InstanceId
 
 
 class UnknownInstance(msgspec.Struct, frozen=True, tag=True):
-    """To `DrainInstance`: there is no such instance."""
+    """Answer to `DrainInstance`: there is no such instance."""
 
     number: int
     instance_id: InstanceId
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """To `AddInstances` or `DrainInstance`: why not."""
+    """Answer to `AddInstances` or `DrainInstance`: why it was refused."""
 
     number: int
     reason: str
@@ -127,12 +127,12 @@ class Summary(msgspec.Struct, frozen=True, tag=True):
     What a follower has now, and what it has seen since its last summary.
 
     Attributes:
-        live: Requests that have not ended, of which `unplaced` are on no instance and the others `on_instance`.
+        live: Requests that have not ended: `unplaced` ones are on no instance, the others are in `on_instance`.
         migrations_ended: By outcome, since the process began.
-        n_arrived: Requests that came.
-        ended: The fields of a SeenEnd of each that ended.
-        unfinished: The fields of a SeenLive of each that runs or waits now.
-        event_log_failure: Why it writes no event log, though there should be one.
+        n_arrived: Requests that arrived.
+        ended: The fields of a SeenEnd for each request that ended.
+        unfinished: The fields of a SeenLive for each request that runs or waits now.
+        event_log_failure: Why it writes no event log although one was requested.
     """
 
     pid: int

@@ -1,8 +1,8 @@
 """
-Process 0's side: starts the followers, keeps them alive, tells them of instances and stages, answers for all.
+Process 0's side: starts the followers, keeps them alive, sends them news of instances and stages, answers for all.
 
-A follower that dies takes its clients' connections with it. What it left in the instances is aborted, and another one is started in its
-place, after a pause that doubles with every failure in a row.
+A follower that dies takes its clients' connections with it. The requests it left in the instances are aborted, and a
+new follower is started in its place, after a pause that doubles with every consecutive failure.
 """
 
 import asyncio
@@ -66,12 +66,12 @@ NOT_ACCEPTING = 2**31 - 1
 @dataclass(slots=True)
 class FollowerState:
     """
-    One follower.
+    The state of one follower.
 
     Attributes:
         index: Its number among the processes, from 1; also its client index at the instances.
-        summary: Its last one; None until the first, which it sends when it serves.
-        silence: Since its last summary.
+        summary: Its last summary; None until the first, which it sends once it serves.
+        silence: Time since its last summary.
         said: The last news sent to it.
     """
 
@@ -98,12 +98,13 @@ class FrontEnds:
     ) -> None:
         """
         Args:
-            n_processes: All together.
-            runtime: Process 0's; it owns the instances. It need not be started yet.
-            start_process: Starts the follower of this number, with its end of a socket pair.
-            attachment_of: Has an instance serve the follower of this number; what that one must know, None while it does not run.
-            loads: Open connections per process, shared, by which the least loaded one accepts.
-            event_log_failure: Why process 0 writes no event log, though there should be one.
+            n_processes: Total number of processes.
+            runtime: Process 0's runtime, which owns the instances. It need not be started yet.
+            start_process: Starts the follower with this number, given its end of a socket pair.
+            attachment_of: Makes an instance serve the follower with this number and returns what it must know; None
+                while the instance is not up.
+            loads: Shared counts of open connections per process, so that the least loaded one accepts.
+            event_log_failure: Why process 0 writes no event log although one was requested.
         """
         self._runtime = runtime
         self._start_process = start_process
@@ -123,18 +124,18 @@ class FrontEnds:
         self._tasks.append(loop.create_task(self._tell_news()))
 
     def instances_started(self) -> None:
-        """Those of the start are up: followers may begin."""
+        """The initial instances are up: followers may begin."""
         self._instances_started = True
 
     def tell_stop(self, at_once: bool) -> None:
-        """Have all followers drain, or end at once."""
+        """Have all followers drain, or exit at once."""
         self._stopping = True
         for follower in self._followers:
             if follower.channel is not None:
                 follower.channel.send(Stop(at_once))
 
     async def stop(self, timeout_s: float) -> None:
-        """Wait until all followers have drained and ended; kill those that have not in time."""
+        """Wait until all followers have drained and exited; kill those that are late."""
         self.tell_stop(at_once=False)
         for follower in self._followers:
             if follower.summary is None and follower.process is not None:
@@ -150,10 +151,10 @@ class FrontEnds:
                 follower.process.kill()
                 await asyncio.to_thread(follower.process.join)
 
-    # --- Admin ---------------------------------------------------------------------------------------------------------
+    # --- Admin --------------------------------------------------------------------------------------------------------
 
     async def snapshot(self) -> dict[str, Any]:
-        """The JSON of `/admin/instances`, over all processes; what followers have is as old as their last summary."""
+        """The JSON of `/admin/instances` over all processes; followers' data is as old as their last summary."""
         return self._snapshot()
 
     async def add(self, count: int) -> list[InstanceId]:
@@ -193,10 +194,10 @@ class FrontEnds:
             event_log_failure=self._event_log_failure(),
         )
 
-    # --- one follower --------------------------------------------------------------------------------------------------
+    # --- one follower -------------------------------------------------------------------------------------------------
 
     async def _keep(self, follower: FollowerState) -> None:
-        """Start it again whenever it ends, until all stop."""
+        """Restart a follower whenever it exits, until all stop."""
         failures = 0
         while not self._stopping:
             try:
@@ -218,7 +219,7 @@ class FrontEnds:
     async def _one_life(self, follower: FollowerState) -> None:
         ours, its = socket.socketpair()
         with its:
-            # In a thread: a spawned process is given all it needs before this returns.
+            # In a thread: this blocks until the spawned process has received everything it needs.
             follower.process = await asyncio.to_thread(self._start_process, follower.index, its)
         follower.channel = await Channel[FromFollower].open(ours, FromFollower)
         follower.said = {}
@@ -272,7 +273,7 @@ class FrontEnds:
             return Refused(question.number, str(refused))
 
     async def _forget(self, index: int) -> None:
-        """Abort what a dead follower has left."""
+        """Abort the requests that a dead follower left."""
         for engine in self._runtime.live_engines():
             try:
                 n_left = await within(FORGET_TIMEOUT_S, engine.forget_client(index))
@@ -281,7 +282,7 @@ class FrontEnds:
             else:
                 logger.warning("instance %s: %s requests of process %s aborted", engine.instance_id, n_left, index)
 
-    # --- news ----------------------------------------------------------------------------------------------------------
+    # --- news ---------------------------------------------------------------------------------------------------------
 
     async def _tell_news(self) -> None:
         while True:
@@ -304,7 +305,7 @@ class FrontEnds:
             self._say(follower, LayoutNews.of(layout))
 
     def _look_after(self, follower: FollowerState) -> None:
-        """One that hangs keeps its clients waiting, its requests running and its place on the listening socket."""
+        """Watch for a hung follower: it would block its clients, its requests and its place on the listening socket."""
         if follower.summary is None or follower.process is None:
             return
         follower.silence.looked(LOOK_S, self._slept_s)

@@ -115,7 +115,7 @@ def cascade_release_reservation(core: EngineCore, reservation_id: str) -> bool:
 
 
 def cascade_release_pin(core: EngineCore, request_id: str) -> bool:
-    """Release the blocks of a cut request that nobody will pull; False when none are pinned."""
+    """Release the blocks of a cut request that will not be pulled; False when none are pinned."""
     if request_id not in _side(core).pinned:
         return False
     core.model_executor.collective_rpc(release_on_worker, args=(request_id,))

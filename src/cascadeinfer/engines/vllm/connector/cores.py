@@ -1,7 +1,7 @@
 """
-Leaving CPU cores to the model where it shares them with everything else. Has no effect on devices.
+Leaves CPU cores to the model where it shares them with everything else. Has no effect on devices.
 
-All of this changes how vLLM's and NIXL's processes wait, and nothing else.
+All of this changes only how vLLM's and NIXL's processes wait.
 """
 
 import contextlib

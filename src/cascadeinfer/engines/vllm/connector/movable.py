@@ -1,8 +1,9 @@
 """
-Whether the requests of an engine can move at all, from its configuration and its KV cache.
+Whether an engine's requests can migrate at all, judged by its configuration and KV cache.
 
-A pull copies the blocks of N-1 consecutive tokens of one group. That is right for plain and multi-head latent attention, where a
-request's blocks hold the KV of all its tokens in order. vLLM's own checks go by the names of its connectors and do not see ours.
+A pull copies the blocks of N-1 consecutive tokens of one group. That is right for plain and multi-head latent
+attention, where a request's blocks hold the KV of all its tokens in order. vLLM's own checks go by the names of its
+connectors and do not cover ours.
 """
 
 from collections.abc import Sequence

@@ -83,7 +83,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         why_not = why_not_movable(vllm_config, kv_cache_config.kv_cache_groups)
         if why_not is not None:
             logger.warning("requests stay on their instance, nothing migrates: %s", why_not)
-        #: Whether running requests can move at all.
+        #: Whether running requests can migrate at all.
         self.movable = why_not is None
         self._kv_cache_manager: KVCacheManager | None = None
         #: Known from the first command on (see `commands.py`), which comes before the first request.

@@ -1,10 +1,9 @@
 """
-An instance's side channel: the ZMQ socket at which peers ask for what they need to reach its KV cache (NIXL's
-handshake).
+An instance's side channel: the ZMQ socket where peers request what they need to reach its KV cache (NIXL's handshake).
 
-vLLM's listener ends at the first message that it does not understand, which nobody notices until the next instance
-tries to shake hands. This one speaks the same protocol but drops such messages and goes on, accepts no large ones, and
-is opened again on the same port when its thread has ended nevertheless.
+vLLM's listener exits at the first message it does not understand, unnoticed until the next instance attempts a
+handshake. This one speaks the same protocol but drops such messages and continues, accepts no large ones, and is
+reopened on the same port if its thread ends nevertheless.
 """
 
 import logging

@@ -1,10 +1,10 @@
 """
-The duration of each step and its batch, measured where the steps are made.
+Measures each step's duration and batch where the steps are made.
 
 A step begins when it is scheduled and ends when its output has been processed. If the engine was busy before, it begins
-at the end of the previous step: the work between two steps (messages, serialisation) is part of a step's cost, and with
-asynchronous scheduling, where a step is scheduled while another runs, the time from end to end is what the device took
-for it. So the seconds of a busy engine add up to wall time, and idle time is in none of them.
+at the end of the previous step: the work between two steps (messages, serialisation) is part of a step's cost. With
+asynchronous scheduling, where a step is scheduled while another runs, the time from end to end is what the device took.
+So the seconds of a busy engine add up to wall time, and idle time is never counted.
 """
 
 import time
@@ -79,7 +79,9 @@ class StepTimer:
 
 
 def entries_of(output: SchedulerOutput) -> Iterator[tuple[int, int]]:
-    """Per request scheduled: tokens computed before, tokens computed now. A decode with drafts to verify is a decode: one token."""
+    """Per request scheduled: tokens computed before, tokens computed now. A decode with drafts to verify is a decode:
+    one token.
+    """
     drafts = output.scheduled_spec_decode_tokens
     counts = {name: n - len(drafts.get(name, ())) for name, n in output.num_scheduled_tokens.items()}
     for request in output.scheduled_new_reqs:

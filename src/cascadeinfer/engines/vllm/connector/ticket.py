@@ -55,7 +55,7 @@ def resume_params(
     Parameters that make a request continue where it was cut.
 
     Args:
-        ticket: Where the KV cache is, or None to compute it anew.
+        ticket: Where the KV cache is, or None to recompute it.
         prompt_tokens: Length of the original prompt.
         reservation_id: The reservation at the target that it takes over, if any.
         pull_before_s: Deadline of the pull, on the target's clock; None for no deadline.

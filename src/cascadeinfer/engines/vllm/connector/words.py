@@ -32,7 +32,7 @@ MAX_PORT: Final = 65535
 
 
 class WordsError(ValueError):
-    """Words of the front end that cannot be true."""
+    """Contradictory or invalid words of the front end."""
 
 
 def new_token() -> str:
