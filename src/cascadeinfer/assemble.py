@@ -68,7 +68,7 @@ STOP_TIMEOUT_S = 5.0
 PROFILE_LEASE_S = 30
 """For measured pulls, whose blocks no other request waits for."""
 REATTACH_S = 0.05
-"""A follower waits for process 0's word that an instance is up again, not for its own back-off."""
+"""A follower waits for process 0 to report an instance up again, not for its own back-off."""
 
 
 async def check_profile(runtime: Runtime, options: ServeOptions) -> None:

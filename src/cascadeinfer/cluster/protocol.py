@@ -20,9 +20,9 @@ from typing import Any, Generic, Protocol, TypeVar
 from cascadeinfer.core.types import InstanceId
 
 OrderT_contra = TypeVar("OrderT_contra", contravariant=True)
-"""What a launcher is given to start: the engine's side and the launcher agree on it."""
+"""What a launcher is asked to start; the engine's side and the launcher agree on its type."""
 HelloT = TypeVar("HelloT")
-"""What a started engine says of itself."""
+"""What a started engine reports about itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,14 +40,14 @@ PREFIX: Final = "cascadeinfer-"
 NAME: Final = re.compile(rf"{PREFIX}[a-z0-9_]{{8}}")
 LOCK: Final = "lock"
 SOCKETS_VARIABLE: Final = "VLLM_RPC_BASE_PATH"
-"""Where vLLM makes its sockets, in the processes that inherit it."""
+"""Where vLLM creates its sockets, in the processes that inherit this variable."""
 COMPILED_VARIABLE: Final = "TORCHINDUCTOR_CACHE_DIR"
 SOCKET_PATH_MAX_BYTES: Final = 107
 """Of a Unix socket's name, on Linux, without its end."""
 SOCKET_NAME_BYTES: Final = len("/cascadeinfer-XXXXXXXX/iXXXXXXXX/") + 36
 """What comes after the base; vLLM's names are UUIDs."""
 NEWBORN_S: Final = 60.0
-"""An empty folder without a lock is this old at least before it is taken for a remnant."""
+"""Minimum age at which an empty folder without a lock counts as a remnant."""
 
 
 class RuntimeFolder:

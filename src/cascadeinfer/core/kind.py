@@ -15,7 +15,7 @@ from cascadeinfer.core.types import InstanceCapacity
 StepModelKey: TypeAlias = str
 """Names the step model of some instances, e.g. `llama-3.1-8b on h100, tp 2`. Opaque: keys are only compared."""
 DEFAULT_STEP_MODEL: Final[StepModelKey] = ""
-"""The key of instances of which nothing else is said: the one step model that a policy is given prices them."""
+"""The default key: its instances are priced by the one step model that a policy is given."""
 
 
 class Role(enum.StrEnum):

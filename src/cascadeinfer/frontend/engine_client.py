@@ -57,7 +57,7 @@ TO_ALL_INSTANCES = (
 
 
 MAX_PRIORITY = 1_000_000
-"""Either way. What does not fit into 64 bits cannot be sent to an engine at all."""
+"""In either direction. A number that does not fit into 64 bits cannot be sent to an engine at all."""
 
 
 def _fault_in(request: EngineCoreRequest) -> str | None:

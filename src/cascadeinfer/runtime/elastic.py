@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 MAX_INSTANCES = 1024
 STOP_TIMEOUT_S = 5.0
-"""For the process of an instance that has nothing left to do; then it is killed."""
+"""Time for an idle instance's process to exit before it is killed."""
 
 
 class Elasticity:

@@ -22,7 +22,7 @@ from cascadeinfer.core.errors import InvalidTransition
 from cascadeinfer.core.types import InstanceId
 
 REMEMBERED: Final = 16
-"""Passages of one instance: three or four deaths with the restarts between them."""
+"""Passages kept per instance: three or four deaths with the restarts between them."""
 
 
 class State(enum.Enum):
@@ -37,7 +37,7 @@ class State(enum.Enum):
     SUSPECT = "suspect"
     """In use, and its load report is overdue."""
     CONDEMNED = "condemned"
-    """Killed for a reason that is no request's doing; its death is about to be noticed."""
+    """Killed for a reason that no request caused; its death is about to be noticed."""
     DRAINING = "draining"
     DRAINING_SUSPECT = "draining_suspect"
     DOOMED = "doomed"
@@ -188,7 +188,7 @@ PHASES: Final[dict[State, str]] = {
     **dict.fromkeys((State.DRAINING, State.DRAINING_SUSPECT, State.DOOMED, State.REMOVING), "draining"),
     State.GONE: "gone",
 }
-"""What operators are told in one word; they see the state as well."""
+"""One-word summary of each state for operators, who see the state as well."""
 
 
 class Passage(NamedTuple):

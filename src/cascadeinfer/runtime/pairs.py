@@ -25,9 +25,9 @@ from cascadeinfer.engines.protocol import Engine
 logger = logging.getLogger(__name__)
 
 PATIENCE_S: Final = 10.0
-"""A newcomer that has shaken hands with somebody waits no longer for the others."""
+"""A newcomer that has completed one handshake waits no longer than this for the others."""
 RETRY_FIRST_S: Final = 5.0
-"""From a failure to the next try; doubled each time."""
+"""Pause between a failure and the next try; doubles each time."""
 RETRY_MAX_S: Final = 60.0
 NO_ANSWER = "its side channel does not answer"
 

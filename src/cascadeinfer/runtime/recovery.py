@@ -34,7 +34,7 @@ from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.streams import Refusal, Stream, StreamTable
 
 REPAIR_AFTER_S: Final = 1.0
-"""From a failure to the repair: a policy that fails at everything is not asked faster than that."""
+"""Pause between a failure and the repair; it limits how often a policy that always fails is asked."""
 
 
 class Host(Protocol):

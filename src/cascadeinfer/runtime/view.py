@@ -22,7 +22,7 @@ MAX_LISTED_REQUESTS = 1000
 """Live requests that the snapshot lists one by one, the oldest first: about 100 KB of JSON."""
 
 MAX_LISTED_DEATHS = 5
-"""Of one instance: its last ones."""
+"""Number of an instance's latest deaths that the snapshot lists."""
 
 
 @dataclass(slots=True)

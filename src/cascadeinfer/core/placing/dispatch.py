@@ -29,9 +29,9 @@ TYPICAL_OUTPUT_TOKENS: Final = 128
 output lengths is 10 to 500 in traces.
 """
 NOMINAL_KV_SHARE: Final = 2.0
-"""Reading a full KV cache against a step with nothing in it: 30 to 120 GB of cache, 15 to 140 GB of weights."""
+"""Reading a full KV cache relative to an empty step: 30 to 120 GB of cache, 15 to 140 GB of weights."""
 NOMINAL_PREFILL_SHARE: Final = 0.005
-"""Computing one prompt token against the same: bytes/s over FLOP/s of today's devices (H100: 3.35e12 / 6e14)."""
+"""Computing one prompt token relative to the same: bytes/s over FLOP/s of today's devices (H100: 3.35e12 / 6e14)."""
 
 
 def pricing_of(model: StepModel | None, capacity: InstanceCapacity) -> Pricing:

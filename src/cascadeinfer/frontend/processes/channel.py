@@ -9,7 +9,7 @@ import msgspec
 
 LENGTH_BYTES = 4
 MAX_UNSENT_BYTES = 64 << 20
-"""A process that does not read for so long that this much waits for it is not worth more memory."""
+"""A process that leaves this much unread gets no more memory."""
 
 Received = TypeVar("Received")
 

@@ -148,7 +148,7 @@ class Summary(msgspec.Struct, frozen=True, tag=True):
 
 
 Question: TypeAlias = Look | AddInstances | DrainInstance
-"""What only process 0 knows or does."""
+"""Requests that only process 0 can answer or carry out."""
 Answer: TypeAlias = Shown | Added | Drains | UnknownInstance | Refused
 FromOwner: TypeAlias = FleetNews | LayoutNews | Stop | Answer
 FromFollower: TypeAlias = Question | Summary

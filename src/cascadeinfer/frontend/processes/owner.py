@@ -51,16 +51,16 @@ from cascadeinfer.runtime.view import InstanceRecord
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.05
-"""Between two looks at what has changed; so late may followers hear of a death."""
+"""Polling interval; also the longest delay before followers learn of a death."""
 BACKOFF_FIRST_S = 1.0
 BACKOFF_MAX_S = 30.0
 FORGET_TIMEOUT_S = 10.0
 HANG_S = 60.0
-"""A follower that has served and says nothing for so long is killed."""
+"""A follower that has served and is then silent for this long is killed."""
 EXIT_TIMEOUT_S = 10.0
-"""For a follower that has drained, to end; then it is killed."""
+"""Time for a drained follower to exit before it is killed."""
 NOT_ACCEPTING = 2**31 - 1
-"""The load that vLLM's server takes for a process that accepts no connections."""
+"""The load by which vLLM's server recognises a process that accepts no connections."""
 
 
 @dataclass(slots=True)
