@@ -144,8 +144,8 @@ What the runtime knows of an instance's life is `TRANSITIONS` in `src/cascadeinf
 page is generated from it (`python docs/protocols/draw.py`). `/admin/instances` shows each instance's state and its last
 changes.
 
-An instance starts, shakes hands with all instances that are up, and joins them; from then on it is in use. When it dies,
-for whatever reason, it is restarted after a while; an instance that dies while it drains is gone.
+An instance starts, shakes hands with all instances that are up, and joins them; from then on it is in use. When it
+dies, for whatever reason, it is restarted after a while; an instance that dies while it drains is gone.
 `tests/runtime/test_instance_life.py` forces each transition on a running runtime and checks what each state allows by
 what requests and operators find.
 """

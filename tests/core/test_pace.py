@@ -155,7 +155,7 @@ def test_between_the_limits_the_last_word_holds() -> None:
 
 
 def test_a_kind_that_is_slow_as_a_whole_lags_behind_nobody() -> None:
-    """An instance that is slow beside others of its step model lags; those of a slow kind are dearer, and their steps can be learnt from."""
+    """An instance lags when it is slow for its step model; a slow kind costs more, but its steps are learned from."""
     view = ClusterView(lambda _: PRICES)
     for instance_id, key in (("a", ""), ("b", ""), ("c", ""), ("d", "slow"), ("e", "slow"), ("f", "")):
         view.apply(InstanceJoined("c", instance_id, InstanceKind(CAPACITY, key)))

@@ -293,7 +293,7 @@ def test_who_could_hold_a_request() -> None:
 
 
 def test_each_kind_has_its_own_prices() -> None:
-    """Prices follow from an instance's own kind; one of a kind that comes late weighs the wait for a first token like all others."""
+    """Prices follow from an instance's own kind; a kind that joins late weighs first-token waits like all others."""
     view = kinds_view()
     one, other = view.instances["a"].pricing, view.instances["b"].pricing
     assert other.per_token == pytest.approx(2.0 * one.per_token)

@@ -392,7 +392,7 @@ class StubChannel:
 
 @pytest.mark.asyncio
 async def test_process_0_tells_each_follower_what_it_needs() -> None:
-    """News have an attachment of the follower's own for each instance that is up, none for one that is down; what has been said is not said again."""
+    """News carry the follower's attachment for each instance that is up, none for one that is down, and only once."""
 
     async def attachment_of(engine: Engine, client: int) -> Attachment | None:
         return attachment(f"{engine.instance_id} for {client}")

@@ -23,7 +23,7 @@ from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceId, MigrationId
 from cascadeinfer.engines.protocol import EngineRequest
-from cascadeinfer.engines.simulated.model import SimulatedDelta
+from cascadeinfer.engines.simulated.model import SimulatedDelta, SimulatedTicket
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.sim.cluster import SimCluster
@@ -327,9 +327,9 @@ class Live:
             case Happening.ROOM_REFUSED:
                 self._engines[TARGET].answer("reserve", Refusal.NO_BLOCKS)
             case Happening.CUT_DONE | Happening.CUT_LATE:
-                self._say([1], "length", {"remote_num_tokens": PROMPT_TOKENS})
+                self._say([1], "length", SimulatedTicket("scripted", "r0", PROMPT_TOKENS))
             case Happening.CUT_EMPTY:
-                self._say([1], "length", {"remote_num_tokens": 0})
+                self._say([1], "length", SimulatedTicket("scripted", "r0", 0))
             case Happening.CUT_REFUSED:
                 self._engines[SOURCE].answer("cut", Refusal.ENDING)
             case Happening.CUT_UNDONE:
@@ -377,7 +377,7 @@ class Live:
         return Ending(event, record, tuple(self.migration.story), self._engines[TARGET].asked_tokens)
 
     def _say(
-        self, token_ids: list[int], finish_reason: str | None = None, ticket: dict[str, int] | None = None
+        self, token_ids: list[int], finish_reason: str | None = None, ticket: SimulatedTicket | None = None
     ) -> None:
         """Have the instance that runs the request send this."""
         stream = self._stream

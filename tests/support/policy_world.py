@@ -261,7 +261,7 @@ class World:
         return self.kinds.get(instance_id, InstanceKind(self.capacity))
 
     def could_hold(self, instance_id: InstanceId, request: WorldRequest) -> bool:
-        """Whether an instance's whole cache holds the request at its longest; a cap beyond all caches counts as the largest of them."""
+        """Whether an instance's cache holds the request at its longest, with the cap limited by the largest cache."""
         longest = min(request.prompt_tokens + request.max_output_tokens, self._largest_tokens)
         return longest <= self.kind_of(instance_id).capacity.kv_tokens
 

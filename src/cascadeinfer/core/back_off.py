@@ -1,8 +1,8 @@
 """
 How long an instance that keeps dying waits before it is started again.
 
-The wait doubles with every death within a sliding window, failed starts included. One long life does not wipe the slate clean: an instance
-that dies every six minutes would otherwise be started again at once each time, for ever.
+The wait doubles with every death within a sliding window, failed starts included. One long life does not reset it:
+otherwise an instance that dies every six minutes would be restarted at once each time, for ever.
 """
 
 from collections import deque

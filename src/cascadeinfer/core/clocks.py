@@ -1,10 +1,10 @@
 """
-The clock of another process, as far as its answers tell.
+A bound for the clock of another process, from its answers.
 
-Two processes need not have a clock in common, and a pull must not be given more time than it has. So a moment is converted in such a way
-that it can only come out too early: an answer that is heard at `r` and says that the other clock showed `T` was given at `r` or before,
-so at `r` the other clock showed `T` or more. Whatever delays the answer makes the bound looser and never wrong; of several answers the
-quickest counts. Old ones are dropped, because clocks drift.
+Two processes need not share a clock, and a pull must not get more time than it has. A moment is therefore converted so
+that the result can only be too early: an answer that is received at `r` and reads `T` on the other clock was sent at
+`r` or before, so at `r` the other clock showed `T` or more. Delays make the bound looser, never wrong; of several
+answers the fastest counts. Old answers are dropped, because clocks drift.
 """
 
 from collections import deque

@@ -195,8 +195,9 @@ class MigrationEnded:
     A migration that `StartMigration` asked for is over. Exactly one follows each `StartMigration`.
 
     Attributes:
-        outcome: Where the request is now follows from it: the target for MOVED and RECOMPUTED, else the source or nowhere.
-        detail: A short reason, e.g. `room_refused:no_blocks` (`core/migration.py` has the rule); a metric label, so from a small set.
+        outcome: Says where the request is now: the target for MOVED and RECOMPUTED, else the source or nowhere.
+        detail: A short reason such as `room_refused:no_blocks` (rule: `core/migration.py`). A metric label, so from a
+            small set.
 
     """
 

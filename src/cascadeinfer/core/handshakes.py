@@ -1,8 +1,8 @@
 """
 Which side is ill when an instance cannot shake hands with others.
 
-A handshake needs the side channel of one instance and the worker of the other, both ways. What can be known: whether each one's side channel
-answers when the front end asks it, and with whom else the newcomer has shaken hands.
+A handshake needs the side channel of one instance and the worker of the other, both ways. The front end can find out
+whether each side channel answers, and with which other instances the newcomer has shaken hands.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from cascadeinfer.core.types import InstanceId
 
 ENOUGH_WITNESSES: Final = 2
-"""So many peers whose side channels answer and that all fail with a newcomer, and nobody who does not: then it is the newcomer."""
+"""Peers with answering side channels that must all fail with a newcomer, with none that succeeds, to blame it."""
 
 
 class Diagnosis(NamedTuple):

@@ -1,8 +1,9 @@
 """
 Stages: consecutive length ranges, each served by a group of instances.
 
-A `Proposal` says how many instances each range gets, a `StageLayout` says which. Invariants, checked on construction: the ranges tile
-`[0, infinity)` in order, every stage has at least one instance, and no instance is in two stages. Both are values; changing one makes
+A `Proposal` says how many instances each range gets, a `StageLayout` says which. Invariants, checked on construction:
+the ranges tile `[0, infinity)` in order, every stage has at least one instance, and no instance is in two stages. Both
+are values; changing one makes
 another.
 """
 
@@ -112,7 +113,7 @@ class Proposal:
         sizes: Instances per stage, shortest lengths first.
 
     Raises:
-        PlanError: The boundaries are not increasing, do not make as many stages as there are sizes, or a stage is empty.
+        PlanError: The boundaries are not increasing or do not match the number of sizes, or a stage is empty.
     """
 
     boundaries_tokens: tuple[int, ...]

@@ -5,8 +5,8 @@ How slow an instance is compared with the others, from the steps that it reports
     slowness(instance) = cost(instance) / lower median of the costs of all instances
 
 The comparison is with the other instances, because a price list that is wrong, or only proportional, is wrong for all
-of them alike. (Where it is wrong for one kind of instance only, those are slower or faster than priced, and this corrects
-it.) It spans many reports, because an instance that is stopped most of the time takes most steps as fast as
+of them alike. (Where it is wrong for one kind of instance only, those are slower or faster than priced, and this
+corrects it.) It spans many reports, because an instance that is stopped most of the time takes most steps as fast as
 ever and one of them very long. The worst report is left out, because a single hiccup means nothing. A slowness below
 `SLOW_FROM` (or, once it was above, `SLOW_UNTIL`) counts as 1: identical instances differ by noise, and noise must
 decide nothing.

@@ -90,7 +90,7 @@ def test_a_plan_is_made_with_the_weakest() -> None:
 
 
 def test_no_plan_with_a_kind_that_has_no_model() -> None:
-    """Where one kind will never have a model the plan is refused by name; where none has one, or it is being learnt, there is just none yet."""
+    """A kind that will never have a model is named as the plan's failure; without any model, there is no plan yet."""
     with pytest.raises(PlanError, match="no step model for the instances of 'slow'"):
         StepModels(FAST).weakest((ONE, OTHER))
     assert StepModels(FAST, learning=LearningSettings()).weakest((ONE, OTHER))[0] is None

@@ -60,7 +60,7 @@ def feed(world: World, n: int) -> None:
 
 
 def test_each_kind_is_learnt_and_priced_by_its_own_steps() -> None:
-    """From nothing, two kinds get a model each; then the slow one's price is higher by as much, though neither is slow beside its like."""
+    """Two kinds learn a model each from nothing; the slow kind then costs more, though none lags its own kind."""
     kinds = {i: InstanceKind(LARGE, "slow") for i in ("c", "d")}
     world = World(Cascade(learning=LearningSettings(interval_s=2.0), replan=False), LARGE, kinds=kinds)
     world.join("a", "b", "c", "d")
@@ -76,7 +76,7 @@ def test_each_kind_is_learnt_and_priced_by_its_own_steps() -> None:
 
 
 def test_prices_keep_one_unit_when_an_unknown_kind_joins() -> None:
-    """Prices in seconds give way to proportions while an instance is there of which no model is known, and come back when it has gone."""
+    """While an instance without a model is there, prices are proportions; they are seconds again when it has gone."""
     world = World(Cascade(step_model=MODEL), LARGE, kinds={"b": InstanceKind(LARGE, "unknown")})
     world.join("a")
     home = cascade_of(world).view.instances["a"]
@@ -108,7 +108,7 @@ def test_a_draining_instance_empties_into_a_stage_that_holds_its_requests() -> N
 
 
 def test_an_overloaded_instance_offers_what_a_peer_could_hold() -> None:
-    """The request that would halve the difference best is passed over when only the overloaded instance could hold it."""
+    """A request that only the overloaded instance could hold is passed over, even if it would halve the gap best."""
     half = replace(SMALL, kv_blocks=128)
     world = World(Cascade(), SMALL, kinds={"b": InstanceKind(half)})
     world.join("a")
@@ -144,7 +144,7 @@ def test_a_plan_is_made_with_the_weakest_kind() -> None:
 
 
 def test_a_kind_without_a_model_is_told_when_a_plan_is_due() -> None:
-    """The layout is published as it is, with the instances' key as what is missing; nobody is planned by another kind's model."""
+    """The layout is published unchanged and names the missing key; no kind is planned with another kind's model."""
     planning = PlanSettings(interval_s=1.0, min_requests=10, most_unknown=1.0)
     kinds = {"b": InstanceKind(LARGE, "h100, tp 2")}
     world = World(Cascade(step_model=MODEL, planning=planning), LARGE, kinds=kinds)
@@ -157,7 +157,7 @@ def test_a_kind_without_a_model_is_told_when_a_plan_is_due() -> None:
 
 
 def test_boundaries_move_between_stages_of_different_kinds() -> None:
-    """Refinement weighs each stage at its own cost: a slow stage of long requests gives to a fast one what it keeps where both are alike."""
+    """Refinement weighs each stage at its own cost: a slow stage gives requests away that an equal stage would keep."""
 
     def boundary(slow_key: str) -> int:
         layout = StageLayout.from_boundaries((2500,), (("a",), ("b",)))

@@ -129,7 +129,7 @@ def test_contract(name: str, steps: list[tuple[int, int, int]]) -> None:
 @given(steps=commands)
 def test_contract_with_kinds(name: str, steps: list[tuple[int, int, int]]) -> None:
     """
-    With instances too small for some requests the contract holds too: none is placed there or moved there (`World` checks that).
+    The contract also holds with instances too small for some requests: none is placed or moved there (`World` checks).
 
     What only an absent instance could hold waits for it, and holds up nobody else.
     """

@@ -12,7 +12,13 @@ from cascadeinfer.core.types import InstanceCapacity
 def warm_up() -> None:
     """Plan and learn once, from made-up requests and steps."""
     capacity = InstanceCapacity(kv_blocks=10_000, block_size_tokens=16, max_num_seqs=256, max_batched_tokens=2048)
-    model = StepModel(base_s=0.01, per_decode_s=1e-5, per_kv_token_s=1e-7, per_prefill_token_s=1e-5, per_prefill_attention_s=1e-10)  # fmt: skip
+    model = StepModel(
+        base_s=0.01,
+        per_decode_s=1e-5,
+        per_kv_token_s=1e-7,
+        per_prefill_token_s=1e-5,
+        per_prefill_attention_s=1e-10,
+    )
     planner = ModelPlanner(model, PlanSettings(max_tokens=DEFAULT_MAX_TOKENS))
     workload = LengthHistogram.from_requests([100, 100, 4000], [50, 500, 300], max_tokens=DEFAULT_MAX_TOKENS)
     planner(workload, 10.0, capacity, 4, StageLayout.single(("0", "1", "2", "3")))

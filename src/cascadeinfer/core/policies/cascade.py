@@ -8,10 +8,8 @@ first. If the beginning of its prompt is cached elsewhere and that is worth more
 it within the stage when the instance is overloaded, or anywhere when the instance drains. Neighbouring stages adjust
 their boundary every `RefineSettings.interval_s`, and the planner looks for a better layout every
 `PlanSettings.interval_s`. With one stage, the policy is load balancing by price, plus migration from overloaded to idle
-instances.
-
-A new layout moves nothing at once. Requests that are now too long for their instance's stage are handed over like all
-others, at most `max_migrations` per instance at a time; those that are too short stay.
+instances. A new layout moves nothing at once: requests that are now too long for their instance's stage are handed over
+like all others, at most `max_migrations` per instance at a time; those that are too short stay.
 
 Overload: with `max_queued` set, requests that fit nowhere wait here, ordered by priority and then arrival, up to that
 number. Beyond it, the request that would run last is refused with the time in which the queue should drain
@@ -93,11 +91,10 @@ class Cascade:
         """
         Args:
             layout: Stages to start with; None: one.
-            step_model: Cost of a step, for planning and refinement. Without it there is no planning (unless `planner` is given), and
-                boundaries balance load.
+            step_model: Cost of a step. Without it there is no planning, unless `planner` is given.
             step_models: The same of instances of other kinds, by their key (`core/kind.py`).
             planner: Instead of the one that `step_model` gives.
-            learning: Follow the steps that instances report, from `step_model` or from nothing; None: `step_model` stays as it is.
+            learning: How to learn from reported steps; None: `step_model` stays as it is.
             refine: Whether boundaries move between plans.
             rebalance: Whether overloaded instances move requests to others of their stage.
             replan: Whether to plan at run time.
@@ -105,10 +102,8 @@ class Cascade:
             affinity: Whether a request goes where the beginning of its prompt is cached when that pays.
             max_queued: Maximum number of requests that wait here for room; None means that none wait here.
             retry_after_s: `Retry-After` for refused clients while the rate of finishing requests is unknown.
-            balance: Parameters of the bid-ask protocol.
-            handover: When a request is handed over.
-            refinement: How boundaries move.
-            planning: When and how to plan.
+            balance, handover: Parameters of the bid-ask protocol; when a request is handed over.
+            refinement, planning: How boundaries move; when and how to plan.
         """
         self._models = StepModels(step_model, step_models, learning)
         self.view = ClusterView(self._price)
@@ -191,11 +186,7 @@ class Cascade:
     # --- placing ------------------------------------------------------------------------------------------------------
 
     def _place_waiting(self, cause: str, effects: list[Effect]) -> None:
-        """
-        Dispatch what waits, by priority and then arrival; what finds no room holds up only requests of its stage.
-
-        What no instance that is up could ever hold holds up nobody.
-        """
+        """Dispatch what waits, by priority and then arrival. A request without room holds up only its own stage."""
         if not self.view.waits() or not self._members:
             return
         stuck: set[int] = set()
@@ -276,10 +267,7 @@ class Cascade:
             self._place_waiting(event.cause, effects)
 
     def _learn_urgency(self, output_tokens: int) -> None:
-        """
-        Follow the mean output length: the wait for the first token is amortised over it, so urgency
-        is its inverse.
-        """
+        """Follow the mean output length, over which the wait for the first token is amortised: its inverse."""
         self._finished += 1
         self._urgency += (1.0 / max(1, output_tokens) - self._urgency) / min(self._finished + 50, 1000)
         if self._finished % 50 == 0:
@@ -303,14 +291,12 @@ class Cascade:
 
     def _carry_out(self, instance_id: InstanceId, agent: Agent, out: Outbox, cause: str, effects: list[Effect]) -> None:
         """Turn an agent's outbox into effects."""
-        for recipient_id, message in out.messages:
-            effects.append(SendMessage(cause, instance_id, recipient_id, message))
+        effects += [SendMessage(cause, instance_id, recipient_id, message) for recipient_id, message in out.messages]
         for move in out.moves:
             started = StartMigration(cause, move.ask_id, move.request_id, instance_id, move.target_id, move.reason)
             self.view.carry_out([started])
             effects.append(started)
-            target = self.agents[move.target_id]
-            target.bidder.move_began(move.ask_id)
+            self.agents[move.target_id].bidder.move_began(move.ask_id)
         self._wakes.at(instance_id, agent.next_wake_s())
 
     # --- the layout ---------------------------------------------------------------------------------------------------

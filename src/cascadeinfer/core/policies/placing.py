@@ -37,7 +37,7 @@ class PlacingPolicy(ABC):
 
     @abstractmethod
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
-        """The instance that takes the request; `candidates`, which could hold it at its longest, is not empty and sorted by id."""
+        """The instance that takes the request. `candidates` can all hold it at its longest; not empty, by id."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """See `Policy.handle`."""
@@ -58,7 +58,7 @@ class PlacingPolicy(ABC):
         return None
 
     def place_waiting(self, cause: str) -> list[Effect]:
-        """Dispatch everything that waits for a place, in order of arrival; what no instance that is up could hold waits on."""
+        """Dispatch all that wait, in order of arrival. A request that no instance in use could hold keeps waiting."""
         effects: list[Effect] = []
         for request in self.view.unplaced():
             available = self.view.available()
