@@ -108,16 +108,19 @@ def test_a_file_that_cannot_be_written_is_found_before(tmp_path: Path) -> None:
         SampleLog(tmp_path / "no" / "p.samples.jsonl").check(resume=False)
 
 
-def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk ends the run with a message on how to continue; the log can still be read."""
     log = SampleLog(tmp_path / "p.samples.jsonl")
     log.open(HEADER)
     log.add(RUN)
-    assert log._descriptor is not None
-    with Path("/dev/full").open("wb") as full:
-        os.dup2(full.fileno(), log._descriptor)
-    with pytest.raises(ConfigError, match=r"No space left on device; 1 batches are kept .*--resume"):
-        log.add(RUN)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(ConfigError, match=r"No space left on device; 1 batches are kept .*--resume"):
+            log.add(RUN)
     log.close()
     assert log.runs == [RUN]
     assert read(log.path).runs == [RUN]
