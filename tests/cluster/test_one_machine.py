@@ -37,7 +37,6 @@ MAY_STAY = {
     ("cli/bench.py", "loopback"): "an example in a help text",
     ("cli/bench.py", "process id"): "makes the ids of two runs different",
     ("demo/server.py", "loopback"): "the demo starts its server on the machine that it runs on",
-    ("demo/server.py", "process id"): "and ends it",
     ("engines/vllm/connector/cores.py", "cores"): "of the instance's own process, inside it",
     ("engines/vllm/connector/cores.py", "proc"): "of the instance's own process, inside it",
     ("engines/vllm/connector/identity.py", "proc"): "the name of the processor, asked where the instance runs",
@@ -49,6 +48,7 @@ MAY_STAY = {
     ("engines/vllm/ending.py", "process id"): "vLLM's own client ends its processes by their ids",
     ("engines/vllm/processes.py", "child process"): "the type of what the launcher for this machine is given",
     ("evaluation/pool.py", "child process"): "simulations in parallel",
+    ("eventlog/run_file.py", "process id"): "makes the names of two unfinished logs different",
     (
         "frontend/processes/channel.py",
         "socket pair",
@@ -71,6 +71,8 @@ MAY_STAY = {
         "frontend/stop_signals.py",
         "process id",
     ): "a server that is told twice to stop ends what is below it on this machine",
+    ("loadgen/served_process.py", "loopback"): "a server for a demo, a test or a benchmark runs beside it",
+    ("loadgen/served_process.py", "process id"): "and is ended by it",
     ("results/output_files.py", "process id"): "makes the names of two unfinished files different",
 }
 """The reason for each exception, by (file, fact)."""

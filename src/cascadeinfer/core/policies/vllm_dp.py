@@ -6,9 +6,11 @@ wins. `in flight` is the exact number of unfinished requests that this client se
 and KV use are the engine's last statistics; `waiting` grows by `clients` with each request sent until the next
 statistics arrive. The scan starts one engine further with every request, so equal scores take turns.
 
-Inputs read: reports (vLLM's coordinator publishes every 100 ms if something changed), own dispatches and finishes. Edge
-cases: an engine that has not reported counts as empty; a draining engine, a notion vLLM does not have, is not in the
-list. No migration. Source: vLLM 0.32, `vllm/v1/engine/core_client.py`, `DPLBAsyncMPClient.get_core_engine_for_request`.
+Inputs read: reports (vLLM's coordinator publishes every 100 ms if something changed), own dispatches and finishes.
+
+Edge cases: an engine that has not reported counts as empty; a draining engine, a notion vLLM does not have, is not in
+the list. No migration. Source: vLLM 0.32, `vllm/v1/engine/core_client.py`,
+`DPLBAsyncMPClient.get_core_engine_for_request`.
 """
 
 from collections.abc import Sequence
