@@ -114,9 +114,9 @@ def test_a_request_goes_only_where_it_fits(name: str) -> None:
     layout = StageLayout.from_boundaries((30, 60), (("i1",), ("i0",), ("i2",)))
     policy: Policy = {
         "cascade in stages": lambda: Cascade(layout=layout, step_model=MODEL, step_models={"slow": SLOW}),
-        "static_stages": lambda: POLICIES["static_stages"](layout=layout),
-        "llumnix": lambda: POLICIES["llumnix"](migrate_steps=400.0, max_migrations=3, retry_s=0.1),
-    }.get(name, POLICIES.get(name, Cascade))()
+        "static_stages": lambda: POLICIES["static_stages"].make(layout=layout),
+        "llumnix": lambda: POLICIES["llumnix"].make(migrate_steps=400.0, max_migrations=3, retry_s=0.1),
+    }.get(name, POLICIES[name].make if name in POLICIES else Cascade)()
     faults = FaultPlan(crashes=(Crash(1.0, "i2", 0.5),), drains=(Drain(2.5, "i1"),))
     trace = random_trace(np.random.default_rng(1), 150, 40.0, prompts=90)
     where: dict[str, set[str]] = {f"r{row}": set() for row in range(len(trace))}
