@@ -238,7 +238,7 @@ async def test_step_that_takes_too_long(cluster: Cluster, monkeypatch: pytest.Mo
     [expected] = await references(cluster, PROMPT)
     migrator = cluster.runtime._migrator
     before = {outcome: cluster.migrations(outcome) for outcome in ("moved", "recomputed", "stayed", "ended")}
-    monkeypatch.setattr(migrator, "_times", dataclasses.replace(migrator._times, **{limit: 0.0}))
+    monkeypatch.setattr(migrator, "_limits", dataclasses.replace(migrator._limits, **{limit: 0.0}))
     assert await outputs(cluster, PROMPT) == [expected]
     happened = {outcome for outcome, count in before.items() if cluster.migrations(outcome) > count}
     assert "stayed" in happened
@@ -250,7 +250,7 @@ async def test_source_stands_still(cluster: Cluster, monkeypatch: pytest.MonkeyP
     """A source that stops answering during a migration and later resumes costs time, not tokens."""
     [expected] = await references(cluster, PROMPT)
     migrator = cluster.runtime._migrator
-    monkeypatch.setattr(migrator, "_times", dataclasses.replace(migrator._times, cut_s=0.5, resume_s=0.5))
+    monkeypatch.setattr(migrator, "_limits", dataclasses.replace(migrator._limits, cut_s=0.5, resume_s=0.5))
     loop = asyncio.get_running_loop()
 
     def freeze(record: MigrationRecord) -> None:
