@@ -27,7 +27,7 @@ from conftest import QUICK_ENVIRONMENT
 
 pytestmark = pytest.mark.engine
 
-DEADLINE_S = 60.0
+DEADLINE_S = 240.0
 MARK = "CASCADEINFER_TEST_START"
 COMMAND = (str(Path(sys.executable).parent / "cascadeinfer"),)
 
