@@ -89,11 +89,6 @@ async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
         logger.warning("profile %s is a start value: %s", options.profile, doubt)
 
 
-def _instances(runtime: Runtime) -> list[VllmInstance]:
-    """The instances that are up."""
-    return [engine for engine in runtime.live_engines() if isinstance(engine, VllmInstance)]
-
-
 def _metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics]:
     if event_log is None:
         return lambda read: RuntimeMetrics(REGISTRY, read)

@@ -9,7 +9,7 @@ from vllm.v1.engine import EngineCoreRequest
 
 from cascadeinfer.core.events import PinReason
 from cascadeinfer.frontend import pins
-from cascadeinfer.frontend.pins import pin_reason_of
+from cascadeinfer.frontend.pins import Pins
 
 
 def config(*, v2: bool, **changed: Any) -> Any:
@@ -59,8 +59,8 @@ def bad_words() -> SamplingParams:
 )
 def test_v1_pins_what_v2_moves(params: SamplingParams, on_v1: PinReason | None) -> None:
     """State that only the V1 runner loses pins a request on V1 and not on V2."""
-    assert pin_reason_of(request(params), config(v2=False), movable=True) is on_v1
-    assert pin_reason_of(request(params), config(v2=True), movable=True) is None
+    assert Pins(config(v2=False), movable=True).reason_of(request(params)) is on_v1
+    assert Pins(config(v2=True), movable=True).reason_of(request(params)) is None
 
 
 REASONING = {"structured_outputs_config": SimpleNamespace(reasoning_parser="qwen3")}
@@ -86,13 +86,13 @@ def test_pinned_on_both_runners(
     params: SamplingParams, changed: dict[str, Any], reason: PinReason | None, *, v2: bool
 ) -> None:
     """What neither runner can move is pinned on both."""
-    assert pin_reason_of(request(params), config(v2=v2, **changed), movable=True) is reason
+    assert Pins(config(v2=v2, **changed), movable=True).reason_of(request(params)) is reason
 
 
 def test_installed_processors_pin(monkeypatch: pytest.MonkeyPatch) -> None:
     """A logits processor from an installed package has state that we do not know, so every request stays."""
     monkeypatch.setattr(pins, "_has_plugged_processors", lambda: True)
-    assert pin_reason_of(request(), config(v2=True), movable=True) is PinReason.CUSTOM_SAMPLING
+    assert Pins(config(v2=True), movable=True).reason_of(request()) is PinReason.CUSTOM_SAMPLING
 
 
 @pytest.mark.parametrize(
@@ -108,4 +108,4 @@ def test_installed_processors_pin(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_requests_of_other_shapes(changed: dict[str, Any], reason: PinReason, *, movable: bool) -> None:
     """Requests that consist of more than token ids and sampling parameters are pinned."""
-    assert pin_reason_of(request(**changed), config(v2=True), movable=movable) is reason
+    assert Pins(config(v2=True), movable=movable).reason_of(request(**changed)) is reason

@@ -27,7 +27,7 @@ from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import Engine, EngineRequest
 from cascadeinfer.frontend.contents.limits import ContentLimits
 from cascadeinfer.frontend.contents.params import ContentRefusedError, check_sendable, checked_params
-from cascadeinfer.frontend.pins import pin_reason_of
+from cascadeinfer.frontend.pins import Pins
 from cascadeinfer.frontend.prefixes import prefix_hashes_of
 from cascadeinfer.frontend.stats import ElasticStatLogger, StatsFollower
 from cascadeinfer.runtime.shell import Runtime
@@ -101,7 +101,7 @@ class CascadeEngineClient(EngineCoreClient):
         """
         self._runtime = runtime
         self._vllm_config = vllm_config
-        self._movable = all(engine.movable for engine in runtime.live_engines())
+        self._pins = Pins(vllm_config, movable=all(engine.movable for engine in runtime.live_engines()))
         self.engine_ranks_managed = [engine.index for engine in runtime.live_engines()]
         self.resources = Liveness()
         #: Makes `AsyncLLM` forget a request that it recorded before handing it over; vLLM would keep it in its books.
@@ -141,7 +141,7 @@ class CascadeEngineClient(EngineCoreClient):
                     request.prompt_token_ids or [],
                     (sampling.max_tokens or 1) if sampling is not None else 1,
                     request,
-                    pin_reason_of(request, self._vllm_config, movable=self._movable),
+                    self._pins.reason_of(request),
                     request.priority,
                     prefix_hashes_of(request, self._vllm_config),
                 )

@@ -7,7 +7,6 @@ noise from seed and position and rebuilds its counts from the token ids, so none
 counter records why requests are pinned.
 """
 
-import functools
 from importlib.metadata import entry_points
 
 from vllm.config import VllmConfig
@@ -18,49 +17,55 @@ from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 from cascadeinfer.core.events import PinReason
 
 
-def pin_reason_of(request: EngineCoreRequest, vllm_config: VllmConfig, *, movable: bool) -> PinReason | None:
-    """
-    Why this request must stay on its instance, or None.
+class Pins:
+    """The rule for one set of engines; their configuration is looked at once, not for each request."""
 
-    Args:
-        request: The request as made by vLLM's front end.
-        vllm_config: The engines' configuration.
-        movable: Whether the engine's configuration allows live migration at all.
-    """
-    reasons = (
-        (not movable, PinReason.ENGINE),
-        (request.sampling_params is None, PinReason.POOLING),
-        (request.resumable, PinReason.STREAMING_INPUT),
-        (request.prompt_embeds is not None or request.prompt_token_ids is None, PinReason.PROMPT_EMBEDS),
-        (bool(request.mm_features), PinReason.MULTIMODAL),
-        (request.lora_request is not None, PinReason.LORA),
-    )
-    for applies, reason in reasons:
-        if applies:
-            return reason
-    assert request.sampling_params is not None
-    sampling = request.sampling_params
-    if (reason_everywhere := _sampling_pin(sampling, vllm_config)) is not None:
-        return reason_everywhere
-    return None if vllm_config.use_v2_model_runner else _v1_pin(sampling)
+    def __init__(self, vllm_config: VllmConfig, *, movable: bool) -> None:
+        """
+        Args:
+            vllm_config: The engines' configuration.
+            movable: Whether it allows live migration at all.
+        """
+        self._movable = movable
+        self._v1_runner = not vllm_config.use_v2_model_runner
+        self._reasoning = bool(vllm_config.structured_outputs_config.reasoning_parser)
+        self._watermarks = vllm_config.watermark_config is not None
+        self._custom_processors = bool(vllm_config.model_config.logits_processors) or _has_plugged_processors()
 
+    def reason_of(self, request: EngineCoreRequest) -> PinReason | None:
+        """Why this request, as made by vLLM's front end, must stay on its instance, or None."""
+        reasons = (
+            (not self._movable, PinReason.ENGINE),
+            (request.sampling_params is None, PinReason.POOLING),
+            (request.resumable, PinReason.STREAMING_INPUT),
+            (request.prompt_embeds is not None or request.prompt_token_ids is None, PinReason.PROMPT_EMBEDS),
+            (bool(request.mm_features), PinReason.MULTIMODAL),
+            (request.lora_request is not None, PinReason.LORA),
+        )
+        for applies, reason in reasons:
+            if applies:
+                return reason
+        assert request.sampling_params is not None
+        sampling = request.sampling_params
+        if (reason_everywhere := self._sampling_pin(sampling)) is not None:
+            return reason_everywhere
+        return _v1_pin(sampling) if self._v1_runner else None
 
-def _sampling_pin(sampling: SamplingParams, vllm_config: VllmConfig) -> PinReason | None:
-    """Sampling features that no runner can migrate."""
-    reasoning = bool(vllm_config.structured_outputs_config.reasoning_parser)
-    watermarked = vllm_config.watermark_config is not None and sampling.watermarking is not False
-    reasons = (
-        (
-            sampling.prompt_logprobs is not None
-            or sampling.prompt_logprob_token_ids is not None
-            or bool(sampling.skip_reading_prefix_cache),
-            PinReason.PROMPT_LOGPROBS,
-        ),
-        (sampling.structured_outputs is not None and reasoning, PinReason.REASONING_GRAMMAR),
-        (bool(vllm_config.model_config.logits_processors) or _has_plugged_processors(), PinReason.CUSTOM_SAMPLING),
-        (watermarked or sampling.trace_decode_token_ids is not None, PinReason.CUSTOM_SAMPLING),
-    )
-    return next((reason for applies, reason in reasons if applies), None)
+    def _sampling_pin(self, sampling: SamplingParams) -> PinReason | None:
+        """Sampling features that no runner can migrate."""
+        watermarked = self._watermarks and sampling.watermarking is not False
+        reasons = (
+            (
+                sampling.prompt_logprobs is not None
+                or sampling.prompt_logprob_token_ids is not None
+                or bool(sampling.skip_reading_prefix_cache),
+                PinReason.PROMPT_LOGPROBS,
+            ),
+            (sampling.structured_outputs is not None and self._reasoning, PinReason.REASONING_GRAMMAR),
+            (self._custom_processors, PinReason.CUSTOM_SAMPLING),
+            (watermarked or sampling.trace_decode_token_ids is not None, PinReason.CUSTOM_SAMPLING),
+        )
+        return next((reason for applies, reason in reasons if applies), None)
 
 
 def _v1_pin(sampling: SamplingParams) -> PinReason | None:
@@ -74,7 +79,6 @@ def _v1_pin(sampling: SamplingParams) -> PinReason | None:
     return next((reason for applies, reason in reasons if applies), None)
 
 
-@functools.cache
 def _has_plugged_processors() -> bool:
     """Whether an installed package adds logits processors, whose state is unknown here."""
     return bool(entry_points(group=LOGITSPROCS_GROUP))

@@ -13,6 +13,7 @@ from cascadeinfer.core.bidask.rounds import NEVER, BidAskSettings, Outbox, Round
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.messages import Accept, Ask, Award, Bid, Decline, Withdraw
 from cascadeinfer.core.migration import ROOM_SLACK_TOKENS
+from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import InstanceView
 
@@ -126,10 +127,10 @@ class Bidder:
         if self._slots_taken() >= self._settings.max_migrations:
             return BUSY
         if own.committed_requests + len(self._held()) >= own.capacity.max_num_seqs:
-            return "no_slot"
+            return Refusal.NO_SLOT.value
         needed = own.capacity.blocks_for(length_tokens + ROOM_SLACK_TOKENS)
         headroom = self._settings.headroom_blocks + own.committed_requests
-        return "no_blocks" if self._free_blocks() - headroom < needed else None
+        return Refusal.NO_BLOCKS.value if self._free_blocks() - headroom < needed else None
 
     def _held(self) -> list[int]:
         """Lengths of the requests that room is reserved for."""

@@ -73,34 +73,41 @@ def check_engine_args(engine_args: AsyncEngineArgs) -> None:
     Raises:
         ConfigError: With the option and the fix.
     """
-    if engine_args.data_parallel_size > 1:
-        raise ConfigError(
-            "is vLLM's own way to run several engines",
-            option="--data-parallel-size",
-            fix="use --instances instead",
-        )
-    if engine_args.kv_transfer_config is not None:
-        raise ConfigError("is set by CascadeInfer for live migration", option="--kv-transfer-config", fix="remove it")
     refused = (
+        (
+            engine_args.data_parallel_size > 1,
+            "--data-parallel-size",
+            "is vLLM's own way to run several engines",
+            "use --instances instead",
+        ),
+        (
+            engine_args.kv_transfer_config is not None,
+            "--kv-transfer-config",
+            "is set by CascadeInfer for live migration",
+            "remove it",
+        ),
         (
             engine_args.kv_offloading_size is not None,
             "--kv-offloading-size",
-            "brings a KV connector of its own, and an engine has room for one",
+            "brings its own KV connector, and an engine has room for one",
+            "remove it",
         ),
         (
             engine_args.enable_sleep_mode,
             "--enable-sleep-mode",
-            "moves the KV cache to other memory, which peers that pull from it are not told of",
+            "moves the KV cache to other memory without informing the peers that pull from it",
+            "remove it",
         ),
         (
             engine_args.enable_return_routed_experts,
             "--enable-return-routed-experts",
             "would lose the experts of all tokens before a migration",
+            "remove it",
         ),
     )
-    for given, option, why in refused:
-        if given:
-            raise ConfigError(why, option=option, fix="remove it")
+    for is_given, option, why, fix in refused:
+        if is_given:
+            raise ConfigError(why, option=option, fix=fix)
 
 
 def with_cpu_kv_share(engine_args: AsyncEngineArgs, n_instances: int) -> AsyncEngineArgs:

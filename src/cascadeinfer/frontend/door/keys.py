@@ -32,10 +32,6 @@ class Keys:
         }
         self._known = api | admin
 
-    def needed_for(self, access: Access) -> bool:
-        """Whether a route of this kind requires a key at all."""
-        return self._opens[access] is not None
-
     def open(self, access: Access, authorization: bytes) -> bool:
         """Whether the value of an `Authorization` header opens a route of this kind."""
         keys = self._opens[access]

@@ -82,11 +82,6 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
         """Start the handshake with a peer in the background; True once it is done."""
         return self._ensure_handshake(engine_id, host, port, tp_size) is None
 
-    def connected_peers(self) -> list[str]:
-        """Engine ids of the peers whose handshake is done."""
-        with self._handshake_lock:
-            return sorted(self._remote_agents)
-
 
 def _this_worker() -> CascadeWorkerSide:
     connector = get_kv_transfer_group()
