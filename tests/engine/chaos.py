@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 import psutil
 from hostile import Hostile
-from server_process import API_KEY, MODEL, ServerProcess
+from server_process import API_KEY, MODEL, NO_TLS, ServerProcess
 
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.core.quarantine import DEATHS
@@ -175,7 +175,9 @@ class Chaos:
         before = self._counted()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {API_KEY}"}
-        async with httpx.AsyncClient(base_url=self.server.url, headers=headers, timeout=300, limits=limits) as http:
+        async with httpx.AsyncClient(
+            base_url=self.server.url, headers=headers, timeout=300, limits=limits, **NO_TLS
+        ) as http:
             await self._learn(http)
             self._end_s = time.monotonic() + self.report.seconds
             async with asyncio.TaskGroup() as group:

@@ -20,6 +20,7 @@ from llvmlite.binding import ffi
 from cascadeinfer import assemble
 from cascadeinfer.cli.main import main
 from cascadeinfer.config import policy
+from cascadeinfer.core.policies import cascade
 from cascadeinfer.runtime.supervise import SupervisionTimes
 
 PR_SET_PDEATHSIG = 1
@@ -46,6 +47,6 @@ if __name__ == "__main__":
         SupervisionTimes, backoff_first_s=0.2, backoff_max_s=1.0, window_s=0.0
     )
     if os.environ.get("HURRY"):
-        policy.LearningSettings = partial(policy.LearningSettings, interval_s=2.0)  # type: ignore[misc, assignment]
+        cascade.LearningSettings = partial(cascade.LearningSettings, interval_s=2.0)  # type: ignore[misc, assignment]
         policy.PlanSettings = partial(policy.PlanSettings, interval_s=2.0, min_requests=60, hysteresis=0.02)  # type: ignore[misc, assignment]
     main()

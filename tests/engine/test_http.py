@@ -18,7 +18,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from server_process import API_KEY, MODEL, PIPES, ServerProcess
+from server_process import API_KEY, MODEL, NO_TLS, PIPES, ServerProcess
 
 from cascadeinfer.cluster.local import LOOPBACK
 
@@ -322,7 +322,7 @@ def test_api_key_is_needed(server: ServerProcess, key: str | None) -> None:
 )  # fmt: skip
 def test_everything_asks_for_the_key(server: ServerProcess, method: str, path: str) -> None:
     """Each of these once answered without a key."""
-    answer = httpx.request(method, server.url + path, json={"model": MODEL, "prompt": SHORT}, timeout=60)
+    answer = httpx.request(method, server.url + path, json={"model": MODEL, "prompt": SHORT}, timeout=60, **NO_TLS)
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
 
@@ -461,7 +461,7 @@ def test_requests_that_end_before_their_first_token(server: ServerProcess) -> No
     for body in ({**abandoned, **kind} for kind in kinds):
         for _ in range(20):
             with contextlib.suppress(httpx.TimeoutException):
-                httpx.post(server.url + "/v1/completions", json=body, headers=BEARER, timeout=0.02)
+                httpx.post(server.url + "/v1/completions", json=body, headers=BEARER, timeout=0.02, **NO_TLS)
     for wrong in (
         {"prompt": [5] * 5000},
         {"max_tokens": -1},

@@ -15,6 +15,7 @@ from vllm.v1.engine import EngineCoreRequest
 from cascadeinfer.core.errors import ConfigError, PolicyError, RequestIdInUseError, RequestRejectedError
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.frontend.engine_client import CascadeEngineClient, CascadeLLM
+from cascadeinfer.frontend.pins import Pins
 from cascadeinfer.frontend.server import check_api_servers
 
 
@@ -30,8 +31,10 @@ class Desk:
         self.forgotten: list[str] = []
         self.client = CascadeEngineClient.__new__(CascadeEngineClient)
         self.client._runtime = SimpleNamespace(submit=self._submit)  # type: ignore[assignment]
-        self.client._movable = True
-        self.client._vllm_config = VllmConfig()
+        config = VllmConfig()
+        config.model_config = SimpleNamespace(logits_processors=None)  # type: ignore[assignment]
+        self.client._pins = Pins(config, movable=True)
+        self.client._vllm_config = config
         self.client.forget = self.forgotten.append
         self._error = error
 
