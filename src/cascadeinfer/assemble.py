@@ -8,7 +8,7 @@ import math
 import multiprocessing
 import socket
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, MutableSequence
+from collections.abc import AsyncIterator, Callable, Mapping, MutableSequence
 from multiprocessing.process import BaseProcess
 
 import uvloop
@@ -28,7 +28,8 @@ from cascadeinfer.core.cost.suitability import check_suits
 from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.policies import POLICIES
-from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.launch import (
@@ -55,6 +56,7 @@ from cascadeinfer.frontend.server import (
     serve,
     shared_metrics,
 )
+from cascadeinfer.frontend.standing_engines import StandingEngines
 from cascadeinfer.frontend.stop_signals import StopSignals
 from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.results.provenance import own_commit
@@ -67,6 +69,8 @@ logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 5.0
 PROFILE_LEASE_S = 30
 """For measured pulls, whose blocks no other request waits for."""
+ATTACH_AGAIN_S = 5.0
+"""Longest pause before an engine that stands on its own is tried again."""
 REATTACH_S = 0.05
 """A follower waits for process 0 to report an instance up again, not for its own back-off."""
 
@@ -103,34 +107,42 @@ def make_runtime(
     log_stats: bool = True,
     extra_environment: dict[str, str] | None = None,
     event_log: ServerLog | None = None,
+    standing: StandingEngines | None = None,
 ) -> Runtime:
     """
-    A runtime over vLLM instances, not started yet.
+    A runtime over vLLM instances, not started yet; over those that stand already if they are given.
 
     Raises:
         ConfigError: An option is wrong; nothing has been started.
     """
     policy = make_policy(options)
     POLICIES[options.policy_name()].warm_up()
-    several = options.api_servers > 1
-    if several:
-        engine_args = dataclasses.replace(engine_args, _api_process_count=options.api_servers)
-    source = VllmSource(
-        engine_args,
-        options.instances,
-        KvTransferSettings(options.kv_lease_s, MAX_MIGRATIONS_PER_INSTANCE if several else None),
-        log_stats=log_stats,
-        extra_environment=extra_environment,
-        n_clients=options.api_servers,
+    supervision = SupervisionTimes(
+        report_s=options.report_interval_s, suspect_s=options.suspect_after_s, hang_s=options.hang_timeout_s
     )
-
+    source: VllmSource | None = None
+    if standing is not None:
+        make_engines: Mapping[InstanceId, Callable[[int], Engine]]
+        make_engines = standing.make_engines(engine_args, options.kv_lease_s)
+        supervision = dataclasses.replace(supervision, backoff_max_s=ATTACH_AGAIN_S)
+    else:
+        several = options.api_servers > 1
+        if several:
+            engine_args = dataclasses.replace(engine_args, _api_process_count=options.api_servers)
+        source = VllmSource(
+            engine_args,
+            options.instances,
+            KvTransferSettings(options.kv_lease_s, MAX_MIGRATIONS_PER_INSTANCE if several else None),
+            log_stats=log_stats,
+            extra_environment=extra_environment,
+            n_clients=options.api_servers,
+        )
+        make_engines = {instance_id: source.place(instance_id) for instance_id in options.instance_ids}
     return Runtime(
-        {instance_id: source.place(instance_id) for instance_id in options.instance_ids},
+        make_engines,
         policy,
         _metrics_with(event_log),
-        supervision=SupervisionTimes(
-            report_s=options.report_interval_s, suspect_s=options.suspect_after_s, hang_s=options.hang_timeout_s
-        ),
+        supervision=supervision,
         migration=MigrationLimits.under_lease(options.kv_lease_s),
         source=source,
         observer=event_log,
@@ -186,9 +198,15 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
                     runtime, args, options, listener, signals, log_requests=log_requests, event_log=event_log
                 )
             return
-        runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
+        standing = await _standing_engines(options)
+        if standing is not None:
+            options = dataclasses.replace(options, instances=len(standing.first))
+        runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log, standing=standing)
         signals.attend()
-        async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:
+        async with (
+            running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm,
+            contextlib.nullcontext() if standing is None else standing.followed(runtime, options.drain_timeout_s),
+        ):
             await check_profile(runtime, options)
             await serve(
                 llm,
@@ -199,6 +217,17 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
                 drain_timeout_s=options.drain_timeout_s,
                 rules=rules_of(options),
             )
+
+
+async def _standing_engines(options: ServeOptions) -> StandingEngines | None:
+    """The engines of `--cluster static`, once they answer."""
+    if options.cluster != "static":
+        return None
+    assert options.engines is not None
+    assert options.cluster_key is not None
+    engines = StandingEngines(options.engines, options.cluster_key, options.cluster_host)
+    await engines.find(None if options.stages is None else options.n_staged())
+    return engines
 
 
 @contextlib.asynccontextmanager

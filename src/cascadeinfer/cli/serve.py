@@ -4,7 +4,6 @@
 The parser is vLLM's own with our options added, so every vLLM flag works and `--help` lists both.
 """
 
-import logging
 import os
 from argparse import Namespace
 from typing import NoReturn
@@ -46,6 +45,7 @@ def parse(argv: list[str]) -> Namespace:
     from cascadeinfer.cli.model_argument import EMBEDDED_NAME, model_of
     from cascadeinfer.cli.vllm_options import make_arg_parser, validate_parsed_serve_args
     from cascadeinfer.config.schema import add_arguments
+    from cascadeinfer.engines.vllm.logs import log_as_vllm_does
     from cascadeinfer.frontend.server import import_parser_plugins
 
     parser = FlexibleArgumentParser(
@@ -66,17 +66,8 @@ def parse(argv: list[str]) -> Namespace:
     except (KeyError, TypeError, ValueError, VLLMClientError) as error:
         raise ConfigError(str(error.args[0]).removeprefix("Error: ")) from error
     configure_logging_from_args(args)
-    _log_as_vllm_does()
+    log_as_vllm_does()
     return args
-
-
-def _log_as_vllm_does() -> None:
-    """Send our messages (why stages change, which instances die) where vLLM's go, at its level."""
-    theirs, ours = logging.getLogger("vllm"), logging.getLogger("cascadeinfer")
-    if theirs.handlers:
-        ours.handlers = theirs.handlers
-        ours.setLevel(theirs.level)
-        ours.propagate = False
 
 
 def _refuse(message: str) -> NoReturn:

@@ -89,6 +89,8 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         #: Known from the first command on (see `commands.py`), which comes before the first request.
         self.scheduler: Scheduler | None = None
         self._desk = Desk.of_this_process()
+        #: For front ends that attach later; must not be logged.
+        self.connector_token = self._desk.token
         self._failures = Failures()
         #: Cut requests that have not finished yet, by id.
         self._cuts: dict[str, PendingCut] = {}
