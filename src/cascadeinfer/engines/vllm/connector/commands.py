@@ -138,17 +138,19 @@ def cascade_forget_client(core: EngineCore, client_index: int) -> int:
     return len(orphans)
 
 
-def cascade_attach(core: EngineCore, input_address: str, output_address: str) -> dict[str, Any]:
+def cascade_attach(core: EngineCoreProc, input_address: str, output_address: str) -> dict[str, Any]:
     """A front end has bound these sockets: serve it. Only the listener in this process asks for it (`door.py`)."""
-    assert isinstance(core, EngineCoreProc)
-    number = core.cascade_door.clients.attach(input_address, output_address)
+    door = _side(core).door
+    assert door is not None, "it asks"
+    number = door.clients.attach(input_address, output_address)
     return {"client": number, "ready_payload": msgspec.msgpack.encode(core._make_ready_response())}  # noqa: SLF001
 
 
 def cascade_detach(core: EngineCore, client_index: int) -> int:
     """A front end that had attached is gone: abort what it has here. Returns how many requests those were."""
     n_requests = cascade_forget_client(core, client_index)
-    if core.cascade_door.clients.detach(client_index):
+    door = _side(core).door
+    if door is not None and door.clients.detach(client_index):
         logger.info("front end %s has left, %s requests of it were aborted", client_index, n_requests)
     return n_requests
 
@@ -217,7 +219,7 @@ def _open_door(core: EngineCoreProc) -> None:
     transfer = core.vllm_config.kv_transfer_config
     assert transfer is not None, "our connector runs"
     if (settings := DoorSettings.of(transfer)) is not None:
-        core.cascade_door = Door(core, settings, side.engine_id, side.connector_token)
+        side.door = Door(core, settings, side.engine_id, side.connector_token)
 
 
 def _with_door(run: Callable[[EngineCoreProc], None]) -> Callable[[EngineCoreProc], None]:
