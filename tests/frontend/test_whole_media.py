@@ -13,7 +13,7 @@ from cascadeinfer.frontend.engine_client import with_whole_media
 
 @pytest.mark.parametrize("n_processes", [1, 4])
 def test_images_are_never_left_out(n_processes: int) -> None:
-    """VLLM's cache at our front end keeps what it has processed, and omits nothing; the engines' configuration stays."""
+    """VLLM's cache at our front end omits nothing; the engines' configuration stays."""
     config = VllmConfig()
     media = SimpleNamespace(mm_processor_cache_gb=0.001, mm_processor_cache_type="lru")
     model: Any = SimpleNamespace(supports_multimodal_inputs=True, get_multimodal_config=lambda: media)
