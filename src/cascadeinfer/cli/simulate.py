@@ -54,7 +54,7 @@ def simulate(
     parquet: Annotated[Path | None, typer.Option(help="Write one row per request, policy and seed (Parquet).")] = None,
 ) -> None:
     """Simulate a workload under several policies, by default 2,000 requests per run, and compare them."""
-    from cascadeinfer.cli.tables import console, policy_table
+    from cascadeinfer.cli.tables import console, policy_tables
     from cascadeinfer.evaluation.pool import check_jobs
     from cascadeinfer.evaluation.runs import RunSpec
     from cascadeinfer.evaluation.setting import check_rate, check_served, load_setting
@@ -84,7 +84,8 @@ def simulate(
     options.tell_short_runs(rate, count, max(o.summary.e2e_s_mean for o in outcomes))
     runs = {name: [o for o in outcomes if o.spec.policy == name] for name in names}
     title = f"{setting.profile.name}, {trace.name}, {rate:g} requests/s, {instances} instances, {count} requests"
-    console().print(policy_table({name: [o.summary for o in done] for name, done in runs.items()}, title))
+    for table in policy_tables({name: [o.summary for o in done] for name, done in runs.items()}, title):
+        console().print(table)
     _write(_content(setting, trace, first, seeds), runs, json_file, parquet)
     if plot is not None:
         _draw(plot, runs, title)

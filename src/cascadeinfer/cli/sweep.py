@@ -79,7 +79,8 @@ def sweep(
     options.tell_notes(setting)
     title = f"{setting.profile.name}, {trace.name}, {instances} instances"
     out = console()
-    out.print(_curve_table(curves, wanted, title))
+    for table in _curve_tables(curves, wanted, title):
+        out.print(table)
     if found:
         out.print(_rate_table(found, attain, slo.ttft_s, slo.tpot_s))
     _tell_short_runs(what, curves, wanted[0])
@@ -112,25 +113,16 @@ def _run(
         return curves, highest_rates(what, curves, rates, attain, bisections, jobs, lambda: progress.advance(search))
 
 
-def _curve_table(curves: "Curves", rates: Sequence[float], title: str) -> "Table":
-    from rich.table import Table
+def _curve_tables(curves: "Curves", rates: Sequence[float], title: str) -> list["Table"]:
+    """For each rate, the policies' latencies and attainment."""
+    from cascadeinfer.cli.tables import SWEEP_FIGURES, policy_table
 
-    from cascadeinfer.cli.tables import shown
-    from cascadeinfer.evaluation.sweeps import mean_attainment
-    from cascadeinfer.results.summary import interval
-
-    table = Table(title=title, caption="simulated; normalised latency in ms over seeds; share within the SLO")
-    table.add_column("requests/s", justify="right")
-    for name in curves:
-        table.add_column(name, justify="right")
-    for i, rate in enumerate(rates):
-        cells = [
-            f"{shown(interval([1e3 * run.normalised_latency_s_mean for run in curve[i]]))}; "
-            f"{mean_attainment(curve[i]):.0%}"
-            for curve in curves.values()
-        ]
-        table.add_row(f"{rate:.5g}", *cells)
-    return table
+    return [
+        policy_table(
+            {name: curve[i] for name, curve in curves.items()}, SWEEP_FIGURES, f"{title}, {rate:.5g} requests/s"
+        )
+        for i, rate in enumerate(rates)
+    ]
 
 
 def _rate_table(found: dict[str, "HighestRate"], attain: float, ttft_s: float, tpot_s: float) -> "Table":
