@@ -13,7 +13,7 @@ from cascadeinfer.cli.tables import WIDTH, clear_winner, policy_tables
 from cascadeinfer.results.estimates import LATENCIES, RATES, STATISTICS, Estimate, GroupSummary
 from cascadeinfer.results.summary import RunSummary
 
-INTEGERS = {"requests", "unfinished", "migrations", "preemptions"}
+INTEGERS = {"requests", "unfinished", "migrations", "preemptions", "shared"}
 
 
 def summary(**changes: float) -> RunSummary:

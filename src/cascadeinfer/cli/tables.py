@@ -43,6 +43,7 @@ WHOLE_FIGURES: Final = (
     Figure("e2e p50 s", "e2e_s_p50"),
     Figure("e2e p99 s", "e2e_s_p99"),
     Figure("moves", "migrations", 1.0, 0),
+    Figure("shared", "shared", 1.0, 0),
     Figure("preempted", "preemptions", 1.0, 0),
 )
 RATE_FIGURES: Final = (
@@ -134,6 +135,21 @@ def policy_table(runs: Mapping[str, Sequence["RunSummary"]], figures: Sequence[F
     for number, (name, row) in enumerate(zip(runs, rows, strict=True)):
         table.add_row(name, *(marked(shown(cell), top == number) for cell, top in zip(row, best, strict=True)))
     return table
+
+
+def tell_best_budgets(
+    runs: Mapping[str, Sequence["RunSummary"]], policies: Sequence[str], token_budgets: Sequence[int | None]
+) -> str:
+    """In one line: the token budget at which each policy has the lowest mean normalised latency."""
+    from cascadeinfer.evaluation.runs import label_of
+
+    def mean_s(policy: str, budget: int | None) -> float:
+        done = runs[label_of(policy, budget)]
+        return sum(run.normalised_latency_s_mean for run in done) / len(done)
+
+    best = {policy: min(token_budgets, key=lambda budget: mean_s(policy, budget)) for policy in policies}
+    told = ", ".join(f"{policy} {budget}" for policy, budget in best.items())
+    return f"token budget with the lowest mean normalised latency: {told}"
 
 
 def marked(text: str, is_best: bool) -> str:

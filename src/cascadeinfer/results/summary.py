@@ -37,6 +37,7 @@ class RunSummary:
         unfinished: Requests that were rejected, aborted or still in progress at the end.
         slo_attainment: Share of all requests that kept the SLO.
         goodput_rps: Requests that kept the SLO, per second of the run.
+        shared: Dispatches to another place than the stage's because of a backlog; only the simulator counts them here.
     """
 
     requests: int
@@ -56,6 +57,7 @@ class RunSummary:
     goodput_rps: float
     migrations: int
     preemptions: int
+    shared: int = 0
 
 
 def summarise(records: RequestRecords, duration_s: float, slo: Slo) -> RunSummary:
