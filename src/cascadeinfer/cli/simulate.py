@@ -55,7 +55,6 @@ def simulate(
     parquet: Annotated[Path | None, typer.Option(help="Write one row per request, policy and seed (Parquet).")] = None,
 ) -> None:
     """Simulate a workload under several policies, by default 2,000 requests per run, and compare them."""
-    from cascadeinfer.cli.tables import console, policy_tables, tell_best_budgets
     from cascadeinfer.evaluation.pool import check_jobs
     from cascadeinfer.evaluation.runs import RunSpec
     from cascadeinfer.evaluation.setting import check_rate, check_served, load_setting
@@ -79,28 +78,46 @@ def simulate(
         check_served(setting, [rate], budgets)
     law = options.arrivals_of(arrivals)
     first = RunSpec(names[0], rate, 0, count, slo, warm_up, 0.0, overload, law, prefixes)
-    specs = [
+    specs = _specs(first, names, budgets, seeds)
+    tasks = [_Task(setting, s, plot is not None and s.seed == 0, _log_of(event_log, s, len(specs))) for s in specs]
+    outcomes = _run_all(tasks, jobs)
+    options.tell_notes(setting)
+    options.tell_short_runs(rate, count, max(o.summary.e2e_s_mean for o in outcomes))
+    runs = _by_label(outcomes)
+    title = f"{setting.profile.name}, {trace.name}, {rate:g} requests/s, {instances} instances, {count} requests"
+    _show(runs, names, budgets, title)
+    _write(_content(setting, trace, first, seeds, budgets), runs, json_file, parquet)
+    if plot is not None:
+        _draw(plot, runs, title)
+
+
+def _specs(first: "RunSpec", names: Sequence[str], budgets: Sequence[int | None], seeds: int) -> list["RunSpec"]:
+    """Every policy at every token budget, seed by seed."""
+    return [
         replace(first, policy=name, seed=seed, max_batched_tokens=budget)
         for seed in range(seeds)
         for name in names
         for budget in budgets
     ]
-    tasks = [_Task(setting, s, plot is not None and s.seed == 0, _log_of(event_log, s, len(specs))) for s in specs]
-    outcomes = _run_all(tasks, jobs)
-    options.tell_notes(setting)
-    options.tell_short_runs(rate, count, max(o.summary.e2e_s_mean for o in outcomes))
+
+
+def _by_label(outcomes: Sequence["RunOutcome"]) -> dict[str, list["RunOutcome"]]:
+    """The runs of each policy at each token budget, in order of seed."""
     runs: dict[str, list[RunOutcome]] = {}
     for outcome in outcomes:
         runs.setdefault(outcome.spec.label, []).append(outcome)
-    title = f"{setting.profile.name}, {trace.name}, {rate:g} requests/s, {instances} instances, {count} requests"
-    summaries = {label: [o.summary for o in done] for label, done in runs.items()}
+    return runs
+
+
+def _show(runs: dict[str, list["RunOutcome"]], names: Sequence[str], budgets: Sequence[int | None], title: str) -> None:
+    """Print the tables, and with several token budgets the best one of each policy."""
+    from cascadeinfer.cli.tables import console, policy_tables, tell_best_budgets
+
+    summaries = {label: [outcome.summary for outcome in done] for label, done in runs.items()}
     for table in policy_tables(summaries, title):
         console().print(table)
     if len(budgets) > 1:
         typer.echo(tell_best_budgets(summaries, names, budgets))
-    _write(_content(setting, trace, first, seeds, budgets), runs, json_file, parquet)
-    if plot is not None:
-        _draw(plot, runs, title)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,7 @@ def sweep(
     from cascadeinfer.evaluation.sweeps import Contender, Sweep
     from cascadeinfer.evaluation.variants import check_policies
 
-    names = options.words_of(policy)
-    check_policies(names)
+    check_policies(names := options.words_of(policy))
     wanted = options.rates_of(rates)
     options.share(warm_up, "--warm-up")
     options.share(attain, "--attain")
@@ -82,19 +81,21 @@ def sweep(
     curves, found = _run(what, contenders, wanted, attain, bisections, jobs)
     options.tell_notes(setting)
     title = f"{setting.profile.name}, {trace.name}, {instances} instances"
-    out = console()
-    for table in _curve_tables(curves, wanted, title):
-        out.print(table)
-    if found:
-        out.print(_rate_table(found, attain, slo, instances))
+    tables = _curve_tables(curves, wanted, title)
+    for table in [*tables, _rate_table(found, attain, slo, instances)] if found else tables:
+        console().print(table)
     _tell_short_runs(what, curves, wanted[0])
     if json_file is not None:
         options.write_json(json_file, _content(what, trace, wanted, curves, found, attain))
     if plot is not None:
-        from cascadeinfer.figures.drawing import save
-        from cascadeinfer.figures.rate_figures import rate_curves
+        _draw(plot, curves, wanted, title)
 
-        save(rate_curves(curves, wanted, title), plot)
+
+def _draw(plot: Path, curves: "Curves", rates: Sequence[float], title: str) -> None:
+    from cascadeinfer.figures.drawing import save
+    from cascadeinfer.figures.rate_figures import rate_curves
+
+    save(rate_curves(curves, rates, title), plot)
 
 
 def _tell_short_runs(what: "Sweep", curves: "Curves", lowest_rps: float) -> None:
