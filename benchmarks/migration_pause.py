@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import multiprocessing
 import tempfile
 import time
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import numpy as np
 
 import measuring
 
-if __name__ == "__main__":
+if multiprocessing.parent_process() is None:
     # The engines' processes import this file again (spawn) and need none of it; numba, which the planner brings in,
     # would even end vLLM's CPU worker: it looks into every loaded module, and llvmlite's answers any name.
     measuring.quiet_environment()
