@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from cascadeinfer.engines.vllm.instance import VllmInstance
 
+    Pair = tuple[VllmInstance, VllmInstance]
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "engine"))
 
 from zoo import BLOCK, KV_BLOCKS, MAX_MODEL_LEN, Attempt, Zoo, random_prompt
@@ -57,7 +59,9 @@ def params(case: str) -> "SamplingParams":
     options = dict(CASES[case])
     pattern = options.pop("grammar", None)
     if pattern is not None:
-        options["structured_outputs"] = StructuredOutputsParams(regex=pattern, _backend="xgrammar")
+        grammar = StructuredOutputsParams(regex=pattern)
+        grammar._backend = "xgrammar"  # noqa: SLF001 - vLLM's front end, which is not used here, chooses it
+        options["structured_outputs"] = grammar
     found = SamplingParams(max_tokens=TOKENS, ignore_eos="stop_token_ids" not in options, **options)
     found.update_from_generation_config({}, 2)
     return found
@@ -70,9 +74,9 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-async def moved(zoo: Zoo, case: str, *, recompute: bool) -> tuple[Attempt, int]:
+async def moved(zoo: Zoo, pair: "Pair", case: str, *, recompute: bool) -> tuple[Attempt, int]:
     """A run with its moves; returns the last attempt and the number of moves that took place."""
-    here, there = zoo.instances.values()
+    here, there = pair
     attempt = await zoo.start(here, PROMPT, params(case))
     moves = 0
     for after in MOVES_AFTER:
@@ -84,14 +88,29 @@ async def moved(zoo: Zoo, case: str, *, recompute: bool) -> tuple[Attempt, int]:
     return await attempt.until_end(), moves
 
 
-async def measure(zoo: Zoo, log: RowLog) -> None:
-    """All cases that are missing."""
-    one, other = zoo.instances.values()
+async def measure(zoo: Zoo, pair: "Pair", log: RowLog) -> int:
+    """
+    All cases that are missing.
+
+    Args:
+        zoo: Connected instances.
+        pair: Two of them.
+        log: Of the rows.
+
+    Returns:
+        How many cases the engine refused.
+    """
+    one, other = pair
     config = one.config
     pins = Pins(config, movable=True)
     runner = "V2" if config.use_v2_model_runner else "V1"
+    refused = 0
     for case in CASES:
         alone = (await zoo.run(one, PROMPT, params(case))).output
+        if not alone:
+            sys.stderr.write(f"{case}: the engine refused it\n")
+            refused += 1
+            continue
         pinned = pins.reason_of(request_with("pin", PROMPT, params(case)).payload)
         for way in ("no move", "pull", "recompute"):
             key = f"{case}, {way}"
@@ -100,7 +119,7 @@ async def measure(zoo: Zoo, log: RowLog) -> None:
             if way == "no move":
                 attempt, moves = await zoo.run(other, PROMPT, params(case)), 0
             else:
-                attempt, moves = await moved(zoo, case, recompute=way == "recompute")
+                attempt, moves = await moved(zoo, pair, case, recompute=way == "recompute")
             at = first_difference(alone, attempt.output)
             log.add(
                 key, case=case, way=way, moves=moves, tokens=len(alone), same=at is None, differs_at=at,
@@ -108,10 +127,11 @@ async def measure(zoo: Zoo, log: RowLog) -> None:
                 asynchronous=bool(config.scheduler_config.async_scheduling),
             )  # fmt: skip
             await zoo.settled()
+    return refused
 
 
-async def run_all(options: argparse.Namespace, folder: Path, log: RowLog) -> None:
-    """Start two instances, measure, stop them."""
+async def run_all(options: argparse.Namespace, folder: Path, log: RowLog) -> int:
+    """Start two instances, measure, stop them; returns how many cases were refused."""
     from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 - after the environment is set
 
     from cascadeinfer.cluster.runtime_folder import runtime_folder  # noqa: PLC0415
@@ -131,7 +151,7 @@ async def run_all(options: argparse.Namespace, folder: Path, log: RowLog) -> Non
             first, second = instances.values()
             await second.connect([first])
             async with Zoo(instances) as zoo:
-                await measure(zoo, log)
+                return await measure(zoo, (first, second), log)
         finally:
             await asyncio.gather(*(instance.stop(5.0) for instance in instances.values()))
 
@@ -142,7 +162,8 @@ def main() -> None:
     quiet_engines(options.device)
     settings = {"dtype": "float32", "tokens": TOKENS, "moves_after": MOVES_AFTER, "prompt_seed": 5}
     with tempfile.TemporaryDirectory() as folder, RowLog(options.rows, settings) as log:
-        asyncio.run(run_all(options, Path(folder), log))
+        refused = asyncio.run(run_all(options, Path(folder), log))
+    sys.exit(f"{refused} cases were refused; see above" if refused else 0)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 from part_options import options_of, quiet_engines
 from row_log import RowLog
-from stand_ins import BENCHMARKS, SMALL, benchmarks_importable, write_model
+from stand_ins import BENCHMARKS, SMALL, benchmarks_importable, device_memory_bytes, write_model
 
 from cascadeinfer.cluster.local import LOOPBACK, free_port
 from cascadeinfer.cluster.places import split_cores
@@ -46,6 +46,8 @@ READY_TIMEOUT_S: Final = 600.0
 WARM_UP_REQUESTS: Final = 12
 WARM_UP: Final = 0.1
 """Share of the requests that the figures exclude."""
+KV_SHARE: Final = 0.1
+"""Of the GPU's memory, for the KV cache of one instance."""
 REFERENCE_MULTIPROCESSORS: Final = 132
 """Of the GPU that the rate is meant for (H100, H200); others get a rate in proportion."""
 FIGURES: Final = (
@@ -80,7 +82,7 @@ PLANS: Final = {
     "cuda": Plan(
         4,
         ("--load-format", "dummy", "--dtype", "bfloat16", "--max-model-len", "40960", "--gpu-memory-utilization",
-         "0.2"),
+         "0.2"),  # the share is only checked: see `engine_words`
         "0-2048:2,2048-:2", 2048,
         Workload(
             (
@@ -123,10 +125,21 @@ def node_words(plan: Plan, number: int, rpc_port: int) -> list[str]:
     return words if number == 0 else [*words, "--headless", "--data-parallel-start-rank", str(number)]
 
 
+def engine_words(plan: Plan, device: str) -> list[str]:
+    """
+    Options of vLLM's for every engine of every system.
+
+    On a GPU, the memory for KV is given: while it starts, an engine would count what its neighbours take as its own.
+    """
+    if device == "cpu":
+        return list(plan.engine)
+    return [*plan.engine, "--kv-cache-memory-bytes", str(int(KV_SHARE * device_memory_bytes()))]
+
+
 @contextlib.contextmanager
 def running(system: str, plan: Plan, device: str, model: Path, logs: Path) -> Iterator[str]:
     """A system, ready; yields its URL."""
-    options = [str(model), "--served-model-name", MODEL_NAME, *plan.engine]
+    options = [str(model), "--served-model-name", MODEL_NAME, *engine_words(plan, device)]
     cores = split_cores(plan.instances, sorted(os.sched_getaffinity(0)))
     with contextlib.ExitStack() as stack:
 
@@ -226,7 +239,8 @@ def main() -> None:
     quiet_engines(options.device)
     plan = PLANS[options.device]
     settings = {
-        "instances": plan.instances, "engine": plan.engine, "stages": plan.stages, "seeds": "of a trace: its round",
+        "instances": plan.instances, "engine": engine_words(plan, options.device), "stages": plan.stages,
+        "seeds": "of a trace: its round",
         "kinds": [[k.name, k.share, k.prompt, k.output] for k in plan.workload.kinds],
         "rate_rps": scaled(plan.workload, options.device).rate_rps, "duration_s": plan.workload.duration_s,
         "model": "tiny" if options.device == "cpu" else f"{SMALL.name}, with a vocabulary of 512",

@@ -23,7 +23,7 @@ class ModelShape:
     Sizes of a model, as in its published `config.json`.
 
     Attributes:
-        needs_bytes: Memory of a device from which it is used: weights, and as much again for KV.
+        needs_bytes: Memory of a device from which it is used, so that 200K tokens of KV fit beside the weights.
     """
 
     name: str
@@ -39,8 +39,8 @@ class ModelShape:
 
 
 SHAPES: Final = (
-    ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128_256, tied=False, needs_bytes=38e9),
-    ModelShape("llama-3.2-3b", 28, 3072, 24, 8, 128, 8192, 128_256, tied=True, needs_bytes=15e9),
+    ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128_256, tied=False, needs_bytes=55e9),
+    ModelShape("llama-3.2-3b", 28, 3072, 24, 8, 128, 8192, 128_256, tied=True, needs_bytes=30e9),
     ModelShape("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128_256, tied=True, needs_bytes=0.0),
 )
 """Llama-3.1-8B and Llama-3.2 (huggingface.co/meta-llama), the largest first."""

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,7 +94,7 @@ def engine_options(words: Sequence[str]) -> argparse.Namespace:
 
 async def measure_way(words: Sequence[str], plan: Plan, samples: SampleLog, deadline_s: float) -> tuple[Subject, int]:
     """
-    Start the engine one way, and measure what is missing into the samples.
+    Start the engine one way, and measure what is missing.
 
     Returns:
         The (stopped) engine, and the number of kinds of batch in the profiler's grid.
@@ -102,21 +102,38 @@ async def measure_way(words: Sequence[str], plan: Plan, samples: SampleLog, dead
     from cascadeinfer.assemble import running_subjects  # noqa: PLC0415 - imports vLLM
 
     async with running_subjects(engine_options(words), 1) as subjects:
-        subject = subjects[0]
-        samples.open(header_of(subject))
-        room = Room(subject.capacity, subject.max_model_tokens)
-        async with Meter(subject, seed=len(samples.runs)) as meter:
-            for number in range(ROUNDS):
-                for kind in plan.kinds:
-                    ran = any(run.kind == kind.name and run.round == number for run in samples.runs)
-                    if not ran and room.holds(kind):
-                        samples.add(await meter.run(kind, number))
-        if not plan.profiles:
-            return subject, 0
-        budget_s = max(0.0, PROFILE_SHARE * (deadline_s - time.monotonic()))
-        profiler = Profiler(subject, samples, budget_s=budget_s, watch=lambda _: None)
-        await profiler.measure()
-    return subject, len(profiler.kinds)
+        n_kinds = await measure_engine(
+            subjects[0], plan, samples, lambda: PROFILE_SHARE * (deadline_s - time.monotonic())
+        )
+        return subjects[0], n_kinds
+
+
+async def measure_engine(subject: Subject, plan: Plan, samples: SampleLog, left_s: Callable[[], float]) -> int:
+    """
+    Measure what is missing on a started engine.
+
+    Args:
+        subject: The engine.
+        plan: What to measure.
+        samples: Where steps go, and where earlier ones are.
+        left_s: Time for the profiler's grid, asked once the other batches are measured.
+
+    Returns:
+        The number of kinds of batch in the grid; 0 if it is not measured.
+    """
+    samples.open(header_of(subject))
+    room = Room(subject.capacity, subject.max_model_tokens)
+    async with Meter(subject, seed=len(samples.runs)) as meter:
+        for number in range(ROUNDS):
+            for kind in plan.kinds:
+                ran = any(run.kind == kind.name and run.round == number for run in samples.runs)
+                if not ran and room.holds(kind):
+                    samples.add(await meter.run(kind, number))
+    if not plan.profiles:
+        return 0
+    profiler = Profiler(subject, samples, budget_s=max(0.0, left_s()), watch=lambda _: None)
+    await profiler.measure()
+    return len(profiler.kinds)
 
 
 def knee_rows(kind: BatchKind, runs: Sequence[BatchRun], reference: CostProfile | None) -> list[dict[str, Any]]:
@@ -158,6 +175,8 @@ def write_rows(
     """The rows of a way, relative to the step without a prompt."""
     for kind in plan.kinds:
         rows = knee_rows(kind, samples.runs, reference)
+        if not rows and not log.has(f"{way}, {kind.name}"):
+            log.add(f"{way}, {kind.name}", way=way, left_out="the engine has no room for this batch")
         alone_s = next((row["step_s"] for row in rows if row["prompt_tokens"] == 0), None)
         for row in rows:
             decodes = f"{len(kind.lengths)} decodes of {min(kind.lengths)}..{max(kind.lengths)}"
