@@ -176,6 +176,7 @@ def test_the_command_writes_one_report(
     printed = capsys.readouterr().out
     assert report["machine"]["device"] == "a processor"
     assert report["parts"]["good"]["rows"][0]["value"] == 1
+    assert report["parts"]["good"]["settings"] == {"of": "a test"}
     assert "\n".join(report["table"]) in printed
     assert "no measurement" in printed
 

@@ -126,7 +126,7 @@ def plain_torch(batch: PagedBatch) -> list[Call]:
 
 def flashinfer(batch: PagedBatch, *, tensor_cores: bool) -> list[Call]:
     """FlashInfer: one call for the decodes, one for the chunk, as vLLM's backend does."""
-    from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper  # noqa: PLC0415
+    import flashinfer as package  # noqa: PLC0415 - if installed
 
     shape, n = batch.shape, batch.n_decode
     sizes = (shape.q_heads, shape.kv_heads, shape.head_dim, shape.page_tokens)
@@ -139,12 +139,12 @@ def flashinfer(batch: PagedBatch, *, tensor_cores: bool) -> list[Call]:
         return batch.integers(counts), torch.cat(lists), batch.integers(last)
 
     def make(lists: list[torch.Tensor]) -> Call:
-        decode = BatchDecodeWithPagedKVCacheWrapper(workspaces[0], "NHD", use_tensor_cores=tensor_cores)
+        decode = package.BatchDecodeWithPagedKVCacheWrapper(workspaces[0], "NHD", use_tensor_cores=tensor_cores)
         decode.plan(*pages_of(lists[:n], batch.lengths[:n]), *sizes, **types)
         cache, out = (batch.k, batch.v), torch.empty_like(batch.q)
         if not batch.prompt_tokens:
             return lambda: decode.run(batch.q, cache, out=out)
-        prefill = BatchPrefillWithPagedKVCacheWrapper(workspaces[1], "NHD")
+        prefill = package.BatchPrefillWithPagedKVCacheWrapper(workspaces[1], "NHD")
         starts = batch.integers([0, batch.prompt_tokens])
         prefill.plan(starts, *pages_of(lists[n:], batch.lengths[n:]), *sizes, causal=True, **types)
 
@@ -160,7 +160,7 @@ def flashinfer(batch: PagedBatch, *, tensor_cores: bool) -> list[Call]:
 
 def flash_attention(batch: PagedBatch, *, version: int, graphs: bool) -> list[Call]:
     """FlashAttention as vLLM calls it: one call for decodes and chunk; `graphs`: as under full CUDA graphs."""
-    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata  # noqa: PLC0415
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata  # noqa: PLC0415 - imports vLLM
 
     shape, longest = batch.shape, max(batch.lengths)
     splits = GRAPH_SPLITS if graphs and len(batch.q) <= GRAPH_TOKENS else 0
@@ -188,7 +188,7 @@ def flash_attention(batch: PagedBatch, *, version: int, graphs: bool) -> list[Ca
 
 def triton_unified(batch: PagedBatch) -> list[Call]:
     """Attention by the Triton kernel of vLLM, for decodes and chunk together."""
-    from vllm.v1.attention.ops.triton_unified_attention import unified_attention  # noqa: PLC0415
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention  # noqa: PLC0415 - imports vLLM
 
     shape = batch.shape
     threshold = TRITON_GRID // shape.kv_heads
@@ -239,7 +239,7 @@ def _not_callable(error: Exception, _: PagedBatch) -> list[Call]:
 
 def flash_kernels() -> list[Kernel]:
     """FlashAttention in the version that vLLM takes on this GPU; FA3 also as under CUDA graphs."""
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version  # noqa: PLC0415
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version  # noqa: PLC0415 - imports vLLM
 
     version: Any = get_flash_attn_version()
     if version is None:

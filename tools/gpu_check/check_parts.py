@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from row_log import Row, read_rows
+from row_log import Row, read_rows, read_settings
 
 from cascadeinfer.loadgen.served_process import ServedProcess, ServerFailedError
 from cascadeinfer.results.output_files import replacing
@@ -94,6 +94,7 @@ class Outcome:
         reason: Why it is not done; empty if it is.
         seconds: Time taken, all its runs together.
         command: Its last command.
+        settings: What the rows depend on besides the machine; seeds among it.
         rows: What it measured.
     """
 
@@ -101,6 +102,7 @@ class Outcome:
     reason: str = ""
     seconds: float = 0.0
     command: str = ""
+    settings: Row = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
 
@@ -141,6 +143,9 @@ def run_parts(
         before = outcomes.get(part.name)
         say(f"{part.name}: {part.title}, at most {limit_s:.0f} s")
         outcome = _run_part(part, setting, limit_s)
+        outcome.rows, outcome.settings = read_rows(part.rows_file(setting)), read_settings(part.rows_file(setting))
+        if outcome.state is State.DONE and not outcome.rows:
+            outcome.state, outcome.reason = State.FAILED, "it measured nothing"
         outcome.seconds = round(outcome.seconds + (before.seconds if before is not None else 0.0), 1)
         outcomes[part.name] = outcome
         say(f"{part.name}: {outcome.state}, {len(outcome.rows)} rows" + _first_line(outcome.reason))
@@ -154,12 +159,11 @@ def _first_line(reason: str) -> str:
 
 def _run_part(part: Part, setting: Setting, limit_s: float) -> Outcome:
     """Run a part to its end or to the end of its time."""
-    rows_file = part.rows_file(setting)
     if absent := [name for name in part.needs if not is_importable(name)]:
-        return Outcome(State.LEFT_OUT, f"not installed: {', '.join(absent)}", rows=read_rows(rows_file))
+        return Outcome(State.LEFT_OUT, f"not installed: {', '.join(absent)}")
     if limit_s < 1.0:
-        return Outcome(State.TIMED_OUT, "no time was left for it", rows=read_rows(rows_file))
-    command = part.command(setting, rows_file, limit_s)
+        return Outcome(State.TIMED_OUT, "no time was left for it")
+    command = part.command(setting, part.rows_file(setting), limit_s)
     process = ServedProcess(
         command, port=0, log=setting.logs / f"{part.name}.log", name=part.name, stop_timeout_s=STOP_TIMEOUT_S
     )
@@ -173,9 +177,6 @@ def _run_part(part: Part, setting: Setting, limit_s: float) -> Outcome:
     except ServerFailedError as error:
         outcome.state, outcome.reason = State.TIMED_OUT, f"{error.reason}\n{_tail(process.log)}"
     outcome.seconds = round(time.monotonic() - begun_s, 1)
-    outcome.rows = read_rows(rows_file)
-    if outcome.state is State.DONE and not outcome.rows:
-        outcome.state, outcome.reason = State.FAILED, "it measured nothing"
     return outcome
 
 
@@ -222,6 +223,7 @@ def write_report(folder: Path, machine: Row, outcomes: dict[str, Outcome], table
                 "reason": outcome.reason,
                 "seconds": outcome.seconds,
                 "command": outcome.command,
+                "settings": outcome.settings,
                 "rows": outcome.rows,
             }
             for name, outcome in outcomes.items()

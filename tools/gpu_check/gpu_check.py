@@ -16,6 +16,7 @@ go to `out/gpu-check/`.
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ HERE: Final = Path(__file__).parent
 ROOT: Final = HERE.parents[1]
 EXIT_UNMEASURED: Final = 1
 EXIT_OPERATOR: Final = 2
+EXIT_INTERRUPTED: Final = 130
 MINUTES: Final = 25.0
 FACTS_TIMEOUT_S: Final = 300.0
 SAME: Final = ("kind", "device", "versions")
@@ -186,11 +188,15 @@ def tell(line: str) -> None:
 
 def main() -> None:
     """Run, and exit with the code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is stopped
     try:
         sys.exit(check(sys.argv[1:]))
     except ConfigError as error:
         print(f"gpu-check: {error}", file=sys.stderr)
         sys.exit(EXIT_OPERATOR)
+    except KeyboardInterrupt:
+        tell("interrupted; the same command goes on from here")
+        sys.exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from part_options import options_of, quiet_engines
+from part_options import options_of
 from row_log import RowLog
 from stand_ins import benchmarks_importable, device_memory_bytes, largest_for, write_model
 
@@ -38,14 +38,18 @@ def engine_options(device: str, folder: Path) -> dict[str, Any]:
 
 async def run_all(options: argparse.Namespace, folder: Path) -> None:
     """Start two instances, measure the contexts that are missing, stop them."""
-    from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415
+    from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 - imports vLLM
 
-    import migration_pause  # noqa: PLC0415 - imports vLLM, after the environment is set
-    from cascadeinfer.cluster.runtime_folder import runtime_folder  # noqa: PLC0415
-    from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories  # noqa: PLC0415
+    import migration_pause  # noqa: PLC0415 - imports vLLM
+    from cascadeinfer.cluster.runtime_folder import runtime_folder  # noqa: PLC0415 - imports vLLM
+    from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories  # noqa: PLC0415 - imports vLLM
 
     arguments = engine_options(options.device, folder)
-    settings = {"repetitions": REPETITIONS[options.device], **{k: v for k, v in arguments.items() if k != "model"}}
+    settings = {
+        "repetitions": REPETITIONS[options.device],
+        "prompt_seed": "number of the context",
+        **{k: v for k, v in arguments.items() if k != "model"},
+    }
     with RowLog(options.rows, settings) as log, runtime_folder():
         factories = make_factories(AsyncEngineArgs(**arguments), ("0", "1"), KvTransferSettings(), log_stats=False)
         instances = [make(0) for make in factories.values()]
@@ -64,7 +68,6 @@ async def run_all(options: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     """Measure."""
     options = options_of(__doc__)
-    quiet_engines(options.device)
     benchmarks_importable()
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(run_all(options, Path(folder)))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from part_options import options_of, quiet_engines
+from part_options import options_of
 from row_log import RowLog
 
 from cascadeinfer.engines.models.tiny import make_tiny_llama
@@ -54,7 +54,7 @@ CASES: Final[dict[str, dict[str, Any]]] = {
 
 def params(case: str) -> "SamplingParams":
     """A case's sampling parameters, as the front end would send them."""
-    from vllm.sampling_params import SamplingParams, StructuredOutputsParams  # noqa: PLC0415 - after the environment
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams  # noqa: PLC0415 - imports vLLM
 
     options = dict(CASES[case])
     pattern = options.pop("grammar", None)
@@ -132,10 +132,10 @@ async def measure(zoo: Zoo, pair: "Pair", log: RowLog) -> int:
 
 async def run_all(options: argparse.Namespace, folder: Path, log: RowLog) -> int:
     """Start two instances, measure, stop them; returns how many cases were refused."""
-    from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 - after the environment is set
+    from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 - imports vLLM
 
-    from cascadeinfer.cluster.runtime_folder import runtime_folder  # noqa: PLC0415
-    from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories  # noqa: PLC0415
+    from cascadeinfer.cluster.runtime_folder import runtime_folder  # noqa: PLC0415 - imports vLLM
+    from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories  # noqa: PLC0415 - imports vLLM
 
     engine_args = AsyncEngineArgs(
         model=str(make_tiny_llama(folder)), dtype="float32", block_size=BLOCK, enforce_eager=True,
@@ -159,7 +159,6 @@ async def run_all(options: argparse.Namespace, folder: Path, log: RowLog) -> int
 def main() -> None:
     """Measure."""
     options = options_of(__doc__)
-    quiet_engines(options.device)
     settings = {"dtype": "float32", "tokens": TOKENS, "moves_after": MOVES_AFTER, "prompt_seed": 5}
     with tempfile.TemporaryDirectory() as folder, RowLog(options.rows, settings) as log:
         refused = asyncio.run(run_all(options, Path(folder), log))

@@ -1,7 +1,6 @@
-"""The command line that the parts of the GPU check have in common, and what they set up before vLLM is imported."""
+"""The command line that the parts of the GPU check have in common."""
 
 import argparse
-import os
 from pathlib import Path
 
 
@@ -13,11 +12,3 @@ def options_of(description: str | None) -> argparse.Namespace:
     parser.add_argument("--logs", type=Path, default=Path(), help="folder for the output of servers")
     parser.add_argument("--seconds", type=float, default=300.0, help="time for this part")
     return parser.parse_args()
-
-
-def quiet_engines(device: str) -> None:
-    """Set up the environment for engines: no hub, no usage statistics, warnings only."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    if device == "cpu":
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"

@@ -78,7 +78,17 @@ class RowLog:
 
 def read_rows(path: Path) -> list[Row]:
     """The complete rows of a file; none if there is no file."""
-    if not path.is_file():
-        return []
-    raw = path.read_bytes()
-    return [json.loads(line) for line in raw[: raw.rfind(b"\n") + 1].splitlines()[1:]]
+    return _lines(path)[1:]
+
+
+def read_settings(path: Path) -> Row:
+    """The settings of a file's rows; none if there is no file."""
+    lines = _lines(path)
+    settings: Row = lines[0]["settings"] if lines else {}
+    return settings
+
+
+def _lines(path: Path) -> list[Row]:
+    """The complete lines of a file."""
+    raw = path.read_bytes() if path.is_file() else b""
+    return [json.loads(line) for line in raw[: raw.rfind(b"\n") + 1].splitlines()]

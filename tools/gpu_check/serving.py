@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from part_options import options_of, quiet_engines
+from part_options import options_of
 from row_log import RowLog
 from stand_ins import BENCHMARKS, SMALL, benchmarks_importable, device_memory_bytes, write_model
 
@@ -236,7 +236,6 @@ def run_one(
 def main() -> None:
     """Measure."""
     options = options_of(__doc__)
-    quiet_engines(options.device)
     plan = PLANS[options.device]
     settings = {
         "instances": plan.instances, "engine": engine_words(plan, options.device), "stages": plan.stages,

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from part_options import options_of, quiet_engines
+from part_options import options_of
 from predictions import device_known
 from row_log import RowLog
 from stand_ins import device_memory_bytes, largest_for, write_model
@@ -83,8 +83,8 @@ PLANS: Final = {
 
 def engine_options(words: Sequence[str]) -> argparse.Namespace:
     """Engine options, parsed as vLLM's own commands do."""
-    from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 - after the environment is set
-    from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415
+    from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 - imports vLLM
+    from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: PLC0415 - imports vLLM
 
     parser = FlexibleArgumentParser()
     AsyncEngineArgs.add_cli_args(parser)
@@ -233,7 +233,9 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
         shape = largest_for(device_memory_bytes())
         name, reference = shape.name, reference_profile(shape.name)
         write_model(folder / name, shape)
-    with RowLog(options.rows, {"model": name, "engine": plan.engine}) as log:
+    with RowLog(
+        options.rows, {"model": name, "engine": plan.engine, "seed": "of the prompts: batches measured before"}
+    ) as log:
         ways = [way for way in plan.ways if not log.has(f"{way}, complete")]
         for number, way in enumerate(ways):
             until_s = time.monotonic() + (deadline_s - time.monotonic()) / (len(ways) - number)
@@ -251,7 +253,6 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
 def main() -> None:
     """Measure."""
     options = options_of(__doc__)
-    quiet_engines(options.device)
     with tempfile.TemporaryDirectory() as folder:
         measure_all(options, Path(folder))
 
