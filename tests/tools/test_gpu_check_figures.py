@@ -2,21 +2,28 @@
 
 # ruff: noqa: E402 - the modules lie outside of the package
 
+import asyncio
 import json
 import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-for folder in ("tools/gpu_check", "tests/profiling", "tests/results"):
+for folder in ("tools/gpu_check", "tests/loadgen", "tests/profiling", "tests/results"):
     sys.path.insert(0, str(Path(__file__).parents[2] / folder))
 
+import serving
+from fake_openai import FakeServer, running
 from profiled_engine import TRUTH, started
 from record_rows import live_records
 from row_log import RowLog
-from serving import PLANS, figures_of, node_words
+from serving import PLANS, SYSTEMS, figures_of, node_words, run_one, write_trace
 from stand_ins import SHAPES, SMALL, largest_for, write_model
 from step_times import Plan, measure_engine, write_profile, write_rows
 
@@ -121,3 +128,27 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     assert figures["short"]["ttft_s_mean"] == pytest.approx(0.5)
     assert figures["all"]["e2e_s_mean"] == pytest.approx(2.0)
     assert figures["errors"] == {"status": 1}
+
+
+async def test_a_system_is_warmed_up_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace is replayed twice, with other words; the row has the figures of the second time."""
+    plan = replace(PLANS["cpu"], workload=replace(PLANS["cpu"].workload, rate_rps=20.0, duration_s=0.4))
+    trace = tmp_path / "trace-0.jsonl"
+    write_trace(plan.workload, 0, trace)
+    options = Namespace(device="cpu", logs=tmp_path)
+    server = FakeServer()
+
+    @contextmanager
+    def already_running(system: str, *_: object) -> Iterator[str]:
+        assert system == SYSTEMS[0]
+        yield server.url
+
+    monkeypatch.setattr(serving, "running", already_running)
+    async with running(server):
+        with RowLog(tmp_path / "rows.jsonl", {}) as log:
+            await asyncio.to_thread(run_one, SYSTEMS[0], 0, 0, trace, options, plan, tmp_path, log)
+            (row,) = log.rows
+    assert row["system"] == SYSTEMS[0]
+    assert (row["all"]["requests"], row["all"]["failed"], row["errors"]) == (8, 0, {})
+    assert {asked["model"] for asked in server.asked} == {serving.MODEL_NAME}
+    assert len({str(asked["prompt"]) for asked in server.asked}) == len(server.asked) == 16

@@ -162,7 +162,7 @@ def check(words: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
     chosen = chosen_parts(options.only, parts)
     machine = machine_of(options.device)
     folder = (options.out or folder_of(machine)).resolve()
-    setting = Setting(options.device, folder, ROOT / "out" / "gpu-check-logs")
+    setting = Setting(options.device, folder, folder / "logs")
     different = differs_from(folder, machine)
     if different and not options.again:
         raise ConfigError(

@@ -29,6 +29,7 @@ from stand_ins import BENCHMARKS, SMALL, benchmarks_importable, device_memory_by
 
 from cascadeinfer.cluster.local import LOOPBACK, free_port
 from cascadeinfer.cluster.places import split_cores
+from cascadeinfer.config.traces import load_trace
 from cascadeinfer.engines.models.tiny import make_tiny_llama
 from cascadeinfer.results.estimates import counted_rows, errors_by_kind, summarise_groups
 from cascadeinfer.results.record_files import read_records
@@ -225,7 +226,7 @@ def run_one(
     """One system, one round."""
     records = trace.with_name(f"{turn}-{number}.parquet")
     with running(system, plan, options.device, model, options.logs) as url:
-        bench(url, trace, 10_000 + turn, "--requests", str(WARM_UP_REQUESTS), "--rate", str(plan.workload.rate_rps))
+        bench(url, trace, 10_000 + turn, "--requests", str(min(WARM_UP_REQUESTS, len(load_trace(trace)))))
         bench(
             url, trace, 100 * number + turn, "--label", system, "--out", str(records), "--long-tokens",
             str(plan.long_tokens), "--ttft-slo", str(plan.slo.ttft_s), "--tpot-slo", str(plan.slo.tpot_s),
