@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 
 import pydantic
+from vllm import envs
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -24,6 +25,7 @@ from cascadeinfer.cluster.local import LocalLauncher, free_memory_bytes, usable_
 from cascadeinfer.cluster.places import Places, core_places, device_places
 from cascadeinfer.cluster.process_start import operator_environment
 from cascadeinfer.cluster.protocol import Launcher, Place
+from cascadeinfer.cluster.start_turns import StartTurns
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.attached import AttachedCore
@@ -45,7 +47,9 @@ CPU_UCX_TRANSPORTS = "tcp,shm,self,cma,sysv,posix"
 """UCX finds no InfiniBand on CPU machines and warns about it at every start without this."""
 
 MAMBA_LAYOUT = {"VLLM_SSM_CONV_STATE_LAYOUT": "DS"}
-"""NIXL needs this layout for models with Mamba layers; vLLM chooses it for its own connectors only, by their names."""
+"""NIXL needs this layout for models with Mamba layers; vLLM chooses it for its own connectors only, by their names. On
+some CPUs it writes another one into this process's environment when it makes a configuration, unless one is there.
+"""
 NETWORK_DEVICE_VARIABLES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """UCX carries KV blocks between instances, Gloo and NCCL connect an instance's own processes."""
 SIDE_CHANNEL_HOST_VARIABLE = "VLLM_NIXL_SIDE_CHANNEL_HOST"
@@ -138,6 +142,8 @@ def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, setti
         kv_connector_extra_config={"kv_lease_duration": settings.lease_s, "engine_ttl": PEERS_STAY},
     )
     own_args = dataclasses.replace(engine_args, kv_transfer_config=transfer)
+    for name, value in MAMBA_LAYOUT.items():
+        os.environ.setdefault(name, value)
     return own_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
 
@@ -148,6 +154,13 @@ def places_for(engine_args: AsyncEngineArgs, n_instances: int) -> Places:
     each = engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(i) for i in range(current_platform.device_count()))
     return device_places(n_instances, each, visible.split(","))
+
+
+def start_turns() -> StartTurns | None:
+    """Devices are measured by engines that start, and cores are not. vLLM's own limit of a start is the limit of a
+    turn.
+    """
+    return None if current_platform.is_cpu() else StartTurns(float(envs.VLLM_ENGINE_READY_TIMEOUT_S))
 
 
 def environment_of(place: Place) -> dict[str, str]:
@@ -196,7 +209,7 @@ class VllmSource:
         self._n_clients = n_clients
         self._n_placed = 0
         self._launcher: Launcher[VllmProcesses, EngineHello] = LocalLauncher[EngineHello](
-            places_for(engine_args, n_instances), n_instances, self._further_needs_bytes()
+            places_for(engine_args, n_instances), n_instances, self._further_needs_bytes(), start_turns()
         )
         self._place_of: dict[InstanceId, Place] = {}
         with _refusals():
