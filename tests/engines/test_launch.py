@@ -20,14 +20,18 @@ def on_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.current_platform, "is_cpu", lambda: False)
 
 
-def test_peers_are_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NIXL keeps what it knows of a peer however long nothing moves; a lease lasts as long as it was set to."""
+def test_settings_of_the_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    NIXL keeps what it knows of a peer however long nothing moves; a lease lasts as long as it was set to; pulls go to
+    the platform's own device.
+    """
     monkeypatch.setenv("VLLM_SSM_CONV_STATE_LAYOUT", "DS")
     monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", lambda self, **_: self)
     config: Any = instance_config(AsyncEngineArgs(), "0", KvTransferSettings(lease_s=7))
     extra = config.kv_transfer_config.kv_connector_extra_config
     assert extra["engine_ttl"] == 0
     assert extra["kv_lease_duration"] == 7
+    assert config.kv_transfer_config.kv_buffer_device == launch.current_platform.device_type
 
 
 def test_mamba_states_have_the_layout_that_nixl_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.messages import EngineHello
 from cascadeinfer.engines.vllm.owned import OwnedCore
 from cascadeinfer.engines.vllm.processes import VllmProcesses
+from cascadeinfer.engines.vllm.refused_options import check_engine_args
 
 logger = logging.getLogger(__name__)
 
@@ -70,50 +71,6 @@ class KvTransferSettings:
     max_migrations: int | None = None
 
 
-def check_engine_args(engine_args: AsyncEngineArgs) -> None:
-    """
-    Refuse vLLM options that contradict ours.
-
-    Raises:
-        ConfigError: With the option and the fix.
-    """
-    refused = (
-        (
-            engine_args.data_parallel_size > 1,
-            "--data-parallel-size",
-            "is vLLM's own way to run several engines",
-            "use --instances instead",
-        ),
-        (
-            engine_args.kv_transfer_config is not None,
-            "--kv-transfer-config",
-            "is set by CascadeInfer for live migration",
-            "remove it",
-        ),
-        (
-            engine_args.kv_offloading_size is not None,
-            "--kv-offloading-size",
-            "brings its own KV connector, and an engine has room for one",
-            "remove it",
-        ),
-        (
-            engine_args.enable_sleep_mode,
-            "--enable-sleep-mode",
-            "moves the KV cache to other memory without informing the peers that pull from it",
-            "remove it",
-        ),
-        (
-            engine_args.enable_return_routed_experts,
-            "--enable-return-routed-experts",
-            "would lose the experts of all tokens before a migration",
-            "remove it",
-        ),
-    )
-    for is_given, option, why, fix in refused:
-        if is_given:
-            raise ConfigError(why, option=option, fix=fix)
-
-
 def with_cpu_kv_share(engine_args: AsyncEngineArgs, n_instances: int) -> AsyncEngineArgs:
     """
     On a CPU, give each instance its share of memory for KV blocks unless the operator said how much.
@@ -136,7 +93,6 @@ def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, setti
         kv_connector="CascadeConnector",
         kv_connector_module_path=CONNECTOR_MODULE,
         kv_role="kv_both",
-        kv_buffer_device="cpu" if current_platform.is_cpu() else "cuda",
         kv_load_failure_policy="recompute",
         engine_id=f"cascade-{instance_id}-{uuid.uuid4().hex[:12]}",
         kv_connector_extra_config={"kv_lease_duration": settings.lease_s, "engine_ttl": PEERS_STAY},
