@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 
 import pydantic
+from vllm import envs
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -24,6 +25,7 @@ from cascadeinfer.cluster.local import LocalLauncher, free_memory_bytes, usable_
 from cascadeinfer.cluster.places import Places, core_places, device_places
 from cascadeinfer.cluster.process_start import operator_environment
 from cascadeinfer.cluster.protocol import Launcher, Place
+from cascadeinfer.cluster.start_turns import StartTurns
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.attached import AttachedCore
@@ -32,6 +34,7 @@ from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.messages import EngineHello
 from cascadeinfer.engines.vllm.owned import OwnedCore
 from cascadeinfer.engines.vllm.processes import VllmProcesses
+from cascadeinfer.engines.vllm.refused_options import check_engine_args
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,9 @@ CPU_UCX_TRANSPORTS = "tcp,shm,self,cma,sysv,posix"
 """UCX finds no InfiniBand on CPU machines and warns about it at every start without this."""
 
 MAMBA_LAYOUT = {"VLLM_SSM_CONV_STATE_LAYOUT": "DS"}
-"""NIXL needs this layout for models with Mamba layers; vLLM chooses it for its own connectors only, by their names."""
+"""NIXL needs this layout for models with Mamba layers; vLLM chooses it for its own connectors only, by their names. On
+some CPUs it writes another one into this process's environment when it makes a configuration, unless one is there.
+"""
 NETWORK_DEVICE_VARIABLES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """UCX carries KV blocks between instances, Gloo and NCCL connect an instance's own processes."""
 SIDE_CHANNEL_HOST_VARIABLE = "VLLM_NIXL_SIDE_CHANNEL_HOST"
@@ -64,50 +69,6 @@ class KvTransferSettings:
 
     lease_s: int = 10
     max_migrations: int | None = None
-
-
-def check_engine_args(engine_args: AsyncEngineArgs) -> None:
-    """
-    Refuse vLLM options that contradict ours.
-
-    Raises:
-        ConfigError: With the option and the fix.
-    """
-    refused = (
-        (
-            engine_args.data_parallel_size > 1,
-            "--data-parallel-size",
-            "is vLLM's own way to run several engines",
-            "use --instances instead",
-        ),
-        (
-            engine_args.kv_transfer_config is not None,
-            "--kv-transfer-config",
-            "is set by CascadeInfer for live migration",
-            "remove it",
-        ),
-        (
-            engine_args.kv_offloading_size is not None,
-            "--kv-offloading-size",
-            "brings its own KV connector, and an engine has room for one",
-            "remove it",
-        ),
-        (
-            engine_args.enable_sleep_mode,
-            "--enable-sleep-mode",
-            "moves the KV cache to other memory without informing the peers that pull from it",
-            "remove it",
-        ),
-        (
-            engine_args.enable_return_routed_experts,
-            "--enable-return-routed-experts",
-            "would lose the experts of all tokens before a migration",
-            "remove it",
-        ),
-    )
-    for is_given, option, why, fix in refused:
-        if is_given:
-            raise ConfigError(why, option=option, fix=fix)
 
 
 def with_cpu_kv_share(engine_args: AsyncEngineArgs, n_instances: int) -> AsyncEngineArgs:
@@ -132,12 +93,13 @@ def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, setti
         kv_connector="CascadeConnector",
         kv_connector_module_path=CONNECTOR_MODULE,
         kv_role="kv_both",
-        kv_buffer_device="cpu" if current_platform.is_cpu() else "cuda",
         kv_load_failure_policy="recompute",
         engine_id=f"cascade-{instance_id}-{uuid.uuid4().hex[:12]}",
         kv_connector_extra_config={"kv_lease_duration": settings.lease_s, "engine_ttl": PEERS_STAY},
     )
     own_args = dataclasses.replace(engine_args, kv_transfer_config=transfer)
+    for name, value in MAMBA_LAYOUT.items():
+        os.environ.setdefault(name, value)
     return own_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
 
@@ -148,6 +110,13 @@ def places_for(engine_args: AsyncEngineArgs, n_instances: int) -> Places:
     each = engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(i) for i in range(current_platform.device_count()))
     return device_places(n_instances, each, visible.split(","))
+
+
+def start_turns() -> StartTurns | None:
+    """Devices are measured by engines that start, and cores are not. vLLM's own limit of a start is the limit of a
+    turn.
+    """
+    return None if current_platform.is_cpu() else StartTurns(float(envs.VLLM_ENGINE_READY_TIMEOUT_S))
 
 
 def environment_of(place: Place) -> dict[str, str]:
@@ -196,7 +165,7 @@ class VllmSource:
         self._n_clients = n_clients
         self._n_placed = 0
         self._launcher: Launcher[VllmProcesses, EngineHello] = LocalLauncher[EngineHello](
-            places_for(engine_args, n_instances), n_instances, self._further_needs_bytes()
+            places_for(engine_args, n_instances), n_instances, self._further_needs_bytes(), start_turns()
         )
         self._place_of: dict[InstanceId, Place] = {}
         with _refusals():

@@ -159,7 +159,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         """
         if request is None or request.is_finished():
             return Refusal.UNKNOWN
-        if request.sampling_params is None or not can_go_on_elsewhere(request):
+        if not self.movable or request.sampling_params is None or not can_go_on_elsewhere(request):
             return Refusal.UNMOVABLE
         if request.request_id in self._failures:
             return Refusal.ENDING
