@@ -71,19 +71,24 @@ class KvTransferSettings:
     max_migrations: int | None = None
 
 
+def n_ranks(engine_args: AsyncEngineArgs) -> int:
+    """Workers of one instance, each with a device or cores of its own."""
+    return engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
+
+
 def with_cpu_kv_share(engine_args: AsyncEngineArgs, n_instances: int) -> AsyncEngineArgs:
     """
-    On a CPU, give each instance its share of memory for KV blocks unless the operator said how much.
+    On a CPU, give each worker its share of memory for KV blocks unless the operator said how much.
 
-    vLLM would let every instance claim most of the machine. The share is half of what is free now, divided by the
-    instances, and at most `CPU_KV_BYTES_MAX`: NIXL registers each block at start, which takes seconds per gigabyte of
-    small blocks.
+    vLLM would let every worker claim most of the machine. The share is half of what is free now, divided by the
+    workers of all instances, and at most `CPU_KV_BYTES_MAX`: NIXL registers each block at start, which takes seconds
+    per gigabyte of small blocks.
     """
     said = engine_args.kv_cache_memory_bytes is not None or bool(os.environ.get("VLLM_CPU_KVCACHE_SPACE"))
     if said or not current_platform.is_cpu():
         return engine_args
-    share = min(free_memory_bytes() // (2 * n_instances), CPU_KV_BYTES_MAX)
-    logger.info("each instance gets %.1f GiB for KV blocks (--kv-cache-memory-bytes)", share / 2**30)
+    share = min(free_memory_bytes() // (2 * n_instances * n_ranks(engine_args)), CPU_KV_BYTES_MAX)
+    logger.info("each worker gets %.1f GiB for KV blocks (--kv-cache-memory-bytes)", share / 2**30)
     return dataclasses.replace(engine_args, kv_cache_memory_bytes=share)
 
 
@@ -106,10 +111,9 @@ def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, setti
 def places_for(engine_args: AsyncEngineArgs, n_instances: int) -> Places:
     """Cores or devices for this many instances, and for those added later."""
     if current_platform.is_cpu():
-        return core_places(n_instances, usable_cores())
-    each = engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
+        return core_places(n_instances, usable_cores(), n_ranks(engine_args))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(i) for i in range(current_platform.device_count()))
-    return device_places(n_instances, each, visible.split(","))
+    return device_places(n_instances, n_ranks(engine_args), visible.split(","))
 
 
 def start_turns() -> StartTurns | None:
@@ -210,9 +214,10 @@ class VllmSource:
         """Memory of its KV blocks, which an instance on a CPU must find free; a device checks by itself."""
         if not current_platform.is_cpu():
             return 0.0
-        return self._engine_args.kv_cache_memory_bytes or 2**30 * float(
+        each = self._engine_args.kv_cache_memory_bytes or 2**30 * float(
             operator_environment().get("VLLM_CPU_KVCACHE_SPACE") or 0
         )
+        return each * n_ranks(self._engine_args)
 
 
 def make_factories(
