@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 import zmq
 import zmq.asyncio
-from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType, UtilityOutput
 from vllm.v1.serial_utils import MsgpackEncoder, UtilityResult
 
 from cascadeinfer.core.errors import EngineError
@@ -59,7 +59,10 @@ class EngineCore:
         answers = {"cascade_hello": HELLO.plain(), "cascade_forget_client": 1, "cascade_reserve": None}
         encoder = MsgpackEncoder()
         while True:
-            _, content, *_ = await self._input.recv_multipart()
+            kind, content, *_ = await self._input.recv_multipart()
+            if kind == EngineCoreRequestType.ABORT.value:
+                assert msgspec.msgpack.decode(content) == [], "it only asks whether anybody is there"
+                continue
             client, call_id, method, args = msgspec.msgpack.decode(content)
             assert client == CLIENT
             self.commands.append((method, *args))

@@ -45,6 +45,7 @@ HELLO = EngineHello(
     max_batched_tokens=256,
     max_model_len=1024,
     movable=True,
+    model_runner="V1",
     clock_s=0.0,
 )
 
@@ -287,6 +288,16 @@ async def test_it_may_be_left_in_the_middle_of_a_call(core: ScriptedCore) -> Non
     instance.kill()
     with pytest.raises(EngineError):
         await waiting
+    await instance.stop(0.0)
+
+
+async def test_an_address_of_another_machine_is_refused(core: ScriptedCore) -> None:
+    """It cannot be bound: an error that names the engine, and nothing is left open."""
+    config: Any = SimpleNamespace(cache_config=SimpleNamespace(), model_config=None)
+    terms = Terms(config, KEY, LEASE_S, 4, own_host="192.0.2.1")
+    instance = VllmInstance(StandingCore("a", 0, core.address, terms))
+    with pytest.raises(EngineError, match=f"{core.address} cannot be attached: .*assign"):
+        await instance.start()
     await instance.stop(0.0)
 
 

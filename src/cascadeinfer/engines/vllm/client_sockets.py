@@ -32,15 +32,15 @@ class ClientSockets:
         Make and bind them.
 
         Args:
-            bind: Sets `input` and `output`.
+            bind: Makes the input and then the output, with the method `bound` or `adopt`.
         """
         self.plain_context = zmq.Context(io_threads=2)
         self.context = zmq.asyncio.Context(self.plain_context)
         self.until_closed = contextlib.ExitStack()
-        self.input: zmq.asyncio.Socket = None  # type: ignore[assignment] - until it is bound
-        self.output: zmq.asyncio.Socket = None  # type: ignore[assignment]
+        self._bound: list[zmq.asyncio.Socket] = []
         try:
             bind(self)
+            self.input, self.output = self._bound
         except BaseException:
             self.close()
             raise
@@ -50,8 +50,8 @@ class ClientSockets:
         """Sockets at addresses that the EngineCore knows already."""
 
         def bind(sockets: ClientSockets) -> None:
-            sockets.input = make_zmq_socket(sockets.context, input_address, zmq.ROUTER, bind=True)
-            sockets.output = make_zmq_socket(sockets.context, output_address, zmq.PULL)
+            sockets.adopt(make_zmq_socket(sockets.context, input_address, zmq.ROUTER, bind=True))
+            sockets.adopt(make_zmq_socket(sockets.context, output_address, zmq.PULL))
 
         return cls(bind)
 
@@ -66,14 +66,19 @@ class ClientSockets:
 
         def bind(sockets: ClientSockets) -> None:
             sockets.until_closed.enter_context(key.only_ours(sockets.plain_context))
-            sockets.input = sockets.bound(zmq.ROUTER, host, key)
-            sockets.output = sockets.bound(zmq.PULL, host, key)
+            sockets.bound(zmq.ROUTER, host, key)
+            sockets.bound(zmq.PULL, host, key)
 
         return cls(bind)
 
-    def bound(self, kind: int, host: str, key: ClusterKey) -> zmq.asyncio.Socket:
-        """A socket of this kind on a free TCP port, for peers that have the key."""
+    def adopt(self, sock: zmq.asyncio.Socket) -> None:
+        """A socket of the context is closed with the others, unless a client of vLLM's takes them over."""
+        self._bound.append(sock)
+
+    def bound(self, kind: int, host: str, key: ClusterKey) -> None:
+        """Make a socket of this kind on a free TCP port, for peers that have the key."""
         sock = self.context.socket(kind)
+        self.adopt(sock)
         for limit in (zmq.SNDHWM, zmq.RCVHWM):
             sock.setsockopt(limit, 0)
         sock.setsockopt(zmq.LINGER, 0)
@@ -83,18 +88,23 @@ class ClientSockets:
             sock.setsockopt(zmq.IPV6, 1)
         key.listen(sock)
         sock.bind(tcp_address(host, "*"))
-        return sock
 
     @property
     def addresses(self) -> tuple[str, str]:
         """Of the input and the output."""
         return tuple(sock.getsockopt_string(zmq.LAST_ENDPOINT) for sock in (self.input, self.output))  # type: ignore[return-value]
 
-    async def until_one_disconnects(self) -> None:
-        """Wait until a connection of the input is lost, anybody's."""
+    async def until_gone(self, is_connected: Callable[[], bool]) -> None:
+        """
+        Wait until the EngineCore is not connected any more.
+
+        Args:
+            is_connected: Asked at the beginning, and whenever a connection of the input has ended, anybody's.
+        """
         monitor: Any = self.input.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
-            await monitor.recv_multipart()
+            while is_connected():
+                await monitor.recv_multipart()
         finally:
             self.input.disable_monitor()
             monitor.close(linger=0)  # one that is open would keep the context from ending
@@ -106,7 +116,6 @@ class ClientSockets:
     def close(self) -> None:
         """Close everything. For sockets that no client of vLLM's has taken over."""
         self.accept_nobody()
-        for sock in (self.input, self.output):
-            if sock is not None:
-                sock.close(linger=0)
+        for sock in self._bound:
+            sock.close(linger=0)
         self.plain_context.term()

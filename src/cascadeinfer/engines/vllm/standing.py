@@ -123,8 +123,7 @@ class StandingCore:
 
     async def _until_disconnected(self, sockets: ClientSockets, client: AttachedClient) -> None:
         """Notice its death. Connections of strangers, who do not have the key, end as well."""
-        while client.is_connected():
-            await sockets.until_one_disconnects()
+        await sockets.until_gone(client.is_connected)
         self.kill()
 
     async def connect(self, channel: EngineChannel, peers: Sequence[EngineChannel]) -> None:
