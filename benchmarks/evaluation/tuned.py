@@ -61,7 +61,7 @@ def ratio(results: Results, point: Point, mine: Tuned, other: Tuned, field: Fiel
 
 
 def tuned_section(results: Results) -> str:
-    """The table, with the geometric mean over its points."""
+    """The table of the points that were run, with the geometric mean over them."""
     heads = [
         "profile",
         "trace",
@@ -79,6 +79,8 @@ def tuned_section(results: Results) -> str:
         for trace in TUNED_TRACES:
             point = Point(profile, trace, TUNED_LOAD)
             cascade = Tuned(CASCADE, own)
+            if all(cell not in results for cell in cascade.cells(point)):
+                continue
             for name, field in FIELDS:
                 rival = best_tuned(results, point, RIVALS, field)
                 best = best_tuned(results, point, [CASCADE], field)

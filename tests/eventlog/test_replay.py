@@ -154,6 +154,20 @@ def test_a_story_has_every_part_of_a_life(tmp_path: Path) -> None:
     assert "(stage " in "".join(text)
 
 
+def test_a_story_says_when_a_backlog_decided(tmp_path: Path) -> None:
+    """Of two dispatches, only the one that the log marks as shared gives the reason."""
+    path = tmp_path / "log"
+    simulated_log(path, SPECS["least_loaded"])
+    placed, shared = '"type":"Dispatch","cause":"r0",', '"type":"Dispatch","shared":true,"cause":"r0",'
+    text = path.read_text()
+    assert text.count(placed) == 1
+    path.write_text(text.replace(placed, shared))
+    told = {r: [chapter.text for chapter in story_of(open_log(path), r)][1] for r in ("r0", "r1")}
+    assert told["r0"].endswith(", because prompts queue in its stage")
+    assert told["r1"].startswith("dispatched to ")
+    assert "because" not in told["r1"]
+
+
 def test_every_story_begins_and_ends(tmp_path: Path) -> None:
     """Each request's story begins with its arrival and ends with its end."""
     path = tmp_path / "log"
