@@ -88,7 +88,7 @@ def test_addresses_agree() -> None:
     """The repository's address is the same wherever it is written, and the version everywhere the package's."""
     repository = PROJECT["urls"]["Repository"]
     owner = repository.removeprefix("https://github.com/")
-    for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md", ".github/ISSUE_TEMPLATE/config.yml"):
+    for name in ("pyproject.toml", "mkdocs.yml", "CITATION.cff", "CHANGELOG.md", ".github/ISSUE_TEMPLATE/config.yml"):
         text = (ROOT / name).read_text(encoding="utf-8")
         found = set(re.findall(r"github(?:usercontent)?\.com/([\w-]+/cascadeinfer)\b", text))
         assert found == {owner}, name
