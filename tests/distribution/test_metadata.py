@@ -85,7 +85,7 @@ def test_need_finds_out_without_importing() -> None:
 
 
 def test_addresses_agree() -> None:
-    """The repository's address is the same wherever it is written, and the version everywhere the package's."""
+    """The repository's address is the same wherever it is written."""
     repository = PROJECT["urls"]["Repository"]
     owner = repository.removeprefix("https://github.com/")
     for name in ("pyproject.toml", "mkdocs.yml", "CITATION.cff", "CHANGELOG.md", ".github/ISSUE_TEMPLATE/config.yml"):

@@ -124,10 +124,8 @@ def bench(
         write_records(out, result.records, result.errors, header)
     _tell_notes(result)
     _show([RecordFile(result.records, result.errors, header)], slo, warm_up, long_tokens, json_file, plot)
-    if result.interrupted:
-        sys.exit(EXIT_INTERRUPTED)
-    if not result.records.finished.any():
-        sys.exit(1)
+    if result.interrupted or not result.records.finished.any():
+        sys.exit(EXIT_INTERRUPTED if result.interrupted else 1)
 
 
 def compare(

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(words: list[str]) -> None:
     """Run the chosen command through its own parser, or everything else through typer."""
-    if INSTRUCTION in os.environ:
+    if os.environ.get(INSTRUCTION):
         _complete()
     chosen = _command_in(words)
     command = COMMANDS.get(chosen or "")
