@@ -3,7 +3,8 @@ Hooks of the documentation's site (mkdocs.yml). The Markdown files stay as GitHu
 
 - pages beside docs/ (the changelog, the examples ...) become pages of it;
 - a link to any other file of the checkout becomes an address in the repository, and must exist;
-- headings get the anchors that GitHub gives them, since the pages link to those.
+- headings get the anchors that GitHub gives them, since the pages link to those;
+- what a list item has below it is indented by its mark's width, as on GitHub, not by four spaces.
 """
 
 import logging
@@ -12,6 +13,8 @@ import re
 from pathlib import Path
 from typing import Final
 
+from markdown import Markdown
+from markdown.extensions import Extension
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -28,7 +31,7 @@ BESIDE: Final = {
 }
 """Pages outside docs/, with their place in the site."""
 LINK: Final = re.compile(r"(?<=\]\()(?!https?://|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
-FENCE: Final = re.compile(r"^(```.*?^```)", flags=re.MULTILINE | re.DOTALL)
+FENCE: Final = re.compile(r"^( *```.*?^ *```)", flags=re.MULTILINE | re.DOTALL)
 
 
 def github_anchor(heading: str, separator: str) -> str:
@@ -36,8 +39,18 @@ def github_anchor(heading: str, separator: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", separator)
 
 
+class ShortIndents(Extension):
+    """Two spaces, or three, suffice to belong to a list item. Must come first: it makes the block parser anew."""
+
+    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802 - Markdown's name
+        """Called by Markdown."""
+        md.tab_length = 2
+        md.build_parser()
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Anchors as on GitHub."""
+    """Anchors and lists as on GitHub."""
+    config.markdown_extensions.insert(0, ShortIndents())  # type: ignore[arg-type] - it may be an object
     config.mdx_configs.setdefault("toc", {})["slugify"] = github_anchor
     return config
 
@@ -58,7 +71,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def rewritten(match: re.Match[str]) -> str:
         return _target(match[1], source, page.file.src_uri, repository) + (match[2] or "")
 
-    return "".join(part if part.startswith("```") else LINK.sub(rewritten, part) for part in parts)
+    return "".join(part if part.lstrip(" ").startswith("```") else LINK.sub(rewritten, part) for part in parts)
 
 
 def _target(link: str, source: Path, place: str, repository: str) -> str:

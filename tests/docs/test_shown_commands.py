@@ -34,6 +34,7 @@ class NotRun(NamedTuple):
 
 
 NOT_RUN = {
+    r"vllm serve MODEL": NotRun("starts an engine on another machine", "engine/test_standing.py"),
     r"cascadeinfer serve\b.*MODEL": NotRun(
         "a placeholder for a model on four or more GPUs; its options are parsed",
         "engine/test_cascade.py::test_24_requests_through_three_stages",
@@ -68,7 +69,7 @@ NOT_RUN = {
         "changes the machine's users and services; the unit is checked", "deploy/test_systemd.py"
     ),
 }
-RUN = r"cascadeinfer (plan|simulate|replay)\b(?! out/live)|grep -m1"
+RUN = r"cascadeinfer (plan|simulate|replay)\b(?! out/live)|grep -m1|openssl rand"
 
 
 def reason_of(command: Command) -> list[str]:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,18 +35,29 @@ class Command:
 
 
 def commands_in(text: str, page: str = "") -> list[Command]:
-    """The commands in the code blocks of a page."""
+    """The commands in the code blocks of a page, those below list items included."""
     found = []
-    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
+    for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE):
+        if language not in ("", *SHELL):
+            continue
+        for line in _whole_lines(block, shell=language in SHELL):
             bare = re.split(r"\s+#\s", line)[0].strip()
-            if language not in ("", *SHELL) or not bare or bare.startswith("#"):
-                continue
-            program = re.match(r"(?:[A-Z_]+=\S+ )*(\S+)", bare)
-            assert program is not None
-            if language in SHELL or program[1].rpartition("/")[2] in PROGRAMS:
+            program = re.match(r"(?:[A-Z_]+=\S+ )*([^\s#]\S*)", bare)
+            if program and (language in SHELL or program[1].rpartition("/")[2] in PROGRAMS):
                 found.append(Command(page, bare, _words(bare)))
     return found
+
+
+def _whole_lines(block: str, *, shell: bool) -> Iterator[str]:
+    """Lines with those that a backslash continues and, in a block of shell, those that an open quote continues."""
+    held = ""
+    for line in block.replace("\\\n", " ").splitlines():
+        held += line
+        if shell and held.count("'") % 2:
+            held += "\n"
+            continue
+        yield held
+        held = ""
 
 
 def _words(line: str) -> tuple[str, ...]:
