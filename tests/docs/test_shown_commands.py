@@ -55,6 +55,9 @@ NOT_RUN = {
     r"make demo": NotRun("the same demo, as a program", "cli/test_demo.py::test_demo_on_real_engines"),
     r"make (install|test)\b(?!-)": NotRun("is what runs this test; the target is looked up"),
     r"make test-v2": NotRun("minutes with Triton's interpreter, beside the tests; the target is looked up"),
+    r"make ENGINE=gpu gpu-check": NotRun(
+        "needs a GPU, for 25 minutes; its parts are tested", "tools/test_gpu_check.py"
+    ),
     r"make chaos": NotRun("five minutes; the tests run a short one", "engine/test_chaos.py"),
     r"make figures": NotRun("one to two hours; its parts are tested", "evaluation/test_evaluation_page.py"),
     r"python benchmarks/": NotRun("measures for minutes to hours, on a quiet machine; the program and its flags exist"),
