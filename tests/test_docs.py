@@ -1,10 +1,9 @@
-"""The documentation is true: generated pages are current, links and names resolve, and commands parse."""
+"""The documentation is true: generated pages are current, links and names resolve, and outputs are those shown."""
 
 import ast
 import importlib.util
 import re
 import shlex
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from cascadeinfer.runtime.pairs import BrokenPair
 from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes, Supervisor
 from cascadeinfer.runtime.view import Departed, Drain, InstanceRecord, snapshot
+from support.shown_commands import commands_in
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -138,62 +138,6 @@ def test_migration_page_has_every_pin_reason() -> None:
     assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == {reason.value for reason in PinReason}
 
 
-def commands_in(text: str) -> list[str]:
-    """Lines in code blocks without a language that begin with one of our commands."""
-    commands = []
-    language: str | None = None
-    for line in text.splitlines():
-        if line.startswith("```"):
-            language = line.removeprefix("```") if language is None else None
-        elif language == "" and re.match(r"(\.venv/bin/)?cascadeinfer |make ", line):
-            commands.append(line.split("  #")[0].strip())
-    return commands
-
-
-@pytest.mark.parametrize(
-    "path", [p for p in PAGES if commands_in(p.read_text())], ids=lambda p: str(p.relative_to(ROOT))
-)
-def test_commands_in_the_pages_are_valid(path: Path) -> None:
-    """`make` lines name existing targets; `cascadeinfer serve` lines parse, with stages that fit their instances."""
-    for command in commands_in(path.read_text(encoding="utf-8")):
-        words = shlex.split(command)
-        if words[0] == "make":
-            subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
-        elif words[1] == "serve":
-            parsed_by_serve([word for word in words[2:] if word != "MODEL"])
-
-
-def parsed_by_serve(words: list[str]) -> None:
-    """Parse these words as `cascadeinfer serve` does; raises if it would refuse them."""
-    pytest.importorskip("vllm")
-    from cascadeinfer.cli.serve import parse
-    from cascadeinfer.config.schema import options_of
-
-    options_of(parse(["org/model", *words])).layout()
-
-
-def readme_commands(command: str) -> list[list[str]]:
-    """Lines in README's code blocks that run this command of ours, as the words after the program's name."""
-    blocks = re.findall(
-        r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
-    )
-    lines = [line for block in blocks for line in block.splitlines()]
-    program = f".venv/bin/cascadeinfer {command} "
-    return [shlex.split(line)[1:] for line in lines if line.startswith(program)]
-
-
-@pytest.mark.parametrize("command", ["plan", "simulate"])
-def test_readme_commands_run_literally(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """README's examples of planning and simulation work as they stand, with the shipped trace."""
-    shown = readme_commands(command)
-    assert shown
-    for words in shown:
-        with pytest.raises(SystemExit) as end:
-            main(words)
-        assert not end.value.code
-        assert "16 instances" in capsys.readouterr().out
-
-
 def test_the_paper_page_names_what_exists() -> None:
     """Every path on the page is a module, a test or a folder of the checkout."""
     paths = re.findall(r"`([a-z_/]+(?:/|\.py))`", page("paper.md")) + re.findall(
@@ -243,7 +187,7 @@ def shown_by_the_tour() -> list[tuple[str, list[str]]]:
     shown: list[tuple[str, list[str]]] = []
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page("tour.md"), flags=re.DOTALL | re.MULTILINE):
         if language == "":
-            shown += [(command, []) for command in commands_in(f"```\n{block}```")]
+            shown += [(command.text, []) for command in commands_in(f"```\n{block}```")]
         elif language == "text" and not block.startswith('"event"'):
             shown[-1][1].extend(block.splitlines())
     return shown

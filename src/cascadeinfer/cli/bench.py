@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 import typer
 
 from cascadeinfer.cli import experiment_options as options
+from cascadeinfer.cli.extras import need
 from cascadeinfer.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
+    need("aiohttp")
     from cascadeinfer.results.record_files import RecordFile, write_records
 
     url, trace = _required(url, "--url"), _required(trace, "--trace")
@@ -122,10 +124,8 @@ def bench(
         write_records(out, result.records, result.errors, header)
     _tell_notes(result)
     _show([RecordFile(result.records, result.errors, header)], slo, warm_up, long_tokens, json_file, plot)
-    if result.interrupted:
-        sys.exit(EXIT_INTERRUPTED)
-    if not result.records.finished.any():
-        sys.exit(1)
+    if result.interrupted or not result.records.finished.any():
+        sys.exit(EXIT_INTERRUPTED if result.interrupted else 1)
 
 
 def compare(

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
+from cascadeinfer.cli.extras import need
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.demo.requests import STAYS, ChatState, make_states, run_chat, take_placements
 from cascadeinfer.demo.server import POLL_S, STAGE_BOUNDARY_TOKENS, DemoServer
@@ -62,6 +63,7 @@ def demo(
     console = Console()
     if json_file is not None:
         check_output(json_file, "--json")
+    need("vllm")
     folder, name = _model_of(model, console)
     server = DemoServer(folder, name)
     try:

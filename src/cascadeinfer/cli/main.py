@@ -11,20 +11,25 @@ if it has subcommands). A row that names a function is for commands with their o
 hundreds of flags: the function receives all words after the command's name, `--help` included.
 
 Engines take seconds to import, so only the chosen command's module is imported. The list of commands imports none: the
-others appear there with their line of the table.
+others appear there with their line of the table. Completion in the shell (`completion.py`) follows the same rule.
 
 An operator's mistake ends in one line on standard error and exit code 2, an engine's failure in one line and exit code
-1. A traceback is a bug of ours.
+1. A package that belongs to an extra is such a mistake: the line has the command that installs it. A traceback is a bug
+of ours.
 """
 
 import importlib
+import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Final, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Final, NamedTuple, NoReturn
 
 import typer
 
 from cascadeinfer import __version__
+from cascadeinfer.cli.completion import INSTRUCTION, SCHEMAS, stand_in, typed_words
+from cascadeinfer.cli.extras import EXTRAS, installation
 from cascadeinfer.core.errors import ConfigError, EngineError, EventLogError, PlanError, ProfileError, TraceError
 
 
@@ -58,22 +63,6 @@ OPERATOR_ERRORS: Final = (ConfigError, EventLogError, PlanError, ProfileError, T
 EXIT_OPERATOR: Final = 2
 EXIT_FAILURE: Final = 1
 
-EXTRAS: Final = {
-    "vllm": "cpu",
-    "torch": "cpu",
-    "transformers": "cpu",
-    "tokenizers": "cpu",
-    "safetensors": "cpu",
-    "uvicorn": "cpu",
-    "openai": "cpu",
-    "nixl": "cpu",
-    "matplotlib": "figures",
-    "pyarrow": "figures",
-    "aiohttp": "bench",
-    "ray": "ray",
-}
-"""Optional packages, with the extra to install when one is missing."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments (by default the process's own) name, and exit with its code."""
@@ -90,13 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        _complain(f"the package {package} is missing (pip install 'cascadeinfer[{EXTRAS[package]}]')")
+        _complain(f"the package {package} is missing ({installation(EXTRAS[package])})")
         sys.exit(EXIT_OPERATOR)
 
 
 def _run(words: list[str]) -> None:
     """Run the chosen command through its own parser, or everything else through typer."""
-    chosen = next((word for word in words if not word.startswith("-")), None)
+    if os.environ.get(INSTRUCTION):
+        _complete()
+    chosen = _command_in(words)
     command = COMMANDS.get(chosen or "")
     if command is not None and command.function is not None and words[0] == chosen:
         getattr(importlib.import_module(command.module), command.function)(words[1:])
@@ -104,12 +95,30 @@ def _run(words: list[str]) -> None:
     build_app(chosen)(words, prog_name="cascadeinfer")
 
 
-def build_app(chosen: str | None) -> typer.Typer:
-    """The application: the chosen command in full, the others with name and help only."""
+def _complete() -> NoReturn:
+    """Answer the shell: the completions of what was typed, or the script that asks for them."""
+    chosen = _command_in(typed_words(os.environ) or [])
+    stand_ins = {name: stand_in(name) for name in SCHEMAS if name == chosen}
+    build_app(chosen, stand_ins)([], prog_name="cascadeinfer")
+    raise AssertionError("typer exits after a completion")
+
+
+def _command_in(words: Sequence[str]) -> str | None:
+    """The first word that is no option."""
+    return next((word for word in words if not word.startswith("-")), None)
+
+
+def build_app(chosen: str | None, stand_ins: Mapping[str, Callable[..., None]] = MappingProxyType({})) -> typer.Typer:
+    """
+    The application: the chosen command in full, the others with name and help only.
+
+    Args:
+        chosen: Name of the command, or whatever word stands in its place.
+        stand_ins: Functions whose parameters are completed for commands with a parser of their own.
+    """
     app = typer.Typer(
         help="Length-aware serving of one LLM on many instances, with live migration of running requests.",
         no_args_is_help=True,
-        add_completion=False,  # it would have to import every command
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
@@ -118,7 +127,7 @@ def build_app(chosen: str | None) -> typer.Typer:
         if name == chosen and command.function is None:
             importlib.import_module(command.module).register(app, name, command.help_text)
         else:
-            app.command(name, help=command.help_text)(_not_chosen)
+            app.command(name, help=command.help_text)(stand_ins.get(name, _not_chosen))
     return app
 
 

