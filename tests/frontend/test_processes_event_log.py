@@ -28,7 +28,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cascadeinfer.eventlog.writer._Files", refuse)
+    monkeypatch.setattr("cascadeinfer.eventlog.writer.RotatedFiles", refuse)
 
 
 def test_a_follower_has_a_private_file_of_its_own(options: ServeOptions, tmp_path: Path) -> None:
