@@ -60,7 +60,8 @@ from cascadeinfer.frontend.standing_engines import StandingEngines
 from cascadeinfer.frontend.stop_signals import StopSignals
 from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.results.provenance import own_commit
-from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
+from cascadeinfer.runtime.gauges import FleetGauges
+from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes
 
@@ -93,7 +94,7 @@ async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
         logger.warning("profile %s is a start value: %s", options.profile, doubt)
 
 
-def _metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics]:
+def _metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], FleetGauges]], RuntimeMetrics]:
     if event_log is None:
         return lambda read: RuntimeMetrics(REGISTRY, read)
     log = event_log
@@ -118,7 +119,10 @@ def make_runtime(
     policy = make_policy(options)
     POLICIES[options.policy_name()].warm_up()
     supervision = SupervisionTimes(
-        report_s=options.report_interval_s, suspect_s=options.suspect_after_s, hang_s=options.hang_timeout_s
+        report_s=options.report_interval_s,
+        idle_report_s=options.idle_report_interval_s,
+        suspect_s=options.suspect_after_s,
+        hang_s=options.hang_timeout_s,
     )
     source: VllmSource | None = None
     if standing is not None:
@@ -367,6 +371,7 @@ async def _follow(
             _metrics_with(event_log),
             supervision=SupervisionTimes(
                 report_s=options.report_interval_s,
+                idle_report_s=options.idle_report_interval_s,
                 suspect_s=options.suspect_after_s,
                 hang_s=math.inf,  # process 0 finds out and tells
                 backoff_first_s=REATTACH_S,

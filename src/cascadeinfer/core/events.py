@@ -127,7 +127,7 @@ class RequestFinished:
 
 @dataclass(frozen=True, slots=True)
 class InstanceReported:
-    """An instance reported its load. Shells report every 50 to 250 ms, not every step."""
+    """An instance reported its load. Shells report every 50 to 250 ms, not every step; idle instances report less."""
 
     cause: str
     instance_id: InstanceId
