@@ -114,6 +114,7 @@ def test_every_signal_is_on_the_dashboard_or_in_an_alert() -> None:
         "cascadeinfer_instance_pinned",
         "cascadeinfer_instance_waiting",
         "cascadeinfer_stage_upper_bound_tokens",
+        "cascadeinfer_shared_requests_total",
         "cascadeinfer_suspected_requests",
         "cascadeinfer_event_log_dropped_total",
     }, left_out

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from runtime_cluster import CAPACITY, SUPERVISION, TIMES, Cluster, ScriptedPolicy
 
-from cascadeinfer.core.events import InstanceReport, InstanceSuspected
+from cascadeinfer.core.events import InstanceReport, InstanceReported, InstanceSuspected
 from cascadeinfer.engines.protocol import EngineCounters
 from cascadeinfer.runtime.report_pace import ReportPace, has_nothing_to_do
 from support.virtual_time import virtual_time
@@ -53,8 +53,11 @@ async def test_idle_instances_are_asked_rarely_and_busy_ones_often() -> None:
         await client.until_end()
         await asyncio.sleep(1.5)
         at_a.clear()
+        policy.events.clear()
         await asyncio.sleep(9.95)
         assert 9 <= len(at_a) <= 10
+        reports = [event.report for event in policy.events if isinstance(event, InstanceReported)]
+        assert {report.intervals for report in reports} == {10}, "each stands for ten of a busy instance"
 
 
 @virtual_time

@@ -57,12 +57,17 @@ class ReportPace:
         if self._rest is not None and not self._rest.done():
             self._rest.set_result(None)
 
-    async def wait(self) -> None:
-        """Wait until the next question is due; call it when the last one has been answered."""
+    async def wait(self) -> int:
+        """
+        Wait until the next question is due; call it when the last one has been answered.
+
+        Returns:
+            For how many busy intervals it has waited, at least 1.
+        """
         loop = asyncio.get_running_loop()
+        began_s = loop.time()
         left_s = self._busy_s
         if self._is_quiet:
-            began_s = loop.time()
             self._rest = loop.create_future()
             timer = loop.call_later(self._idle_s, _end, self._rest)
             try:
@@ -73,6 +78,7 @@ class ReportPace:
             left_s -= loop.time() - began_s
         if left_s > 0.0:
             await asyncio.sleep(left_s)
+        return max(1, round((loop.time() - began_s) / self._busy_s))
 
 
 def _end(rest: "asyncio.Future[None]") -> None:

@@ -11,6 +11,7 @@ protocol and decides nothing; what may happen next, such as a restart, is in the
 """
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -261,7 +262,7 @@ class Supervisor:
         )
         deaf_reports = 0
         while True:
-            await pace.wait()
+            intervals = await pace.wait()
             watch.asked()
             asked_s = asyncio.get_running_loop().time()
             try:
@@ -275,7 +276,9 @@ class Supervisor:
             finally:
                 watch.stop()
             pace.reported(report, counters, in_time=not watch.is_suspect)
-            self._listener.instance_reported(engine, report, counters, asked_s)
+            self._listener.instance_reported(
+                engine, dataclasses.replace(report, intervals=intervals), counters, asked_s
+            )
             deaf_reports = 0 if counters.listens else deaf_reports + 1
             if deaf_reports == DEAF_REPORTS:
                 self.condemn(engine, DEAF)
