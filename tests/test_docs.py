@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from cascadeinfer.cli.main import main
 from cascadeinfer.cluster.protocol import Launcher
@@ -18,11 +17,11 @@ from cascadeinfer.core.events import MigrationOutcome, PinReason
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.engines.protocol import Engine, EngineRequest
 from cascadeinfer.runtime.instance_state import Happening
-from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.pairs import BrokenPair
 from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes, Supervisor
 from cascadeinfer.runtime.view import Departed, Drain, InstanceRecord, snapshot
+from support.exported_metrics import exported_series, registry_with_everything
 from support.shown_commands import commands_in
 
 ROOT = Path(__file__).parent.parent
@@ -76,11 +75,15 @@ def test_where_is_names_what_exists() -> None:
 
 def metric_names() -> set[str]:
     """Every metric the runtime exposes, as Prometheus sees it."""
-    gauges = [InstanceGauges("0", "0", True, False, 0, 0, 0.0, 0, 0, 0, 0)]
-    registry = CollectorRegistry()
-    RuntimeMetrics(registry, lambda: gauges)
-    families = list(registry.collect())
+    families = list(registry_with_everything().collect())
     return {f.name + ("_total" if f.type == "counter" else "") for f in families}
+
+
+def documented_metrics() -> dict[str, tuple[str, set[str]]]:
+    """Type and labels of each metric in the table of docs/metrics.md."""
+    runtime = page("metrics.md").partition("## Runtime (Prometheus)")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(cascadeinfer_\w+)` \| (\w+) \|([^|]*)\|", runtime, flags=re.MULTILINE)
+    return {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
 
 
 def test_metrics_page_has_every_metric_and_no_other() -> None:
@@ -91,11 +94,23 @@ def test_metrics_page_has_every_metric_and_no_other() -> None:
         assert f"`{value.value}`" in runtime
 
 
+def test_metrics_page_has_every_type_and_label() -> None:
+    """Type and labels in the table are those that `/metrics` exports."""
+    exported = exported_series()
+    for family in registry_with_everything().collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        series = f"{name}_count" if family.type == "histogram" else name
+        assert documented_metrics()[name] == (family.type, exported[series]), name
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_metrics_named_anywhere_exist(path: Path) -> None:
     """No page names a metric of ours that does not exist, including series of histograms."""
     known = metric_names()
-    for name in re.findall(r"cascadeinfer_(?:instance|stage|migration|requests|pinned|recovered)\w*", path.read_text()):
+    starts = (
+        "instance|stage|migration|requests?_|pinned|recovered|unplaced|suspect|desired|plan_|poison|event_log|withdrawn"
+    )
+    for name in re.findall(rf"cascadeinfer_(?:{starts})\w*", path.read_text()):
         assert re.sub(r"_(bucket|sum|count)$", "", name) in known, name
 
 

@@ -4,7 +4,8 @@ Fingerprints of simulated runs: a change that preserves behaviour gives the same
     python tools/simulated_fingerprint.py > before.txt      # and after the change: ... | diff before.txt -
 
 Every policy, two rates, two seeds, 1,500 requests of the sample trace on six instances (h200-llama-3.1-8b). A
-fingerprint is the SHA-256 of an event log without its first line, which names the commit, or of all records of a run.
+fingerprint is the SHA-256 of all events of a log with their times and effects as they are read, whatever schema they
+are written in, or of all records of a run.
 """
 
 import hashlib
@@ -14,6 +15,8 @@ import tempfile
 from pathlib import Path
 
 from pyarrow import parquet
+
+from cascadeinfer.eventlog.reader import Gap, open_log
 
 POLICIES = (
     "bucket", "cascade", "cascade-no-refine", "least_loaded", "llumnix", "power_of_two", "prefix_aware", "round_robin",
@@ -34,11 +37,20 @@ def fingerprints(folder: Path, policy: str, rate: int) -> dict[str, str]:
     subprocess.run([sys.executable, "-c", COMMAND, *words], check=True, stdout=subprocess.DEVNULL)
     found = {}
     for log in sorted(folder.glob(f"{name}*.log")):
-        found[log.name] = hashlib.sha256(log.read_bytes().partition(b"\n")[2]).hexdigest()
+        found[log.name] = of_log(log)
         log.unlink()
     records = parquet.read_table(folder / f"{name}.parquet")  # type: ignore[no-untyped-call]
     found[f"{name}.parquet"] = hashlib.sha256(repr(records.to_pydict()).encode()).hexdigest()
     return found
+
+
+def of_log(path: Path) -> str:
+    """The fingerprint of what a log says."""
+    digest = hashlib.sha256()
+    for entry in open_log(path):
+        assert not isinstance(entry, Gap), f"{path}: events are missing"
+        digest.update(repr((entry.n, entry.at_s, entry.event, entry.effects, entry.failed)).encode())
+    return digest.hexdigest()
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from cascadeinfer.config.policy import make_policy
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.rules import rules_of
 from cascadeinfer.config.schema import ServeOptions
+from cascadeinfer.config.supervision import supervision_of
 from cascadeinfer.core.cost.suitability import check_suits
 from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
@@ -60,9 +61,9 @@ from cascadeinfer.frontend.standing_engines import StandingEngines
 from cascadeinfer.frontend.stop_signals import StopSignals
 from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.results.provenance import own_commit
-from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
+from cascadeinfer.runtime.gauges import FleetGauges
+from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.shell import Runtime
-from cascadeinfer.runtime.supervise import SupervisionTimes
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
         logger.warning("profile %s is a start value: %s", options.profile, doubt)
 
 
-def _metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics]:
+def _metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], FleetGauges]], RuntimeMetrics]:
     if event_log is None:
         return lambda read: RuntimeMetrics(REGISTRY, read)
     log = event_log
@@ -117,9 +118,7 @@ def make_runtime(
     """
     policy = make_policy(options)
     POLICIES[options.policy_name()].warm_up()
-    supervision = SupervisionTimes(
-        report_s=options.report_interval_s, suspect_s=options.suspect_after_s, hang_s=options.hang_timeout_s
-    )
+    supervision = supervision_of(options)
     source: VllmSource | None = None
     if standing is not None:
         make_engines: Mapping[InstanceId, Callable[[int], Engine]]
@@ -365,9 +364,8 @@ async def _follow(
             {instance_id: make_engine(instance_id) for instance_id in first_up},
             make_policy(options, follows=True),
             _metrics_with(event_log),
-            supervision=SupervisionTimes(
-                report_s=options.report_interval_s,
-                suspect_s=options.suspect_after_s,
+            supervision=dataclasses.replace(
+                supervision_of(options),
                 hang_s=math.inf,  # process 0 finds out and tells
                 backoff_first_s=REATTACH_S,
                 backoff_max_s=REATTACH_S,

@@ -113,6 +113,19 @@ def test_who_is_fast_again_is_trusted_with_work_again() -> None:
     assert slowness(view) == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("intervals", [1, 7, 10, 10_000])
+def test_rare_reports_of_an_idle_instance_fade_as_fast(intervals: int) -> None:
+    """A report that stands for several intervals makes as much forgotten as that many reports."""
+    often, rarely = Pace(), Pace()
+    for pace in (often, rarely):
+        for _ in range(REPORTS_KEPT):
+            pace.note([step(0.2)])
+    for _ in range(20):
+        changes = [often.note(()) for _ in range(intervals)]
+        assert rarely.note((), intervals) == any(changes)
+        assert rarely.cost(PRICES) == often.cost(PRICES)
+
+
 def test_another_life_begins_unknown() -> None:
     """What was known of an instance ends with its life."""
     view = cluster("a", "b")

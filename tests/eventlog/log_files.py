@@ -1,6 +1,7 @@
 """Event logs for tests: a small simulated run with its log, and a way to write lines by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +55,11 @@ def header_for(spec: PolicySpec, **changes: object) -> Header:
     return header_of(spec, source="simulator", instances=IDS, commit=None, **changes)
 
 
-def simulated_log(
-    path: Path, spec: PolicySpec, *, requests: int = 120, seed: int = 0
-) -> list[tuple[Event, list[Effect]]]:
-    """Write the log of a run with a crash, a drain and lost messages; also returns what happened."""
+Seen = list[tuple[Event, list[Effect]]]
+
+
+def simulated_run(spec: PolicySpec, observer: Callable[..., None], *, requests: int = 120, seed: int = 0) -> None:
+    """A run with a crash, a drain and lost messages."""
     rng = np.random.default_rng(seed)
     prompts = rng.integers(1, 200, size=requests)
     trace = Trace.from_columns(
@@ -77,15 +79,25 @@ def simulated_log(
         faults=FAULTS,
         seed=seed,
     )
-    seen: list[tuple[Event, list[Effect]]] = []
+    simulate(trace, spec.make(), config, observer=observer)
+
+
+def simulated_log(path: Path, spec: PolicySpec, *, requests: int = 120, seed: int = 0) -> Seen:
+    """Write the log of such a run; also returns what happened."""
+    seen: Seen = []
     with write_log_file(path, header_for(spec)) as write:
 
         def observe(now_s: float, event: Event, effects: list[Effect]) -> None:
             write(now_s, event, effects)
             seen.append((event, list(effects)))
 
-        simulate(trace, spec.make(), config, observer=observe)
+        simulated_run(spec, observe, requests=requests, seed=seed)
     return seen
+
+
+def without_hashes(event: Event) -> Event:
+    """The event without the hashes of a prompt, which the log replaces."""
+    return replace(event, prefix_hashes=()) if isinstance(event, RequestArrived) else event
 
 
 def arrival(number: int, **changes: object) -> RequestArrived:

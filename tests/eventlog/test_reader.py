@@ -74,12 +74,12 @@ def test_compressed_logs_are_read_by_content(good: Path, tmp_path: Path) -> None
         (lambda _: [], r"line 1: not an event log"),
         (lambda _: [b"\x1f\x8b\x08\x00garbage of a gzip"], r"cannot be read"),
         (
-            lambda lines: [lines[0].replace(b'"schema_version":2', b'"schema_version":3'), *lines[1:]],
-            r"line 1: schema 3 of .*; this program reads 2",
+            lambda lines: [lines[0].replace(b'"schema_version":3', b'"schema_version":4'), *lines[1:]],
+            r"line 1: schema 4 of .*; this program reads 2 to 3",
         ),
         (
-            lambda lines: [lines[0].replace(b'"schema_version":2', b'"schema_version":1'), *lines[1:]],
-            r"line 1: schema 1 of .*; this program reads 2: replay it with the version that wrote it",
+            lambda lines: [lines[0].replace(b'"schema_version":3', b'"schema_version":1'), *lines[1:]],
+            r"line 1: schema 1 of .*; this program reads 2 to 3: replay it with the version that wrote it",
         ),
         (
             lambda lines: [lines[0].replace(b'"run":', b'"ran":'), *lines[1:]],

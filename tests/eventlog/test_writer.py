@@ -14,7 +14,7 @@ from log_files import SPECS, arrival, header_for
 from cascadeinfer.core.effects import Dispatch
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.events import TimerFired
-from cascadeinfer.eventlog import writer
+from cascadeinfer.eventlog import rotation, writer
 from cascadeinfer.eventlog.reader import Gap, LoggedEvent, open_log, read_header
 from cascadeinfer.eventlog.run_file import write_log_file
 from cascadeinfer.eventlog.unwritten_log import UnwrittenLog
@@ -198,7 +198,7 @@ def test_header_tells_what_a_replay_needs(tmp_path: Path) -> None:
         pass
     header = msgspec.json.decode(gzip.decompress((tmp_path / "log.gz").read_bytes()).splitlines()[0])
     assert header["format"] == "cascadeinfer-event-log"
-    assert (header["schema_version"], header["policy"], header["profile"]) == (2, "static_stages", "p")
+    assert (header["schema_version"], header["policy"], header["profile"]) == (3, "static_stages", "p")
     assert header["options"]["retry_s"] == 0.1
     assert header["instances"] == ["i0", "i1", "i2"]
 
@@ -282,7 +282,7 @@ def test_a_disk_that_is_full_at_a_rotation_leaves_no_half_file(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.shutil, "copyfileobj", fail)
+    monkeypatch.setattr(rotation.shutil, "copyfileobj", fail)
     log = start_log(tmp_path / "log", max_bytes=500, files=3)
     for i in range(20):
         log(float(i), arrival(i), [])

@@ -12,6 +12,7 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.events import TimerFired
 from cascadeinfer.eventlog.unwritten_log import UnwrittenLog, failure_of
 from cascadeinfer.eventlog.writer import EventLog
+from cascadeinfer.runtime.gauges import FleetGauges
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 
 
@@ -28,7 +29,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cascadeinfer.eventlog.writer._Files", refuse)
+    monkeypatch.setattr("cascadeinfer.eventlog.writer.RotatedFiles", refuse)
 
 
 def test_a_follower_has_a_private_file_of_its_own(options: ServeOptions, tmp_path: Path) -> None:
@@ -67,5 +68,5 @@ def test_metrics_say_that_a_log_has_failed() -> None:
     """`cascadeinfer_event_log_failed` is 1 for a process that serves without its log."""
     for failed in (False, True):
         registry = CollectorRegistry()
-        RuntimeMetrics(registry, list, lambda: 0, lambda failed=failed: failed)
+        RuntimeMetrics(registry, FleetGauges, lambda: 0, lambda failed=failed: failed)
         assert registry.get_sample_value("cascadeinfer_event_log_failed") == float(failed)

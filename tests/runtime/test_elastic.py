@@ -80,7 +80,7 @@ async def test_a_drained_instance_hands_over_and_goes(name: str) -> None:
         assert set(cluster.runtime.snapshot()["migrations"]["ended"]) == {"moved"}
         assert cluster.registry.get_sample_value("cascadeinfer_recovered_requests_total", {"exact": "yes"}) is None
         assert victim not in phases(cluster)
-        assert not [g for g in cluster.runtime.fleet.gauges() if g.instance_id == victim]
+        assert not [g for g in cluster.runtime.fleet.gauges().instances if g.instance_id == victim]
 
 
 @virtual_time

@@ -11,6 +11,8 @@ from cascadeinfer.core.events import Event, RequestArrived
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.refusals import Refusal
+from cascadeinfer.runtime.gauges import FleetGauges
+from cascadeinfer.runtime.metrics import RuntimeMetrics
 from support.virtual_time import virtual_time
 
 GAUGES = ("up", "running", "waiting", "kv_usage", "kv_pulls", "failed_pulls", "pinned", "restarts")
@@ -133,9 +135,7 @@ async def test_metrics_can_be_made_again() -> None:
     first = Cluster()
     first.runtime.metrics.close()
     assert not list(first.registry.collect())
-    from cascadeinfer.runtime.metrics import RuntimeMetrics
-
-    again = RuntimeMetrics(first.registry, list)
+    again = RuntimeMetrics(first.registry, FleetGauges)
     assert first.registry.get_sample_value("cascadeinfer_requests_total", {"outcome": "finished"}) is None
     assert {family.name for family in first.registry.collect()} >= {f"cascadeinfer_instance_{name}" for name in GAUGES}
     again.close()

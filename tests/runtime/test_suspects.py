@@ -193,7 +193,7 @@ async def test_neither_source_nor_target_answers() -> None:
 async def test_suspicion_ends_with_an_answer_in_time() -> None:
     """The late report does not count; the next one does."""
     said: list[str] = []
-    watch = AnswerWatch(1.0, lambda: said.append("suspected"), lambda: said.append("trusted"))
+    watch = AnswerWatch(1.0, 0.1, lambda: said.append("suspected"), lambda: said.append("trusted"))
     watch.asked()
     await asyncio.sleep(0.9)
     watch.answered()
@@ -220,7 +220,7 @@ async def test_own_pause_is_not_counted() -> None:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
     said: list[str] = []
-    watch = AnswerWatch(1.0, lambda: said.append("suspected"), lambda: said.append("trusted"))
+    watch = AnswerWatch(1.0, 0.1, lambda: said.append("suspected"), lambda: said.append("trusted"))
     watch.asked()
     await asyncio.sleep(0.6)
     loop._virtual_now_s += 60.0  # nothing ran meanwhile

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import MigrationOutcome, PinReason
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.messages import Accept, Advert, Ask, Award, BalanceMessage, Bid, Decline, Withdraw
@@ -105,6 +105,8 @@ class Transcript:
             case PublishLayout():
                 stages = [f"{stage.range}: {' '.join(stage.instance_ids)}" for stage in effect.layout.stages]
                 return f"layout {' | '.join(stages)}"
+            case AdviseScale():
+                return f"advise {effect.n_instances} instances: {effect.why}"
 
     def _place_of(self, number: str) -> int:
         wanted = self._numbers.get(int(number.removeprefix("#")))

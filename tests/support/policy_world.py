@@ -8,7 +8,7 @@ policies. A request waits until its instance's first report and runs from then o
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import (
     Event,
     InstanceDraining,
@@ -295,7 +295,7 @@ class World:
             case SendMessage():
                 assert effect.sender_id in self.draining, f"{effect}: the sender is gone"
                 self.flying.append(effect)
-            case PublishLayout():
+            case PublishLayout() | AdviseScale():
                 pass
 
     def _start(self, effect: StartMigration) -> None:

@@ -147,6 +147,10 @@ def _show_changes(summary: "LogSummary") -> None:
             reasons = "; ".join(part for part in (published.why, published.failure) if part)
             why = f"  ({reasons})" if reasons else ""
             typer.echo(f"  from {at_s - start_s:10.3f} s  {_layout(published.layout)}{why}")
+    if summary.advice:
+        typer.echo(f"\nnumbers of instances advised: {len(summary.advice)}, the last of them")
+        for at_s, advised in summary.advice[-LAYOUTS_SHOWN:]:
+            typer.echo(f"  at   {at_s - start_s:10.3f} s  {advised.n_instances or 'none'}  ({advised.why})")
     if summary.memberships:
         typer.echo(f"\ninstances: {len(summary.memberships)} changes, the last of them")
         for at_s, what, instance_id in summary.memberships[-MEMBERSHIPS_SHOWN:]:

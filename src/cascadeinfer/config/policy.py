@@ -9,6 +9,7 @@ from cascadeinfer.core.cost.histogram import DEFAULT_MAX_TOKENS
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.problem import HandOverCost
+from cascadeinfer.core.plan.scale import ServiceLevel
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.info import Circumstances, PolicyInfo
 from cascadeinfer.core.policies.spec import PolicySpec
@@ -24,7 +25,7 @@ def policy_spec(options: ServeOptions, *, follows: bool = False) -> PolicySpec:
         follows: Whether another process plans for all, so that this one adopts its stages.
 
     Raises:
-        ConfigError: Stages, a profile or a queue bound are given to a policy that has none.
+        ConfigError: Stages, a profile, a queue bound or an SLO are given to a policy that has none, or half an SLO.
         ProfileError: The profile does not exist or cannot be read.
     """
     name = options.policy_name()
@@ -45,10 +46,27 @@ def _check_takes(name: str, info: PolicyInfo, options: ServeOptions) -> None:
             option="--max-queued-requests",
             fix=_or_use(lambda other: other.has_queue),
         )
+    given = {"--ttft-slo-s": options.ttft_slo_s, "--tpot-slo-s": options.tpot_slo_s}
+    limits = [flag for flag, limit_s in given.items() if limit_s]
+    if len(limits) == 1:
+        missing = next(flag for flag in given if flag not in limits)
+        raise ConfigError("an SLO has two limits", option=limits[0], fix=f"give {missing}, too")
+    if limits and not info.uses_profile:
+        raise ConfigError(
+            f"policy {name} does not plan, and so cannot say how many instances an SLO needs",
+            option=limits[0],
+            fix=_or_use(lambda other: other.uses_profile),
+        )
     if options.stages is not None and not info.takes_layout:
         raise ConfigError(
             f"policy {name} has no stages", option="--stages", fix=_or_use(lambda other: other.takes_layout)
         )
+
+
+def _service_level(options: ServeOptions) -> ServiceLevel | None:
+    if not options.ttft_slo_s:
+        return None
+    return ServiceLevel(options.ttft_slo_s, options.tpot_slo_s, options.slo_attainment)
 
 
 def _or_use(fits: Callable[[PolicyInfo], bool]) -> str:
@@ -62,7 +80,9 @@ def _circumstances(options: ServeOptions, layout: StageLayout, *, follows: bool)
     return Circumstances(
         layout=layout,
         step_model=None if profile is None else profile.step_model,
-        planning=PlanSettings(max_tokens=DEFAULT_MAX_TOKENS, hand_over=hand_over),
+        planning=PlanSettings(
+            max_tokens=DEFAULT_MAX_TOKENS, hand_over=hand_over, service_level=_service_level(options)
+        ),
         learns=True,
         follows=follows,
         front_ends=options.api_servers,

@@ -25,6 +25,8 @@ DEFAULT_POLICY_WITH_STAGES: Final = "static_stages"
 _POLICIES_IN_WORDS: Final = "; ".join(f"{name} ({info.help})" for name, info in sorted(POLICIES.items()))
 _WITH_QUEUE: Final = f"policy {' or '.join(name for name, info in POLICIES.items() if info.has_queue)}"
 
+_PLANNING: Final = f"policy {' or '.join(name for name, info in POLICIES.items() if info.uses_profile)}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
@@ -74,13 +76,31 @@ class ServeOptions:
         low=1,
         high=1_000_000,
     )
+    ttft_slo_s: float = _option(
+        0.0,
+        f"Limit on the time to first token, to publish how many instances would keep it ({_PLANNING}); with "
+        "--tpot-slo-s. 0: none.",
+        low=0.0,
+        high=3600.0,
+    )
+    tpot_slo_s: float = _option(0.0, "Limit on the time per output token, as --ttft-slo-s.", low=0.0, high=3600.0)
+    slo_attainment: float = _option(0.95, "Share of requests that are to keep both limits.", low=0.01, high=0.999)
     api_servers: int = _option(
         1,
         "Front-end processes over the same instances; a process serves some thousand tokens per second.",
         low=1,
         high=64,
     )
-    report_interval_s: float = _option(0.1, "Seconds between load reports of an instance.", low=0.01, high=5.0)
+    report_interval_s: float = _option(
+        0.1, "Seconds between load reports of an instance that has requests.", low=0.01, high=5.0
+    )
+    idle_report_interval_s: float = _option(
+        1.0,
+        "Seconds between load reports of an instance that has had none for a while; it is asked at once when it is "
+        "given one.",
+        low=0.01,
+        high=60.0,
+    )
     suspect_after_s: float = _option(
         1.0,
         "An instance whose load report is overdue by this much gets nothing new while another answers.",

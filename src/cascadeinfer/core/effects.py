@@ -103,4 +103,20 @@ class PublishLayout:
     failure: str = ""
 
 
-Effect: TypeAlias = Dispatch | Reject | StartMigration | SendMessage | PublishLayout
+@dataclass(frozen=True, slots=True)
+class AdviseScale:
+    """
+    How many instances the observed load needs, for whoever adds and removes them; a policy that plans with an SLO says
+    it whenever it changes.
+
+    Attributes:
+        n_instances: The number; None if no number would keep the SLO.
+        why: Human-readable reason.
+    """
+
+    cause: str
+    n_instances: int | None
+    why: str = ""
+
+
+Effect: TypeAlias = Dispatch | Reject | StartMigration | SendMessage | PublishLayout | AdviseScale

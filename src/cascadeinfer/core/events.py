@@ -72,6 +72,7 @@ class InstanceReport:
         foreign_running_tokens: Lengths of running requests of other front-end processes: load here, but not ours to
             move.
         foreign_waiting_tokens: Lengths of their waiting requests.
+        intervals: How many usual intervals this report stands for: more than one where an idle instance reports rarely.
     """
 
     running_ids: tuple[RequestId, ...]
@@ -83,6 +84,7 @@ class InstanceReport:
     steps: tuple[StepSample, ...] = ()
     foreign_running_tokens: tuple[int, ...] = ()
     foreign_waiting_tokens: tuple[int, ...] = ()
+    intervals: int = 1
 
     @property
     def n_running(self) -> int:
@@ -127,7 +129,7 @@ class RequestFinished:
 
 @dataclass(frozen=True, slots=True)
 class InstanceReported:
-    """An instance reported its load. Shells report every 50 to 250 ms, not every step."""
+    """An instance reported its load. Shells report every 50 to 250 ms, not every step; idle instances report less."""
 
     cause: str
     instance_id: InstanceId

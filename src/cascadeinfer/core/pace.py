@@ -27,8 +27,8 @@ REPORTS_NEEDED: Final = 4
 """With fewer reports nothing is known."""
 IDLE_REPORTS_PER_FADING: Final = 30
 """
-After this many reports without a step, the oldest one with steps is forgotten: at the usual interval an idle instance
-is tried again after 39 s.
+After this many usual intervals without a step, the oldest report with steps is forgotten: where the interval is 0.1 s,
+an idle instance is tried again after 39 s.
 """
 SLOW_FROM: Final = 2.0
 """
@@ -56,14 +56,15 @@ class Pace:
         self._reports: deque[tuple[float, int, int, int, int, float]] = deque(maxlen=REPORTS_KEPT)
         self._idle_reports = 0
 
-    def note(self, steps: Sequence[StepSample]) -> bool:
-        """Record the steps of one report. Returns whether that changes anything."""
+    def note(self, steps: Sequence[StepSample], intervals: int = 1) -> bool:
+        """Record the steps of one report, after this many usual intervals. Returns whether that changes anything."""
         if not steps:
-            self._idle_reports += 1
-            if not self._reports or self._idle_reports % IDLE_REPORTS_PER_FADING:
-                return False
-            self._reports.popleft()
-            return True
+            before = self._idle_reports // IDLE_REPORTS_PER_FADING
+            self._idle_reports += intervals
+            forgotten = min(len(self._reports), self._idle_reports // IDLE_REPORTS_PER_FADING - before)
+            for _ in range(forgotten):
+                self._reports.popleft()
+            return forgotten > 0
         self._idle_reports = 0
         batches = [step.batch for step in steps]
         self._reports.append(

@@ -154,7 +154,7 @@ class ClusterView:
             case InstanceReported():
                 if (instance := self.instances.get(event.instance_id)) is not None:
                     instance.follow(event.report)
-                    if instance.pace.note(event.report.steps):
+                    if instance.pace.note(event.report.steps, event.report.intervals):
                         self._compare_pace(instance)
             case MessageReceived() | LayoutAnnounced() | WorkloadSeen() | TimerFired():
                 return

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import (
     Event,
     InstanceDraining,
@@ -36,6 +36,7 @@ class LogSummary:
         messages: Bid-ask messages sent, by kind.
         memberships: Changes of membership: time, change, instance.
         layouts: Layouts, each with the time from which it was in force, and why.
+        advice: Numbers of instances that the policy has advised, each with its time.
     """
 
     first_s: float | None = None
@@ -51,6 +52,7 @@ class LogSummary:
     messages: Counter[str] = field(default_factory=Counter)
     memberships: list[tuple[float, str, InstanceId]] = field(default_factory=list)
     layouts: list[tuple[float, PublishLayout]] = field(default_factory=list)
+    advice: list[tuple[float, AdviseScale]] = field(default_factory=list)
     _reasons: dict[MigrationId, str] = field(default_factory=dict)
 
     @property
@@ -109,6 +111,8 @@ class LogSummary:
                 self.messages[type(effect.message).__name__] += 1
             case PublishLayout():
                 self.layouts.append((at_s, effect))
+            case AdviseScale():
+                self.advice.append((at_s, effect))
 
 
 def summarise_log(log: LogReader) -> LogSummary:

@@ -12,26 +12,30 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.errors import CascadeError, EventLogError
-from cascadeinfer.core.events import Event
+from cascadeinfer.core.events import Event, InstanceReported
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.spec import PolicySpec
+from cascadeinfer.eventlog.changes import LastReports
 from cascadeinfer.eventlog.codec import options_back
 from cascadeinfer.eventlog.writer import (
     EFFECT,
     EVENT,
     FORMAT,
+    OLDEST_READ,
     SCHEMA_VERSION,
     DroppedLine,
     EndLine,
     EventLine,
     Header,
     Line,
+    ObjectLine,
+    ReportLine,
 )
 
 GZIP_MAGIC: Final = b"\x1f\x8b"
@@ -73,6 +77,11 @@ class Gap:
 
 
 Entry: TypeAlias = LoggedEvent | Gap
+
+
+class _Decoders(NamedTuple):
+    objects: "msgspec.json.Decoder[ObjectLine]"
+    arrays: "msgspec.json.Decoder[ReportLine]"
 
 
 class _Versioned(msgspec.Struct):
@@ -123,17 +132,18 @@ class LogReader:
         self.notes.clear()
         last_n = 0 if self.header.part == 1 else None
         ended = False
+        reports = LastReports()
         for place, line in self._all_lines():
             if ended or (isinstance(line, Header) and place.line != 1):
                 raise EventLogError(f"{place}: {'a line after the last one' if ended else 'a second header'}")
             match line:
                 case Header():
-                    continue
-                case EventLine():
+                    reports.forget()
+                case EventLine() | ReportLine():
                     if last_n is not None and line.n != last_n + 1:
                         raise EventLogError(f"{place}: event {line.n} follows event {last_n}: lines are missing")
                     last_n = line.n
-                    yield _event_of(place, line)
+                    yield _event_of(place, line, reports)
                 case DroppedLine():
                     last_n = None if last_n is None else last_n + line.count
                     yield Gap(place, line.count)
@@ -145,10 +155,10 @@ class LogReader:
             )
 
     def _all_lines(self) -> Iterator[tuple[Place, Line]]:
-        decoder = msgspec.json.Decoder(Line)
+        decoders = _Decoders(msgspec.json.Decoder(ObjectLine), msgspec.json.Decoder(ReportLine))
         for path in self.paths:
             for place, raw in self._lines(path, may_break_off=path == self.paths[-1]):
-                yield place, self._decoded(place, raw, decoder)
+                yield place, self._decoded(place, raw, decoders)
 
     def _lines(self, path: Path, *, may_break_off: bool) -> Iterator[tuple[Place, bytes]]:
         """A file's lines. An unfinished one is dropped from the newest file with a note; in others it is an error."""
@@ -171,22 +181,28 @@ class LogReader:
         self.notes.append(f"{message}; its writer was killed, or is writing")
 
     @staticmethod
-    def _decoded(place: Place, raw: bytes, decoder: "msgspec.json.Decoder[Line]") -> Line:
+    def _decoded(place: Place, raw: bytes, decoders: "_Decoders") -> Line:
         try:
-            return decoder.decode(raw)
+            return decoders.arrays.decode(raw) if raw.startswith(b"[") else decoders.objects.decode(raw)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             shown = raw[:LONGEST_SHOWN].decode(errors="replace").strip()
             raise EventLogError(f"{place}: no line of an event log: {error}: {shown!r}") from None
 
 
-def _event_of(place: Place, line: EventLine) -> LoggedEvent:
+def _event_of(place: Place, line: EventLine | ReportLine, reports: LastReports) -> LoggedEvent:
     assert EVENT.back is not None
     assert EFFECT.back is not None
     back = EFFECT.back
     try:
-        event, effects = EVENT.back(line.event), tuple([back(effect) for effect in line.effects])
+        if isinstance(line, ReportLine):
+            event: Event = reports.event(line.instance_id, line.cause, line.changed)
+        else:
+            event = EVENT.back(line.event)
+        effects = tuple([back(effect) for effect in line.effects])
     except (ValueError, CascadeError) as error:
         raise EventLogError(f"{place}: {error}") from error
+    if isinstance(event, InstanceReported):
+        reports.note(event)
     return LoggedEvent(place, line.n, line.at_s, event, effects, line.failed)
 
 
@@ -201,7 +217,7 @@ def read_header(path: Path) -> Header:
     The header of one file.
 
     Raises:
-        EventLogError: It cannot be read, is no event log, or was written by a newer version.
+        EventLogError: It cannot be read, is no event log, or has a schema that this version does not read.
     """
     place = Place(path, 1)
     try:
@@ -215,10 +231,10 @@ def read_header(path: Path) -> Header:
         said = None
     if said is None or said.format != FORMAT:
         raise EventLogError(f"{place}: not an event log: it has no header")
-    if said.schema_version != SCHEMA_VERSION:
+    if not OLDEST_READ <= said.schema_version <= SCHEMA_VERSION:
         raise EventLogError(
-            f"{place}: schema {said.schema_version} of {said.version}; this program reads {SCHEMA_VERSION}: "
-            f"replay it with the version that wrote it"
+            f"{place}: schema {said.schema_version} of {said.version}; this program reads {OLDEST_READ} to "
+            f"{SCHEMA_VERSION}: replay it with the version that wrote it"
         )
     try:
         return msgspec.json.decode(raw, type=Header)

@@ -14,7 +14,8 @@ from pathlib import Path
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event
 from cascadeinfer.eventlog.private_file import private
-from cascadeinfer.eventlog.writer import GZIP_LEVEL, Encoder, EndLine, Header, unwritable
+from cascadeinfer.eventlog.rotation import GZIP_LEVEL
+from cascadeinfer.eventlog.writer import Encoder, EndLine, Header, unwritable
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def write_log_file(path: Path, header: Header) -> Iterator[Callable[..., None]]:
     with _taking_its_place(path) as beside, contextlib.ExitStack() as stack:
         plain = stack.enter_context(open(beside, "wb", opener=private))
         file = stack.enter_context(gzip.open(plain, "wb", GZIP_LEVEL)) if path.suffix == ".gz" else plain
-        file.write(encoder.line(header) + b"\n")
+        file.write(encoder.header(header) + b"\n")
         n = 0
 
         def observe(now_s: float, event: Event, effects: Sequence[Effect], failed: str | None = None) -> None:

@@ -1,12 +1,15 @@
 """
-The event log: every event that a policy received and the effects it answered with, one JSON object per line.
+The event log: every event that a policy received and the effects it answered with, one JSON value per line.
 
-A log covers one *run*, from a policy's first event on. Its lines are distinguished by `line`:
+A log covers one *run*, from a policy's first event on. Its lines are objects, distinguished by `line`:
 
     header   first in every file: format, what built the policy, which part of the log this file is
     event    number, time on the shell's clock, event, effects; `failed` if the policy raised instead
     dropped  number of events missing before the next one, because the writer could not keep up
     end      the shell stopped in good order, after this many events
+
+or, for most load reports, arrays that begin with `report`: the fields of a `ReportLine`, with what has changed since
+the instance's last report in the file (`changes.py`). Most lines of a log are these, so they are short.
 
 The contents of a line follow from `core` (`codec.py`). A log holds no prompts, tokens or outputs, only ids and lengths.
 Hashes of prompt blocks, which reveal who sends the same prompt, are replaced by hashes with a key that is not kept:
@@ -14,25 +17,20 @@ equal ones stay equal.
 
 There are two writers. `run_file.py` writes at once (a simulation waits for it). `EventLog` is for a server: an event
 costs the event loop a place in a bounded buffer, and a thread encodes and writes. Events that do not fit are counted,
-and since each event keeps the number it got when it happened, the log shows the gap. Files are rotated by size with
-`logging`'s own handler; older ones are compressed, and their number is limited. Only the owner can read them
-(`private_file.py`), because ids and lengths tell what clients do.
+and since each event keeps the number it got when it happened, the log shows the gap. Files are rotated by size
+(`rotation.py`), and their number is limited. Only the owner can read them (`private_file.py`), because ids and lengths
+tell what clients do.
 """
 
 import contextlib
-import gzip
 import hashlib
-import io
 import logging
-import os
 import queue
 import secrets
-import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -41,22 +39,26 @@ import msgspec
 from cascadeinfer import __version__
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.errors import ConfigError
-from cascadeinfer.core.events import Event, RequestArrived
+from cascadeinfer.core.events import Event, InstanceReported, RequestArrived
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.types import InstanceId
+from cascadeinfer.eventlog.changes import LastReports, ReportChange
 from cascadeinfer.eventlog.codec import options_out, wire_of
-from cascadeinfer.eventlog.private_file import make_private, private
+from cascadeinfer.eventlog.rotation import RotatedFiles
 
 logger = logging.getLogger(__name__)
 
 FORMAT: Final = "cascadeinfer-event-log"
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """
 Of the lines below; fields of events and effects that have defaults may come without a new version.
 
 2: an instance that joins says its kind, of which the capacity is a part.
+3: load reports may be written as changes. A log of version 2 is one in which none is.
 """
+OLDEST_READ: Final = 2
+"""Logs from this version on can be read."""
 EVENT: Final = wire_of(Event)
 EFFECT: Final = wire_of(Effect)
 if TYPE_CHECKING:  # defined at run time
@@ -69,7 +71,6 @@ BUFFERED_EVENTS: Final = 8192
 """Events that may wait for the writer: seconds of a busy cluster, tens of MB if all are long reports."""
 CLOSE_TIMEOUT_S: Final = 5.0
 """How long a stopping server waits for a slow disk."""
-GZIP_LEVEL: Final = 5
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="line", tag="header"):
@@ -126,6 +127,33 @@ class EventLine(
     failed: str | None = None
 
 
+class ReportLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True, tag="report"):
+    """
+    A load report as a change of the instance's last one in the same file; last fields with their defaults are left out.
+
+    Attributes:
+        n: As in an EventLine, like `at_s`, `effects` and `failed`.
+        instance_id: The instance.
+        cause: The event's cause; None if it is that of the last report.
+        changed: The fields that differ; None if none does.
+    """
+
+    n: int
+    at_s: float
+    instance_id: InstanceId
+    cause: str | None = None
+    changed: ReportChange | None = None
+    effects: tuple[WireEffect, ...] = ()
+    failed: str | None = None
+
+    def shortened(self) -> list[Any]:
+        """The values to write."""
+        values = [self.__struct_config__.tag, *msgspec.structs.astuple(self)]
+        while values[-1] is None or values[-1] == ():
+            values.pop()
+        return values
+
+
 class DroppedLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="line", tag="dropped"):
     """`count` events before the next line's are missing."""
 
@@ -139,7 +167,8 @@ class EndLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
     dropped: int
 
 
-Line: TypeAlias = Header | EventLine | DroppedLine | EndLine
+ObjectLine: TypeAlias = Header | EventLine | DroppedLine | EndLine
+Line: TypeAlias = ObjectLine | ReportLine
 Logged: TypeAlias = tuple[int, float, Event, Sequence[Effect], str | None]
 """Number, time, event, effects, exception."""
 
@@ -183,9 +212,15 @@ class Encoder:
         """Create a key for the hashes of this run's prompts."""
         self._json = msgspec.json.Encoder()
         self._key = secrets.token_bytes(16)
+        self._reports = LastReports()
 
-    def line(self, line: Line) -> bytes:
-        """Encode a header, a gap or the end."""
+    def header(self, header: Header) -> bytes:
+        """Begin a file: what follows refers to nothing in the one before."""
+        self._reports.forget()
+        return self._json.encode(header)
+
+    def line(self, line: DroppedLine | EndLine) -> bytes:
+        """Encode a gap or the end."""
         return self._json.encode(line)
 
     def event(self, logged: Logged) -> bytes:
@@ -196,7 +231,16 @@ class Encoder:
         assert EVENT.out is not None
         assert EFFECT.out is not None
         out = EFFECT.out
-        return self._json.encode(EventLine(n, at_s, EVENT.out(event), tuple([out(e) for e in effects]), failed))
+        done = tuple([out(effect) for effect in effects])
+        if not isinstance(event, InstanceReported):
+            return self._json.encode(EventLine(n, at_s, EVENT.out(event), done, failed))
+        change = self._reports.change(event)
+        if change is None:
+            encoded = self._json.encode(EventLine(n, at_s, EVENT.out(event), done, failed))
+        else:
+            encoded = self._json.encode(ReportLine(n, at_s, event.instance_id, *change, done, failed).shortened())
+        self._reports.note(event)
+        return encoded
 
     def _keyed(self, value: int) -> int:
         raw = value.to_bytes(max(1, (value.bit_length() + 8) // 8), "little", signed=True)
@@ -210,64 +254,6 @@ def unwritable(path: Path, error: OSError) -> ConfigError:
         option="--event-log",
         fix="make room, or name a file in a folder that exists and can be written",
     )
-
-
-class _Files(RotatingFileHandler):
-    """The files of a run, each with a header. A full one becomes `PATH.1.gz`, that one `PATH.2.gz`, and so on."""
-
-    def __init__(self, path: Path, header: Header, encoder: Encoder, *, max_bytes: int, files: int) -> None:
-        super().__init__(path, maxBytes=max_bytes, backupCount=files - 1, encoding="utf-8")
-        self._header = header
-        self._encoder = encoder
-        self._part = 0
-        self.namer = lambda name: f"{name}.gz"
-        self.rotator = _compress
-        for number in range(1, files):
-            make_private(Path(f"{path}.{number}.gz"))
-        assert self.stream is not None
-        if self.stream.tell():
-            self.doRollover()  # files of an earlier run are rotated away
-        else:
-            self._begin()
-
-    def _open(self) -> io.TextIOWrapper:
-        return io.TextIOWrapper(open(self.baseFilename, "ab", opener=private), encoding=self.encoding)
-
-    def doRollover(self) -> None:  # noqa: N802 - the base's name
-        """Start a new file."""
-        super().doRollover()
-        self._begin()
-
-    def _begin(self) -> None:
-        assert self.stream is not None
-        self._part += 1
-        header = msgspec.structs.replace(self._header, part=self._part)
-        self.stream.write(self._encoder.line(header).decode() + self.terminator)
-
-    def write(self, line: bytes) -> None:
-        """Append a line, to the next file if this one is full. Raises OSError."""
-        self.emit(logging.makeLogRecord({"msg": line.decode()}))
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - the base's signature
-        """Called by the handler inside its `except`; passes the exception on to the writer."""
-        raise  # noqa: PLE0704 - inside the handler's `except`
-
-
-def _compress(source: str, target: str) -> None:
-    """Replace a full file by a compressed one, atomically."""
-    unfinished = f"{target}.unfinished"
-    try:
-        with (
-            open(source, "rb") as full,  # noqa: PTH123 - names from the handler
-            open(unfinished, "wb", opener=private) as file,
-            gzip.open(file, "wb", compresslevel=GZIP_LEVEL) as small,
-        ):
-            shutil.copyfileobj(full, small, 1 << 20)
-    except OSError:  # a full disk: half a file is useless
-        Path(unfinished).unlink(missing_ok=True)
-        raise
-    os.replace(unfinished, target)  # noqa: PTH105 - the same
-    os.unlink(source)  # noqa: PTH108 - the same
 
 
 class EventLog:
@@ -300,9 +286,10 @@ class EventLog:
         self.dropped = 0
         self.failure: str | None = None
         self._path = path
+        self._header = header
         self._encoder = Encoder()
         try:
-            self._files = _Files(path, header, self._encoder, max_bytes=max_bytes, files=files)
+            self._files = RotatedFiles(path, self._begin, max_bytes=max_bytes, files=files)
         except OSError as error:
             raise unwritable(path, error) from error
         self._buffer: queue.Queue[Logged | None] = queue.Queue(buffered_events)
@@ -336,7 +323,8 @@ class EventLog:
             while (logged := self._buffer.get()) is not None:
                 self._write(logged)
             self._mark_gap(self.events + 1)
-            self._files.write(self._encoder.line(EndLine(self.events, self.events - self._written)))
+            ended = EndLine(self.events, self.events - self._written)
+            self._files.write(lambda: self._encoder.line(ended))
         except OSError as error:
             logger.exception("event log: %s ends here, serving goes on", self._path, exc_info=error)
             self.failure = error.strerror or str(error)
@@ -344,20 +332,25 @@ class EventLog:
             with contextlib.suppress(OSError):
                 self._files.close()
 
+    def _begin(self, part: int) -> bytes:
+        """The first line of a file."""
+        return self._encoder.header(msgspec.structs.replace(self._header, part=part))
+
     def _write(self, logged: Logged) -> None:
         n = logged[0]
+        self._mark_gap(n)
         try:
-            line = self._encoder.event(logged)
+            self._files.write(lambda: self._encoder.event(logged))
         except (TypeError, ValueError, OverflowError):  # not representable in JSON: the log continues without it
             logger.exception("event log: event %d cannot be written: %r", n, logged[2])
             self.dropped += 1
             return
-        self._mark_gap(n)
-        self._files.write(line)
         self._last_n = n
         self._written += 1
 
     def _mark_gap(self, n: int) -> None:
         """Record that events before this number are missing."""
         if n > self._last_n + 1:
-            self._files.write(self._encoder.line(DroppedLine(n - self._last_n - 1)))
+            gap = DroppedLine(n - self._last_n - 1)
+            self._files.write(lambda: self._encoder.line(gap))
+            self._last_n = n - 1

@@ -17,7 +17,10 @@ from typing import Final
 SLICES: Final = 4
 """Of the limit; an overslept slice is one that ends more than a whole one too late."""
 FADING: Final = 0.9
-"""Of the longest answer, per answer: at the usual interval half of it is gone after 0.7 s."""
+"""
+Of the longest answer, per answer or, where answers are rarer than usual, per usual interval: half of it is gone after
+seven of them.
+"""
 LONGEST_COUNTED: Final = 4.0
 """Times `suspect_s`: an answer that took longer was a fault, and says nothing about the next."""
 
@@ -25,22 +28,32 @@ LONGEST_COUNTED: Final = 4.0
 class AnswerWatch:
     """See the module header."""
 
-    def __init__(self, suspect_s: float, suspected: Callable[[], None], trusted: Callable[[], None]) -> None:
+    def __init__(
+        self, suspect_s: float, usual_s: float, suspected: Callable[[], None], trusted: Callable[[], None]
+    ) -> None:
         """
         Args:
             suspect_s: Seconds beyond the usual answer time; infinite means that nobody is suspected.
+            usual_s: Seconds between two questions to an instance that has work.
             suspected: Called when an answer is overdue, and again each time the limit passes without one.
             trusted: Called on the first timely answer after that.
         """
         self._suspect_s = suspect_s
+        self._usual_s = usual_s
         self._suspected = suspected
         self._trusted = trusted
         self._longest_s = 0.0
         self._asked_s = 0.0
+        self._answered_s: float | None = None
         self._slices = 0
         self._overdue = False
         self._is_suspect = False
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether no answer has come in time since one was overdue."""
+        return self._is_suspect
 
     @property
     def limit_s(self) -> float:
@@ -58,8 +71,12 @@ class AnswerWatch:
     def answered(self) -> None:
         """Its answer has arrived."""
         self.stop()
-        took_s = asyncio.get_running_loop().time() - self._asked_s
-        self._longest_s = max(min(took_s, LONGEST_COUNTED * self._suspect_s), FADING * self._longest_s)
+        now_s = asyncio.get_running_loop().time()
+        took_s = now_s - self._asked_s
+        since_s = 0.0 if self._answered_s is None else now_s - self._answered_s
+        self._answered_s = now_s
+        faded_s = FADING ** max(1.0, since_s / self._usual_s) * self._longest_s
+        self._longest_s = max(min(took_s, LONGEST_COUNTED * self._suspect_s), faded_s)
         if self._is_suspect and not self._overdue:
             self._is_suspect = False
             self._trusted()

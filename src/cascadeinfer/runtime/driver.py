@@ -47,6 +47,7 @@ class PolicyDriver:
         *,
         failed: Callable[[Event], None] = lambda _: None,
         observer: Observer | None = None,
+        settled: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -55,12 +56,14 @@ class PolicyDriver:
             clock: The time in seconds; the policy's timers use it.
             failed: Called with each event at which the policy failed, after it.
             observer: Sees everything, before the effects are carried out.
+            settled: Called whenever the effects of all events so far have been carried out.
         """
         self._policy = policy
         self._perform = perform
         self._clock = clock
         self._failed = failed
         self._observer = observer
+        self._settled = settled
         self._events: deque[Event] = deque()
         self._busy = False
         self._timer: asyncio.TimerHandle | None = None
@@ -77,6 +80,7 @@ class PolicyDriver:
                 self._handle(self._events.popleft())
         finally:
             self._busy = False
+        self._settled()
         self._arm()
 
     def stop(self) -> None:

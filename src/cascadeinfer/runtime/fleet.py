@@ -16,8 +16,8 @@ from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine
+from cascadeinfer.runtime.gauges import FleetGauges
 from cascadeinfer.runtime.instance_state import Deed, Happening
-from cascadeinfer.runtime.metrics import InstanceGauges
 from cascadeinfer.runtime.pairs import Pairs
 from cascadeinfer.runtime.supervise import Listener, SupervisionTimes, Supervisor
 from cascadeinfer.runtime.view import Departed, InstanceRecord
@@ -54,13 +54,16 @@ class Fleet:
         make_engines: Mapping[InstanceId, Callable[[int], Engine]],
         listener: Listener,
         times: SupervisionTimes,
+        clock: Callable[[], float],
     ) -> None:
         """
         Args:
             make_engines: Per instance, makes its engine for the n-th start.
             listener: Notified of what happens to them.
             times: Limits and intervals of their supervision.
+            clock: The time in seconds.
         """
+        self._clock = clock
         self._listener = listener
         self._times = times
         self.records: dict[InstanceId, InstanceRecord] = {}
@@ -69,6 +72,7 @@ class Fleet:
         self.departed: deque[Departed] = deque(maxlen=DEPARTED_REMEMBERED)
         self.watchers: list[FleetWatcher] = []
         self.layout: StageLayout | None = None
+        self._layout_since_s = 0.0
         self.pairs = Pairs(self.live_engines, self._condemn)
 
     def __iter__(self) -> Iterator[InstanceRecord]:
@@ -101,6 +105,11 @@ class Fleet:
         record = self.records.get(instance_id)
         return None if record is None else record.engine
 
+    def wake(self, instance_id: InstanceId) -> None:
+        """Something is being sent to an instance: ask for its load soon."""
+        if (record := self.records.get(instance_id)) is not None:
+            record.supervisor.wake()
+
     def connected(self, one_id: InstanceId, other_id: InstanceId) -> bool:
         """Whether both are up and KV cache can be transferred from one to the other."""
         one, other = self.engine(one_id), self.engine(other_id)
@@ -110,10 +119,19 @@ class Fleet:
         """Engines that are up, in the order in which they were made known."""
         return [record.engine for record in self.records.values() if record.engine is not None]
 
-    def gauges(self) -> list[InstanceGauges]:
+    def publish(self, layout: StageLayout) -> None:
+        """These stages are in force from now on, if they were not before."""
+        if layout != self.layout:
+            self.layout, self._layout_since_s = layout, self._clock()
+
+    def gauges(self) -> FleetGauges:
         """All instances for Prometheus."""
         broken = Counter(instance_id for pair in self.pairs.broken() for instance_id in pair.instance_ids)
-        return [record.gauges(self.layout, broken[record.instance_id]) for record in self]
+        return FleetGauges(
+            [record.gauges(self.layout, broken[record.instance_id]) for record in self],
+            self.layout,
+            None if self.layout is None else self._clock() - self._layout_since_s,
+        )
 
     async def start(self) -> None:
         """
@@ -153,6 +171,8 @@ class Fleet:
         record = self.records[instance_id]
         record.went_down(why)
         self.pairs.forget(instance_id)
+        for other in self:
+            other.supervisor.wake()  # what was there goes to those that answer
         return record
 
     async def stop(self, timeout_s: float) -> None:

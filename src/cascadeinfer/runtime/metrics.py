@@ -1,46 +1,39 @@
 """
 Prometheus metrics of the runtime. Names, labels and meaning are in `docs/metrics.md`.
 
-Counters and histograms are counted as things happen; gauges are read from the runtime when Prometheus asks. vLLM's own
-metrics carry the instance as their label `engine` (its number, the same as our label `instance`).
+Counters and histograms are counted as things happen; most gauges are read from the runtime when Prometheus asks
+(`gauges.py`). Several front-end processes share their counters, histograms and the few gauges made here through
+`prometheus_client`'s multiprocess mode. vLLM's own metrics carry the instance as their label `engine` (its number, the
+same as our label `instance`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cascadeinfer.core.types import InstanceId
+from cascadeinfer.core.types import LengthRange
+from cascadeinfer.runtime.gauges import FleetGauges, families_of
 
-PAUSE_BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+PAUSE_BUCKETS_S: Final = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+TTFT_BUCKETS_S: Final = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0)
+TPOT_BUCKETS_S: Final = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0)
+E2E_BUCKETS_S: Final = (0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0)
+LENGTH_EDGES_TOKENS: Final = (512, 2048, 8192, 32_768)
+"""Few, because each class has a series per bucket; fixed, so that a new plan does not break a series."""
+LENGTH_CLASSES: Final = tuple(
+    str(LengthRange(*bounds))
+    for bounds in [*zip((0, *LENGTH_EDGES_TOKENS), LENGTH_EDGES_TOKENS, strict=False), (LENGTH_EDGES_TOKENS[-1],)]
+)
+"""Values of the label `length`: half-open ranges of tokens, such as `0-512`."""
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceGauges:
-    """
-    One instance at scrape time.
-
-    Attributes:
-        stage: Number of its stage, empty when it serves none.
-        kv_usage: Share of its KV blocks in use, 0 to 1.
-        broken_pairs: Instances that are up and with which it has not shaken hands.
-    """
-
-    instance_id: InstanceId
-    stage: str
-    up: bool
-    suspect: bool
-    running: int
-    waiting: int
-    kv_usage: float
-    kv_pulls: int
-    failed_pulls: int
-    pinned: int
-    restarts: int
-    held_blocks: Mapping[str, int] = field(default_factory=dict)
-    broken_pairs: int = 0
+def length_class(n_tokens: int) -> str:
+    """The class of a length in tokens."""
+    return LENGTH_CLASSES[bisect_right(LENGTH_EDGES_TOKENS, n_tokens)]
 
 
 class RuntimeMetrics(Collector):
@@ -49,7 +42,7 @@ class RuntimeMetrics(Collector):
     def __init__(
         self,
         registry: CollectorRegistry,
-        read: Callable[[], list[InstanceGauges]],
+        read: Callable[[], FleetGauges],
         dropped_events: Callable[[], int] = lambda: 0,
         event_log_failed: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -64,6 +57,8 @@ class RuntimeMetrics(Collector):
         self._read = read
         self._dropped_events = dropped_events
         self._event_log_failed = event_log_failed
+        self._desired: Gauge | None = None
+        self._shown = 0, 0
         self.requests = Counter("cascadeinfer_requests", "Requests that ended, by how.", ["outcome"], registry=registry)
         self.migrations = Counter(
             "cascadeinfer_migrations",
@@ -96,6 +91,7 @@ class RuntimeMetrics(Collector):
             registry=registry,
         )
         self._count_trouble(registry)
+        self._count_latency(registry)
         registry.register(self)
 
     def _count_trouble(self, registry: CollectorRegistry) -> None:
@@ -133,32 +129,78 @@ class RuntimeMetrics(Collector):
             registry=registry,
         )
 
+    def _count_latency(self, registry: CollectorRegistry) -> None:
+        """What clients wait for, and what is under way."""
+        self.ttft = Histogram(
+            "cascadeinfer_request_ttft_seconds",
+            "From a request's arrival to its first token, by prompt length.",
+            ["length"],
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.tpot = Histogram(
+            "cascadeinfer_request_tpot_seconds",
+            "Mean time between a finished request's tokens, pauses included, by final length.",
+            ["length"],
+            buckets=TPOT_BUCKETS_S,
+            registry=registry,
+        )
+        self.e2e = Histogram(
+            "cascadeinfer_request_e2e_seconds",
+            "From a finished request's arrival to its last token, by final length.",
+            ["length"],
+            buckets=E2E_BUCKETS_S,
+            registry=registry,
+        )
+        self.unplaced_requests = Gauge(
+            "cascadeinfer_unplaced_requests",
+            "Requests that wait in front of the instances.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.migrations_under_way = Gauge(
+            "cascadeinfer_migrations_under_way",
+            "Moves that have begun and not ended.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+
+    def show(self, n_unplaced: int, n_migrations: int) -> None:
+        """Requests that wait for a place, and moves under way; called at every event."""
+        if self._shown != (n_unplaced, n_migrations):
+            self._shown = n_unplaced, n_migrations
+            self.unplaced_requests.set(n_unplaced)
+            self.migrations_under_way.set(n_migrations)
+
+    def first_token(self, prompt_tokens: int, ttft_s: float) -> None:
+        """A request has its first token."""
+        self.ttft.labels(length_class(prompt_tokens)).observe(ttft_s)
+
+    def finished(self, prompt_tokens: int, output_tokens: int, ttft_s: float, e2e_s: float) -> None:
+        """A request has finished with at least one token; its times count from its arrival."""
+        length = length_class(prompt_tokens + output_tokens)
+        self.e2e.labels(length).observe(e2e_s)
+        if output_tokens > 1:
+            self.tpot.labels(length).observe((e2e_s - ttft_s) / (output_tokens - 1))
+
+    def desire(self, n_instances: int) -> None:
+        """
+        Publish how many instances the load needs.
+
+        The gauge is made here, because one that exists before it is known would show 0, in multiprocess mode for good.
+        """
+        if self._desired is None:
+            self._desired = Gauge(
+                "cascadeinfer_desired_instances",
+                "Fewest instances with which the SLO is predicted to be kept at the observed load.",
+                registry=self._registry,
+                multiprocess_mode="livemax",
+            )
+        self._desired.set(n_instances)
+
     def collect(self) -> Iterable[Metric]:
         """Gauges per instance and per stage, read now."""
-        gauges = self._read()
-        fields: tuple[tuple[str, str, Callable[[InstanceGauges], float]], ...] = (
-            ("up", "Whether the instance is up.", lambda g: float(g.up)),
-            ("suspect", "Whether its report is overdue.", lambda g: float(g.suspect)),
-            ("running", "Requests running.", lambda g: g.running),
-            ("waiting", "Requests waiting.", lambda g: g.waiting),
-            ("kv_usage", "Share of KV blocks in use.", lambda g: g.kv_usage),
-            ("kv_pulls", "Requests whose KV cache it has pulled since it started.", lambda g: g.kv_pulls),
-            ("failed_pulls", "Pulls that failed since it started.", lambda g: g.failed_pulls),
-            ("pinned", "Cut requests whose blocks are pinned.", lambda g: g.pinned),
-            ("restarts", "Times it was restarted.", lambda g: g.restarts),
-            (
-                "broken_pairs",
-                "Instances that are up and that it cannot exchange KV cache with.",
-                lambda g: g.broken_pairs,
-            ),
-        )
-        for name, text, value_of in fields:
-            family = GaugeMetricFamily(f"cascadeinfer_instance_{name}", text, labels=["instance", "stage"])
-            for gauge in gauges:
-                family.add_metric([gauge.instance_id, gauge.stage], value_of(gauge))
-            yield family
-        yield self._held_blocks(gauges)
-        yield from self._by_stage(gauges)
+        yield from families_of(self._read())
         yield CounterMetricFamily(
             "cascadeinfer_event_log_dropped",
             "Events that are missing from the event log.",
@@ -170,36 +212,13 @@ class RuntimeMetrics(Collector):
             value=float(self._event_log_failed()),
         )
 
-    @staticmethod
-    def _held_blocks(gauges: list[InstanceGauges]) -> Metric:
-        family = GaugeMetricFamily(
-            "cascadeinfer_instance_held_blocks",
-            "KV blocks that no request runs or waits with, by what holds them.",
-            labels=["instance", "stage", "reason"],
-        )
-        for gauge in gauges:
-            for reason, n_blocks in gauge.held_blocks.items():
-                family.add_metric([gauge.instance_id, gauge.stage, reason], n_blocks)
-        return family
-
-    @staticmethod
-    def _by_stage(gauges: list[InstanceGauges]) -> Iterable[Metric]:
-        stages = sorted({g.stage for g in gauges})
-        running = GaugeMetricFamily("cascadeinfer_stage_running", "Requests running in a stage.", labels=["stage"])
-        waiting = GaugeMetricFamily("cascadeinfer_stage_waiting", "Requests waiting in a stage.", labels=["stage"])
-        usage = GaugeMetricFamily("cascadeinfer_stage_kv_usage", "Mean share of KV blocks in use.", labels=["stage"])
-        for stage in stages:
-            members = [g for g in gauges if g.stage == stage]
-            running.add_metric([stage], sum(g.running for g in members))
-            waiting.add_metric([stage], sum(g.waiting for g in members))
-            usage.add_metric([stage], sum(g.kv_usage for g in members) / len(members))
-        yield from (running, waiting, usage)
-
     def close(self) -> None:
         """Unregister everything, so that another runtime of this process can register."""
         for collector in (
             self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered, self.shared,
             self.policy_failures, self.plan_failures, self.suspicions, self.withdrawn, self.poison_requests,
-            self.suspected_requests,
+            self.suspected_requests, self.ttft, self.tpot, self.e2e, self.unplaced_requests, self.migrations_under_way,
         ):  # fmt: skip
             self._registry.unregister(collector)
+        if self._desired is not None:
+            self._registry.unregister(self._desired)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import assert_never
 
-from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.errors import RequestRejectedError
 from cascadeinfer.core.events import Event, MessageReceived, MigrationEnded, MigrationOutcome
 from cascadeinfer.core.migration import MigrationLimits, NotBegun, not_begun
@@ -80,11 +80,20 @@ class Performer:
                 asyncio.get_running_loop().call_soon(self._emit, message)
             case PublishLayout():
                 self._publish(effect)
+            case AdviseScale():
+                self._advise(effect)
             case _:
                 assert_never(effect)
 
+    def _advise(self, effect: AdviseScale) -> None:
+        if effect.n_instances is None:
+            logger.warning("no number of instances is advised: %s", effect.why)
+        else:
+            self._metrics.desire(effect.n_instances)
+            logger.info("%d instances are advised: %s", effect.n_instances, effect.why)
+
     def _publish(self, effect: PublishLayout) -> None:
-        self._fleet.layout = effect.layout
+        self._fleet.publish(effect.layout)
         if effect.failure:
             self._metrics.plan_failures.inc()
             logger.error("stages stay as they are (%s): %s", effect.layout, effect.failure)
@@ -148,6 +157,7 @@ class Performer:
         elif self._isolation.keeps(stream):
             self._tell_end(effect, not_begun(effect, NotBegun.SUSPECTED, is_live=True))
         else:
+            self._fleet.wake(effect.target_id)  # it owes an answer, and will hold room
             self.migrator.start(effect, stream)
 
     def _migration_ended(self, record: MigrationRecord) -> None:

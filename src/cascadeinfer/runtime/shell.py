@@ -32,9 +32,10 @@ from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest,
 from cascadeinfer.runtime.driver import Observer, PolicyDriver
 from cascadeinfer.runtime.elastic import Elasticity
 from cascadeinfer.runtime.fleet import Fleet
+from cascadeinfer.runtime.gauges import FleetGauges
 from cascadeinfer.runtime.given_up import GivenUp
 from cascadeinfer.runtime.isolation import POISON_SENTENCE, Isolation
-from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
+from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.recovery import Recovery
 from cascadeinfer.runtime.streams import Seen, Stream, StreamTable
@@ -50,7 +51,7 @@ class Runtime:
         self,
         make_engines: Mapping[InstanceId, Callable[[int], Engine]],
         policy: Policy,
-        make_metrics: Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics],
+        make_metrics: Callable[[Callable[[], FleetGauges]], RuntimeMetrics],
         *,
         supervision: SupervisionTimes | None = None,
         migration: MigrationLimits | None = None,
@@ -74,7 +75,8 @@ class Runtime:
         self._clock = clock
         self._streams = StreamTable()
         self.seen = Seen()
-        self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes())
+        self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes(), clock)
+        self._streams.on_placed = self.fleet.wake
         self.metrics = make_metrics(self.fleet.gauges)
         self._isolation = Isolation(self._streams, self.metrics, clock, poison_deaths)
         self._performer = Performer(
@@ -93,8 +95,9 @@ class Runtime:
         self._recovery = Recovery(self.fleet, self._streams, self.metrics, self)
         self._suspects = Suspects(self.fleet, self._streams, self.metrics, self.emit, self._performer, self._isolation)
         self._driver = PolicyDriver(
-            policy, self._performer.carry_out, clock, failed=self._recovery.policy_failed, observer=observer
-        )
+            policy, self._performer.carry_out, clock, failed=self._recovery.policy_failed, observer=observer,
+            settled=self._show,
+        )  # fmt: skip
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
         self._given_up = GivenUp(self._give_up)
         #: Called for a request refused after `submit` has returned and before its first token; None: it ends with an
@@ -292,6 +295,9 @@ class Runtime:
             )
         )
 
+    def _show(self) -> None:
+        self.metrics.show(self._streams.n_unplaced, len(self._migrator))
+
     def emit(self, event: Event) -> None:
         """Hand the policy an event."""
         self._driver.emit(event)
@@ -359,6 +365,9 @@ class Runtime:
                 self._migrator.token_came(stream, now_s)
                 if stream.ending:
                     return False
+            if stream.first_token_s is None:
+                stream.first_token_s = now_s
+                self.metrics.first_token(len(stream.request.prompt_token_ids), now_s - stream.arrived_s)
             stream.last_token_s = now_s
             self._isolation.token_came(stream)
         if delta.finish_reason is None:
@@ -381,5 +390,8 @@ class Runtime:
         self.metrics.requests.labels(outcome).inc()
         request_id = stream.request.request_id
         n_output = len(stream.output_token_ids)
+        if outcome == "finished" and stream.first_token_s is not None and stream.last_token_s is not None:
+            times_s = stream.first_token_s - stream.arrived_s, stream.last_token_s - stream.arrived_s
+            self.metrics.finished(len(stream.request.prompt_token_ids), n_output, *times_s)
         self.seen.note_end(len(stream.request.prompt_token_ids), n_output, stream.arrived_s)
         self.emit(RequestFinished(request_id, request_id, n_output))

@@ -48,7 +48,8 @@ class Stream:
         refusal: Why the policy did not take it, until whoever announced it has ended it; None: it took it, or has not
             heard of it.
         ending: Its end is under way: the policy, which hears of that piece by piece, can do nothing more with it.
-        last_token_s: When its last token came, on the runtime's clock; None before the first.
+        first_token_s: When its first token came, on the runtime's clock; None before that.
+        last_token_s: The same of its last token.
     """
 
     request: EngineRequest
@@ -58,6 +59,7 @@ class Stream:
     engine_request_id: str | None = None
     attempts: int = 0
     migration: Migration | None = None
+    first_token_s: float | None = None
     last_token_s: float | None = None
     tokens_before: int = 0
     withdrawals: int = 0
@@ -108,6 +110,8 @@ class StreamTable:
         """Start empty."""
         self._streams: dict[RequestId, Stream] = {}
         self._by_attempt: dict[str, Stream] = {}
+        #: Called with the instance of each placement.
+        self.on_placed: Callable[[InstanceId], None] = lambda _: None
         #: Called for each request that leaves its place, and for each that ends.
         self.on_displaced: Callable[[Stream], None] = lambda _: None
         self.on_closed: Callable[[Stream], None] = lambda _: None
@@ -117,6 +121,11 @@ class StreamTable:
     def __len__(self) -> int:
         """Live requests."""
         return len(self._streams)
+
+    @property
+    def n_unplaced(self) -> int:
+        """Live requests that are on no instance."""
+        return len(self._streams) - len(self._by_attempt)
 
     def __iter__(self) -> Iterator[Stream]:
         """Live requests in order of arrival; safe against concurrent changes."""
@@ -147,6 +156,7 @@ class StreamTable:
     def place(self, stream: Stream, instance_id: InstanceId) -> str:
         """Begin a new attempt on this instance, ending the previous one; returns its id."""
         self.displace(stream)
+        self.on_placed(instance_id)
         request_id = stream.request.request_id
         engine_request_id = request_id if stream.attempts == 0 else f"{request_id}~{stream.attempts}"
         stream.attempts += 1

@@ -1,5 +1,7 @@
 """
-One instance's life: start it, pump its outputs, poll its load, notice death or silence, restart it with back-off.
+One instance's life: start it, pump its outputs, ask for its load, notice death or silence, restart it with back-off.
+
+How often it is asked depends on whether it has work (`report_pace.py`).
 
 Silence is measured so that this process's own pauses do not count (`core/silence.py`): a front end that was suspended
 for a minute does not kill instances for it.
@@ -9,6 +11,7 @@ protocol and decides nothing; what may happen next, such as a restart, is in the
 """
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineDied, StepOutputs
 from cascadeinfer.runtime.answers import AnswerWatch
 from cascadeinfer.runtime.instance_state import Deed, Happening, InstanceLife
+from cascadeinfer.runtime.report_pace import ReportPace
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,8 @@ class SupervisionTimes:
     Limits and intervals of supervision, in seconds.
 
     Attributes:
-        report_s: Between two load reports.
+        report_s: Between two load reports of an instance that has work.
+        idle_report_s: Between two of one that has had none for a while; see `report_pace.py`.
         suspect_s: An instance whose report is overdue by this much is suspected: new requests go to others.
         hang_s: An instance that is silent for this long counts as hung and is killed. Must exceed its longest step.
         backoff_first_s: Pause before a restart after one death; doubles with each further death or failed start
@@ -47,6 +52,7 @@ class SupervisionTimes:
     """
 
     report_s: float = 0.1
+    idle_report_s: float = 1.0
     suspect_s: float = 1.0
     hang_s: float = 60.0
     backoff_first_s: float = 1.0
@@ -117,6 +123,7 @@ class Supervisor:
         self._times = times
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._pace = ReportPace(times.report_s, times.idle_report_s)
         self.life = InstanceLife(instance_id)
         self.engine: Engine | None = None
         self.restarts = 0
@@ -158,6 +165,10 @@ class Supervisor:
             self.condemned = why
             self.happen(Happening.CONDEMNED, why)
             engine.kill()
+
+    def wake(self) -> None:
+        """It is being given something, or its answer matters now: ask for its load soon."""
+        self._pace.wake()
 
     async def stop(self, timeout_s: float) -> None:
         """Stop the instance for good."""
@@ -242,14 +253,16 @@ class Supervisor:
             self._listener.instance_outputs(engine, await engine.next_outputs())
 
     async def _ask_for_load(self, engine: Engine) -> None:
+        pace = self._pace = ReportPace(self._times.report_s, self._times.idle_report_s)
         watch = AnswerWatch(
             self._times.suspect_s,
+            self._times.report_s,
             partial(self._listener.instance_suspected, engine),
             partial(self._listener.instance_trusted, engine),
         )
         deaf_reports = 0
         while True:
-            await asyncio.sleep(self._times.report_s)
+            intervals = await pace.wait()
             watch.asked()
             asked_s = asyncio.get_running_loop().time()
             try:
@@ -262,7 +275,10 @@ class Supervisor:
                 ) from None
             finally:
                 watch.stop()
-            self._listener.instance_reported(engine, report, counters, asked_s)
+            pace.reported(report, counters, in_time=not watch.is_suspect)
+            self._listener.instance_reported(
+                engine, dataclasses.replace(report, intervals=intervals), counters, asked_s
+            )
             deaf_reports = 0 if counters.listens else deaf_reports + 1
             if deaf_reports == DEAF_REPORTS:
                 self.condemn(engine, DEAF)

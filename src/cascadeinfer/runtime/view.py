@@ -8,11 +8,12 @@ from typing import Any
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine, EngineCounters
+from cascadeinfer.runtime.gauges import InstanceGauges
 from cascadeinfer.runtime.instance_state import PHASES, SILENT, Deed, Happening, InstanceLife
-from cascadeinfer.runtime.metrics import InstanceGauges
 from cascadeinfer.runtime.pairs import BrokenPair
 from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.supervise import Supervisor
@@ -148,6 +149,9 @@ class InstanceRecord:
             held_blocks=self.counters.held_blocks,
             restarts=self.supervisor.restarts,
             broken_pairs=n_broken_pairs,
+            pulled_tokens=self.counters.pulled_tokens,
+            phase=PHASES[self.life.state],
+            kind=None if self.capacity is None else InstanceKind(self.capacity),
         )
 
 

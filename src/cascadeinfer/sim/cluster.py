@@ -14,7 +14,7 @@ from typing import assert_never
 
 import numpy as np
 
-from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.errors import PolicyError
 from cascadeinfer.core.events import (
     Event,
@@ -293,6 +293,8 @@ class SimCluster:
                 self._send(effect)
             case PublishLayout():
                 self._show(effect.layout)
+            case AdviseScale():
+                pass  # nobody scales a simulated cluster
             case _:
                 assert_never(effect)
 

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from cascadeinfer.core.adapt.boundaries import BoundaryRefiner, Neighbours, RefineSettings, outlook
 from cascadeinfer.core.adapt.recent import RecentWorkload
 from cascadeinfer.core.adapt.replanning import ModelPlanner, Planner, PlanSettings, Replanner
+from cascadeinfer.core.adapt.scaling import Advice, ScaleAdvisor
 from cascadeinfer.core.adapt.step_models import StepModels
 from cascadeinfer.core.adapt.watch import WorkloadWatch
+from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.effects import AdviseScale, Effect, PublishLayout
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.kind import InstanceKind
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.problem import PlanProblem
 from cascadeinfer.core.roster import Roster
-from cascadeinfer.core.types import InstanceId
+from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.core.view import ClusterView, InstanceView
 
 
@@ -31,11 +35,22 @@ class Adapted:
         layout: Why the roster's desired layout changed; empty when it did not.
         models: Whether the step cost models have changed.
         failure: Why planning failed; empty when it did not.
+        advice: How many instances are needed, if that is new.
     """
 
     layout: str = ""
     models: bool = False
     failure: str = ""
+    advice: Advice | None = None
+
+    def told(self, cause: str, layout: StageLayout) -> list[Effect]:
+        """What operators are told beyond a changed layout: that planning failed, how many instances are needed."""
+        told: list[Effect] = []
+        if self.failure:
+            told.append(PublishLayout(cause, layout, failure=self.failure))
+        if self.advice is not None:
+            told.append(AdviseScale(cause, self.advice.n_instances, self.advice.why))
+        return told
 
 
 NOTHING = Adapted()
@@ -85,6 +100,7 @@ class Adaptation:
         self._planner = ModelPlanner(None, planning) if planner is None and models.expected else None
         asked = planner or self._planner
         self._replanner = Replanner(asked, planning) if replan and asked is not None else None
+        self._advisor = None if planning.service_level is None else ScaleAdvisor(planning.service_level)
         if self._replanner is not None:
             workloads.append(self._replanner.workload)
         self.watch = WorkloadWatch(workloads)
@@ -119,11 +135,24 @@ class Adaptation:
             proposed = replanner.propose(layout, capacity, ranked, now_s, unfinished)
         except Exception as error:  # noqa: BLE001 - a fault in planning must not cost the event's other effects
             return Adapted(failure=f"no plan could be made: {error!r}")
-        if proposed is None:
-            return NOTHING
-        self._roster.adopt(proposed)
-        self._refiners.clear()
-        return Adapted(layout="planned" if self._planner is None else self._planner.why)
+        why = ""
+        if proposed is not None:
+            self._roster.adopt(proposed)
+            self._refiners.clear()
+            why = "planned" if self._planner is None else self._planner.why
+        try:
+            advice = self._advise(replanner, model, capacity, len(ranked))
+        except Exception as error:  # noqa: BLE001 - the same
+            return Adapted(layout=why, failure=f"no number of instances could be advised: {error!r}")
+        return Adapted(layout=why, advice=advice)
+
+    def _advise(
+        self, replanner: Replanner, model: StepModel | None, capacity: InstanceCapacity, n_instances: int
+    ) -> Advice | None:
+        """How many instances the workload that the plan was made from needs, if that is known, asked for, and new."""
+        if self._advisor is None or replanner.seen is None or model is None:
+            return None
+        return self._advisor.advise(self._planning.problem(model, *replanner.seen, capacity, n_instances))
 
     def _refine(self, members: Sequence[Sequence[InstanceView]], now_s: float) -> Adapted:
         problems = self._recent_problems(members, now_s)

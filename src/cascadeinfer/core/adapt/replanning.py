@@ -21,6 +21,7 @@ from cascadeinfer.core.layout import Proposal, StageLayout
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
 from cascadeinfer.core.plan.planner import predict, solve
 from cascadeinfer.core.plan.problem import DEFAULT_MARGIN, DEFAULT_MAX_STAGES, HandOverCost, PlanProblem, ServiceFloor
+from cascadeinfer.core.plan.scale import ServiceLevel
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 
 Planner = Callable[[LengthHistogram, float, InstanceCapacity, int, StageLayout], Proposal | None]
@@ -53,6 +54,7 @@ class PlanSettings:
         floor: Limits that every stage must meet.
         max_stages: Maximum number of stages.
         max_tokens: Longest sequence.
+        service_level: What the instances are to achieve, to be told how many are needed; None: no advice is given.
     """
 
     interval_s: float = 30.0
@@ -67,6 +69,7 @@ class PlanSettings:
     floor: ServiceFloor = field(default_factory=ServiceFloor)
     max_stages: int = DEFAULT_MAX_STAGES
     max_tokens: int = 131_072
+    service_level: ServiceLevel | None = None
 
     def needed_gain(self, requests: float) -> float:
         """
@@ -161,7 +164,12 @@ class ModelPlanner:
 
 
 class Replanner:
-    """Schedules online planning and keeps the workload that plans are made from."""
+    """
+    Schedules online planning and keeps the workload that plans are made from.
+
+    Attributes:
+        seen: Lengths and requests per second that the last plan was made from; None if too little had been seen.
+    """
 
     def __init__(self, planner: Planner, settings: PlanSettings) -> None:
         """
@@ -173,6 +181,7 @@ class Replanner:
         self._planner = planner
         self._settings = settings
         self._next_s: float | None = None
+        self.seen: tuple[LengthHistogram, float] | None = None
 
     def is_due(self, now_s: float) -> bool:
         """Whether `propose` should be called. The first plan is due one interval after the first call."""
@@ -202,8 +211,8 @@ class Replanner:
             A layout that is better by the required gain, or None.
         """
         self._next_s = now_s + self._settings.interval_s
-        seen = self.workload.look(now_s, self._settings.min_requests, unfinished, self._settings.most_unknown)
-        if seen is None:
+        self.seen = self.workload.look(now_s, self._settings.min_requests, unfinished, self._settings.most_unknown)
+        if self.seen is None:
             return None
-        proposed = self._planner(*seen, capacity, len(ranked_ids), current)
+        proposed = self._planner(*self.seen, capacity, len(ranked_ids), current)
         return None if proposed is None else proposed.on(ranked_ids)

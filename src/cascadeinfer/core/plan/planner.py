@@ -220,6 +220,17 @@ def predict(problem: PlanProblem, proposal: Proposal) -> Plan:
     return _describe(problem, rounded, one_stage, None, (one_stage,))
 
 
+def lowest_cost(problem: PlanProblem) -> float:
+    """
+    The objective of the best layout, without making it a plan: of one stage, or of the best coarse partition.
+
+    Infinite when no layout carries the load; that is a result, not an error.
+    """
+    one_stage = problem.service(0, len(problem.edges) - 1, problem.n_instances).cost
+    values, _, _ = _coarse(problem)
+    return float(min(one_stage, values.min()))
+
+
 def capacity_rate(
     histogram: LengthHistogram,
     step_model: StepModel,

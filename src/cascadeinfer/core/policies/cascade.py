@@ -367,10 +367,9 @@ class Cascade:
         adapted = self._adaptation.step(self._members, now_s)
         if adapted.models:
             self.view.reprice(self._price)
-        if adapted.failure:
-            effects.append(PublishLayout(cause, self.roster.layout, failure=adapted.failure))
         if adapted.layout:
             self._follow_roster(cause, effects, adapted.layout)
+        effects += adapted.told(cause, self.roster.layout)
 
 
 def _options_for(around: Circumstances) -> dict[str, Any]:
