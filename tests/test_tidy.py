@@ -88,6 +88,12 @@ def test_no_dead_modules() -> None:
         assert named, f"{dotted} is imported nowhere"
 
 
+def test_test_files_have_names_of_their_own() -> None:
+    """Pytest imports test files by their bare names, so two of one name end the collection."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert [name for name in sorted(set(names)) if names.count(name) > 1] == []
+
+
 def test_no_leftovers() -> None:
     """No FIXME or TODO is committed; open points go to an issue."""
     files = subprocess.run(

@@ -34,7 +34,7 @@ class NotRun(NamedTuple):
 
 
 NOT_RUN = {
-    r"vllm serve MODEL": NotRun("starts an engine on another machine", "engine/test_standing.py"),
+    r"vllm serve MODEL": NotRun("starts an engine on another machine", "engine/test_standing_live.py"),
     r"cascadeinfer serve\b.*MODEL": NotRun(
         "a placeholder for a model on four or more GPUs; its options are parsed",
         "engine/test_cascade.py::test_24_requests_through_three_stages",

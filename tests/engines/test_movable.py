@@ -2,7 +2,7 @@
 Which engines' requests may move: only those with plain or latent attention over one KV cache group.
 
 Groups are what vLLM itself makes of the layers' specifications (`get_kv_cache_groups`), for shapes that cannot run on a
-CPU as well. `tests/engine/test_models.py` runs those that can.
+CPU as well. `tests/engine/test_model_shapes.py` runs those that can.
 """
 
 from types import SimpleNamespace

@@ -123,7 +123,8 @@ def pin_of(instance: "VllmInstance", request: "EngineRequest") -> "PinReason | N
     """Why the front end would keep this request where it is."""
     from cascadeinfer.frontend.pins import Pins
 
-    return Pins(instance.config, movable=instance.movable).reason_of(request.payload)
+    pins = Pins(instance.config, movable=instance.movable, model_runner=instance.hello.model_runner)
+    return pins.reason_of(request.payload)
 
 
 async def text_that_shows_its_cache(zoo: Zoo) -> tuple[list[int], list[int]]:
