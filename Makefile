@@ -85,7 +85,7 @@ test: $(INSTALLED)
 	@$(BIN)/python -m pytest $(ARGS)
 
 # The engine tests that depend on the model runner, on V2, which GPUs use: Triton's interpreter does its kernels (tests/support/v2_runner.py).
-# `make test` runs a part of them (tests/engine/test_on_v2.py); all take an hour or more.
+# `make test` runs a part of them (tests/engine/test_on_v2.py); all of them take much longer.
 V2_TESTS := test_v2_states.py test_moves.py test_commands.py test_features.py test_failures.py test_tensor_parallel.py
 test-v2: $(INSTALLED)
 	@PYTHONPATH=tests $(BIN)/python -m pytest -p support.v2_runner $(addprefix tests/engine/,$(V2_TESTS)) $(ARGS)
