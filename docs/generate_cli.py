@@ -37,11 +37,10 @@ its start.
 
 """
 SERVE_NOTE = """\
-Beside these, every engine and server option of `vllm serve` works, among them `--dtype`, `--max-model-len`,
-`--tensor-parallel-size`, `--api-key`, `--port` and `--host` (`cascadeinfer serve --help` lists them). Differences:
-without `--host` the server listens on 127.0.0.1 only; `--data-parallel-size` and `--kv-transfer-config` are refused,
-because `--instances` and live migration replace them; `--kv-offloading-size`, `--enable-sleep-mode` and
-`--enable-return-routed-experts` are refused, because live migration cannot work with them.
+Beside these, the engine and server options of `vllm serve` work, among them `--dtype`, `--max-model-len`,
+`--tensor-parallel-size`, `--api-key`, `--port`, `--host`, `--uds` and `--config FILE.yaml`, which may set the options
+above, too. [vllm_options.md](vllm_options.md) lists every one: passed on, read by the server, different here, or
+refused with the reason. Without `--host` the server listens on 127.0.0.1 only.
 """
 PROFILE_NOTE = """\
 Beside these, every engine option of `vllm serve` works and has the same meaning (`cascadeinfer profile --help` lists

@@ -42,6 +42,7 @@ from cascadeinfer.engines.vllm.owned import attachment_of
 from cascadeinfer.engines.vllm.plain_request import make_plain_request
 from cascadeinfer.eventlog.unwritten_log import ServerLog, failure_of
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
+from cascadeinfer.frontend.listening import listening, raise_open_files_limit
 from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.channel import Channel
 from cascadeinfer.frontend.processes.follower import Follower
@@ -49,8 +50,6 @@ from cascadeinfer.frontend.processes.messages import FromOwner
 from cascadeinfer.frontend.processes.owner import NOT_ACCEPTING, FrontEnds
 from cascadeinfer.frontend.server import (
     SharedServing,
-    bind,
-    check_api_servers,
     import_parser_plugins,
     serve,
     shared_metrics,
@@ -167,10 +166,10 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
     Raises:
         ConfigError: An option is wrong; nothing is left running.
     """
-    check_api_servers(args)
+    raise_open_files_limit(options.max_connections)
     with contextlib.ExitStack() as stack:
         with signals.held():
-            listener = stack.enter_context(contextlib.closing(bind(args.host or LOOPBACK, args.port)))
+            listener = stack.enter_context(listening(args.host or LOOPBACK, args.port, args.uds, signals.at_leave))
             folder = stack.enter_context(runtime_folder())
             signals.at_leave.append(folder.remove)
             event_log = stack.enter_context(event_log_of(options, own_commit()))

@@ -67,6 +67,7 @@ EXTRAS: Final = {
     "uvicorn": "cpu",
     "openai": "cpu",
     "nixl": "cpu",
+    "yaml": "cpu",
     "matplotlib": "figures",
     "pyarrow": "figures",
     "aiohttp": "bench",

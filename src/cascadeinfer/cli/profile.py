@@ -83,9 +83,10 @@ def parse(argv: list[str]) -> "tuple[Namespace, ProfileOptions]":
     parser.add_argument("model_tag", nargs="?", help="Folder or repository; without it the embedded model.")
     AsyncEngineArgs.add_cli_args(parser)
     add_options(parser, ProfileOptions)
+    parser.set_defaults(model=None)
     args: Namespace = parser.parse_args(argv)
     options = options_from(args, ProfileOptions)
-    args.model, _ = model_of(args, argv, "profiling")
+    args.model, _ = model_of(args, "profiling")
     return args, options
 
 

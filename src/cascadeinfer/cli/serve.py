@@ -7,10 +7,13 @@ The parser is vLLM's own with our options added, so every vLLM flag works and `-
 import logging
 import os
 from argparse import Namespace
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.frontend.stop_signals import StopSignals
+
+if TYPE_CHECKING:  # seconds of imports
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
 def serve(argv: list[str]) -> None:
@@ -41,22 +44,21 @@ def parse(argv: list[str]) -> Namespace:
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
     from vllm.exceptions import VLLMClientError
     from vllm.logger import configure_logging_from_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from cascadeinfer.cli.config_file import words_with_config
     from cascadeinfer.cli.model_argument import EMBEDDED_NAME, model_of
-    from cascadeinfer.cli.vllm_options import make_arg_parser, validate_parsed_serve_args
-    from cascadeinfer.config.schema import add_arguments
+    from cascadeinfer.cli.vllm_options import defaults, validate_parsed_serve_args
+    from cascadeinfer.frontend.listening import check_tls
     from cascadeinfer.frontend.server import import_parser_plugins
+    from cascadeinfer.frontend.server_options import check_server_options
 
-    parser = FlexibleArgumentParser(
-        prog="cascadeinfer serve",
-        description="Serve one model on several vLLM instances, with length stages and live migration.",
-    )
-    parser.error = _refuse  # instead of hundreds of lines of usage before the message
-    make_arg_parser(parser)
-    add_arguments(parser)
-    args: Namespace = parser.parse_args(argv)
-    args.model, named = model_of(args, argv, "serving")
+    parser = make_parser()
+    args: Namespace = parser.parse_args(words_with_config(argv))
+    if args.config is not None:  # an abbreviation, which vLLM does not take for the option
+        raise ConfigError("must be written out", option="--config")
+    check_server_options(args, defaults(parser), api_servers=args.api_servers)
+    check_tls(args)
+    args.model, named = model_of(args, "serving")
     if not named:
         args.served_model_name = args.served_model_name or [EMBEDDED_NAME]
     try:
@@ -68,6 +70,24 @@ def parse(argv: list[str]) -> Namespace:
     configure_logging_from_args(args)
     _log_as_vllm_does()
     return args
+
+
+def make_parser() -> "FlexibleArgumentParser":
+    """The parser of vLLM's options and ours; without a model on the command line, `model` is None."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from cascadeinfer.cli.vllm_options import make_arg_parser
+    from cascadeinfer.config.schema import add_arguments
+
+    parser = FlexibleArgumentParser(
+        prog="cascadeinfer serve",
+        description="Serve one model on several vLLM instances, with length stages and live migration.",
+    )
+    parser.error = _refuse  # instead of hundreds of lines of usage before the message
+    make_arg_parser(parser)
+    add_arguments(parser)
+    parser.set_defaults(model=None)
+    return parser
 
 
 def _log_as_vllm_does() -> None:

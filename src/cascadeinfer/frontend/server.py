@@ -26,10 +26,10 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import NoSignalServer
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
-from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.frontend.admin import Admin, OwnRuntime, attach_admin_routes
 from cascadeinfer.frontend.contents.bodies import Bodies
 from cascadeinfer.frontend.contents.limits import ContentLimits
@@ -67,50 +67,6 @@ def shared_metrics(folder: Path) -> Iterator[None]:
         yield
     finally:
         del os.environ["PROMETHEUS_MULTIPROC_DIR"]
-
-
-def check_api_servers(args: Namespace) -> None:
-    """
-    Reject options that conflict with our front-end processes, or mean something else here.
-
-    Without vLLM's random part in request ids, a client that picks the id of another client's request would end that
-    stream, in vLLM's own books and before we see it.
-
-    Raises:
-        ConfigError: With the option and the fix.
-    """
-    if (args.api_server_count or 1) > 1:
-        raise ConfigError("is vLLM's own option", option="--api-server-count", fix="use --api-servers instead")
-    if envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
-        raise ConfigError(
-            "two requests must never have the same id, whatever clients call theirs",
-            option="VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
-            fix="unset it",
-        )
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """
-    Bind the listening socket, before any instance is started.
-
-    Raises:
-        ConfigError: The address is in use or cannot be bound.
-    """
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"{port} is not a TCP port", option="--port", fix="choose one from 1 to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}",
-            option="--host, --port",
-            fix="choose another port or host",
-        ) from error
-    return listener
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +124,22 @@ async def serve(
     server = NoSignalServer(config, shared and shared.loads)
     app.state.server = server
     signals.drain(server)
-    await server.serve(sockets=[listener])
+    with _refreshed_certificates(config, watched=args.enable_ssl_refresh):
+        await server.serve(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _refreshed_certificates(config: uvicorn.Config, *, watched: bool) -> Iterator[None]:
+    """In this context, certificates whose files change are loaded anew, for connections from then on."""
+    if not watched:
+        yield
+        return
+    config.load()  # makes the context that the server will use
+    refresher = SSLCertRefresher(config.ssl, config.ssl_keyfile, config.ssl_certfile, config.ssl_ca_certs)
+    try:
+        yield
+    finally:
+        refresher.stop()
 
 
 def _show_metrics_of_all(app: FastAPI, runtime: Runtime) -> None:

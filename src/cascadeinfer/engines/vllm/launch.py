@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 
 import pydantic
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVTransferConfig, PoolerConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
@@ -32,6 +32,7 @@ from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.messages import EngineHello
 from cascadeinfer.engines.vllm.owned import OwnedCore
 from cascadeinfer.engines.vllm.processes import VllmProcesses
+from cascadeinfer.engines.vllm.refused_options import check_engine_args
 
 logger = logging.getLogger(__name__)
 
@@ -64,50 +65,6 @@ class KvTransferSettings:
 
     lease_s: int = 10
     max_migrations: int | None = None
-
-
-def check_engine_args(engine_args: AsyncEngineArgs) -> None:
-    """
-    Refuse vLLM options that contradict ours.
-
-    Raises:
-        ConfigError: With the option and the fix.
-    """
-    refused = (
-        (
-            engine_args.data_parallel_size > 1,
-            "--data-parallel-size",
-            "is vLLM's own way to run several engines",
-            "use --instances instead",
-        ),
-        (
-            engine_args.kv_transfer_config is not None,
-            "--kv-transfer-config",
-            "is set by CascadeInfer for live migration",
-            "remove it",
-        ),
-        (
-            engine_args.kv_offloading_size is not None,
-            "--kv-offloading-size",
-            "brings its own KV connector, and an engine has room for one",
-            "remove it",
-        ),
-        (
-            engine_args.enable_sleep_mode,
-            "--enable-sleep-mode",
-            "moves the KV cache to other memory without informing the peers that pull from it",
-            "remove it",
-        ),
-        (
-            engine_args.enable_return_routed_experts,
-            "--enable-return-routed-experts",
-            "would lose the experts of all tokens before a migration",
-            "remove it",
-        ),
-    )
-    for is_given, option, why, fix in refused:
-        if is_given:
-            raise ConfigError(why, option=option, fix=fix)
 
 
 def with_cpu_kv_share(engine_args: AsyncEngineArgs, n_instances: int) -> AsyncEngineArgs:
@@ -145,7 +102,11 @@ def places_for(engine_args: AsyncEngineArgs, n_instances: int) -> Places:
     """Cores or devices for this many instances, and for those added later."""
     if current_platform.is_cpu():
         return core_places(n_instances, usable_cores())
-    each = engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
+    each = (
+        engine_args.tensor_parallel_size
+        * engine_args.pipeline_parallel_size
+        * engine_args.prefill_context_parallel_size
+    )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(i) for i in range(current_platform.device_count()))
     return device_places(n_instances, each, visible.split(","))
 
@@ -303,7 +264,7 @@ def parse_engine_args(namespace: argparse.Namespace) -> AsyncEngineArgs:
     """
     try:
         with _refusals():
-            return AsyncEngineArgs.from_cli_args(namespace)
+            engine_args = AsyncEngineArgs.from_cli_args(namespace)
     except ConfigError as error:
         if not isinstance(error.__cause__, OSError):
             raise
@@ -312,6 +273,11 @@ def parse_engine_args(namespace: argparse.Namespace) -> AsyncEngineArgs:
             option="MODEL",
             fix="name a Hugging Face folder or a repository within reach",
         ) from error
+    if not getattr(namespace, "enable_flash_late_interaction", True):  # an option of the server that the engines need
+        pooler = engine_args.pooler_config or PoolerConfig()
+        pooler.enable_flash_late_interaction = False
+        engine_args.pooler_config = pooler
+    return engine_args
 
 
 @contextlib.contextmanager
