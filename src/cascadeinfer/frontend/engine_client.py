@@ -3,12 +3,12 @@ N instances behind vLLM's `AsyncLLM`: an `EngineCoreClient` that hands requests 
 
 `AsyncLLM` (tokeniser, detokeniser, stop strings, logprobs, metrics) and the OpenAI server on top of it run unchanged.
 They see one engine core client whose outputs carry the instance's number as engine index. Calls that concern every
-instance (LoRA, sleep, cache resets, profiling) go to all that are up; their answers must agree.
+instance (LoRA, pause, cache resets, profiling) go to all that are up; `agreement.py` makes one answer of theirs.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -25,6 +25,7 @@ from vllm.v1.executor import Executor
 from cascadeinfer.core.errors import PolicyError, RequestIdInUseError, RequestRejectedError
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import Engine, EngineRequest
+from cascadeinfer.frontend.agreement import combined
 from cascadeinfer.frontend.contents.limits import ContentLimits
 from cascadeinfer.frontend.contents.params import ContentRefusedError, check_sendable, checked_params
 from cascadeinfer.frontend.pins import Pins
@@ -164,11 +165,15 @@ class CascadeEngineClient(EngineCoreClient):
         return await self.to_all("call_utility_async", method, *args)
 
     async def to_all(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call every instance that is up; returns the first answer, after checking that all agree."""
-        answers = await asyncio.gather(*(engine.utility(method, *args, **kwargs) for engine in self._engines()))
-        if method != "collective_rpc_async" and any(answer != answers[0] for answer in answers):
-            raise RuntimeError(f"instances disagree on {method}: {answers}")
-        return answers[0]
+        """Call every instance that is up, wait for all, and combine their answers; raises the first one's error."""
+        engines = self._engines()
+        calls = (engine.utility(method, *args, **kwargs) for engine in engines)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        told = {engine.instance_id: answer for engine, answer in zip(engines, answers, strict=True)}
+        return combined(f"{args[0]}_async" if method == "call_utility_async" else method, told)
 
     def _engines(self) -> list[Engine]:
         """Engines that are up; at least one."""
@@ -213,6 +218,17 @@ class CascadeLLM(AsyncLLM):
         except ContentRefusedError as refused:
             raise GracefulHTTPError(str(refused), HTTPStatus.BAD_REQUEST) from refused
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """Abort requests by the ids that their clients know, or by those that `/admin/instances` lists."""
+        request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        processor = self.output_processor
+        listed = [i for i in request_ids if i in processor.request_states or i in processor.parent_requests]
+        if not internal and listed:
+            await super().abort(listed, internal=True)
+            request_ids = [i for i in request_ids if i not in listed]
+        if request_ids:
+            await super().abort(request_ids, internal=internal)
 
     async def notify_kv_transfer_request_rejected(self, *_: Any, **__: Any) -> None:
         """VLLM reports that a client's transfer is cancelled. No client has one here."""

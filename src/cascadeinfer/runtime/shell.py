@@ -227,7 +227,7 @@ class Runtime:
         self._outputs.put_nowait(outputs)
 
     def _give_up(self, stream: Stream, outputs: StepOutputs) -> None:
-        """The instance gave the request up but survived: tell its client."""
+        """The instance gave the request up but survives: tell its client."""
         self._outputs.put_nowait(outputs)
         self._computed(stream)
         self._finish(stream, "dropped")
@@ -240,6 +240,8 @@ class Runtime:
         if record.engine is not engine:
             return  # it is being connected
         record.report, record.counters = report, counters
+        if counters.paused:
+            self._given_up.paused(engine.instance_id)
         self._isolation.instance_answered(engine.instance_id, asked_s)
         self.elastic.look(record)
         running = self._streams.known(report.running_ids, report.running_tokens)
