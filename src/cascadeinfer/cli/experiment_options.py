@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from cascadeinfer.workload.drawing import ArrivalLaw
 
 Profile = Annotated[str, typer.Option(help="Cost profile: a shipped name or a JSON file.")]
+AcceptPoorProfile = Annotated[
+    bool,
+    typer.Option("--accept-poor-profile", help="Take a profile whose own measurement says that it is not fit for use."),
+]
 TraceFile = Annotated[
     Path,
     typer.Option(

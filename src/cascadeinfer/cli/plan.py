@@ -31,6 +31,7 @@ def plan(
     ttft_slo: options.TtftSlo = 2.0,
     tpot_slo: options.TpotSlo = 0.1,
     context: options.Context = options.DEFAULT_CONTEXT,
+    accept_poor_profile: options.AcceptPoorProfile = False,
     plot: Annotated[Path | None, typer.Option(help="Draw work over length with the stages (PNG).")] = None,
     json_file: options.JsonFile = None,
 ) -> None:
@@ -42,7 +43,7 @@ def plan(
     goal = options.objective_of(objective, options.slo_of(ttft_slo, tpot_slo))
     check_rate(rate)
     options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
-    setting = load_setting(profile, trace, instances, context, goal, margin)
+    setting = load_setting(profile, trace, instances, context, goal, margin, accept_poor_profile=accept_poor_profile)
     best = setting.plan(rate)
     options.tell_notes(setting)
     out = console()

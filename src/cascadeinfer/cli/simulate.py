@@ -43,6 +43,7 @@ def simulate(
     ttft_slo: options.TtftSlo = 2.0,
     tpot_slo: options.TpotSlo = 0.1,
     context: options.Context = options.DEFAULT_CONTEXT,
+    accept_poor_profile: options.AcceptPoorProfile = False,
     arrivals: options.Arrivals = "poisson",
     prefix_caching: options.PrefixCaching = False,
     prefix_hashes: options.PrefixHashes = None,
@@ -71,7 +72,9 @@ def simulate(
     options.check_outputs(files, matplotlib=plot is not None, pyarrow=parquet is not None)
     slo = options.slo_of(ttft_slo, tpot_slo)
     goal = options.objective_of(objective, slo)
-    setting = load_setting(profile, trace, instances, context, goal, margin, prefix_hashes)
+    setting = load_setting(
+        profile, trace, instances, context, goal, margin, prefix_hashes, accept_poor_profile=accept_poor_profile
+    )
     prefixes = options.prefixes_of(setting, prefix_caching, prefix_hashes)
     if not overload:
         check_served(setting, [rate])

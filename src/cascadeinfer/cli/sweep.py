@@ -46,6 +46,7 @@ def sweep(
     attain: Annotated[float, typer.Option(help="Share of requests that must keep the SLO.")] = 0.9,
     bisections: Annotated[int, typer.Option(help="Halvings in the search for the highest rate; 0 leaves it out.")] = 6,
     context: options.Context = options.DEFAULT_CONTEXT,
+    accept_poor_profile: options.AcceptPoorProfile = False,
     arrivals: options.Arrivals = "poisson",
     jobs: options.Jobs = 1,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves (PNG).")] = None,
@@ -71,7 +72,15 @@ def sweep(
     check_jobs(jobs)
     options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
     slo = options.slo_of(ttft_slo, tpot_slo)
-    setting = load_setting(profile, trace, instances, context, options.objective_of(objective, slo), margin)
+    setting = load_setting(
+        profile,
+        trace,
+        instances,
+        context,
+        options.objective_of(objective, slo),
+        margin,
+        accept_poor_profile=accept_poor_profile,
+    )
     law = options.arrivals_of(arrivals)
     spec = RunSpec(names[0], wanted[0], 0, count, slo, warm_up, allow_overload=True, arrivals=law)
     what = Sweep(setting, spec, seeds, span_s)

@@ -11,8 +11,11 @@ from pathlib import Path
 
 from cascadeinfer.core.cost.profile import CostProfile, decode_profile
 from cascadeinfer.core.errors import ProfileError
+from cascadeinfer.profiling.verdict import FAIR, Grade, grade_of
 
 SUFFIX = ".json"
+ACCEPT_POOR = "--accept-poor-profile"
+"""The option of every command that takes a profile."""
 
 
 def _shipped() -> Traversable:
@@ -22,6 +25,29 @@ def _shipped() -> Traversable:
 def list_profiles() -> list[str]:
     """Names of the shipped profiles, sorted."""
     return sorted(entry.name.removesuffix(SUFFIX) for entry in _shipped().iterdir() if entry.name.endswith(SUFFIX))
+
+
+def load_fit_profile(name_or_path: str | Path, *, accept_poor: bool = False) -> CostProfile:
+    """
+    Load a profile that plans may rest on.
+
+    Args:
+        name_or_path: See load_profile.
+        accept_poor: Take one whose own measurement says that it is poor.
+
+    Raises:
+        ProfileError: See load_profile; or it is poor.
+    """
+    profile = load_profile(name_or_path)
+    if accept_poor or profile.measurement is None or grade_of(profile) is not Grade.POOR:
+        return profile
+    error = profile.fit_errors[0]
+    raise ProfileError(
+        f"profile {str(name_or_path)!r} is not fit for use: on steps that its fit has not seen, the median error is "
+        f"{error.median:.0%} (at most {FAIR.median:.0%}) and nine in ten are within {error.p90:.0%} (at most "
+        f"{FAIR.p90:.0%}); measure longer (cascadeinfer profile --resume --minutes), or use it anyway with "
+        f"{ACCEPT_POOR}"
+    )
 
 
 def load_profile(name_or_path: str | Path) -> CostProfile:

@@ -47,6 +47,9 @@ class ServeOptions:
         "Initial cost profile: a shipped name or a file. Without one, the server learns step costs from scratch.",
         metavar="PROFILE",
     )
+    accept_poor_profile: bool = _option(
+        False, "Take a --profile whose own measurement says that it is not fit for use."
+    )
     max_queued_requests: int = _option(
         1024,
         f"Requests that may wait for room in front of the instances ({_WITH_QUEUE}); more get HTTP 429.",
