@@ -78,7 +78,8 @@ def _schema_rows(schema: type[Any]) -> Iterator[tuple[str, str, str, str]]:
             values = f"{data['low']:g} to {data['high']:g}"
         else:
             values = "flag" if isinstance(option.default, bool) else "text"
-        yield f"`{flag_of(option.name)}`", values, _default(option.default), data["text"]
+        short = f"`{data['short']}`, " if "short" in data else ""
+        yield f"{short}`{flag_of(option.name)}`", values, _default(option.default), data["text"]
 
 
 def _default(value: Any) -> str:

@@ -169,7 +169,10 @@ def parsed_by_serve(words: list[str]) -> None:
     from cascadeinfer.cli.serve import parse
     from cascadeinfer.config.schema import options_of
 
-    options_of(parse(["org/model", *words])).layout()
+    with pytest.MonkeyPatch.context() as patch:  # the logging of a server is not that of the tests
+        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+        patch.setattr("cascadeinfer.frontend.logs.set_up_logs", lambda *_, **__: None)
+        options_of(parse(["org/model", *words])).layout()
 
 
 def readme_commands(command: str) -> list[list[str]]:

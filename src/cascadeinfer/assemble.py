@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import multiprocessing
+import os
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, MutableSequence
@@ -14,7 +15,6 @@ from multiprocessing.process import BaseProcess
 import uvloop
 from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.logger import configure_logging_from_args
 
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.cluster.process_start import ProcessStart
@@ -31,6 +31,7 @@ from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
 from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
 from cascadeinfer.engines.vllm.launch import (
     KvTransferSettings,
     VllmSource,
@@ -40,9 +41,11 @@ from cascadeinfer.engines.vllm.launch import (
 )
 from cascadeinfer.engines.vllm.owned import attachment_of
 from cascadeinfer.engines.vllm.plain_request import make_plain_request
+from cascadeinfer.evaluation.compiling import say_when_compiling, stop_saying
 from cascadeinfer.eventlog.unwritten_log import ServerLog, failure_of
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
 from cascadeinfer.frontend.listening import listening, raise_open_files_limit
+from cascadeinfer.frontend.logs import set_up_logs
 from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.channel import Channel
 from cascadeinfer.frontend.processes.follower import Follower
@@ -54,6 +57,7 @@ from cascadeinfer.frontend.server import (
     serve,
     shared_metrics,
 )
+from cascadeinfer.frontend.start_report import first_line, reported
 from cascadeinfer.frontend.stop_signals import StopSignals
 from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.results.provenance import own_commit
@@ -102,6 +106,7 @@ def make_runtime(
     log_stats: bool = True,
     extra_environment: dict[str, str] | None = None,
     event_log: ServerLog | None = None,
+    logs: InstanceLogs | None = None,
 ) -> Runtime:
     """
     A runtime over vLLM instances, not started yet.
@@ -110,7 +115,9 @@ def make_runtime(
         ConfigError: An option is wrong; nothing has been started.
     """
     policy = make_policy(options)
+    note = say_when_compiling(logger.info)
     POLICIES[options.policy_name()].warm_up()
+    stop_saying(note)
     several = options.api_servers > 1
     if several:
         engine_args = dataclasses.replace(engine_args, _api_process_count=options.api_servers)
@@ -121,6 +128,7 @@ def make_runtime(
         log_stats=log_stats,
         extra_environment=extra_environment,
         n_clients=options.api_servers,
+        logs=logs,
     )
 
     return Runtime(
@@ -139,10 +147,20 @@ def make_runtime(
 
 @contextlib.asynccontextmanager
 async def running_llm(
-    runtime: Runtime, *, log_stats: bool = True, log_requests: bool = False
+    runtime: Runtime, *, log_stats: bool = True, log_requests: bool = False, logs: InstanceLogs | None = None
 ) -> AsyncIterator[CascadeLLM]:
-    """Start a runtime with vLLM's `AsyncLLM` on it; stop both at the end."""
-    await runtime.start()
+    """
+    Start a runtime with vLLM's `AsyncLLM` on it; stop both at the end.
+
+    Args:
+        runtime: Not started yet.
+        log_stats: Whether vLLM's metrics are kept.
+        log_requests: Whether vLLM logs each request.
+        logs: Of the instances, to say how far the start is; None: nothing is said.
+    """
+    telling = contextlib.nullcontext() if logs is None else reported(runtime.fleet, logs.stage, logger.info)
+    async with telling:
+        await runtime.start()
     try:
         # They serve the same model; a context fitted to one instance's memory may be shorter than another's.
         configs = [engine.config for engine in runtime.live_engines()]
@@ -167,6 +185,8 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
         ConfigError: An option is wrong; nothing is left running.
     """
     raise_open_files_limit(options.max_connections)
+    if args.otlp_traces_endpoint is not None:
+        os.environ.setdefault("OTEL_SERVICE_NAME", "cascadeinfer")  # of the instances' processes, too
     with contextlib.ExitStack() as stack:
         with signals.held():
             listener = stack.enter_context(listening(args.host or LOOPBACK, args.port, args.uds, signals.at_leave))
@@ -175,19 +195,21 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
             event_log = stack.enter_context(event_log_of(options, own_commit()))
             if event_log is not None:
                 signals.at_leave.append(event_log.close)
+        logger.info("%s", first_line(args.model, options.instances, options.api_servers))
         engine_args = parse_engine_args(args)
+        logs = InstanceLogs(args.own_log_level, is_quiet=args.is_quiet)
         log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
         if options.api_servers > 1:
             with shared_metrics(folder.path / "metrics"):
-                runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
+                runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log, logs=logs)
                 signals.attend()
                 await _serve_with_followers(
-                    runtime, args, options, listener, signals, log_requests=log_requests, event_log=event_log
+                    runtime, args, options, listener, signals, log_requests=log_requests, event_log=event_log, logs=logs
                 )
             return
-        runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
+        runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log, logs=logs)
         signals.attend()
-        async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:
+        async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests, logs=logs) as llm:
             await check_profile(runtime, options)
             await serve(
                 llm,
@@ -197,6 +219,7 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
                 signals,
                 drain_timeout_s=options.drain_timeout_s,
                 rules=rules_of(options),
+                policy=options.policy_name(),
             )
 
 
@@ -245,6 +268,7 @@ async def _serve_with_followers(
     *,
     log_requests: bool,
     event_log: ServerLog | None,
+    logs: InstanceLogs,
 ) -> None:
     """Process 0 of several: start the others beside the instances, serve, drain all, stop."""
     spawn = multiprocessing.get_context("spawn")
@@ -264,7 +288,8 @@ async def _serve_with_followers(
     signals.told.append(front_ends.tell_stop)
     front_ends.start()
     try:
-        async with running_llm(runtime, log_stats=not args.disable_log_stats, log_requests=log_requests) as llm:
+        log_stats = not args.disable_log_stats
+        async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests, logs=logs) as llm:
             await check_profile(runtime, options)
             front_ends.instances_started()
             shared = SharedServing(front_ends, (loads, 0))
@@ -277,6 +302,7 @@ async def _serve_with_followers(
                     signals,
                     drain_timeout_s=options.drain_timeout_s,
                     rules=rules_of(options),
+                    policy=options.policy_name(),
                     shared=shared,
                 )
             finally:
@@ -305,7 +331,7 @@ def run_follower(
     """
     end_with_parent()
     with StopSignals(second_is_at_once=False, says_so=False) as signals:  # process 0 says it
-        configure_logging_from_args(args)
+        set_up_logs(args, form=options.log_format)
         import_parser_plugins(args)
         following = _follow(args, options, index, listener, channel_end, (loads, index), signals)
         uvloop.run(signals.until_stopped(following))

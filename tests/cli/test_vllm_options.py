@@ -52,6 +52,13 @@ REPLACED = tuple(
 """Modules of vLLM's that start a server or check its options, which is done here; reading an option there is no use."""
 
 
+@pytest.fixture(autouse=True)
+def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsing sets up the logging of a server; other tests of this process read ours."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    monkeypatch.setattr("cascadeinfer.frontend.logs.set_up_logs", lambda *_, **__: None)
+
+
 @pytest.fixture(scope="module")
 def parser() -> ArgumentParser:
     """The parser of `cascadeinfer serve`."""
@@ -189,6 +196,13 @@ def test_a_file_names_model_and_options_of_both(form: str, tmp_path: Path) -> No
     assert len(options_of(args).layout().stages) == 2
     assert parse(["other/model", *words]).model == "other/model"
     assert parse(["--model", "other/model", *words]).model == "other/model"
+
+
+def test_a_list_in_a_file_does_not_take_the_model(tmp_path: Path) -> None:
+    """The model may come after the file, whatever the file's last option is."""
+    file = written(tmp_path, "port: 1234\nserved-model-name: [a, b]\n")
+    args = parse(["--config", file, "org/model", "--port", "4321"])
+    assert (args.model, args.served_model_name, args.port) == ("org/model", ["a", "b"], 4321)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ def words_with_config(words: Sequence[str]) -> list[str]:
     if index == len(split) - 1:
         raise ConfigError("names no file", option=OPTION, fix="write --config FILE.yaml")
     _check(Path(split[index + 1]))
-    return split
+    model = split[2:3] if index == 0 and not "".join(split[2:3]).startswith("-") else []
+    return [*model, *split[:2], *split[3:]] if model else split  # else a list in the file would take it for its own
 
 
 def _check(path: Path) -> None:

@@ -322,6 +322,13 @@ def tell_short_runs(rate_rps: float, requests: int, slowest_e2e_s: float) -> Non
         )
 
 
+def tell_when_compiling() -> None:
+    """Note on standard error when the planner or the simulator is compiled, which takes long the first time."""
+    from cascadeinfer.evaluation.compiling import say_when_compiling
+
+    say_when_compiling(lambda sentence: typer.echo(f"note: {sentence}", err=True))
+
+
 def tell_notes(setting: "Setting") -> None:
     """Note on standard error what was cut, and whether the profile was measured."""
     for note in setting.notes():

@@ -43,6 +43,7 @@ def plan(
     goal = options.objective_of(objective, options.slo_of(ttft_slo, tpot_slo))
     check_rate(rate)
     options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
+    options.tell_when_compiling()
     setting = load_setting(profile, trace, instances, context, goal, margin, accept_poor_profile=accept_poor_profile)
     best = setting.plan(rate)
     options.tell_notes(setting)

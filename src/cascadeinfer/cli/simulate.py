@@ -72,6 +72,7 @@ def simulate(
     options.check_outputs(files, matplotlib=plot is not None, pyarrow=parquet is not None)
     slo = options.slo_of(ttft_slo, tpot_slo)
     goal = options.objective_of(objective, slo)
+    options.tell_when_compiling()
     setting = load_setting(
         profile, trace, instances, context, goal, margin, prefix_hashes, accept_poor_profile=accept_poor_profile
     )

@@ -72,6 +72,7 @@ def sweep(
     check_jobs(jobs)
     options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
     slo = options.slo_of(ttft_slo, tpot_slo)
+    options.tell_when_compiling()
     setting = load_setting(
         profile,
         trace,

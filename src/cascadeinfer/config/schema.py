@@ -111,6 +111,9 @@ class ServeOptions:
         low=0.1,
         high=86400.0,
     )
+    placement_headers: bool = _option(
+        False, "Say in response headers where a request ran: x-cascade-instance, x-cascade-moves, x-request-id."
+    )
     client_kv_transfer_params: str = _option(
         "refuse",
         "What to do with a client's `kv_transfer_params`: refuse the request (HTTP 400), or serve it without them. "
@@ -142,6 +145,10 @@ class ServeOptions:
         low=0,
         high=1_000_000,
     )
+    verbose: bool = _option(
+        False, "Show vLLM's own log lines, too (as --log-level INFO does); without it, only its errors.", short="-v"
+    )
+    log_format: str = _option("text", "Form of log lines; `json` has one object per line.", choices=("text", "json"))
     event_log: str | None = _option(
         None,
         "Write every event and the decisions made to this file, for `cascadeinfer replay`; ids and lengths only.",

@@ -29,9 +29,11 @@ from cascadeinfer.frontend.agreement import combined
 from cascadeinfer.frontend.contents.limits import ContentLimits
 from cascadeinfer.frontend.contents.params import ContentRefusedError, check_sendable, checked_params
 from cascadeinfer.frontend.pins import Pins
+from cascadeinfer.frontend.placement import note_journey
 from cascadeinfer.frontend.prefixes import prefix_hashes_of
 from cascadeinfer.frontend.stats import ElasticStatLogger, StatsFollower
 from cascadeinfer.runtime.shell import Runtime
+from cascadeinfer.runtime.streams import Journey
 
 TO_ALL_INSTANCES = (
     "add_lora_async",
@@ -107,6 +109,8 @@ class CascadeEngineClient(EngineCoreClient):
         self.resources = Liveness()
         #: Makes `AsyncLLM` forget a request that it recorded before handing it over; vLLM would keep it in its books.
         self.forget: Callable[[RequestId], None] = lambda _: None
+        #: Called with each request's journey, for its spans.
+        self.trace: Callable[[RequestId, Journey], None] = lambda *_: None
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The next outputs of any instance."""
@@ -151,6 +155,9 @@ class CascadeEngineClient(EngineCoreClient):
             raise OverloadedError(rejected) from rejected
         except PolicyError as failed:
             raise GracefulHTTPError(str(failed), HTTPStatus.INTERNAL_SERVER_ERROR) from failed
+        if (journey := self._runtime.journey_of(request.request_id)) is not None:
+            note_journey(journey)
+            self.trace(request.request_id, journey)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Abort requests whose clients left or whose stop string was found."""
@@ -297,6 +304,11 @@ def make_llm(runtime: Runtime, vllm_config: VllmConfig, *, log_stats: bool, log_
         )
     llm.runtime = runtime
     client.forget = llm.forget_request
+    if vllm_config.observability_config.otlp_traces_endpoint is not None:
+        from cascadeinfer.frontend.tracing import traced  # noqa: PLC0415 - OpenTelemetry is loaded only if it is used
+
+        if (tracing := traced(llm.output_processor)) is not None:
+            client.trace = tracing.note
     runtime.on_late_refusal = llm.refuse_late
     runtime.on_failure = llm.fail
     if llm.logger_manager is not None:

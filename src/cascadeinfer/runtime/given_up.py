@@ -57,6 +57,8 @@ class GivenUp:
                 self._tell_client(stream, type(outputs)(outputs=[delta]))
 
         self._forget_others()
+        if attempt in self._waiting:
+            return  # said twice
         self._waiting[attempt] = _Waiting(stream, attempt, Alarm(GRACE_S, tell), tell)
 
     def paused(self, instance_id: InstanceId) -> None:

@@ -37,7 +37,7 @@ from cascadeinfer.runtime.isolation import POISON_SENTENCE, Isolation
 from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.recovery import Recovery
-from cascadeinfer.runtime.streams import Seen, Stream, StreamTable
+from cascadeinfer.runtime.streams import Journey, Seen, Stream, StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes
 from cascadeinfer.runtime.suspects import Suspects
 from cascadeinfer.runtime.view import snapshot, tally
@@ -143,6 +143,11 @@ class Runtime:
         if stream.refusal is not None:
             self._finish(stream, stream.refusal.outcome)
             raise stream.refusal.error
+
+    def journey_of(self, request_id: RequestId) -> Journey | None:
+        """Where a live request has been, and will have been; None if it is not live."""
+        stream = self._streams.get(request_id)
+        return None if stream is None else stream.journey
 
     def abort(self, request_ids: list[RequestId]) -> None:
         """Abort these requests, wherever they run; ids that are not live are ignored."""
