@@ -38,13 +38,12 @@ def plan(
     """Plan stages for the lengths of a trace at a rate, and say why."""
     from cascadeinfer.cli.tables import console
     from cascadeinfer.core.plan.explain import reasons
-    from cascadeinfer.evaluation.setting import check_rate, load_setting
+    from cascadeinfer.evaluation.setting import check_rate
 
     goal = options.objective_of(objective, options.slo_of(ttft_slo, tpot_slo))
     check_rate(rate)
     options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
-    options.tell_when_compiling()
-    setting = load_setting(profile, trace, instances, context, goal, margin, accept_poor_profile=accept_poor_profile)
+    setting = options.setting_of(profile, trace, instances, context, goal, margin, accept_poor_profile)
     best = setting.plan(rate)
     options.tell_notes(setting)
     out = console()

@@ -58,7 +58,7 @@ def simulate(
     from cascadeinfer.cli.tables import console, policy_table
     from cascadeinfer.evaluation.pool import check_jobs
     from cascadeinfer.evaluation.runs import RunSpec
-    from cascadeinfer.evaluation.setting import check_rate, check_served, load_setting
+    from cascadeinfer.evaluation.setting import check_rate, check_served
     from cascadeinfer.evaluation.variants import check_policies
 
     check_policies(names := options.words_of(policy))
@@ -72,10 +72,7 @@ def simulate(
     options.check_outputs(files, matplotlib=plot is not None, pyarrow=parquet is not None)
     slo = options.slo_of(ttft_slo, tpot_slo)
     goal = options.objective_of(objective, slo)
-    options.tell_when_compiling()
-    setting = load_setting(
-        profile, trace, instances, context, goal, margin, prefix_hashes, accept_poor_profile=accept_poor_profile
-    )
+    setting = options.setting_of(profile, trace, instances, context, goal, margin, accept_poor_profile, prefix_hashes)
     prefixes = options.prefixes_of(setting, prefix_caching, prefix_hashes)
     if not overload:
         check_served(setting, [rate])

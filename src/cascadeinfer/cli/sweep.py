@@ -56,12 +56,10 @@ def sweep(
     from cascadeinfer.cli.tables import console
     from cascadeinfer.evaluation.pool import check_jobs
     from cascadeinfer.evaluation.runs import RunSpec
-    from cascadeinfer.evaluation.setting import load_setting
     from cascadeinfer.evaluation.sweeps import Sweep
     from cascadeinfer.evaluation.variants import check_policies
 
-    names = options.words_of(policy)
-    check_policies(names)
+    check_policies(names := options.words_of(policy))
     wanted = options.rates_of(rates)
     options.share(warm_up, "--warm-up")
     options.share(attain, "--attain")
@@ -72,16 +70,8 @@ def sweep(
     check_jobs(jobs)
     options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
     slo = options.slo_of(ttft_slo, tpot_slo)
-    options.tell_when_compiling()
-    setting = load_setting(
-        profile,
-        trace,
-        instances,
-        context,
-        options.objective_of(objective, slo),
-        margin,
-        accept_poor_profile=accept_poor_profile,
-    )
+    goal = options.objective_of(objective, slo)
+    setting = options.setting_of(profile, trace, instances, context, goal, margin, accept_poor_profile)
     law = options.arrivals_of(arrivals)
     spec = RunSpec(names[0], wanted[0], 0, count, slo, warm_up, allow_overload=True, arrivals=law)
     what = Sweep(setting, spec, seeds, span_s)
