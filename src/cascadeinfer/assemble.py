@@ -9,26 +9,25 @@ import multiprocessing
 import os
 import socket
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, MutableSequence
+from collections.abc import AsyncIterator, Callable, Mapping, MutableSequence
 from multiprocessing.process import BaseProcess
 
 import uvloop
-from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.cluster.process_start import ProcessStart
 from cascadeinfer.cluster.runtime_folder import runtime_folder
-from cascadeinfer.config.event_log import event_log_of
+from cascadeinfer.config.event_log import event_log_of, metrics_with
 from cascadeinfer.config.policy import make_policy
-from cascadeinfer.config.profiles import load_profile
+from cascadeinfer.config.profiles import check_profile
 from cascadeinfer.config.rules import rules_of
 from cascadeinfer.config.schema import ServeOptions
-from cascadeinfer.core.cost.suitability import check_suits
 from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.policies import POLICIES
-from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
@@ -57,11 +56,11 @@ from cascadeinfer.frontend.server import (
     serve,
     shared_metrics,
 )
+from cascadeinfer.frontend.standing_engines import StandingEngines
 from cascadeinfer.frontend.start_report import first_line, reported
 from cascadeinfer.frontend.stop_signals import StopSignals
 from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.results.provenance import own_commit
-from cascadeinfer.runtime.metrics import InstanceGauges, RuntimeMetrics
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes
 
@@ -70,33 +69,10 @@ logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 5.0
 PROFILE_LEASE_S = 30
 """For measured pulls, whose blocks no other request waits for."""
+ATTACH_AGAIN_S = 5.0
+"""Longest pause before an engine that stands on its own is tried again."""
 REATTACH_S = 0.05
 """A follower waits for process 0 to report an instance up again, not for its own back-off."""
-
-
-async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
-    """
-    Compare the profile with every running engine.
-
-    Raises:
-        ProfileError: It was measured on another model or set-up than one of them.
-    """
-    if options.profile is None:
-        if POLICIES[options.policy_name()].uses_profile:
-            logger.info("no profile: one stage until what steps cost has been learnt")
-        return
-    profile = load_profile(options.profile)
-    told = await asyncio.gather(*(engine.identity() for engine in runtime.live_engines()))
-    doubts = [doubt for one in told for doubt in check_suits(profile, one.engine, one.kv_bytes_per_token)]
-    for doubt in dict.fromkeys(doubts):
-        logger.warning("profile %s is a start value: %s", options.profile, doubt)
-
-
-def _metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], list[InstanceGauges]]], RuntimeMetrics]:
-    if event_log is None:
-        return lambda read: RuntimeMetrics(REGISTRY, read)
-    log = event_log
-    return lambda read: RuntimeMetrics(REGISTRY, read, lambda: log.dropped, lambda: log.failure is not None)
 
 
 def make_runtime(
@@ -107,9 +83,10 @@ def make_runtime(
     extra_environment: dict[str, str] | None = None,
     event_log: ServerLog | None = None,
     logs: InstanceLogs | None = None,
+    standing: StandingEngines | None = None,
 ) -> Runtime:
     """
-    A runtime over vLLM instances, not started yet.
+    A runtime over vLLM instances, not started yet; over those that stand already if they are given.
 
     Raises:
         ConfigError: An option is wrong; nothing has been started.
@@ -118,26 +95,33 @@ def make_runtime(
     note = say_when_compiling(logger.info)
     POLICIES[options.policy_name()].warm_up()
     stop_saying(note)
-    several = options.api_servers > 1
-    if several:
-        engine_args = dataclasses.replace(engine_args, _api_process_count=options.api_servers)
-    source = VllmSource(
-        engine_args,
-        options.instances,
-        KvTransferSettings(options.kv_lease_s, MAX_MIGRATIONS_PER_INSTANCE if several else None),
-        log_stats=log_stats,
-        extra_environment=extra_environment,
-        n_clients=options.api_servers,
-        logs=logs,
+    supervision = SupervisionTimes(
+        report_s=options.report_interval_s, suspect_s=options.suspect_after_s, hang_s=options.hang_timeout_s
     )
-
+    source: VllmSource | None = None
+    if standing is not None:
+        make_engines: Mapping[InstanceId, Callable[[int], Engine]]
+        make_engines = standing.make_engines(engine_args, options.kv_lease_s)
+        supervision = dataclasses.replace(supervision, backoff_max_s=ATTACH_AGAIN_S)
+    else:
+        several = options.api_servers > 1
+        if several:
+            engine_args = dataclasses.replace(engine_args, _api_process_count=options.api_servers)
+        source = VllmSource(
+            engine_args,
+            options.instances,
+            KvTransferSettings(options.kv_lease_s, MAX_MIGRATIONS_PER_INSTANCE if several else None),
+            log_stats=log_stats,
+            extra_environment=extra_environment,
+            n_clients=options.api_servers,
+            logs=logs,
+        )
+        make_engines = {instance_id: source.place(instance_id) for instance_id in options.instance_ids}
     return Runtime(
-        {instance_id: source.place(instance_id) for instance_id in options.instance_ids},
+        make_engines,
         policy,
-        _metrics_with(event_log),
-        supervision=SupervisionTimes(
-            report_s=options.report_interval_s, suspect_s=options.suspect_after_s, hang_s=options.hang_timeout_s
-        ),
+        metrics_with(event_log),
+        supervision=supervision,
         migration=MigrationLimits.under_lease(options.kv_lease_s),
         source=source,
         observer=event_log,
@@ -195,7 +179,7 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
             event_log = stack.enter_context(event_log_of(options, own_commit()))
             if event_log is not None:
                 signals.at_leave.append(event_log.close)
-        logger.info("%s", first_line(args.model, options.instances, options.api_servers))
+        logger.info("%s", first_line(args.model, options.instances, options.api_servers, options.cluster))
         engine_args = parse_engine_args(args)
         logs = InstanceLogs(args.own_log_level, is_quiet=args.is_quiet)
         log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
@@ -207,9 +191,17 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
                     runtime, args, options, listener, signals, log_requests=log_requests, event_log=event_log, logs=logs
                 )
             return
-        runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log, logs=logs)
+        standing = await _standing_engines(options)
+        if standing is not None:
+            options = dataclasses.replace(options, instances=len(standing.first))
+        runtime = make_runtime(
+            engine_args, options, log_stats=log_stats, event_log=event_log, logs=logs, standing=standing
+        )
         signals.attend()
-        async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests, logs=logs) as llm:
+        async with (
+            running_llm(runtime, log_stats=log_stats, log_requests=log_requests, logs=logs) as llm,
+            contextlib.nullcontext() if standing is None else standing.followed(runtime, options.drain_timeout_s),
+        ):
             await check_profile(runtime, options)
             await serve(
                 llm,
@@ -221,6 +213,17 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
                 rules=rules_of(options),
                 policy=options.policy_name(),
             )
+
+
+async def _standing_engines(options: ServeOptions) -> StandingEngines | None:
+    """The engines of `--cluster static`, once they answer."""
+    if options.cluster != "static":
+        return None
+    assert options.engines is not None
+    assert options.cluster_key is not None
+    engines = StandingEngines(options.engines, options.cluster_key, options.cluster_host)
+    await engines.find(None if options.stages is None else options.n_staged())
+    return engines
 
 
 @contextlib.asynccontextmanager
@@ -360,7 +363,7 @@ async def _follow(
         runtime = Runtime(
             {instance_id: make_engine(instance_id) for instance_id in first_up},
             make_policy(options, follows=True),
-            _metrics_with(event_log),
+            metrics_with(event_log),
             supervision=SupervisionTimes(
                 report_s=options.report_interval_s,
                 suspect_s=options.suspect_after_s,

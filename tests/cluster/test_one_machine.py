@@ -39,6 +39,7 @@ MAY_STAY = {
     ("demo/server.py", "loopback"): "the demo starts its server on the machine that it runs on",
     ("engines/vllm/connector/cores.py", "cores"): "of the instance's own process, inside it",
     ("engines/vllm/connector/cores.py", "proc"): "of the instance's own process, inside it",
+    ("engines/vllm/connector/door.py", "process id"): "of the engine's own process, shown to the operator",
     ("engines/vllm/connector/identity.py", "proc"): "the name of the processor, asked where the instance runs",
     (
         "engines/vllm/connector/orphan.py",

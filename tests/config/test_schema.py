@@ -178,3 +178,29 @@ def test_stage_files_that_are_no_text(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=name) as raised:
             ServeOptions(stages=str(tmp_path / name)).layout()
         assert raised.value.option == "--stages"
+
+
+STATIC = ("--cluster", "static", "--engines", "a:1,b:2", "--cluster-key", "key")
+
+
+def test_engines_of_others() -> None:
+    """With stages, as many engines are waited for as these have."""
+    assert parsed(*STATIC).cluster == "static"
+    assert parsed(*STATIC).n_staged() == 0
+    assert parsed(*STATIC, "--stages", "0-512:2,512-:1").n_staged() == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (STATIC[:4], "--cluster-key: is missing"),
+        ((*STATIC[:2], *STATIC[4:]), "--engines: is missing"),
+        ((*STATIC, "--api-servers", "2"), "--api-servers: is 1 with --cluster static"),
+        (STATIC[2:], "--engines: is for --cluster static"),
+        (STATIC[4:], "--cluster-key: is for --cluster static"),
+    ],
+)
+def test_engines_of_others_contradicted(arguments: tuple[str, ...], error: str) -> None:
+    """Each is refused with the option's name before anything starts."""
+    with pytest.raises(ConfigError, match=error):
+        parsed(*arguments)

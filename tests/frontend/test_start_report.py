@@ -58,9 +58,10 @@ async def test_a_start_is_followed_to_its_end() -> None:
 
 def test_first_and_last_lines() -> None:
     """Who starts what; then URL, model, policy and stages."""
-    first = first_line("org/model", 2, 3)
+    first = first_line("org/model", 2, 3, "local")
     assert f"cascadeinfer {__version__}" in first
     assert "2 instances of org/model, 3 front-end processes" in first
+    assert "looks for engines of org/model" in first_line("org/model", 2, 1, "static")
     layout = StageLayout((Stage(LengthRange(0, 64), ("0",)), Stage(LengthRange(64), ("1", "2"))))
     url, what = ready_lines("http://127.0.0.1:8000", "m", "static_stages", layout, 3)
     assert url == "ready: http://127.0.0.1:8000"

@@ -5,13 +5,21 @@ The shipped files are package data in `cascadeinfer/profiles/`; `docs/profiles.m
 a path separator or ends in `.json` is a path; anything else names a shipped profile.
 """
 
+import asyncio
+import logging
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.cost.profile import CostProfile, decode_profile
+from cascadeinfer.core.cost.suitability import check_suits
 from cascadeinfer.core.errors import ProfileError
+from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.profiling.verdict import FAIR, Grade, grade_of
+from cascadeinfer.runtime.shell import Runtime
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".json"
 ACCEPT_POOR = "--accept-poor-profile"
@@ -68,3 +76,21 @@ def load_profile(name_or_path: str | Path) -> CostProfile:
     if name not in list_profiles():
         raise ProfileError(f"no profile is called {name!r}; there are: {', '.join(list_profiles())}")
     return decode_profile((_shipped() / f"{name}{SUFFIX}").read_bytes(), origin=name)
+
+
+async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
+    """
+    Compare the profile with every running engine.
+
+    Raises:
+        ProfileError: It was measured on another model or set-up than one of them.
+    """
+    if options.profile is None:
+        if POLICIES[options.policy_name()].uses_profile:
+            logger.info("no profile: one stage until what steps cost has been learnt")
+        return
+    profile = load_profile(options.profile)
+    told = await asyncio.gather(*(engine.identity() for engine in runtime.live_engines()))
+    doubts = [doubt for one in told for doubt in check_suits(profile, one.engine, one.kv_bytes_per_token)]
+    for doubt in dict.fromkeys(doubts):
+        logger.warning("profile %s is a start value: %s", options.profile, doubt)

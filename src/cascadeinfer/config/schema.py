@@ -36,6 +36,27 @@ class ServeOptions:
         "Length stages as RANGE:INSTANCES, e.g. `0-512:1,512-:1`, or a TOML file. Without it: one stage.",
         metavar="STAGES",
     )
+    cluster: str = _option(
+        "local",
+        "Where the instances are: local (this server starts them on this machine), or static (engines that others have "
+        "started, named with --engines).",
+        choices=("local", "static"),
+    )
+    engines: str | None = _option(
+        None,
+        "With --cluster static: where the engines listen, as HOST:PORT,HOST:PORT. A name may stand for many addresses; "
+        "it is looked up again and again.",
+        metavar="ADDRESSES",
+    )
+    cluster_key: str | None = _option(
+        None, "With --cluster static: the file with the key that front ends and engines share.", metavar="FILE"
+    )
+    cluster_host: str | None = _option(
+        None,
+        "With --cluster static: the address of this machine to which engines connect. Without it: the one by which "
+        "they are reached.",
+        metavar="ADDRESS",
+    )
     policy: str | None = _option(
         None,
         f"Scheduling policy: {_POLICIES_IN_WORDS}. Default: {DEFAULT_POLICY_WITH_STAGES} when --stages is given, "
@@ -162,6 +183,24 @@ class ServeOptions:
     def __post_init__(self) -> None:
         """Check every bound; raises ConfigError that names the option."""
         check_bounds(self)
+        if self.cluster == "static":
+            self._check_static()
+        else:
+            for option, value in (("--engines", self.engines), ("--cluster-key", self.cluster_key)):
+                if value is not None:
+                    raise ConfigError("is for --cluster static", option=option, fix="add --cluster static")
+
+    def _check_static(self) -> None:
+        for option, value, fix in (
+            ("--engines", self.engines, "name the engines, as HOST:PORT,HOST:PORT"),
+            ("--cluster-key", self.cluster_key, "name the file with the key that the engines have"),
+        ):
+            if not value:
+                raise ConfigError("is missing with --cluster static", option=option, fix=fix)
+        if self.api_servers > 1:
+            raise ConfigError(
+                "is 1 with --cluster static", option="--api-servers", fix="start further servers on the same engines"
+            )
 
     @property
     def instance_ids(self) -> tuple[InstanceId, ...]:
@@ -177,7 +216,7 @@ class ServeOptions:
         """
         if self.stages is None:
             return StageLayout.single(self.instance_ids)
-        parsed = _stages_of_toml(Path(self.stages)) if self.stages.endswith(".toml") else _stages_of_text(self.stages)
+        parsed = self._stages_parsed(self.stages)
         wanted = sum(n for _, n in parsed)
         if wanted != self.instances:
             raise ConfigError(
@@ -193,6 +232,14 @@ class ServeOptions:
             raise ConfigError(
                 str(error), option="--stages", fix="ranges must follow on each other, as in 0-512:1,512-:1"
             ) from error
+
+    def n_staged(self) -> int:
+        """How many instances `--stages` asks for. Raises ConfigError if it is malformed."""
+        return 0 if self.stages is None else sum(n for _, n in self._stages_parsed(self.stages))
+
+    @staticmethod
+    def _stages_parsed(stages: str) -> "list[tuple[LengthRange, int]]":
+        return _stages_of_toml(Path(stages)) if stages.endswith(".toml") else _stages_of_text(stages)
 
     def policy_name(self) -> str:
         """The policy asked for, or the default."""

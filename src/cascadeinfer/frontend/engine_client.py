@@ -8,6 +8,7 @@ instance (LoRA, pause, cache resets, profiling) go to all that are up; `agreemen
 
 import asyncio
 import contextlib
+import copy
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -284,6 +285,20 @@ def _as_engine_core_client(client: CascadeEngineClient) -> Iterator[None]:
         EngineCoreClient.make_async_mp_client = original
 
 
+def with_whole_media(vllm_config: VllmConfig) -> VllmConfig:
+    """
+    A configuration with which the front end sends processed images, audio and video with each request.
+
+    VLLM's front end of one engine leaves out what it has sent before, because the engine keeps it in a cache of its
+    own. With several instances, the one that gets a request may never have seen it. Several front ends of one engine
+    have the same problem, and vLLM's remedy for them is the right one here.
+    """
+    own = copy.copy(vllm_config)
+    own.parallel_config = copy.copy(vllm_config.parallel_config)
+    own.parallel_config._api_process_count = max(2, vllm_config.parallel_config._api_process_count)  # noqa: SLF001
+    return own
+
+
 def make_llm(runtime: Runtime, vllm_config: VllmConfig, *, log_stats: bool, log_requests: bool) -> CascadeLLM:
     """
     `AsyncLLM` over a started runtime. Must be called in the runtime's event loop.
@@ -292,6 +307,7 @@ def make_llm(runtime: Runtime, vllm_config: VllmConfig, *, log_stats: bool, log_
         log_stats: Whether vLLM's metrics are kept.
         log_requests: Whether vLLM logs each request.
     """
+    vllm_config = with_whole_media(vllm_config)
     client = CascadeEngineClient(runtime, vllm_config)
     with _as_engine_core_client(client):
         llm = CascadeLLM(

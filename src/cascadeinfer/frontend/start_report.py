@@ -110,8 +110,10 @@ async def reported(
         await asyncio.wait([telling])
 
 
-def first_line(model: str, n_instances: int, n_front_ends: int) -> str:
-    """Who starts what."""
+def first_line(model: str, n_instances: int, n_front_ends: int, cluster: str) -> str:
+    """Who starts what; with `--cluster static` nothing is started."""
+    if cluster == "static":
+        return f"cascadeinfer {__version__} (vLLM {vllm.__version__}) looks for engines of {model} that others started"
     front_ends = f", {n_front_ends} front-end processes" if n_front_ends > 1 else ""
     instances = f"{n_instances} instance{'s' if n_instances > 1 else ''}"
     return f"cascadeinfer {__version__} (vLLM {vllm.__version__}) starts {instances} of {model}{front_ends}"

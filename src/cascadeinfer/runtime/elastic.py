@@ -32,6 +32,8 @@ from cascadeinfer.runtime.view import Drain, InstanceRecord
 logger = logging.getLogger(__name__)
 
 MAX_INSTANCES = 1024
+DID_NOT_START = "did not start"
+"""How an instance has left that was added and never came up."""
 STOP_TIMEOUT_S = 5.0
 """Time for an idle instance's process to exit before it is killed."""
 
@@ -169,7 +171,7 @@ class Elasticity:
             if not isinstance(error, EngineError):
                 logger.exception("added instance %s did not start", record.instance_id)
             await record.supervisor.stop(0.0)
-            self._remove(record, "did not start", str(error))
+            self._remove(record, DID_NOT_START, str(error))
 
     async def _empty(self, record: InstanceRecord, drain: Drain, timeout_s: float) -> None:
         def begin_anew(_slept_s: float) -> None:

@@ -20,10 +20,8 @@ from concurrent.futures import Future
 from typing import Any
 
 import zmq
-import zmq.asyncio
 from vllm.config import VllmConfig
-from vllm.utils.network_utils import make_zmq_socket
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType
 from vllm.v1.engine.core_client import AsyncMPClient, BackgroundResources
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -33,6 +31,7 @@ from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.channel import EngineChannel
+from cascadeinfer.engines.vllm.client_sockets import ClientSockets
 from cascadeinfer.engines.vllm.ending import fail_pending_calls, let_go
 from cascadeinfer.engines.vllm.messages import EngineHello
 
@@ -55,8 +54,18 @@ class AttachedClient(AsyncMPClient):
     `MPClient.__init__` cannot be used: it waits for the ready message, which comes only once per socket and EngineCore.
     """
 
-    def __init__(self, vllm_config: VllmConfig, attachment: Attachment, client_index: int) -> None:
-        """Bind the sockets; must be called in the event loop. `connected` waits for the EngineCore."""
+    def __init__(
+        self, vllm_config: VllmConfig, sockets: ClientSockets, ready_payload: bytes, client_index: int
+    ) -> None:
+        """
+        Take the sockets over; must be called in the event loop. `connected` waits for the EngineCore.
+
+        Args:
+            vllm_config: For what the front end reads from it; what the EngineCore's start has changed comes into it.
+            sockets: To which the EngineCore connects.
+            ready_payload: Its ready message.
+            client_index: This process's number among its clients.
+        """
         self.vllm_config = vllm_config
         self._renderer = None
         self._effective_attention_block_sizes: set[int | None] = set()
@@ -64,14 +73,11 @@ class AttachedClient(AsyncMPClient):
         self.stats_update_address = None
         self.coordinator_input_address = self.coordinator_output_address = None  # read since vLLM 0.33
         self.engines_running = False
-        context = zmq.Context(io_threads=2)
-        self.ctx = zmq.asyncio.Context(context)
-        self.resources = BackgroundResources(ctx=context)
+        self.ctx = sockets.context
+        self.resources = BackgroundResources(ctx=sockets.plain_context)
         self._finalizer = weakref.finalize(self, self.resources)
-        self.input_socket = self.resources.input_socket = make_zmq_socket(
-            self.ctx, attachment.input_address, zmq.ROUTER, bind=True
-        )
-        self.resources.output_socket = make_zmq_socket(self.ctx, attachment.output_address, zmq.PULL)
+        self.input_socket = self.resources.input_socket = sockets.input
+        self.resources.output_socket = sockets.output
         self.encoder = MsgpackEncoder()
         self.decoder = MsgpackDecoder(EngineCoreOutputs)
         self.engine_ranks_managed = [0]
@@ -82,7 +88,7 @@ class AttachedClient(AsyncMPClient):
         self.client_count = client_index + 1
         self.outputs_queue: asyncio.Queue[Any] = asyncio.Queue()
         self._engine_status: dict[int, Any] = {}
-        self._apply_ready_response(attachment.ready_payload)
+        self._apply_ready_response(ready_payload)
         self._ensure_output_queue_task()
 
     async def connected(self) -> EngineHello:
@@ -95,20 +101,24 @@ class AttachedClient(AsyncMPClient):
         return await within(CONNECT_TIMEOUT_S, self._first_answer())
 
     async def _first_answer(self) -> EngineHello:
-        self.input_socket.setsockopt(
-            zmq.ROUTER_MANDATORY, 1
-        )  # until it has come, sending fails instead of going nowhere
-        while True:
-            try:
-                hello = EngineHello.of(await self.call_utility_async("cascade_hello"))
-                break
-            except zmq.ZMQError as error:
-                if error.errno != zmq.EHOSTUNREACH:
-                    raise
-                self.utility_results.clear()  # no answers will come
-                await asyncio.sleep(CONNECT_POLL_S)
-        self.input_socket.setsockopt(zmq.ROUTER_MANDATORY, 0)  # a death is the owner's to tell, not the sender's
-        return hello
+        while not self.is_connected():  # noqa: ASYNC110 - it happens in another process
+            await asyncio.sleep(CONNECT_POLL_S)
+        return EngineHello.of(await self.call_utility_async("cascade_hello"))
+
+    def is_connected(self) -> bool:
+        """Whether what is sent now reaches the EngineCore's socket. Sends it that nothing is to be aborted."""
+        nothing = (self.core_engine, EngineCoreRequestType.ABORT.value, *self.encoder.encode([]))
+        # Only this message fails instead of going nowhere: a death is not for every sender to tell.
+        self.input_socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            zmq.Socket.shadow(self.input_socket).send_multipart(nothing, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        finally:
+            self.input_socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
+        return True
 
     def engine_died(self) -> None:
         """The owner reports that the EngineCore is gone."""
@@ -152,7 +162,8 @@ class AttachedCore:
         """Wait until the instance is up and has connected to this process; abort what a predecessor left there."""
         attachment = await self._attach(self)
         self.index, self._pid = attachment.index, attachment.pid
-        client = self._client = AttachedClient(self.vllm_config, attachment, self._client_index)
+        sockets = ClientSockets.at(attachment.input_address, attachment.output_address)
+        client = self._client = AttachedClient(self.vllm_config, sockets, attachment.ready_payload, self._client_index)
         try:
             hello = await client.connected()
             channel = self._channel = EngineChannel(
@@ -186,7 +197,12 @@ class AttachedCore:
             self._channel.close()
         client, self._client = self._client, None
         if client is not None:
-            fail_pending_calls(client)
-            with contextlib.suppress(EngineError):
-                client.shutdown(0.0)
-            let_go(client)
+            leave(client)
+
+
+def leave(client: AttachedClient) -> None:
+    """Let go of an EngineCore that goes on without this client."""
+    fail_pending_calls(client)
+    with contextlib.suppress(EngineError):
+        client.shutdown(0.0)
+    let_go(client)

@@ -13,7 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
@@ -242,3 +242,13 @@ class EngineChannel:
             return
         with contextlib.suppress(EngineDeadError):
             await send(self._client)
+
+
+async def connect_both_ways(channel: EngineChannel, peers: Sequence[EngineChannel]) -> None:
+    """Have an instance and each peer shake hands, both ways, and wait until all are done. Raises EngineError."""
+    both_ways = []
+    for peer in peers:
+        both_ways += [channel.shake_hands(peer.hello), peer.shake_hands(channel.hello)]
+    for outcome in await asyncio.gather(*both_ways, return_exceptions=True):  # none is left behind
+        if isinstance(outcome, BaseException):
+            raise outcome

@@ -5,7 +5,6 @@ A launcher (`cluster/protocol.py`) keeps its processes; this module holds the ch
 must be told.
 """
 
-import asyncio
 import contextlib
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from cascadeinfer.cluster.protocol import Kept, Launcher, Place
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.engines.vllm.attachment import Attachment
-from cascadeinfer.engines.vllm.channel import EngineChannel
+from cascadeinfer.engines.vllm.channel import EngineChannel, connect_both_ways
 from cascadeinfer.engines.vllm.connector.words import TOKEN_VARIABLE, new_token
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.messages import EngineHello
@@ -91,12 +90,7 @@ class OwnedCore:
 
     async def connect(self, channel: EngineChannel, peers: Sequence[EngineChannel]) -> None:
         """Handshake with each peer, both ways, and wait until all are done."""
-        both_ways = []
-        for peer in peers:
-            both_ways += [channel.shake_hands(peer.hello), peer.shake_hands(channel.hello)]
-        for outcome in await asyncio.gather(*both_ways, return_exceptions=True):  # none is left behind
-            if isinstance(outcome, BaseException):
-                raise outcome
+        await connect_both_ways(channel, peers)
 
     async def attachment(self, client: int) -> Attachment | None:
         """Have it serve a further client; what that one must know, or None while it does not run."""

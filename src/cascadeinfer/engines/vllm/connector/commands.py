@@ -7,18 +7,25 @@ requests does not step, but it does answer utility calls; a command that leaves 
 relies on the finished request that still waits in the scheduler, which keeps the engine stepping.
 """
 
+import functools
+import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
-from vllm.v1.engine.core import EngineCore
+import msgspec
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.request import RequestStatus
 
 from cascadeinfer.core.refusals import Refusal
+from cascadeinfer.engines.vllm.connector.door import Door, DoorSettings
 from cascadeinfer.engines.vllm.connector.held_blocks import held_blocks
 from cascadeinfer.engines.vllm.connector.identity import identity_of, kv_bytes_per_token
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker, release_on_worker
 from cascadeinfer.engines.vllm.messages import EngineHello, EngineLoad
+
+logger = logging.getLogger(__name__)
 
 
 def _side(core: EngineCore) -> CascadeSchedulerSide:
@@ -131,6 +138,23 @@ def cascade_forget_client(core: EngineCore, client_index: int) -> int:
     return len(orphans)
 
 
+def cascade_attach(core: EngineCoreProc, input_address: str, output_address: str) -> dict[str, Any]:
+    """A front end has bound these sockets: serve it. Only the listener in this process asks for it (`door.py`)."""
+    door = _side(core).door
+    assert door is not None, "it asks"
+    number = door.clients.attach(input_address, output_address)
+    return {"client": number, "ready_payload": msgspec.msgpack.encode(core._make_ready_response())}  # noqa: SLF001
+
+
+def cascade_detach(core: EngineCore, client_index: int) -> int:
+    """A front end that had attached is gone: abort what it has here. Returns how many requests those were."""
+    n_requests = cascade_forget_client(core, client_index)
+    door = _side(core).door
+    if door is not None and door.clients.detach(client_index):
+        logger.info("front end %s has left, %s requests of it were aborted", client_index, n_requests)
+    return n_requests
+
+
 def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
     """
     The current load as one front-end process sees it: lengths by request, foreign lengths, blocks, counters, and the
@@ -184,11 +208,34 @@ COMMANDS = (
     cascade_release_reservation,
     cascade_release_pin,
     cascade_forget_client,
+    cascade_attach,
+    cascade_detach,
     cascade_load,
 )
 
 
+def _open_door(core: EngineCoreProc) -> None:
+    """The EngineCore is ready to serve: let front ends attach, if it is configured for that."""
+    side = _side(core)
+    transfer = core.vllm_config.kv_transfer_config
+    assert transfer is not None, "our connector runs"
+    if (settings := DoorSettings.of(transfer)) is not None:
+        side.door = Door(core, settings, side.engine_id, side.connector_token)
+
+
+def _with_door(run: Callable[[EngineCoreProc], None]) -> Callable[[EngineCoreProc], None]:
+    @functools.wraps(run)
+    def run_busy_loop(core: EngineCoreProc) -> None:
+        _open_door(core)
+        run(core)
+
+    run_busy_loop.opens_door = True  # type: ignore[attr-defined]
+    return run_busy_loop
+
+
 def attach() -> None:
-    """Make the commands methods of `EngineCore`; idempotent."""
+    """Make the commands methods of `EngineCore`, and let it open its door before it serves; idempotent."""
     for command in COMMANDS:
         setattr(EngineCore, command.__name__, command)
+    if not hasattr(EngineCoreProc.run_busy_loop, "opens_door"):
+        EngineCoreProc.run_busy_loop = _with_door(EngineCoreProc.run_busy_loop)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 import vllm
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 from vllm.v1.engine.core import EngineCore
@@ -41,17 +41,8 @@ def identity_of(core: EngineCore) -> dict[str, Any]:
             "engine": "vllm",
             "engine_version": vllm.__version__,
             "model": Path(model.model).name if Path(model.model).is_dir() else model.model,
-            "architecture": model.architecture,
-            "layers": model.get_total_num_hidden_layers(),
-            "hidden_size": model.get_hidden_size(),
-            "query_heads": model.model_arch_config.total_num_attention_heads,
-            "kv_heads": model.get_total_num_kv_heads(),
-            "head_size": model.get_head_size(),
-            "vocabulary": model.get_vocab_size(),
-            "experts": model.get_num_experts(),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            **model_sizes(model),
             "kv_cache_dtype": config.cache_config.cache_dtype,
-            "quantization": model.quantization or "none",
             "tensor_parallel": parallel.tensor_parallel_size,
             "pipeline_parallel": parallel.pipeline_parallel_size,
             "device": worker["device"],
@@ -61,6 +52,22 @@ def identity_of(core: EngineCore) -> dict[str, Any]:
             "asynchronous": core.async_scheduling,  # as created; it completes its configuration again later
         },
         "multiprocessors": worker["multiprocessors"],
+    }
+
+
+def model_sizes(model: ModelConfig) -> dict[str, Any]:
+    """Of `EngineIdentity`: what two engines of the same model have in common, wherever and however they run."""
+    return {
+        "architecture": model.architecture,
+        "layers": model.get_total_num_hidden_layers(),
+        "hidden_size": model.get_hidden_size(),
+        "query_heads": model.model_arch_config.total_num_attention_heads,
+        "kv_heads": model.get_total_num_kv_heads(),
+        "head_size": model.get_head_size(),
+        "vocabulary": model.get_vocab_size(),
+        "experts": model.get_num_experts(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.quantization or "none",
     }
 
 

@@ -23,6 +23,7 @@ import logging
 import socket
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import BlockIds
@@ -53,6 +54,9 @@ from cascadeinfer.engines.vllm.connector.ticket import (
 )
 from cascadeinfer.engines.vllm.connector.v1_runner import V1Terms
 from cascadeinfer.engines.vllm.connector.words import Desk, can_go_on_elsewhere, check_words
+
+if TYPE_CHECKING:
+    from cascadeinfer.engines.vllm.connector.door import Door
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +92,11 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         self._kv_cache_manager: KVCacheManager | None = None
         #: Known from the first command on (see `commands.py`), which comes before the first request.
         self.scheduler: Scheduler | None = None
+        #: Where front ends attach, once the engine is ready to serve; None if it is not configured for that.
+        self.door: Door | None = None
         self._desk = Desk.of_this_process()
+        #: For front ends that attach later; must not be logged.
+        self.connector_token = self._desk.token
         self._failures = Failures()
         #: Cut requests that have not finished yet, by id.
         self._cuts: dict[str, PendingCut] = {}

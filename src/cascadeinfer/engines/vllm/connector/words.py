@@ -54,7 +54,13 @@ class Desk:
     """Takes what requests carry for the connector out of them."""
 
     def __init__(self, token: str) -> None:
-        """Accept words that carry this token."""
+        """
+        Accept words that carry this token.
+
+        Attributes:
+            token: For front ends that attach later; must not be logged.
+        """
+        self.token = token
         self._token = token.encode()
 
     @classmethod

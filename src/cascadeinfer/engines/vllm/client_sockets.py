@@ -1,0 +1,112 @@
+"""The two sockets by which a further client talks to an EngineCore: it binds them, and the EngineCore connects."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Final
+
+import zmq
+import zmq.asyncio
+from vllm.utils.network_utils import make_zmq_socket
+
+from cascadeinfer.cluster.knocking import tcp_address
+from cascadeinfer.cluster.shared_key import ClusterKey
+
+HEARTBEAT_MS: Final = 2_000
+HEARTBEAT_TIMEOUT_MS: Final = 10_000
+"""A connection without a sign of life for this long is closed; an engine behind it counts as dead."""
+
+
+class ClientSockets:
+    """
+    The sockets, bound.
+
+    Attributes:
+        plain_context: Theirs, on which nothing else runs.
+        context: The same for asyncio.
+        input: ROUTER, on which requests and calls are sent.
+        output: PULL, from which outputs and answers are read.
+    """
+
+    def __init__(self, bind: Callable[["ClientSockets"], None]) -> None:
+        """
+        Make and bind them.
+
+        Args:
+            bind: Sets `input` and `output`.
+        """
+        self.plain_context = zmq.Context(io_threads=2)
+        self.context = zmq.asyncio.Context(self.plain_context)
+        self.until_closed = contextlib.ExitStack()
+        self.input: zmq.asyncio.Socket = None  # type: ignore[assignment]  # until it is bound
+        self.output: zmq.asyncio.Socket = None  # type: ignore[assignment]
+        try:
+            bind(self)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def at(cls, input_address: str, output_address: str) -> "ClientSockets":
+        """Sockets at addresses that the EngineCore knows already."""
+
+        def bind(sockets: ClientSockets) -> None:
+            sockets.input = make_zmq_socket(sockets.context, input_address, zmq.ROUTER, bind=True)
+            sockets.output = make_zmq_socket(sockets.context, output_address, zmq.PULL)
+
+        return cls(bind)
+
+    @classmethod
+    def on(cls, host: str, key: ClusterKey) -> "ClientSockets":
+        """
+        Sockets on free TCP ports of an address of this machine, for engines that have the cluster's key.
+
+        Raises:
+            zmq.ZMQError: The address is none of this machine.
+        """
+
+        def bind(sockets: ClientSockets) -> None:
+            sockets.until_closed.enter_context(key.only_ours(sockets.plain_context))
+            sockets.input = sockets.bound(zmq.ROUTER, host, key)
+            sockets.output = sockets.bound(zmq.PULL, host, key)
+
+        return cls(bind)
+
+    def bound(self, kind: int, host: str, key: ClusterKey) -> zmq.asyncio.Socket:
+        """A socket of this kind on a free TCP port, for peers that have the key."""
+        sock = self.context.socket(kind)
+        for limit in (zmq.SNDHWM, zmq.RCVHWM):
+            sock.setsockopt(limit, 0)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        if ":" in host:
+            sock.setsockopt(zmq.IPV6, 1)
+        key.listen(sock)
+        sock.bind(tcp_address(host, "*"))
+        return sock
+
+    @property
+    def addresses(self) -> tuple[str, str]:
+        """Of the input and the output."""
+        return tuple(sock.getsockopt_string(zmq.LAST_ENDPOINT) for sock in (self.input, self.output))  # type: ignore[return-value]
+
+    async def until_one_disconnects(self) -> None:
+        """Wait until a connection of the input is lost, anybody's."""
+        monitor: Any = self.input.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
+            await monitor.recv_multipart()
+        finally:
+            self.input.disable_monitor()
+            monitor.close(linger=0)  # one that is open would keep the context from ending
+
+    def accept_nobody(self) -> None:
+        """Before the context is destroyed: end the thread that authenticates engines. Idempotent."""
+        self.until_closed.close()
+
+    def close(self) -> None:
+        """Close everything. For sockets that no client of vLLM's has taken over."""
+        self.accept_nobody()
+        for sock in (self.input, self.output):
+            if sock is not None:
+                sock.close(linger=0)
+        self.plain_context.term()
