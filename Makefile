@@ -1,7 +1,7 @@
 # Everything a checkout needs: `make demo` and `make test` work on a bare machine with Python >= 3.11 and a network for pip.
 # The virtual environment is made once; pip runs again only when pyproject.toml has changed.
 #
-#   make demo | test | test-v2 | seams | chaos | fuzz | lint | types | contracts | check | figures | install | clean | distclean
+#   make demo | test | test-v2 | seams | chaos | fuzz | gpu-check | lint | types | contracts | check | figures | install | clean | distclean
 #
 #   ENGINE=gpu     install vLLM for an NVIDIA GPU instead of the CPU build (another engine than before: a new environment)
 #   PYTHON=...     the interpreter to make the environment with
@@ -36,7 +36,7 @@ INSTALLED := $(VENV)/.installed-$(ENGINE)
 VENV_IS_OURS = [[ ! -e $(VENV) || -f $(VENV)/pyvenv.cfg ]] || \
 	{ echo "make: VENV=$(VENV) exists and is no virtual environment (name another)" >&2; exit 2; }
 
-.PHONY: help install demo test test-v2 seams chaos fuzz lint types contracts check figures clean distclean
+.PHONY: help install demo test test-v2 seams chaos fuzz gpu-check lint types contracts check figures clean distclean
 
 help:
 	@sed -n '/^#   make/,/^#   ARGS/s/^# *//p' $(firstword $(MAKEFILE_LIST))
@@ -85,7 +85,8 @@ test: $(INSTALLED)
 	@$(BIN)/python -m pytest $(ARGS)
 
 # The engine tests that depend on the model runner, on V2, which GPUs use: Triton's interpreter does its kernels (tests/support/v2_runner.py).
-V2_TESTS := test_v2_states.py test_moves.py test_commands.py test_features.py test_failures.py
+# `make test` runs a part of them (tests/engine/test_on_v2.py); all take an hour or more.
+V2_TESTS := test_v2_states.py test_moves.py test_commands.py test_features.py test_failures.py test_tensor_parallel.py
 test-v2: $(INSTALLED)
 	@PYTHONPATH=tests $(BIN)/python -m pytest -p support.v2_runner $(addprefix tests/engine/,$(V2_TESTS)) $(ARGS)
 
@@ -104,6 +105,10 @@ fuzz: $(INSTALLED)
 	@mkdir -p out
 	@$(BIN)/python -m pytest tests/engine/test_fuzz.py --fuzz-examples 200 --fuzz-report out/fuzz.json $(ARGS)
 	cat out/fuzz.json
+
+# What a machine with one GPU can measure in 25 minutes, in one report (docs/profiling.md): make ENGINE=gpu gpu-check
+gpu-check: $(INSTALLED)
+	@$(BIN)/python tools/gpu_check/gpu_check.py $(ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check

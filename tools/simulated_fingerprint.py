@@ -16,8 +16,8 @@ from pathlib import Path
 from pyarrow import parquet
 
 POLICIES = (
-    "cascade", "cascade-no-refine", "least_loaded", "llumnix", "prefix_aware", "round_robin", "static_length",
-    "vllm_dp",
+    "bucket", "cascade", "cascade-no-refine", "least_loaded", "llumnix", "power_of_two", "prefix_aware", "round_robin",
+    "static_length", "vllm_dp",
 )  # fmt: skip
 RATES = (8, 20)
 COMMAND = "from cascadeinfer.cli.main import main; raise SystemExit(main())"

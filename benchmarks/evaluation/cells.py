@@ -42,7 +42,12 @@ DECIDING: Final = ("core", "sim", "workload", "evaluation", "results")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The parameters of a run."""
+    """
+    The parameters of a run.
+
+    Attributes:
+        max_batched_tokens: Token budget of a step; 0: the profile's.
+    """
 
     profile: str
     trace: str
@@ -50,6 +55,7 @@ class Cell:
     policy: str
     seed: int
     instances: int = 16
+    max_batched_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,8 @@ class Figures:
         within_5x: Share that took at most 5 times as long as it would alone on an idle instance.
         within_20x: The same for 20 times.
         stages: In force at the end.
+        ttft_p99_ms, tpot_p99_ms: NaN in cells that older code made.
+        shared: Requests that a backlog sent to another place than their stage's.
     """
 
     code: str
@@ -89,6 +97,9 @@ class Figures:
     moves: int
     preemptions: int
     stages: int
+    ttft_p99_ms: float = math.nan
+    tpot_p99_ms: float = math.nan
+    shared: int = 0
 
 
 Row = TypeVar("Row", Cell, Figures)
@@ -108,6 +119,7 @@ def run_cell(cell: Cell, traces: Path) -> Figures:
         warm_up=WARM_UP,
         cool_down=COOL_DOWN,
         allow_overload=True,
+        max_batched_tokens=cell.max_batched_tokens or None,
     )
     outcome = run_once(setting, spec)
     done = outcome.counted.rows(outcome.counted.finished)
@@ -136,6 +148,9 @@ def run_cell(cell: Cell, traces: Path) -> Figures:
         moves=summary.migrations,
         preemptions=summary.preemptions,
         stages=len(outcome.layouts[-1][1].stages) if outcome.layouts else 1,
+        ttft_p99_ms=1e3 * summary.ttft_s_p99,
+        tpot_p99_ms=1e3 * summary.tpot_s_p99,
+        shared=summary.shared,
     )
 
 

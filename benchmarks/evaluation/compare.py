@@ -25,9 +25,9 @@ class Point:
     load: float
     instances: int = 16
 
-    def cell(self, policy: str, seed: int) -> Cell:
+    def cell(self, policy: str, seed: int, max_batched_tokens: int = 0) -> Cell:
         """One of the point's cells."""
-        return Cell(self.profile, self.trace, self.load, policy, seed, self.instances)
+        return Cell(self.profile, self.trace, self.load, policy, seed, self.instances, max_batched_tokens)
 
 
 def mean(results: Results, point: Point, policy: str, field: Field) -> float:

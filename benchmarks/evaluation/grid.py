@@ -5,6 +5,7 @@ The cells of the evaluation.
   16 H100 and 16 A100 at two loads.
 - Llama-3.1-70B with tensor parallel 4 on four instances of H20 (the paper's large model).
 - The cascade with parts switched off.
+- With `--tuned`: everybody at each token budget of a step, so that each rival can be compared at its best.
 """
 
 from itertools import product
@@ -37,6 +38,14 @@ POOLS_LOADS: Final = (0.3, 0.6)
 FEWER_BASELINES: Final = ("round_robin", "least_loaded", "vllm_dp", "llumnix")
 SEEDS: Final = (0, 1)
 
+TUNED_PROFILES: Final = ("h100-llama-3.1-8b", "a100-llama-3.1-8b", "h100-llama-3.1-70b-tp4")
+TUNED_TRACES: Final = ("azure_2023_conv", "sharegpt_8k_llama2", "mooncake_synthetic")
+TUNED_LOAD: Final = 0.85
+RIVALS: Final = ("least_loaded", "vllm_dp", "llumnix", "prefix_aware", "bucket", "power_of_two")
+NOT_SHARING: Final = "cascade-no-share"
+BUDGETS: Final = (512, 1024, 2048, 8192)
+TUNED_SEEDS: Final = (0, 1, 2)
+
 ABLATIONS: Final = (
     "cascade-no-refine",
     "cascade-no-rebalance",
@@ -47,6 +56,16 @@ ABLATIONS: Final = (
 )
 ABLATION_TRACES: Final = ("sharegpt_v3_firstturn_llama3", "sharegpt_8k_llama2", "servegen_deepseek_r1_1h")
 ABLATION_LOADS: Final = (0.6, 0.85)
+
+
+def tuned_cells() -> list[Cell]:
+    """Cells of the comparison with tuned rivals, seed by seed."""
+    return [
+        Cell(profile, trace, TUNED_LOAD, policy, seed, max_batched_tokens=budget)
+        for seed, profile, trace, budget, policy in product(
+            TUNED_SEEDS, TUNED_PROFILES, TUNED_TRACES, BUDGETS, (CASCADE, NOT_SHARING, *RIVALS)
+        )
+    ]
 
 
 def cells() -> list[Cell]:

@@ -26,8 +26,10 @@ from grid import (
     TRACES,
     cells,
 )
+from tuned import tuned_section
 
 MARKER: Final = re.compile(r"<!-- tables -->.*<!-- end of tables -->", re.DOTALL)
+TUNED_MARKER: Final = re.compile(r"<!-- tuned -->.*<!-- end of tuned -->", re.DOTALL)
 HIGH_LOAD: Final = 0.85
 MIXED: Final = TRACES[:5]
 """Traces whose lengths differ much (coefficient of variation above 0.7); in the other two they are nearly equal."""
@@ -48,16 +50,19 @@ def write_report(results: Results, page: Path) -> None:
         ValueError: The page has no markers.
     """
     text = page.read_text(encoding="utf-8")
-    if not MARKER.search(text):
-        raise ValueError(f"{page} has no <!-- tables --> ... <!-- end of tables -->")
+    for marker in (MARKER, TUNED_MARKER):
+        if not marker.search(text):
+            raise ValueError(f"{page} has no part that matches {marker.pattern}")
     folder = page.parent / "figures"
     folder.mkdir(exist_ok=True)
     body = "\n\n".join([*_sections(results), *_plots(results, folder)])
-    page.write_text(MARKER.sub(lambda _: f"<!-- tables -->\n{body}\n<!-- end of tables -->", text), encoding="utf-8")
+    text = MARKER.sub(lambda _: f"<!-- tables -->\n{body}\n<!-- end of tables -->", text)
+    tuned = f"<!-- tuned -->\n{tuned_section(results)}\n<!-- end of tuned -->"
+    page.write_text(TUNED_MARKER.sub(lambda _: tuned, text), encoding="utf-8")
 
 
 def _sections(results: Results) -> list[str]:
-    code = sorted({figures.code for figures in results.values()})
+    code = sorted({results[cell].code for cell in cells() if cell in results})
     done = sum(cell in results for cell in cells())
     return [
         (

@@ -5,7 +5,8 @@ The paper's evaluation, simulated: run the grid, write `docs/evaluation.md` and 
 
 Cells in the results file that were made by the current code are not run again, so an interrupted run resumes where it
 was. The whole grid takes one to two hours on two cores. `--only TEXT` runs the cells whose name contains the text;
-`--report` only writes the page.
+`--report` only writes the page. `--tuned` runs the comparison with rivals at their best token budget instead (see
+`tuned.py`), which takes as long again.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from cells import Cell, Figures, Results, append, fingerprint, read, run_cell, write
-from grid import cells
+from grid import cells, tuned_cells
 from page import write_report
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -35,13 +36,15 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cells whose name contains this text")
     parser.add_argument("--keep", action="store_true", help="keep cells that older code made")
     parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--tuned", action="store_true", help="run everybody at each token budget instead of the grid")
+    parser.add_argument("--seed", type=int, help="run only the cells with this seed")
     options = parser.parse_args()
     results = read(RESULTS)
     if not options.report:
         if not options.traces.is_dir():
             parser.error(f"--traces: there is no folder {options.traces}")
         fill(results, options)
-        write(RESULTS, results, cells())
+        write(RESULTS, results, [*cells(), *tuned_cells()])
     order = [cell for cell in cells() if cell in results]
     if not order:
         parser.error("there are no results to report")
@@ -54,7 +57,9 @@ def main() -> int:
 def fill(results: Results, options: argparse.Namespace) -> None:
     """Run the missing cells. Each is saved as soon as it is done; until then, the result of older code is kept."""
     code = fingerprint()
-    wanted = [cell for cell in cells() if options.only in name_of(cell)]
+    wanted = [cell for cell in (tuned_cells() if options.tuned else cells()) if options.only in name_of(cell)]
+    if options.seed is not None:
+        wanted = [cell for cell in wanted if cell.seed == options.seed]
     todo = [cell for cell in wanted if cell not in results or (results[cell].code != code and not options.keep)]
     columns = (
         TextColumn("simulating"),
@@ -64,6 +69,8 @@ def fill(results: Results, options: argparse.Namespace) -> None:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
+    if not todo:
+        return
     with Progress(*columns) as progress, ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         bar = progress.add_task("", total=len(todo))
         running = {pool.submit(run_cell, cell, options.traces): cell for cell in todo}
@@ -83,7 +90,8 @@ def _keep(results: Results, cell: Cell, figures: Figures) -> None:
 
 def name_of(cell: Cell) -> str:
     """Name of a cell for `--only`."""
-    return f"{cell.profile} {cell.trace} {cell.load:g} {cell.policy} {cell.seed}"
+    budget = f" @{cell.max_batched_tokens}" if cell.max_batched_tokens else ""
+    return f"{cell.profile} {cell.trace} {cell.load:g} {cell.policy} {cell.seed}{budget}"
 
 
 if __name__ == "__main__":

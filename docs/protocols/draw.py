@@ -46,7 +46,7 @@ REFUSALS = {
     Refusal.TARGET_DOWN: ("the shell", "the target is not up"),
     Refusal.NOT_CONNECTED: ("the shell", "KV cache cannot go from the source to the target"),
     Refusal.UNKNOWN: ("the source", "it has no such request (any more)"),
-    Refusal.UNMOVABLE: ("the source", "the request cannot be taken apart into prompt and output"),
+    Refusal.UNMOVABLE: ("the source", "its engine cannot move requests, or not this one"),
     Refusal.WAITING: (
         "the source",
         "the request does not run: it has been preempted, or its KV cache is still on the way",

@@ -35,6 +35,8 @@ def test_policies_are_compared_on_the_same_requests(
         "cascade": 2, "static_stages": 2, "least_loaded": 2,
     }  # fmt: skip
     assert all(r["requests"] == 150 and r["unfinished"] == 0 for per_seed in runs.values() for r in per_seed)
+    for figure in ("ttft_s", "tpot_s"):
+        assert all(r[f"{figure}_p99"] > r[f"{figure}_mean"] for per_seed in runs.values() for r in per_seed)
     moves = {name: sum(r["migrations"] for r in per_seed) for name, per_seed in runs.items()}
     assert moves["static_stages"] > 0
     assert moves["least_loaded"] == 0

@@ -85,3 +85,19 @@ def test_rates_between_two_ends() -> None:
     assert rates_of(" 1, 2.5,4 ") == [1.0, 2.5, 4.0]
     with pytest.raises(ConfigError):
         rates_of("5:20:4:2")
+
+
+def test_highest_rates_are_per_instance_too(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The goodput of one instance is an eighth of that of eight, and the rate that failed bounds it from above."""
+    out = tmp_path / "sweep.json"
+    assert run(*small(trace, policy="least_loaded", rates="10,2000", json=str(out))) == 0
+    [found] = json.loads(out.read_text())["highest_rate_per_s"].values()
+    assert found["per_instance_rps"] == pytest.approx(found["rate_rps"] / 8)
+    tried = dict(found["tried"])
+    assert found["failed_rps"] == min(rate for rate, share in tried.items() if share < 0.9)
+    assert found["failed_rps"] > found["rate_rps"]
+    text = capsys.readouterr().out
+    assert "per instance" in text
+    assert f"(+{found['failed_rps'] / found['rate_rps'] - 1.0:.1%})" in text
+    assert run(*small(trace, policy="least_loaded", rates="1900,2000", bisections="1")) == 0
+    assert "none" in capsys.readouterr().out

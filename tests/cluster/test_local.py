@@ -17,23 +17,39 @@ from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 
 
 def cores_of(binding: str) -> list[int]:
-    """The cores that a binding allows."""
+    """The cores that a binding of one rank allows."""
     return [int(core) for core in binding.split(",")]
 
 
-@given(st.integers(1, 16), st.lists(st.integers(0, 255), min_size=1, max_size=64, unique=True))
-def test_cores_are_shared_out(n_instances: int, cores: list[int]) -> None:
-    """Every instance gets some of our cores, all equally many; none is shared unless there are too few."""
-    bindings = [cores_of(binding) for binding in split_cores(n_instances, cores)]
-    assert len(bindings) == n_instances
+def cores_of_ranks(binding: str) -> list[list[int]]:
+    """The cores that a binding allows to each rank."""
+    return [cores_of(rank) for rank in binding.split("|")]
+
+
+@given(st.integers(1, 16), st.lists(st.integers(0, 255), min_size=1, max_size=64, unique=True), st.integers(1, 4))
+def test_cores_are_shared_out(n_instances: int, cores: list[int], n_ranks: int) -> None:
+    """Every rank gets some of our cores, all equally many; none is shared unless there are too few."""
+    instances = [cores_of_ranks(binding) for binding in split_cores(n_instances, cores, n_ranks)]
+    bindings = [rank for instance in instances for rank in instance]
+    assert [len(instance) for instance in instances] == [n_ranks] * n_instances
     assert all(core in cores for binding in bindings for core in binding)
     assert len({len(binding) for binding in bindings}) == 1
-    if len(cores) >= n_instances:
+    if len(cores) >= len(bindings):
         given_out = [core for binding in bindings for core in binding]
-        assert len(given_out) == len(set(given_out)) == len(cores) // n_instances * n_instances
+        assert len(given_out) == len(set(given_out)) == len(cores) // len(bindings) * len(bindings)
     else:
         shares = [sum(core in binding for binding in bindings) for core in cores]
         assert max(shares) - min(shares) <= 1
+        within = [sum(core in rank for rank in instance) for instance in instances for core in cores]
+        assert max(within) <= -(-n_ranks // len(cores))
+
+
+def test_ranks_of_an_added_instance_get_left_over_cores() -> None:
+    """A later instance gets a full set of free shares, then shares those of another."""
+    places = core_places(2, range(7), n_ranks=2)
+    assert [places.take(name) for name in "abc"] == ["0|1", "2|3", "4|5"]
+    assert core_places(2, range(8), n_ranks=2).take("a") == "0,1|2,3"
+    assert places.take("d") == "0|1"
 
 
 def test_no_core_is_an_error() -> None:

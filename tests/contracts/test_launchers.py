@@ -15,9 +15,10 @@ import pytest
 from launcher_contract import RULES, LauncherBed
 
 from cascadeinfer.cluster.local import LocalLauncher
-from cascadeinfer.cluster.places import Places
+from cascadeinfer.cluster.places import Places, device_places
 from cascadeinfer.cluster.process_start import ProcessStart
 from cascadeinfer.cluster.protocol import Abilities, ClientAddresses, Kept, Place
+from cascadeinfer.cluster.start_turns import StartTurns
 from cascadeinfer.core.errors import EngineError, ScalingRefusedError
 from cascadeinfer.core.types import InstanceId
 
@@ -30,14 +31,15 @@ class SleepingProcesses:
 
     environment: Mapping[str, str] = {"CASCADE_TEST_PLACE": "here"}
 
-    def __init__(self, n_clients: int, *, becomes_ready: bool) -> None:
-        """Set up for this many clients."""
+    def __init__(self, n_clients: int, *, becomes_ready: bool, may_go_on: threading.Event | None = None) -> None:
+        """Set up for this many clients; it starts up to the point where another thread lets it go on."""
         self.n_clients = n_clients
         self.config: Any = {"completed": False}
         self.ready_payload = b""
         self.processes: list[BaseProcess] = []
         self.environment_at_start: dict[str, str] = {}
         self._becomes_ready = becomes_ready
+        self._may_go_on = may_go_on
         self._ended = threading.Event()
 
     def start(self, environment: ProcessStart, further_clients: Sequence[ClientAddresses]) -> None:
@@ -50,6 +52,8 @@ class SleepingProcesses:
         self.processes.append(process)
         if not self._becomes_ready:
             self._ended.wait(SLEEP_S)
+        if self._may_go_on is not None:
+            self._may_go_on.wait(SLEEP_S)
         if self._ended.is_set():
             process.kill()
             raise RuntimeError("stopped while starting")
@@ -265,3 +269,71 @@ def test_a_further_instance_must_find_its_memory_free() -> None:
     launcher.place("a")
     with pytest.raises(ScalingRefusedError, match="no memory left"):
         launcher.place("b")
+
+
+async def until_forked(order: SleepingProcesses) -> None:
+    """Wait until the start has made its process."""
+    async with asyncio.timeout(60.0):
+        while not order.processes:  # noqa: ASYNC110 - a thread fills it
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("n_devices", [1, 2])
+async def test_starts_on_one_device_are_one_by_one(n_devices: int) -> None:
+    """
+    Two that share the only device start one after the other, in their order; an added one and a restart wait as well.
+
+    With a device each, both are under way at the same time.
+    """
+    places = device_places(2, 1, [str(number) for number in range(n_devices)])
+    launcher: LocalLauncher[Mapping[str, Any]] = LocalLauncher(places, 2, turns=StartTurns(SLEEP_S))
+    go = [threading.Event() for _ in range(4)]
+    orders = [SleepingProcesses(1, becomes_ready=True, may_go_on=event) for event in go]
+    a, b = launcher.place("a"), launcher.place("b")
+    starts = [asyncio.ensure_future(launcher.start(place, order)) for place, order in zip((a, b), orders, strict=False)]
+    try:
+        await until_forked(orders[0])
+        if n_devices == 2:
+            await until_forked(orders[1])
+            return
+        assert not orders[1].processes
+        go[0].set()
+        await starts[0]
+        await until_forked(orders[1])  # its turn came with the end of the first start
+        await launcher.stop(a, 0.0)
+        starts.append(asyncio.ensure_future(launcher.start(a, orders[2])))  # a restart
+        added = launcher.place("c")
+        starts.append(asyncio.ensure_future(launcher.start(added, orders[3])))
+        await asyncio.sleep(0.05)
+        assert not orders[2].processes
+        await launcher.stop(a, 0.0)  # while it waits
+        with pytest.raises(EngineError, match="stopped while starting"):
+            await starts[2]
+        assert not orders[3].processes
+        await launcher.stop(b, 0.0)  # a start that fails is in the way until nothing of it is left
+        go[1].set()
+        with pytest.raises(EngineError):
+            await starts[1]
+        await until_forked(orders[3])
+        go[3].set()
+        assert (await starts[3]).place == added
+    finally:
+        for event in go:
+            event.set()
+        for name in "abc":
+            await launcher.stop(Place(name, a.node, "", "", ""), 0.0)
+        await asyncio.gather(*starts, return_exceptions=True)
+
+
+async def test_a_hung_start_does_not_keep_a_restart_waiting_for_ever() -> None:
+    """After the limit the other one starts beside it."""
+    launcher: LocalLauncher[Mapping[str, Any]] = LocalLauncher(
+        device_places(2, 1, ["0"]), 2, turns=StartTurns(limit_s=0.1)
+    )
+    hung, other = launcher.place("a"), launcher.place("b")
+    hanging = asyncio.ensure_future(launcher.start(hung, SleepingProcesses(1, becomes_ready=False)))
+    kept = await asyncio.wait_for(launcher.start(other, SleepingProcesses(1, becomes_ready=True)), 60.0)
+    assert not hanging.done()
+    for place in (hung, kept.place):
+        await launcher.stop(place, 0.0)
+    await asyncio.gather(hanging, return_exceptions=True)

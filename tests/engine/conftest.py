@@ -24,6 +24,7 @@ from zoo import (
     MAX_MODEL_LEN,
     MAX_SEQS,
     ON_V2,
+    PATIENCE,
     RUNNER,
     THINK_ID,
     Zoo,
@@ -43,11 +44,16 @@ QUICK_ENVIRONMENT = {
 FORK = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The marker of the part of the V2 tests that CI runs (`test_on_v2.py`)."""
+    config.addinivalue_line("markers", "quick_v2: of the V2 tests that CI runs, see test_on_v2.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Engines need more time than the suite's time limit allows, above all on a busy machine."""
     for item in items:
         if item.get_closest_marker("engine") is not None and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(300))
+            item.add_marker(pytest.mark.timeout(900 if ON_V2 else 300))
         runner = item.get_closest_marker("runner")
         if runner is not None and runner.args[0] != RUNNER:
             item.add_marker(pytest.mark.skip(reason=f"of vLLM's {runner.args[0]} model runner (see CONTRIBUTING.md)"))
@@ -193,7 +199,7 @@ async def started_cluster(
     from cascadeinfer import assemble
     from cascadeinfer.config.schema import ServeOptions
 
-    options = ServeOptions(instances=3, stages=STAGES, report_interval_s=0.02, kv_lease_s=30)
+    options = ServeOptions(instances=3, stages=STAGES, report_interval_s=0.02, kv_lease_s=30 * PATIENCE)
     policy = SwitchedStages(layout=options.layout(), retry_s=0.05)
     engine_args = AsyncEngineArgs(
         model=str(tiny_model),

@@ -5,22 +5,32 @@ They are forked from the server, which has already imported everything. This is 
 many instances. Forking a process that has threads is not safe in general, so the product does not do it. For instance,
 a forked process would write the signals it gets to the server's event loop, through the inherited file descriptor.
 
-With HURRY in the environment it learns and plans every few seconds, from few requests and for small gains.
+With HURRY in the environment it learns and plans every few seconds, from few requests and for small gains. With
+ASYNCHRONOUS, each step is scheduled while another one runs, as on devices; vLLM switches that off on a CPU. If the
+environment chooses vLLM's V2 model runner, it runs without a GPU.
 """
 
 import ctypes
 import os
 import signal
+import sys
 import tempfile
 from functools import partial
 from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
 
 from llvmlite.binding import ffi
+
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    sys.path.append(str(Path(__file__).parent.parent))
+    import support.v2_runner  # noqa: F401 - before vLLM is imported otherwise
 
 from cascadeinfer import assemble
 from cascadeinfer.cli.main import main
 from cascadeinfer.config import policy
 from cascadeinfer.core.policies import cascade
+from cascadeinfer.engines.vllm import launch
 from cascadeinfer.runtime.supervise import SupervisionTimes
 
 PR_SET_PDEATHSIG = 1
@@ -37,6 +47,16 @@ def as_if_spawned() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+instance_config = launch.instance_config
+
+
+def asynchronous_config(*args: Any) -> Any:
+    """A configuration with asynchronous scheduling."""
+    config = instance_config(*args)
+    config.scheduler_config.async_scheduling = True
+    return config
+
+
 if __name__ == "__main__":
     ffi.lib._fntab["__dict__"] = {}  # see tests/conftest.py
     resource_tracker.ensure_running()  # one for all processes, as with spawned ones
@@ -46,6 +66,8 @@ if __name__ == "__main__":
     assemble.SupervisionTimes = partial(  # type: ignore[misc, assignment]
         SupervisionTimes, backoff_first_s=0.2, backoff_max_s=1.0, window_s=0.0
     )
+    if os.environ.get("ASYNCHRONOUS"):
+        launch.instance_config = asynchronous_config
     if os.environ.get("HURRY"):
         cascade.LearningSettings = partial(cascade.LearningSettings, interval_s=2.0)  # type: ignore[misc, assignment]
         policy.PlanSettings = partial(policy.PlanSettings, interval_s=2.0, min_requests=60, hysteresis=0.02)  # type: ignore[misc, assignment]

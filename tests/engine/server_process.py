@@ -80,11 +80,11 @@ class ServerProcess(ServedProcess):
         """A GET with the API key."""
         return httpx.get(self.url + path, headers=_bearer(key), timeout=60, **NO_TLS)
 
-    def post(self, path: str, content: Any, *, key: str | None = API_KEY) -> httpx.Response:
+    def post(self, path: str, content: Any, *, key: str | None = API_KEY, timeout_s: float = 120.0) -> httpx.Response:
         """A POST of JSON (or of bytes as they are) with the API key."""
         headers = {**_bearer(key), "content-type": "application/json"}
         body = {"content": content} if isinstance(content, bytes) else {"json": content}
-        return httpx.post(self.url + path, headers=headers, timeout=120, **body, **NO_TLS)
+        return httpx.post(self.url + path, headers=headers, timeout=timeout_s, **body, **NO_TLS)
 
     def delete(self, path: str, *, key: str | None = API_KEY) -> httpx.Response:
         """A DELETE with the API key."""

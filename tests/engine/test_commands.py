@@ -403,6 +403,24 @@ async def test_identity(zoo: Zoo) -> None:
     assert (await zoo.instances["async"].identity()).engine.asynchronous
 
 
+@pytest.mark.quick_v2
+async def test_hung_instance_fails_its_test(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for a request on an instance that has stopped ends with an error at the deadline of all waits."""
+    instance = zoo.instances["async"]
+    prompt, expected = await zoo.window(40, 60)
+    process = psutil.Process(instance.pid)
+    process.suspend()
+    try:
+        attempt = await zoo.start(instance, prompt, greedy(60))
+        monkeypatch.setattr("zoo.DEADLINE_S", 1.0)
+        with pytest.raises(TimeoutError):
+            await attempt.until_end()
+    finally:
+        process.resume()
+    monkeypatch.undo()
+    assert (await attempt.until_end()).output == expected
+
+
 async def test_idle_instances_sleep(zoo: Zoo) -> None:
     """Idle instances use no processor time (by default, NIXL's progress thread would keep a whole core busy)."""
     processes = [psutil.Process(instance.pid) for instance in zoo.instances.values()]

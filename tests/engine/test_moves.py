@@ -311,6 +311,7 @@ async def test_min_tokens(zoo: Zoo, source: str, target: str) -> None:
             assert attempt.finish_reason == alone.finish_reason
 
 
+@pytest.mark.quick_v2
 async def test_many_at_once(zoo: Zoo) -> None:
     """Requests of all lengths moving between all kinds of instances at the same time keep their outputs."""
     rng_order = list(itertools.islice(itertools.cycle(PAIRS), 24))

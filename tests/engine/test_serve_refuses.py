@@ -63,6 +63,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "no such host": (["TINY", "--host", "no.such.host.invalid"], ["--host", "no.such.host.invalid"]),
     "unknown flag": (["TINY", "--frobnicate"], ["--frobnicate", "--help"]),
     "data parallel": (["TINY", "--data-parallel-size", "2"], ["--data-parallel-size", "--instances"]),
+    "prefill context parallel": (
+        ["TINY", "--prefill-context-parallel-size", "2"],
+        ["--prefill-context-parallel-size", "remove"],
+    ),
     "KV transfer": (["TINY", "--kv-transfer-config", "{}"], ["--kv-transfer-config", "remove"]),
     "KV offloading": (["TINY", "--kv-offloading-size", "1"], ["--kv-offloading-size", "remove"]),
     "sleep mode": (["TINY", "--enable-sleep-mode"], ["--enable-sleep-mode", "remove"]),

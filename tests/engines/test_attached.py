@@ -35,6 +35,7 @@ HELLO = EngineHello(
     max_batched_tokens=256,
     max_model_len=1024,
     movable=True,
+    model_runner="V1",
     clock_s=0.0,
 )
 

@@ -29,6 +29,7 @@ HELLO = EngineHello(
     max_batched_tokens=256,
     max_model_len=1024,
     movable=True,
+    model_runner="V1",
     clock_s=1e6,
 )
 LOAD = EngineLoad(

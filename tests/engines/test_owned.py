@@ -48,6 +48,7 @@ class Launcher:
             max_batched_tokens=256,
             max_model_len=1024,
             movable=True,
+            model_runner="V1",
             clock_s=0.0,
         )
         return Kept(place, 100 + self._n_started, hello, b"ready", order.config)

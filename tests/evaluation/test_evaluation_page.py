@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = "# Words\n\n<!-- tables -->\nwhat was there before\n<!-- end of tables -->\n\nmore words\n"
+PAGE = (
+    "# Words\n\n<!-- tables -->\nwhat was there before\n<!-- end of tables -->\n\n"
+    "<!-- tuned --><!-- end of tuned -->\nmore words\n"
+)
 
 
 @pytest.fixture
@@ -86,6 +89,47 @@ def test_the_rate_within_a_limit_lies_between_the_loads_that_were_run(script: An
     assert rate == pytest.approx(100 * (grid.LOADS[1] + grid.LOADS[2]) / 2)
     low = compare.rate_within(results, compare.Point("p", "t", 0.85), "cascade", lambda f: f.within_5x, 0.05)
     assert math.isnan(low)
+
+
+def test_rivals_are_taken_at_their_best_budget(script: Any) -> None:
+    """
+    The best rival is the one with the lowest mean at any budget, for each figure by itself; one that lacks a seed does
+    not compete; ratios are per seed, with their interval.
+    """
+    cells, compare, grid, tuned = script("cells"), script("compare"), script("grid"), script("tuned")
+    point = compare.Point(grid.TUNED_PROFILES[0], grid.TUNED_TRACES[0], grid.TUNED_LOAD)
+    norms = {
+        ("cascade", 8192): 9.0, ("cascade", 512): 8.0, ("cascade-no-share", 8192): 10.0, ("llumnix", 8192): 20.0,
+        ("llumnix", 2048): 10.0, ("bucket", 1024): 11.0,
+    }  # fmt: skip
+    results = {
+        point.cell(policy, seed, budget): figures_of(
+            cells,
+            norm * (1.0 + 0.1 * seed),
+            ttft_p99_ms=40.0 if policy == "bucket" else 50.0,
+            requests=1000,
+            shared=120,
+        )
+        for (policy, budget), norm in norms.items()
+        for seed in grid.TUNED_SEEDS
+    }
+    results[point.cell("vllm_dp", 0, 512)] = figures_of(cells, 1.0, ttft_p99_ms=1.0)
+    lines = tuned.tuned_section(results).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if grid.TUNED_TRACES[0] in line]
+    assert rows[0][2:] == [
+        "normalised", "llumnix @2048", "0.90 (0.90 to 0.90)", "0.80 (0.80 to 0.80)", "0.90 (0.90 to 0.90)", "12.0%",
+    ]  # fmt: skip
+    assert rows[2][2:5] == ["TTFT p99", "bucket @1024", "1.25 (1.25 to 1.25)"]
+    assert "| geometric mean |  | normalised |  | 0.90 | 0.80 | 0.90 |  |" in lines
+
+
+def test_tuned_cells_are_everybody_at_each_budget(script: Any) -> None:
+    """Each policy is run at each budget with each seed, the first seed first, and cells have different names."""
+    grid, run = script("grid"), script("run")
+    found = grid.tuned_cells()
+    assert {cell.max_batched_tokens for cell in found} == set(grid.BUDGETS)
+    assert len({run.name_of(cell) for cell in [*found, *grid.cells()]}) == len(found) + len(grid.cells())
+    assert [cell.seed for cell in found] == sorted(cell.seed for cell in found)
 
 
 def test_the_page_holds_the_results_and_keeps_its_words(script: Any, tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ SPECS = {
     ),
     "cascade with a queue": PolicySpec("cascade", {"layout": LAYOUT, "max_queued": 3}),
     "static_stages": PolicySpec("static_stages", {"layout": LAYOUT, "retry_s": 0.1}),
-    **{name: PolicySpec(name) for name in ("least_loaded", "prefix_aware", "round_robin", "static_length", "vllm_dp")},
+    **{name: PolicySpec(name) for name in ("bucket", "least_loaded", "prefix_aware", "round_robin", "vllm_dp")},
+    "power_of_two": PolicySpec("power_of_two", {"seed": 7}),
+    "static_length": PolicySpec("static_length"),
     "llumnix": PolicySpec("llumnix", {"migrate_steps": 400.0}),
 }
 FAULTS = FaultPlan(

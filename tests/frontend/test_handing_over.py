@@ -32,7 +32,7 @@ class Desk:
         self.client._runtime = SimpleNamespace(submit=self._submit)  # type: ignore[assignment]
         config = VllmConfig()
         config.model_config = SimpleNamespace(logits_processors=None)  # type: ignore[assignment]
-        self.client._pins = Pins(config, movable=True)
+        self.client._pins = Pins(config, movable=True, model_runner="V1")
         self.client._vllm_config = config
         self.client.forget = self.forgotten.append
         self._error = error

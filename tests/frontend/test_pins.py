@@ -8,14 +8,14 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
 
 from cascadeinfer.core.events import PinReason
+from cascadeinfer.engines.vllm.messages import ModelRunner
 from cascadeinfer.frontend import pins
 from cascadeinfer.frontend.pins import Pins
 
 
-def config(*, v2: bool, **changed: Any) -> Any:
+def config(**changed: Any) -> Any:
     """The part of a `VllmConfig` that the rule reads."""
     fields = {
-        "use_v2_model_runner": v2,
         "structured_outputs_config": SimpleNamespace(reasoning_parser=""),
         "watermark_config": None,
         "model_config": SimpleNamespace(logits_processors=None),
@@ -59,15 +59,15 @@ def bad_words() -> SamplingParams:
 )
 def test_v1_pins_what_v2_moves(params: SamplingParams, on_v1: PinReason | None) -> None:
     """State that only the V1 runner loses pins a request on V1 and not on V2."""
-    assert Pins(config(v2=False), movable=True).reason_of(request(params)) is on_v1
-    assert Pins(config(v2=True), movable=True).reason_of(request(params)) is None
+    assert Pins(config(), movable=True, model_runner="V1").reason_of(request(params)) is on_v1
+    assert Pins(config(), movable=True, model_runner="V2").reason_of(request(params)) is None
 
 
 REASONING = {"structured_outputs_config": SimpleNamespace(reasoning_parser="qwen3")}
 GRAMMAR = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
 
 
-@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("runner", ["V1", "V2"])
 @pytest.mark.parametrize(
     ("params", "changed", "reason"),
     [
@@ -83,16 +83,16 @@ GRAMMAR = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
     ],
 )
 def test_pinned_on_both_runners(
-    params: SamplingParams, changed: dict[str, Any], reason: PinReason | None, *, v2: bool
+    params: SamplingParams, changed: dict[str, Any], reason: PinReason | None, runner: ModelRunner
 ) -> None:
     """What neither runner can move is pinned on both."""
-    assert Pins(config(v2=v2, **changed), movable=True).reason_of(request(params)) is reason
+    assert Pins(config(**changed), movable=True, model_runner=runner).reason_of(request(params)) is reason
 
 
 def test_installed_processors_pin(monkeypatch: pytest.MonkeyPatch) -> None:
     """A logits processor from an installed package has state that we do not know, so every request stays."""
     monkeypatch.setattr(pins, "_has_plugged_processors", lambda: True)
-    assert Pins(config(v2=True), movable=True).reason_of(request()) is PinReason.CUSTOM_SAMPLING
+    assert Pins(config(), movable=True, model_runner="V2").reason_of(request()) is PinReason.CUSTOM_SAMPLING
 
 
 @pytest.mark.parametrize(
@@ -108,4 +108,4 @@ def test_installed_processors_pin(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_requests_of_other_shapes(changed: dict[str, Any], reason: PinReason, *, movable: bool) -> None:
     """Requests that consist of more than token ids and sampling parameters are pinned."""
-    assert Pins(config(v2=True), movable=movable).reason_of(request(**changed)) is reason
+    assert Pins(config(), movable=movable, model_runner="V2").reason_of(request(**changed)) is reason

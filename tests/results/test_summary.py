@@ -40,7 +40,9 @@ def test_figures_by_hand() -> None:
     assert run.requests == 3
     assert run.unfinished == 1
     assert run.ttft_s_mean == pytest.approx(2.0)
+    assert run.ttft_s_p99 == pytest.approx(1.0 + 0.99 * 2.0)
     assert run.tpot_s_mean == pytest.approx((0.1 + 1.0) / 2)
+    assert run.tpot_s_p99 == pytest.approx(0.1 + 0.99 * 0.9)
     assert run.normalised_latency_s_mean == pytest.approx((2.0 / 11 + 1.2) / 2)
     assert run.e2e_s_p50 == pytest.approx(7.0)
     assert run.throughput_rps == pytest.approx(0.1)
@@ -55,6 +57,7 @@ def test_one_token_outputs_have_no_tpot_to_miss() -> None:
     run = summarise(records([1.0], [1.0], [1]), 2.0, Slo(ttft_s=1.0, tpot_s=0.0))
     assert run.slo_attainment == 1.0
     assert math.isnan(run.tpot_s_mean)
+    assert math.isnan(run.tpot_s_p99)
 
 
 def test_interval_is_students() -> None:

@@ -1,12 +1,15 @@
 """What operators see: the snapshot and the Prometheus metrics, with their names, labels and values."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from runtime_cluster import CAPACITY, Cluster, ScriptedPolicy
 
-from cascadeinfer.core.effects import PublishLayout
+from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout
+from cascadeinfer.core.events import Event, RequestArrived
 from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.refusals import Refusal
 from support.virtual_time import virtual_time
 
@@ -103,6 +106,25 @@ async def test_requests_by_outcome() -> None:
         assert read("cascadeinfer_recovered_requests_total", {"exact": "yes"}) == 2
         await cluster.all_up()
         assert read("cascadeinfer_instance_restarts", {"instance": "a", "stage": "0"}) == 1
+
+
+class Sharing(LeastLoaded):
+    """Says of each request with a long prompt that a backlog decided its place."""
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """See `Policy.handle`."""
+        effects = super().handle(event, now_s)
+        long = isinstance(event, RequestArrived) and event.prompt_tokens > 100
+        return [replace(effect, shared=long) if isinstance(effect, Dispatch) else effect for effect in effects]
+
+
+@virtual_time
+async def test_shared_requests_are_counted() -> None:
+    """Of three requests, two were dispatched because of a backlog, and the counter says two."""
+    async with Cluster(Sharing()) as cluster:
+        for number, prompt in enumerate((20, 200, 300)):
+            await (await cluster.submit(f"r{number}", prompt, 3)).until_end()
+        assert cluster.registry.get_sample_value("cascadeinfer_shared_requests_total") == 2
 
 
 @virtual_time

@@ -183,6 +183,8 @@ REPLAYED = {
     "least_loaded": PolicySpec("least_loaded"),
     "vllm_dp": PolicySpec("vllm_dp"),
     "llumnix": PolicySpec("llumnix", {"migrate_steps": 4000.0}),
+    "bucket": PolicySpec("bucket", {"interval_s": 0.2}),
+    "power_of_two": PolicySpec("power_of_two", {"seed": 7}),
     "cascade that refines": PolicySpec("cascade", {"layout": PAIRS, "step_model": MODEL}),
 }
 

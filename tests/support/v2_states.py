@@ -105,7 +105,7 @@ def allow_mutations() -> None:
     def mutate(self: Any, name: str) -> None:
         side = self.scheduler.connector.connector_scheduler
         side.__dict__.pop("_split", None)
-        side._is_v1_runner = name == "v1_terms"
+        side.model_runner = "V1" if name == "v1_terms" else "V2"
         if name == "no_split":
             split = side._split
             side._split = lambda request, _: split(request, len(request.prompt_token_ids))

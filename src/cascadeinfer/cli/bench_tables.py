@@ -1,12 +1,15 @@
 """
 Tables of `bench`: a row per label, a column per figure.
 
-Each figure has its 95 % confidence interval; ratios are to the first label. There is one table per group of requests.
+Each figure has its 95 % confidence interval; ratios are to the first label. There are three tables per group of
+requests, and the last of them counts runs, requests and failures. For what is bold see `tables.py`.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+from cascadeinfer.cli.tables import clear_winner, marked
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,9 +40,7 @@ RATE_COLUMNS: Final = (
     Column("goodput req/s", "goodput_rps", 1.0, 1),
     Column("in SLO %", "slo_attainment", 100.0, 1),
 )
-RATIO_COLUMNS: Final = tuple(
-    column for column in (*TOKEN_COLUMNS, *WHOLE_COLUMNS, *RATE_COLUMNS) if not column.figure.endswith("_p50")
-)
+GROUPS_OF_COLUMNS: Final = ((TOKEN_COLUMNS, "tokens"), (WHOLE_COLUMNS, "whole answers"), (RATE_COLUMNS, "rates"))
 
 Runs = Mapping[str, Sequence[Mapping[str, "GroupSummary"]]]
 """For each label, the summaries by group of all of its runs."""
@@ -56,10 +57,10 @@ def shown(estimate: "Estimate", factor: float = 1.0) -> str:
 
 
 def figure_tables(runs: Runs, title: str) -> list["Table"]:
-    """For each group: latency per token and end to end, then rates. The best value of each column is bold."""
+    """For each group: latency per token and end to end, then rates."""
     tables = []
     for group in _groups(runs):
-        for columns, what in ((TOKEN_COLUMNS, "tokens"), (WHOLE_COLUMNS, "whole answers"), (RATE_COLUMNS, "rates")):
+        for columns, what in GROUPS_OF_COLUMNS:
             tables.append(_table(runs, group, columns, f"{title}: {group} requests, {what}"))
     return tables
 
@@ -76,77 +77,76 @@ def _table(runs: Runs, group: str, columns: Sequence[Column], title: str) -> "Ta
 
     from cascadeinfer.results.estimates import by_group, over_runs
 
-    table = Table(title=title, caption="measured; ± half of the 95 % interval")
-    table.add_column("label", no_wrap=True)
-    table.add_column("runs", justify="right")
-    table.add_column("requests", justify="right")
-    table.add_column("failed", justify="right")
+    counted = columns is RATE_COLUMNS
+    table = Table(
+        title=title, caption="measured; ± half of the 95 % interval; bold: its interval is apart from all others"
+    )
+    table.add_column("label", overflow="fold")
+    for heading in ("runs", "requests", "failed") if counted else ():
+        table.add_column(heading, justify="right")
     for column in columns:
         table.add_column(column.heading, justify="right")
     rows = {label: by_group(of_label, group) for label, of_label in runs.items()}
     rows = {label: summaries for label, summaries in rows.items() if summaries}
-    cells = {
-        label: [over_runs([summary.figures[column.figure] for summary in summaries]) for column in columns]
-        for label, summaries in rows.items()
-    }
-    best = [_best([row[i].value for row in cells.values()], column) for i, column in enumerate(columns)]
-    for label, summaries in rows.items():
-        failed = sum(summary.failed for summary in summaries)
+    cells = [
+        [over_runs([summary.figures[column.figure] for summary in summaries]) for column in columns]
+        for summaries in rows.values()
+    ]
+    best = [clear_winner([row[i] for row in cells], column.better) for i, column in enumerate(columns)]
+    for number, (label, summaries) in enumerate(rows.items()):
         texts = [
-            f"[bold]{shown(cell, column.factor)}[/bold]"
-            if cell.value == top and len(rows) > 1
-            else shown(cell, column.factor)
-            for cell, column, top in zip(cells[label], columns, best, strict=True)
+            marked(shown(cell, column.factor), top == number)
+            for cell, column, top in zip(cells[number], columns, best, strict=True)
         ]
-        table.add_row(
-            label,
-            str(len(summaries)),
-            str(sum(summary.requests for summary in summaries)),
-            f"[red]{failed}[/red]" if failed else "0",
-            *texts,
-        )
+        table.add_row(label, *(_counts(summaries) if counted else ()), *texts)
     return table
 
 
-def _best(values: Sequence[float], column: Column) -> float | None:
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return None
-    return max(finite) if column.better > 0 else min(finite)
+def _counts(summaries: Sequence["GroupSummary"]) -> tuple[str, str, str]:
+    """Runs, their requests, and how many of those failed."""
+    failed = sum(summary.failed for summary in summaries)
+    requests = sum(summary.requests for summary in summaries)
+    return str(len(summaries)), str(requests), f"[red]{failed}[/red]" if failed else "0"
 
 
 def ratio_tables(runs: Runs, title: str) -> list["Table"]:
-    """For each group: ratios to the first label's figures, run by run."""
+    """For each group: ratios to the first label's figures, run by run, without medians."""
+    if len(runs) < 2:
+        return []
+    tables = []
+    for group in _groups(runs):
+        for columns, what in GROUPS_OF_COLUMNS:
+            kept = [column for column in columns if not column.figure.endswith("_p50")]
+            tables.append(_ratio_table(runs, group, kept, f"{title}: {group} requests, {what}"))
+    return tables
+
+
+def _ratio_table(runs: Runs, group: str, columns: Sequence[Column], title: str) -> "Table":
     from rich.table import Table
 
     from cascadeinfer.results.estimates import ratio_over_runs
 
     reference, *others = runs
-    tables = []
-    for group in _groups(runs) if others else ():
-        table = Table(
-            title=f"{title}: {group} requests, times {reference}",
-            caption=(
-                "geometric mean over pairs of runs ± half of the 95 % interval; "
-                "below 1 is better for latencies, above 1 for rates"
-            ),
-        )
-        table.add_column("label", no_wrap=True)
-        for column in RATIO_COLUMNS:
-            table.add_column(column.heading.removesuffix(" ms").removesuffix(" s").removesuffix(" %"), justify="right")
-        for label in others:
-            pairs = [
-                (mine[group], theirs[group])
-                for mine, theirs in zip(runs[label], runs[reference], strict=False)
-                if group in mine and group in theirs
-            ]
-            ratios = [
-                ratio_over_runs(
-                    [mine.figures[column.figure] for mine, _ in pairs],
-                    [theirs.figures[column.figure] for _, theirs in pairs],
-                )
-                for column in RATIO_COLUMNS
-            ]
-            table.add_row(label, *(shown(ratio) for ratio in ratios))
-        tables.append(table)
-    return tables
+    better = "above" if columns[0].better > 0 else "below"
+    table = Table(
+        title=f"{title}, times {reference}",
+        caption=f"geometric mean over pairs of runs ± half of the 95 % interval; {better} 1 is better",
+    )
+    table.add_column("label", overflow="fold")
+    for column in columns:
+        table.add_column(column.heading.removesuffix(" ms").removesuffix(" s").removesuffix(" %"), justify="right")
+    for label in others:
+        pairs = [
+            (mine[group], theirs[group])
+            for mine, theirs in zip(runs[label], runs[reference], strict=False)
+            if group in mine and group in theirs
+        ]
+        ratios = [
+            ratio_over_runs(
+                [mine.figures[column.figure] for mine, _ in pairs],
+                [theirs.figures[column.figure] for _, theirs in pairs],
+            )
+            for column in columns
+        ]
+        table.add_row(label, *(shown(ratio) for ratio in ratios))
+    return table

@@ -69,6 +69,16 @@ PrefixHashes = Annotated[
 Overload = Annotated[
     bool, typer.Option("--overload", help="Run a rate above capacity, with the plan for what can be served.")
 ]
+TokenBudgets = Annotated[
+    str | None,
+    typer.Option(
+        "--max-num-batched-tokens",
+        help=(
+            "Run each policy at each of these token budgets of a step, e.g. 512,1024,2048,8192, and say which suits it "
+            "best. Default: the profile's."
+        ),
+    ),
+]
 PlotPrefix = Annotated[
     str | None, typer.Option(help="Prefix of PNG files: PREFIX-cdf.png, PREFIX-timeline-POLICY.png.")
 ]
@@ -87,6 +97,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write all fi
 DEFAULT_CONTEXT: Final = 131_072
 DEFAULT_MARGIN: Final = 0.03
 DEFAULT_POLICIES: Final = "cascade,least_loaded,round_robin"
+SLO_POLICY: Final = "cascade"
 TTFT_WEIGHT: Final = 1.0
 TPOT_WEIGHT: Final = 10.0
 
@@ -229,6 +240,28 @@ def prefixes_of(setting: "Setting", wanted: bool, hashes: Path | None) -> bool:
 def words_of(text: str) -> list[str]:
     """The comma-separated words, without empty ones."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def token_budgets_of(text: str | None) -> list[int | None]:
+    """
+    Token budgets from a comma-separated list; without one, only that of the profile (None).
+
+    Raises:
+        ConfigError: One is no whole number of at least 1, or is named twice.
+    """
+    if text is None:
+        return [None]
+    option, fix = "--max-num-batched-tokens", "e.g. 512,1024,2048,8192"
+    budgets: list[int | None] = []
+    for word in words_of(text):
+        if not (word.isdecimal() and int(word) > 0):
+            raise ConfigError(f"{word!r} is not a whole number of at least 1", option=option, fix=fix)
+        if int(word) in budgets:
+            raise ConfigError(f"{word} is named twice", option=option, fix=fix)
+        budgets.append(int(word))
+    if not budgets:
+        raise ConfigError("no token budget", option=option, fix=fix)
+    return budgets
 
 
 def rates_of(text: str) -> list[float]:

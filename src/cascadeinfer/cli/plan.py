@@ -25,35 +25,58 @@ def plan(
     profile: options.Profile,
     trace: options.TraceFile,
     rate: options.Rate,
-    instances: options.Instances,
+    instances: Annotated[int | None, typer.Option(help="Instances of the model.")] = None,
+    slo: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "Instead of --instances: find the fewest at which this percentile of TTFT is within --ttft-slo, and "
+                "that of TPOT within --tpot-slo, e.g. p99."
+            )
+        ),
+    ] = None,
     objective: options.ObjectiveName = "latency",
     margin: options.Margin = options.DEFAULT_MARGIN,
     ttft_slo: options.TtftSlo = 2.0,
     tpot_slo: options.TpotSlo = 0.1,
     context: options.Context = options.DEFAULT_CONTEXT,
     accept_poor_profile: options.AcceptPoorProfile = False,
+    policy: Annotated[str, typer.Option(help="With --slo: the policy that is simulated.")] = options.SLO_POLICY,
+    seeds: Annotated[int, typer.Option(help="With --slo: runs per number of instances.")] = 2,
+    duration_s: Annotated[float, typer.Option(help="With --slo: seconds of arrivals per run.")] = 60.0,
+    warm_up: options.WarmUp = 0.1,
+    most_instances: Annotated[int, typer.Option(help="With --slo: largest number to try.")] = 256,
+    jobs: options.Jobs = 1,
     plot: Annotated[Path | None, typer.Option(help="Draw work over length with the stages (PNG).")] = None,
     json_file: options.JsonFile = None,
 ) -> None:
-    """Plan stages for the lengths of a trace at a rate, and say why."""
+    """Plan stages for the lengths of a trace at a rate, and say why; with --slo, first find how many instances."""
+    from cascadeinfer.cli import plan_capacity
     from cascadeinfer.cli.tables import console
     from cascadeinfer.core.plan.explain import reasons
     from cascadeinfer.evaluation.setting import check_rate
 
-    goal = options.objective_of(objective, options.slo_of(ttft_slo, tpot_slo))
+    goal = options.objective_of(objective, limits := options.slo_of(ttft_slo, tpot_slo))
     check_rate(rate)
+    percentile = plan_capacity.percentile_of(slo, instances)
     options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
-    setting = options.setting_of(profile, trace, instances, context, goal, margin, accept_poor_profile)
+    count = 1 if instances is None else instances
+    setting = options.setting_of(profile, trace, count, context, goal, margin, accept_poor_profile)
+    searched: dict[str, Any] = {}
+    if percentile is not None:
+        run = plan_capacity.run_of(policy, rate, duration_s, limits, warm_up)
+        search = plan_capacity.search_of(setting, run, percentile, seeds, most_instances)
+        setting, searched = plan_capacity.answered(search, jobs)
     best = setting.plan(rate)
     options.tell_notes(setting)
     out = console()
     out.print(_stage_table(best))
-    out.print(_comparison(best), highlight=False)
+    out.print(_comparison(best), highlight=False, soft_wrap=True)
     typer.echo("\n".join(["", *reasons(best)]))
     stages = [_as_dict(stage) for stage in best.stages]
-    typer.echo(f"\n{_for_the_server(best, instances, profile)}")
+    typer.echo(f"\n{_for_the_server(best, setting.n_instances, profile)}")
     if json_file is not None:
-        options.write_json(json_file, _content(setting, best, rate, stages))
+        options.write_json(json_file, {**_content(setting, best, rate, stages), **searched})
     if plot is not None:
         from cascadeinfer.figures.drawing import save
         from cascadeinfer.figures.plan_figure import plan_figure
@@ -66,10 +89,10 @@ def _stage_table(best: "Plan") -> "Table":
 
     table = Table(title=f"{len(best.stages)} stage{'s' if len(best.stages) > 1 else ''}, predicted")
     for heading in (
-        "lengths", "instances", "requests", "tokens", "utilisation", "batch", "step ms", "KV use", "TTFT s",
-        "handed in/s",
+        "lengths", "instances", "requests", "tokens", "busy", "batch", "step\nms", "KV\nuse", "TTFT\ns",
+        "handed\nin/s",
     ):  # fmt: skip
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=heading == "lengths")
     for stage in best.stages:
         service = stage.service
         table.add_row(

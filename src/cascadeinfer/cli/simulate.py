@@ -47,6 +47,7 @@ def simulate(
     arrivals: options.Arrivals = "poisson",
     prefix_caching: options.PrefixCaching = False,
     prefix_hashes: options.PrefixHashes = None,
+    max_num_batched_tokens: options.TokenBudgets = None,
     overload: options.Overload = False,
     jobs: options.Jobs = 1,
     plot: options.PlotPrefix = None,
@@ -55,7 +56,6 @@ def simulate(
     parquet: Annotated[Path | None, typer.Option(help="Write one row per request, policy and seed (Parquet).")] = None,
 ) -> None:
     """Simulate a workload under several policies, by default 2,000 requests per run, and compare them."""
-    from cascadeinfer.cli.tables import console, policy_table
     from cascadeinfer.evaluation.pool import check_jobs
     from cascadeinfer.evaluation.runs import RunSpec
     from cascadeinfer.evaluation.setting import check_rate, check_served
@@ -70,25 +70,54 @@ def simulate(
     drawn = None if plot is None else Path(plot)
     files = {"--plot": drawn, "--event-log": event_log, "--json": json_file, "--parquet": parquet}
     options.check_outputs(files, matplotlib=plot is not None, pyarrow=parquet is not None)
-    slo = options.slo_of(ttft_slo, tpot_slo)
-    goal = options.objective_of(objective, slo)
+    goal = options.objective_of(objective, slo := options.slo_of(ttft_slo, tpot_slo))
+    budgets = options.token_budgets_of(max_num_batched_tokens)
     setting = options.setting_of(profile, trace, instances, context, goal, margin, accept_poor_profile, prefix_hashes)
     prefixes = options.prefixes_of(setting, prefix_caching, prefix_hashes)
     if not overload:
-        check_served(setting, [rate])
+        check_served(setting, [rate], budgets)
     law = options.arrivals_of(arrivals)
     first = RunSpec(names[0], rate, 0, count, slo, warm_up, 0.0, overload, law, prefixes)
-    specs = [replace(first, policy=name, seed=seed) for seed in range(seeds) for name in names]
+    specs = _specs(first, names, budgets, seeds)
     tasks = [_Task(setting, s, plot is not None and s.seed == 0, _log_of(event_log, s, len(specs))) for s in specs]
     outcomes = _run_all(tasks, jobs)
     options.tell_notes(setting)
     options.tell_short_runs(rate, count, max(o.summary.e2e_s_mean for o in outcomes))
-    runs = {name: [o for o in outcomes if o.spec.policy == name] for name in names}
+    runs = _by_label(outcomes)
     title = f"{setting.profile.name}, {trace.name}, {rate:g} requests/s, {instances} instances, {count} requests"
-    console().print(policy_table({name: [o.summary for o in done] for name, done in runs.items()}, title))
-    _write(_content(setting, trace, first, seeds), runs, json_file, parquet)
+    _show(runs, names, budgets, title)
+    _write(_content(setting, trace, first, seeds, budgets), runs, json_file, parquet)
     if plot is not None:
         _draw(plot, runs, title)
+
+
+def _specs(first: "RunSpec", names: Sequence[str], budgets: Sequence[int | None], seeds: int) -> list["RunSpec"]:
+    """Every policy at every token budget, seed by seed."""
+    return [
+        replace(first, policy=name, seed=seed, max_batched_tokens=budget)
+        for seed in range(seeds)
+        for name in names
+        for budget in budgets
+    ]
+
+
+def _by_label(outcomes: Sequence["RunOutcome"]) -> dict[str, list["RunOutcome"]]:
+    """The runs of each policy at each token budget, in order of seed."""
+    runs: dict[str, list[RunOutcome]] = {}
+    for outcome in outcomes:
+        runs.setdefault(outcome.spec.label, []).append(outcome)
+    return runs
+
+
+def _show(runs: dict[str, list["RunOutcome"]], names: Sequence[str], budgets: Sequence[int | None], title: str) -> None:
+    """Print the tables, and with several token budgets the best one of each policy."""
+    from cascadeinfer.cli.tables import console, policy_tables, tell_best_budgets
+
+    summaries = {label: [outcome.summary for outcome in done] for label, done in runs.items()}
+    for table in policy_tables(summaries, title):
+        console().print(table)
+    if len(budgets) > 1:
+        typer.echo(tell_best_budgets(summaries, names, budgets))
 
 
 @dataclass(frozen=True)
@@ -114,7 +143,11 @@ def _log_of(event_log: Path | None, spec: "RunSpec", n_runs: int) -> Path | None
     if event_log is None or n_runs == 1:
         return event_log
     stem, dot, suffixes = event_log.name.partition(".")
-    return event_log.with_name(f"{stem}-{spec.policy}-{spec.seed}{dot}{suffixes}")
+    return event_log.with_name(f"{stem}-{_in_file_name(spec.label)}-{spec.seed}{dot}{suffixes}")
+
+
+def _in_file_name(label: str) -> str:
+    return label.replace(" @", "-")
 
 
 def _do(task: _Task) -> "RunOutcome":
@@ -136,7 +169,7 @@ def _run_all(tasks: Sequence[_Task], jobs: int) -> list["RunOutcome"]:
             return [outcomes[i] for i in range(len(tasks))]
         done = 0
         for number, task in enumerate(tasks):
-            progress.update(bar, description=f"{task.spec.policy}, seed {task.spec.seed}")
+            progress.update(bar, description=f"{task.spec.label}, seed {task.spec.seed}")
 
             def tell(_: float, over: int, before: int = done) -> None:
                 progress.update(bar, completed=before + over)
@@ -147,7 +180,9 @@ def _run_all(tasks: Sequence[_Task], jobs: int) -> list["RunOutcome"]:
     return [outcomes[i] for i in range(len(tasks))]
 
 
-def _content(setting: "Setting", trace: Path, spec: "RunSpec", seeds: int) -> dict[str, Any]:
+def _content(
+    setting: "Setting", trace: Path, spec: "RunSpec", seeds: int, budgets: Sequence[int | None]
+) -> dict[str, Any]:
     from cascadeinfer.results.provenance import provenance
 
     return {
@@ -159,6 +194,7 @@ def _content(setting: "Setting", trace: Path, spec: "RunSpec", seeds: int) -> di
         "warm_up": spec.warm_up,
         "arrivals": asdict(spec.arrivals),
         "prefix_caching": spec.prefix_caching,
+        "max_num_batched_tokens": [b or setting.profile.capacity.max_batched_tokens for b in budgets],
         "context_tokens": setting.context_tokens,
         "prompts_cut": setting.capped.prompts_cut,
         "outputs_cut": setting.capped.outputs_cut,
@@ -204,7 +240,7 @@ def _write_parquet(file: Path, outcomes: Sequence["RunOutcome"], header: dict[st
     for outcome in outcomes:
         n = len(outcome.requests)
         columns = {
-            "policy": pa.array([outcome.spec.policy] * n).dictionary_encode(),
+            "policy": pa.array([outcome.spec.label] * n).dictionary_encode(),
             "seed": pa.array([outcome.spec.seed] * n),
         }
         columns |= {f.name: pa.array(getattr(outcome.requests, f.name)) for f in fields(outcome.requests)}
@@ -228,5 +264,6 @@ def _draw(prefix: str, runs: dict[str, list["RunOutcome"]], title: str) -> None:
         first = per_seed[0]
         if first.samples is not None and len(first.samples):
             save(
-                stage_timelines(first.samples, first.layouts, f"{name}: {title}"), Path(f"{prefix}-timeline-{name}.png")
+                stage_timelines(first.samples, first.layouts, f"{name}: {title}"),
+                Path(f"{prefix}-timeline-{_in_file_name(name)}.png"),
             )

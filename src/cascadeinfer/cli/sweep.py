@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cascadeinfer.evaluation.search import HighestRate
-    from cascadeinfer.evaluation.sweeps import Curves, Sweep
+    from cascadeinfer.evaluation.sweeps import Contender, Curves, Sweep
+    from cascadeinfer.results.summary import Slo
 
 DEFAULT_DURATION_S: Final = 60.0
 
@@ -48,6 +49,7 @@ def sweep(
     context: options.Context = options.DEFAULT_CONTEXT,
     accept_poor_profile: options.AcceptPoorProfile = False,
     arrivals: options.Arrivals = "poisson",
+    max_num_batched_tokens: options.TokenBudgets = None,
     jobs: options.Jobs = 1,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves (PNG).")] = None,
     json_file: options.JsonFile = None,
@@ -56,7 +58,7 @@ def sweep(
     from cascadeinfer.cli.tables import console
     from cascadeinfer.evaluation.pool import check_jobs
     from cascadeinfer.evaluation.runs import RunSpec
-    from cascadeinfer.evaluation.sweeps import Sweep
+    from cascadeinfer.evaluation.sweeps import Contender, Sweep
     from cascadeinfer.evaluation.variants import check_policies
 
     check_policies(names := options.words_of(policy))
@@ -69,80 +71,90 @@ def sweep(
     count = options.requests_of(requests, span_s, wanted[0], default=1)
     check_jobs(jobs)
     options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
+    budgets = options.token_budgets_of(max_num_batched_tokens)
     slo = options.slo_of(ttft_slo, tpot_slo)
     goal = options.objective_of(objective, slo)
     setting = options.setting_of(profile, trace, instances, context, goal, margin, accept_poor_profile)
     law = options.arrivals_of(arrivals)
     spec = RunSpec(names[0], wanted[0], 0, count, slo, warm_up, allow_overload=True, arrivals=law)
     what = Sweep(setting, spec, seeds, span_s)
-    curves, found = _run(what, names, wanted, attain, bisections, jobs)
+    contenders = [Contender(name, budget) for name in names for budget in budgets]
+    curves, found = _run(what, contenders, wanted, attain, bisections, jobs)
     options.tell_notes(setting)
     title = f"{setting.profile.name}, {trace.name}, {instances} instances"
-    out = console()
-    out.print(_curve_table(curves, wanted, title))
-    if found:
-        out.print(_rate_table(found, attain, slo.ttft_s, slo.tpot_s))
+    tables = _curve_tables(curves, wanted, title)
+    for table in [*tables, _rate_table(found, attain, slo, instances)] if found else tables:
+        console().print(table)
     _tell_short_runs(what, curves, wanted[0])
     if json_file is not None:
         options.write_json(json_file, _content(what, trace, wanted, curves, found, attain))
     if plot is not None:
-        from cascadeinfer.figures.drawing import save
-        from cascadeinfer.figures.rate_figures import rate_curves
+        _draw(plot, curves, wanted, title)
 
-        save(rate_curves(curves, wanted, title), plot)
+
+def _draw(plot: Path, curves: "Curves", rates: Sequence[float], title: str) -> None:
+    from cascadeinfer.figures.drawing import save
+    from cascadeinfer.figures.rate_figures import rate_curves
+
+    save(rate_curves(curves, rates, title), plot)
 
 
 def _tell_short_runs(what: "Sweep", curves: "Curves", lowest_rps: float) -> None:
     slowest_s = max(run.e2e_s_mean for curve in curves.values() for run in curve[0])
-    options.tell_short_runs(lowest_rps, what.at(what.spec.policy, lowest_rps, 0).requests, slowest_s)
+    n_requests = what.spec.requests if what.duration_s is None else round(lowest_rps * what.duration_s)
+    options.tell_short_runs(lowest_rps, n_requests, slowest_s)
 
 
 def _run(
-    what: "Sweep", names: Sequence[str], rates: Sequence[float], attain: float, bisections: int, jobs: int
+    what: "Sweep", contenders: Sequence["Contender"], rates: Sequence[float], attain: float, bisections: int, jobs: int
 ) -> tuple["Curves", dict[str, "HighestRate"]]:
     from cascadeinfer.cli.tables import progress_bar
     from cascadeinfer.evaluation.sweeps import curves_of, highest_rates
 
     with progress_bar() as progress:
-        bar = progress.add_task("curves", total=len(names) * len(rates) * what.seeds)
-        curves = curves_of(what, names, rates, jobs, lambda: progress.advance(bar))
+        bar = progress.add_task("curves", total=len(contenders) * len(rates) * what.seeds)
+        curves = curves_of(what, contenders, rates, jobs, lambda: progress.advance(bar))
         if not bisections:
             return curves, {}
-        search = progress.add_task("highest rates", total=len(names))
-        return curves, highest_rates(what, curves, rates, attain, bisections, jobs, lambda: progress.advance(search))
+        search = progress.add_task("highest rates", total=len(contenders))
+        found = highest_rates(
+            what, contenders, curves, rates, attain, bisections, jobs, lambda: progress.advance(search)
+        )
+        return curves, found
 
 
-def _curve_table(curves: "Curves", rates: Sequence[float], title: str) -> "Table":
+def _curve_tables(curves: "Curves", rates: Sequence[float], title: str) -> list["Table"]:
+    """For each rate, the policies' latencies and attainment."""
+    from cascadeinfer.cli.tables import SWEEP_FIGURES, policy_table
+
+    return [
+        policy_table(
+            {name: curve[i] for name, curve in curves.items()}, SWEEP_FIGURES, f"{title}, {rate:.5g} requests/s"
+        )
+        for i, rate in enumerate(rates)
+    ]
+
+
+def _rate_table(found: dict[str, "HighestRate"], attain: float, slo: "Slo", n_instances: int) -> "Table":
+    """Highest rates, of all instances and of one (goodput), and where the search stopped."""
     from rich.table import Table
 
-    from cascadeinfer.cli.tables import shown
-    from cascadeinfer.evaluation.sweeps import mean_attainment
-    from cascadeinfer.results.summary import interval
-
-    table = Table(title=title, caption="simulated; normalised latency in ms over seeds; share within the SLO")
-    table.add_column("requests/s", justify="right")
-    for name in curves:
-        table.add_column(name, justify="right")
-    for i, rate in enumerate(rates):
-        cells = [
-            f"{shown(interval([1e3 * run.normalised_latency_s_mean for run in curve[i]]))}; "
-            f"{mean_attainment(curve[i]):.0%}"
-            for curve in curves.values()
-        ]
-        table.add_row(f"{rate:.5g}", *cells)
-    return table
-
-
-def _rate_table(found: dict[str, "HighestRate"], attain: float, ttft_s: float, tpot_s: float) -> "Table":
-    from rich.table import Table
-
-    table = Table(caption=f"highest rate with {attain:.0%} of requests within TTFT {ttft_s:g} s and TPOT {tpot_s:g} s")
-    table.add_column("policy")
-    table.add_column("requests/s", justify="right")
+    table = Table(
+        title=f"highest rate with {attain:.0%} of requests within TTFT {slo.ttft_s:g} s and TPOT {slo.tpot_s:g} s",
+        caption="simulated; both rates were run: the limit lies between them",
+    )
+    table.add_column("policy", overflow="fold")
+    for heading in ("requests/s", "per instance", "fails at"):
+        table.add_column(heading, justify="right")
     for name, result in found.items():
-        rate = f"{result.rate_rps:.4g}" if result.rate_rps else "below the lowest rate"
-        table.add_row(name, rate if result.limited else f"{rate} or more")
+        kept = [f"{result.rate_rps:.4g}", f"{result.rate_rps / n_instances:.4g}"] if result.rate_rps else ["none", "-"]
+        failed = "not tried" if result.failed_rps is None else _failed(result.failed_rps, result.rate_rps)
+        table.add_row(name, *kept, failed)
     return table
+
+
+def _failed(failed_rps: float, kept_rps: float) -> str:
+    return f"{failed_rps:.4g}" + (f" (+{failed_rps / kept_rps - 1.0:.1%})" if kept_rps else "")
 
 
 def _content(
@@ -166,5 +178,8 @@ def _content(
         "slo": {**asdict(what.spec.slo), "share": attain},
         "rates_per_s": list(rates),
         "curves": {name: [[asdict(run) for run in runs] for runs in curve] for name, curve in curves.items()},
-        "highest_rate_per_s": {name: asdict(result) for name, result in found.items()},
+        "highest_rate_per_s": {
+            name: {**asdict(result), "per_instance_rps": result.rate_rps / what.setting.n_instances}
+            for name, result in found.items()
+        },
     }

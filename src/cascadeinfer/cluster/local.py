@@ -3,7 +3,7 @@ The launcher for instances that run on this machine, as child processes of the p
 
 Everything specific to one machine stays behind it: loopback addresses, sockets in a private folder, process ids and
 signals, shared memory (`shared_memory.py`), the start-up environment (`process_start.py`), cores and devices
-(`places.py`).
+(`places.py`), starts one by one on a shared device (`start_turns.py`).
 
 What an engine's processes are is defined by the engine's side (`EngineProcesses`). vLLM's processes learn the addresses
 of all their clients at start, accept no others later, and end with the process that started them, so this launcher has
@@ -28,6 +28,7 @@ from cascadeinfer.cluster.process_start import ProcessStart
 from cascadeinfer.cluster.protocol import Abilities, ClientAddresses, Kept, Place
 from cascadeinfer.cluster.runtime_folder import instance_environment, instance_folder
 from cascadeinfer.cluster.shared_memory import Segments
+from cascadeinfer.cluster.start_turns import StartTurns, Turn
 from cascadeinfer.core.errors import EngineError, ScalingRefusedError
 from cascadeinfer.core.types import InstanceId
 
@@ -123,6 +124,7 @@ class _Life(Generic[HelloT]):
     Attributes:
         folder: Its sockets and temporary files.
         further_clients: Addresses of the clients from number 1 on, known once the start has begun.
+        turn: Its turn to start, where starts on shared devices are one by one.
         creation: The thread that starts it.
         kept: Set once it has started.
         attached: Clients that are attached.
@@ -131,6 +133,7 @@ class _Life(Generic[HelloT]):
     engine: EngineProcesses[HelloT]
     folder: Path | None = None
     further_clients: tuple[ClientAddresses, ...] = ()
+    turn: Turn | None = None
     creation: "asyncio.Future[None] | None" = None
     kept: Kept[HelloT] | None = None
     attached: set[int] = field(default_factory=set)
@@ -142,16 +145,20 @@ class LocalLauncher(Generic[HelloT]):
 
     abilities = Abilities(new_clients=False, outlives_front_end=False)
 
-    def __init__(self, places: Places, n_first: int, further_needs_bytes: float = 0.0) -> None:
+    def __init__(
+        self, places: Places, n_first: int, further_needs_bytes: float = 0.0, turns: StartTurns | None = None
+    ) -> None:
         """
         Args:
             places: The cores or devices of this machine.
             n_first: Number of initial instances, which share all of its memory.
             further_needs_bytes: Main memory that must be free for each further instance.
+            turns: Makes starts wait for each other where places share devices; None: all start in parallel.
         """
         self._places = places
         self._n_first = n_first
         self._further_needs_bytes = further_needs_bytes
+        self._turns = turns
         self._n_placed = 0
         self._node = socket.gethostname()
         self._lives: dict[InstanceId, _Life[HelloT]] = {}
@@ -182,13 +189,21 @@ class LocalLauncher(Generic[HelloT]):
         if place.instance_id in self._lives:
             raise EngineError("runs already", instance_id=place.instance_id)
         life = self._lives[place.instance_id] = _Life(order)
+        if self._turns is not None:
+            life.turn = self._turns.arrive(place.instance_id, place.resources)
+            await self._turns.come(life.turn)
         life.creation = asyncio.ensure_future(asyncio.to_thread(self._create, life))
         try:
             await self._until_created(place, life, life.creation)
             life.kept = self._keep(place, life, await order.hello())
         except Exception as error:
             raise EngineError(f"did not start: {error}", instance_id=place.instance_id) from error
+        self._leave(life)
         return life.kept
+
+    def _leave(self, life: _Life[HelloT]) -> None:
+        if self._turns is not None and life.turn is not None:
+            self._turns.leave(life.turn)
 
     def _keep(self, place: Place, life: _Life[HelloT], hello: HelloT) -> Kept[HelloT]:
         processes = life.engine.processes
@@ -282,6 +297,8 @@ class LocalLauncher(Generic[HelloT]):
         """See Launcher."""
         if (life := self._lives.get(place.instance_id)) is None:
             return
+        if life.creation is None:
+            self._leave(life)  # it waits for its turn
         processes = list(life.engine.processes)
         if life.kept is None:  # else they are known
             await asyncio.to_thread(life.segments.remember, processes)
@@ -297,6 +314,7 @@ class LocalLauncher(Generic[HelloT]):
         if life.folder is not None:
             # Its sockets are no longer used.
             await asyncio.to_thread(shutil.rmtree, life.folder, ignore_errors=True)
+        self._leave(life)  # not before: it held memory
         if self._lives.get(place.instance_id) is life:
             del self._lives[place.instance_id]
 

@@ -10,19 +10,30 @@ from cascadeinfer.core.types import InstanceId
 logger = logging.getLogger(__name__)
 
 
-def split_cores(n_instances: int, cores: Sequence[int]) -> list[str]:
+def split_cores(n_instances: int, cores: Sequence[int], n_ranks: int = 1) -> list[str]:
     """
-    Cores per instance in vLLM's notation (`VLLM_CPU_OMP_THREADS_BIND`), e.g. `0-3`, `4-7`.
+    Cores per instance in vLLM's notation (`VLLM_CPU_OMP_THREADS_BIND`), e.g. `0,1`, `2,3`, or `0|1`, `2|3` for two
+    workers (ranks) per instance.
 
-    With fewer cores than instances, the instances share cores in turn. Left-over cores stay free for the front end and
-    for instances added later.
+    With fewer cores than ranks, the ranks share cores in turn, which keeps those of one instance apart: they wait for
+    each other in every layer. Left-over cores stay free for the front end and for instances added later.
     """
     if not cores:
         raise ConfigError("this process may run on no core", option="CPU affinity")
-    if len(cores) < n_instances:
-        return [str(cores[i % len(cores)]) for i in range(n_instances)]
-    each = len(cores) // n_instances
-    return [",".join(str(core) for core in cores[i * each : (i + 1) * each]) for i in range(n_instances)]
+    n_shares = n_instances * n_ranks
+    if len(cores) < n_shares:
+        return _of_ranks([str(cores[i % len(cores)]) for i in range(n_shares)], n_ranks)
+    return _of_ranks(_shares(cores[: len(cores) // n_shares * n_shares], len(cores) // n_shares), n_ranks)
+
+
+def _shares(cores: Sequence[int], each: int) -> list[str]:
+    """Full shares of this many cores; what is left over is left out."""
+    return [",".join(str(core) for core in cores[i : i + each]) for i in range(0, len(cores) - each + 1, each)]
+
+
+def _of_ranks(shares: Sequence[str], n_ranks: int) -> list[str]:
+    """The shares of each full set of ranks in vLLM's notation."""
+    return ["|".join(shares[i : i + n_ranks]) for i in range(0, len(shares) - n_ranks + 1, n_ranks)]
 
 
 def split_devices(n_instances: int, devices_per_instance: int, visible: Sequence[str]) -> list[str]:
@@ -92,12 +103,11 @@ class Places:
         del self._place_of[instance_id]
 
 
-def core_places(n_instances: int, cores: Sequence[int]) -> Places:
+def core_places(n_instances: int, cores: Sequence[int], n_ranks: int = 1) -> Places:
     """Cores for this many instances and for later ones: left-over cores first, then shared ones."""
-    dealt = split_cores(n_instances, cores)
-    each = max(1, len(cores) // n_instances)
-    rest = [str(core) for core in cores[each * n_instances :]]
-    spare = [",".join(rest[i : i + each]) for i in range(0, len(rest) - each + 1, each)]
+    dealt = split_cores(n_instances, cores, n_ranks)
+    each = max(1, len(cores) // (n_instances * n_ranks))
+    spare = _of_ranks(_shares(cores[each * n_instances * n_ranks :], each), n_ranks)
     return Places(dealt, spare, may_share=True)
 
 

@@ -33,7 +33,7 @@ class Place:
     Attributes:
         instance_id: The instance it belongs to.
         node: The machine, by a name unique among machines.
-        resources: Its part of the machine: cores or devices in the engine's notation (`0-3`, `0,1`).
+        resources: Its part of the machine: cores or devices in the engine's notation (`0,1`, `0|1`).
         host: The address on which its processes listen for each other and for other instances.
         network_device: The interface that has this address.
     """

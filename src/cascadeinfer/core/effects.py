@@ -28,11 +28,17 @@ class MigrationReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Run this request, which is new, an orphan or withdrawn, on this instance."""
+    """
+    Run this request, which is new, an orphan or withdrawn, on this instance.
+
+    Attributes:
+        shared: Whether a backlog in its stage sent it there (`core/placing/sharing.py`).
+    """
 
     cause: str
     request_id: RequestId
     instance_id: InstanceId
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

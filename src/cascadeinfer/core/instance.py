@@ -51,6 +51,10 @@ class Pricing:
     per_queued_pair: float = 0.0
     urgency: float = 0.0
 
+    def full_step(self, max_batched_tokens: int) -> float:
+        """Time to compute as many prompt tokens as one step takes, without their attention."""
+        return self.per_queued_token * max_batched_tokens
+
     def queue_of(self, tokens: int) -> float:
         """Time to compute a sequence of this length."""
         return tokens * (self.per_queued_token + self.per_queued_pair * tokens)
@@ -176,6 +180,11 @@ class InstanceView:
         computed = pricing.queue_of(tokens) - pricing.queue_of(cached_tokens)
         waited = self.queue + self.foreign_queue + (requests + 1) * computed
         return (step + (requests + 1) * more + pricing.urgency * waited) * self.slowness
+
+    @property
+    def backlog(self) -> float:
+        """Time to compute the prompts that wait here, in the unit of the pricing; longer on a slow instance."""
+        return (self.queue + self.foreign_queue) * self.slowness
 
     def free_blocks(self) -> int:
         """Blocks that nothing here or on its way here needs at its present length; negative when overcommitted."""

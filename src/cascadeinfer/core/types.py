@@ -5,7 +5,7 @@ Ids are opaque strings chosen by the shell; nothing in the core makes one from a
 ranges are half-open, `[lo, hi)`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 InstanceId: TypeAlias = str
@@ -64,6 +64,17 @@ class InstanceCapacity:
     def kv_tokens(self) -> int:
         """KV capacity in tokens."""
         return self.kv_blocks * self.block_size_tokens
+
+    def with_token_budget(self, max_batched_tokens: int) -> "InstanceCapacity":
+        """
+        The same instance with another token budget of a step.
+
+        No more requests run at once than the budget has tokens, as vLLM sees to itself when only the budget is set
+        (`arg_utils.py`, `_set_default_max_num_seqs_and_batched_tokens_args`).
+        """
+        return replace(
+            self, max_batched_tokens=max_batched_tokens, max_num_seqs=min(self.max_num_seqs, max_batched_tokens)
+        )
 
     def blocks_for(self, length_tokens: int) -> int:
         """Blocks that a sequence of this length occupies."""

@@ -9,7 +9,7 @@ which it empties (`cool_down`).
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,7 @@ class RunSpec:
         allow_overload: If the rate is above capacity, plan for what could be served instead of raising.
         arrivals: The arrival process.
         prefix_caching: Whether prompts share blocks according to the trace's prefix hashes.
+        max_batched_tokens: Token budget of a step, which bounds the chunks of prompts; None: the profile's.
     """
 
     policy: str
@@ -59,6 +60,17 @@ class RunSpec:
     allow_overload: bool = False
     arrivals: ArrivalLaw = field(default_factory=ArrivalLaw)
     prefix_caching: bool = False
+    max_batched_tokens: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The policy, and the token budget if it is not the profile's."""
+        return label_of(self.policy, self.max_batched_tokens)
+
+
+def label_of(policy: str, max_batched_tokens: int | None) -> str:
+    """Name of a policy at a token budget; None: the profile's."""
+    return policy if max_batched_tokens is None else f"{policy} @{max_batched_tokens}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,6 +115,10 @@ def plan_for(setting: Setting, spec: RunSpec) -> Plan | None:
     """
     The layout that the run starts with; None for a policy that starts without a plan.
 
+    Args:
+        setting: Where to run, with the run's token budget.
+        spec: What to run.
+
     Raises:
         PlanError: The rate is above capacity and `allow_overload` is off.
     """
@@ -134,6 +150,7 @@ def run_once(
         ConfigError: The event log cannot be written.
         PlanError: The rate is above capacity, the policy needs a plan, and `allow_overload` is off.
     """
+    setting = setting.with_token_budget(spec.max_batched_tokens)
     profile = setting.profile
     config = SimConfig(
         instances=setting.n_instances,
@@ -150,10 +167,14 @@ def run_once(
     with _logging(event_log, setting, spec, chosen) as observer:
         result = simulate(workload, chosen.make(), config, progress=progress, observer=observer)
     records = result.requests
+    shared_s = np.asarray(result.shared_s)
     if spec.warm_up or spec.cool_down:
-        summary = summarise_between(records, *counted_span_s(spec, records), spec.slo)
+        start_s, end_s = counted_span_s(spec, records)
+        summary = summarise_between(records, start_s, end_s, spec.slo)
+        shared_s = shared_s[(shared_s >= start_s) & (shared_s < end_s)]
     else:
         summary = summarise(records, result.end_s, spec.slo)
+    summary = replace(summary, shared=len(shared_s))
     return RunOutcome(
         spec,
         summary,
@@ -178,7 +199,7 @@ def _logging(path: Path | None, setting: Setting, spec: RunSpec, policy: PolicyS
         commit=own_commit(),
         profile=setting.profile.name,
         about={
-            "variant": spec.policy,
+            "variant": spec.label,
             "rate_per_s": spec.rate_rps,
             "seed": spec.seed,
             "requests": spec.requests,

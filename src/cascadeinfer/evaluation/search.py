@@ -19,11 +19,13 @@ class HighestRate:
         rate_rps: The highest rate found that keeps the SLO; 0 if even the lowest one tried does not.
         limited: Whether the highest rate tried failed; otherwise the policy may sustain more.
         tried: Every rate that was run, with the share of requests that kept the SLO.
+        failed_rps: The lowest rate tried that failed; None if none did. The limit lies between the two.
     """
 
     rate_rps: float
     limited: bool
     tried: tuple[tuple[float, float], ...]
+    failed_rps: float | None = None
 
 
 def highest_rate(
@@ -46,11 +48,11 @@ def highest_rate(
         return tried[-1][1] >= share
 
     if not keeps(low_rps):
-        return HighestRate(0.0, limited=True, tried=tuple(tried))
+        return HighestRate(0.0, limited=True, tried=tuple(tried), failed_rps=low_rps)
     if keeps(high_rps):
         return HighestRate(high_rps, limited=False, tried=tuple(tried))
     good, bad = low_rps, high_rps
     for _ in range(steps):
         middle = math.sqrt(good * bad)
         good, bad = (middle, bad) if keeps(middle) else (good, middle)
-    return HighestRate(good, limited=True, tried=tuple(tried))
+    return HighestRate(good, limited=True, tried=tuple(tried), failed_rps=bad)

@@ -7,7 +7,7 @@ instance's KV cache, are cut and counted.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -67,6 +67,13 @@ class Setting:
     def one_stage_capacity_rps(self) -> float:
         """Requests per second that plain load balancing carries in steady state; loads are given as fractions of it."""
         return capacity_rate(self.histogram, self.profile.step_model, self.profile.capacity, self.n_instances)
+
+    def with_token_budget(self, max_batched_tokens: int | None) -> "Setting":
+        """The same with another token budget of a step (vLLM's `max_num_batched_tokens`); None: the profile's."""
+        if max_batched_tokens is None:
+            return self
+        capacity = self.profile.capacity.with_token_budget(max_batched_tokens)
+        return replace(self, profile=replace(self.profile, capacity=capacity))
 
     def problem(self, rate_rps: float) -> PlanProblem:
         """The planning problem at this rate."""
@@ -160,12 +167,13 @@ def check_rate(rate_rps: float, option: str = "--rate") -> None:
         raise ConfigError(f"{rate_rps} is not a positive number", option=option, fix="requests per second")
 
 
-def check_served(setting: Setting, rates_rps: Sequence[float]) -> None:
+def check_served(setting: Setting, rates_rps: Sequence[float], token_budgets: Sequence[int | None] = (None,)) -> None:
     """
-    Check that some layout can carry each rate.
+    Check that some layout can carry each rate at each token budget of a step (None: the profile's).
 
     Raises:
         PlanError: A rate is above capacity; the message says what could be served.
     """
-    for rate_rps in rates_rps:
-        setting.plan(rate_rps)
+    for budget in token_budgets:
+        for rate_rps in rates_rps:
+            setting.with_token_budget(budget).plan(rate_rps)

@@ -2,15 +2,28 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from cascadeinfer.evaluation.pool import map_in_processes
-from cascadeinfer.evaluation.runs import RunSpec, run_once
+from cascadeinfer.evaluation.runs import RunSpec, label_of, run_once
 from cascadeinfer.evaluation.search import HighestRate, highest_rate
 from cascadeinfer.evaluation.setting import Setting
 from cascadeinfer.results.summary import RunSummary
 
 Curves = dict[str, list[list[RunSummary]]]
-"""For each policy and rate, one summary per seed."""
+"""For each label (a policy, at a token budget) and rate, one summary per seed."""
+
+
+class Contender(NamedTuple):
+    """A policy at a token budget of a step; None: the profile's."""
+
+    policy: str
+    max_batched_tokens: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in curves, tables and files."""
+        return label_of(*self)
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,7 @@ class Sweep:
 
     Attributes:
         setting: Where to run.
-        spec: The run; policy, rate, seed and number of requests are replaced for each.
+        spec: The run; policy, token budget, rate, seed and number of requests are replaced for each.
         seeds: Runs per policy and rate, with seeds 0, 1, ...
         duration_s: How long requests arrive in each run; None for `spec.requests` of them.
     """
@@ -30,10 +43,13 @@ class Sweep:
     seeds: int
     duration_s: float | None
 
-    def at(self, policy: str, rate_rps: float, seed: int) -> RunSpec:
+    def at(self, contender: Contender, rate_rps: float, seed: int) -> RunSpec:
         """The parameters of one run."""
+        policy, budget = contender
         count = self.spec.requests if self.duration_s is None else max(1, round(rate_rps * self.duration_s))
-        return replace(self.spec, policy=policy, rate_rps=rate_rps, seed=seed, requests=count)
+        return replace(
+            self.spec, policy=policy, rate_rps=rate_rps, seed=seed, requests=count, max_batched_tokens=budget
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ class _Run:
 @dataclass(frozen=True)
 class _Search:
     sweep: Sweep
-    policy: str
+    contender: Contender
     known: dict[float, float]
     low_rps: float
     high_rps: float
@@ -54,46 +70,48 @@ class _Search:
 
 
 def curves_of(
-    sweep: Sweep, policies: Sequence[str], rates_rps: Sequence[float], jobs: int, on_run: Callable[[], None]
+    sweep: Sweep, contenders: Sequence[Contender], rates_rps: Sequence[float], jobs: int, on_run: Callable[[], None]
 ) -> Curves:
-    """Run every policy at every rate with every seed; calls `on_run` after each run."""
+    """Run everybody at every rate with every seed; calls `on_run` after each run."""
     tasks = [
-        _Run(sweep.setting, sweep.at(policy, rate_rps, seed))
+        _Run(sweep.setting, sweep.at(contender, rate_rps, seed))
         for rate_rps in rates_rps
-        for policy in policies
+        for contender in contenders
         for seed in range(sweep.seeds)
     ]
     done: dict[int, RunSummary] = {}
     for number, summary in map_in_processes(_run, tasks, jobs):
         done[number] = summary
         on_run()
-    curves: Curves = {policy: [[] for _ in rates_rps] for policy in policies}
+    curves: Curves = {contender.label: [[] for _ in rates_rps] for contender in contenders}
     for number, task in enumerate(tasks):
-        curves[task.spec.policy][rates_rps.index(task.spec.rate_rps)].append(done[number])
+        curves[task.spec.label][rates_rps.index(task.spec.rate_rps)].append(done[number])
     return curves
 
 
 def highest_rates(
     sweep: Sweep,
+    contenders: Sequence[Contender],
     curves: Curves,
     rates_rps: Sequence[float],
     share: float,
     steps: int,
     jobs: int,
-    on_policy: Callable[[], None],
+    on_contender: Callable[[], None],
 ) -> dict[str, HighestRate]:
-    """For each policy, bisect between the rates of its curve where it stops keeping the SLO; see `highest_rate`."""
+    """For each label, bisect between the rates of its curve where it stops keeping the SLO; see `highest_rate`."""
     tasks = []
-    for policy, curve in curves.items():
+    for contender in contenders:
+        curve = curves[contender.label]
         known = {rate_rps: mean_attainment(runs) for rate_rps, runs in zip(rates_rps, curve, strict=True)}
         failed = next((i for i, rate_rps in enumerate(rates_rps) if known[rate_rps] < share), len(rates_rps) - 1)
         low_rps = rates_rps[max(0, failed - 1)]
-        tasks.append(_Search(sweep, policy, known, low_rps, rates_rps[failed], share, steps))
+        tasks.append(_Search(sweep, contender, known, low_rps, rates_rps[failed], share, steps))
     found: dict[str, HighestRate] = {}
     for number, result in map_in_processes(_search, tasks, jobs):
-        found[tasks[number].policy] = result
-        on_policy()
-    return {policy: found[policy] for policy in curves}
+        found[tasks[number].contender.label] = result
+        on_contender()
+    return {label: found[label] for label in curves}
 
 
 def mean_attainment(runs: Sequence[RunSummary]) -> float:
@@ -111,7 +129,7 @@ def _search(task: _Search) -> HighestRate:
             return task.known[rate_rps]
         sweep = task.sweep
         return mean_attainment(
-            [run_once(sweep.setting, sweep.at(task.policy, rate_rps, seed)).summary for seed in range(sweep.seeds)]
+            [run_once(sweep.setting, sweep.at(task.contender, rate_rps, seed)).summary for seed in range(sweep.seeds)]
         )
 
     return highest_rate(attainment_at, task.low_rps, task.high_rps, task.share, task.steps)

@@ -123,7 +123,8 @@ class _Telling:
         me = self.request_id
         match effect:
             case Dispatch(request_id=request_id) if request_id == me:
-                yield f"dispatched to {self.place(effect.instance_id)}"
+                why = ", because prompts queue in its stage" if effect.shared else ""
+                yield f"dispatched to {self.place(effect.instance_id)}{why}"
             case Reject(request_id=request_id) if request_id == me:
                 yield f"refused: {effect.reason}; its client may come again after {effect.retry_after_s:g} s"
             case StartMigration(request_id=request_id) if request_id == me:

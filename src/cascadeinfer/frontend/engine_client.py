@@ -9,7 +9,7 @@ instance (LoRA, pause, cache resets, profiling) go to all that are up; `agreemen
 import asyncio
 import contextlib
 import copy
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -26,6 +26,8 @@ from vllm.v1.executor import Executor
 from cascadeinfer.core.errors import PolicyError, RequestIdInUseError, RequestRejectedError
 from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import Engine, EngineRequest
+from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.engines.vllm.messages import ModelRunner
 from cascadeinfer.frontend.agreement import combined
 from cascadeinfer.frontend.contents.limits import ContentLimits
 from cascadeinfer.frontend.contents.params import ContentRefusedError, check_sendable, checked_params
@@ -85,6 +87,18 @@ class Liveness:
     engine_dead: bool = False
 
 
+def _model_runner_of(engines: Sequence[Engine]) -> ModelRunner:
+    """
+    The engines' model runner: V1, which preserves less across a move, if any of them uses it. They all use the same
+    unless a server's instances have different environments, and then no move connects those that differ.
+    """
+    for engine in engines:
+        assert isinstance(engine, VllmInstance)
+        if engine.hello.model_runner == "V1":
+            return "V1"
+    return "V2"
+
+
 class OverloadedError(GracefulHTTPError):
     """HTTP 429: the policy refused the request for now."""
 
@@ -105,8 +119,13 @@ class CascadeEngineClient(EngineCoreClient):
         """
         self._runtime = runtime
         self._vllm_config = vllm_config
-        self._pins = Pins(vllm_config, movable=all(engine.movable for engine in runtime.live_engines()))
-        self.engine_ranks_managed = [engine.index for engine in runtime.live_engines()]
+        engines = runtime.live_engines()
+        self._pins = Pins(
+            vllm_config,
+            movable=all(engine.movable for engine in engines),
+            model_runner=_model_runner_of(engines),
+        )
+        self.engine_ranks_managed = [engine.index for engine in engines]
         self.resources = Liveness()
         #: Makes `AsyncLLM` forget a request that it recorded before handing it over; vLLM would keep it in its books.
         self.forget: Callable[[RequestId], None] = lambda _: None

@@ -15,19 +15,21 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.sample.logits_processor import LOGITSPROCS_GROUP
 
 from cascadeinfer.core.events import PinReason
+from cascadeinfer.engines.vllm.messages import ModelRunner
 
 
 class Pins:
     """The rule for one set of engines; their configuration is looked at once, not for each request."""
 
-    def __init__(self, vllm_config: VllmConfig, *, movable: bool) -> None:
+    def __init__(self, vllm_config: VllmConfig, *, movable: bool, model_runner: ModelRunner) -> None:
         """
         Args:
             vllm_config: The engines' configuration.
             movable: Whether it allows live migration at all.
+            model_runner: The engines', as they report it: this process may have another environment.
         """
         self._movable = movable
-        self._v1_runner = not vllm_config.use_v2_model_runner
+        self._v1_runner = model_runner == "V1"
         self._reasoning = bool(vllm_config.structured_outputs_config.reasoning_parser)
         self._watermarks = vllm_config.watermark_config is not None
         self._custom_processors = bool(vllm_config.model_config.logits_processors) or _has_plugged_processors()

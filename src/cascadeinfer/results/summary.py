@@ -37,12 +37,15 @@ class RunSummary:
         unfinished: Requests that were rejected, aborted or still in progress at the end.
         slo_attainment: Share of all requests that kept the SLO.
         goodput_rps: Requests that kept the SLO, per second of the run.
+        shared: Dispatches to another place than the stage's because of a backlog; only the simulator counts them here.
     """
 
     requests: int
     unfinished: int
     ttft_s_mean: float
+    ttft_s_p99: float
     tpot_s_mean: float
+    tpot_s_p99: float
     normalised_latency_s_mean: float
     normalised_latency_s_p99: float
     e2e_s_mean: float
@@ -54,6 +57,7 @@ class RunSummary:
     goodput_rps: float
     migrations: int
     preemptions: int
+    shared: int = 0
 
 
 def summarise(records: RequestRecords, duration_s: float, slo: Slo) -> RunSummary:
@@ -77,7 +81,9 @@ def summarise(records: RequestRecords, duration_s: float, slo: Slo) -> RunSummar
         requests=len(records),
         unfinished=len(records) - len(done),
         ttft_s_mean=_mean(done.ttft_s),
+        ttft_s_p99=_percentile(done.ttft_s, 99),
         tpot_s_mean=_mean(done.tpot_s),
+        tpot_s_p99=_percentile(done.tpot_s, 99),
         normalised_latency_s_mean=_mean(done.normalised_latency_s),
         normalised_latency_s_p99=_percentile(done.normalised_latency_s, 99),
         e2e_s_mean=_mean(done.e2e_s),

@@ -90,6 +90,11 @@ class RuntimeMetrics(Collector):
             ["exact"],
             registry=registry,
         )
+        self.shared = Counter(
+            "cascadeinfer_shared_requests",
+            "Requests that a backlog of prompts in their stage sent to another instance.",
+            registry=registry,
+        )
         self._count_trouble(registry)
         registry.register(self)
 
@@ -193,7 +198,7 @@ class RuntimeMetrics(Collector):
     def close(self) -> None:
         """Unregister everything, so that another runtime of this process can register."""
         for collector in (
-            self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered,
+            self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered, self.shared,
             self.policy_failures, self.plan_failures, self.suspicions, self.withdrawn, self.poison_requests,
             self.suspected_requests,
         ):  # fmt: skip

@@ -108,6 +108,8 @@ class Performer:
         if stream is None:
             return  # its client left while it waited
         self._streams.place(stream, effect.instance_id, "dispatched again" if stream.attempts else "dispatched")
+        if effect.shared:
+            self._metrics.shared.inc()
         if self._isolation.may_enter(stream):
             self._send(stream)
 

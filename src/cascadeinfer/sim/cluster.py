@@ -313,6 +313,8 @@ class SimCluster:
             )
         if np.isnan(request.dispatched_s):
             request.dispatched_s = self.kernel.now_s
+        if effect.shared:
+            self.recorder.shared_s.append(self.kernel.now_s)
         request.instance_id = effect.instance_id
         instance.push(request, self.kernel.now_s)
         self.touched(instance)

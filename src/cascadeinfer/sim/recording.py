@@ -22,10 +22,12 @@ class Recorder:
 
     Attributes:
         layouts: Stage layouts with the time from which each was in force.
+        shared_s: When a backlog sent a request to another place than its stage's.
     """
 
     def __init__(self) -> None:
         self.layouts: list[tuple[float, StageLayout]] = []
+        self.shared_s: list[float] = []
         self._samples: list[tuple[float, int, int, int, int, int, float, float]] = []
         self._moves: list[tuple[float, float, float, int, int, int, int, int, str, str, str]] = []
 

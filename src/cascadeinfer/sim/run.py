@@ -30,6 +30,7 @@ class SimResult:
         migrations: One row per migration that started and ended.
         samples: One row per report of an instance.
         layouts: Stage layouts with the time from which each was in force.
+        shared_s: When a backlog sent a request to another place than its stage's, in order.
         end_s: Virtual time at the end.
         steps: Steps of all instances present at the end.
         events: Clock events processed.
@@ -41,6 +42,7 @@ class SimResult:
     migrations: MigrationRecords
     samples: InstanceSamples
     layouts: tuple[tuple[float, StageLayout], ...]
+    shared_s: tuple[float, ...]
     end_s: float
     steps: int
     events: int
@@ -90,6 +92,7 @@ def simulate(
         migrations=cluster.recorder.migrations(),
         samples=cluster.recorder.samples(),
         layouts=tuple(cluster.recorder.layouts),
+        shared_s=tuple(cluster.recorder.shared_s),
         end_s=cluster.kernel.now_s,
         steps=sum(instance.steps_done for instance in cluster.fleet.instances.values()),
         events=cluster.kernel.events,

@@ -202,6 +202,7 @@ def test_nothing_new_goes_to_a_silent_instance(name: str) -> None:
         world.finish(request_id)
     for instance_id in ("i0", "i2", "i4"):
         world.report(instance_id)
+    world.advance(6.0)  # `bucket` remembers for 5 s where it sent prompts
     for number in range(6):
         world.arrive(f"d{number}", 1 + number * 50)
     assert {instance_id for instance_id in IDS if world.on(instance_id)} == before

@@ -77,6 +77,17 @@ def cheapest_with_room(candidates: Sequence[InstanceView], length_tokens: int) -
     return cheapest([instance for instance in candidates if has_room(instance, length_tokens)])
 
 
+def nearest_with_room(stages: Sequence[Sequence[InstanceView]], home: int, length_tokens: int) -> InstanceView | None:
+    """The cheapest instance with room in this stage, or in the nearest one that has any, the longer one first."""
+    for distance in range(len(stages)):
+        for index in (home + distance, home - distance)[: 2 if distance else 1]:
+            if 0 <= index < len(stages):
+                chosen = cheapest_with_room(stages[index], length_tokens)
+                if chosen is not None:
+                    return chosen
+    return None
+
+
 def cheapest(candidates: Iterable[InstanceView]) -> InstanceView | None:
     """The candidate with the lowest price (`Pricing`), the first among equals; None when there is none."""
     return min(candidates, key=_price, default=None)

@@ -9,9 +9,11 @@ outside this package asks which policy runs.
 from typing import Final
 
 from cascadeinfer.core.policies import (
+    bucket,
     cascade,
     least_loaded,
     llumnix,
+    power_of_two,
     prefix_aware,
     round_robin,
     static_length,
@@ -21,9 +23,11 @@ from cascadeinfer.core.policies import (
 from cascadeinfer.core.policies.info import PolicyInfo
 
 POLICIES: Final[dict[str, PolicyInfo]] = {
+    "bucket": bucket.INFO,
     "cascade": cascade.INFO,
     "least_loaded": least_loaded.INFO,
     "llumnix": llumnix.INFO,
+    "power_of_two": power_of_two.INFO,
     "prefix_aware": prefix_aware.INFO,
     "round_robin": round_robin.INFO,
     "static_length": static_length.INFO,

@@ -3,13 +3,13 @@ CascadeInfer: length stages that plan themselves, hand-over by bid-ask, boundari
 
 The life of a request: it is dispatched to the cheapest instance in the stage of its prompt length
 (`core/placing/dispatch.py`). If no instance there has room, it goes to the nearest stage with room, the longer one
-first. If the beginning of its prompt is cached elsewhere and that is worth more, it goes there
-(`core/placing/affinity.py`). As it grows, its instance's agent hands it over to the next stage (`core/bidask`), moves
-it within the stage when the instance is overloaded, or anywhere when the instance drains. Neighbouring stages adjust
-their boundary every `RefineSettings.interval_s`, and the planner looks for a better layout every
-`PlanSettings.interval_s`. With one stage, the policy is load balancing by price, plus migration from overloaded to idle
-instances. A new layout moves nothing at once: requests that are now too long for their instance's stage are handed over
-like all others, at most `max_migrations` per instance at a time; those that are too short stay.
+first. While prompts queue there, it goes where it starts sooner (`core/placing/sharing.py`). If the beginning of its
+prompt is cached elsewhere and that is worth more, it goes there (`core/placing/affinity.py`). As it grows, its
+instance's agent hands it over to the next stage (`core/bidask`), moves it within the stage when the instance is
+overloaded, or anywhere when the instance drains. Neighbouring stages adjust their boundary every
+`RefineSettings.interval_s`, and the planner looks for a better layout every `PlanSettings.interval_s`. With one stage,
+the policy is load balancing by price, plus migration from overloaded to idle instances. A new layout moves nothing at
+once: requests that are now too long for their stage are handed over like all others; those that are too short stay.
 
 Overload: with `max_queued` set, requests that fit nowhere wait here, ordered by priority and then arrival, up to that
 number. Beyond it, the request that would run last is refused with the time in which the queue should drain
@@ -19,7 +19,6 @@ Inputs read: reports, messages, and the cost model if there is one. Source: arXi
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Final
 
 from cascadeinfer.core.adapt.adaptation import Adaptation
@@ -55,13 +54,14 @@ from cascadeinfer.core.kind import InstanceKind, StepModelKey
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.placing.admission import DrainRate, to_refuse
 from cascadeinfer.core.placing.affinity import PrefixAffinity
-from cascadeinfer.core.placing.dispatch import TYPICAL_OUTPUT_TOKENS, cheapest, cheapest_with_room, pricing_of
+from cascadeinfer.core.placing.dispatch import TYPICAL_OUTPUT_TOKENS, cheapest, nearest_with_room, pricing_of
+from cascadeinfer.core.placing.sharing import relief_for
 from cascadeinfer.core.policies.info import Circumstances, PolicyInfo, Variant
 from cascadeinfer.core.roster import Roster
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import ClusterView, InstanceView, Pricing, RequestView
 
-PARTS: Final = ("refine", "rebalance", "affinity", "replan", "migrate")
+PARTS: Final = ("refine", "rebalance", "affinity", "replan", "migrate", "share")
 """Options that switch a part off, for ablation studies."""
 
 
@@ -81,6 +81,7 @@ class Cascade:
         replan: bool = True,
         migrate: bool = True,
         affinity: bool = True,
+        share: bool = True,
         max_queued: int | None = None,
         retry_after_s: float = 1.0,
         balance: BidAskSettings | None = None,
@@ -100,6 +101,7 @@ class Cascade:
             replan: Whether to plan at run time.
             migrate: Whether requests move at all.
             affinity: Whether a request goes where the beginning of its prompt is cached when that pays.
+            share: Whether a backlog of prompts in its stage sends a new request elsewhere.
             max_queued: Maximum number of requests that wait here for room; None means that none wait here.
             retry_after_s: `Retry-After` for refused clients while the rate of finishing requests is unknown.
             balance, handover: Parameters of the bid-ask protocol; when a request is handed over.
@@ -113,6 +115,7 @@ class Cascade:
         self._rebalance = rebalance
         self._migrate = migrate
         self._affinity = PrefixAffinity() if affinity else None
+        self._share = share
         self._max_queued = max_queued
         self._retry_after_s = retry_after_s
         self._drain = DrainRate()
@@ -197,17 +200,19 @@ class Cascade:
             able = self.view.able(request, self.view.available())
             if not able:
                 continue
-            chosen = self._choose(request, home, able)
-            if chosen is not None and self._affinity is not None and request.prefix_hashes:
-                chosen = self._affinity.choose(request, chosen, able)
-            if chosen is None:
+            stages = [self.view.able(request, members) for members in self._members]
+            right = self._choose(home, request.tokens, stages, able)
+            if right is None:
                 stuck.add(home)
                 if len(stuck) == len(self._members):
                     return
                 continue
-            placed = Dispatch(cause, request.request_id, chosen.instance_id)
+            relief = relief_for(right, request.tokens, stages) if self._share else None
+            chosen = relief or right
             if self._affinity is not None:
+                chosen = self._affinity.choose(request, chosen, able)
                 self._affinity.note_place(request, chosen.instance_id)
+            placed = Dispatch(cause, request.request_id, chosen.instance_id, shared=chosen is relief)
             self.view.carry_out([placed])
             effects.append(placed)
 
@@ -216,17 +221,13 @@ class Cascade:
         assert layout is not None
         return 0 if len(self._members) == 1 else layout.stage_index_of(request.tokens)
 
-    def _choose(self, request: RequestView, home: int, able: Sequence[InstanceView]) -> InstanceView | None:
-        members = self._members
-        able_in = partial(self.view.able, request)
-        tokens = request.tokens
-        n = len(members)
-        for distance in range(n):
-            for index in (home + distance, home - distance)[: 2 if distance else 1]:
-                if 0 <= index < n and (chosen := cheapest_with_room(able_in(members[index]), tokens)) is not None:
-                    return chosen
+    def _choose(
+        self, home: int, tokens: int, stages: Sequence[Sequence[InstanceView]], able: Sequence[InstanceView]
+    ) -> InstanceView | None:
+        if (chosen := nearest_with_room(stages, home, tokens)) is not None:
+            return chosen
         if self._max_queued is None:
-            return cheapest([i for i in able_in(members[home]) if not i.shunned]) or cheapest(able)
+            return cheapest([i for i in stages[home] if not i.shunned]) or cheapest(able)
         # One as long as the whole cache never has the spare block that `has_room` asks for: an idle instance takes it.
         return next((i for i in able if not i.committed_requests and not i.outbound), None)
 

@@ -127,13 +127,27 @@ class VllmInstance:
         """
         See Engine.connect. Skipped for engines whose requests cannot migrate: they need no handshake, and some cannot
         do one.
+
+        Raises:
+            EngineError: No handshake, or a peer uses the other model runner.
         """
         channels = []
         for peer in peers:
             assert isinstance(peer, VllmInstance)
+            self._check_runner_of(peer)
             if self.movable and peer.movable:
                 channels.append(peer.channel)
         await self.life.connect(self.channel, channels)
+
+    def _check_runner_of(self, peer: "VllmInstance") -> None:
+        """What a move preserves is known for two instances with the same runner only."""
+        ours, theirs = self.hello.model_runner, peer.hello.model_runner
+        if ours != theirs:
+            raise EngineError(
+                f"uses vLLM's model runner {ours}, instance {peer.instance_id} uses {theirs}: "
+                "set VLLM_USE_V2_MODEL_RUNNER to the same value for all",
+                instance_id=self.instance_id,
+            )
 
     def kill(self) -> None:
         """See Engine.kill."""

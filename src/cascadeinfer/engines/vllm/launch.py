@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 
 import pydantic
+from vllm import envs
 from vllm.config import KVTransferConfig, PoolerConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -25,6 +26,7 @@ from cascadeinfer.cluster.local import LocalLauncher, free_memory_bytes, usable_
 from cascadeinfer.cluster.places import Places, core_places, device_places
 from cascadeinfer.cluster.process_start import operator_environment
 from cascadeinfer.cluster.protocol import Launcher, Place
+from cascadeinfer.cluster.start_turns import StartTurns
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.attached import AttachedCore
@@ -48,7 +50,9 @@ CPU_UCX_TRANSPORTS = "tcp,shm,self,cma,sysv,posix"
 """UCX finds no InfiniBand on CPU machines and warns about it at every start without this."""
 
 MAMBA_LAYOUT = {"VLLM_SSM_CONV_STATE_LAYOUT": "DS"}
-"""NIXL needs this layout for models with Mamba layers; vLLM chooses it for its own connectors only, by their names."""
+"""NIXL needs this layout for models with Mamba layers; vLLM chooses it for its own connectors only, by their names. On
+some CPUs it writes another one into this process's environment when it makes a configuration, unless one is there.
+"""
 NETWORK_DEVICE_VARIABLES = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """UCX carries KV blocks between instances, Gloo and NCCL connect an instance's own processes."""
 SIDE_CHANNEL_HOST_VARIABLE = "VLLM_NIXL_SIDE_CHANNEL_HOST"
@@ -69,19 +73,24 @@ class KvTransferSettings:
     max_migrations: int | None = None
 
 
+def n_ranks(engine_args: AsyncEngineArgs) -> int:
+    """Workers of one instance, each with a device or cores of its own."""
+    return engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
+
+
 def with_cpu_kv_share(engine_args: AsyncEngineArgs, n_instances: int) -> AsyncEngineArgs:
     """
-    On a CPU, give each instance its share of memory for KV blocks unless the operator said how much.
+    On a CPU, give each worker its share of memory for KV blocks unless the operator said how much.
 
-    vLLM would let every instance claim most of the machine. The share is half of what is free now, divided by the
-    instances, and at most `CPU_KV_BYTES_MAX`: NIXL registers each block at start, which takes seconds per gigabyte of
-    small blocks.
+    vLLM would let every worker claim most of the machine. The share is half of what is free now, divided by the
+    workers of all instances, and at most `CPU_KV_BYTES_MAX`: NIXL registers each block at start, which takes seconds
+    per gigabyte of small blocks.
     """
     said = engine_args.kv_cache_memory_bytes is not None or bool(os.environ.get("VLLM_CPU_KVCACHE_SPACE"))
     if said or not current_platform.is_cpu():
         return engine_args
-    share = min(free_memory_bytes() // (2 * n_instances), CPU_KV_BYTES_MAX)
-    logger.info("each instance gets %.1f GiB for KV blocks (--kv-cache-memory-bytes)", share / 2**30)
+    share = min(free_memory_bytes() // (2 * n_instances * n_ranks(engine_args)), CPU_KV_BYTES_MAX)
+    logger.info("each worker gets %.1f GiB for KV blocks (--kv-cache-memory-bytes)", share / 2**30)
     return dataclasses.replace(engine_args, kv_cache_memory_bytes=share)
 
 
@@ -91,26 +100,29 @@ def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, setti
         kv_connector="CascadeConnector",
         kv_connector_module_path=CONNECTOR_MODULE,
         kv_role="kv_both",
-        kv_buffer_device="cpu" if current_platform.is_cpu() else "cuda",
         kv_load_failure_policy="recompute",
         engine_id=f"cascade-{instance_id}-{uuid.uuid4().hex[:12]}",
         kv_connector_extra_config={"kv_lease_duration": settings.lease_s, "engine_ttl": PEERS_STAY},
     )
     own_args = dataclasses.replace(engine_args, kv_transfer_config=transfer)
+    for name, value in MAMBA_LAYOUT.items():
+        os.environ.setdefault(name, value)
     return own_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
 
 def places_for(engine_args: AsyncEngineArgs, n_instances: int) -> Places:
     """Cores or devices for this many instances, and for those added later."""
     if current_platform.is_cpu():
-        return core_places(n_instances, usable_cores())
-    each = (
-        engine_args.tensor_parallel_size
-        * engine_args.pipeline_parallel_size
-        * engine_args.prefill_context_parallel_size
-    )
+        return core_places(n_instances, usable_cores(), n_ranks(engine_args))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(i) for i in range(current_platform.device_count()))
-    return device_places(n_instances, each, visible.split(","))
+    return device_places(n_instances, n_ranks(engine_args), visible.split(","))
+
+
+def start_turns() -> StartTurns | None:
+    """Devices are measured by engines that start, and cores are not. vLLM's own limit of a start is the limit of a
+    turn.
+    """
+    return None if current_platform.is_cpu() else StartTurns(float(envs.VLLM_ENGINE_READY_TIMEOUT_S))
 
 
 def environment_of(place: Place) -> dict[str, str]:
@@ -164,7 +176,7 @@ class VllmSource:
         self._logs = logs
         self._n_placed = 0
         self._launcher: Launcher[VllmProcesses, EngineHello] = LocalLauncher[EngineHello](
-            places_for(engine_args, n_instances), n_instances, self._further_needs_bytes()
+            places_for(engine_args, n_instances), n_instances, self._further_needs_bytes(), start_turns()
         )
         self._place_of: dict[InstanceId, Place] = {}
         with _refusals():
@@ -212,9 +224,10 @@ class VllmSource:
         """Memory of its KV blocks, which an instance on a CPU must find free; a device checks by itself."""
         if not current_platform.is_cpu():
             return 0.0
-        return self._engine_args.kv_cache_memory_bytes or 2**30 * float(
+        each = self._engine_args.kv_cache_memory_bytes or 2**30 * float(
             operator_environment().get("VLLM_CPU_KVCACHE_SPACE") or 0
         )
+        return each * n_ranks(self._engine_args)
 
 
 def make_factories(

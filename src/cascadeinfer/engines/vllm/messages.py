@@ -5,9 +5,12 @@ vLLM carries plain values only (msgpack), so answers are sent as dicts of the fi
 that lacks a field or has one of another type.
 """
 
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import msgspec
+
+ModelRunner: TypeAlias = Literal["V1", "V2"]
+"""vLLM's two; what a request may keep across a move depends on them (`docs/migration.md`)."""
 
 
 class _Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -40,6 +43,7 @@ class EngineHello(_Answer, frozen=True):
         kv_blocks: How many blocks requests can have.
         max_model_len: Tokens in the longest sequence it takes.
         movable: Whether running requests can move at all.
+        model_runner: What its workers run the model with.
         clock_s: Its monotonic clock.
     """
 
@@ -53,6 +57,7 @@ class EngineHello(_Answer, frozen=True):
     max_batched_tokens: int
     max_model_len: int
     movable: bool
+    model_runner: ModelRunner
     clock_s: float
 
 

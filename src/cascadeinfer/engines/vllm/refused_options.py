@@ -76,6 +76,7 @@ REFUSED_ENGINE_OPTIONS: Final[Mapping[str, Refused]] = {
     "distributed_executor_backend": Refused(
         "would choose devices by itself, against the place of each instance", "remove it", ("ray", "external_launcher")
     ),
+    "prefill_context_parallel_size": Refused("does not go with a connector that receives KV caches", _REMOVE),
     "kv_transfer_config": Refused("is set by CascadeInfer for live migration", _REMOVE),
     "ec_transfer_config": Refused(
         "takes its transfers from the bodies of requests (`ec_transfer_params`), which are refused", _REMOVE

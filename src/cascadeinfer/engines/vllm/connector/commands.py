@@ -52,6 +52,7 @@ def cascade_hello(core: EngineCore) -> dict[str, Any]:
         max_batched_tokens=config.scheduler_config.max_num_batched_tokens,
         max_model_len=side.max_model_len,
         movable=side.movable,
+        model_runner=side.model_runner,
         clock_s=time.monotonic(),
     ).plain()
 

@@ -13,7 +13,7 @@ from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, UniformTypeKVCacheSpecs
 
 CPU_INFO: Final = Path("/proc/cpuinfo")
 
@@ -73,11 +73,15 @@ def model_sizes(model: ModelConfig) -> dict[str, Any]:
 
 def kv_bytes_per_token(kv_cache_config: KVCacheConfig, config: VllmConfig) -> int:
     """KV bytes of a token in all layers, all devices together."""
-    a_rank = sum(
-        len(group.layer_names) * group.kv_cache_spec.page_size_bytes / group.kv_cache_spec.block_size
-        for group in kv_cache_config.kv_cache_groups
-    )
+    a_rank = sum(_block_bytes(group) / group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups)
     return round(a_rank * config.parallel_config.tensor_parallel_size)
+
+
+def _block_bytes(group: KVCacheGroupSpec) -> int:
+    """Bytes of a block in all layers of a group; layers that differ in size come with their sum."""
+    spec = group.kv_cache_spec
+    in_all = isinstance(spec, UniformTypeKVCacheSpecs)
+    return int(spec.page_size_bytes) * (1 if in_all else len(group.layer_names))
 
 
 def _backend_of(layer: Any) -> str:

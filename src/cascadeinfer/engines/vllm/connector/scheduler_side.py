@@ -54,6 +54,7 @@ from cascadeinfer.engines.vllm.connector.ticket import (
 )
 from cascadeinfer.engines.vllm.connector.v1_runner import V1Terms
 from cascadeinfer.engines.vllm.connector.words import Desk, can_go_on_elsewhere, check_words
+from cascadeinfer.engines.vllm.messages import ModelRunner
 
 if TYPE_CHECKING:
     from cascadeinfer.engines.vllm.connector.door import Door
@@ -83,7 +84,8 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         self.side_channel = SideChannel()
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.max_model_len: int = vllm_config.model_config.max_model_len
-        self._is_v1_runner = not vllm_config.use_v2_model_runner
+        #: What the workers run the model with.
+        self.model_runner: ModelRunner = "V2" if vllm_config.use_v2_model_runner else "V1"
         why_not = why_not_movable(vllm_config, kv_cache_config.kv_cache_groups)
         if why_not is not None:
             logger.warning("requests stay on their instance, nothing migrates: %s", why_not)
@@ -159,7 +161,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         """
         if request is None or request.is_finished():
             return Refusal.UNKNOWN
-        if request.sampling_params is None or not can_go_on_elsewhere(request):
+        if not self.movable or request.sampling_params is None or not can_go_on_elsewhere(request):
             return Refusal.UNMOVABLE
         if request.request_id in self._failures:
             return Refusal.ENDING
@@ -270,7 +272,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         if scheduler_output.total_num_scheduled_tokens > 0:
             self.steps += 1
             self.scheduled_tokens += scheduler_output.total_num_scheduled_tokens
-        if self._is_v1_runner:
+        if self.model_runner == "V1":
             self._v1_terms.rewrite(scheduler_output)
         self._drop_impossible_pulls()
         self._failures.hand_over(self.scheduler)
@@ -303,7 +305,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         """Make a request whose prompt holds all ids look like one that was preempted after `prompt_tokens` + output."""
         assert request.prompt_token_ids is not None
         output_ids = request.prompt_token_ids[prompt_tokens:]
-        if self._is_v1_runner:
+        if self.model_runner == "V1":
             self._v1_terms.came(request, len(output_ids))
         request.prompt_token_ids = request.prompt_token_ids[:prompt_tokens]
         request.num_prompt_tokens = prompt_tokens
