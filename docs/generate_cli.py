@@ -41,11 +41,10 @@ zsh, fish or PowerShell), `--show-completion` prints the script instead. Command
 
 """
 SERVE_NOTE = """\
-Beside these, every engine and server option of `vllm serve` works, among them `--dtype`, `--max-model-len`,
-`--tensor-parallel-size`, `--api-key`, `--port` and `--host` (`cascadeinfer serve --help` lists them). Differences:
-without `--host` the server listens on 127.0.0.1 only; `--data-parallel-size` and `--kv-transfer-config` are refused,
-because `--instances` and live migration replace them; `--kv-offloading-size`, `--enable-sleep-mode` and
-`--enable-return-routed-experts` are refused, because live migration cannot work with them.
+Beside these, the engine and server options of `vllm serve` work, among them `--dtype`, `--max-model-len`,
+`--tensor-parallel-size`, `--api-key`, `--port`, `--host`, `--uds` and `--config FILE.yaml`, which may set the options
+above, too. [vllm_options.md](vllm_options.md) lists every one: passed on, read by the server, different here, or
+refused with the reason. Without `--host` the server listens on 127.0.0.1 only.
 """
 PROFILE_NOTE = """\
 Beside these, every engine option of `vllm serve` works and has the same meaning (`cascadeinfer profile --help` lists
@@ -83,7 +82,8 @@ def _schema_rows(schema: type[Any]) -> Iterator[tuple[str, str, str, str]]:
             values = f"{data['low']:g} to {data['high']:g}"
         else:
             values = "flag" if isinstance(option.default, bool) else "text"
-        yield f"`{flag_of(option.name)}`", values, _default(option.default), data["text"]
+        short = f"`{data['short']}`, " if "short" in data else ""
+        yield f"{short}`{flag_of(option.name)}`", values, _default(option.default), data["text"]
 
 
 def _default(value: Any) -> str:

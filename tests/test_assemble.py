@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cascadeinfer.assemble import check_profile
-from cascadeinfer.config.profiles import load_profile
+from cascadeinfer.config.profiles import check_profile, load_profile
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.errors import ProfileError
@@ -45,7 +44,7 @@ async def test_a_profile_is_compared_with_every_instance() -> None:
 async def test_each_doubt_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     """Two instances on one other device are one doubt, a third on yet another is a second."""
     l40s, a100 = engine_identity(device="NVIDIA L40S"), engine_identity(device="NVIDIA A100")
-    with caplog.at_level(logging.WARNING, logger="cascadeinfer.assemble"):
+    with caplog.at_level(logging.WARNING, logger="cascadeinfer.config.profiles"):
         await check_profile(running(l40s, l40s, a100), ServeOptions(profile=PROFILE))
     told = [record.getMessage() for record in caplog.records]
     assert [name for name in ("L40S", "A100") for message in told if name in message] == ["L40S", "A100"]

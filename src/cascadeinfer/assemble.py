@@ -6,26 +6,24 @@ import dataclasses
 import logging
 import math
 import multiprocessing
+import os
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Mapping, MutableSequence
 from multiprocessing.process import BaseProcess
 
 import uvloop
-from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.logger import configure_logging_from_args
 
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.cluster.process_start import ProcessStart
 from cascadeinfer.cluster.runtime_folder import runtime_folder
-from cascadeinfer.config.event_log import event_log_of
+from cascadeinfer.config.event_log import event_log_of, metrics_with
 from cascadeinfer.config.policy import make_policy
-from cascadeinfer.config.profiles import load_profile
+from cascadeinfer.config.profiles import check_profile
 from cascadeinfer.config.rules import rules_of
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.config.supervision import supervision_of
-from cascadeinfer.core.cost.suitability import check_suits
 from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.policies import POLICIES
@@ -33,6 +31,7 @@ from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
 from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
 from cascadeinfer.engines.vllm.launch import (
     KvTransferSettings,
     VllmSource,
@@ -42,8 +41,11 @@ from cascadeinfer.engines.vllm.launch import (
 )
 from cascadeinfer.engines.vllm.owned import attachment_of
 from cascadeinfer.engines.vllm.plain_request import make_plain_request
+from cascadeinfer.evaluation.compiling import say_when_compiling, stop_saying
 from cascadeinfer.eventlog.unwritten_log import ServerLog, failure_of
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
+from cascadeinfer.frontend.listening import listening, raise_open_files_limit
+from cascadeinfer.frontend.logs import set_up_logs
 from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.channel import Channel
 from cascadeinfer.frontend.processes.follower import Follower
@@ -51,18 +53,15 @@ from cascadeinfer.frontend.processes.messages import FromOwner
 from cascadeinfer.frontend.processes.owner import NOT_ACCEPTING, FrontEnds
 from cascadeinfer.frontend.server import (
     SharedServing,
-    bind,
-    check_api_servers,
     import_parser_plugins,
     serve,
     shared_metrics,
 )
 from cascadeinfer.frontend.standing_engines import StandingEngines
+from cascadeinfer.frontend.start_report import first_line, reported
 from cascadeinfer.frontend.stop_signals import StopSignals
 from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.results.provenance import own_commit
-from cascadeinfer.runtime.gauges import FleetGauges
-from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.shell import Runtime
 
 logger = logging.getLogger(__name__)
@@ -76,31 +75,6 @@ REATTACH_S = 0.05
 """A follower waits for process 0 to report an instance up again, not for its own back-off."""
 
 
-async def check_profile(runtime: Runtime, options: ServeOptions) -> None:
-    """
-    Compare the profile with every running engine.
-
-    Raises:
-        ProfileError: It was measured on another model or set-up than one of them.
-    """
-    if options.profile is None:
-        if POLICIES[options.policy_name()].uses_profile:
-            logger.info("no profile: one stage until what steps cost has been learnt")
-        return
-    profile = load_profile(options.profile)
-    told = await asyncio.gather(*(engine.identity() for engine in runtime.live_engines()))
-    doubts = [doubt for one in told for doubt in check_suits(profile, one.engine, one.kv_bytes_per_token)]
-    for doubt in dict.fromkeys(doubts):
-        logger.warning("profile %s is a start value: %s", options.profile, doubt)
-
-
-def _metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], FleetGauges]], RuntimeMetrics]:
-    if event_log is None:
-        return lambda read: RuntimeMetrics(REGISTRY, read)
-    log = event_log
-    return lambda read: RuntimeMetrics(REGISTRY, read, lambda: log.dropped, lambda: log.failure is not None)
-
-
 def make_runtime(
     engine_args: AsyncEngineArgs,
     options: ServeOptions,
@@ -108,6 +82,7 @@ def make_runtime(
     log_stats: bool = True,
     extra_environment: dict[str, str] | None = None,
     event_log: ServerLog | None = None,
+    logs: InstanceLogs | None = None,
     standing: StandingEngines | None = None,
 ) -> Runtime:
     """
@@ -117,7 +92,9 @@ def make_runtime(
         ConfigError: An option is wrong; nothing has been started.
     """
     policy = make_policy(options)
+    note = say_when_compiling(logger.info)
     POLICIES[options.policy_name()].warm_up()
+    stop_saying(note)
     supervision = supervision_of(options)
     source: VllmSource | None = None
     if standing is not None:
@@ -135,12 +112,13 @@ def make_runtime(
             log_stats=log_stats,
             extra_environment=extra_environment,
             n_clients=options.api_servers,
+            logs=logs,
         )
         make_engines = {instance_id: source.place(instance_id) for instance_id in options.instance_ids}
     return Runtime(
         make_engines,
         policy,
-        _metrics_with(event_log),
+        metrics_with(event_log),
         supervision=supervision,
         migration=MigrationLimits.under_lease(options.kv_lease_s),
         source=source,
@@ -151,10 +129,20 @@ def make_runtime(
 
 @contextlib.asynccontextmanager
 async def running_llm(
-    runtime: Runtime, *, log_stats: bool = True, log_requests: bool = False
+    runtime: Runtime, *, log_stats: bool = True, log_requests: bool = False, logs: InstanceLogs | None = None
 ) -> AsyncIterator[CascadeLLM]:
-    """Start a runtime with vLLM's `AsyncLLM` on it; stop both at the end."""
-    await runtime.start()
+    """
+    Start a runtime with vLLM's `AsyncLLM` on it; stop both at the end.
+
+    Args:
+        runtime: Not started yet.
+        log_stats: Whether vLLM's metrics are kept.
+        log_requests: Whether vLLM logs each request.
+        logs: Of the instances, to say how far the start is; None: nothing is said.
+    """
+    telling = contextlib.nullcontext() if logs is None else reported(runtime.fleet, logs.stage, logger.info)
+    async with telling:
+        await runtime.start()
     try:
         # They serve the same model; a context fitted to one instance's memory may be shorter than another's.
         configs = [engine.config for engine in runtime.live_engines()]
@@ -178,32 +166,38 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
     Raises:
         ConfigError: An option is wrong; nothing is left running.
     """
-    check_api_servers(args)
+    raise_open_files_limit(options.max_connections)
+    if args.otlp_traces_endpoint is not None:
+        os.environ.setdefault("OTEL_SERVICE_NAME", "cascadeinfer")  # of the instances' processes, too
     with contextlib.ExitStack() as stack:
         with signals.held():
-            listener = stack.enter_context(contextlib.closing(bind(args.host or LOOPBACK, args.port)))
+            listener = stack.enter_context(listening(args.host or LOOPBACK, args.port, args.uds, signals.at_leave))
             folder = stack.enter_context(runtime_folder())
             signals.at_leave.append(folder.remove)
             event_log = stack.enter_context(event_log_of(options, own_commit()))
             if event_log is not None:
                 signals.at_leave.append(event_log.close)
+        logger.info("%s", first_line(args.model, options.instances, options.api_servers, options.cluster))
         engine_args = parse_engine_args(args)
+        logs = InstanceLogs(args.own_log_level, is_quiet=args.is_quiet)
         log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
         if options.api_servers > 1:
             with shared_metrics(folder.path / "metrics"):
-                runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log)
+                runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log, logs=logs)
                 signals.attend()
                 await _serve_with_followers(
-                    runtime, args, options, listener, signals, log_requests=log_requests, event_log=event_log
+                    runtime, args, options, listener, signals, log_requests=log_requests, event_log=event_log, logs=logs
                 )
             return
         standing = await _standing_engines(options)
         if standing is not None:
             options = dataclasses.replace(options, instances=len(standing.first))
-        runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log, standing=standing)
+        runtime = make_runtime(
+            engine_args, options, log_stats=log_stats, event_log=event_log, logs=logs, standing=standing
+        )
         signals.attend()
         async with (
-            running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm,
+            running_llm(runtime, log_stats=log_stats, log_requests=log_requests, logs=logs) as llm,
             contextlib.nullcontext() if standing is None else standing.followed(runtime, options.drain_timeout_s),
         ):
             await check_profile(runtime, options)
@@ -215,6 +209,7 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
                 signals,
                 drain_timeout_s=options.drain_timeout_s,
                 rules=rules_of(options),
+                policy=options.policy_name(),
             )
 
 
@@ -274,6 +269,7 @@ async def _serve_with_followers(
     *,
     log_requests: bool,
     event_log: ServerLog | None,
+    logs: InstanceLogs,
 ) -> None:
     """Process 0 of several: start the others beside the instances, serve, drain all, stop."""
     spawn = multiprocessing.get_context("spawn")
@@ -293,7 +289,8 @@ async def _serve_with_followers(
     signals.told.append(front_ends.tell_stop)
     front_ends.start()
     try:
-        async with running_llm(runtime, log_stats=not args.disable_log_stats, log_requests=log_requests) as llm:
+        log_stats = not args.disable_log_stats
+        async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests, logs=logs) as llm:
             await check_profile(runtime, options)
             front_ends.instances_started()
             shared = SharedServing(front_ends, (loads, 0))
@@ -306,6 +303,7 @@ async def _serve_with_followers(
                     signals,
                     drain_timeout_s=options.drain_timeout_s,
                     rules=rules_of(options),
+                    policy=options.policy_name(),
                     shared=shared,
                 )
             finally:
@@ -334,7 +332,7 @@ def run_follower(
     """
     end_with_parent()
     with StopSignals(second_is_at_once=False, says_so=False) as signals:  # process 0 says it
-        configure_logging_from_args(args)
+        set_up_logs(args, form=options.log_format)
         import_parser_plugins(args)
         following = _follow(args, options, index, listener, channel_end, (loads, index), signals)
         uvloop.run(signals.until_stopped(following))
@@ -363,7 +361,7 @@ async def _follow(
         runtime = Runtime(
             {instance_id: make_engine(instance_id) for instance_id in first_up},
             make_policy(options, follows=True),
-            _metrics_with(event_log),
+            metrics_with(event_log),
             supervision=dataclasses.replace(
                 supervision_of(options),
                 hang_s=math.inf,  # process 0 finds out and tells

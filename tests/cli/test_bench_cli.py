@@ -147,11 +147,11 @@ def write(folder: Path, name: str, label: str, scale: float, seed: int) -> str:
 
 
 def test_compare_finds_the_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A label twice as slow in each of two runs shows ratio 2.00 with no spread, and each group gets a plot."""
+    """A label twice as slow in each of three runs shows ratio 2.00 with no spread, and each group gets a plot."""
     files = [
         write(tmp_path, f"{label}{seed}.parquet", label, scale, seed)
         for label, scale in (("one", 1.0), ("two", 2.0))
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
     ]
     out = tmp_path / "c.json"
     assert (
@@ -174,13 +174,26 @@ def test_compare_finds_the_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ratios = text[text.index("times one") :]
     assert "2.00 ±0.00" in ratios
     content = json.loads(out.read_text())
-    assert [len(content["labels"][label]["runs"]) for label in ("one", "two")] == [2, 2]
+    assert [len(content["labels"][label]["runs"]) for label in ("one", "two")] == [3, 3]
     for group in ("all", "short", "long"):
         one, two = (
             content["labels"][label]["runs"][0][group]["figures"]["e2e_s_p99"]["value"] for label in ("one", "two")
         )
         assert two == pytest.approx(2 * one)
         assert (tmp_path / f"c-{group}.png").read_bytes().startswith(PNG)
+
+
+def test_compare_says_when_it_cannot_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With two runs of each label there is a ratio and no interval, and a note says so; with three there is none."""
+    labels = (("one", 1.0), ("two", 2.0))
+    files = [write(tmp_path, f"{name}{seed}.parquet", name, scale, seed) for seed in (0, 1) for name, scale in labels]
+    assert run("bench", "compare", *files, "--warm-up", "0") == 0
+    said = capsys.readouterr()
+    assert "cannot be told which label is better" in said.err
+    assert "2.00 ±" not in said.out[said.out.index("times one") :]
+    files += [write(tmp_path, f"{name}2.parquet", name, scale, 2) for name, scale in labels]
+    assert run("bench", "compare", *files, "--warm-up", "0") == 0
+    assert "cannot be told" not in capsys.readouterr().err
 
 
 def test_figures_of_one_run_have_their_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -358,3 +358,18 @@ def processes() -> list[str]:
         if path.parent.name != str(os.getpid()):
             lines.append(line)
     return lines
+
+
+def test_the_start_says_what_takes_long(tmp_path: Path) -> None:
+    """The last of the server's own lines about its start stands beside the seconds."""
+    server = demo.DemoServer("org/model", "m")
+    server.log.unlink()
+    server.log = tmp_path / "log"
+    server.log.write_text("")
+    assert demo._start_line(server, 3.2) == "starting two instances: 3 s"
+    server.log.write_text(
+        "(MainProcess pid=1) INFO 11-29 23:15:14 [assemble.py:195] compiling the planner\n"
+        "(MainProcess pid=1) INFO 11-29 23:15:15 [start_report.py:95] instance 0: loading the model (1 s)\n"
+        "(instance 0 EngineCore pid=2) ERROR 11-29 23:15:15 [core.py:95] something else\n"
+    )
+    assert demo._start_line(server, 4.0) == "starting two instances: 4 s; instance 0: loading the model (1 s)"

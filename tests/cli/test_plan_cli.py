@@ -1,13 +1,24 @@
 """`cascadeinfer plan`: results, files and bad input."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from experiment_words import run, words_for
 
+from cascadeinfer.config.policy import make_policy
+from cascadeinfer.config.profiles import load_profile
+from cascadeinfer.config.schema import ServeOptions
+from cascadeinfer.core.cost.profile import FitError, Measurement, encode_profile
+from cascadeinfer.core.errors import ProfileError
+
 PNG = b"\x89PNG"
+MEASUREMENT = Measurement(
+    batches=40, left_out=90, rounds=1, steps=50, outliers=0, samples=30, measuring_s=18.0, step_share=0.98,
+    max_decodes=64, max_kv_tokens=30_000, max_length_tokens=8_000, max_prefill_tokens=512,
+)  # fmt: skip
 
 
 def test_plan_says_stages_and_writes_them(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,6 +57,39 @@ def test_margin_keeps_one_stage(trace: Path, tmp_path: Path) -> None:
     default, wide = (json.loads(file.read_text()) for file in files)
     assert len(wide["stages"]) == 1
     assert wide["predicted"] == wide["predicted_one_stage"] == default["predicted_one_stage"]
+
+
+def test_failed_requests_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """BurstGPT records failed requests without an answer; the plan says how many it did not count."""
+    file = tmp_path / "burst.csv"
+    head = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"
+    rows = [
+        "5,ChatGPT,472,0,472,Conversation log",
+        "45,ChatGPT,1087,230,1317,Conversation log",
+        "118,GPT-4,0,0,0,API log",
+    ]
+    file.write_text("\n".join([head, *rows]) + "\n")
+    assert run(*words_for("plan", file)) == 0
+    assert "2 requests of the trace that had no answer are left out" in capsys.readouterr().err
+
+
+def test_a_poor_profile_is_refused(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A profile whose own measurement is poor is used only when the operator says so."""
+    shipped = load_profile("h100-llama-3.1-8b")
+    worst = FitError(part="held out: all", samples=9, median=0.5, p90=0.9, bias=0.0, measured=True)
+    poor = replace(shipped, fit_errors=(worst,), measurement=MEASUREMENT)
+    file = tmp_path / "poor.json"
+    file.write_bytes(encode_profile(poor))
+    words = words_for("plan", trace, profile=str(file))
+    assert run(*words) == 2
+    said = capsys.readouterr().err
+    assert "not fit for use" in said
+    assert "50%" in said
+    assert len(said.splitlines()) == 1
+    assert run(*words, "--accept-poor-profile") == 0
+    with pytest.raises(ProfileError, match="not fit for use"):
+        make_policy(ServeOptions(profile=str(file)))
+    make_policy(ServeOptions(profile=str(file), accept_poor_profile=True))
 
 
 def test_objectives_are_not_all_the_same(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

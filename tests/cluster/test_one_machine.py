@@ -72,6 +72,7 @@ MAY_STAY = {
         "frontend/stop_signals.py",
         "process id",
     ): "a server that is told twice to stop ends what is below it on this machine",
+    ("frontend/server_options.py", "loopback"): "a sentence of the options' page: where the server listens",
     ("loadgen/served_process.py", "loopback"): "a server for a demo, a test or a benchmark runs beside it",
     ("loadgen/served_process.py", "process id"): "and is ended by it",
     ("results/output_files.py", "process id"): "makes the names of two unfinished files different",

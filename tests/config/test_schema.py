@@ -52,7 +52,7 @@ def test_every_option_is_an_argument_with_help() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     (group,) = [g for g in parser._action_groups if g.title == "CascadeInfer"]
-    flags = [action.option_strings[0] for action in group._group_actions]
+    flags = [action.option_strings[-1] for action in group._group_actions]
     assert flags == [flag_of(option.name) for option in fields(ServeOptions)]
     assert all(action.help for action in group._group_actions)
     assert tuple(next(a.choices for a in group._group_actions if a.dest == "policy")) == tuple(sorted(POLICIES))

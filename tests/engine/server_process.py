@@ -26,7 +26,7 @@ QUICK_SERVER = (sys.executable, str(Path(__file__).parent / "quick_server.py"))
 """A server whose instances start in a second or two; for tests that start many."""
 NO_TLS: dict[str, Any] = {"verify": False}
 """For every call without TLS: reading the certificates takes longer than the call."""
-OTHERS_WORDS = re.compile(r"\((EngineCore|Worker)|.*\"(GET|POST|DELETE) ")
+OTHERS_WORDS = re.compile(r"\((?:instance \S+ )?(?:EngineCore|Worker|VllmWorker)|.*\"(GET|POST|DELETE) ")
 """Log lines that are not the front end's own."""
 
 

@@ -18,8 +18,10 @@ import httpx
 import openai
 import psutil
 import pytest
+import vllm
 from server_process import API_KEY, MODEL, NO_TLS, PIPES, ServerProcess
 
+import cascadeinfer
 from cascadeinfer.cluster.local import LOOPBACK
 
 pytestmark = pytest.mark.engine
@@ -50,7 +52,8 @@ TOOL: Any = {
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The server, ready; its log must hold no traceback at the end."""
     log = tmp_path_factory.mktemp("server") / "log"
-    words = ("--poison-deaths", "3")  # a test here kills two instances under one request
+    # A test here kills two instances under one request.
+    words = ("--poison-deaths", "3", "--placement-headers")
     with ServerProcess(tiny_model, log, *words) as server:
         server.wait_until_ready()
         yield server
@@ -251,6 +254,24 @@ def test_pinned_request_is_counted(client: openai.OpenAI, server: ServerProcess)
     before = server.metric("cascadeinfer_pinned_requests_total", reason="seeded_sampling")
     client.completions.create(model=MODEL, prompt=SHORT, max_tokens=5, temperature=1.0, seed=1)
     assert server.metric("cascadeinfer_pinned_requests_total", reason="seeded_sampling") == before + 1
+
+
+def test_answers_say_where_they_come_from(server: ServerProcess) -> None:
+    """A whole answer names its last instance and its moves, a stream the instance of its first token."""
+    body = {"model": MODEL, "prompt": SHORT, "max_tokens": LONG, "temperature": 0, **FOREVER}
+    whole = server.post("/v1/completions", body)
+    assert whole.headers["x-cascade-instance"] == "1"
+    assert int(whole.headers["x-cascade-moves"]) >= 1
+    assert whole.headers["x-request-id"].startswith(whole.json()["id"])
+    stream = server.post("/v1/completions", {**body, "stream": True})
+    assert stream.headers["x-cascade-instance"] == "0"
+    assert "x-cascade-moves" not in stream.headers
+    assert "x-cascade-instance" not in server.get("/v1/models").headers
+
+
+def test_versions(server: ServerProcess) -> None:
+    """The version of vLLM, as its own server says it, and ours."""
+    assert server.get("/version").json() == {"version": vllm.__version__, "cascadeinfer": cascadeinfer.__version__}
 
 
 def test_health(server: ServerProcess) -> None:

@@ -49,6 +49,7 @@ LOAD = EngineLoad(
     pulled_tokens=99,
     failed_pulls=0,
     listens=True,
+    paused=False,
     clock_s=1e6,
 )
 

@@ -1,7 +1,6 @@
 """Requests that vLLM hands over and we refuse: what remains in vLLM's books and in ours."""
 
 import asyncio
-from argparse import Namespace
 from http import HTTPStatus
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from cascadeinfer.core.errors import ConfigError, PolicyError, RequestIdInUseErr
 from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.frontend.engine_client import CascadeEngineClient, CascadeLLM
 from cascadeinfer.frontend.pins import Pins
-from cascadeinfer.frontend.server import check_api_servers
+from cascadeinfer.frontend.server_options import check_environment
 
 
 class Desk:
@@ -108,9 +107,9 @@ def test_ids_that_clients_choose_alone_are_refused(monkeypatch: pytest.MonkeyPat
     """Even with one front-end process: by choosing another client's id, a client could end its stream."""
     monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
     with pytest.raises(ConfigError, match=r"VLLM_DISABLE_REQUEST_ID_RANDOMIZATION.*unset it"):
-        check_api_servers(Namespace(api_server_count=None))
+        check_environment(1)
     monkeypatch.delenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION")
-    check_api_servers(Namespace(api_server_count=None))
+    check_environment(1)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """The verdict on a measured profile: grades, what was not measured, and the remedy that fits the cause."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from cascadeinfer.cli.profile import verdict_lines
+from cascadeinfer.cli.profile import verdict_lines, what_next
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.core.cost.fit import StepSamples
 from cascadeinfer.core.cost.latency import BatchFeatures
@@ -53,6 +54,15 @@ def test_a_good_profile_needs_nothing() -> None:
         ),
         "verdict: good: plans and simulations may rest on it",
     ]
+
+
+def test_a_poor_profile_is_not_recommended() -> None:
+    """The last line of `profile` names the next command only if that would take the profile."""
+    assert "use it: cascadeinfer plan" in what_next(judged(), Path("p.json"))
+    poor = what_next(judged(median=0.5, p90=0.9), Path("p.json"))
+    assert "not fit for use" in poor
+    assert "--accept-poor-profile" in poor
+    assert "use it:" not in poor
 
 
 @pytest.mark.parametrize(

@@ -110,10 +110,25 @@ def test_over_runs_and_ratios_by_hand() -> None:
     assert mean.value == pytest.approx(2.0)
     assert mean.high - mean.value == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
     assert over_runs([Estimate(1.0, 0.5, 1.5)]) == Estimate(1.0, 0.5, 1.5)
-    ratio = ratio_over_runs(runs, [Estimate(v, nan, nan) for v in (2.0, 1.0)])
+    ratio = ratio_over_runs(runs, [Estimate(v, nan, nan) for v in (2.0, 1.0, 3.0)])
     assert ratio.value == pytest.approx(1.0)
     assert ratio.low < 1.0 < ratio.high
+    two = ratio_over_runs(runs, [Estimate(v, nan, nan) for v in (2.0, 1.0)])
+    assert two.value == pytest.approx(1.0)
+    assert math.isnan(two.low)
+    assert math.isnan(two.high)
     assert math.isnan(ratio_over_runs(runs, [Estimate(0.0, nan, nan), Estimate(nan, nan, nan)]).value)
+
+
+def test_rates_of_one_run_have_no_interval() -> None:
+    """They are the offered rate over one span of time; an interval of zero width would be a claim."""
+    n = 400
+    records = live_records(range(n), [0.1] * n, [0.2] * n, [10] * n, [5] * n)
+    figures = summarise_groups(records, SLO, 1000, np.random.default_rng(0))["all"].figures
+    for name in ("throughput_rps", "throughput_tokens_per_s", "goodput_rps"):
+        assert figures[name].value > 0.0
+        assert math.isnan(figures[name].low)
+    assert not math.isnan(figures["slo_attainment"].low)
 
 
 def test_small_things() -> None:

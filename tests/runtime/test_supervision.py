@@ -322,6 +322,21 @@ async def test_a_request_dropped_by_an_instance_that_lives_is_aborted(state: Sta
 
 
 @virtual_time
+async def test_clients_of_a_pause_that_aborts_are_told_at_once() -> None:
+    """An instance that was told to abort says so in its next report; nobody waits for a death that does not come."""
+    async with Cluster(ScriptedPolicy({"r": "a", "s": "b"})) as cluster:
+        client, other = await cluster.submit("r", 50, 40), await cluster.submit("s", 50, 40)
+        await client.until_tokens(5)
+        cluster["a"].pause_by_aborting()
+        paused_s = now_s()
+        await client.until_end()
+        assert client.finish_reason == "abort"
+        assert now_s() - paused_s <= 2 * SUPERVISION.report_s
+        await other.until_end()
+        assert other.finish_reason == "length"
+
+
+@virtual_time
 async def test_stop_in_the_middle_leaves_nothing() -> None:
     """Stopping with requests, migrations and restarts under way leaves no engine, task, timer or metric."""
     cluster = Cluster(ScriptedPolicy({"r": "a", "s": "b"}))

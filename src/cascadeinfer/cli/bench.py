@@ -211,6 +211,8 @@ def _workload(
         raise ConfigError(f"{file} has no requests", option="--trace")
     if requests is not None:
         options.at_least_one(requests=requests)
+    if capped.trace.dropped_rows:
+        typer.echo(f"note: {capped.trace.dropped_rows} requests of the trace that had no answer are left out", err=True)
     if capped.prompts_cut or capped.outputs_cut:
         typer.echo(
             f"note: {capped.prompts_cut} prompts and {capped.outputs_cut} outputs of the trace are cut to "
@@ -322,6 +324,7 @@ def _show(
     out = console()
     for table in (*figure_tables(runs, title), *ratio_tables(runs, title)):
         out.print(table)
+    _tell_what_is_open([len(of_label) for of_label in runs.values()], estimates.LEAST_PAIRS)
     if json_file is not None:
         content = {
             label: {
@@ -358,3 +361,12 @@ def _draw(prefix: str, counted: dict[str, list[Any]], border: int, title: str) -
         parts = {label: of_label for label, of_label in parts.items() if of_label}
         if parts:
             save(latency_cdfs(parts, f"{group} requests (measured), {title}"), Path(f"{prefix}-{group}.png"))
+
+
+def _tell_what_is_open(runs: Sequence[int], least_pairs: int) -> None:
+    """Note on standard error that too few runs say nothing about a difference."""
+    if len(runs) > 1 and min(runs) < least_pairs:
+        typer.echo(
+            f"note: below {least_pairs} pairs of runs it cannot be told which label is better; repeat both in turn",
+            err=True,
+        )

@@ -129,7 +129,7 @@ async def _run(server: DemoServer, n_requests: int, console: Console) -> Summary
     for number in (signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     server.start()
-    with _starting(console) as tick:
+    with _starting(console, server) as tick:
         start_s = await server.becomes_ready(tick)
     console.print(
         f"two instances serve {server.model_name} at {server.base_url} (after {start_s:.0f} s)", highlight=False
@@ -150,11 +150,16 @@ async def _run(server: DemoServer, n_requests: int, console: Console) -> Summary
 
 
 @contextlib.contextmanager
-def _starting(console: Console) -> Iterator[Callable[[float], None]]:
-    """Show a spinner, or an occasional line, while the server starts; yields a callback for the seconds waited."""
+def _starting(console: Console, server: DemoServer) -> Iterator[Callable[[float], None]]:
+    """
+    Show a spinner, or an occasional line, while the server starts: the seconds, and what takes them.
+
+    Yields:
+        A callback for the seconds waited.
+    """
     if console.is_terminal:
         with console.status("starting two instances") as status:
-            yield lambda waited_s: status.update(f"starting two instances: {waited_s:.0f} s")
+            yield lambda waited_s: status.update(escape(_start_line(server, waited_s)))
         return
     said_s = -PLAIN_PROGRESS_S
 
@@ -162,9 +167,14 @@ def _starting(console: Console) -> Iterator[Callable[[float], None]]:
         nonlocal said_s
         if waited_s - said_s >= PLAIN_PROGRESS_S:
             said_s = waited_s
-            console.print(f"starting two instances: {waited_s:.0f} s", highlight=False)
+            console.print(_start_line(server, waited_s), highlight=False, markup=False)
 
     yield tick
+
+
+def _start_line(server: DemoServer, waited_s: float) -> str:
+    doing = server.doing()
+    return f"starting two instances: {waited_s:.0f} s" + (f"; {doing}" if doing else "")
 
 
 async def _send_all(client: "AsyncOpenAI", model: str, states: list[ChatState]) -> None:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from cascadeinfer.workload.drawing import ArrivalLaw
 
 Profile = Annotated[str, typer.Option(help="Cost profile: a shipped name or a JSON file.")]
+AcceptPoorProfile = Annotated[
+    bool,
+    typer.Option("--accept-poor-profile", help="Take a profile whose own measurement says that it is not fit for use."),
+]
 TraceFile = Annotated[
     Path,
     typer.Option(
@@ -349,6 +353,31 @@ def tell_short_runs(rate_rps: float, requests: int, slowest_e2e_s: float) -> Non
             "raise --requests or --duration-s",
             err=True,
         )
+
+
+def setting_of(
+    profile: str,
+    trace: Path,
+    instances: int,
+    context: int,
+    objective: "Objective",
+    margin: float,
+    accept_poor_profile: bool,
+    hashes: Path | None = None,
+) -> "Setting":
+    """
+    The setting of these options; from now on, a note on standard error says when numba compiles.
+
+    Raises:
+        ConfigError, ProfileError, TraceError: See `load_setting`.
+    """
+    from cascadeinfer.evaluation.compiling import say_when_compiling
+    from cascadeinfer.evaluation.setting import load_setting
+
+    say_when_compiling(lambda sentence: typer.echo(f"note: {sentence}", err=True))
+    return load_setting(
+        profile, trace, instances, context, objective, margin, hashes, accept_poor_profile=accept_poor_profile
+    )
 
 
 def tell_notes(setting: "Setting") -> None:

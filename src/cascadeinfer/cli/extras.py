@@ -23,6 +23,7 @@ _ENGINE: Final = (
     "uvicorn",
     "uvloop",
     "vllm",
+    "yaml",
     "zmq",
 )
 """Packages that come with an engine: some with vLLM itself, which `cpu` and `gpu` have in different builds."""

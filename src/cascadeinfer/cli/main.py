@@ -70,10 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(words)
     except OPERATOR_ERRORS as error:
-        _complain(_sentence(error))
+        complain(error)
         sys.exit(EXIT_OPERATOR)
     except EngineError as error:
-        _complain(_sentence(error))
+        complain(error)
         sys.exit(EXIT_FAILURE)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -159,6 +159,11 @@ def _not_chosen() -> None:
 def _sentence(error: Exception) -> str:
     """The error with its notes, such as the file in which it occurred."""
     return "; ".join([str(error), *getattr(error, "__notes__", ())])
+
+
+def complain(error: Exception) -> None:
+    """Print an error to standard error, in one line."""
+    _complain(_sentence(error))
 
 
 def _complain(message: str) -> None:

@@ -2,7 +2,6 @@
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -11,19 +10,18 @@ from cascadeinfer.core.errors import ConfigError
 EMBEDDED_NAME: Final = "smollm2-135m-instruct"
 
 
-def model_of(args: Namespace, argv: Sequence[str], doing: str) -> tuple[str, bool]:
+def model_of(args: Namespace, doing: str) -> tuple[str, bool]:
     """
     The model's folder or repository, and whether the operator named it.
 
     Args:
-        args: The parsed command line.
-        argv: Its words.
+        args: The parsed command line; the default of `--model` is None.
         doing: The verb for the note on standard error about the embedded model, such as `serving`.
 
     Raises:
         ConfigError: The name looks like a path, and there is no model.
     """
-    named = args.model_tag or (args.model if any(a == "--model" or a.startswith("--model=") for a in argv) else None)
+    named = args.model_tag or args.model
     if named is None:
         from cascadeinfer.engines.models.embedded import prepare
 

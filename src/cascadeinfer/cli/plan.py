@@ -40,6 +40,7 @@ def plan(
     ttft_slo: options.TtftSlo = 2.0,
     tpot_slo: options.TpotSlo = 0.1,
     context: options.Context = options.DEFAULT_CONTEXT,
+    accept_poor_profile: options.AcceptPoorProfile = False,
     policy: Annotated[str, typer.Option(help="With --slo: the policy that is simulated.")] = options.SLO_POLICY,
     seeds: Annotated[int, typer.Option(help="With --slo: runs per number of instances.")] = 2,
     duration_s: Annotated[float, typer.Option(help="With --slo: seconds of arrivals per run.")] = 60.0,
@@ -53,14 +54,14 @@ def plan(
     from cascadeinfer.cli import plan_capacity
     from cascadeinfer.cli.tables import console
     from cascadeinfer.core.plan.explain import reasons
-    from cascadeinfer.evaluation.setting import check_rate, load_setting
+    from cascadeinfer.evaluation.setting import check_rate
 
-    limits = options.slo_of(ttft_slo, tpot_slo)
-    goal = options.objective_of(objective, limits)
+    goal = options.objective_of(objective, limits := options.slo_of(ttft_slo, tpot_slo))
     check_rate(rate)
     percentile = plan_capacity.percentile_of(slo, instances)
     options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
-    setting = load_setting(profile, trace, 1 if instances is None else instances, context, goal, margin)
+    count = 1 if instances is None else instances
+    setting = options.setting_of(profile, trace, count, context, goal, margin, accept_poor_profile)
     searched: dict[str, Any] = {}
     if percentile is not None:
         run = plan_capacity.run_of(policy, rate, duration_s, limits, warm_up)

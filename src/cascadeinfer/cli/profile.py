@@ -83,9 +83,10 @@ def parse(argv: list[str]) -> "tuple[Namespace, ProfileOptions]":
     parser.add_argument("model_tag", nargs="?", help="Folder or repository; without it the embedded model.")
     AsyncEngineArgs.add_cli_args(parser)
     add_options(parser, ProfileOptions)
+    parser.set_defaults(model=None)
     args: Namespace = parser.parse_args(argv)
     options = options_from(args, ProfileOptions)
-    args.model, _ = model_of(args, argv, "profiling")
+    args.model, _ = model_of(args, "profiling")
     return args, options
 
 
@@ -171,9 +172,20 @@ def _show(options: "ProfileOptions", found: "Found") -> None:
     )
     for note in found.profile.provenance.notes:
         out.print(f"note: {note}", highlight=False)
-    for line in verdict_lines(judge(found.profile, found.fit.samples)):
+    verdict = judge(found.profile, found.fit.samples)
+    for line in verdict_lines(verdict):
         out.print(line, highlight=False, markup=False)
-    out.print(f"\nwritten to {options.output_path}; use it: cascadeinfer plan --profile {options.output_path} ...")
+    out.print(f"\n{what_next(verdict, options.output_path)}", highlight=False, markup=False)
+
+
+def what_next(verdict: "Verdict", path: Path) -> str:
+    """What to do with the file: plan with it, unless plan would refuse it."""
+    from cascadeinfer.config.profiles import ACCEPT_POOR
+    from cascadeinfer.profiling.verdict import Grade
+
+    if verdict.grade is Grade.POOR:
+        return f"written to {path}; not fit for use: plan, simulate and serve refuse it without {ACCEPT_POOR}"
+    return f"written to {path}; use it: cascadeinfer plan --profile {path} ..."
 
 
 def verdict_lines(verdict: "Verdict") -> list[str]:

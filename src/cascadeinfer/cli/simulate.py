@@ -43,6 +43,7 @@ def simulate(
     ttft_slo: options.TtftSlo = 2.0,
     tpot_slo: options.TpotSlo = 0.1,
     context: options.Context = options.DEFAULT_CONTEXT,
+    accept_poor_profile: options.AcceptPoorProfile = False,
     arrivals: options.Arrivals = "poisson",
     prefix_caching: options.PrefixCaching = False,
     prefix_hashes: options.PrefixHashes = None,
@@ -57,7 +58,7 @@ def simulate(
     """Simulate a workload under several policies, by default 2,000 requests per run, and compare them."""
     from cascadeinfer.evaluation.pool import check_jobs
     from cascadeinfer.evaluation.runs import RunSpec
-    from cascadeinfer.evaluation.setting import check_rate, check_served, load_setting
+    from cascadeinfer.evaluation.setting import check_rate, check_served
     from cascadeinfer.evaluation.variants import check_policies
 
     check_policies(names := options.words_of(policy))
@@ -69,10 +70,9 @@ def simulate(
     drawn = None if plot is None else Path(plot)
     files = {"--plot": drawn, "--event-log": event_log, "--json": json_file, "--parquet": parquet}
     options.check_outputs(files, matplotlib=plot is not None, pyarrow=parquet is not None)
-    slo = options.slo_of(ttft_slo, tpot_slo)
-    goal = options.objective_of(objective, slo)
+    goal = options.objective_of(objective, slo := options.slo_of(ttft_slo, tpot_slo))
     budgets = options.token_budgets_of(max_num_batched_tokens)
-    setting = load_setting(profile, trace, instances, context, goal, margin, prefix_hashes)
+    setting = options.setting_of(profile, trace, instances, context, goal, margin, accept_poor_profile, prefix_hashes)
     prefixes = options.prefixes_of(setting, prefix_caching, prefix_hashes)
     if not overload:
         check_served(setting, [rate], budgets)

@@ -47,6 +47,7 @@ def sweep(
     attain: Annotated[float, typer.Option(help="Share of requests that must keep the SLO.")] = 0.9,
     bisections: Annotated[int, typer.Option(help="Halvings in the search for the highest rate; 0 leaves it out.")] = 6,
     context: options.Context = options.DEFAULT_CONTEXT,
+    accept_poor_profile: options.AcceptPoorProfile = False,
     arrivals: options.Arrivals = "poisson",
     max_num_batched_tokens: options.TokenBudgets = None,
     jobs: options.Jobs = 1,
@@ -57,7 +58,6 @@ def sweep(
     from cascadeinfer.cli.tables import console
     from cascadeinfer.evaluation.pool import check_jobs
     from cascadeinfer.evaluation.runs import RunSpec
-    from cascadeinfer.evaluation.setting import load_setting
     from cascadeinfer.evaluation.sweeps import Contender, Sweep
     from cascadeinfer.evaluation.variants import check_policies
 
@@ -73,7 +73,8 @@ def sweep(
     options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
     budgets = options.token_budgets_of(max_num_batched_tokens)
     slo = options.slo_of(ttft_slo, tpot_slo)
-    setting = load_setting(profile, trace, instances, context, options.objective_of(objective, slo), margin)
+    goal = options.objective_of(objective, slo)
+    setting = options.setting_of(profile, trace, instances, context, goal, margin, accept_poor_profile)
     law = options.arrivals_of(arrivals)
     spec = RunSpec(names[0], wanted[0], 0, count, slo, warm_up, allow_overload=True, arrivals=law)
     what = Sweep(setting, spec, seeds, span_s)

@@ -4,6 +4,7 @@ The private folder of a running server: sockets of its instances, their temporar
     TMPDIR/cascadeinfer-XXXXXXXX/    0700, ours
         lock                         locked for the server's life
         metrics/                     Prometheus metrics that several processes share
+        logging-ID.json, stage-ID    how an instance's processes log, and how far its start is
         iXXXXXXXX/ ...               one start of one instance: ZMQ's sockets, vLLM's rendezvous file
 
 The server removes it on exit. A killed server leaves it behind, and the next one to start removes it: a folder whose

@@ -2,16 +2,28 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from prometheus_client import REGISTRY
 
 from cascadeinfer.config.policy import policy_spec
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.eventlog.unwritten_log import ServerLog, UnwrittenLog
 from cascadeinfer.eventlog.writer import EventLog, header_of
+from cascadeinfer.runtime.gauges import FleetGauges
+from cascadeinfer.runtime.metrics import RuntimeMetrics
 
 logger = logging.getLogger(__name__)
+
+
+def metrics_with(event_log: ServerLog | None) -> Callable[[Callable[[], FleetGauges]], RuntimeMetrics]:
+    """What makes the runtime's metrics from what reads the gauges; they tell of this log, if there is one."""
+    if event_log is None:
+        return lambda read: RuntimeMetrics(REGISTRY, read)
+    log = event_log
+    return lambda read: RuntimeMetrics(REGISTRY, read, lambda: log.dropped, lambda: log.failure is not None)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ Schema = TypeVar("Schema", bound=Options)
 
 
 def option(default: Any, text: str, *, low: float | None = None, high: float | None = None, **extra: Any) -> Any:
-    """A field with documentation and inclusive bounds; `choices` and `metavar` as in argparse."""
+    """A field with documentation and inclusive bounds; `choices` and `metavar` as in argparse, `short` as in `-v`."""
     return field(default=default, metadata={"text": text, "low": low, "high": high, **extra})
 
 
@@ -50,7 +50,8 @@ def add_options(parser: argparse.ArgumentParser, schema: type[Options]) -> None:
     """Add the options to a parser, as a separate group."""
     group = parser.add_argument_group("CascadeInfer")
     for declared in fields(schema):
-        group.add_argument(flag_of(declared.name), **_keywords(declared))
+        short = [declared.metadata["short"]] if "short" in declared.metadata else []
+        group.add_argument(*short, flag_of(declared.name), **_keywords(declared))
 
 
 def options_from(namespace: argparse.Namespace, schema: type[Schema]) -> Schema:

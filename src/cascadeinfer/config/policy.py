@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from cascadeinfer.config.profiles import load_profile
+from cascadeinfer.config.profiles import load_fit_profile
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.cost.histogram import DEFAULT_MAX_TOKENS
@@ -75,7 +75,9 @@ def _or_use(fits: Callable[[PolicyInfo], bool]) -> str:
 
 def _circumstances(options: ServeOptions, layout: StageLayout, *, follows: bool) -> Circumstances:
     """The circumstances of serving; the queue in front of the instances is divided among the processes."""
-    profile = None if options.profile is None else load_profile(options.profile)
+    profile = (
+        None if options.profile is None else load_fit_profile(options.profile, accept_poor=options.accept_poor_profile)
+    )
     hand_over = HandOverCost() if profile is None else HandOverCost(pause_per_token_s=profile.transfer_s(1))
     return Circumstances(
         layout=layout,

@@ -30,4 +30,5 @@ def rules_of(options: ServeOptions) -> RequestRules:
         options.structured_max_regex,
         options.structured_max_lengths,
     )
-    return RequestRules(door, ContentLimits(options.client_kv_transfer_params == "ignore", schemas))
+    contents = ContentLimits(options.client_kv_transfer_params == "ignore", schemas)
+    return RequestRules(door, contents, options.placement_headers)

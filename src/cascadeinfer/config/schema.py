@@ -70,6 +70,9 @@ class ServeOptions:
         "Initial cost profile: a shipped name or a file. Without one, the server learns step costs from scratch.",
         metavar="PROFILE",
     )
+    accept_poor_profile: bool = _option(
+        False, "Take a --profile whose own measurement says that it is not fit for use."
+    )
     max_queued_requests: int = _option(
         1024,
         f"Requests that may wait for room in front of the instances ({_WITH_QUEUE}); more get HTTP 429.",
@@ -149,6 +152,9 @@ class ServeOptions:
         low=0.1,
         high=86400.0,
     )
+    placement_headers: bool = _option(
+        False, "Say in response headers where a request ran: x-cascade-instance, x-cascade-moves, x-request-id."
+    )
     client_kv_transfer_params: str = _option(
         "refuse",
         "What to do with a client's `kv_transfer_params`: refuse the request (HTTP 400), or serve it without them. "
@@ -180,6 +186,10 @@ class ServeOptions:
         low=0,
         high=1_000_000,
     )
+    verbose: bool = _option(
+        False, "Show vLLM's own log lines, too (as --log-level INFO does); without it, only its errors.", short="-v"
+    )
+    log_format: str = _option("text", "Form of log lines; `json` has one object per line.", choices=("text", "json"))
     event_log: str | None = _option(
         None,
         "Write every event and the decisions made to this file, for `cascadeinfer replay`; ids and lengths only.",

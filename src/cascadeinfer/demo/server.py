@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -23,6 +24,8 @@ READY_TIMEOUT_S: Final = 900.0
 """Two engines start in half a minute on two idle cores; on a cold disk and a busy machine they take minutes."""
 STOP_TIMEOUT_S: Final = 30.0
 POLL_S: Final = 0.25
+START_LINE: Final = re.compile(r"\[(?:start_report|assemble)\.py:\d+\] (.+)")
+"""The server's own lines about its start."""
 
 
 def is_cpu_build() -> bool:
@@ -107,6 +110,11 @@ class DemoServer(ServedProcess):
                 return waited_s
             await asyncio.sleep(POLL_S)
         raise self.failure(f"{self.name} was not ready after {READY_TIMEOUT_S:g} s")
+
+    def doing(self) -> str:
+        """What the server says it is doing while it starts; empty before it has said anything."""
+        said = START_LINE.findall(self.log.read_text(encoding="utf-8", errors="replace"))
+        return str(said[-1]) if said else ""
 
     async def snapshot(self) -> dict[str, Any]:
         """The JSON of `/admin/instances`."""

@@ -80,6 +80,7 @@ class EngineCounters:
         held_blocks: KV blocks held without a running or waiting request, by reason (`docs/metrics.md` lists the
             reasons).
         listens: Whether the listener of its side channel, where peers do the handshake, is alive.
+        paused: Whether it was told to begin no further work; it then may have been told to abort what it had.
     """
 
     steps: int = 0
@@ -91,6 +92,7 @@ class EngineCounters:
     failed_pulls: int = 0
     held_blocks: Mapping[str, int] = field(default_factory=dict)
     listens: bool = True
+    paused: bool = False
 
 
 class InstanceIdentity(NamedTuple):

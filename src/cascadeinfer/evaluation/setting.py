@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from cascadeinfer.config.profiles import load_profile
+from cascadeinfer.config.profiles import load_fit_profile
 from cascadeinfer.config.traces import load_trace
 from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.profile import CostProfile
@@ -112,9 +112,11 @@ class Setting:
             return self.plan(OVERLOAD_SHARE * error.capacity_per_s)
 
     def notes(self) -> list[str]:
-        """Notes on what was cut; empty if nothing was."""
+        """Notes on what was left out and cut; empty if nothing was."""
         cut = (("prompts", self.capped.prompts_cut), ("outputs", self.capped.outputs_cut))
-        return [
+        failed = self.trace.dropped_rows
+        left_out = [f"{failed} requests of the trace that had no answer are left out"] if failed else []
+        return left_out + [
             f"{n} of {len(self.trace)} {what} were cut to a context of {self.context_tokens} tokens"
             for what, n in cut
             if n
@@ -129,13 +131,15 @@ def load_setting(
     objective: Objective | None = None,
     margin: float = DEFAULT_MARGIN,
     hashes: Path | None = None,
+    *,
+    accept_poor_profile: bool = False,
 ) -> Setting:
     """
     Load and validate a setting.
 
     Raises:
         ConfigError: A number is out of bounds, or the trace file cannot be read.
-        ProfileError: There is no such profile; the message lists those that exist.
+        ProfileError: There is no such profile (the message lists those that exist), or it is poor.
         TraceError: The trace is malformed; the message gives the line.
     """
     if instances < 1:
@@ -144,7 +148,7 @@ def load_setting(
         raise ConfigError(f"{context_tokens} is not at least 2", option="--context")
     if not (math.isfinite(margin) and 0.0 <= margin < 1.0):
         raise ConfigError(f"{margin} is not in [0, 1)", option="--margin", fix="0.03 is 3 %")
-    loaded = load_profile(profile)
+    loaded = load_fit_profile(profile, accept_poor=accept_poor_profile)
     fitting = min(context_tokens, loaded.capacity.kv_tokens)
     whole = load_trace(trace, hashes_path=hashes)
     if not len(whole):

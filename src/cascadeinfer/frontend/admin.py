@@ -1,5 +1,6 @@
 """
-Routes in addition to vLLM's own: `/admin/instances` (show, add, drain), `/health/live`, `/health/ready`.
+Routes in addition to vLLM's own: `/admin/instances` (show, add, drain), `/health/live`, `/health/ready`; and `/version`
+in place of its own.
 
 Adding and draining start here and are answered with 202; `GET` shows their progress.
 """
@@ -9,9 +10,14 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol
 
+import vllm
 from fastapi import APIRouter, FastAPI, HTTPException, Query
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
+from cascadeinfer import __version__
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.runtime.shell import Runtime
@@ -73,7 +79,13 @@ def attach_admin_routes(app: FastAPI, runtime: Runtime, admin: Admin, *, drain_t
         drain_timeout_s: For drains that name no time-out.
     """
     app.include_router(_instance_routes(admin, drain_timeout_s))
+    app.routes.insert(0, Route("/version", version, include_in_schema=False))  # before vLLM's own
     app.include_router(_health_routes(runtime))
+
+
+async def version(_: Request) -> JSONResponse:
+    """The versions of vLLM (as its own server says it) and of this project."""
+    return JSONResponse({"version": vllm.__version__, "cascadeinfer": __version__})
 
 
 def _instance_routes(admin: Admin, drain_timeout_s: float) -> APIRouter:

@@ -3,13 +3,13 @@ N instances behind vLLM's `AsyncLLM`: an `EngineCoreClient` that hands requests 
 
 `AsyncLLM` (tokeniser, detokeniser, stop strings, logprobs, metrics) and the OpenAI server on top of it run unchanged.
 They see one engine core client whose outputs carry the instance's number as engine index. Calls that concern every
-instance (LoRA, sleep, cache resets, profiling) go to all that are up; their answers must agree.
+instance (LoRA, pause, cache resets, profiling) go to all that are up; `agreement.py` makes one answer of theirs.
 """
 
 import asyncio
 import contextlib
 import copy
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -28,12 +28,15 @@ from cascadeinfer.core.types import RequestId
 from cascadeinfer.engines.protocol import Engine, EngineRequest
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.messages import ModelRunner
+from cascadeinfer.frontend.agreement import combined
 from cascadeinfer.frontend.contents.limits import ContentLimits
 from cascadeinfer.frontend.contents.params import ContentRefusedError, check_sendable, checked_params
 from cascadeinfer.frontend.pins import Pins
+from cascadeinfer.frontend.placement import note_journey
 from cascadeinfer.frontend.prefixes import prefix_hashes_of
 from cascadeinfer.frontend.stats import ElasticStatLogger, StatsFollower
 from cascadeinfer.runtime.shell import Runtime
+from cascadeinfer.runtime.streams import Journey
 
 TO_ALL_INSTANCES = (
     "add_lora_async",
@@ -126,6 +129,8 @@ class CascadeEngineClient(EngineCoreClient):
         self.resources = Liveness()
         #: Makes `AsyncLLM` forget a request that it recorded before handing it over; vLLM would keep it in its books.
         self.forget: Callable[[RequestId], None] = lambda _: None
+        #: Called with each request's journey, for its spans.
+        self.trace: Callable[[RequestId, Journey], None] = lambda *_: None
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The next outputs of any instance."""
@@ -170,6 +175,9 @@ class CascadeEngineClient(EngineCoreClient):
             raise OverloadedError(rejected) from rejected
         except PolicyError as failed:
             raise GracefulHTTPError(str(failed), HTTPStatus.INTERNAL_SERVER_ERROR) from failed
+        if (journey := self._runtime.journey_of(request.request_id)) is not None:
+            note_journey(journey)
+            self.trace(request.request_id, journey)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Abort requests whose clients left or whose stop string was found."""
@@ -184,11 +192,15 @@ class CascadeEngineClient(EngineCoreClient):
         return await self.to_all("call_utility_async", method, *args)
 
     async def to_all(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call every instance that is up; returns the first answer, after checking that all agree."""
-        answers = await asyncio.gather(*(engine.utility(method, *args, **kwargs) for engine in self._engines()))
-        if method != "collective_rpc_async" and any(answer != answers[0] for answer in answers):
-            raise RuntimeError(f"instances disagree on {method}: {answers}")
-        return answers[0]
+        """Call every instance that is up, wait for all, and combine their answers; raises the first one's error."""
+        engines = self._engines()
+        calls = (engine.utility(method, *args, **kwargs) for engine in engines)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        told = {engine.instance_id: answer for engine, answer in zip(engines, answers, strict=True)}
+        return combined(f"{args[0]}_async" if method == "call_utility_async" else method, told)
 
     def _engines(self) -> list[Engine]:
         """Engines that are up; at least one."""
@@ -233,6 +245,17 @@ class CascadeLLM(AsyncLLM):
         except ContentRefusedError as refused:
             raise GracefulHTTPError(str(refused), HTTPStatus.BAD_REQUEST) from refused
         return await super().add_request(request_id, prompt, params, *args, **kwargs)
+
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """Abort requests by the ids that their clients know, or by those that `/admin/instances` lists."""
+        request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        processor = self.output_processor
+        listed = [i for i in request_ids if i in processor.request_states or i in processor.parent_requests]
+        if not internal and listed:
+            await super().abort(listed, internal=True)
+            request_ids = [i for i in request_ids if i not in listed]
+        if request_ids:
+            await super().abort(request_ids, internal=internal)
 
     async def notify_kv_transfer_request_rejected(self, *_: Any, **__: Any) -> None:
         """VLLM reports that a client's transfer is cancelled. No client has one here."""
@@ -316,6 +339,11 @@ def make_llm(runtime: Runtime, vllm_config: VllmConfig, *, log_stats: bool, log_
         )
     llm.runtime = runtime
     client.forget = llm.forget_request
+    if vllm_config.observability_config.otlp_traces_endpoint is not None:
+        from cascadeinfer.frontend.tracing import traced  # noqa: PLC0415 - OpenTelemetry is loaded only if it is used
+
+        if (tracing := traced(llm.output_processor)) is not None:
+            client.trace = tracing.note
     runtime.on_late_refusal = llm.refuse_late
     runtime.on_failure = llm.fail
     if llm.logger_manager is not None:

@@ -5,6 +5,7 @@ SIGTERM drains: the listening socket closes, running requests finish, then the s
 instances. A second signal, or the drain time-out, ends it at once.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -21,26 +22,32 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, make_asgi_app, values
 from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.routing import Mount
+from starlette.types import ASGIApp
 from vllm import envs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import NoSignalServer
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.entrypoints.launchers.utils.ssl import SSLCertRefresher
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
-from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.frontend.admin import Admin, OwnRuntime, attach_admin_routes
 from cascadeinfer.frontend.contents.bodies import Bodies
 from cascadeinfer.frontend.contents.limits import ContentLimits
 from cascadeinfer.frontend.door.settings import DoorSettings, without_keys
 from cascadeinfer.frontend.engine_client import CascadeLLM
+from cascadeinfer.frontend.listening import url_of
+from cascadeinfer.frontend.placement import PlacementHeaders
 from cascadeinfer.frontend.refusal_log import log_refusals_in_one_line
 from cascadeinfer.frontend.refusals import Refusals
+from cascadeinfer.frontend.start_report import ready_lines
 from cascadeinfer.frontend.stop_signals import StopSignals
 from cascadeinfer.runtime.shell import Runtime
 
 logger = logging.getLogger(__name__)
+
+STARTED_POLL_S = 0.05
 
 
 def import_parser_plugins(args: Namespace) -> None:
@@ -69,50 +76,6 @@ def shared_metrics(folder: Path) -> Iterator[None]:
         del os.environ["PROMETHEUS_MULTIPROC_DIR"]
 
 
-def check_api_servers(args: Namespace) -> None:
-    """
-    Reject options that conflict with our front-end processes, or mean something else here.
-
-    Without vLLM's random part in request ids, a client that picks the id of another client's request would end that
-    stream, in vLLM's own books and before we see it.
-
-    Raises:
-        ConfigError: With the option and the fix.
-    """
-    if (args.api_server_count or 1) > 1:
-        raise ConfigError("is vLLM's own option", option="--api-server-count", fix="use --api-servers instead")
-    if envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION:
-        raise ConfigError(
-            "two requests must never have the same id, whatever clients call theirs",
-            option="VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
-            fix="unset it",
-        )
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """
-    Bind the listening socket, before any instance is started.
-
-    Raises:
-        ConfigError: The address is in use or cannot be bound.
-    """
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"{port} is not a TCP port", option="--port", fix="choose one from 1 to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}",
-            option="--host, --port",
-            fix="choose another port or host",
-        ) from error
-    return listener
-
-
 @dataclass(frozen=True, slots=True)
 class SharedServing:
     """
@@ -129,10 +92,11 @@ class SharedServing:
 
 @dataclass(frozen=True, slots=True)
 class RequestRules:
-    """The operator's rules for requests: keys, sizes and permitted contents."""
+    """The operator's rules for requests: keys, sizes, permitted contents, and what answers tell of placement."""
 
     door: DoorSettings
     contents: ContentLimits
+    placement_headers: bool = False
 
 
 async def serve(
@@ -144,6 +108,7 @@ async def serve(
     *,
     drain_timeout_s: float,
     rules: RequestRules,
+    policy: str | None = None,
     shared: SharedServing | None = None,
 ) -> None:
     """
@@ -151,6 +116,7 @@ async def serve(
 
     Args:
         rules: Who may send which requests.
+        policy: Its name, for the lines that say that the server is ready; None: another process says them.
         shared: Given when several processes serve.
     """
     supported_tasks = await llm.get_supported_tasks()
@@ -163,12 +129,48 @@ async def serve(
     # Around the whole app: vLLM has built its stack of middleware already.
     llm.content_limits = rules.contents
     log_refusals_in_one_line()
-    inner = Bodies(Refusals(app), rules.contents)
+    answers: ASGIApp = Refusals(app)
+    if rules.placement_headers:
+        answers = PlacementHeaders(answers)
+    inner = Bodies(answers, rules.contents)
     config = _uvicorn_config(rules.door.around(inner, args), args, drain_timeout_s, rules.door.protocol(args))
     server = NoSignalServer(config, shared and shared.loads)
     app.state.server = server
     signals.drain(server)
-    await server.serve(sockets=[listener])
+    saying = None if policy is None else asyncio.ensure_future(_say_ready(server, args, listener, policy, runtime))
+    try:
+        with _refreshed_certificates(config, watched=args.enable_ssl_refresh):
+            await server.serve(sockets=[listener])
+    finally:
+        if saying is not None:
+            saying.cancel()
+            await asyncio.wait([saying])
+
+
+async def _say_ready(
+    server: uvicorn.Server, args: Namespace, listener: socket.socket, policy: str, runtime: Runtime
+) -> None:
+    """Say where the server is and what it serves, once it accepts connections."""
+    url = url_of(args, listener)
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(STARTED_POLL_S)
+    model = (args.served_model_name or [args.model])[0]
+    for line in ready_lines(url, model, policy, runtime.fleet.layout, len(runtime.live_engines())):
+        logger.info("%s", line)
+
+
+@contextlib.contextmanager
+def _refreshed_certificates(config: uvicorn.Config, *, watched: bool) -> Iterator[None]:
+    """In this context, certificates whose files change are loaded anew, for connections from then on."""
+    if not watched:
+        yield
+        return
+    config.load()  # makes the context that the server will use
+    refresher = SSLCertRefresher(config.ssl, config.ssl_keyfile, config.ssl_certfile, config.ssl_ca_certs)
+    try:
+        yield
+    finally:
+        refresher.stop()
 
 
 def _show_metrics_of_all(app: FastAPI, runtime: Runtime) -> None:

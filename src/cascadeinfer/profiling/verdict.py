@@ -77,14 +77,18 @@ def judge(profile: CostProfile, samples: StepSamples) -> Verdict:
     assert measurement is not None, "a measured profile says how"
     held_out = profile.fit_errors[0]
     noise = next((error for error in profile.fit_errors if error.part == REPEATS), None)
-    grade = _grade(held_out, measurement)
+    grade = grade_of(profile)
     why = "" if measurement.left_out else ": the engine holds no such batch"
     absent = tuple(name + why for name, rows in region_masks(samples).items() if not rows.any())
     unmeasured = absent + _left_out(measurement, profile.capacity)
     return Verdict(grade, held_out, noise, unmeasured, tuple(_remedies(grade, held_out, noise, measurement)))
 
 
-def _grade(held_out: FitError, measurement: Measurement) -> Grade:
+def grade_of(profile: CostProfile) -> Grade:
+    """What a measured profile is good enough for, by the errors and the measurement that it records."""
+    measurement = profile.measurement
+    assert measurement is not None, "a measured profile says how"
+    held_out = profile.fit_errors[0]
     if GOOD.holds(held_out) and _is_whole(measurement):
         return Grade.GOOD
     return Grade.FAIR if FAIR.holds(held_out) else Grade.POOR

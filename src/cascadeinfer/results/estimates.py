@@ -3,9 +3,10 @@ Metrics of runs on live servers, each with its 95 % confidence interval, for all
 
 Within one run requests are not independent: concurrent ones wait for each other. The interval of one run is therefore a
 moving-block bootstrap over the requests in order of arrival, with blocks at least as long as the number of concurrent
-requests. Over several runs of one label the interval is Student's t on the runs' values, as for the simulator's seeds.
-Two labels are compared run by run (ratios of runs with the same number), because runs taken one after the other saw the
-same machine.
+requests. The rates of one run have no interval: they are what the load generator offered, divided by one span of time.
+Over several runs of one label the interval is Student's t on the runs' values, as for the simulator's seeds. Two labels
+are compared run by run (ratios of runs with the same number), because runs taken one after the other saw the same
+machine; below `LEAST_PAIRS` pairs nothing can be told.
 """
 
 from collections import Counter
@@ -23,6 +24,9 @@ from cascadeinfer.results.summary import Slo
 LATENCIES: Final = ("ttft_s", "tpot_s", "normalised_latency_s", "e2e_s")
 GROUPS: Final = ("all", "short", "long")
 RATES: Final = ("throughput_rps", "throughput_tokens_per_s", "goodput_rps", "slo_attainment")
+PER_SECOND: Final = ("throughput_rps", "throughput_tokens_per_s", "goodput_rps")
+LEAST_PAIRS: Final = 3
+"""Student's t on two pairs is 12.7 standard errors wide: it says nothing, and looks as if it did."""
 DRAWS: Final = 1000
 LONG_OVER_MEDIAN: Final = 4.0
 """By default, a request is long from this multiple of the median length on."""
@@ -147,7 +151,8 @@ def _summarise(records: RequestRecords, span_s: float, slo: Slo, rng: np.random.
         "slo_attainment": good,
     }
     for field, values in per_request.items():
-        figures[field] = _latency(np.asarray(values, dtype=np.float64), STATISTICS["mean"], draws)
+        drawn = None if field in PER_SECOND else draws
+        figures[field] = _latency(np.asarray(values, dtype=np.float64), STATISTICS["mean"], drawn)
     return GroupSummary(n, int(np.count_nonzero(~records.finished)), figures)
 
 
@@ -194,7 +199,7 @@ def ratio_over_runs(runs: Sequence[Estimate], reference: Sequence[Estimate]) -> 
     """
     Ratio to the reference, run by run: geometric mean, with Student's t interval on the logarithms.
 
-    Runs without a partner are left out. With one pair there is no interval.
+    Runs without a partner are left out. Below `LEAST_PAIRS` pairs there is no interval.
     """
     pairs = [
         (mine.value, other.value) for mine, other in zip(runs, reference, strict=False) if mine.value > 0 < other.value
@@ -202,8 +207,8 @@ def ratio_over_runs(runs: Sequence[Estimate], reference: Sequence[Estimate]) -> 
     if not pairs:
         return Estimate(np.nan, np.nan, np.nan)
     logarithms = [float(np.log(mine / other)) for mine, other in pairs]
-    if len(logarithms) == 1:
-        return Estimate(float(np.exp(logarithms[0])), np.nan, np.nan)
+    if len(logarithms) < LEAST_PAIRS:
+        return Estimate(float(np.exp(np.mean(logarithms))), np.nan, np.nan)
     spread = _t_interval(logarithms)
     return Estimate(float(np.exp(spread.value)), float(np.exp(spread.low)), float(np.exp(spread.high)))
 

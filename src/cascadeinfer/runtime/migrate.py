@@ -198,19 +198,19 @@ class Migrator:
     def _act(self, record: MigrationRecord, action: Action) -> None:
         match action:
             case Action.RESUME:
-                self._add(record, record.migration.target_id, record.ticket)
+                self._add(record, record.migration.target_id, record.ticket, "moved")
             case Action.RECOMPUTE:
-                self._add(record, record.migration.target_id, None)
+                self._add(record, record.migration.target_id, None, "recomputed")
             case Action.TAKE_BACK:
-                self._add(record, record.migration.source_id, None)
+                self._add(record, record.migration.source_id, None, "taken back")
             case Action.ABORT_AT_TARGET | Action.ABORT_AT_SOURCE:
                 self._abort(record, action)
             case _:
                 self._commands.send(self._command(record, action))
 
-    def _add(self, record: MigrationRecord, instance_id: InstanceId, ticket: KvTicket | None) -> None:
+    def _add(self, record: MigrationRecord, instance_id: InstanceId, ticket: KvTicket | None, how: str) -> None:
         engine = self._engines.engine(instance_id)
-        engine_request_id = self._streams.place(record.stream, instance_id)
+        engine_request_id = self._streams.place(record.stream, instance_id, how, record.migration.effect.reason.value)
         if engine is None:
             return  # its loss arrives as a separate event
         resume = Resume(

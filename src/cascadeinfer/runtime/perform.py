@@ -116,7 +116,7 @@ class Performer:
         stream = self._streams.get(effect.request_id)
         if stream is None:
             return  # its client left while it waited
-        self._streams.place(stream, effect.instance_id)
+        self._streams.place(stream, effect.instance_id, "dispatched again" if stream.attempts else "dispatched")
         if effect.shared:
             self._metrics.shared.inc()
         if self._isolation.may_enter(stream):

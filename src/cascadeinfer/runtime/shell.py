@@ -38,7 +38,7 @@ from cascadeinfer.runtime.isolation import POISON_SENTENCE, Isolation
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.recovery import Recovery
-from cascadeinfer.runtime.streams import Seen, Stream, StreamTable
+from cascadeinfer.runtime.streams import Journey, Seen, Stream, StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes
 from cascadeinfer.runtime.suspects import Suspects
 from cascadeinfer.runtime.view import snapshot, tally
@@ -147,6 +147,11 @@ class Runtime:
             self._finish(stream, stream.refusal.outcome)
             raise stream.refusal.error
 
+    def journey_of(self, request_id: RequestId) -> Journey | None:
+        """Where a live request has been, and will have been; None if it is not live."""
+        stream = self._streams.get(request_id)
+        return None if stream is None else stream.journey
+
     def abort(self, request_ids: list[RequestId]) -> None:
         """Abort these requests, wherever they run; ids that are not live are ignored."""
         for request_id in request_ids:
@@ -230,7 +235,7 @@ class Runtime:
         self._outputs.put_nowait(outputs)
 
     def _give_up(self, stream: Stream, outputs: StepOutputs) -> None:
-        """The instance gave the request up but survived: tell its client."""
+        """The instance gave the request up but survives: tell its client."""
         self._outputs.put_nowait(outputs)
         self._computed(stream)
         self._finish(stream, "dropped")
@@ -243,6 +248,8 @@ class Runtime:
         if record.engine is not engine:
             return  # it is being connected
         record.report, record.counters = report, counters
+        if counters.paused:
+            self._given_up.paused(engine.instance_id)
         self._isolation.instance_answered(engine.instance_id, asked_s)
         self.elastic.look(record)
         running = self._streams.known(report.running_ids, report.running_tokens)

@@ -7,6 +7,8 @@ finish from a killed engine) matches no stream and is dropped. The output so far
 it to continue elsewhere.
 """
 
+import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -31,6 +33,38 @@ class Refusal:
 
 
 @dataclass(slots=True)
+class Visit:
+    """
+    A request's stay on one instance: one attempt.
+
+    Attributes:
+        how: `dispatched`, `dispatched again`, `moved`, `recomputed` or `taken back`.
+        reason: Why it moved, as in the metric of migrations; empty if it was dispatched.
+        began_s: When, in seconds since 1970.
+        ended_s: When it left or ended; None while it is there.
+    """
+
+    instance_id: InstanceId
+    how: str
+    reason: str
+    began_s: float
+    ended_s: float | None = None
+
+
+@dataclass(slots=True)
+class Journey:
+    """Where a request has been, in order; kept by whoever wants to know after its end."""
+
+    request_id: RequestId
+    visits: list[Visit] = field(default_factory=list)
+
+    @property
+    def moves(self) -> int:
+        """How often it went from one instance to another."""
+        return sum(a.instance_id != b.instance_id for a, b in itertools.pairwise(self.visits))
+
+
+@dataclass(slots=True)
 class Stream:
     """
     One live request.
@@ -50,6 +84,7 @@ class Stream:
         ending: Its end is under way: the policy, which hears of that piece by piece, can do nothing more with it.
         first_token_s: When its first token came, on the runtime's clock; None before that.
         last_token_s: The same of its last token.
+        journey: Where it has been.
     """
 
     request: EngineRequest
@@ -66,6 +101,11 @@ class Stream:
     arriving: bool = False
     refusal: Refusal | None = None
     ending: bool = False
+    journey: Journey = field(init=False)
+
+    def __post_init__(self) -> None:
+        """It has been nowhere."""
+        self.journey = Journey(self.request.request_id)
 
     @property
     def started(self) -> bool:
@@ -106,8 +146,14 @@ class Seen:
 class StreamTable:
     """All live requests, by their own id and by their current attempt's."""
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
+        """
+        Start empty.
+
+        Args:
+            wall_clock: Seconds since 1970, for what others read of journeys.
+        """
+        self._wall_clock = wall_clock
         self._streams: dict[RequestId, Stream] = {}
         self._by_attempt: dict[str, Stream] = {}
         #: Called with the instance of each placement.
@@ -153,10 +199,11 @@ class StreamTable:
         self._streams[request.request_id] = stream
         return stream
 
-    def place(self, stream: Stream, instance_id: InstanceId) -> str:
-        """Begin a new attempt on this instance, ending the previous one; returns its id."""
+    def place(self, stream: Stream, instance_id: InstanceId, how: str = "dispatched", reason: str = "") -> str:
+        """Begin a new attempt on this instance, ending the previous one; returns its id. See Visit for the words."""
         self.displace(stream)
         self.on_placed(instance_id)
+        stream.journey.visits.append(Visit(instance_id, how, reason, self._wall_clock()))
         request_id = stream.request.request_id
         engine_request_id = request_id if stream.attempts == 0 else f"{request_id}~{stream.attempts}"
         stream.attempts += 1
@@ -171,6 +218,7 @@ class StreamTable:
         if stream.engine_request_id is None:
             return
         del self._by_attempt[stream.engine_request_id]
+        stream.journey.visits[-1].ended_s = self._wall_clock()
         stream.instance_id = None
         stream.engine_request_id = None
         self.on_displaced(stream)

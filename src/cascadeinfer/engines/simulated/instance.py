@@ -65,6 +65,7 @@ class SimulatedEngine(SimulatedProcess):
         self._refused_connections = 0
         self._deaf = False
         self._says_it_listens = True
+        self._says_it_is_paused = False
         self._refusals: deque[Refusal] = deque()
 
     # --- the protocol ------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ class SimulatedEngine(SimulatedProcess):
             "report", lambda: self.core.report(self._now_s())
         )
         said, counters = loaded
-        return said, dataclasses.replace(counters, listens=self._says_it_listens)
+        return said, dataclasses.replace(counters, listens=self._says_it_listens, paused=self._says_it_is_paused)
 
     def ticket_of(self, delta: TokenDelta) -> SimulatedTicket | None:
         """See Engine.ticket_of."""
@@ -226,6 +227,11 @@ class SimulatedEngine(SimulatedProcess):
         """Close its side channel; the instance notices."""
         self._deaf = True
         self._says_it_listens = False
+
+    def pause_by_aborting(self) -> None:
+        """Abort everything because it was told to, and say in the next report that it is paused."""
+        self._says_it_is_paused = True
+        self.end_all("abort")
 
     def lose_pins(self) -> None:
         """Free what is pinned, so that pulls of it fail."""

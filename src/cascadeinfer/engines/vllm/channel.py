@@ -215,6 +215,7 @@ class EngineChannel:
             failed_pulls=load.failed_pulls,
             held_blocks=load.held_blocks,
             listens=load.listens,
+            paused=load.paused,
         )
         return report, counters
 

@@ -13,10 +13,11 @@ import logging
 import os
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 
 import pydantic
 from vllm import envs
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVTransferConfig, PoolerConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
@@ -31,6 +32,7 @@ from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.attached import AttachedCore
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
 from cascadeinfer.engines.vllm.messages import EngineHello
 from cascadeinfer.engines.vllm.owned import OwnedCore
 from cascadeinfer.engines.vllm.processes import VllmProcesses
@@ -147,6 +149,7 @@ class VllmSource:
         log_stats: bool,
         extra_environment: dict[str, str] | None = None,
         n_clients: int = 1,
+        logs: InstanceLogs | None = None,
     ) -> None:
         """
         Args:
@@ -156,17 +159,21 @@ class VllmSource:
             log_stats: Whether steps carry statistics for vLLM's metrics.
             extra_environment: More variables for the instances' processes.
             n_clients: Front-end processes that will use the instances.
+            logs: How their processes log; None: as vLLM does.
 
         Raises:
             ConfigError: vLLM refuses the arguments (an unknown model folder, an impossible length), or ours contradict
                 them.
         """
         check_engine_args(engine_args)
+        if logs is not None:
+            engine_args = logs.args_for_all(engine_args)
         self._engine_args = with_cpu_kv_share(engine_args, n_instances)
         self._settings = settings
         self._log_stats = log_stats
         self._extra_environment = extra_environment or {}
         self._n_clients = n_clients
+        self._logs = logs
         self._n_placed = 0
         self._launcher: Launcher[VllmProcesses, EngineHello] = LocalLauncher[EngineHello](
             places_for(engine_args, n_instances), n_instances, self._further_needs_bytes(), start_turns()
@@ -181,11 +188,13 @@ class VllmSource:
         index = int(instance_id) if instance_id.isdecimal() else self._n_placed
         environment = {
             **environment_of(place),
+            **({} if self._logs is None else self._logs.environment),
             **self._extra_environment,
             SIDE_CHANNEL_HOST_VARIABLE: place.host,
         }
         self._n_placed += 1
         checked, self._first_config = self._first_config, None
+        log_as = contextlib.nullcontext if self._logs is None else partial(self._logs.logging_as, instance_id)
 
         def make(start: int) -> VllmInstance:
             config = checked if checked is not None and start == 0 else self._config_of(instance_id)
@@ -198,6 +207,7 @@ class VllmSource:
                 log_stats=self._log_stats,
                 n_clients=self._n_clients,
                 max_migrations=self._settings.max_migrations,
+                while_starting=log_as,
             )
             return VllmInstance(core)
 
@@ -277,7 +287,7 @@ def parse_engine_args(namespace: argparse.Namespace) -> AsyncEngineArgs:
     """
     try:
         with _refusals():
-            return AsyncEngineArgs.from_cli_args(namespace)
+            engine_args = AsyncEngineArgs.from_cli_args(namespace)
     except ConfigError as error:
         if not isinstance(error.__cause__, OSError):
             raise
@@ -286,6 +296,11 @@ def parse_engine_args(namespace: argparse.Namespace) -> AsyncEngineArgs:
             option="MODEL",
             fix="name a Hugging Face folder or a repository within reach",
         ) from error
+    if not getattr(namespace, "enable_flash_late_interaction", True):  # an option of the server that the engines need
+        pooler = engine_args.pooler_config or PoolerConfig()
+        pooler.enable_flash_late_interaction = False
+        engine_args.pooler_config = pooler
+    return engine_args
 
 
 @contextlib.contextmanager

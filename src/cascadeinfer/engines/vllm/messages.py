@@ -73,6 +73,7 @@ class EngineLoad(_Answer, frozen=True):
         timed_steps: Steps since the client last asked: the fields of a `BatchFeatures`, and seconds.
         steps, scheduled_tokens, pulls, pulled_tokens, failed_pulls: Since its start.
         listens: Whether its side channel is open.
+        paused: Whether its scheduler is paused, in any of vLLM's ways.
         clock_s: Its monotonic clock.
     """
 
@@ -92,4 +93,5 @@ class EngineLoad(_Answer, frozen=True):
     pulled_tokens: int
     failed_pulls: int
     listens: bool
+    paused: bool
     clock_s: float

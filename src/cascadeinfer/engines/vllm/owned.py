@@ -5,6 +5,7 @@ A launcher (`cluster/protocol.py`) keeps its processes; this module holds the ch
 must be told.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 from vllm.config import VllmConfig
@@ -17,7 +18,7 @@ from cascadeinfer.engines.vllm.channel import EngineChannel, connect_both_ways
 from cascadeinfer.engines.vllm.connector.words import TOKEN_VARIABLE, new_token
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.messages import EngineHello
-from cascadeinfer.engines.vllm.processes import VllmProcesses
+from cascadeinfer.engines.vllm.processes import VllmProcesses, WhileStarting
 
 
 class OwnedCore:
@@ -34,6 +35,7 @@ class OwnedCore:
         log_stats: bool = True,
         n_clients: int = 1,
         max_migrations: int | None = None,
+        while_starting: WhileStarting = contextlib.nullcontext,
     ) -> None:
         """
         Args:
@@ -46,6 +48,7 @@ class OwnedCore:
             n_clients: Front-end processes that will use it, this one included.
             max_migrations: It takes part in at once, over all processes; None: the only process keeps to its limit
                 itself.
+            while_starting: See VllmProcesses.
         """
         self.instance_id = place.instance_id
         self.index = index
@@ -54,7 +57,11 @@ class OwnedCore:
         self._place = place
         self._token = new_token()
         self._processes = VllmProcesses(
-            vllm_config, {**environment, TOKEN_VARIABLE: self._token}, log_stats=log_stats, n_clients=n_clients
+            vllm_config,
+            {**environment, TOKEN_VARIABLE: self._token},
+            log_stats=log_stats,
+            n_clients=n_clients,
+            while_starting=while_starting,
         )
         self._max_migrations = max_migrations
         self._kept: Kept[EngineHello] | None = None

@@ -5,9 +5,10 @@ The client's constructor starts them and blocks until they are ready, so it runs
 client number 0 of the EngineCore, and the only one that sends it commands from the start.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeAlias
 
 from vllm.config import VllmConfig
 
@@ -17,12 +18,20 @@ from cascadeinfer.engines.vllm.ending import fail_pending_calls, kill, let_go, s
 from cascadeinfer.engines.vllm.instance_client import InstanceClient
 from cascadeinfer.engines.vllm.messages import EngineHello
 
+WhileStarting: TypeAlias = Callable[[VllmConfig], contextlib.AbstractContextManager[None]]
+
 
 class VllmProcesses:
     """See `cascadeinfer.cluster.local.EngineProcesses`."""
 
     def __init__(
-        self, vllm_config: VllmConfig, environment: Mapping[str, str], *, log_stats: bool, n_clients: int
+        self,
+        vllm_config: VllmConfig,
+        environment: Mapping[str, str],
+        *,
+        log_stats: bool,
+        n_clients: int,
+        while_starting: WhileStarting = contextlib.nullcontext,
     ) -> None:
         """
         Args:
@@ -30,7 +39,9 @@ class VllmProcesses:
             environment: Variables that the processes get.
             log_stats: Whether steps carry statistics for vLLM's metrics.
             n_clients: Front-end processes that will use the EngineCore, this one included.
+            while_starting: A context for the start, which may change the configuration meanwhile.
         """
+        self._while_starting = while_starting
         self.environment = environment
         self.n_clients = n_clients
         self.config = vllm_config
@@ -58,9 +69,14 @@ class VllmProcesses:
 
     def start(self, environment: ProcessStart, further_clients: Sequence[ClientAddresses]) -> None:
         """See EngineProcesses."""
-        self._client = InstanceClient(
-            self.config, environment, self._processes_run, log_stats=self._log_stats, further_clients=further_clients
-        )
+        with self._while_starting(self.config):
+            self._client = InstanceClient(
+                self.config,
+                environment,
+                self._processes_run,
+                log_stats=self._log_stats,
+                further_clients=further_clients,
+            )
         if self._ended:
             self._client.shutdown(0.0)
             raise RuntimeError("stopped while starting")

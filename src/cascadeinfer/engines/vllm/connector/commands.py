@@ -192,6 +192,7 @@ def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
         pulled_tokens=side.pulled_tokens,
         failed_pulls=side.failed_pulls,
         listens=side.side_channel.listens() if client_index == 0 else True,
+        paused=core.is_scheduler_paused(),
         clock_s=time.monotonic(),
     ).plain()
 
