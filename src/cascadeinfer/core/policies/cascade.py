@@ -132,6 +132,7 @@ class Cascade:
             planning=planning or PlanSettings(),
         )
         self._watch = self._adaptation.watch
+        self.next_plan = self._adaptation.next_plan
         self._urgency = 1.0 / TYPICAL_OUTPUT_TOKENS
         self._finished = 0
         self._incarnations: dict[InstanceId, int] = {}
