@@ -215,6 +215,7 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
                 signals,
                 drain_timeout_s=options.drain_timeout_s,
                 rules=rules_of(options),
+                policy=options.policy_name(),
             )
 
 
@@ -306,6 +307,7 @@ async def _serve_with_followers(
                     signals,
                     drain_timeout_s=options.drain_timeout_s,
                     rules=rules_of(options),
+                    policy=options.policy_name(),
                     shared=shared,
                 )
             finally:
@@ -387,6 +389,7 @@ async def _follow(
                 signals,
                 drain_timeout_s=options.drain_timeout_s,
                 rules=rules_of(options),
+                policy=options.policy_name(),
                 shared=shared,
             )
         for task in tasks:

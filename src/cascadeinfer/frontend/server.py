@@ -35,6 +35,7 @@ from cascadeinfer.frontend.contents.bodies import Bodies
 from cascadeinfer.frontend.contents.limits import ContentLimits
 from cascadeinfer.frontend.door.settings import DoorSettings, without_keys
 from cascadeinfer.frontend.engine_client import CascadeLLM
+from cascadeinfer.frontend.page.routes import Served, attach_page
 from cascadeinfer.frontend.refusal_log import log_refusals_in_one_line
 from cascadeinfer.frontend.refusals import Refusals
 from cascadeinfer.frontend.stop_signals import StopSignals
@@ -144,6 +145,7 @@ async def serve(
     *,
     drain_timeout_s: float,
     rules: RequestRules,
+    policy: str,
     shared: SharedServing | None = None,
 ) -> None:
     """
@@ -151,6 +153,7 @@ async def serve(
 
     Args:
         rules: Who may send which requests.
+        policy: Its name, for the operator's page.
         shared: Given when several processes serve.
     """
     supported_tasks = await llm.get_supported_tasks()
@@ -158,6 +161,8 @@ async def serve(
     await init_app_state(llm, app.state, args, supported_tasks)
     admin = OwnRuntime(runtime) if shared is None else shared.admin
     attach_admin_routes(app, runtime, admin, drain_timeout_s=drain_timeout_s)
+    served = Served(", ".join(args.served_model_name or [args.model]), policy, llm.model_config.max_model_len)
+    attach_page(app, admin, served, is_ending=lambda: app.state.server.should_exit)
     if shared is not None:
         _show_metrics_of_all(app, runtime)
     # Around the whole app: vLLM has built its stack of middleware already.
