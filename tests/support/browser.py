@@ -75,6 +75,29 @@ class Page:
         self.enter(key)
         self.until("document.getElementById('link').className === 'live'")
 
+    def stop_clock(self) -> None:
+        """From now on time passes for the page's drawing only by `advance`."""
+        self.browser.execute_script("window.clockMs = performance.now(); performance.now = () => window.clockMs")
+
+    def advance(self, ms: float) -> None:
+        """Let time pass."""
+        self.browser.execute_script(f"window.clockMs += {ms}")
+
+    def stop_at(self, now_s: float) -> None:
+        """Show no picture after the one of this time, and stop the clock with it."""
+        self.browser.execute_script(
+            """
+            const showing = window.show;
+            window.show = (picture) => {
+              if (window.clockMs !== undefined) return;
+              showing(picture);
+              if (picture.now_s !== WANTED) return;
+              window.clockMs = performance.now();
+              performance.now = () => window.clockMs;
+            };
+            """.replace("WANTED", str(now_s))
+        )
+
     def press(self, *keys: str) -> None:
         """Press keys where the focus is."""
         self.browser.switch_to.active_element.send_keys(*keys)
