@@ -84,17 +84,9 @@ class Runtime:
         self.ledger = Ledger(clock)
         self._isolation = Isolation(self._streams, self.metrics, clock, poison_deaths)
         self._performer = Performer(
-            self.fleet,
-            self._streams,
-            self.metrics,
-            self.ledger,
-            self.emit,
-            self._refuse_late,
-            self._fail,
-            self._isolation,
-            migration or MigrationLimits(),
-            clock,
-        )
+            self.fleet, self._streams, self.metrics, self.ledger, self.emit, self._refuse_late, self._fail,
+            self._isolation, migration or MigrationLimits(), clock,
+        )  # fmt: skip
         self._migrator = self._performer.migrator
         self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self.emit, clock, source)
         self._recovery = Recovery(self.fleet, self._streams, self.metrics, self)
