@@ -8,7 +8,7 @@ settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of the chaos and fuzz tests: duration or number, seed, and the file for the figures."""
+    """Options of the chaos and fuzz tests (duration or number, seed, file for figures) and of the page's figures."""
     group = parser.getgroup("chaos")
     group.addoption("--chaos-s", type=float, default=None, help="seconds of the chaos test; without it, it is skipped")
     group.addoption("--chaos-seed", type=int, default=1, help="seed of the chaos test")
@@ -16,6 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fuzz")
     group.addoption("--fuzz-examples", type=int, default=None, help="bodies per surface and mode; CI sends a few")
     group.addoption("--fuzz-report", default=None, help="file for the figures of the fuzz test, as JSON")
+    group = parser.getgroup("page")
+    group.addoption("--page-figures", default=None, help="folder for the figures of the operator's page, as PNG")
 
 
 @pytest.fixture(scope="session", autouse=True)

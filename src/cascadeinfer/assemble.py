@@ -385,6 +385,8 @@ async def _follow(
                 signals,
                 drain_timeout_s=options.drain_timeout_s,
                 rules=rules_of(options),
+                policy=options.policy_name(),
+                is_first=False,
                 shared=shared,
             )
         for task in tasks:

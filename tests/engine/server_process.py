@@ -1,10 +1,11 @@
 """`cascadeinfer serve` as a process, and what tests ask of it."""
 
 import contextlib
+import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,15 @@ class ServerProcess(ServedProcess):
     def admin(self) -> dict[str, Any]:
         """`/admin/instances`."""
         return self.get("/admin/instances").json()
+
+    @contextlib.contextmanager
+    def viewer(self) -> Iterator[Iterator[dict[str, Any]]]:
+        """What a viewer of the operator's page gets: an iterator over pictures, until the server ends the stream."""
+        url, headers = f"{self.url}/admin/events", _bearer(API_KEY)
+        with httpx.stream("GET", url, headers=headers, timeout=60, **NO_TLS) as answer:
+            assert answer.status_code == 200
+            lines = (line for line in answer.iter_lines() if line.startswith("data: "))
+            yield (json.loads(line.removeprefix("data: ")) for line in lines)
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples with these labels, from `/metrics`."""

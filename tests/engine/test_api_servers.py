@@ -147,6 +147,12 @@ def test_a_process_dies(server: ServerProcess) -> None:
         assert {future.result() for future in many(server, executor, N_TOKENS)} == {alone}
 
 
+def first_picture(server: ServerProcess) -> dict[str, Any]:
+    """Of a viewer on its own connection."""
+    with server.viewer() as pictures:
+        return next(pictures)
+
+
 def test_admin_on_any_process(server: ServerProcess) -> None:
     """Whichever process is asked, answers and refusals are process 0's; every process requires the key."""
     with ThreadPoolExecutor(N_REQUESTS) as executor:
@@ -157,6 +163,8 @@ def test_admin_on_any_process(server: ServerProcess) -> None:
         assert {json.dumps([one["pid"] for one in answer["front_ends"]]) for answer in seen} == {
             json.dumps([one["pid"] for one in seen[0]["front_ends"]])
         }
+        for picture in executor.map(lambda _: first_picture(server), range(N_REQUESTS)):
+            assert [one["pid"] for one in picture["front_ends"]] == [one["pid"] for one in seen[0]["front_ends"]]
         refused = executor.map(lambda _: server.get("/admin/instances", key=None).status_code, range(N_REQUESTS))
         assert set(refused) == {401}
 

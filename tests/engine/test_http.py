@@ -23,6 +23,7 @@ from server_process import API_KEY, MODEL, NO_TLS, PIPES, ServerProcess
 
 import cascadeinfer
 from cascadeinfer.cluster.local import LOOPBACK
+from support.browser import Page, chromium
 
 pytestmark = pytest.mark.engine
 
@@ -296,6 +297,43 @@ def test_admin_instances(client: openai.OpenAI, server: ServerProcess) -> None:
     assert sum(instance["requests"] for instance in seen["instances"]) == seen["requests"]["live"] == 1
     assert any(instance["kv_blocks_used"] > 0 and instance["lengths"] for instance in seen["instances"])
     stream.close()
+
+
+def test_operators_page(client: openai.OpenAI, server: ServerProcess) -> None:
+    """The page is open and without data; a viewer with the key sees a request in its lane, its move and its story."""
+    assert server.get("/admin", key=None).headers["content-security-policy"].startswith("default-src 'none'")
+    assert server.get("/admin/events", key=None).status_code == 401
+    with server.viewer() as pictures:
+        before = next(pictures)
+        assert (before["service"]["model"], before["service"]["max_tokens"]) == (MODEL, 1024)
+        assert [(stage["lo"], stage["hi"], stage["instances"]) for stage in before["stages"]] == [
+            (0, 64, ["0"]), (64, None, ["1"]),
+        ]  # fmt: skip
+        n_moved = sum(move["count"] for move in before["moves"]["ended"] if move["outcome"] == "moved")
+        stream = complete(client, n_tokens=900, stream=True)
+        for _ in range(N_TOKENS):
+            next(stream)
+        running = next(picture for picture in pictures if any(i["lengths"] for i in picture["instances"]))
+        [request] = running["requests"]["oldest"]
+        story = server.get(f"/admin/requests/{request['id']}").json()
+        assert story["chapters"][0]["text"].startswith("arrived")
+        for _ in stream:
+            pass
+        after = next(picture for picture in pictures if not picture["requests"]["live"])
+    moved = [move for move in after["moves"]["ended"] if move["outcome"] == "moved"]
+    assert sum(move["count"] for move in moved) > n_moved
+    assert all(move["pause_s"]["p50"] > 0.0 for move in moved)
+    assert server.get(f"/admin/requests/{request['id']}").status_code == 404
+
+
+def test_operators_page_in_a_browser(server: ServerProcess) -> None:
+    """The served page shows both instances of this server, with nothing to complain of in the browser."""
+    with chromium() as browser:
+        page = Page(browser, server.url)
+        page.watch(API_KEY)
+        assert page.js("[...document.querySelectorAll('#names .id')].map((id) => id.textContent)") == ["0", "1"]
+        assert "2 of 2" in page.text("#strip")
+        assert page.errors() == []
 
 
 def test_everything_listens_on_the_loopback(server: ServerProcess) -> None:
@@ -602,15 +640,18 @@ def test_sigterm_drains(client: openai.OpenAI, server: ServerProcess) -> None:
     assert len(everyone) >= 5  # the server, two engines, two workers
     stream = complete(client, n_tokens=900, stream=True)
     text = next(stream).choices[0].text
-    server.send_signal(signal.SIGTERM)
     refused_while_running = False
-    for chunk in stream:
-        text += chunk.choices[0].text
-        if not refused_while_running:
-            try:
-                server.get("/health/live")
-            except httpx.TransportError:
-                refused_while_running = True
+    with server.viewer() as pictures:  # who never leaves
+        next(pictures)
+        server.send_signal(signal.SIGTERM)
+        for chunk in stream:
+            text += chunk.choices[0].text
+            if not refused_while_running:
+                try:
+                    server.get("/health/live")
+                except httpx.TransportError:
+                    refused_while_running = True
+        assert [picture for picture in pictures if not picture] == [{}]  # the end of its stream
     assert text == expected
     assert refused_while_running
     assert server.wait_ended(60) == 0

@@ -23,7 +23,8 @@ from starlette.websockets import WebSocketDisconnect
 from cascadeinfer.frontend.admin import attach_admin_routes
 from cascadeinfer.frontend.door.door import Door
 from cascadeinfer.frontend.door.keys import Keys
-from cascadeinfer.frontend.door.routes import IMPOSSIBLE, INFERENCE, OPEN, Access, access_of
+from cascadeinfer.frontend.door.routes import IMPOSSIBLE, INFERENCE, OPEN, PAGE, Access, access_of
+from cascadeinfer.frontend.page.routes import Served, attach_page
 
 API, ADMIN = "inference-key", "admin-key"
 EVERY_ROUTER = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -41,6 +42,8 @@ TASKS = (
 CHANGES_THE_SERVICE = (
     "/admin/instances",
     "/admin/instances/{instance_id}",
+    "/admin/events",
+    "/admin/requests/{request_id:path}",
     "/sleep",
     "/wake_up",
     "/pause",
@@ -73,6 +76,7 @@ def app() -> Iterator[FastAPI]:
         args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--enable-tokenizer-info-endpoint"])
         application = build_app(args, TASKS, MagicMock())  # a model of every kind: routers ask it what it can do
         attach_admin_routes(application, None, None, drain_timeout_s=1.0)  # type: ignore[arg-type] - nothing is called
+        attach_page(application, None, Served("m", "p", 1024), lambda: False)  # type: ignore[arg-type] - the same
         yield application
     finally:
         os.environ.clear()
@@ -118,12 +122,12 @@ def routes_of(app: FastAPI) -> list[tuple[str, str]]:
 
 
 def test_every_route_asks_for_the_key(app: FastAPI) -> None:
-    """Without a key or with a wrong one, only probes and metrics are open; an API key alone opens every route."""
+    """Without a key, or with a wrong one, probes, metrics and the empty page are open; an API key opens everything."""
     client = behind([API], [])
     routes = routes_of(app)
     assert len(routes) > 60
     for method, path in routes:
-        expected = 299 if path in OPEN else 401
+        expected = 299 if path in OPEN or path == PAGE else 401
         for headers in ({}, bearer("wrong"), {"Authorization": API}, {"Authorization": f"Basic {API}"}):
             assert client.request(method, path, headers=headers).status_code == expected, (method, path)
         opened = client.request(method, path, headers=bearer(API))
@@ -160,7 +164,7 @@ def test_what_changes_the_service_asks_for_the_admin_key(app: FastAPI) -> None:
         assert status == (403 if access_of(path) is Access.ADMIN else 299), (method, path)
         if status == 403:
             closed.add(path)
-    assert {path.replace("{instance_id}", "x").replace("{adapter_name}", "x") for path in CHANGES_THE_SERVICE} <= closed
+    assert {re.sub(r"\{[^}]*\}", "x", path) for path in CHANGES_THE_SERVICE} <= closed
 
 
 def test_an_admin_key_alone_leaves_inference_open() -> None:

@@ -9,7 +9,9 @@ from typing import Any, Self
 import pytest
 from prometheus_client import CollectorRegistry
 
+from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
+from cascadeinfer.core.events import MigrationOutcome
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.types import InstanceCapacity
@@ -30,15 +32,19 @@ from cascadeinfer.frontend.processes.messages import (
     InstanceNews,
     LayoutNews,
     Look,
+    LookAtPicture,
     Question,
     Refused,
     Shown,
     Stop,
     Summary,
+    TellStory,
     UnknownInstance,
 )
 from cascadeinfer.frontend.processes.owner import HANG_S, LOOK_S, FrontEnds
+from cascadeinfer.runtime.ledger import EndedMove
 from cascadeinfer.runtime.metrics import RuntimeMetrics
+from cascadeinfer.runtime.picture import Move
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes
 
@@ -289,6 +295,12 @@ async def test_follower_asks_process_0() -> None:
         def looked(question: Look) -> Shown:
             return Shown(question.number, {"instances": []})
 
+        def drawn(question: LookAtPicture) -> Shown:
+            return Shown(question.number, {"moves": {}})
+
+        def told(question: TellStory) -> Shown:
+            return Shown(question.number, {"id": question.request_id} if question.request_id == "theirs" else None)
+
         def added(question: AddInstances) -> Added:
             assert question.count == 2
             return Added(question.number, ["5", "6"])
@@ -301,6 +313,9 @@ async def test_follower_asks_process_0() -> None:
             return Refused(question.number, "the last one")
 
         assert await answered(pair.follower.snapshot(), looked) == {"instances": []}
+        assert await answered(pair.follower.picture(), drawn) == {"moves": {}}
+        assert await answered(pair.follower.story("theirs"), told) == {"id": "theirs"}
+        assert await answered(pair.follower.story("nobody's"), told) is None
         assert await answered(pair.follower.add(2), added) == ["5", "6"]
         with pytest.raises(UnknownInstanceError, match="no instance 9"):
             await answered(pair.follower.drain("9", 1.0), unknown)
@@ -376,6 +391,73 @@ def test_a_follower_is_not_killed_for_the_owners_own_pause() -> None:
     assert not any(look(LOOK_S) for _ in range(int(HANG_S / LOOK_S) - 10))
     assert not look(48.0)
     assert looks_until_killed() == pytest.approx(HANG_S / LOOK_S, abs=1)
+
+
+@pytest.mark.asyncio
+async def test_a_picture_is_of_all_processes() -> None:
+    """
+    Requests, moves under way and moves that ended of the followers are in process 0's picture; viewers of all
+    processes share it for a moment.
+    """
+    runtime = Runtime(
+        {name: lambda n_start, name=name: SimulatedEngine(name, n_start, CAPACITY) for name in "ab"},  # type: ignore[misc]
+        StaticStages(layout=LAYOUT),
+        lambda read: RuntimeMetrics(CollectorRegistry(), read),
+    )
+    await runtime.start()
+    owner = FrontEnds(3, runtime, None, None, [0, 0, 0])  # type: ignore[arg-type]
+    await runtime.submit(EngineRequest("own", [1] * 10, 100_000, SimulatedParams()))
+    told = [
+        EndedMove(
+            f"m{n}", "theirs", "a", "b", 120, MigrationReason.OUTGREW_STAGE, MigrationOutcome.MOVED, "", 0.02, 5.0
+        )
+        for n in range(2)
+    ]
+    moving = Move("m2", "other", "a", "b", 130, "rebalance")
+    first = Summary(7, 5, 1, {"a": 3, "b": 1}, 1, {"moved": 2}, 0, [], [], None, [moving], told, {"rejected": 3})
+    empty = Summary(8, 0, 0, {}, 0, {}, 0, [], [])
+    ours, its = socket.socketpair()
+    owner_channel = await Channel[FromFollower].open(ours, FromFollower)
+    channel = await Channel[FromOwner].open(its, FromOwner)
+    one, other = owner._followers
+    other.summary = empty
+    listening = asyncio.create_task(owner._listen(one, owner_channel))
+    channel.send(first)
+    await until(lambda: one.summary is not None)
+    picture = await owner.picture()
+    assert (picture["requests"]["live"], picture["requests"]["unplaced"]) == (6, 1)
+    assert [instance["requests"] for instance in picture["instances"]] == [4, 1]
+    assert [move["id"] for move in picture["moves"]["under_way"]] == ["m2"]
+    assert [(move["count"], move["outcome"]) for move in picture["moves"]["ended"]] == [(2, "moved")]
+    assert picture["requests"]["ended"] == {"rejected": 3}
+    assert [front["process"] for front in picture["front_ends"]] == [0, 1, 2]
+    assert await owner.picture() is picture
+    story = await owner.story("own")
+    assert story is not None
+    assert story["instance"] == "a"
+    listening.cancel()
+    await asyncio.gather(listening, return_exceptions=True)
+    channel.close()
+    owner_channel.close()
+    runtime.abort(["own"])
+    await runtime.stop(0.0)
+
+
+@pytest.mark.asyncio
+async def test_a_follower_tells_of_its_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each move that ended is told once, with its pause, and each end by outcome."""
+    monkeypatch.setattr(follower_module, "SUMMARY_S", 0.01)
+    async with Pair() as pair:
+        pair.tell(a="a1", b="b1")
+        runtime = await pair.serve()
+        await until(lambda: any(isinstance(message, Summary) for message in pair.heard))
+        await runtime.submit(EngineRequest("grows", [1] * 90, 60, SimulatedParams()))
+        await until(lambda: sum(s.ended_requests.get("finished", 0) for s in pair.heard if isinstance(s, Summary)) == 1)
+        moves = [move for s in pair.heard if isinstance(s, Summary) for move in s.ended_moves]
+        moved = [move for move in moves if move.outcome is MigrationOutcome.MOVED]
+        assert [(move.request_id, move.source_id, move.target_id) for move in moved] == [("grows", "a", "b")]
+        assert moved[0].pause_s is not None
+        assert moved[0].n_tokens > 100
 
 
 class StubChannel:

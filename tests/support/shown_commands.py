@@ -83,4 +83,7 @@ def parsed_by_serve(words: list[str]) -> None:
     from cascadeinfer.config.schema import options_of
 
     named = words if words and not words[0].startswith("-") else ["org/model", *words]
-    options_of(parse(named)).layout()
+    with pytest.MonkeyPatch.context() as patch:  # the logging of a server is not that of the tests
+        patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+        patch.setattr("cascadeinfer.frontend.logs.set_up_logs", lambda *_, **__: None)
+        options_of(parse(named)).layout()

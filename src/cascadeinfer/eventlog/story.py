@@ -76,14 +76,25 @@ def _named(event: Event) -> tuple[RequestId, ...]:
 
 
 @dataclass
-class _Telling:
-    """State of the narration."""
+class Telling:
+    """
+    Tells what events and effects mean for one request.
+
+    Attributes:
+        request_id: The request.
+        layout: The stages in force at what is told next.
+        tokens: Its length then.
+    """
 
     request_id: RequestId
     layout: StageLayout | None = None
     asks: set[str] = field(default_factory=set)
     waiting: bool = True
     tokens: int = 0
+
+    def of(self, what: Event | Effect) -> Iterator[str]:
+        """Describe what an event means for the request, or an effect does to it."""
+        return self.of_event(what) if isinstance(what, Event) else self.of_effect(what)
 
     def of_event(self, event: Event) -> Iterator[str]:
         """Describe what an event means for the request."""
@@ -183,7 +194,7 @@ def story_of(log: LogReader, request_id: RequestId) -> Iterator[Chapter]:
     Raises:
         EventLogError: The log cannot be read to its end.
     """
-    telling = _Telling(request_id)
+    telling = Telling(request_id)
     for entry in log:
         if isinstance(entry, Gap):
             continue

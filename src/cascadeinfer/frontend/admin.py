@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from cascadeinfer import __version__
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
-from cascadeinfer.core.types import InstanceId
+from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.runtime.shell import Runtime
 
 
@@ -35,6 +35,14 @@ class Admin(Protocol):
 
     async def snapshot(self) -> dict[str, Any]:
         """The JSON of `/admin/instances`."""
+        ...
+
+    async def picture(self) -> dict[str, Any]:
+        """See `cascadeinfer.runtime.picture`."""
+        ...
+
+    async def story(self, request_id: RequestId) -> dict[str, Any] | None:
+        """See `cascadeinfer.runtime.stories`; None for a request that is not live, or known to others only."""
         ...
 
     async def add(self, count: int) -> list[InstanceId]:
@@ -59,6 +67,14 @@ class OwnRuntime:
     async def snapshot(self) -> dict[str, Any]:
         """See Admin."""
         return self._runtime.snapshot()
+
+    async def picture(self) -> dict[str, Any]:
+        """See Admin."""
+        return self._runtime.lookout.picture()
+
+    async def story(self, request_id: RequestId) -> dict[str, Any] | None:
+        """See Admin."""
+        return self._runtime.lookout.story(request_id)
 
     async def add(self, count: int) -> list[InstanceId]:
         """See Admin."""

@@ -38,6 +38,7 @@ from cascadeinfer.frontend.contents.limits import ContentLimits
 from cascadeinfer.frontend.door.settings import DoorSettings, without_keys
 from cascadeinfer.frontend.engine_client import CascadeLLM
 from cascadeinfer.frontend.listening import url_of
+from cascadeinfer.frontend.page.routes import Served, attach_page
 from cascadeinfer.frontend.placement import PlacementHeaders
 from cascadeinfer.frontend.refusal_log import log_refusals_in_one_line
 from cascadeinfer.frontend.refusals import Refusals
@@ -108,7 +109,8 @@ async def serve(
     *,
     drain_timeout_s: float,
     rules: RequestRules,
-    policy: str | None = None,
+    policy: str,
+    is_first: bool = True,
     shared: SharedServing | None = None,
 ) -> None:
     """
@@ -116,7 +118,8 @@ async def serve(
 
     Args:
         rules: Who may send which requests.
-        policy: Its name, for the lines that say that the server is ready; None: another process says them.
+        policy: Its name, for the operator's page and the lines that say that the server is ready.
+        is_first: Whether this process says those lines; another one says them for all.
         shared: Given when several processes serve.
     """
     supported_tasks = await llm.get_supported_tasks()
@@ -124,6 +127,8 @@ async def serve(
     await init_app_state(llm, app.state, args, supported_tasks)
     admin = OwnRuntime(runtime) if shared is None else shared.admin
     attach_admin_routes(app, runtime, admin, drain_timeout_s=drain_timeout_s)
+    served = Served(", ".join(args.served_model_name or [args.model]), policy, llm.model_config.max_model_len)
+    attach_page(app, admin, served, is_ending=lambda: app.state.server.should_exit)
     if shared is not None:
         _show_metrics_of_all(app, runtime)
     # Around the whole app: vLLM has built its stack of middleware already.
@@ -137,7 +142,7 @@ async def serve(
     server = NoSignalServer(config, shared and shared.loads)
     app.state.server = server
     signals.drain(server)
-    saying = None if policy is None else asyncio.ensure_future(_say_ready(server, args, listener, policy, runtime))
+    saying = asyncio.ensure_future(_say_ready(server, args, listener, policy, runtime)) if is_first else None
     try:
         with _refreshed_certificates(config, watched=args.enable_ssl_refresh):
             await server.serve(sockets=[listener])

@@ -10,6 +10,7 @@ operators can see what became of them.
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from cascadeinfer.core.errors import EngineError
@@ -23,6 +24,22 @@ from cascadeinfer.runtime.supervise import Listener, SupervisionTimes, Superviso
 from cascadeinfer.runtime.view import Departed, InstanceRecord
 
 DEPARTED_REMEMBERED = 32
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutNote:
+    """
+    Since when, and why, the stages in force are in force.
+
+    Attributes:
+        since_s: On the runtime's clock.
+        why: As the policy has put it; empty when instances came or went.
+        failure: What has kept the policy from changing them since; empty if nothing has.
+    """
+
+    since_s: float
+    why: str
+    failure: str = ""
 
 
 class FleetWatcher(Protocol):
@@ -45,6 +62,7 @@ class Fleet:
         records: What is known of each instance.
         departed: The most recently removed instances.
         layout: The stages in force, as the policy has published them.
+        layout_note: What is known of them; None without stages.
         watchers: Notified whenever an instance joins or leaves.
         pairs: Which instances have completed the handshake with each other.
     """
@@ -73,6 +91,7 @@ class Fleet:
         self.watchers: list[FleetWatcher] = []
         self.layout: StageLayout | None = None
         self._layout_since_s = 0.0
+        self.layout_note: LayoutNote | None = None
         self.pairs = Pairs(self.live_engines, self._condemn)
 
     def __iter__(self) -> Iterator[InstanceRecord]:

@@ -95,6 +95,10 @@ class Migrator:
         """Migrations under way."""
         return len(self._records)
 
+    def under_way(self) -> list[MigrationRecord]:
+        """Migrations under way, the oldest first."""
+        return list(self._records.values())
+
     def involves(self, instance_id: InstanceId) -> bool:
         """Whether an instance takes part in a migration under way."""
         return any(

@@ -12,8 +12,9 @@ from cascadeinfer.core.events import Event, MessageReceived, MigrationEnded, Mig
 from cascadeinfer.core.migration import MigrationLimits, NotBegun, not_begun
 from cascadeinfer.engines.protocol import Resume
 from cascadeinfer.runtime.commands import Commands
-from cascadeinfer.runtime.fleet import Fleet
+from cascadeinfer.runtime.fleet import Fleet, LayoutNote
 from cascadeinfer.runtime.isolation import Isolation
+from cascadeinfer.runtime.ledger import Ledger
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationRecord, Migrator
 from cascadeinfer.runtime.streams import Refusal, Stream, StreamTable
@@ -35,6 +36,7 @@ class Performer:
         fleet: Fleet,
         streams: StreamTable,
         metrics: RuntimeMetrics,
+        ledger: Ledger,
         emit: Callable[[Event], None],
         refuse_late: Callable[[Stream, RequestRejectedError], None],
         fail: Callable[[Stream], None],
@@ -47,6 +49,7 @@ class Performer:
             fleet: Where the engines are.
             streams: The live requests.
             metrics: Where ended migrations are counted.
+            ledger: Where they are listed.
             emit: Takes the events in which effects end.
             refuse_late: Ends a request that the policy refuses after it has taken it.
             fail: Ends a request that cannot be sent to an engine.
@@ -57,6 +60,8 @@ class Performer:
         self._fleet = fleet
         self._streams = streams
         self._metrics = metrics
+        self._ledger = ledger
+        self._clock = clock
         self._emit = emit
         self._refuse_late = refuse_late
         self._fail = fail
@@ -94,10 +99,14 @@ class Performer:
 
     def _publish(self, effect: PublishLayout) -> None:
         self._fleet.publish(effect.layout)
+        note = self._fleet.layout_note
         if effect.failure:
+            since_s, why = (self._clock(), "") if note is None else (note.since_s, note.why)
+            self._fleet.layout_note = LayoutNote(since_s, why, effect.failure)
             self._metrics.plan_failures.inc()
             logger.error("stages stay as they are (%s): %s", effect.layout, effect.failure)
         else:
+            self._fleet.layout_note = LayoutNote(self._clock(), effect.why)
             logger.info("stages: %s (%s)", effect.layout, effect.why or "instances came or went")
 
     def abort(self, stream: Stream) -> None:
@@ -153,9 +162,9 @@ class Performer:
     def _start_migration(self, effect: StartMigration) -> None:
         stream = self._streams.get(effect.request_id)
         if stream is None or stream.migration is not None or stream.instance_id != effect.source_id:
-            self._tell_end(effect, not_begun(effect, NotBegun.STALE, is_live=stream is not None))
+            self._tell_end(effect, not_begun(effect, NotBegun.STALE, is_live=stream is not None), stream)
         elif self._isolation.keeps(stream):
-            self._tell_end(effect, not_begun(effect, NotBegun.SUSPECTED, is_live=True))
+            self._tell_end(effect, not_begun(effect, NotBegun.SUSPECTED, is_live=True), stream)
         else:
             self._fleet.wake(effect.target_id)  # it owes an answer, and will hold room
             self.migrator.start(effect, stream)
@@ -164,10 +173,13 @@ class Performer:
         ended = record.migration.ended()
         if record.pause_s is not None and ended.outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
             self._metrics.pause.labels(ended.outcome.value).observe(record.pause_s)
-        self._tell_end(record.migration.effect, ended)
+        self._tell_end(record.migration.effect, ended, record.stream, record.pause_s)
 
-    def _tell_end(self, effect: StartMigration, ended: MigrationEnded) -> None:
+    def _tell_end(
+        self, effect: StartMigration, ended: MigrationEnded, stream: Stream | None, pause_s: float | None = None
+    ) -> None:
         outcome = ended.outcome.value
+        self._ledger.move_ended(effect, ended, 0 if stream is None else stream.n_tokens, pause_s)
         self._metrics.migrations.labels(outcome, effect.reason.value, ended.detail).inc()
         self.migration_counts[outcome] = self.migration_counts.get(outcome, 0) + 1
         self._emit(ended)

@@ -35,9 +35,12 @@ from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.gauges import FleetGauges
 from cascadeinfer.runtime.given_up import GivenUp
 from cascadeinfer.runtime.isolation import POISON_SENTENCE, Isolation
+from cascadeinfer.runtime.ledger import Ledger
+from cascadeinfer.runtime.lookout import Lookout
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.perform import Performer
 from cascadeinfer.runtime.recovery import Recovery
+from cascadeinfer.runtime.stories import Stories
 from cascadeinfer.runtime.streams import Journey, Seen, Stream, StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes
 from cascadeinfer.runtime.suspects import Suspects
@@ -78,26 +81,22 @@ class Runtime:
         self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes(), clock)
         self._streams.on_placed = self.fleet.wake
         self.metrics = make_metrics(self.fleet.gauges)
+        self.ledger = Ledger(clock)
         self._isolation = Isolation(self._streams, self.metrics, clock, poison_deaths)
         self._performer = Performer(
-            self.fleet,
-            self._streams,
-            self.metrics,
-            self.emit,
-            self._refuse_late,
-            self._fail,
-            self._isolation,
-            migration or MigrationLimits(),
-            clock,
-        )
+            self.fleet, self._streams, self.metrics, self.ledger, self.emit, self._refuse_late, self._fail,
+            self._isolation, migration or MigrationLimits(), clock,
+        )  # fmt: skip
         self._migrator = self._performer.migrator
         self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self.emit, clock, source)
         self._recovery = Recovery(self.fleet, self._streams, self.metrics, self)
         self._suspects = Suspects(self.fleet, self._streams, self.metrics, self.emit, self._performer, self._isolation)
+        stories = Stories(self._streams, self.fleet, observer)
         self._driver = PolicyDriver(
-            policy, self._performer.carry_out, clock, failed=self._recovery.policy_failed, observer=observer,
+            policy, self._performer.carry_out, clock, failed=self._recovery.policy_failed, observer=stories,
             settled=self._show,
         )  # fmt: skip
+        self.lookout = Lookout(self.fleet, self._streams, self._migrator, self.ledger, policy, clock)
         self._outputs: asyncio.Queue[StepOutputs] = asyncio.Queue()
         self._given_up = GivenUp(self._give_up)
         #: Called for a request refused after `submit` has returned and before its first token; None: it ends with an
@@ -166,15 +165,9 @@ class Runtime:
         """The JSON of `/admin/instances`."""
         now_s = self._clock()
         shown = snapshot(
-            self.fleet,
-            self.fleet.departed,
-            self.fleet.layout,
-            self._streams,
-            len(self._migrator),
-            self._performer.migration_counts,
-            now_s,
-            self.fleet.pairs.broken(),
-        )
+            self.fleet, self.fleet.departed, self.fleet.layout, self._streams, len(self._migrator),
+            self._performer.migration_counts, now_s, self.fleet.pairs.broken(),
+        )  # fmt: skip
         return {**shown, **self._isolation.shown(now_s)}
 
     def tally(self) -> dict[str, Any]:
@@ -214,7 +207,8 @@ class Runtime:
         await self.fleet.join(engine, capacity)
         if self._streams.on_instance(engine.instance_id):
             self.announce_loss(engine.instance_id)  # the policy, which failed at its loss, sent requests to the dead
-        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, InstanceKind(capacity)))
+        kind = self.fleet[engine.instance_id].kind = InstanceKind(capacity)
+        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, kind))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop late output of superseded attempts; hide the finishes of cuts."""
@@ -395,6 +389,7 @@ class Runtime:
             self._stop_computing(stream)
         self._streams.close(stream)
         self.metrics.requests.labels(outcome).inc()
+        self.ledger.request_ended(outcome)
         request_id = stream.request.request_id
         n_output = len(stream.output_token_ids)
         if outcome == "finished" and stream.first_token_s is not None and stream.last_token_s is not None:

@@ -11,8 +11,12 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.errors import PolicyError, RequestIdInUseError, RequestRejectedError
+from cascadeinfer.core.events import Event
+from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.migration import Migration
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.protocol import EngineRequest
@@ -30,6 +34,15 @@ class Refusal:
 
     outcome: str
     error: RequestRejectedError | PolicyError
+
+
+class Step(NamedTuple):
+    """A step of a request's story: what happened, at which length of the request, under which stages."""
+
+    at_s: float
+    what: Event | Effect
+    n_tokens: int
+    layout: StageLayout | None
 
 
 @dataclass(slots=True)
@@ -85,6 +98,8 @@ class Stream:
         first_token_s: When its first token came, on the runtime's clock; None before that.
         last_token_s: The same of its last token.
         journey: Where it has been.
+        steps: Its story so far (`runtime/stories.py`).
+        n_dropped_steps: Steps left out of it, after the first.
     """
 
     request: EngineRequest
@@ -101,6 +116,8 @@ class Stream:
     arriving: bool = False
     refusal: Refusal | None = None
     ending: bool = False
+    steps: list[Step] = field(default_factory=list)
+    n_dropped_steps: int = 0
     journey: Journey = field(init=False)
 
     def __post_init__(self) -> None:

@@ -71,12 +71,14 @@ class InstanceRecord:
     Where it is in its life is its supervisor's to say; what is derived from that is a property here.
 
     Attributes:
+        kind: What it was when it last came up; None before.
         settled: Set once it has come up, or failed to, for the first time.
         drain: Of the drain it is in, or was removed by; None before.
     """
 
     supervisor: Supervisor
     capacity: InstanceCapacity | None = None
+    kind: InstanceKind | None = None
     report: InstanceReport = IDLE
     counters: EngineCounters = field(default_factory=EngineCounters)
     settled: asyncio.Event = field(default_factory=asyncio.Event)

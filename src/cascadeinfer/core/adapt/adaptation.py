@@ -21,6 +21,7 @@ from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.problem import PlanProblem
+from cascadeinfer.core.policy import NextPlan
 from cascadeinfer.core.roster import Roster
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.core.view import ClusterView, InstanceView
@@ -122,6 +123,12 @@ class Adaptation:
             if len(members) > 1:
                 return self._refine(members, now_s)
         return NOTHING
+
+    def next_plan(self) -> NextPlan | None:
+        """See `cascadeinfer.core.policy.PlansAhead`."""
+        if self._replanner is None:
+            return None
+        return self._replanner.next_plan("" if self._planner is None else self._planner.verdict)
 
     def _plan(self, replanner: Replanner, members: Sequence[Sequence[InstanceView]], now_s: float) -> Adapted:
         layout = self._roster.layout

@@ -85,6 +85,11 @@ class RecentWorkload:
         if output_tokens >= 1 and prompt_tokens + output_tokens < self._max_tokens:
             self._finished.append((prompt_tokens, output_tokens, arrived_s))
 
+    @property
+    def n_finished(self) -> float:
+        """Finished requests seen, faded up to the last look."""
+        return self._seen + len(self._finished)
+
     def look(
         self,
         now_s: float,

@@ -22,6 +22,7 @@ from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
 from cascadeinfer.core.plan.planner import predict, solve
 from cascadeinfer.core.plan.problem import DEFAULT_MARGIN, DEFAULT_MAX_STAGES, HandOverCost, PlanProblem, ServiceFloor
 from cascadeinfer.core.plan.scale import ServiceLevel
+from cascadeinfer.core.policy import NextPlan
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 
 Planner = Callable[[LengthHistogram, float, InstanceCapacity, int, StageLayout], Proposal | None]
@@ -116,11 +117,13 @@ class ModelPlanner:
     Attributes:
         model: The cost model; without one, no plan is made.
         why: The reason for the last proposal, with its predicted gain.
+        verdict: What became of the last call.
     """
 
     def __init__(self, model: StepModel | None, settings: PlanSettings) -> None:
         self.model = model
         self.why = ""
+        self.verdict = ""
         self._settings = settings
 
     def __call__(
@@ -134,21 +137,27 @@ class ModelPlanner:
         """See `Planner`."""
         settings = self._settings
         if self.model is None:
+            self.verdict = "the cost of steps is not known yet"
             return None
         problem = settings.problem(self.model, workload, rate_per_s, capacity, n_instances)
         try:
             best = solve(problem)
         except PlanError as error:
             if not error.capacity_per_s:
+                self.verdict = "no layout can serve this workload"
                 return None  # even the smallest demand cannot be served within the floor: no layout is better
             problem = problem.with_rate(settings.overload_share * error.capacity_per_s)
             best = solve(problem)
         in_force = Proposal.like(current)
         if best.proposal == in_force:
+            self.verdict = "the best stages are those in force"
             return None
         gain = settings.objective.gain(self._cost_of(problem, in_force), best.cost)
-        if gain < settings.needed_gain(workload.requests):
+        needed = settings.needed_gain(workload.requests)
+        if gain < needed:
+            self.verdict = f"the best other stages would gain {gain:.1%}, less than the {needed:.1%} needed"
             return None
+        self.verdict = "new stages were put in force"
         self.why = (
             f"planned from {workload.requests:.0f} requests at {rate_per_s:.3g}/s: predicted gain over the layout "
             f"before {gain:.0%}"
@@ -182,6 +191,18 @@ class Replanner:
         self._settings = settings
         self._next_s: float | None = None
         self.seen: tuple[LengthHistogram, float] | None = None
+        self._too_few = False
+
+    def next_plan(self, verdict: str) -> NextPlan:
+        """
+        What the next plan needs.
+
+        Args:
+            verdict: What became of the planner's last call.
+        """
+        requests = self.workload.n_finished
+        last = "too few requests, or too few of their final lengths, had been seen" if self._too_few else verdict
+        return NextPlan(self._next_s, requests, self._settings.min_requests, self._settings.needed_gain(requests), last)
 
     def is_due(self, now_s: float) -> bool:
         """Whether `propose` should be called. The first plan is due one interval after the first call."""
@@ -212,6 +233,7 @@ class Replanner:
         """
         self._next_s = now_s + self._settings.interval_s
         self.seen = self.workload.look(now_s, self._settings.min_requests, unfinished, self._settings.most_unknown)
+        self._too_few = self.seen is None
         if self.seen is None:
             return None
         proposed = self._planner(*self.seen, capacity, len(ranked_ids), current)

@@ -132,6 +132,7 @@ class Cascade:
             planning=planning or PlanSettings(),
         )
         self._watch = self._adaptation.watch
+        self.next_plan = self._adaptation.next_plan
         self._urgency = 1.0 / TYPICAL_OUTPUT_TOKENS
         self._finished = 0
         self._incarnations: dict[InstanceId, int] = {}
@@ -151,8 +152,7 @@ class Cascade:
             case MessageReceived():
                 agent = self.agents.get(event.recipient_id)
                 if agent is not None and event.sender_id in self.view.instances:
-                    out = Outbox()
-                    agent.receive(event.sender_id, event.message, now_s, out)
+                    agent.receive(event.sender_id, event.message, now_s, out := Outbox())
                     self._carry_out(event.recipient_id, agent, out, event.cause, effects)
             case TimerFired():
                 self._wake(event.cause, now_s, effects)
@@ -261,8 +261,7 @@ class Cascade:
             self._drain.note_end(now_s)
         self.view.apply(event)
         if place is not None and (agent := self.agents.get(place.instance_id)) is not None:
-            out = Outbox()
-            agent.request_left(event.request_id, out)
+            agent.request_left(event.request_id, out := Outbox())
             self._carry_out(place.instance_id, agent, out, event.cause, effects)
         if self._max_queued is not None:
             self._place_waiting(event.cause, effects)
@@ -279,15 +278,13 @@ class Cascade:
     def _review(self, instance_id: InstanceId, cause: str, now_s: float, effects: list[Effect]) -> None:
         agent = self.agents.get(instance_id)
         if agent is not None and self._migrate:
-            out = Outbox()
-            agent.review(now_s, out)
+            agent.review(now_s, out := Outbox())
             self._carry_out(instance_id, agent, out, cause, effects)
 
     def _wake(self, cause: str, now_s: float, effects: list[Effect]) -> None:
         while (instance_id := self._wakes.take_due(now_s)) is not None:
             agent = self.agents[instance_id]
-            out = Outbox()
-            agent.wake(now_s, out)
+            agent.wake(now_s, out := Outbox())
             self._carry_out(instance_id, agent, out, cause, effects)
 
     def _carry_out(self, instance_id: InstanceId, agent: Agent, out: Outbox, cause: str, effects: list[Effect]) -> None:

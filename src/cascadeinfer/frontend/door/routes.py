@@ -2,9 +2,9 @@
 Which key a route requires. Routes not listed here require the admin key, so one that a later vLLM adds is closed by
 default.
 
-`OPEN` is for probes and scrapers. `INFERENCE` is what clients of a model need. Everything else changes the service, or
-reveals more of it than a client needs: pausing, sleeping, caches, weights, adapters, scaling, aborting other clients'
-requests, `/admin`.
+`OPEN` is for probes and scrapers; `PAGE` holds no data. `INFERENCE` is what clients of a model need. Everything else
+changes the service, or reveals more of it than a client needs: pausing, sleeping, caches, weights, adapters, scaling,
+aborting other clients' requests, everything below `/admin`.
 """
 
 import enum
@@ -21,6 +21,8 @@ class Access(enum.Enum):
 
 
 OPEN: Final = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics", "/metrics/"})
+PAGE: Final = "/admin"
+"""The operator's page without its data, which the admin key opens; a browser's address bar cannot send a key."""
 DOCUMENTATION: Final = frozenset({"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
 INFERENCE: Final = (
     r"/v1/models",
@@ -51,7 +53,7 @@ def access_of(path: str) -> Access:
     Args:
         path: Decoded, without the prefix under which the service is mounted.
     """
-    if path in OPEN:
+    if path in OPEN or path == PAGE:
         return Access.OPEN
     if path in DOCUMENTATION or _INFERENCE.fullmatch(path):
         return Access.INFERENCE

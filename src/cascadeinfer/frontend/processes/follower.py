@@ -15,7 +15,7 @@ from typing import Any, assert_never
 
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import LayoutAnnounced
-from cascadeinfer.core.types import InstanceId
+from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.frontend.processes.board import Board
@@ -30,11 +30,13 @@ from cascadeinfer.frontend.processes.messages import (
     FromOwner,
     LayoutNews,
     Look,
+    LookAtPicture,
     Question,
     Refused,
     Shown,
     Stop,
     Summary,
+    TellStory,
     UnknownInstance,
 )
 from cascadeinfer.runtime.shell import Runtime
@@ -132,18 +134,23 @@ class Follower:
         while True:
             self._follow_fleet()  # what could not be done at once
             if self._runtime is not None and self._channel.unsent_bytes < UNSENT_MAX_BYTES:
-                n_arrived, ended = self._runtime.seen.take()
-                self._channel.send(
-                    Summary(
-                        os.getpid(),
-                        **self._runtime.tally(),
-                        n_arrived=n_arrived,
-                        ended=ended,
-                        unfinished=self._runtime.unfinished(),
-                        event_log_failure=self._event_log_failure(),
-                    )
-                )
+                self._channel.send(self._summary(self._runtime))
             await asyncio.sleep(SUMMARY_S)
+
+    def _summary(self, runtime: Runtime) -> Summary:
+        n_arrived, ended = runtime.seen.take()
+        ended_moves, ended_requests = runtime.ledger.take()
+        return Summary(
+            os.getpid(),
+            **runtime.tally(),
+            n_arrived=n_arrived,
+            ended=ended,
+            unfinished=runtime.unfinished(),
+            event_log_failure=self._event_log_failure(),
+            moves=runtime.lookout.moves(),
+            ended_moves=ended_moves,
+            ended_requests=ended_requests,
+        )
 
     def _follow_fleet(self) -> None:
         """Attach to new instances in the background; empty and release those that are draining or gone."""
@@ -189,8 +196,26 @@ class Follower:
 
     async def snapshot(self) -> dict[str, Any]:
         """See FrontEnds.snapshot."""
-        answer = await self._ask(Look(next(self._numbers)))
+        return await self._shown(Look(next(self._numbers)))
+
+    async def picture(self) -> dict[str, Any]:
+        """See FrontEnds.picture."""
+        return await self._shown(LookAtPicture(next(self._numbers)))
+
+    async def story(self, request_id: RequestId) -> dict[str, Any] | None:
+        """See Admin: of a request of this process, or of process 0."""
+        assert self._runtime is not None
+        own = self._runtime.lookout.story(request_id)
+        if own is not None:
+            return own
+        answer = await self._ask(TellStory(next(self._numbers), request_id))
         assert isinstance(answer, Shown), answer
+        return answer.content
+
+    async def _shown(self, question: Look | LookAtPicture) -> dict[str, Any]:
+        answer = await self._ask(question)
+        assert isinstance(answer, Shown), answer
+        assert answer.content is not None
         return answer.content
 
     async def add(self, count: int) -> list[InstanceId]:

@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 import msgspec
 
 from cascadeinfer.core.layout import StageLayout
-from cascadeinfer.core.types import InstanceId
+from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.vllm.attachment import Attachment
+from cascadeinfer.runtime.ledger import EndedMove
+from cascadeinfer.runtime.picture import Move
 
 
 class InstanceNews(msgspec.Struct, frozen=True):
@@ -72,6 +74,19 @@ class Look(msgspec.Struct, frozen=True, tag=True):
     number: int
 
 
+class LookAtPicture(msgspec.Struct, frozen=True, tag=True):
+    """A follower asks, for a viewer, for the picture of all processes."""
+
+    number: int
+
+
+class TellStory(msgspec.Struct, frozen=True, tag=True):
+    """A follower asks for the story of a request of process 0."""
+
+    number: int
+    request_id: RequestId
+
+
 class AddInstances(msgspec.Struct, frozen=True, tag=True):
     """A follower asks for this many more instances."""
 
@@ -88,10 +103,13 @@ class DrainInstance(msgspec.Struct, frozen=True, tag=True):
 
 
 class Shown(msgspec.Struct, frozen=True, tag=True):
-    """Answer to `Look`: JSON to pass on without interpreting it."""
+    """
+    Answer to `Look`, `LookAtPicture` or `TellStory`: JSON to pass on without interpreting it; None if there is no such
+    request.
+    """
 
     number: int
-    content: dict[str, Any]
+    content: dict[str, Any] | None
 
 
 class Added(msgspec.Struct, frozen=True, tag=True):
@@ -133,6 +151,9 @@ class Summary(msgspec.Struct, frozen=True, tag=True):
         ended: The fields of a SeenEnd for each request that ended.
         unfinished: The fields of a SeenLive for each request that runs or waits now.
         event_log_failure: Why it writes no event log although one was requested.
+        moves: Migrations under way.
+        ended_moves: Migrations that ended since the last summary.
+        ended_requests: Requests that ended since then, by outcome.
     """
 
     pid: int
@@ -145,9 +166,12 @@ class Summary(msgspec.Struct, frozen=True, tag=True):
     ended: list[tuple[int, int, float]]
     unfinished: list[tuple[float, int, int, int]]
     event_log_failure: str | None = None
+    moves: list[Move] = []
+    ended_moves: list[EndedMove] = []
+    ended_requests: dict[str, int] = {}
 
 
-Question: TypeAlias = Look | AddInstances | DrainInstance
+Question: TypeAlias = Look | LookAtPicture | TellStory | AddInstances | DrainInstance
 """Requests that only process 0 can answer or carry out."""
 Answer: TypeAlias = Shown | Added | Drains | UnknownInstance | Refused
 FromOwner: TypeAlias = FleetNews | LayoutNews | Stop | Answer

@@ -22,7 +22,7 @@ from cascadeinfer.cluster.local import exit_of
 from cascadeinfer.core.errors import EngineError, ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import SeenEnd, SeenLive, WorkloadSeen
 from cascadeinfer.core.silence import Silence
-from cascadeinfer.core.types import InstanceId
+from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.engines.vllm.attachment import Attachment
@@ -38,13 +38,16 @@ from cascadeinfer.frontend.processes.messages import (
     InstanceNews,
     LayoutNews,
     Look,
+    LookAtPicture,
     Question,
     Refused,
     Shown,
     Stop,
     Summary,
+    TellStory,
     UnknownInstance,
 )
+from cascadeinfer.frontend.processes.totals import add_load, add_migrations, shown
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.view import InstanceRecord
 
@@ -57,6 +60,8 @@ BACKOFF_MAX_S = 30.0
 FORGET_TIMEOUT_S = 10.0
 HANG_S = 60.0
 """A follower that has served and is then silent for this long is killed."""
+PICTURE_S = 0.5
+"""How long a picture serves all viewers, whichever process they ask; each process asks once a second."""
 EXIT_TIMEOUT_S = 10.0
 """Time for a drained follower to exit before it is killed."""
 NOT_ACCEPTING = 2**31 - 1
@@ -115,6 +120,7 @@ class FrontEnds:
         self._tasks: list[asyncio.Task[None]] = []
         self._instances_started = False
         self._slept_s = 0.0
+        self._drawn: tuple[float, dict[str, Any]] | None = None
         self._stopping = False
 
     def start(self) -> None:
@@ -157,6 +163,14 @@ class FrontEnds:
         """The JSON of `/admin/instances` over all processes; followers' data is as old as their last summary."""
         return self._snapshot()
 
+    async def picture(self) -> dict[str, Any]:
+        """The picture over all processes (`runtime/picture.py`); `front_ends` as in the snapshot."""
+        return self._picture()
+
+    async def story(self, request_id: RequestId) -> dict[str, Any] | None:
+        """See Admin: of a request of process 0."""
+        return self._runtime.lookout.story(request_id)
+
     async def add(self, count: int) -> list[InstanceId]:
         """See Elasticity.add."""
         return self._runtime.elastic.add(count)
@@ -167,22 +181,29 @@ class FrontEnds:
 
     def _snapshot(self) -> dict[str, Any]:
         everything = self._runtime.snapshot()
-        front_ends = [_shown(0, os.getpid(), 0, self._own_summary())]
-        for follower in self._followers:
-            summary = follower.summary
-            pid = follower.process.pid if follower.process is not None else None
-            front_ends.append(_shown(follower.index, pid, follower.restarts, summary))
-            if summary is None:
-                continue
-            everything["requests"]["live"] += summary.live
-            everything["requests"]["unplaced"] += summary.unplaced
-            everything["migrations"]["under_way"] += summary.migrations_under_way
-            ended = everything["migrations"]["ended"]
-            for outcome, n in summary.migrations_ended.items():
-                ended[outcome] = ended.get(outcome, 0) + n
-            for instance in everything["instances"]:
-                instance["requests"] += summary.on_instance.get(instance["id"], 0)
-        return {**everything, "front_ends": front_ends}
+        for summary in self._summaries():
+            add_load(everything, summary)
+            add_migrations(everything, summary)
+        return {**everything, "front_ends": self._front_ends()}
+
+    def _picture(self) -> dict[str, Any]:
+        now_s = time.monotonic()
+        if self._drawn is None or now_s - self._drawn[0] > PICTURE_S:
+            everything = self._runtime.lookout.picture()
+            for summary in self._summaries():
+                add_load(everything, summary)
+                everything["moves"]["under_way"] += [move.shown() for move in summary.moves]
+            self._drawn = now_s, {**everything, "front_ends": self._front_ends()}
+        return self._drawn[1]
+
+    def _summaries(self) -> list[Summary]:
+        """The last ones of the followers that serve."""
+        return [follower.summary for follower in self._followers if follower.summary is not None]
+
+    def _front_ends(self) -> list[dict[str, Any]]:
+        return [shown(0, os.getpid(), 0, self._own_summary())] + [
+            shown(f.index, None if f.process is None else f.process.pid, f.restarts, f.summary) for f in self._followers
+        ]
 
     def _own_summary(self) -> Summary:
         return Summary(
@@ -240,6 +261,9 @@ class FrontEnds:
                 case Summary():
                     follower.summary = message
                     follower.silence.heard()
+                    for move in message.ended_moves:
+                        self._runtime.ledger.enter_move(move)
+                    self._runtime.ledger.enter_requests(message.ended_requests)
                     self._runtime.emit(
                         WorkloadSeen(
                             f"process:{follower.index}",
@@ -249,7 +273,7 @@ class FrontEnds:
                             tuple([SeenLive(*live) for live in message.unfinished]),
                         )
                     )
-                case Look() | AddInstances() | DrainInstance():
+                case Look() | LookAtPicture() | TellStory() | AddInstances() | DrainInstance():
                     channel.send(self._answer(message))
                 case _:
                     assert_never(message)
@@ -258,8 +282,8 @@ class FrontEnds:
         elastic = self._runtime.elastic
         try:
             match question:
-                case Look(number):
-                    return Shown(number, self._snapshot())
+                case Look() | LookAtPicture() | TellStory():
+                    return Shown(question.number, self._content(question))
                 case AddInstances(number, count):
                     return Added(number, elastic.add(count))
                 case DrainInstance(number, instance_id, timeout_s):
@@ -271,6 +295,17 @@ class FrontEnds:
                     assert_never(question)
         except ScalingRefusedError as refused:
             return Refused(question.number, str(refused))
+
+    def _content(self, question: Look | LookAtPicture | TellStory) -> dict[str, Any] | None:
+        match question:
+            case Look():
+                return self._snapshot()
+            case LookAtPicture():
+                return self._picture()
+            case TellStory(_, request_id):
+                return self._runtime.lookout.story(request_id)
+            case _:
+                assert_never(question)
 
     async def _forget(self, index: int) -> None:
         """Abort the requests that a dead follower left."""
@@ -326,16 +361,3 @@ class FrontEnds:
         return InstanceNews(
             state.instance_id, attachment, state.supervisor.restarts, drain_ends_s, state.supervisor.condemned
         )
-
-
-def _shown(index: int, pid: int | None, restarts: int, summary: Summary | None) -> dict[str, Any]:
-    """A process in the JSON of `/admin/instances`."""
-    return {
-        "process": index,
-        "pid": pid,
-        "up": summary is not None,
-        "restarts": restarts,
-        "requests": 0 if summary is None else summary.live,
-        "migrations_under_way": 0 if summary is None else summary.migrations_under_way,
-        "event_log_failure": None if summary is None else summary.event_log_failure,
-    }
