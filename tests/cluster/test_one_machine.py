@@ -36,6 +36,7 @@ MAY_STAY = {
     ("assemble.py", "child process"): "front-end processes share a listening socket, so they are on one machine",
     ("cli/bench.py", "loopback"): "an example in a help text",
     ("cli/bench.py", "process id"): "makes the ids of two runs different",
+    ("cli/top.py", "loopback"): "an example in a help text",
     ("demo/server.py", "loopback"): "the demo starts its server on the machine that it runs on",
     ("engines/vllm/connector/cores.py", "cores"): "of the instance's own process, inside it",
     ("engines/vllm/connector/cores.py", "proc"): "of the instance's own process, inside it",

@@ -14,6 +14,7 @@ _ENGINE: Final = (
     "gguf",
     "nixl",
     "openai",
+    "opentelemetry",
     "pydantic",
     "safetensors",
     "starlette",
