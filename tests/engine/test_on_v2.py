@@ -16,7 +16,7 @@ from support.bounded_run import run_bounded
 
 pytestmark = [pytest.mark.engine, pytest.mark.runner("V1")]
 
-LIMIT_S = 3600.0
+LIMIT_S = 1500.0
 """On two cores that thirty processes shared, the run took seven minutes."""
 TESTS = Path(__file__).parent.parent
 PARTS = {"test_v2_states", "test_moves", "test_commands", "test_tensor_parallel"}
