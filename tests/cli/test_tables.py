@@ -54,7 +54,7 @@ def test_wide_measurements_fit() -> None:
     figures = {f"{latency}_{name}": Estimate(12.345, 11.0, 13.0) for latency in LATENCIES for name in STATISTICS}
     figures |= {name: Estimate(12_345.0, 11_000.0, 13_000.0) for name in RATES}
     run = {"all": GroupSummary(12_345, 12, figures)}
-    labels = {f"a label of some length, number {n}": [run, run] for n in range(2)}
+    labels = {f"a label of some length, number {n}": [run, run, run] for n in range(2)}
     text = text_of([*figure_tables(labels, "title"), *ratio_tables(labels, "title")])
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "…" not in text
