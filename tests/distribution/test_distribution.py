@@ -59,7 +59,7 @@ def test_pypi_renders_the_description(distribution: Distribution) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", page)
     assert len(links) > 20
     assert [link for link in links if not link.startswith("https://")] == []
-    assert f"/blob/v{__version__}/docs/cli.md#cascadeinfer-serve" in page
+    assert f"/blob/v{__version__}/docs/migration.md#what-pins-a-request" in page
 
 
 def test_the_core_has_no_engine(clean: CleanEnvironment) -> None:

@@ -47,6 +47,7 @@ NOT_RUN = {
         "measures for five minutes; its options are parsed", "profiling/test_profiler.py"
     ),
     r"cascadeinfer replay out/live\.jsonl": NotRun("reads the log of a live server", "engine/test_event_log_real.py"),
+    r"cascadeinfer top ": NotRun("needs a live server", "cli/test_top_cli.py"),
     r"curl .*admin/instances": NotRun("needs a live server", "engine/test_http.py::test_an_instance_is_replaced"),
     r"curl -N .*chat/completions": NotRun(
         "needs a live server", "engine/test_http.py::test_chat_moves_and_stream_agrees"
