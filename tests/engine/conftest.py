@@ -5,7 +5,6 @@ They start fast: forked, each in one process, without compilation, and with few 
 variable that selects forking is set for the processes only, after the configuration that would reset it has been made.
 """
 
-import dataclasses
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -30,6 +29,7 @@ from zoo import (
     Zoo,
 )
 
+from cascadeinfer.core.back_off import BackOff
 from cluster import STAGES, Cluster, SwitchedStages
 from support.v2_states import FOLDER_VARIABLE
 
@@ -217,7 +217,7 @@ async def started_cluster(
         patch.setattr(assemble, "make_policy", lambda _: policy)
         runtime = assemble.make_runtime(engine_args, options, extra_environment=FORK)
     for supervisor in (state.supervisor for state in runtime.fleet):
-        supervisor._times = dataclasses.replace(supervisor._times, backoff_first_s=0.1, window_s=0.0)
+        supervisor.back_off = BackOff(0.1, 0.1, 0.0)
         supervisor._make_engine = asynchronous(supervisor._make_engine)
     async with assemble.running_llm(runtime) as llm:
         cluster = Cluster(runtime, llm, policy)
