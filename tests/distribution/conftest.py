@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
 import pytest
 from environments import ROOT, CleanEnvironment, Distribution, outside_checkout
@@ -19,9 +18,14 @@ def distribution(tmp_path_factory: pytest.TempPathFactory) -> Distribution:
 
 
 def versions_here() -> Sequence[str]:
-    """A pip constraint for each package installed here; none for local builds, which no index has."""
-    found = {(installed.metadata["Name"], installed.version) for installed in metadata.distributions()}
-    return sorted(f"{name}=={version}" for name, version in found if "+" not in version and name != "cascadeinfer")
+    """
+    A pip constraint for each package installed here; none for local builds, which no index has.
+
+    Pip is asked, in a process of its own: in this one, whoever has imported setuptools sees the packages inside it.
+    """
+    pip = [sys.executable, "-m", "pip", "list", "--format=freeze", "--exclude-editable"]
+    listed = subprocess.run(pip, check=True, capture_output=True, text=True, env=outside_checkout()).stdout.split()
+    return sorted(line for line in listed if "+" not in line and not line.startswith("cascadeinfer=="))
 
 
 @pytest.fixture(scope="session")
