@@ -75,7 +75,8 @@ class KvTransferSettings:
 
 def n_ranks(engine_args: AsyncEngineArgs) -> int:
     """Workers of one instance, each with a device or cores of its own."""
-    return engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size
+    # Less than one is refused by vLLM, in its own words, when the configuration is made.
+    return max(1, engine_args.tensor_parallel_size) * max(1, engine_args.pipeline_parallel_size)
 
 
 def with_cpu_kv_share(engine_args: AsyncEngineArgs, n_instances: int) -> AsyncEngineArgs:
