@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from shapes import AUDIO_RATE_HZ, AUDIO_TOKEN, LORA_RANK, write_adapter, write_model
-from zoo import BLOCK, Attempt, Zoo, greedy, random_prompt
+from zoo import BLOCK, MIN_MARGIN, Attempt, Zoo, greedy, random_prompt
 
 from conftest import FORK
 
@@ -49,14 +49,21 @@ class SetUp:
         options: Of vLLM, beside those of all tests.
         block_tokens: What the block size must be in effect.
         ranks: Processes that compute.
+        n_output: Tokens of a test's text.
     """
 
     model: str
     options: dict[str, Any] = field(default_factory=dict)
     block_tokens: int = BLOCK
     ranks: int = 1
+    n_output: int = N_OUTPUT
 
 
+WITHIN_FOUR_BLOCKS = 28
+"""
+Of gpt-oss's text. VLLM's CPU build computes the first token of a fifth block (position 128) differently when the block
+has been used before, on one instance without moves (5 of 8 runs of one prompt differed there).
+"""
 ONE_KIND = {"disable_hybrid_kv_cache_manager": True}
 MOVE = {
     "llama": SetUp("llama"),
@@ -64,13 +71,13 @@ MOVE = {
     "qwen3_moe": SetUp("qwen3_moe"),
     "phi3": SetUp("phi3"),
     "gemma3, one kind of KV cache": SetUp("gemma3", ONE_KIND),
-    "gpt_oss, one kind of KV cache": SetUp("gpt_oss", ONE_KIND),
+    "gpt_oss, one kind of KV cache": SetUp("gpt_oss", ONE_KIND, n_output=WITHIN_FOUR_BLOCKS),
     "deepseek, blocks of 16": SetUp("deepseek", {"attention_backend": "CPU_MLA"}, block_tokens=16),
     "fp8 KV cache": SetUp("llama", {"kv_cache_dtype": "fp8"}),
 }
 STAY = {
     "gemma3": SetUp("gemma3"),
-    "gpt_oss": SetUp("gpt_oss"),
+    "gpt_oss": SetUp("gpt_oss", n_output=WITHIN_FOUR_BLOCKS),
     "falcon_h1": SetUp("falcon_h1", block_tokens=96),  # vLLM makes blocks as large as a state
 }
 
@@ -127,24 +134,41 @@ def pin_of(instance: "VllmInstance", request: "EngineRequest") -> "PinReason | N
     return pins.reason_of(request.payload)
 
 
-async def text_that_shows_its_cache(zoo: Zoo) -> tuple[list[int], list[int]]:
+async def text_of_both(zoo: Zoo, n_output: int) -> tuple[list[int], list[int]]:
+    """
+    A prompt and its text, the same on both instances, free of near ties.
+
+    A near tie between experts, which are chosen in every layer, shows in no margin of the output.
+    """
+    here, there = zoo.instances.values()
+    for seed in range(TRIES):
+        prompt = random_prompt(N_PROMPT, seed)
+        alone = await zoo.run(here, prompt, greedy(n_output, logprobs=2))
+        if min(alone.margins) >= MIN_MARGIN:
+            texts = [(await zoo.run(one, prompt, greedy(n_output))).output for one in (there, here, there)]
+            if texts == [alone.output] * 3:
+                return prompt, alone.output
+    raise AssertionError("each text has a near tie")
+
+
+async def text_that_shows_its_cache(zoo: Zoo, n_output: int) -> tuple[list[int], list[int]]:
     """A prompt and its text, which is another one if a block in the middle of the prompt is."""
-    prompt, expected = await zoo.reference(N_PROMPT, N_OUTPUT)
+    prompt, expected = await text_of_both(zoo, n_output)
     changed = prompt[:BLOCK] + random_prompt(BLOCK, 1) + prompt[2 * BLOCK :]
     there = zoo.instances["sync"]
-    assert (await zoo.run(there, prompt, greedy(N_OUTPUT))).output == expected
-    assert (await zoo.run(there, changed, greedy(N_OUTPUT))).output != expected
+    assert (await zoo.run(there, prompt, greedy(n_output))).output == expected
+    assert (await zoo.run(there, changed, greedy(n_output))).output != expected
     return prompt, expected
 
 
-async def moves_both_ways(zoo: Zoo) -> None:
+async def moves_both_ways(zoo: Zoo, n_output: int = N_OUTPUT) -> None:
     """A request moves from each instance to the other, pulls its KV cache, and its text is that without a move."""
-    prompt, expected = await text_that_shows_its_cache(zoo)
+    prompt, expected = await text_that_shows_its_cache(zoo, n_output)
     here, there = zoo.instances.values()
     for source, target in ((here, there), (there, here)):
         before = await zoo.counters(target)
         for _ in range(TRIES):
-            attempt = await zoo.start(source, prompt, greedy(N_OUTPUT))
+            attempt = await zoo.start(source, prompt, greedy(n_output))
             assert pin_of(source, attempt.request) is None
             await attempt.until_output(3)
             moved = await zoo.move(attempt, target)
@@ -161,7 +185,7 @@ async def moves_both_ways(zoo: Zoo) -> None:
 async def test_moves(tmp_path: Path, name: str) -> None:
     """One move each way leaves the text unchanged."""
     async with two_instances(tmp_path, MOVE[name]) as zoo:
-        await moves_both_ways(zoo)
+        await moves_both_ways(zoo, MOVE[name].n_output)
 
 
 @pytest.mark.parametrize("name", STAY)
@@ -173,10 +197,11 @@ async def test_stays(tmp_path: Path, name: str) -> None:
     """
     async with two_instances(tmp_path, STAY[name]) as zoo:
         here, there = zoo.instances.values()
+        n_output = STAY[name].n_output
         assert not here.movable
-        prompt, expected = await text_that_shows_its_cache(zoo)
+        prompt, expected = await text_that_shows_its_cache(zoo, n_output)
         for _ in range(TRIES):
-            attempt = await zoo.start(here, prompt, greedy(N_OUTPUT))
+            attempt = await zoo.start(here, prompt, greedy(n_output))
             reason = pin_of(here, attempt.request)
             assert reason is not None
             assert reason.value == "engine"
@@ -185,10 +210,10 @@ async def test_stays(tmp_path: Path, name: str) -> None:
             assert refused in {"unmovable", "unknown"}
             await here.abort([attempt.engine_request_id])  # as good as its death
             so_far = dataclasses.replace(attempt, token_ids=list(attempt.token_ids))
-            if refused == "unmovable" and len(so_far.output) < N_OUTPUT:
+            if refused == "unmovable" and len(so_far.output) < n_output:
                 break
         assert refused == "unmovable"
-        assert len(so_far.output) < N_OUTPUT
+        assert len(so_far.output) < n_output
         elsewhere = await zoo.resume(so_far, there, ticket=None)
         assert (await elsewhere.until_end()).output == expected
 

@@ -119,7 +119,7 @@ class SchedulerBed:
     @property
     def core(self) -> Any:
         """The parts of an EngineCore that commands need."""
-        return SimpleNamespace(scheduler=self.scheduler, vllm_config=self.config)
+        return SimpleNamespace(scheduler=self.scheduler, vllm_config=self.config, is_scheduler_paused=lambda: False)
 
     def load(self) -> dict[str, Any]:
         """The load report."""

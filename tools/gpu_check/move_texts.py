@@ -80,7 +80,8 @@ async def moved(zoo: Zoo, pair: "Pair", case: str, *, recompute: bool) -> tuple[
     attempt = await zoo.start(here, PROMPT, params(case))
     moves = 0
     for after in MOVES_AFTER:
-        await attempt.until(lambda a, after=after: len(a.output) >= after)
+        # A first move may have come late: the attempt must have sent something itself, or it still waits for its turn.
+        await attempt.until(lambda a, after=after: bool(a.token_ids) and len(a.output) >= after)
         new = await zoo.move(attempt, there, recompute=recompute)
         if new is attempt:
             break  # it ended first
@@ -102,8 +103,8 @@ async def measure(zoo: Zoo, pair: "Pair", log: RowLog) -> int:
     """
     one, other = pair
     config = one.config
-    pins = Pins(config, movable=True)
-    runner = "V2" if config.use_v2_model_runner else "V1"
+    runner = one.hello.model_runner
+    pins = Pins(config, movable=True, model_runner=runner)
     refused = 0
     for case in CASES:
         alone = (await zoo.run(one, PROMPT, params(case))).output

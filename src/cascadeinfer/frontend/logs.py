@@ -60,11 +60,15 @@ def _log_beside_vllm(args: Namespace) -> None:
         ours.handlers = theirs.handlers
         ours.setLevel(theirs.level)
         return
-    [handler] = theirs.handlers
-    own: logging.Handler = (
-        logging.StreamHandler(handler.stream) if isinstance(handler, logging.StreamHandler) else handler
-    )
-    own.setFormatter(handler.formatter)
-    own.setLevel(args.own_log_level)
-    ours.handlers = [own]
+    ours.handlers = [_with_level(handler, args.own_log_level) for handler in theirs.handlers]
     ours.setLevel(args.own_log_level)
+
+
+def _with_level(handler: logging.Handler, level: str) -> logging.Handler:
+    """A handler to the same stream in the same form, of a level of its own; another kind is shared as it is."""
+    if not isinstance(handler, logging.StreamHandler):
+        return handler
+    own = logging.StreamHandler(handler.stream)
+    own.setFormatter(handler.formatter)
+    own.setLevel(level)
+    return own

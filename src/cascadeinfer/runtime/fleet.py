@@ -191,7 +191,8 @@ class Fleet:
         record.went_down(why)
         self.pairs.forget(instance_id)
         for other in self:
-            other.supervisor.wake()  # what was there goes to those that answer
+            if other is not record:
+                other.supervisor.wake()  # what was there goes to those that answer
         return record
 
     async def stop(self, timeout_s: float) -> None:

@@ -40,14 +40,19 @@ class Lookout:
         self._ledger = ledger
         self._policy = policy
         self._clock = clock
-        self._began_s = clock()
+        self._began_s: float | None = None
+
+    def begin(self) -> None:
+        """The runtime starts now."""
+        self._began_s = self._clock()
 
     def picture(self) -> dict[str, Any]:
         """See `picture_of`."""
+        now_s = self._clock()
         return picture_of(
             Scene(
-                now_s=self._clock(),
-                began_s=self._began_s,
+                now_s=now_s,
+                began_s=now_s if self._began_s is None else self._began_s,
                 instances=tuple(self._fleet),
                 departed=tuple(self._fleet.departed),
                 layout=self._fleet.layout,

@@ -114,6 +114,7 @@ class Runtime:
         Raises:
             EngineError: One did not start; all others have been stopped.
         """
+        self.lookout.begin()
         try:
             await self.fleet.start()
         except BaseException:  # a signal during the start included
