@@ -90,9 +90,10 @@ class ClusterKey:
     def only_ours(self, context: "zmq.Context[Any]") -> Iterator[None]:
         """While this lasts, listeners of the context accept connections of this key and no others."""
         authenticator = ThreadAuthenticator(context)
+        # Before it starts: it would turn away whoever comes first.
+        authenticator.configure_curve_callback(credentials_provider=_Only(self.public))
         authenticator.start()
         try:
-            authenticator.configure_curve_callback(credentials_provider=_Only(self.public))
             yield
         finally:
             authenticator.stop()

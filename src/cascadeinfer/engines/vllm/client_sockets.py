@@ -1,5 +1,6 @@
 """The two sockets by which a further client talks to an EngineCore: it binds them, and the EngineCore connects."""
 
+import asyncio
 import contextlib
 from collections.abc import Callable
 from typing import Any, Final
@@ -14,6 +15,10 @@ from cascadeinfer.cluster.shared_key import ClusterKey
 HEARTBEAT_MS: Final = 2_000
 HEARTBEAT_TIMEOUT_MS: Final = 10_000
 """A connection without a sign of life for this long is closed; an engine behind it counts as dead."""
+
+
+LOOKS_S: Final = (0.0, 0.05, 0.5)
+"""Pauses before the looks at a connection after one has ended: ZMQ tells of an end before a sender feels it."""
 
 
 class ClientSockets:
@@ -103,7 +108,11 @@ class ClientSockets:
         """
         monitor: Any = self.input.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
-            while is_connected():
+            while True:
+                for pause_s in LOOKS_S:
+                    await asyncio.sleep(pause_s)
+                    if not is_connected():
+                        return
                 await monitor.recv_multipart()
         finally:
             self.input.disable_monitor()

@@ -12,6 +12,7 @@ ready to serve. An answer carries the token for words to the connector (`words.p
 without a key.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -132,21 +133,24 @@ class Door:
         if ":" in settings.host:
             sock.setsockopt(zmq.IPV6, 1)
         settings.key.listen(sock)
+        only_ours = contextlib.ExitStack()
+        only_ours.enter_context(settings.key.only_ours(context))  # before anybody can come in
         try:
             sock.bind(tcp_address(settings.host, settings.port))
         except zmq.ZMQError as error:
+            only_ours.close()
             context.destroy(linger=0)
             raise ConfigError(
                 f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", option=LISTEN
             ) from error
         self.clients = Clients(core, settings.key)
         self._number, self._results = self.clients.own_queue()
-        threading.Thread(target=self._listen, args=(context, sock), daemon=True, name="cascade-door").start()
+        threading.Thread(target=self._listen, args=(sock, only_ours), daemon=True, name="cascade-door").start()
         logger.info("front ends can attach at %s:%s", settings.host, settings.port)
 
-    def _listen(self, context: "zmq.Context[Any]", sock: "zmq.Socket[Any]") -> None:
+    def _listen(self, sock: "zmq.Socket[Any]", only_ours: contextlib.ExitStack) -> None:
         try:
-            with self._settings.key.only_ours(context):
+            with only_ours:
                 while True:
                     self._answer_one(sock)
         except zmq.ZMQError:
