@@ -167,10 +167,17 @@ def test_what_is_no_address(text: str) -> None:
 
 async def test_names_are_looked_up() -> None:
     """All addresses come in order, each once; a name that does not exist is told and does not hide the others."""
-    entries = (("127.0.0.2", 5), ("127.0.0.1", 5), ("127.0.0.2", 5), ("nowhere.invalid", 5), ("127.0.0.1", 4))
+    entries = (
+        ("127.0.0.2", 5),
+        ("127.0.0.1", 5),
+        ("127.0.0.2", 5),
+        ("nowhere.invalid", 5),
+        ("x" * 64, 5),
+        ("127.0.0.1", 4),
+    )
     listed, unknown = await resolve(entries)
     assert list(map(str, listed)) == ["127.0.0.2:5", "127.0.0.1:5", "127.0.0.1:4"]
-    assert [text.split(":")[0] for text in unknown] == ["nowhere.invalid"]
+    assert [text.split(":")[0] for text in unknown] == ["nowhere.invalid", "x" * 64]
     assert str(EngineAddress("::1", 5)) == "[::1]:5"
 
 

@@ -21,23 +21,10 @@ from cascadeinfer.engines.vllm import attached
 from cascadeinfer.engines.vllm.attached import AttachedCore
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.instance import VllmInstance
-from cascadeinfer.engines.vllm.messages import EngineHello
+from support.hello import hello as engine_hello
 
 CLIENT = 2
-HELLO = EngineHello(
-    engine_id="life1",
-    host="here",
-    port=5,
-    tp_size=1,
-    block_size=16,
-    kv_blocks=64,
-    max_num_seqs=4,
-    max_batched_tokens=256,
-    max_model_len=1024,
-    movable=True,
-    model_runner="V1",
-    clock_s=0.0,
-)
+HELLO = engine_hello()
 
 
 class EngineCore:

@@ -15,23 +15,11 @@ from cascadeinfer.engines.vllm.channel import EngineChannel
 from cascadeinfer.engines.vllm.connector.ticket import RESERVATION
 from cascadeinfer.engines.vllm.connector.words import KEY
 from cascadeinfer.engines.vllm.ending import fail_pending_calls
-from cascadeinfer.engines.vllm.messages import EngineHello, EngineLoad
+from cascadeinfer.engines.vllm.messages import EngineLoad
 from cascadeinfer.engines.vllm.plain_request import request_with
+from support.hello import hello as engine_hello
 
-HELLO = EngineHello(
-    engine_id="cascade-a-1",
-    host="here",
-    port=5,
-    tp_size=1,
-    block_size=16,
-    kv_blocks=64,
-    max_num_seqs=4,
-    max_batched_tokens=256,
-    max_model_len=1024,
-    movable=True,
-    model_runner="V1",
-    clock_s=1e6,
-)
+HELLO = engine_hello(engine_id="cascade-a-1", clock_s=1e6)
 LOAD = EngineLoad(
     running=[("r", 30)],
     waiting=[("w", 7)],

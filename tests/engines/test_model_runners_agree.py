@@ -9,8 +9,9 @@ import pytest
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.engines.vllm.channel import EngineChannel
 from cascadeinfer.engines.vllm.instance import VllmInstance
-from cascadeinfer.engines.vllm.messages import EngineHello, ModelRunner
+from cascadeinfer.engines.vllm.messages import ModelRunner
 from cascadeinfer.frontend.engine_client import _model_runner_of
+from support.hello import hello as engine_hello
 
 
 class Life:
@@ -23,20 +24,7 @@ class Life:
     def __init__(self, instance_id: str, model_runner: ModelRunner, *, movable: bool) -> None:
         self.instance_id = instance_id
         self.peers: list[str] = []
-        self._hello = EngineHello(
-            engine_id=f"life-of-{instance_id}",
-            host="here",
-            port=5,
-            tp_size=1,
-            block_size=16,
-            kv_blocks=64,
-            max_num_seqs=4,
-            max_batched_tokens=256,
-            max_model_len=1024,
-            movable=movable,
-            model_runner=model_runner,
-            clock_s=0.0,
-        )
+        self._hello = engine_hello(engine_id=f"life-of-{instance_id}", movable=movable, model_runner=model_runner)
 
     async def begin(self) -> EngineChannel:
         """It is up at once."""

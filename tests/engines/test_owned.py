@@ -11,6 +11,7 @@ from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.messages import EngineHello
 from cascadeinfer.engines.vllm.owned import OwnedCore
+from support.hello import hello as engine_hello
 
 PLACE = Place("a", "node", "0-3", "here", "eth0")
 
@@ -37,20 +38,7 @@ class Launcher:
         """Give each life its own engine id."""
         self.told.append(("start", place.instance_id))
         self._n_started += 1
-        hello = EngineHello(
-            engine_id=f"life{self._n_started}",
-            host="here",
-            port=5,
-            tp_size=1,
-            block_size=16,
-            kv_blocks=64,
-            max_num_seqs=4,
-            max_batched_tokens=256,
-            max_model_len=1024,
-            movable=True,
-            model_runner="V1",
-            clock_s=0.0,
-        )
+        hello = engine_hello(engine_id=f"life{self._n_started}")
         return Kept(place, 100 + self._n_started, hello, b"ready", order.config)
 
     def living(self) -> Mapping[InstanceId, Kept[EngineHello]]:

@@ -25,8 +25,8 @@ from cascadeinfer.engines.vllm.connector import door as door_module
 from cascadeinfer.engines.vllm.connector.clients import Clients
 from cascadeinfer.engines.vllm.connector.door import Door, DoorSettings
 from cascadeinfer.engines.vllm.instance import VllmInstance
-from cascadeinfer.engines.vllm.messages import EngineHello
 from cascadeinfer.engines.vllm.standing import StandingCore, Terms, check_lease, look_at
+from support.hello import hello as engine_hello
 
 KEY = ClusterKey.of("k" * 40)
 LEASE_S = 10
@@ -34,20 +34,7 @@ PATIENCE_S = 60.0
 N_FIRST = 1
 """Clients that the scripted EngineCore has had from its start."""
 SIZES = {"architecture": "Llama", "layers": 2}
-HELLO = EngineHello(
-    engine_id="life1",
-    host="here",
-    port=5,
-    tp_size=1,
-    block_size=16,
-    kv_blocks=64,
-    max_num_seqs=4,
-    max_batched_tokens=256,
-    max_model_len=1024,
-    movable=True,
-    model_runner="V1",
-    clock_s=0.0,
-)
+HELLO = engine_hello()
 
 
 class ScriptedCore:

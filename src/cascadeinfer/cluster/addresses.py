@@ -61,6 +61,8 @@ async def resolve(entries: tuple[tuple[str, int], ...]) -> tuple[list[EngineAddr
     for (host, port), answer in zip(entries, await asyncio.gather(*asked, return_exceptions=True), strict=True):
         if isinstance(answer, OSError):
             failures.append(f"{host}: {answer.strerror}")
+        elif isinstance(answer, UnicodeError):
+            failures.append(f"{host}: is no name of a host")
         elif isinstance(answer, BaseException):
             raise answer
         else:
