@@ -19,6 +19,10 @@ from cascadeinfer.engines.patience import within
 PROTOCOL: Final = 1
 """Raised when a question or an answer changes its meaning."""
 MAX_ANSWER_BYTES: Final = 1 << 20
+HEARTBEAT_MS: Final = 2_000
+HEARTBEAT_TIMEOUT_MS: Final = 10_000
+"""A connection without a sign of life for this long is closed, and the other side counts as dead. ZMQ's own threads
+send and answer the heartbeats, so a busy process does not miss one."""
 
 
 class AskAbout(msgspec.Struct, frozen=True, tag=True):
@@ -154,3 +158,22 @@ async def _until_refused(sock: zmq.asyncio.Socket) -> None:
 def tcp_address(host: str, port: int | str) -> str:
     """ZMQ's name of a TCP address; an IPv6 host comes in brackets."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def make_lasting(sock: "zmq.Socket[Any]", host: str) -> None:
+    """
+    Prepare a socket by which a front end and an engine talk for as long as both live.
+
+    Nothing is dropped for lack of room, nothing is kept after the end, and the connection ends with its other side.
+
+    Args:
+        sock: Neither bound nor connected yet.
+        host: Where it will be.
+    """
+    for limit in (zmq.SNDHWM, zmq.RCVHWM):
+        sock.setsockopt(limit, 0)
+    sock.setsockopt(zmq.LINGER, 0)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    if ":" in host:
+        sock.setsockopt(zmq.IPV6, 1)

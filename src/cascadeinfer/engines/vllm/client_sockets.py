@@ -9,13 +9,8 @@ import zmq
 import zmq.asyncio
 from vllm.utils.network_utils import make_zmq_socket
 
-from cascadeinfer.cluster.knocking import tcp_address
+from cascadeinfer.cluster.knocking import make_lasting, tcp_address
 from cascadeinfer.cluster.shared_key import ClusterKey
-
-HEARTBEAT_MS: Final = 2_000
-HEARTBEAT_TIMEOUT_MS: Final = 10_000
-"""A connection without a sign of life for this long is closed; an engine behind it counts as dead."""
-
 
 LOOKS_S: Final = (0.0, 0.05, 0.5)
 """Pauses before the looks at a connection after one has ended: ZMQ tells of an end before a sender feels it."""
@@ -84,13 +79,7 @@ class ClientSockets:
         """Make a socket of this kind on a free TCP port, for peers that have the key."""
         sock = self.context.socket(kind)
         self.adopt(sock)
-        for limit in (zmq.SNDHWM, zmq.RCVHWM):
-            sock.setsockopt(limit, 0)
-        sock.setsockopt(zmq.LINGER, 0)
-        sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        if ":" in host:
-            sock.setsockopt(zmq.IPV6, 1)
+        make_lasting(sock, host)
         key.listen(sock)
         sock.bind(tcp_address(host, "*"))
 

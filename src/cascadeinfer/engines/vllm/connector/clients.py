@@ -24,16 +24,13 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from zmq.utils.monitor import recv_monitor_message
 
+from cascadeinfer.cluster.knocking import HEARTBEAT_TIMEOUT_MS, make_lasting
 from cascadeinfer.cluster.shared_key import ClusterKey
 
 logger = logging.getLogger(__name__)
 
 LOOK_MS: Final = 500
 """Interval at which a client's thread checks whether to end."""
-HEARTBEAT_MS: Final = 2_000
-HEARTBEAT_TIMEOUT_MS: Final = 10_000
-"""A connection without a sign of life for this long is closed. ZMQ's own threads send and answer the heartbeats, so a
-busy process does not miss one."""
 IT_IS_GONE: Final = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
@@ -119,15 +116,9 @@ class FurtherClient:
 
     def _connected(self, address: str, kind: int, **options: Any) -> "zmq.Socket[Any]":
         sock = self._context.socket(kind)
-        sock.setsockopt(zmq.LINGER, 0)
-        for limit in (zmq.SNDHWM, zmq.RCVHWM):
-            sock.setsockopt(limit, 0)
+        make_lasting(sock, address.removeprefix("tcp://").rpartition(":")[0])
         sock.setsockopt(zmq.RECONNECT_IVL, -1)  # a connection that is lost is the end of the client
         sock.setsockopt(zmq.CONNECT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-        sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        if address.startswith("tcp://["):
-            sock.setsockopt(zmq.IPV6, 1)
         for option, value in options.items():
             sock.setsockopt(getattr(zmq, option), value)
         self._key.call(sock)
