@@ -43,6 +43,7 @@ if TYPE_CHECKING or __name__ == "__main__":
     from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
     from cascadeinfer.core.events import Event, MigrationEnded, TimerFired
     from cascadeinfer.core.migration import MigrationLimits
+    from cascadeinfer.core.placing.dispatch import Chosen
     from cascadeinfer.core.policies.least_loaded import LeastLoaded
     from cascadeinfer.core.view import InstanceView, RequestView
     from cascadeinfer.engines.protocol import KvTicket
@@ -110,10 +111,10 @@ class Placed(LeastLoaded):
         self.view.carry_out(asked)
         return effects + asked
 
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:
         """The source while it is up."""
         source = next((c for c in candidates if c.instance_id == SOURCE), None)
-        return source or super().choose(request, candidates)
+        return super().choose(request, candidates) if source is None else Chosen(source)
 
 
 class Clients:

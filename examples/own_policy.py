@@ -16,6 +16,8 @@ import numpy as np
 
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.traces import load_trace
+from cascadeinfer.core.choice import Measure, Rule
+from cascadeinfer.core.placing.dispatch import Chosen, first_of, ranked
 from cascadeinfer.core.policies.info import PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.policies.round_robin import RoundRobin
@@ -34,10 +36,18 @@ class TwoChoices(PlacingPolicy):
         super().__init__()
         self._rng = np.random.default_rng(seed)
 
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002
-        """The instance whose requests have fewer tokens."""
-        drawn = self._rng.choice(len(candidates), size=min(2, len(candidates)), replace=False)
-        return min((candidates[int(i)] for i in drawn), key=lambda instance: instance.kv_tokens)
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:  # noqa: ARG002
+        """The instance whose requests have fewer tokens, with the scores for the request's story."""
+        numbers = self._rng.choice(len(candidates), size=min(2, len(candidates)), replace=False)
+        drawn = ranked(Measure.TOKENS, tokens_of, [candidates[int(number)] for number in numbers])
+        chosen = first_of(drawn, Measure.TOKENS, tokens_of, Rule.DRAWN)
+        assert chosen is not None  # at least one was drawn
+        return chosen
+
+
+def tokens_of(instance: InstanceView) -> int:
+    """The score: the lower one wins."""
+    return instance.kv_tokens
 
 
 INFO: Final = PolicyInfo(make=TwoChoices, help="the lighter of two instances drawn at random")

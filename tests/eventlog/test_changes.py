@@ -62,7 +62,7 @@ def test_every_part_is_read_alone_and_the_whole_replays(name: str, max_bytes: in
 
 def test_a_file_begins_with_reports_in_full(tmp_path: Path) -> None:
     """In each of several files, the first report of an instance is in full; a line that did not fit is written anew."""
-    rotated_log(tmp_path / "log", "round_robin", 8_000, 60, 0)
+    rotated_log(tmp_path / "log", "round_robin", 12_000, 60, 0)
     log = open_log(tmp_path / "log")
     assert len(log.paths) > 2
     for path in log.paths:

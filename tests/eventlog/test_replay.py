@@ -170,6 +170,25 @@ def test_a_story_says_when_a_backlog_decided(tmp_path: Path) -> None:
     assert "because" not in told["r1"]
 
 
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_a_story_says_why_here(tmp_path: Path, name: str) -> None:
+    """After each dispatch and each start of a move, the story says why there, and in a log the scores come back."""
+    path = tmp_path / "log"
+    seen = simulated_log(path, SPECS[name])
+    chosen = [e for _, effects in seen for e in effects if isinstance(e, Dispatch | StartMigration)]
+    log = open_log(path)
+    logged = [e for entry in log for e in entry.effects if isinstance(e, Dispatch | StartMigration)]
+    assert [e.choice for e in logged] == [e.choice for e in chosen]
+    assert all(e.choice is not None for e in chosen)
+    for request_id in {e.request_id for e in chosen[:40]}:
+        texts = [chapter.text for chapter in story_of(log, request_id)]
+        places = [
+            e.instance_id if isinstance(e, Dispatch) else e.target_id for e in chosen if e.request_id == request_id
+        ]
+        decided = [n for n, text in enumerate(texts) if text.startswith("dispatched") or " begins at " in text]
+        assert [texts[n + 1].split(":")[0] for n in decided] == [f"why {place}" for place in places]
+
+
 def test_every_story_begins_and_ends(tmp_path: Path) -> None:
     """Each request's story begins with its arrival and ends with its end."""
     path = tmp_path / "log"

@@ -19,6 +19,7 @@ from cascadeinfer.engines.protocol import Engine, EngineRequest
 from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.frontend.processes import follower as follower_module
+from cascadeinfer.frontend.processes import owner as owner_module
 from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.channel import MAX_UNSENT_BYTES, Channel
 from cascadeinfer.frontend.processes.follower import Follower
@@ -39,12 +40,13 @@ from cascadeinfer.frontend.processes.messages import (
     Stop,
     Summary,
     TellStory,
+    Unanswered,
     UnknownInstance,
 )
-from cascadeinfer.frontend.processes.owner import HANG_S, LOOK_S, FrontEnds
+from cascadeinfer.frontend.processes.owner import HANG_S, LOOK_S, FollowerState, FrontEnds
 from cascadeinfer.runtime.ledger import EndedMove
 from cascadeinfer.runtime.metrics import RuntimeMetrics
-from cascadeinfer.runtime.picture import Move
+from cascadeinfer.runtime.picture import MAX_OLDEST, Move, OldRequest
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes
 
@@ -316,6 +318,8 @@ async def test_follower_asks_process_0() -> None:
         assert await answered(pair.follower.picture(), drawn) == {"moves": {}}
         assert await answered(pair.follower.story("theirs"), told) == {"id": "theirs"}
         assert await answered(pair.follower.story("nobody's"), told) is None
+        with pytest.raises(TimeoutError):
+            await answered(pair.follower.story("theirs"), lambda question: Unanswered(question.number))
         assert await answered(pair.follower.add(2), added) == ["5", "6"]
         with pytest.raises(UnknownInstanceError, match="no instance 9"):
             await answered(pair.follower.drain("9", 1.0), unknown)
@@ -441,6 +445,138 @@ async def test_a_picture_is_of_all_processes() -> None:
     owner_channel.close()
     runtime.abort(["own"])
     await runtime.stop(0.0)
+
+
+class Owned:
+    """Process 0 with two followers, at whose ends of the channels the test stands."""
+
+    def __init__(self) -> None:
+        """Two followers that serve."""
+        self.runtime = Runtime(
+            {name: lambda n_start, name=name: SimulatedEngine(name, n_start, CAPACITY) for name in "ab"},  # type: ignore[misc]
+            StaticStages(layout=LAYOUT),
+            lambda read: RuntimeMetrics(CollectorRegistry(), read),
+        )
+        self.owner = FrontEnds(3, self.runtime, None, None, [0, 0, 0])  # type: ignore[arg-type]
+        self.ends: list[Channel[FromOwner]] = []
+        self.tasks: list[asyncio.Task[None]] = []
+        self.heard: list[list[FromOwner]] = [[], []]
+        self.stories: list[dict[str, dict[str, Any]] | None] = [{}, {}]
+
+    async def __aenter__(self) -> Self:
+        """Start, and listen at all ends."""
+        await self.runtime.start()
+        for number, follower in enumerate(self.owner._followers):
+            ours, its = socket.socketpair()
+            follower.channel = await Channel[FromFollower].open(ours, FromFollower)
+            follower.summary = Summary(number, 0, 0, {}, 0, {}, 0, [], [])
+            self.ends.append(await Channel[FromOwner].open(its, FromOwner))
+            self.tasks.append(asyncio.create_task(self.owner._listen(follower, follower.channel)))
+            self.tasks.append(asyncio.create_task(self._serve(number)))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop everything."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        for end in self.ends:
+            end.close()
+        await self.runtime.stop(0.0)
+
+    async def _serve(self, number: int) -> None:
+        """Answer for a follower, unless it is to be silent."""
+        async for message in self.ends[number].messages():
+            self.heard[number].append(message)
+            stories = self.stories[number]
+            if isinstance(message, TellStory) and stories is not None:
+                self.ends[number].send(Shown(message.number, stories.get(message.request_id)))
+
+    def follower(self, number: int) -> FollowerState:
+        """What process 0 knows of it."""
+        return self.owner._followers[number]
+
+
+@pytest.mark.asyncio
+async def test_a_story_is_asked_of_the_process_that_has_it() -> None:
+    """Process 0 tells its own, asks the followers for any other, and passes on a follower's question to the others."""
+    async with Owned() as owned:
+        await owned.runtime.submit(EngineRequest("own", [1] * 10, 100_000, SimulatedParams()))
+        owned.stories = [{"first's": {"id": "first's"}}, {"second's": {"id": "second's"}}]
+        own = await owned.owner.story("own")
+        assert own is not None
+        assert own["id"] == "own"
+        assert owned.heard == [[], []]
+        for name in ("first's", "second's"):
+            assert await owned.owner.story(name) == {"id": name}
+        assert await owned.owner.story("nobody's") is None
+        for asked in ("second's", "own", "nobody's"):
+            owned.heard[0].clear()
+            owned.heard[1].clear()
+            owned.ends[0].send(TellStory(77, asked))
+            await until(lambda: any(isinstance(message, Shown) for message in owned.heard[0]))
+            [answer] = owned.heard[0]  # it is not asked for what it has not
+            assert isinstance(answer, Shown)
+            assert (answer.number, answer.content and answer.content["id"]) == (
+                77,
+                None if asked == "nobody's" else asked,
+            )
+        owned.runtime.abort(["own"])
+
+
+@pytest.mark.asyncio
+async def test_a_story_whose_process_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If one follower does not answer, another's story is told all the same; a story that it may have is not denied."""
+    monkeypatch.setattr(owner_module, "STORY_TIMEOUT_S", 0.05)
+    async with Owned() as owned:
+        owned.stories = [None, {"second's": {"id": "second's"}}]
+        assert await owned.owner.story("second's") == {"id": "second's"}
+        with pytest.raises(TimeoutError):
+            await owned.owner.story("another")
+        owned.ends[1].send(TellStory(5, "another"))
+        await until(lambda: any(isinstance(message, Unanswered) for message in owned.heard[1]))
+        owned.follower(0).summary = None  # it does not serve, or no more: it has no requests
+        assert await owned.owner.story("another") is None
+
+
+@pytest.mark.asyncio
+async def test_the_oldest_requests_are_those_of_all_processes() -> None:
+    """The picture lists the oldest of all, by their arrivals, as many as of one process."""
+    async with Owned() as owned:
+        await owned.runtime.submit(EngineRequest("own", [1] * 10, 100_000, SimulatedParams()))
+        [own] = owned.runtime.lookout.oldest()
+        old = [OldRequest(f"old{n}", "a", 50, 10, own.arrived_s - 100.0 + n, 1, None, False) for n in range(3)]
+        young = [OldRequest(f"young{n}", "b", 50, 10, own.arrived_s + 1.0 + n, 2, "lora", True) for n in range(20)]
+        for number, oldest in enumerate((young, old)):
+            owned.follower(number).summary = Summary(number, 0, 0, {}, 0, {}, 0, [], [], oldest=oldest)
+        shown = (await owned.owner.picture())["requests"]["oldest"]
+        assert [request["id"] for request in shown[:5]] == ["old0", "old1", "old2", "own", "young0"]
+        assert len(shown) == MAX_OLDEST
+        assert (shown[4]["attempts"], shown[4]["pinned"], shown[4]["moving"]) == (2, "lora", True)
+        assert shown[0]["age_s"] == pytest.approx(100.0, abs=20.0)
+        owned.runtime.abort(["own"])
+
+
+@pytest.mark.asyncio
+async def test_a_follower_tells_of_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its summary has its oldest requests, and it tells their stories when process 0 asks."""
+    monkeypatch.setattr(follower_module, "SUMMARY_S", 0.01)
+    async with Pair() as pair:
+        pair.channel.send(TellStory(1, "early"))
+        pair.tell(a="a1", b="b1")
+        runtime = await pair.serve()
+        await runtime.submit(EngineRequest("its", [1] * 20, 100_000, SimulatedParams()))
+        await until(lambda: any(isinstance(message, Summary) and message.oldest for message in pair.heard))
+        listed = next(message for message in pair.heard if isinstance(message, Summary) and message.oldest)
+        assert [(request.request_id, request.prompt_tokens) for request in listed.oldest] == [("its", 20)]
+        pair.channel.send(TellStory(2, "its"))
+        pair.channel.send(TellStory(3, "nobody's"))
+        await until(lambda: sum(isinstance(message, Shown) for message in pair.heard) == 3)
+        told = {message.number: message.content for message in pair.heard if isinstance(message, Shown)}
+        assert (told[1], told[3]) == (None, None)
+        assert told[2] is not None
+        assert told[2]["chapters"][0]["text"].startswith("arrived: 20 prompt tokens")
+        runtime.abort(["its"])
 
 
 @pytest.mark.asyncio

@@ -18,6 +18,7 @@ from cascadeinfer.core.effects import Dispatch, Effect, MigrationReason, StartMi
 from cascadeinfer.core.errors import ScalingRefusedError
 from cascadeinfer.core.events import Event, MigrationEnded, PinReason, TimerFired
 from cascadeinfer.core.migration import Happening, Migration, MigrationLimits, State
+from cascadeinfer.core.placing.dispatch import Chosen
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.quarantine import DEATHS
@@ -69,10 +70,11 @@ class ScriptedPolicy(LeastLoaded):
         self.view.carry_out(more)
         return effects + more
 
-    def choose(self, request: RequestView, candidates: list[InstanceView]) -> InstanceView:
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:
         """The instance that the test names, or the least loaded one."""
         wanted = self.places.get(request.request_id)
-        return next((c for c in candidates if c.instance_id == wanted), None) or super().choose(request, candidates)
+        named = next((c for c in candidates if c.instance_id == wanted), None)
+        return super().choose(request, candidates) if named is None else Chosen(named)
 
     def ended_migrations(self) -> list[MigrationEnded]:
         """All migrations that have ended, in order."""

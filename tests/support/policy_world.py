@@ -8,6 +8,7 @@ policies. A request waits until its instance's first report and runs from then o
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cascadeinfer.core.choice import HIGHEST_WINS, MOST_SCORED, Choice
 from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import (
     Event,
@@ -283,6 +284,7 @@ class World:
                 assert effect.request_id not in self.rejected, f"{effect}: it was refused"
                 assert self.draining.get(effect.instance_id) is False, f"{effect}: that takes no requests"
                 self._check_answers(effect, effect.instance_id)
+                check_choice(effect.choice, effect.instance_id)
                 assert self.could_hold(effect.instance_id, request), f"{effect}: it does not fit there"
                 request.instance_id = effect.instance_id
                 request.dispatches += 1
@@ -291,6 +293,7 @@ class World:
                 assert effect.retry_after_s > 0.0
                 self.rejected.append(effect.request_id)
             case StartMigration():
+                check_choice(effect.choice, effect.target_id)
                 self._start(effect)
             case SendMessage():
                 assert effect.sender_id in self.draining, f"{effect}: the sender is gone"
@@ -331,3 +334,18 @@ class World:
             homeless = [request for request in self.requests.values() if request.instance_id is None]
             stuck = [r.request_id for r in homeless if any(self.could_hold(instance_id, r) for instance_id in takers)]
             assert not stuck, f"no place for {stuck}"
+
+
+def check_choice(choice: Choice | None, chosen_id: InstanceId) -> None:
+    """What an effect says of its reasons: always something, and by its own scores the chosen one is the best."""
+    assert choice is not None, f"nothing says why {chosen_id}"
+    if choice.measure is None:
+        assert not choice.scored
+        return
+    scores = [candidate.score for candidate in choice.scored]
+    assert choice.scored[0].instance_id == chosen_id
+    assert scores == sorted(scores, reverse=choice.measure in HIGHEST_WINS)
+    assert len(scores) == min(choice.n_candidates, MOST_SCORED)
+    assert len({candidate.instance_id for candidate in choice.scored}) == len(scores)
+    assert chosen_id not in {declined.instance_id for declined in choice.declined}
+    assert choice.instead_of is None or choice.instead_of.instance_id != chosen_id

@@ -8,9 +8,10 @@ of the event that led to the effect.
 """
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from cascadeinfer.core.choice import Choice
 from cascadeinfer.core.events import MigrationEnded, MigrationOutcome
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.messages import BalanceMessage
@@ -33,12 +34,14 @@ class Dispatch:
 
     Attributes:
         shared: Whether a backlog in its stage sent it there (`core/placing/sharing.py`).
+        choice: Why there, for operators.
     """
 
     cause: str
     request_id: RequestId
     instance_id: InstanceId
     shared: bool = False
+    choice: Choice | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,9 @@ class StartMigration:
     """
     Move a running request with its KV cache. The shell follows the table in `core/migration.py`; the outcome may be
     STAYED.
+
+    Attributes:
+        choice: Why there, for operators.
     """
 
     cause: str
@@ -69,6 +75,7 @@ class StartMigration:
     source_id: InstanceId
     target_id: InstanceId
     reason: MigrationReason
+    choice: Choice | None = field(default=None, compare=False, repr=False)
 
     def ended(self, outcome: MigrationOutcome, detail: str) -> MigrationEnded:
         """The event in which it ends."""

@@ -42,6 +42,7 @@ class Pricing:
         per_queued_pair: Half the cost of one token's attention to another during prefill.
         urgency: Share of the wait for the first token that counts per token of a newcomer: one over the number of
             tokens it will produce. May change.
+        in_seconds: Whether times are in seconds; if not, in empty steps.
     """
 
     base: float = 1.0
@@ -50,6 +51,7 @@ class Pricing:
     per_queued_token: float = 0.0
     per_queued_pair: float = 0.0
     urgency: float = 0.0
+    in_seconds: bool = False
 
     def full_step(self, max_batched_tokens: int) -> float:
         """Time to compute as many prompt tokens as one step takes, without their attention."""

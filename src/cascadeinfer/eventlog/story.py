@@ -18,6 +18,7 @@ from cascadeinfer.core.events import (
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.messages import Accept, Advert, Ask, Award, Bid, Decline, Withdraw
 from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, RequestId
+from cascadeinfer.eventlog.choice_words import reason
 from cascadeinfer.eventlog.reader import Gap, LogReader
 
 MOST_NAMED: Final = 5
@@ -136,14 +137,18 @@ class Telling:
             case Dispatch(request_id=request_id) if request_id == me:
                 why = ", because prompts queue in its stage" if effect.shared else ""
                 yield f"dispatched to {self.place(effect.instance_id)}{why}"
+                if effect.choice is not None:
+                    yield f"why {effect.instance_id}: {reason(effect.choice)}"
             case Reject(request_id=request_id) if request_id == me:
                 yield f"refused: {effect.reason}; its client may come again after {effect.retry_after_s:g} s"
             case StartMigration(request_id=request_id) if request_id == me:
-                reason = effect.reason.value.replace("_", " ")
+                cause = effect.reason.value.replace("_", " ")
                 yield (
                     f"migration {effect.migration_id} begins at {self.tokens} tokens, {effect.source_id} to "
-                    f"{self.place(effect.target_id)}: {reason}"
+                    f"{self.place(effect.target_id)}: {cause}"
                 )
+                if effect.choice is not None:
+                    yield f"why {effect.target_id}: {reason(effect.choice)}"
             case SendMessage():
                 yield from self._of_message(effect)
             case PublishLayout():

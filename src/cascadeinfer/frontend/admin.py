@@ -42,7 +42,12 @@ class Admin(Protocol):
         ...
 
     async def story(self, request_id: RequestId) -> dict[str, Any] | None:
-        """See `cascadeinfer.runtime.stories`; None for a request that is not live, or known to others only."""
+        """
+        See `cascadeinfer.runtime.stories`: of a request of any process; None if none has it.
+
+        Raises:
+            TimeoutError: No process that answers has it, and another does not answer.
+        """
         ...
 
     async def add(self, count: int) -> list[InstanceId]:

@@ -8,7 +8,7 @@ from cascadeinfer.core.types import RequestId
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.ledger import Ledger
 from cascadeinfer.runtime.migrate import Migrator
-from cascadeinfer.runtime.picture import Move, Scene, picture_of
+from cascadeinfer.runtime.picture import Move, OldRequest, Scene, oldest_of, picture_of
 from cascadeinfer.runtime.stories import story_of
 from cascadeinfer.runtime.streams import StreamTable
 
@@ -71,6 +71,10 @@ class Lookout:
             Move(effect.migration_id, effect.request_id, effect.source_id, effect.target_id, tokens, effect.reason)
             for effect, tokens in ((r.migration.effect, r.stream.n_tokens) for r in self._migrator.under_way())
         ]
+
+    def oldest(self) -> list[OldRequest]:
+        """The oldest live requests of this process."""
+        return oldest_of(self._streams)
 
     def story(self, request_id: RequestId) -> dict[str, Any] | None:
         """See `story_of`; None for a request that is not live in this process."""

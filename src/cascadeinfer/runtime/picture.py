@@ -65,6 +65,40 @@ class Move:
         return _move(self)
 
 
+@dataclass(frozen=True, slots=True)
+class OldRequest:
+    """
+    One of the oldest live requests of a process.
+
+    Attributes:
+        n_tokens: Its current length.
+        arrived_s: When it came, on the clock that all processes of a machine share.
+        pin_reason: Why it may not move; None if it may.
+    """
+
+    request_id: RequestId
+    instance_id: InstanceId | None
+    n_tokens: int
+    prompt_tokens: int
+    arrived_s: float
+    attempts: int
+    pin_reason: str | None
+    moving: bool
+
+    def shown(self, now_s: float) -> dict[str, Any]:
+        """For the JSON."""
+        return {
+            "id": self.request_id,
+            "instance": self.instance_id,
+            "tokens": self.n_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "age_s": round(now_s - self.arrived_s, 1),
+            "attempts": self.attempts,
+            "pinned": self.pin_reason,
+            "moving": self.moving,
+        }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
     """
@@ -114,7 +148,7 @@ def picture_of(scene: Scene) -> dict[str, Any]:
             "live": len(scene.streams),
             "unplaced": placed[None],
             "ended": dict(sorted(scene.ledger.requests.items())),
-            "oldest": [_request(stream, now_s) for stream in itertools.islice(scene.streams, MAX_OLDEST)],
+            "oldest": [request.shown(now_s) for request in oldest_of(scene.streams)],
         },
         "departed": [
             {"id": gone.instance_id, "how": gone.how, "error": gone.error, "seconds_ago": round(now_s - gone.at_s, 1)}
@@ -230,14 +264,20 @@ def _percentiles(pauses_s: Iterable[float]) -> dict[str, Any] | None:
     return {"n": len(values), **{f"p{p}": value for p, value in zip(PERCENTILES, found, strict=True)}}
 
 
-def _request(stream: Stream, now_s: float) -> dict[str, Any]:
-    return {
-        "id": stream.request.request_id,
-        "instance": stream.instance_id,
-        "tokens": stream.n_tokens,
-        "prompt_tokens": len(stream.request.prompt_token_ids),
-        "age_s": round(now_s - stream.arrived_s, 1),
-        "attempts": stream.attempts,
-        "pinned": stream.request.pin_reason,
-        "moving": stream.migration is not None,
-    }
+def oldest_of(streams: StreamTable) -> list[OldRequest]:
+    """The oldest live requests of this process, at most `MAX_OLDEST`, the oldest first."""
+    return [_old(stream) for stream in itertools.islice(streams, MAX_OLDEST)]
+
+
+def _old(stream: Stream) -> OldRequest:
+    request = stream.request
+    return OldRequest(
+        request.request_id,
+        stream.instance_id,
+        stream.n_tokens,
+        len(request.prompt_token_ids),
+        stream.arrived_s,
+        stream.attempts,
+        request.pin_reason,
+        stream.migration is not None,
+    )

@@ -2,7 +2,8 @@
 The story of each live request, for the operator's page: its arrival, dispatches, moves and losses, in words.
 
 An observer of the policy driver. It keeps the events and effects themselves, a few per request; words are made when
-somebody asks, by the narrator of event logs. The bids behind a move are in the event log only.
+somebody asks, by the narrator of event logs. Of the messages behind a move, the award says which bids there were; the
+others are in the event log only.
 """
 
 from collections.abc import Sequence

@@ -75,16 +75,14 @@ def test_a_kept_place_outlives_the_asker_s_patience() -> None:
 def test_best_bid_is_the_cheapest() -> None:
     """The lowest price wins; then the lowest load, the fewest migrations, the smallest id."""
     a_round = round_in(State.ASKING)
-    assert a_round.best_bid() is None
+    assert a_round.ranked_bids() == []
     a_round.bids = {
         "d": Bid("a:1", 0.1, 5, 0, 2.0),
         "c": Bid("a:1", 0.4, 5, 1, 1.0),
         "b": Bid("a:1", 0.4, 5, 0, 1.0),
         "a": Bid("a:1", 0.5, 5, 0, 1.0),
     }
-    best = a_round.best_bid()
-    assert best is not None
-    assert best[0] == "b"
+    assert [bidder_id for bidder_id, _ in a_round.ranked_bids()] == ["b", "c", "a", "d"]
 
 
 def test_page_is_drawn_from_the_table() -> None:

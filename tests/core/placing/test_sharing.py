@@ -45,7 +45,7 @@ def chosen(queues: Queues, tokens: int = 100, **options: object) -> str | None:
     stages = stages_of(queues, **options)  # type: ignore[arg-type]
     home = next(i for members in stages for i in members if i.instance_id == "home")
     relief = relief_for(home, tokens, stages)
-    return None if relief is None else relief.instance_id
+    return None if relief is None else relief.instance.instance_id
 
 
 def test_up_to_a_full_step_nothing_is_a_backlog() -> None:
@@ -114,7 +114,9 @@ def test_a_slow_instance_has_a_longer_queue() -> None:
     [[home, beside]] = stages
     assert relief_for(home, 100, stages) is None
     home.set_slowness(3.0)
-    assert relief_for(home, 100, stages) is beside
+    relief = relief_for(home, 100, stages)
+    assert relief is not None
+    assert relief.instance is beside
     beside.set_slowness(3.0)
     assert relief_for(home, 100, stages) is None
 
@@ -142,4 +144,4 @@ def test_relief_is_what_the_rule_says(queues: list[list[list[int]]], data: st.Da
         if home.queue - instance.queue >= (RELIEF if index >= at else RELIEF_BELOW) * unit - 1e-12
         and has_room(instance, tokens)
     ]
-    assert (None if relief is None else relief.instance_id) == min(able, default=(0.0, None))[1]
+    assert (None if relief is None else relief.instance.instance_id) == min(able, default=(0.0, None))[1]

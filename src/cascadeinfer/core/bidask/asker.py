@@ -8,6 +8,7 @@ requests. Both pauses are short where a candidate was only busy with other migra
 """
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from cascadeinfer.core.bidask.bidder import BUSY
 from cascadeinfer.core.bidask.rounds import NEVER, BidAskSettings, Move, Outbox, Round, RoundEvent, State
@@ -16,6 +17,9 @@ from cascadeinfer.core.events import MigrationOutcome
 from cascadeinfer.core.messages import Accept, Ask, Award, Bid, Decline, Withdraw
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.core.view import InstanceView, RequestView
+
+NO_ANSWER: Final = "no answer"
+"""What a candidate that is silent is taken to say."""
 
 
 class Asker:
@@ -138,10 +142,12 @@ class Asker:
         if asked.state is State.ASKING and sender_id in asked.pending:
             asked.handle(RoundEvent.DECLINE_CAME)
             del asked.pending[sender_id]
+            asked.declined[sender_id] = message.reason
             if not asked.pending:
                 self._close_bidding(asked, now_s, out)
         elif asked.state is State.AWARDING and sender_id == asked.partner_id:
             asked.handle(RoundEvent.TURNED_DOWN)
+            asked.declined[sender_id] = message.reason
             self._close_bidding(asked, now_s, out)
 
     def take_accept(self, sender_id: InstanceId, message: Accept, now_s: float, out: Outbox) -> None:
@@ -160,7 +166,7 @@ class Asker:
         self._withdraw_rest(asked, out)
         self._fruitless[asked.reason] = 0
         self._asks_from_s[asked.reason] = now_s
-        out.moves.append(Move(asked.ask_id, asked.request_id, sender_id, asked.reason))
+        out.moves.append(Move(asked.ask_id, asked.request_id, sender_id, asked.reason, asked.choice))
 
     def move_ended(self, ask_id: str, outcome: MigrationOutcome, now_s: float) -> None:
         """Handle the end of a migration from this instance."""
@@ -196,6 +202,8 @@ class Asker:
                 assert asked.partner_id is not None
                 out.messages.append((asked.partner_id, Withdraw(asked.ask_id)))
                 asked.handle(RoundEvent.UNANSWERED)
+                asked.declined[asked.partner_id] = NO_ANSWER
+            asked.declined.update(dict.fromkeys(asked.pending, NO_ANSWER))
             self._close_bidding(asked, now_s, out)
 
     def next_wake_s(self) -> float:
@@ -205,18 +213,16 @@ class Asker:
     def _close_bidding(self, asked: Round, now_s: float, out: Outbox) -> None:
         """Award the best remaining bid, or rest."""
         asked.pending.clear()
-        best = asked.best_bid()
+        bids = asked.ranked_bids()
         free = self._slots_taken() < self._settings.max_migrations
-        if (
-            best is not None
-            and free
-            and (asked.reason is not MigrationReason.REBALANCE or best[1].load < self._own.load)
-        ):
+        if bids and free and (asked.reason is not MigrationReason.REBALANCE or bids[0][1].load < self._own.load):
+            best_id = bids[0][0]
             asked.handle(RoundEvent.WON)
-            asked.partner_id = best[0]
+            asked.partner_id = best_id
+            asked.choice = asked.choice_among(bids, in_seconds=self._own.pricing.in_seconds)
             asked.deadline_s = now_s + self._settings.award_wait_s
-            del asked.bids[best[0]]
-            out.messages.append((best[0], Award(asked.ask_id, asked.request_id, asked.length_tokens)))
+            del asked.bids[best_id]
+            out.messages.append((best_id, Award(asked.ask_id, asked.request_id, asked.length_tokens)))
             return
         asked.handle(RoundEvent.NO_BID)
         self._withdraw_rest(asked, out)

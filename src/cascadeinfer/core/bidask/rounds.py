@@ -22,9 +22,11 @@ the ask-bid-award order is that of the contract net (Smith 1980).
 """
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from cascadeinfer.core.choice import MOST_SCORED, Choice, Declined, Measure, Rule, Scored
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.errors import InvalidTransition
 from cascadeinfer.core.messages import BalanceMessage, Bid
@@ -171,6 +173,8 @@ class Round:
         pending: Asker: candidates that have not answered, in order of asking.
         bids: Asker: bids that have arrived and were not turned down.
         busy: Asker: a candidate declined only because of too many migrations at once, which passes soon.
+        declined: Asker: candidates that do not take the request, with their reasons.
+        choice: Asker: why the awarded bidder was chosen.
     """
 
     ask_id: str
@@ -182,6 +186,8 @@ class Round:
     pending: dict[InstanceId, None] = field(default_factory=dict)
     bids: dict[InstanceId, Bid] = field(default_factory=dict)
     busy: bool = False
+    declined: dict[InstanceId, str] = field(default_factory=dict)
+    choice: Choice | None = None
     state: State = State.NEW
 
     def handle(self, event: RoundEvent) -> None:
@@ -198,21 +204,26 @@ class Round:
             )
         self.state = after
 
-    def best_bid(self) -> tuple[InstanceId, Bid] | None:
-        """The bid with the lowest price; ties by load, then fewest migrations, then smallest id."""
-        if not self.bids:
-            return None
-        return min(self.bids.items(), key=lambda item: (item[1].price, item[1].load, item[1].migrations, item[0]))
+    def ranked_bids(self) -> list[tuple[InstanceId, Bid]]:
+        """The bids, that with the lowest price first; ties by load, then fewest migrations, then smallest id."""
+        return sorted(self.bids.items(), key=lambda item: (item[1].price, item[1].load, item[1].migrations, item[0]))
+
+    def choice_among(self, bids: Sequence[tuple[InstanceId, Bid]], *, in_seconds: bool) -> Choice:
+        """Why the first of these ranked bids is awarded; `in_seconds`: the unit of their prices."""
+        scored = tuple([Scored(bidder_id, bid.price, bid.load) for bidder_id, bid in bids[:MOST_SCORED]])
+        declined = tuple([Declined(*decline) for decline in self.declined.items()])
+        return Choice(Rule.BEST, Measure.BID, scored, len(bids), declined=declined, in_seconds=in_seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A migration to start; `ask_id` names the round it comes from."""
+    """A migration to start; `ask_id` names the round it comes from, `choice` says why it goes there."""
 
     ask_id: str
     request_id: RequestId
     target_id: InstanceId
     reason: MigrationReason
+    choice: Choice | None = None
 
 
 @dataclass(slots=True)

@@ -19,8 +19,9 @@ match, nothing changes. A draining or full instance is not a candidate.
 
 from collections.abc import Sequence
 
+from cascadeinfer.core.choice import Measure, Rule
 from cascadeinfer.core.instance import InstanceView
-from cascadeinfer.core.placing.dispatch import has_room
+from cascadeinfer.core.placing.dispatch import Chosen, first_of, has_room, ranked, scored_as
 from cascadeinfer.core.placing.prefix_index import PrefixIndex
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.view import RequestView
@@ -50,24 +51,29 @@ class PrefixAffinity:
         """Forget an instance that is gone, together with its cache."""
         self._index.forget(instance_id)
 
-    def choose(self, request: RequestView, right: InstanceView, instances: Sequence[InstanceView]) -> InstanceView:
+    def choose(self, request: RequestView, place: Chosen, instances: Sequence[InstanceView]) -> Chosen:
         """
         The instance for a request.
 
         Args:
             request: With or without prefix hashes.
-            right: The instance it would go to without a cache.
+            place: The instance it would go to without a cache, the right one.
             instances: The candidates, from all stages.
+
+        Returns:
+            `place` itself unless another one takes it.
         """
         matched = self._index.matches(request.prefix_hashes)
         if not matched:
-            return right
+            return place
+        right = place.instance
         tokens = request.tokens
         share = min(request.prompt_tokens, tokens - 1) / len(request.prefix_hashes)  # the last token is always computed
         blocks_right = matched.get(right.instance_id, 0)
         cached_right = int(blocks_right * share)
         price_right = right.marginal_price(tokens, cached_right)
-        best, best_gain = right, MARGIN * price_right
+        least_gain = MARGIN * price_right
+        gains: dict[InstanceId, float] = {}
         for instance in instances:
             blocks = matched.get(instance.instance_id, 0)
             if blocks <= blocks_right or not has_room(instance, tokens):
@@ -75,6 +81,14 @@ class PrefixAffinity:
             price = instance.marginal_price(tokens, cached_right)
             saved = price - instance.marginal_price(tokens, int(blocks * share))
             gain = saved - max(0.0, price - price_right)
-            if gain > best_gain:
-                best, best_gain = instance, gain
-        return best
+            if gain > least_gain:
+                gains[instance.instance_id] = gain
+        if not gains:
+            return place
+
+        def gain_of(instance: InstanceView) -> float:
+            return gains[instance.instance_id]
+
+        order = ranked(Measure.CACHE_GAIN, gain_of, [i for i in instances if i.instance_id in gains])
+        instead_of = scored_as(right, least_gain)
+        return first_of(order, Measure.CACHE_GAIN, gain_of, Rule.CACHED, instead_of=instead_of) or place

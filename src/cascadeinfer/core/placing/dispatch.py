@@ -11,12 +11,15 @@ proportionally fuller (`InstanceView.slowed_load`). A suspected instance has no 
 (`Pricing`). Among rules that know no output length it gave the lowest mean latency in simulation on every trace and
 load tried: by 4 to 6 % against KV tokens at high load, 1 to 5 % against request counts, 0 to 2 % against Llumnix'
 freeness. Source of the filter-score-pick split: llm-d's scheduler.
+
+Whatever is picked comes as `Chosen`: with the scores that it was picked by, for operators (`core/choice.py`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import Final
+from typing import Final, NamedTuple
 
+from cascadeinfer.core.choice import HIGHEST_WINS, IN_TIME, MOST_SCORED, Choice, Measure, Rule, Scored
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import InstanceView, Pricing
@@ -50,7 +53,54 @@ def pricing_of(model: StepModel | None, capacity: InstanceCapacity) -> Pricing:
         per_queued_token=model.compute_per_prefill_token_s,
         per_queued_pair=model.per_prefill_attention_s / 2.0,
         urgency=1.0 / TYPICAL_OUTPUT_TOKENS,
+        in_seconds=True,
     )
+
+
+class Chosen(NamedTuple):
+    """An instance, and why; None where there is nothing to say."""
+
+    instance: InstanceView
+    choice: Choice | None = None
+
+
+def ranked(
+    measure: Measure, score_of: Callable[[InstanceView], float], candidates: Iterable[InstanceView]
+) -> list[InstanceView]:
+    """The candidates, the best first; equals in the order given."""
+    return sorted(candidates, key=score_of, reverse=measure in HIGHEST_WINS)
+
+
+def first_of(
+    order: Sequence[InstanceView],
+    measure: Measure,
+    score_of: Callable[[InstanceView], float],
+    rule: Rule = Rule.BEST,
+    *,
+    n_passed: int = 0,
+    instead_of: Scored | None = None,
+) -> Chosen | None:
+    """
+    The first of ranked candidates with its reason; None when there is none.
+
+    Args:
+        order: The candidates, the best first (`ranked`).
+        measure, score_of: What they were ranked by.
+        rule: Why the best one was chosen, if not only for that.
+        n_passed, instead_of: See `Choice`.
+    """
+    if not order:
+        return None
+    best = order[0]
+    scored = tuple([scored_as(instance, score_of(instance)) for instance in order[:MOST_SCORED]])
+    in_seconds = measure in IN_TIME and best.pricing.in_seconds
+    choice = Choice(rule, measure, scored, len(order), n_passed, instead_of, (), in_seconds)
+    return Chosen(best, choice)
+
+
+def scored_as(instance: InstanceView, score: float) -> Scored:
+    """A candidate as it is now."""
+    return Scored(instance.instance_id, float(score), instance.load, instance.backlog)
 
 
 def has_room(instance: InstanceView, length_tokens: int) -> bool:
@@ -64,41 +114,46 @@ def has_room(instance: InstanceView, length_tokens: int) -> bool:
     )
 
 
-def least_loaded(candidates: Iterable[InstanceView]) -> InstanceView | None:
+def least_loaded(candidates: Iterable[InstanceView]) -> Chosen | None:
     """The candidate with the lowest load, the first among equals; None when there is none."""
-    return min(candidates, key=_load, default=None)
+    return first_of(ranked(Measure.LOAD, _load, candidates), Measure.LOAD, _load)
 
 
-def cheapest_with_room(candidates: Sequence[InstanceView], length_tokens: int) -> InstanceView | None:
+def cheapest(candidates: Iterable[InstanceView], rule: Rule = Rule.BEST) -> Chosen | None:
+    """The candidate with the lowest price (`Pricing`), the first among equals; None when there is none."""
+    return first_of(ranked(Measure.PRICE, _price, candidates), Measure.PRICE, _price, rule)
+
+
+def cheapest_with_room(
+    candidates: Sequence[InstanceView], length_tokens: int, rule: Rule = Rule.BEST_WITH_ROOM
+) -> Chosen | None:
     """The instance with the lowest price on which a request of this length could run at once, or None."""
-    best = cheapest(candidates)
-    if best is None or has_room(best, length_tokens):
-        return best
-    return cheapest([instance for instance in candidates if has_room(instance, length_tokens)])
+    order = ranked(Measure.PRICE, _price, candidates)
+    if order and has_room(order[0], length_tokens):
+        return first_of(order, Measure.PRICE, _price, Rule.BEST if rule is Rule.BEST_WITH_ROOM else rule)
+    fitting = [instance for instance in order if has_room(instance, length_tokens)]
+    return first_of(fitting, Measure.PRICE, _price, rule, n_passed=len(order) - len(fitting))
 
 
-def nearest_with_room(stages: Sequence[Sequence[InstanceView]], home: int, length_tokens: int) -> InstanceView | None:
+def nearest_with_room(stages: Sequence[Sequence[InstanceView]], home: int, length_tokens: int) -> Chosen | None:
     """The cheapest instance with room in this stage, or in the nearest one that has any, the longer one first."""
     for distance in range(len(stages)):
         for index in (home + distance, home - distance)[: 2 if distance else 1]:
             if 0 <= index < len(stages):
-                chosen = cheapest_with_room(stages[index], length_tokens)
+                rule = Rule.OTHER_STAGE if distance else Rule.BEST_WITH_ROOM
+                chosen = cheapest_with_room(stages[index], length_tokens, rule)
                 if chosen is not None:
                     return chosen
     return None
 
 
-def cheapest(candidates: Iterable[InstanceView]) -> InstanceView | None:
-    """The candidate with the lowest price (`Pricing`), the first among equals; None when there is none."""
-    return min(candidates, key=_price, default=None)
-
-
-def pick(candidates: Sequence[InstanceView], length_tokens: int) -> InstanceView | None:
+def pick(candidates: Sequence[InstanceView], length_tokens: int) -> Chosen | None:
     """The instance that takes a request of this length, or None without candidates."""
-    best = least_loaded(candidates)
-    if best is None or has_room(best, length_tokens):
-        return best
-    with_room = [instance for instance in candidates if has_room(instance, length_tokens)]
-    return least_loaded(
-        with_room or [instance for instance in candidates if not (instance.draining or instance.shunned)]
-    )
+    order = ranked(Measure.LOAD, _load, candidates)
+    if order and has_room(order[0], length_tokens):
+        return first_of(order, Measure.LOAD, _load)
+    fitting = [instance for instance in order if has_room(instance, length_tokens)]
+    if fitting:
+        return first_of(fitting, Measure.LOAD, _load, Rule.BEST_WITH_ROOM, n_passed=len(order) - len(fitting))
+    open_ones = [instance for instance in order if not (instance.draining or instance.shunned)]
+    return first_of(open_ones, Measure.LOAD, _load, Rule.NO_ROOM)

@@ -65,8 +65,9 @@ class Evacuation:
                 f"drain{self._started}",
                 request.request_id,
                 source.instance_id,
-                target.instance_id,
+                target.instance.instance_id,
                 MigrationReason.DRAIN,
+                target.choice,
             )
             self._view.carry_out([move])
             begun.append(move)

@@ -23,8 +23,9 @@ shorter than its new stage stays there, as everywhere. Without a backlog nothing
 from collections.abc import Sequence
 from typing import Final
 
+from cascadeinfer.core.choice import Measure, Rule
 from cascadeinfer.core.instance import InstanceView
-from cascadeinfer.core.placing.dispatch import has_room
+from cascadeinfer.core.placing.dispatch import Chosen, first_of, has_room, ranked, scored_as
 
 SHORT: Final = 8.0
 """Empty steps: a shorter queue is no backlog, whatever the token budget. With budgets of 1,024 and less, half of the
@@ -38,7 +39,7 @@ conversations on 16 A100 rose by 8 % (at 85 % load), because whole stages of sho
 """
 
 
-def relief_for(home: InstanceView, tokens: int, stages: Sequence[Sequence[InstanceView]]) -> InstanceView | None:
+def relief_for(home: InstanceView, tokens: int, stages: Sequence[Sequence[InstanceView]]) -> Chosen | None:
     """
     The instance that takes a request instead of its home, or None: it has no backlog, or nobody relieves it.
 
@@ -57,4 +58,12 @@ def relief_for(home: InstanceView, tokens: int, stages: Sequence[Sequence[Instan
             needed = RELIEF
         most = home.backlog - needed * unit
         candidates += [instance for instance in members if instance.backlog <= most and has_room(instance, tokens)]
-    return min(candidates, key=lambda instance: instance.marginal_price(tokens, 0), default=None)
+    if not candidates:
+        return None
+
+    def price_of(instance: InstanceView) -> float:
+        return instance.marginal_price(tokens, 0)
+
+    order = ranked(Measure.MARGINAL_PRICE, price_of, candidates)
+    instead_of = scored_as(home, price_of(home))
+    return first_of(order, Measure.MARGINAL_PRICE, price_of, Rule.SOONER, instead_of=instead_of)

@@ -24,9 +24,11 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from cascadeinfer.core.choice import Choice, Measure, Rule
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.events import Event
+from cascadeinfer.core.placing.dispatch import Chosen, first_of, ranked
 from cascadeinfer.core.policies.info import PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.types import InstanceId
@@ -79,17 +81,21 @@ class Bucket(PlacingPolicy):
         self._now_s = now_s
         return super().handle(event, now_s)
 
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:
         """See the module header."""
         self._follow(candidates)
-        loads = [self._loads.get(instance.instance_id, 0) for instance in candidates]
-        most, least = max(loads), min(loads)
+        order = ranked(Measure.SENT_TOKENS, self._sent_to, candidates)
+        least, most = self._sent_to(order[0]), self._sent_to(order[-1])
         if most - least > self._balance_abs and most > self._balance_rel * least:
-            chosen = candidates[loads.index(least)]
+            chosen = first_of(order, Measure.SENT_TOKENS, self._sent_to, Rule.OUT_OF_BALANCE)
+            assert chosen is not None  # candidates is not empty
         else:
-            chosen = candidates[bisect_left(self._last_tokens, request.prompt_tokens)]
-        self._note(request.prompt_tokens, chosen.instance_id)
+            chosen = Chosen(candidates[bisect_left(self._last_tokens, request.prompt_tokens)], Choice(Rule.RANGE))
+        self._note(request.prompt_tokens, chosen.instance.instance_id)
         return chosen
+
+    def _sent_to(self, instance: InstanceView) -> int:
+        return self._loads.get(instance.instance_id, 0)
 
     def _follow(self, candidates: Sequence[InstanceView]) -> None:
         """Adjust the ranges to the instances there are, and at the end of an interval to its prompts."""

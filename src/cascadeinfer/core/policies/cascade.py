@@ -30,6 +30,7 @@ from cascadeinfer.core.bidask.agent import Agent
 from cascadeinfer.core.bidask.handover import HandoverRules
 from cascadeinfer.core.bidask.rounds import BidAskSettings, Outbox
 from cascadeinfer.core.bidask.wake_ups import WakeUps
+from cascadeinfer.core.choice import Choice, Rule
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.cost.learning import LearningSettings
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
@@ -54,7 +55,7 @@ from cascadeinfer.core.kind import InstanceKind, StepModelKey
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.placing.admission import DrainRate, to_refuse
 from cascadeinfer.core.placing.affinity import PrefixAffinity
-from cascadeinfer.core.placing.dispatch import TYPICAL_OUTPUT_TOKENS, cheapest, nearest_with_room, pricing_of
+from cascadeinfer.core.placing.dispatch import TYPICAL_OUTPUT_TOKENS, Chosen, cheapest, nearest_with_room, pricing_of
 from cascadeinfer.core.placing.sharing import relief_for
 from cascadeinfer.core.policies.info import Circumstances, PolicyInfo, Variant
 from cascadeinfer.core.roster import Roster
@@ -207,12 +208,13 @@ class Cascade:
                 if len(stuck) == len(self._members):
                     return
                 continue
-            relief = relief_for(right, request.tokens, stages) if self._share else None
+            relief = relief_for(right.instance, request.tokens, stages) if self._share else None
             chosen = relief or right
             if self._affinity is not None:
                 chosen = self._affinity.choose(request, chosen, able)
-                self._affinity.note_place(request, chosen.instance_id)
-            placed = Dispatch(cause, request.request_id, chosen.instance_id, shared=chosen is relief)
+                self._affinity.note_place(request, chosen.instance.instance_id)
+            chosen_id, is_shared = chosen.instance.instance_id, chosen is relief
+            placed = Dispatch(cause, request.request_id, chosen_id, is_shared, chosen.choice)
             self.view.carry_out([placed])
             effects.append(placed)
 
@@ -223,13 +225,14 @@ class Cascade:
 
     def _choose(
         self, home: int, tokens: int, stages: Sequence[Sequence[InstanceView]], able: Sequence[InstanceView]
-    ) -> InstanceView | None:
+    ) -> Chosen | None:
         if (chosen := nearest_with_room(stages, home, tokens)) is not None:
             return chosen
         if self._max_queued is None:
-            return cheapest([i for i in stages[home] if not i.shunned]) or cheapest(able)
+            return cheapest([i for i in stages[home] if not i.shunned] or able, Rule.NO_ROOM)
         # One as long as the whole cache never has the spare block that `has_room` asks for: an idle instance takes it.
-        return next((i for i in able if not i.committed_requests and not i.outbound), None)
+        idle = next((i for i in able if not i.committed_requests and not i.outbound), None)
+        return None if idle is None else Chosen(idle, Choice(Rule.IDLE))
 
     def _note_move(self, event: MigrationEnded) -> None:
         """A moved request took its cache along and left a copy behind for others."""
@@ -291,7 +294,8 @@ class Cascade:
         """Turn an agent's outbox into effects."""
         effects += [SendMessage(cause, instance_id, recipient_id, message) for recipient_id, message in out.messages]
         for move in out.moves:
-            started = StartMigration(cause, move.ask_id, move.request_id, instance_id, move.target_id, move.reason)
+            ids = (move.ask_id, move.request_id, instance_id, move.target_id)
+            started = StartMigration(cause, *ids, move.reason, move.choice)
             self.view.carry_out([started])
             effects.append(started)
             self.agents[move.target_id].bidder.move_began(move.ask_id)

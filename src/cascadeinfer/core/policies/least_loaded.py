@@ -8,7 +8,7 @@ corrected by what has been placed since. Edge case: when no instance has room, t
 from collections.abc import Sequence
 from typing import Final
 
-from cascadeinfer.core.placing.dispatch import pick
+from cascadeinfer.core.placing.dispatch import Chosen, pick
 from cascadeinfer.core.policies.info import PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.view import InstanceView, RequestView
@@ -17,7 +17,7 @@ from cascadeinfer.core.view import InstanceView, RequestView
 class LeastLoaded(PlacingPolicy):
     """Dispatches to the instance with the most room."""
 
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:
         """The least loaded instance with room; if none has room, the least loaded one."""
         chosen = pick(candidates, request.tokens)
         assert chosen is not None  # candidates is not empty

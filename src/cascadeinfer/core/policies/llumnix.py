@@ -22,8 +22,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from cascadeinfer.core.bidask.handover import HandoverRules, movable
+from cascadeinfer.core.choice import Measure, Rule
 from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
 from cascadeinfer.core.events import Event, InstanceReported, MigrationEnded, MigrationOutcome, RequestFinished
+from cascadeinfer.core.placing.dispatch import Chosen, first_of, ranked, scored_as
 from cascadeinfer.core.policies.info import PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.types import RequestId
@@ -77,24 +79,34 @@ class Llumnix(PlacingPolicy):
             effects += self._pair(event.cause, now_s)
         return effects
 
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:  # noqa: ARG002
         """The freest instance; the first one in a tie."""
-        return max(candidates, key=_freeness)
+        chosen = first_of(ranked(Measure.FREE_STEPS, _freeness, candidates), Measure.FREE_STEPS, _freeness)
+        assert chosen is not None  # candidates is not empty
+        return chosen
 
     def _pair(self, cause: str, now_s: float) -> list[Effect]:
         instances = [instance for _, instance in sorted(self.view.instances.items()) if not instance.shunned]
         free = {i.instance_id: -math.inf if i.draining else _freeness_for_migration(i) for i in instances}
-        ranked = sorted(instances, key=lambda instance: free[instance.instance_id])
-        sources = [i for i in ranked if free[i.instance_id] < self._migrate_steps]
-        targets = [i for i in reversed(ranked) if free[i.instance_id] > self._migrate_steps]
+        by_need = sorted(instances, key=lambda instance: free[instance.instance_id])
+        sources = [i for i in by_need if free[i.instance_id] < self._migrate_steps]
+        targets = [i for i in reversed(by_need) if free[i.instance_id] > self._migrate_steps]
         effects: list[Effect] = []
-        for source, target in zip(sources, targets, strict=False):
+        for place, (source, target) in enumerate(zip(sources, targets, strict=False)):
             if max(source.migrations, target.migrations) >= self._max_migrations:
                 continue
             request = self._shortest(source, target, now_s)
             if request is None or not self._is_gain(source, target, request.tokens):
                 continue
             self._started += 1
+            chosen = first_of(
+                targets[place:],
+                Measure.FREE_STEPS,
+                lambda instance: free[instance.instance_id],
+                Rule.PAIRED,
+                instead_of=scored_as(source, free[source.instance_id]),
+            )
+            assert chosen is not None  # the target is one
             move = StartMigration(
                 cause,
                 f"m{self._started}",
@@ -102,6 +114,7 @@ class Llumnix(PlacingPolicy):
                 source.instance_id,
                 target.instance_id,
                 MigrationReason.DRAIN if source.draining else MigrationReason.REBALANCE,
+                chosen.choice,
             )
             self.view.carry_out([move])
             effects.append(move)

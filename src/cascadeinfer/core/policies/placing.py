@@ -20,6 +20,7 @@ from cascadeinfer.core.events import (
     InstanceTrusted,
     RequestArrived,
 )
+from cascadeinfer.core.placing.dispatch import Chosen
 from cascadeinfer.core.placing.evacuation import Evacuation
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
 
@@ -36,7 +37,7 @@ class PlacingPolicy(ABC):
         self._evacuation = Evacuation(self.view)
 
     @abstractmethod
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:
         """The instance that takes the request. `candidates` can all hold it at its longest; not empty, by id."""
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
@@ -68,7 +69,7 @@ class PlacingPolicy(ABC):
             if not candidates:
                 continue
             chosen = self.choose(request, candidates)
-            placed = Dispatch(cause, request.request_id, chosen.instance_id)
+            placed = Dispatch(cause, request.request_id, chosen.instance.instance_id, choice=chosen.choice)
             self.view.carry_out([placed])
             effects.append(placed)
         return effects

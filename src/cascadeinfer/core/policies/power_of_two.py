@@ -16,6 +16,8 @@ from typing import Final
 
 import numpy as np
 
+from cascadeinfer.core.choice import Measure, Rule
+from cascadeinfer.core.placing.dispatch import Chosen, first_of, ranked
 from cascadeinfer.core.policies.info import PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.view import InstanceView, RequestView
@@ -32,14 +34,17 @@ class PowerOfTwo(PlacingPolicy):
         super().__init__()
         self._rng = np.random.default_rng(seed)
 
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:  # noqa: ARG002
         """See the module header."""
         n = len(candidates)
-        if n == 1:
-            return candidates[0]
-        first = int(self._rng.integers(n))
-        second = (first + 1 + int(self._rng.integers(n - 1))) % n
-        return min((candidates[first], candidates[second]), key=_tokens)
+        drawn = list(candidates)
+        if n > 1:
+            first = int(self._rng.integers(n))
+            second = (first + 1 + int(self._rng.integers(n - 1))) % n
+            drawn = [candidates[first], candidates[second]]
+        chosen = first_of(ranked(Measure.TOKENS, _tokens, drawn), Measure.TOKENS, _tokens, Rule.DRAWN)
+        assert chosen is not None  # candidates is not empty
+        return chosen
 
 
 def _tokens(instance: InstanceView) -> int:

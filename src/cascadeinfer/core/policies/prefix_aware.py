@@ -19,8 +19,10 @@ text by characters, while we match blocks of tokens.
 from collections.abc import Sequence
 from typing import Final
 
+from cascadeinfer.core.choice import Measure, Rule
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event, InstanceLost
+from cascadeinfer.core.placing.dispatch import Chosen, first_of, ranked, scored_as
 from cascadeinfer.core.placing.prefix_index import PrefixIndex
 from cascadeinfer.core.policies.info import PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
@@ -57,18 +59,29 @@ class PrefixAware(PlacingPolicy):
             self._index.forget(event.instance_id)
         return super().handle(event, now_s)
 
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:
         """See the module header."""
-        shortest = min(candidates, key=_queue)
-        longest_queue = max(map(_queue, candidates))
-        chosen = shortest
-        unbalanced = longest_queue - _queue(shortest) > self._balance_abs
-        if not (unbalanced and longest_queue > self._balance_rel * _queue(shortest)) and request.prefix_hashes:
-            matched, instance_id = self._index.match(request.prefix_hashes)
-            if matched / len(request.prefix_hashes) > self._cache_threshold:
-                chosen = next((c for c in candidates if c.instance_id == instance_id), shortest)
-        self._index.add(request.prefix_hashes, chosen.instance_id)
+        order = ranked(Measure.REQUESTS, _queue, candidates)
+        least, most = _queue(order[0]), _queue(order[-1])
+        unbalanced = most - least > self._balance_abs and most > self._balance_rel * least
+        cached = None if unbalanced else self._cached(request, order)
+        rule = Rule.OUT_OF_BALANCE if unbalanced else Rule.BEST
+        chosen = cached or first_of(order, Measure.REQUESTS, _queue, rule)
+        assert chosen is not None  # candidates is not empty
+        self._index.add(request.prefix_hashes, chosen.instance.instance_id)
         return chosen
+
+    def _cached(self, request: RequestView, order: Sequence[InstanceView]) -> Chosen | None:
+        """The candidate that has seen enough of the prompt, if there is one, and it is not the first anyway."""
+        if not request.prefix_hashes:
+            return None
+        matched, instance_id = self._index.match(request.prefix_hashes)
+        share = matched / len(request.prefix_hashes)
+        if share <= self._cache_threshold:
+            return None
+        holder = [candidate for candidate in order[1:] if candidate.instance_id == instance_id]
+        instead_of = scored_as(order[0], self._cache_threshold)
+        return first_of(holder, Measure.PREFIX_SHARE, lambda _: share, Rule.CACHED, instead_of=instead_of)
 
 
 def _queue(instance: InstanceView) -> int:

@@ -8,6 +8,8 @@ Source: what nginx and most HTTP load balancers do by default.
 from collections.abc import Sequence
 from typing import Final
 
+from cascadeinfer.core.choice import Choice, Rule
+from cascadeinfer.core.placing.dispatch import Chosen
 from cascadeinfer.core.policies.info import PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.view import InstanceView, RequestView
@@ -21,11 +23,11 @@ class RoundRobin(PlacingPolicy):
         super().__init__()
         self._last_id = ""
 
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:  # noqa: ARG002
         """The next instance by id after the one chosen last, wrapping around."""
         chosen = next((c for c in candidates if c.instance_id > self._last_id), candidates[0])
         self._last_id = chosen.instance_id
-        return chosen
+        return Chosen(chosen, Choice(Rule.TURN))
 
 
 INFO: Final = PolicyInfo(make=RoundRobin, help="the next instance")

@@ -15,7 +15,7 @@ from typing import Final
 
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.layout import StageLayout
-from cascadeinfer.core.placing.dispatch import pick
+from cascadeinfer.core.placing.dispatch import Chosen, pick
 from cascadeinfer.core.policies.info import PolicyInfo, layout_option
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.view import InstanceView, RequestView
@@ -39,7 +39,7 @@ class StaticLength(PlacingPolicy):
         if any(low >= high for low, high in zip((0, *self._boundaries), self._boundaries, strict=False)):
             raise PlanError(f"bucket boundaries must be increasing and positive, not {self._boundaries}")
 
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002 - buckets are of all
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:  # noqa: ARG002 - buckets are of all
         """The least loaded instance of the prompt's bucket."""
         wanted = sum(boundary <= request.prompt_tokens for boundary in self._boundaries)
         buckets = [list(self.view.able(request, bucket)) for bucket in self._buckets(self.view.available())]

@@ -28,7 +28,7 @@ from cascadeinfer.core.events import (
     RequestFinished,
 )
 from cascadeinfer.core.layout import StageLayout
-from cascadeinfer.core.placing.dispatch import has_room, least_loaded, pick
+from cascadeinfer.core.placing.dispatch import Chosen, has_room, least_loaded, pick
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.policies.info import PolicyInfo, layout_option
 from cascadeinfer.core.policies.placing import PlacingPolicy
@@ -82,7 +82,7 @@ class StaticStages(PlacingPolicy):
             effects += self._hand_over(event.instance_id, event.cause, now_s)
         return effects
 
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:
         """The least loaded instance of the request's stage, or of the nearest stage if all of its own are suspect."""
         wanted = self._stage_of(request)
         stages = {self._roster.stage_of[c.instance_id] for c in candidates}
@@ -128,14 +128,15 @@ class StaticStages(PlacingPolicy):
                 f"m{self._migrations_started}",
                 request_id,
                 source_id,
-                target.instance_id,
+                target.instance.instance_id,
                 MigrationReason.DRAIN if source.draining else MigrationReason.OUTGREW_STAGE,
+                target.choice,
             )
             self.view.carry_out([move])
             effects.append(move)
         return effects
 
-    def _target_for(self, request: RequestView, source: InstanceView, now_s: float) -> InstanceView | None:
+    def _target_for(self, request: RequestView, source: InstanceView, now_s: float) -> Chosen | None:
         if (
             request.pin_reason is not None
             or request.migration_id is not None

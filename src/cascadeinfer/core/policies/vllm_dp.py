@@ -16,8 +16,10 @@ the list. No migration. Source: vLLM 0.32, `vllm/v1/engine/core_client.py`,
 from collections.abc import Sequence
 from typing import Any, Final
 
+from cascadeinfer.core.choice import Measure
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event, InstanceJoined, InstanceLost, InstanceReported
+from cascadeinfer.core.placing.dispatch import Chosen, first_of, ranked
 from cascadeinfer.core.policies.info import Circumstances, PolicyInfo
 from cascadeinfer.core.policies.placing import PlacingPolicy
 from cascadeinfer.core.types import InstanceId
@@ -51,12 +53,15 @@ class VllmDp(PlacingPolicy):
                 statistics.pop(event.instance_id, None)
         return super().handle(event, now_s)
 
-    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:  # noqa: ARG002
+    def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:  # noqa: ARG002
         """The engine with the lowest score, scanning from this request's turn."""
         n = len(candidates)
         start = self._turn % n
-        chosen = min((candidates[(start + place) % n] for place in range(n)), key=self._score)
-        self._waiting[chosen.instance_id] = self._waiting.get(chosen.instance_id, 0) + self._clients
+        in_turn = [candidates[(start + place) % n] for place in range(n)]
+        chosen = first_of(ranked(Measure.VLLM_SCORE, self._score, in_turn), Measure.VLLM_SCORE, self._score)
+        assert chosen is not None  # candidates is not empty
+        chosen_id = chosen.instance.instance_id
+        self._waiting[chosen_id] = self._waiting.get(chosen_id, 0) + self._clients
         self._turn = (self._turn + 1) % n
         return chosen
 

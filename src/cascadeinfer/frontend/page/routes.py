@@ -129,10 +129,17 @@ def attach_page(app: FastAPI, admin: Admin, served: Served, is_ending: Callable[
 
     @router.get("/requests/{request_id:path}")
     async def story(request_id: str) -> dict[str, Any]:
-        """What has happened to a live request."""
-        told = await admin.story(request_id)
+        """What has happened to a live request, whichever process has it."""
+        try:
+            told = await admin.story(request_id)
+        except TimeoutError:
+            raise HTTPException(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "a front-end process that may have this request does not answer; try again",
+                headers={"Retry-After": str(RETRY_AFTER_S)},
+            ) from None
         if told is None:
-            raise HTTPException(HTTPStatus.NOT_FOUND, f"no live request {request_id!r} here")
+            raise HTTPException(HTTPStatus.NOT_FOUND, f"no live request {request_id!r}")
         return told
 
     app.include_router(router)

@@ -6,7 +6,6 @@ When process 0 is gone, the channel closes. The follower then exits at once, sin
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import time
@@ -16,14 +15,12 @@ from typing import Any, assert_never
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import LayoutAnnounced
 from cascadeinfer.core.types import InstanceId, RequestId
-from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.channel import Channel
 from cascadeinfer.frontend.processes.messages import (
     Added,
     AddInstances,
-    Answer,
     DrainInstance,
     Drains,
     FleetNews,
@@ -37,8 +34,10 @@ from cascadeinfer.frontend.processes.messages import (
     Stop,
     Summary,
     TellStory,
+    Unanswered,
     UnknownInstance,
 )
+from cascadeinfer.frontend.processes.questions import Questions
 from cascadeinfer.runtime.shell import Runtime
 
 logger = logging.getLogger(__name__)
@@ -77,8 +76,7 @@ class Follower:
         self._fleet_news: FleetNews | None = None
         self._layout_news: LayoutNews | None = None
         self._first_news = asyncio.Event()
-        self._answers: dict[int, asyncio.Future[Answer]] = {}
-        self._numbers = itertools.count()
+        self._questions = Questions()
 
     async def first_up(self) -> list[InstanceId]:
         """Wait for the first news; returns the instances to begin with."""
@@ -121,9 +119,10 @@ class Follower:
                     self._follow_layout()
                 case Stop():
                     self._on_stop(message.at_once)
-                case Shown() | Added() | Drains() | UnknownInstance() | Refused():
-                    if (waiting := self._answers.pop(message.number, None)) is not None and not waiting.done():
-                        waiting.set_result(message)
+                case TellStory(number, request_id):
+                    self._channel.send(Shown(number, self._own_story(request_id)))
+                case Shown() | Added() | Drains() | UnknownInstance() | Refused() | Unanswered():
+                    self._questions.answered(message)
                 case _:
                     assert_never(message)
         logger.error("process 0 is gone: this front end ends")
@@ -150,6 +149,7 @@ class Follower:
             moves=runtime.lookout.moves(),
             ended_moves=ended_moves,
             ended_requests=ended_requests,
+            oldest=runtime.lookout.oldest(),
         )
 
     def _follow_fleet(self) -> None:
@@ -196,49 +196,51 @@ class Follower:
 
     async def snapshot(self) -> dict[str, Any]:
         """See FrontEnds.snapshot."""
-        return await self._shown(Look(next(self._numbers)))
+        return await self._shown(Look)
 
     async def picture(self) -> dict[str, Any]:
         """See FrontEnds.picture."""
-        return await self._shown(LookAtPicture(next(self._numbers)))
+        return await self._shown(LookAtPicture)
 
     async def story(self, request_id: RequestId) -> dict[str, Any] | None:
-        """See Admin: of a request of this process, or of process 0."""
-        assert self._runtime is not None
-        own = self._runtime.lookout.story(request_id)
+        """See Admin."""
+        own = self._own_story(request_id)
         if own is not None:
             return own
-        answer = await self._ask(TellStory(next(self._numbers), request_id))
+        answer = await self._ask(lambda number: TellStory(number, request_id))
         assert isinstance(answer, Shown), answer
         return answer.content
 
-    async def _shown(self, question: Look | LookAtPicture) -> dict[str, Any]:
-        answer = await self._ask(question)
+    def _own_story(self, request_id: RequestId) -> dict[str, Any] | None:
+        """Of a request of this process; None if it has no such request."""
+        return None if self._runtime is None else self._runtime.lookout.story(request_id)
+
+    async def _shown(self, make: Callable[[int], Look | LookAtPicture]) -> dict[str, Any]:
+        answer = await self._ask(make)
         assert isinstance(answer, Shown), answer
         assert answer.content is not None
         return answer.content
 
     async def add(self, count: int) -> list[InstanceId]:
         """See Elasticity.add."""
-        answer = await self._ask(AddInstances(next(self._numbers), count))
+        answer = await self._ask(lambda number: AddInstances(number, count))
         assert isinstance(answer, Added), answer
         return answer.instance_ids
 
     async def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceId:
         """See Elasticity.drain."""
-        answer = await self._ask(DrainInstance(next(self._numbers), instance_id, timeout_s))
+        answer = await self._ask(lambda number: DrainInstance(number, instance_id, timeout_s))
         assert isinstance(answer, Drains), answer
         return answer.instance_id
 
-    async def _ask(self, question: Question) -> Shown | Added | Drains:
-        waiting = self._answers[question.number] = asyncio.get_running_loop().create_future()
-        self._channel.send(question)
-        try:
-            answer = await within(ANSWER_TIMEOUT_S, waiting)
-        finally:
-            self._answers.pop(question.number, None)
-        if isinstance(answer, UnknownInstance):
-            raise UnknownInstanceError(answer.instance_id)
-        if isinstance(answer, Refused):
-            raise ScalingRefusedError(answer.reason)
-        return answer
+    async def _ask(self, make: Callable[[int], Question]) -> Shown | Added | Drains:
+        answer = await self._questions.ask(self._channel.send, make, ANSWER_TIMEOUT_S)
+        match answer:
+            case UnknownInstance():
+                raise UnknownInstanceError(answer.instance_id)
+            case Refused():
+                raise ScalingRefusedError(answer.reason)
+            case Unanswered():
+                raise TimeoutError
+            case _:
+                return answer

@@ -13,7 +13,7 @@ from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.runtime.ledger import EndedMove
-from cascadeinfer.runtime.picture import Move
+from cascadeinfer.runtime.picture import Move, OldRequest
 
 
 class InstanceNews(msgspec.Struct, frozen=True):
@@ -81,7 +81,10 @@ class LookAtPicture(msgspec.Struct, frozen=True, tag=True):
 
 
 class TellStory(msgspec.Struct, frozen=True, tag=True):
-    """A follower asks for the story of a request of process 0."""
+    """
+    A follower asks process 0 for the story of a request of any other process; process 0 asks a follower for that of one
+    of its own.
+    """
 
     number: int
     request_id: RequestId
@@ -140,6 +143,12 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class Unanswered(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `TellStory`: no process that answers has the request, and another does not answer."""
+
+    number: int
+
+
 class Summary(msgspec.Struct, frozen=True, tag=True):
     """
     What a follower has now, and what it has seen since its last summary.
@@ -154,6 +163,7 @@ class Summary(msgspec.Struct, frozen=True, tag=True):
         moves: Migrations under way.
         ended_moves: Migrations that ended since the last summary.
         ended_requests: Requests that ended since then, by outcome.
+        oldest: Its oldest live requests.
     """
 
     pid: int
@@ -169,10 +179,11 @@ class Summary(msgspec.Struct, frozen=True, tag=True):
     moves: list[Move] = []
     ended_moves: list[EndedMove] = []
     ended_requests: dict[str, int] = {}
+    oldest: list[OldRequest] = []
 
 
 Question: TypeAlias = Look | LookAtPicture | TellStory | AddInstances | DrainInstance
-"""Requests that only process 0 can answer or carry out."""
-Answer: TypeAlias = Shown | Added | Drains | UnknownInstance | Refused
-FromOwner: TypeAlias = FleetNews | LayoutNews | Stop | Answer
-FromFollower: TypeAlias = Question | Summary
+"""Requests that only process 0 can answer or carry out, or in part a follower (`TellStory`)."""
+Answer: TypeAlias = Shown | Added | Drains | UnknownInstance | Refused | Unanswered
+FromOwner: TypeAlias = FleetNews | LayoutNews | Stop | TellStory | Answer
+FromFollower: TypeAlias = Question | Summary | Shown

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, MutableSequence
+from collections.abc import Awaitable, Callable, Iterable, MutableSequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import Any, assert_never
@@ -39,15 +39,16 @@ from cascadeinfer.frontend.processes.messages import (
     LayoutNews,
     Look,
     LookAtPicture,
-    Question,
     Refused,
     Shown,
     Stop,
     Summary,
     TellStory,
+    Unanswered,
     UnknownInstance,
 )
-from cascadeinfer.frontend.processes.totals import add_load, add_migrations, shown
+from cascadeinfer.frontend.processes.questions import Questions
+from cascadeinfer.frontend.processes.totals import add_load, add_migrations, add_oldest, shown
 from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.view import InstanceRecord
 
@@ -62,6 +63,8 @@ HANG_S = 60.0
 """A follower that has served and is then silent for this long is killed."""
 PICTURE_S = 0.5
 """How long a picture serves all viewers, whichever process they ask; each process asks once a second."""
+STORY_TIMEOUT_S = 3.0
+"""Time for the followers to say whether a request is theirs; less than one of them waits for process 0."""
 EXIT_TIMEOUT_S = 10.0
 """Time for a drained follower to exit before it is killed."""
 NOT_ACCEPTING = 2**31 - 1
@@ -78,6 +81,7 @@ class FollowerState:
         summary: Its last summary; None until the first, which it sends once it serves.
         silence: Time since its last summary.
         said: The last news sent to it.
+        questions: Those that wait for its answer.
     """
 
     index: int
@@ -87,6 +91,7 @@ class FollowerState:
     silence: Silence = field(default_factory=lambda: Silence(HANG_S))
     restarts: int = 0
     said: dict[type, Any] = field(default_factory=dict)
+    questions: Questions = field(default_factory=Questions)
 
 
 class FrontEnds:
@@ -121,6 +126,7 @@ class FrontEnds:
         self._instances_started = False
         self._slept_s = 0.0
         self._drawn: tuple[float, dict[str, Any]] | None = None
+        self._telling: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     def start(self) -> None:
@@ -149,9 +155,10 @@ class FrontEnds:
         with contextlib.suppress(TimeoutError):
             exits = [exit_of(f.process) for f in self._followers if f.process is not None]
             await within(timeout_s + EXIT_TIMEOUT_S, asyncio.gather(*exits))
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._telling]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for follower in self._followers:
             if follower.process is not None:
                 follower.process.kill()
@@ -168,8 +175,38 @@ class FrontEnds:
         return self._picture()
 
     async def story(self, request_id: RequestId) -> dict[str, Any] | None:
-        """See Admin: of a request of process 0."""
-        return self._runtime.lookout.story(request_id)
+        """See Admin."""
+        return await self._story(request_id, self._followers)
+
+    async def _story(self, request_id: RequestId, others: Iterable[FollowerState]) -> dict[str, Any] | None:
+        """Of a request of process 0 or of these followers. Raises TimeoutError where one of them may have it."""
+        own = self._runtime.lookout.story(request_id)
+        asked = [f for f in others if f.summary is not None and f.channel is not None]
+        if own is not None or not asked:
+            return own
+        told = await asyncio.gather(*(self._story_of(f, request_id) for f in asked), return_exceptions=True)
+        found = next((story for story in told if isinstance(story, dict)), None)
+        failed = next((story for story in told if isinstance(story, BaseException)), None)
+        if found is None and failed is not None:
+            raise failed
+        return found
+
+    @staticmethod
+    async def _story_of(follower: FollowerState, request_id: RequestId) -> dict[str, Any] | None:
+        assert follower.channel is not None
+        answer = await follower.questions.ask(
+            follower.channel.send, lambda number: TellStory(number, request_id), STORY_TIMEOUT_S
+        )
+        assert isinstance(answer, Shown), answer
+        return answer.content
+
+    async def _tell_story(self, asker: FollowerState, channel: Channel[FromFollower], question: TellStory) -> None:
+        """Answer a follower, whose request it is not."""
+        others = [follower for follower in self._followers if follower is not asker]
+        try:
+            channel.send(Shown(question.number, await self._story(question.request_id, others)))
+        except TimeoutError:
+            channel.send(Unanswered(question.number))
 
     async def add(self, count: int) -> list[InstanceId]:
         """See Elasticity.add."""
@@ -193,6 +230,7 @@ class FrontEnds:
             for summary in self._summaries():
                 add_load(everything, summary)
                 everything["moves"]["under_way"] += [move.shown() for move in summary.moves]
+            add_oldest(everything, self._runtime.lookout.oldest(), self._summaries(), now_s)
             self._drawn = now_s, {**everything, "front_ends": self._front_ends()}
         return self._drawn[1]
 
@@ -273,17 +311,25 @@ class FrontEnds:
                             tuple([SeenLive(*live) for live in message.unfinished]),
                         )
                     )
-                case Look() | LookAtPicture() | TellStory() | AddInstances() | DrainInstance():
+                case TellStory():  # of which others may have to be asked
+                    telling = asyncio.create_task(self._tell_story(follower, channel, message))
+                    self._telling.add(telling)
+                    telling.add_done_callback(self._telling.discard)
+                case Look() | LookAtPicture() | AddInstances() | DrainInstance():
                     channel.send(self._answer(message))
+                case Shown():
+                    follower.questions.answered(message)
                 case _:
                     assert_never(message)
 
-    def _answer(self, question: Question) -> Answer:
+    def _answer(self, question: Look | LookAtPicture | AddInstances | DrainInstance) -> Answer:
         elastic = self._runtime.elastic
         try:
             match question:
-                case Look() | LookAtPicture() | TellStory():
-                    return Shown(question.number, self._content(question))
+                case Look():
+                    return Shown(question.number, self._snapshot())
+                case LookAtPicture():
+                    return Shown(question.number, self._picture())
                 case AddInstances(number, count):
                     return Added(number, elastic.add(count))
                 case DrainInstance(number, instance_id, timeout_s):
@@ -295,17 +341,6 @@ class FrontEnds:
                     assert_never(question)
         except ScalingRefusedError as refused:
             return Refused(question.number, str(refused))
-
-    def _content(self, question: Look | LookAtPicture | TellStory) -> dict[str, Any] | None:
-        match question:
-            case Look():
-                return self._snapshot()
-            case LookAtPicture():
-                return self._picture()
-            case TellStory(_, request_id):
-                return self._runtime.lookout.story(request_id)
-            case _:
-                assert_never(question)
 
     async def _forget(self, index: int) -> None:
         """Abort the requests that a dead follower left."""
