@@ -121,6 +121,10 @@ async def test_a_plan_that_fails_is_shown_with_the_stages_that_stay() -> None:
         cluster.do(PublishLayout("test", LAYOUT, "planned again"))
         plan = cluster.runtime.lookout.picture()["plan"]
         assert (plan["why"], plan["failure"]) == ("planned again", None)
+        assert plan["since_s"] >= 3.0  # the stages are the same
+        assert cluster.runtime.fleet.gauges().plan_age_s == pytest.approx(plan["since_s"], abs=0.1)
+        cluster.do(PublishLayout("test", StageLayout.from_boundaries((50,), (("a",), ("b", "c"))), "planned"))
+        assert cluster.runtime.lookout.picture()["plan"]["since_s"] < 1.0
 
 
 @virtual_time

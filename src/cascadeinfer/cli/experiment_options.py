@@ -340,12 +340,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-SHORT_RUN: Final = 3.0
-"""A run shorter than this many mean latencies hardly ever reaches its steady state."""
-
-
 def tell_short_runs(rate_rps: float, requests: int, slowest_e2e_s: float) -> None:
     """Warn on standard error that a run ended before the cluster had filled."""
+    from cascadeinfer.results.summary import SHORT_RUN
+
     if requests < SHORT_RUN * rate_rps * slowest_e2e_s:
         typer.echo(
             f"note: requests came for {requests / rate_rps:.3g} s at {rate_rps:g}/s and took up to "

@@ -85,24 +85,37 @@ def sweep(
     tables = _curve_tables(curves, wanted, title)
     for table in [*tables, _rate_table(found, attain, slo, instances)] if found else tables:
         console().print(table)
-    _tell_short_runs(what, curves, wanted[0])
+    spans_s = [span_s if span_s is not None else count / rate for rate in wanted]
+    _tell_short_runs(curves, wanted, spans_s)
     if json_file is not None:
         options.write_json(json_file, _content(what, trace, wanted, curves, found, attain))
     if plot is not None:
-        _draw(plot, curves, wanted, title)
+        _draw(plot, curves, wanted, title, spans_s)
 
 
-def _draw(plot: Path, curves: "Curves", rates: Sequence[float], title: str) -> None:
+def _draw(plot: Path, curves: "Curves", rates: Sequence[float], title: str, spans_s: Sequence[float]) -> None:
     from cascadeinfer.figures.drawing import save
     from cascadeinfer.figures.rate_figures import rate_curves
 
-    save(rate_curves(curves, rates, title), plot)
+    save(rate_curves(curves, rates, title, spans_s), plot)
 
 
-def _tell_short_runs(what: "Sweep", curves: "Curves", lowest_rps: float) -> None:
-    slowest_s = max(run.e2e_s_mean for curve in curves.values() for run in curve[0])
-    n_requests = what.spec.requests if what.duration_s is None else round(lowest_rps * what.duration_s)
-    options.tell_short_runs(lowest_rps, n_requests, slowest_s)
+def _tell_short_runs(curves: "Curves", rates: Sequence[float], spans_s: Sequence[float]) -> None:
+    """Note on standard error at which rates the runs of some policy were too short to be steady."""
+    from cascadeinfer.results.summary import is_short
+
+    short = []
+    for number, (rate, span_s) in enumerate(zip(rates, spans_s, strict=True)):
+        names = [name for name, curve in curves.items() if any(is_short(span_s, run) for run in curve[number])]
+        if names:
+            short.append(f"{rate:g}/s" if len(names) == len(curves) else f"{rate:g}/s ({', '.join(names)})")
+    if short:
+        typer.echo(
+            f"note: at {', '.join(short)} requests took so long that in a run of {min(spans_s):.3g} s the cluster does "
+            "not fill, or its queue has no end: these figures change with the length of the run (hollow in the plot); "
+            "for steady ones raise --duration-s or --requests, or lower --rates",
+            err=True,
+        )
 
 
 def _run(

@@ -6,6 +6,7 @@ from typing import Any, Final
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.fit import StepSamples, region_masks
@@ -17,7 +18,12 @@ BAND: Final = 0.1
 MARKERS: Final = ("o", "^", "s", "D")
 MAX_CURVES: Final = 6
 ERROR_LIMIT: Final = 60.0
-"""End of the error axis, in per cent; points beyond it are drawn on the edge."""
+"""Longest error axis, in per cent; points beyond its end stand on the edge, as hollow triangles."""
+LEAST_ERROR_LIMIT: Final = 15.0
+"""Shortest one."""
+INSIDE: Final = 0.98
+"""Share of the points that the error axis has room for, if it may be that long."""
+BAND_LABEL: Final = f"within {100 * BAND:g} %"
 
 
 def fit_figure(samples: StepSamples, predicted_s: Column, spread: Column, title: str) -> Figure:
@@ -35,8 +41,11 @@ def fit_figure(samples: StepSamples, predicted_s: Column, spread: Column, title:
     measured_ms, predicted_ms = 1e3 * samples.step_s, 1e3 * predicted_s
     ends = np.array([min(measured_ms.min(), predicted_ms.min()), max(measured_ms.max(), predicted_ms.max())])
     against.plot(ends, ends, color="#777777", linewidth=0.8, zorder=0)
-    against.fill_between(ends, (1 - BAND) * ends, (1 + BAND) * ends, color="#bbbbbb", alpha=0.35, linewidth=0, zorder=0)
-    errors.axhspan(-100 * BAND, 100 * BAND, color="#bbbbbb", alpha=0.35, linewidth=0, zorder=0)
+    shade: dict[str, Any] = {"color": "#bbbbbb", "alpha": 0.35, "linewidth": 0, "zorder": 0, "label": BAND_LABEL}
+    against.fill_between(ends, (1 - BAND) * ends, (1 + BAND) * ends, **shade)
+    errors.axhspan(-100 * BAND, 100 * BAND, **shade)
+    percent = 100 * (predicted_s / samples.step_s - 1)
+    limit = float(np.clip(1.1 * np.quantile(np.abs(percent), INSIDE), LEAST_ERROR_LIMIT, ERROR_LIMIT))
     for number, (name, mask) in enumerate(masks.items()):
         style: dict[str, Any] = {
             "color": COLOURS[number],
@@ -46,8 +55,19 @@ def fit_figure(samples: StepSamples, predicted_s: Column, spread: Column, title:
             "linewidths": 0,
         }
         against.scatter(measured_ms[mask], predicted_ms[mask], label=f"{name} ({mask.sum()})", **style)
-        percent = np.clip(100 * (predicted_s[mask] / samples.step_s[mask] - 1), -ERROR_LIMIT, ERROR_LIMIT)
-        errors.scatter(measured_ms[mask], percent, **style)
+        inside = mask & (np.abs(percent) <= limit)
+        errors.scatter(measured_ms[inside], percent[inside], label=name, **style)
+        for marker, beyond in (("^", mask & (percent > limit)), ("v", mask & (percent < -limit))):
+            edge = np.clip(percent[beyond], -limit, limit)
+            errors.scatter(
+                measured_ms[beyond],
+                edge,
+                marker=marker,
+                s=40,
+                facecolors="none",
+                edgecolors=COLOURS[number],
+                clip_on=False,
+            )
     for axis in (against, errors):
         logarithmic(axis, "x")
         axis.set_xlabel("measured step, ms", fontsize=9)
@@ -55,9 +75,18 @@ def fit_figure(samples: StepSamples, predicted_s: Column, spread: Column, title:
     against.set_ylabel("predicted step, ms (held out)", fontsize=9)
     against.legend(fontsize=7, loc="upper left", framealpha=0.9)
     errors.set_ylabel("predicted / measured - 1, %", fontsize=9)
-    errors.set_ylim(-ERROR_LIMIT - 2, ERROR_LIMIT + 2)
+    errors.set_ylim(-limit, limit)
+    _error_legend(errors, int((np.abs(percent) > limit).sum()), limit)
     _decode_panel(decode, samples, predicted_s, spread, masks)
     return figure
+
+
+def _error_legend(errors: Axes, n_beyond: int, limit: float) -> None:
+    handles, labels = errors.get_legend_handles_labels()
+    if n_beyond:
+        handles.append(Line2D([], [], linestyle="none", marker="^", fillstyle="none", color="#777777"))
+        labels.append(f"beyond {limit:.0f} % ({n_beyond})")
+    errors.legend(handles, labels, fontsize=7, loc="best", framealpha=0.8)
 
 
 def _decode_panel(
@@ -78,12 +107,23 @@ def _decode_panel(
         colour = COLOURS[number % len(COLOURS)]
         bars = measured_ms * spread[mask][order]
         panel.errorbar(
-            kv, measured_ms, bars, fmt="o", markersize=3, linewidth=0.8, color=colour, label=f"{count:g} requests"
+            kv,
+            measured_ms,
+            bars,
+            fmt="o",
+            markersize=3,
+            linewidth=0.8,
+            color=colour,
+            label=f"{count:g} request{'s' if count != 1 else ''}",
         )
         panel.plot(kv, 1e3 * predicted_s[mask][order], color=colour, linewidth=1.0)
     logarithmic(panel, "x")
     logarithmic(panel, "y")
     panel.set_xlabel("KV tokens in the batch", fontsize=9)
-    panel.set_ylabel("decode step, ms (line: predicted)", fontsize=9)
+    panel.set_ylabel("decode step, ms", fontsize=9)
     if shown:
-        panel.legend(fontsize=7, loc="upper left", framealpha=0.9)
+        handles, labels = panel.get_legend_handles_labels()
+        handles += [Line2D([], [], linestyle="none", marker="o", markersize=3, color="#777777")]
+        handles += [Line2D([], [], linewidth=1.0, color="#777777")]
+        labels += ["measured, with its spread", "predicted"]
+        panel.legend(handles, labels, fontsize=7, loc="upper left", framealpha=0.9)

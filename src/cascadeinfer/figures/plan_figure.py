@@ -8,9 +8,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.histogram import Column
+from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective, SloAttainment, WeightedLatency
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.figures.drawing import grid_figure, logarithmic, style_of
 
+WHITE: Final = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+"""Behind words that a line may cross."""
 SHARES: Final = (
     ("requests, by prompt", Column.STARTS),
     ("tokens decoded", Column.STEPS),
@@ -42,8 +45,9 @@ def _lengths(axis: Axes, plan: Plan) -> None:
             edges[1:], prefix[1:] / max(float(prefix[-1]), 1e-300), label=label, linewidth=1.4, **style_of(number)
         )
     low, high = _occupied(plan)
-    for boundary in plan.boundaries_tokens:
-        axis.axvline(boundary, color="#333333", linewidth=1.0, linestyle=":")
+    for number, boundary in enumerate(plan.boundaries_tokens):
+        name = "stage boundaries" if number == 0 else None
+        axis.axvline(boundary, color="#333333", linewidth=1.0, linestyle=":", label=name)
     ends = [low, *(float(b) for b in plan.boundaries_tokens), high]
     for start, end, instances in zip(ends[:-1], ends[1:], plan.instances, strict=True):
         middle = float(np.sqrt(max(start, 1.0) * max(end, start + 1.0)))
@@ -61,7 +65,7 @@ def _lengths(axis: Axes, plan: Plan) -> None:
     axis.set_ylim(0.0, 1.01)
     axis.set_xlabel("length, tokens", fontsize=9)
     axis.set_ylabel("share below this length", fontsize=9)
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="upper left", framealpha=0.8)
 
 
 def _occupied(plan: Plan) -> tuple[float, float]:
@@ -77,27 +81,70 @@ def _stages(axis: Axes, plan: Plan) -> None:
     names = [str(stage.range) for stage in plan.stages]
     places = np.arange(len(names), dtype=np.float64)
     one = plan.problem.service(0, len(plan.problem.edges) - 1, plan.problem.n_instances)
-    axis.bar(places, [1e3 * stage.service.step_s for stage in plan.stages], width=0.6, color=style_of(1)["color"])
-    for place, stage in zip(places, plan.stages, strict=True):
-        text = f"batch {stage.service.batch:.0f}\nbusy {stage.service.utilisation:.0%}"
-        axis.annotate(
-            text, (place, 0.0), xytext=(0, 3), textcoords="offset points", ha="center", color="white", fontsize=7
-        )
+    steps_ms = [1e3 * stage.service.step_s for stage in plan.stages]
+    axis.bar(places, steps_ms, width=0.6, color=style_of(1)["color"], label="with these stages")
+    for place, step_ms, stage in zip(places, steps_ms, plan.stages, strict=True):
+        service = stage.service
+        text = f"{step_ms:.3g} ms\nbatch {service.batch:.3g}\nbusy {service.utilisation:.0%}"
+        _above(axis, float(place), step_ms, text)
+    highest_ms = max(steps_ms)
     if np.isfinite(one.step_s) and len(plan.stages) > 1:
-        axis.axhline(1e3 * one.step_s, color="#333333", linewidth=1.0, linestyle="--", label="one stage")
-        axis.legend(fontsize=8, loc="upper left")
+        one_ms = 1e3 * one.step_s
+        axis.axhline(one_ms, color="#333333", linewidth=1.0, linestyle="--", label=f"with one stage: {one_ms:.3g} ms")
+        highest_ms = max(highest_ms, one_ms)
+    axis.set_ylim(0.0, 1.45 * highest_ms)
+    axis.legend(fontsize=8, loc="upper left")
     axis.set_xticks(places, names, fontsize=8)
-    axis.set_xlabel("stage", fontsize=9)
+    axis.set_xlim(-0.7, max(len(names), 2) - 0.3)
+    axis.set_xlabel("stage: lengths in tokens", fontsize=9)
     axis.set_ylabel("step time, ms", fontsize=9)
 
 
 def _costs(axis: Axes, plan: Plan) -> None:
-    costs = np.asarray(plan.cost_by_stages, dtype=np.float64)
+    label, factor = _axis_of(plan.problem.objective)
+    costs = factor * np.asarray(plan.cost_by_stages, dtype=np.float64)
     counts = np.arange(1, len(costs) + 1)
+    chosen = len(plan.stages)
     finite = np.isfinite(costs)
-    chosen = counts[finite] == len(plan.stages)
-    colours = [style_of(0)["color"] if c else "#aab7b8" for c in chosen.tolist()]
-    axis.bar(counts[finite], costs[finite], width=0.7, color=colours)
+    for is_chosen, colour, name in ((True, style_of(0)["color"], "this plan"), (False, "#aab7b8", "other plans")):
+        shown = finite & ((counts == chosen) == is_chosen)
+        if shown.any():
+            axis.bar(counts[shown], costs[shown], width=0.7, color=colour, label=name)
+    own = costs[chosen - 1]
+    for count, cost in zip(counts[finite].tolist(), costs[finite].tolist(), strict=True):
+        _above(axis, count, cost, f"{cost:.4g}" if count == chosen or own <= 0.0 else _difference(cost, own))
+    axis.set_ylim(0.0, 1.35 * float(costs[finite].max()) or 1.0)
+    if not finite.all():
+        axis.plot(
+            counts[~finite], np.zeros(int((~finite).sum())), "x", color="#333333", clip_on=False, zorder=4,
+            label="cannot carry the load",
+        )  # fmt: skip
     axis.set_xticks(counts)
-    axis.set_xlabel("number of stages (chosen: dark)", fontsize=9)
-    axis.set_ylabel("predicted objective", fontsize=9)
+    axis.legend(fontsize=8, loc="upper right")
+    axis.set_xlabel("number of stages (%: against this plan)", fontsize=9)
+    axis.set_ylabel(label, fontsize=9)
+
+
+def _difference(cost: float, own: float) -> str:
+    """How much more another plan costs than this one, in per cent."""
+    return f"{100.0 * (cost / own - 1.0):+.2g} %"
+
+
+def _above(axis: Axes, place: float, height: float, text: str) -> None:
+    """Write above a bar."""
+    axis.annotate(
+        text, (place, height), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=7, zorder=5, bbox=WHITE
+    )
+
+
+def _axis_of(objective: Objective) -> tuple[str, float]:
+    """The label of an axis for values of an objective, with the unit, and the factor that leads to it."""
+    match objective:
+        case MeanNormalizedLatency():
+            return "mean normalised latency, ms per token", 1e3
+        case WeightedLatency():
+            return f"{objective.ttft_weight:g} x TTFT + {objective.tpot_weight:g} x TPOT, s", 1.0
+        case SloAttainment():
+            return "requests that miss the SLO, %", 100.0
+        case _:
+            return "predicted objective, in its own unit", 1.0

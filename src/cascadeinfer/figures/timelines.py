@@ -4,15 +4,16 @@ stages.
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from cascadeinfer.core.layout import StageLayout
-from cascadeinfer.figures.drawing import grid_figure, logarithmic, style_of
+from cascadeinfer.figures.drawing import curve_style, grid_figure, logarithmic, style_of
 from cascadeinfer.results.records import InstanceSamples
 
 BINS: Final = 120
@@ -20,7 +21,7 @@ BINS: Final = 120
 
 PANELS: Final = (
     ("running requests per instance", "running", 1.0),
-    ("mean length of running requests, tokens", "mean_tokens", 1.0),
+    ("mean running length, tokens", "mean_tokens", 1.0),
     ("KV cache in use, %", "kv_use", 100.0),
     ("step time, ms", "step_s", 1e3),
 )
@@ -38,10 +39,14 @@ def stage_timelines(samples: InstanceSamples, layouts: Sequence[tuple[float, Sta
     bounded = any(layout.boundaries_tokens for _, layout in layouts)
     figure, axes = grid_figure(3 if bounded else 2, 2, f"{title} (simulated)", height=2.6)
     for axis, (label, field, factor) in zip(axes, PANELS, strict=False):
-        for number, stage in enumerate(np.unique(samples.stage).tolist()):
-            times, means = binned(samples, stage, factor * getattr(samples, field))
+        stages = np.unique(samples.stage).tolist()
+        for number, stage in enumerate(stages):
+            values = np.asarray(factor * getattr(samples, field), dtype=np.float64)
+            if field == "step_s":
+                values = np.where(values > 0.0, values, np.nan)  # an instance that did not step has no step time
+            times, means = binned(samples, stage, values)
             name = "all instances" if stage < 0 else f"stage {stage}"
-            axis.plot(times, means, label=name, linewidth=1.2, **style_of(number))
+            axis.plot(times, means, label=name, **_seen_beneath(number, len(stages)))
         axis.set_ylabel(label, fontsize=8)
         axis.set_xlabel("time, s", fontsize=8)
         axis.set_ylim(bottom=0.0)
@@ -51,6 +56,11 @@ def stage_timelines(samples: InstanceSamples, layouts: Sequence[tuple[float, Sta
         _boundaries(axes[4], layouts, end_s)
         _instances(axes[5], layouts, end_s)
     return figure
+
+
+def _seen_beneath(number: int, n_curves: int) -> dict[str, Any]:
+    """As `curve_style`, without markers."""
+    return curve_style(number, n_curves) | {"marker": None}
 
 
 def binned(
@@ -75,10 +85,12 @@ def _boundaries(axis: Axes, layouts: Sequence[tuple[float, StageLayout]], end_s:
             float(layout.boundaries_tokens[index]) if index < len(layout.boundaries_tokens) else np.nan
             for _, layout in layouts
         ]
-        axis.step(times, [*column, column[-1]], where="post", linewidth=1.2, **style_of(index))
+        name = f"between stages {index} and {index + 1}"
+        axis.step(times, [*column, column[-1]], where="post", linewidth=1.2, label=name, **style_of(index))
     logarithmic(axis, "y")
     axis.set_ylabel("boundaries, tokens", fontsize=8)
     axis.set_xlabel("time, s", fontsize=8)
+    axis.legend(fontsize=7, framealpha=0.8)
 
 
 def _instances(axis: Axes, layouts: Sequence[tuple[float, StageLayout]], end_s: float) -> None:
@@ -89,7 +101,10 @@ def _instances(axis: Axes, layouts: Sequence[tuple[float, StageLayout]], end_s: 
             float(len(layout.stages[index].instance_ids)) if index < len(layout.stages) else np.nan
             for _, layout in layouts
         ]
-        axis.step(times, [*column, column[-1]], where="post", linewidth=1.2, **style_of(index))
+        style = _seen_beneath(index, most)
+        axis.step(times, [*column, column[-1]], where="post", label=f"stage {index}", **style)
     axis.set_ylim(bottom=0.0)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel("instances per stage", fontsize=8)
     axis.set_xlabel("time, s", fontsize=8)
+    axis.legend(fontsize=7, framealpha=0.8)

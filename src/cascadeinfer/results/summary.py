@@ -7,11 +7,15 @@ interval over several seeds is Student's t on the seeds' means, because requests
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 from scipy import stats
 
 from cascadeinfer.results.records import RequestRecords
+
+SHORT_RUN: Final = 3.0
+"""A run shorter than this many mean latencies hardly ever reaches its steady state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,11 @@ class RunSummary:
     migrations: int
     preemptions: int
     shared: int = 0
+
+
+def is_short(span_s: float, run: RunSummary) -> bool:
+    """Whether a run in which requests came for this long was too short for its cluster to fill."""
+    return span_s < SHORT_RUN * run.e2e_s_mean
 
 
 def summarise(records: RequestRecords, duration_s: float, slo: Slo) -> RunSummary:

@@ -90,7 +90,6 @@ class Fleet:
         self.departed: deque[Departed] = deque(maxlen=DEPARTED_REMEMBERED)
         self.watchers: list[FleetWatcher] = []
         self.layout: StageLayout | None = None
-        self._layout_since_s = 0.0
         self.layout_note: LayoutNote | None = None
         self.pairs = Pairs(self.live_engines, self._condemn)
 
@@ -138,10 +137,21 @@ class Fleet:
         """Engines that are up, in the order in which they were made known."""
         return [record.engine for record in self.records.values() if record.engine is not None]
 
-    def publish(self, layout: StageLayout) -> None:
-        """These stages are in force from now on, if they were not before."""
-        if layout != self.layout:
-            self.layout, self._layout_since_s = layout, self._clock()
+    def publish(self, layout: StageLayout, why: str, failure: str = "") -> None:
+        """
+        These stages are in force from now on, if they were not before.
+
+        Args:
+            layout: The stages.
+            why: See `LayoutNote`.
+            failure: Likewise; with one, the reason for the stages stays, too.
+        """
+        since_s, note = self._clock(), self.layout_note
+        if note is not None and layout == self.layout:
+            since_s = note.since_s
+        if note is not None and failure:
+            why = note.why
+        self.layout, self.layout_note = layout, LayoutNote(since_s, why, failure)
 
     def gauges(self) -> FleetGauges:
         """All instances for Prometheus."""
@@ -149,7 +159,7 @@ class Fleet:
         return FleetGauges(
             [record.gauges(self.layout, broken[record.instance_id]) for record in self],
             self.layout,
-            None if self.layout is None else self._clock() - self._layout_since_s,
+            None if self.layout_note is None else self._clock() - self.layout_note.since_s,
         )
 
     async def start(self) -> None:

@@ -12,7 +12,7 @@ from cascadeinfer.core.events import Event, MessageReceived, MigrationEnded, Mig
 from cascadeinfer.core.migration import MigrationLimits, NotBegun, not_begun
 from cascadeinfer.engines.protocol import Resume
 from cascadeinfer.runtime.commands import Commands
-from cascadeinfer.runtime.fleet import Fleet, LayoutNote
+from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.isolation import Isolation
 from cascadeinfer.runtime.ledger import Ledger
 from cascadeinfer.runtime.metrics import RuntimeMetrics
@@ -61,7 +61,6 @@ class Performer:
         self._streams = streams
         self._metrics = metrics
         self._ledger = ledger
-        self._clock = clock
         self._emit = emit
         self._refuse_late = refuse_late
         self._fail = fail
@@ -98,15 +97,11 @@ class Performer:
             logger.info("%d instances are advised: %s", effect.n_instances, effect.why)
 
     def _publish(self, effect: PublishLayout) -> None:
-        self._fleet.publish(effect.layout)
-        note = self._fleet.layout_note
+        self._fleet.publish(effect.layout, effect.why, effect.failure)
         if effect.failure:
-            since_s, why = (self._clock(), "") if note is None else (note.since_s, note.why)
-            self._fleet.layout_note = LayoutNote(since_s, why, effect.failure)
             self._metrics.plan_failures.inc()
             logger.error("stages stay as they are (%s): %s", effect.layout, effect.failure)
         else:
-            self._fleet.layout_note = LayoutNote(self._clock(), effect.why)
             logger.info("stages: %s (%s)", effect.layout, effect.why or "instances came or went")
 
     def abort(self, stream: Stream) -> None:
