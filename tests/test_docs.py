@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import itertools
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from support.shown_commands import commands_in
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
+LONG_LINE = 40
+"""Characters: shorter rows may say the same of different things."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -71,6 +75,27 @@ def test_where_is_names_what_exists() -> None:
     missing = [name for name in named if not (package / name).exists()]
     assert len(named) > 30
     assert not missing
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_is_said_twice(path: Path) -> None:
+    """No long line stands twice in a table or list: two branches that add to one end so when they are merged."""
+    for part in re.split(r"\n\n", path.read_text(encoding="utf-8")):
+        lines = [line for line in part.splitlines() if line.startswith(("| ", "- ")) and len(line) > LONG_LINE]
+        assert [line for line, count in Counter(lines).items() if count > 1] == []
+
+
+def test_architecture_has_one_row_for_each() -> None:
+    """No row of a table of docs/architecture.md names an object, or only files, that another row of it names."""
+    rows = [row.strip("| ").split(" | ") for row in page("architecture.md").splitlines() if row.startswith("| ")]
+    firsts = Counter(row[0] for row in rows if len(row) == 3)
+    assert [first for first, count in firsts.items() if count > 1] == []
+    files = {row[0]: set(re.findall(r"`([\w/{},]+(?:\.py|/))`", row[1])) for row in rows if len(row) == 2}
+    assert len(files) == sum(len(row) == 2 for row in rows)
+    inside = [
+        (one, other) for one, other in itertools.permutations(files, 2) if files[one] and files[one] <= files[other]
+    ]
+    assert inside == []
 
 
 def metric_names() -> set[str]:
