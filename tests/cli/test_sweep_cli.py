@@ -50,6 +50,16 @@ def test_curves_are_drawn(trace: Path, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_too_short_are_named(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The note names the rates at which runs were too short, and the policies if not all; long ones give no note."""
+    words = ["--policy", "round_robin", "--seeds", "1", "--bisections", "0", "--warm-up", "0"]
+    assert run(*words_for("sweep", trace, rates="2,2000", requests="60"), *words) == 0
+    said = capsys.readouterr().err
+    assert "note: at 2000/s requests took so long" in said
+    assert run(*words_for("sweep", trace, rates="2", requests="200"), *words) == 0
+    assert "requests took so long" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

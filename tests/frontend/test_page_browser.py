@@ -90,6 +90,10 @@ def test_every_instance_has_its_lane(browser: Any, recorded: Any, recording: Rec
         cells = page.js("[...document.querySelectorAll('#stats .row')].map((r) => r.querySelector('.n').textContent)")
         assert cells == [str(instance["running"]) for instance in wanted]
         assert page.js("document.documentElement.scrollWidth") == width
+        told = page.text("#legend")
+        assert all(words in told for words in ("running request", "outside its stage", "move under way", "recomputed"))
+        assert page.js("document.getElementById('legend').scrollWidth <= document.getElementById('lanes').clientWidth")
+        assert "tokens" in page.js("document.querySelector('#names .head').textContent")
         heights = [page.js(f"document.getElementById('{name}').clientHeight") for name in ("names", "plot", "stats")]
         assert len(set(heights)) == 1
         drawn = page.js(PIXELS)

@@ -92,7 +92,7 @@ def first_of(
     if not order:
         return None
     best = order[0]
-    scored = tuple([scored_as(instance, score_of(instance)) for instance in order[:MOST_SCORED]])
+    scored = tuple([Scored(i.instance_id, float(score_of(i)), i.load, i.backlog) for i in order[:MOST_SCORED]])
     in_seconds = measure in IN_TIME and best.pricing.in_seconds
     choice = Choice(rule, measure, scored, len(order), n_passed, instead_of, (), in_seconds)
     return Chosen(best, choice)
