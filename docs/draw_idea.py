@@ -66,6 +66,7 @@ def _mixed(staged: list[list[Bar]]) -> list[list[Bar]]:
 
 
 def _boxes(boxes: list[list[Bar]], *, grey: bool = False) -> Iterator[str]:
+    yield _legend("a box is an instance, a bar a request: as high as it is long, on a logarithmic scale")
     for index, bars in enumerate(boxes):
         left = LEFT + index * PITCH
         yield (
@@ -82,6 +83,7 @@ def _boxes(boxes: list[list[Bar]], *, grey: bool = False) -> Iterator[str]:
 
 def _axis(plan: Plan) -> Iterator[str]:
     """The lengths on a logarithmic axis, in the stages' colours."""
+    yield _legend("lengths on a logarithmic scale")
     span = WIDTH - 2 * LEFT
     for number, stage in enumerate(plan.stages):
         low = LEFT + span * _share(max(64, stage.range.lo_tokens))
@@ -98,8 +100,8 @@ def _groups(plan: Plan, staged: list[list[Bar]]) -> Iterator[str]:
     for number, (stage, left, right) in enumerate(_places(plan)):
         middle = (left + right) / 2
         yield f'<path d="M{left} {BOX_TOP + 118}H{right}" stroke="{COLOURS[number]}" stroke-width="3"/>'
-        yield _text(middle, BOX_TOP + 136, f"{stage.range}", COLOURS[number])
-        yield _text(middle, BOX_TOP + 154, f"{_ms(stage.service.step_s)}", COLOURS[number])
+        yield _text(middle, BOX_TOP + 136, f"{stage.range} tokens", COLOURS[number])
+        yield _text(middle, BOX_TOP + 154, f"{_ms(stage.service.step_s)} a step", COLOURS[number])
 
 
 def _moves(plan: Plan, staged: list[list[Bar]]) -> Iterator[str]:
@@ -111,7 +113,7 @@ def _moves(plan: Plan, staged: list[list[Bar]]) -> Iterator[str]:
             f'<path d="M{start} {BOX_TOP - 2}C{start} 48 {end} 48 {end} {BOX_TOP - 4}" fill="none" '
             f'stroke="{COLOURS[number]}" stroke-width="2.5" marker-end="url(#head)"/>'
         )
-        yield _text((start + end) / 2, 46, f"{stage.hand_overs_per_s:.1f}/s", COLOURS[number])
+        yield _text((start + end) / 2, 46, f"{stage.hand_overs_per_s:.1f} moves/s", COLOURS[number])
 
 
 def _places(plan: Plan) -> list[tuple[StagePrediction, int, int]]:
@@ -135,6 +137,10 @@ def _ms(seconds: float) -> str:
 
 def _instances(stage: StagePrediction) -> str:
     return f"{stage.n_instances} instances"
+
+
+def _legend(text: str) -> str:
+    return _text(LEFT, HEIGHT - 10, text, GREY, 11, "start")
 
 
 def _text(x: float, y: float, text: str, colour: str, size: int = 13, anchor: str = "middle") -> str:

@@ -5,6 +5,7 @@ is marked, and what is close to something else can be told apart.
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,21 @@ def test_timelines_name_stages_and_boundaries() -> None:
     assert legend_of(figure.axes[5]) == ["stage 0", "stage 1", "stage 2"]
     steps_ms = y_of(figure.axes[3].lines[1])
     assert np.allclose(steps_ms, 20.0)
+
+
+def test_timelines_do_not_bridge_what_was_not_reported() -> None:
+    """Where a stage has nothing to show for long, its curve is broken; reports that are just rare are joined."""
+    samples = instance_samples(400)
+    idle = (samples.time_s > 10.0) & (samples.time_s < 20.0) & (samples.stage == 1)
+    running = np.where(idle, 0, samples.running)
+    figure = stage_timelines(replace(samples, running=running), LAYOUTS, "made up")
+    always, broken = figure.axes[1].lines
+    assert np.isfinite(y_of(always)).all()
+    at = np.flatnonzero(np.isnan(x_of(broken)))
+    assert len(at) == 1
+    before_s, after_s = x_of(broken)[at[0] - 1], x_of(broken)[at[0] + 1]
+    assert 9.0 < before_s < 10.5
+    assert 19.5 < after_s < 21.0
 
 
 def test_a_fit_marks_what_is_beyond_its_axis() -> None:

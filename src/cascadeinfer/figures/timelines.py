@@ -19,6 +19,9 @@ from cascadeinfer.results.records import InstanceSamples
 BINS: Final = 120
 """Most points per curve; the reports within one are averaged."""
 
+LONG_GAP: Final = 3.0
+"""A gap of more than this many usual ones between two points breaks a curve."""
+
 PANELS: Final = (
     ("running requests per instance", "running", 1.0),
     ("mean running length, tokens", "mean_tokens", 1.0),
@@ -66,14 +69,20 @@ def _seen_beneath(number: int, n_curves: int) -> dict[str, Any]:
 def binned(
     samples: InstanceSamples, stage: int, values: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean of the values of one stage's reports over equal intervals of time; intervals without any are left out."""
+    """
+    Mean of the values of one stage's reports over equal intervals of time. Intervals without any are left out; where
+    more of them than usual follow one another, NaN breaks the curve, which would bridge what was not reported.
+    """
     chosen = (samples.stage == stage) & np.isfinite(values)
     edges = np.linspace(0.0, max(float(samples.time_s[-1]), 1e-9), BINS + 1)
     places = np.clip(np.searchsorted(edges, samples.time_s[chosen], side="right") - 1, 0, BINS - 1)
     counts = np.bincount(places, minlength=BINS)
     sums = np.bincount(places, weights=values[chosen], minlength=BINS)
-    filled = counts > 0
-    return (0.5 * (edges[:-1] + edges[1:]))[filled], sums[filled] / counts[filled]
+    filled = np.flatnonzero(counts)
+    times, means = (0.5 * (edges[:-1] + edges[1:]))[filled], sums[filled] / counts[filled]
+    steps = np.diff(filled)
+    breaks = np.flatnonzero(steps > LONG_GAP * np.median(steps)) + 1 if len(steps) else np.empty(0, dtype=np.int64)
+    return np.insert(times, breaks, np.nan), np.insert(means, breaks, np.nan)
 
 
 def _boundaries(axis: Axes, layouts: Sequence[tuple[float, StageLayout]], end_s: float) -> None:
