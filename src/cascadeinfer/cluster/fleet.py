@@ -14,6 +14,7 @@ time uses it, and the kernel drops its lock when it ends, however that is.
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import re
 import secrets
@@ -29,6 +30,8 @@ import msgspec
 from cascadeinfer.cluster.keeping import KEY, read_json, write_whole
 from cascadeinfer.cluster.runtime_folder import SOCKET_PATH_MAX_BYTES, SOCKETS_VARIABLE
 from cascadeinfer.core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 OPTION: Final = "--fleet"
@@ -106,25 +109,15 @@ class Fleet:
             raise ConfigError(
                 f"{path} is too long for the names of sockets in it", option=OPTION, fix=f"set {SOCKETS_VARIABLE}"
             )
-        for folder in (path.parent, path):
-            _make_ours(folder)
-        # The lock goes with any descriptor of the file that this process closes: nothing else here opens it.
-        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            user = os.pread(lock, 20, 0).decode() or "?"
-            os.close(lock)
-            if error.errno not in {errno.EACCES, errno.EAGAIN}:
-                raise
-            raise ConfigError(
-                f"the server with process id {user} uses {name} already",
-                option=OPTION,
-                fix="stop that one, name another fleet, or add --standby to wait for its end",
-            ) from error
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
-        return cls(name, path, lock)
+        while True:
+            for folder in (path.parent, path):
+                _make_ours(folder)
+            lock = _locked(name, path / LOCK, wait=wait)
+            if _is_file(lock, path / LOCK):
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, str(os.getpid()).encode(), 0)
+                return cls(name, path, lock)
+            os.close(lock)  # the fleet was stopped in the meantime, and its folder removed
 
     @classmethod
     @contextlib.contextmanager
@@ -217,6 +210,37 @@ def user_of(name: str, base: Path | None = None) -> int | None:
     finally:
         os.close(lock)
     return None
+
+
+def _locked(name: str, path: Path, *, wait: bool) -> int:
+    """The descriptor of a lock file, locked. Raises ConfigError if another process has it, unless told to wait."""
+    # The lock goes with any descriptor of the file that this process closes: nothing else here opens it.
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in {errno.EACCES, errno.EAGAIN}:
+            raise
+    else:
+        return lock
+    user = os.pread(lock, 20, 0).decode() or "?"
+    if wait:
+        logger.info("standing by: this server waits for the end of the one with process id %s", user)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        return lock
+    os.close(lock)
+    raise ConfigError(
+        f"the server with process id {user} uses {name} already",
+        option=OPTION,
+        fix="stop that one, name another fleet, or add --standby to wait for its end",
+    )
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of this name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
 
 
 def _make_ours(folder: Path) -> None:

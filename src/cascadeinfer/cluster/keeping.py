@@ -109,6 +109,10 @@ class Keepers(Protocol):
         """The instances whose keepers live, whoever has started them."""
         ...
 
+    def lives(self, instance_id: InstanceId) -> bool:
+        """Whether an engine is kept that starts or is ready, as far as its keeper has said."""
+        ...
+
     def place(self, instance_id: InstanceId) -> None:
         """
         Find room for one more instance, or know the room of one that lives.

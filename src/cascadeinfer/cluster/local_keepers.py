@@ -8,8 +8,13 @@ Keepers of engines on this machine: processes of their own, found again by a fol
 
 import asyncio
 import contextlib
+import logging
+import os
 import re
 import shutil
+import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,10 +50,13 @@ from cascadeinfer.cluster.process_start import operator_environment
 from cascadeinfer.cluster.runtime_folder import instance_environment
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.patience import within
+
+logger = logging.getLogger(__name__)
 
 CONNECT_POLL_S: Final = 0.02
 KEEPER_TIMEOUT_S: Final = 60.0
-"""For a light process to begin to listen, on a busy machine."""
+"""For a light process to begin to listen, or to do what it is told, on a busy machine."""
 REAP_TIMEOUT_S: Final = 10.0
 LOG_TAIL_BYTES: Final = 1 << 16
 FAULT: Final = re.compile(r"^(?:\(.*?\) )?(?:[\w.]+\.)?(\w*(?:Error|Exception)): (.+)$")
@@ -106,6 +114,14 @@ class _Link:
         """Tell the keeper to do something; nothing happens if it is gone."""
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(as_line(order))
+
+    def kill_keeper(self) -> None:
+        """End the keeper itself, at once. Its engine ends with it."""
+        assert self._writer is not None, "it is connected"
+        sock = self._writer.get_extra_info("socket")
+        pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
     async def until(self, is_so: Callable[[Told], bool]) -> Told:
         """Wait until the keeper says something."""
@@ -165,6 +181,11 @@ class LocalKeepers:
             found.append(folder.name)
         return found
 
+    def lives(self, instance_id: InstanceId) -> bool:
+        """See Keepers."""
+        link = self._links.get(instance_id)
+        return link is not None and link.told.state != "ended"
+
     def place(self, instance_id: InstanceId) -> None:
         """See Keepers."""
         assert self._places is not None, "engines are started"
@@ -184,8 +205,9 @@ class LocalKeepers:
 
     async def start(self, instance_id: InstanceId, order: EngineOrder) -> None:
         """See Keepers."""
-        if instance_id in self._links:
+        if self.lives(instance_id):
             raise EngineError("is kept already", instance_id=instance_id)
+        await self.stop(instance_id, 0.0)  # what a dead one has left
         folder = self.folder_of(instance_id)
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         place = PlaceTold(instance_id, LOOPBACK, LOOPBACK_DEVICE, self._resources[instance_id])
@@ -252,7 +274,15 @@ class LocalKeepers:
         if (link := self._links.get(instance_id)) is None:
             return
         link.order(Stop(timeout_s))
-        await link.until(lambda told: told.state == "ended")
+        ending = link.until(lambda told: told.state == "ended")
+        try:
+            await within(timeout_s + KEEPER_TIMEOUT_S, ending)
+        except TimeoutError:
+            logger.warning(
+                "the keeper of instance %s does not answer: it is killed, and its engine with it", instance_id
+            )
+            link.kill_keeper()
+            await link.until(lambda told: told.state == "ended")
         await link.close()
         if link.process is not None:
             await asyncio.to_thread(link.process.wait, REAP_TIMEOUT_S)

@@ -85,7 +85,9 @@ class FleetEngines:
 
     def make_engines(self) -> dict[InstanceId, Callable[[int], VllmInstance]]:
         """What makes the engines of the server's start. Raises ScalingRefusedError if there is no room for them."""
-        return {instance_id: self.source.place(instance_id) for instance_id in self._ids}
+        # Those that live have their places already: the others get what is left.
+        placed = {each: self.source.place(each) for each in sorted(self._ids, key=lambda each: each not in self._found)}
+        return {instance_id: placed[instance_id] for instance_id in self._ids}
 
     def stage(self, instance_id: InstanceId) -> str | None:
         """How far an instance's start is."""

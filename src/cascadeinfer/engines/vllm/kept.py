@@ -5,7 +5,8 @@ and left or ended.
 A fleet's engines outlive the server, so an instance's end is not always its engine's (`Phase`):
 
     the server starts      an engine that was found goes on; one that was started ends, for the start has failed
-    it serves              the engine ends: it has died or hangs, or its instance was drained
+    it serves              the engine ends: it has died or hangs, or its instance was drained; but if only the
+                           connection was lost (this process was suspended), it goes on, to be attached to again
     it ends                the engine goes on, if it is up
 """
 
@@ -43,8 +44,10 @@ class KeptCore:
         instance_id: InstanceId,
         index: int,
         keepers: Keepers,
-        order: EngineOrder | None,
+        order: EngineOrder,
         terms: Terms,
+        *,
+        was_found: bool,
         phase: Callable[[], Phase],
     ) -> None:
         """
@@ -52,8 +55,9 @@ class KeptCore:
             instance_id: Its name.
             index: Its number.
             keepers: Of its fleet.
-            order: To start it; None for one that lives and is adopted.
+            order: To start it, if it does not live.
             terms: Of attaching to it.
+            was_found: Whether it lived when the server came.
             phase: What the server does.
         """
         self.instance_id = instance_id
@@ -62,6 +66,7 @@ class KeptCore:
         self._keepers = keepers
         self._order = order
         self._terms = terms
+        self._was_found = was_found
         self._phase = phase
         self._core: StandingCore | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -80,7 +85,7 @@ class KeptCore:
 
     async def begin(self) -> EngineChannel:
         """Start it unless it lives, wait until it is ready, attach to it."""
-        if self._order is not None:
+        if not self._keepers.lives(self.instance_id):
             await self._keepers.start(self.instance_id, self._order)
         address = await self._keepers.ready(self.instance_id)
         core = self._core = StandingCore(self.instance_id, self.index, address, self._terms)
@@ -125,15 +130,14 @@ class KeptCore:
     def _goes_on(self) -> bool:
         if self._killed:
             return False
-        is_up = self._core is not None and self._core.pid is not None
-        was_found = self._order is None
+        is_attached = self._core is not None and self._core.pid is not None
         match self._phase():
             case Phase.STARTS:
-                return was_found
+                return self._was_found
             case Phase.SERVES:
-                return False
+                return self._core is not None and not is_attached and self._keepers.lives(self.instance_id)
             case Phase.ENDS:
-                return is_up or (was_found and self._core is None)
+                return is_attached or self._was_found
 
 
 class KeptSource:
@@ -180,13 +184,21 @@ class KeptSource:
         order = EngineOrder(MODULE, content.packed(), self._key, self._environment)
 
         def make(start: int) -> VllmInstance:
-            is_found = start == 0 and instance_id in self._found
-            wanted = None if is_found else order
-            return VllmInstance(KeptCore(instance_id, index, self._keepers, wanted, self._terms, lambda: self.phase))
+            core = KeptCore(
+                instance_id,
+                index,
+                self._keepers,
+                order,
+                self._terms,
+                was_found=start == 0 and instance_id in self._found,
+                phase=lambda: self.phase,
+            )
+            return VllmInstance(core)
 
         return make
 
     def release(self, instance_id: InstanceId) -> None:
         """See EngineSource."""
         self._found -= {instance_id}
+        self._keepers.kill(instance_id)  # one whose connection was lost goes on until here
         self._keepers.release(instance_id)

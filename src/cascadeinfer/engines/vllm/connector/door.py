@@ -19,6 +19,7 @@ import queue
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -111,6 +112,11 @@ class DoorSettings(msgspec.Struct, frozen=True):
         return cls(host, port, key, lease_s, None if told_file is None else Path(str(told_file)), orphan_timeout_s)
 
 
+def end_this_process() -> None:
+    """As if the operator did: vLLM's EngineCore ends in good order."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Door:
     """
     The listener of one EngineCore.
@@ -120,7 +126,14 @@ class Door:
         clients: Those that have attached.
     """
 
-    def __init__(self, core: EngineCoreProc, settings: DoorSettings, engine_id: str, connector_token: str) -> None:
+    def __init__(
+        self,
+        core: EngineCoreProc,
+        settings: DoorSettings,
+        engine_id: str,
+        connector_token: str,
+        end_engine: Callable[[], None] = end_this_process,
+    ) -> None:
         """
         Open it.
 
@@ -129,6 +142,7 @@ class Door:
             settings: Where to listen, and for whom.
             engine_id: The engine's, of this start.
             connector_token: See `Attached`.
+            end_engine: Called when no front end has been attached for too long.
 
         Raises:
             ConfigError: The address cannot be bound.
@@ -138,6 +152,7 @@ class Door:
         self._settings = settings
         self._about = About(engine_id, socket.gethostname(), os.getpid(), __version__, settings.lease_s)
         self._connector_token = connector_token
+        self._end_engine = end_engine
         self._calls = 0
         context = zmq.Context[Any]()
         sock = context.socket(zmq.ROUTER)
@@ -175,7 +190,7 @@ class Door:
                     deserted_s = 0.0 if len(self.clients) else deserted_s + LOOK_MS / 1000
                     if 0 < self._settings.orphan_timeout_s <= deserted_s:
                         logger.warning("no front end has been attached for %.0f s: this engine ends", deserted_s)
-                        os.kill(os.getpid(), signal.SIGTERM)
+                        self._end_engine()
                         deserted_s = 0.0
         except zmq.ZMQError:
             logger.exception("front ends cannot attach here any more; those that are attached are served as before")
