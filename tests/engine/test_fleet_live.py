@@ -19,17 +19,19 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from server_process import API_KEY, NO_TLS, START_DEADLINE_S, ServerProcess
+from server_process import API_KEY, NO_TLS, ServerProcess
 from test_standing_live import completion, moved, n_there
 
 from cascadeinfer.cluster.runtime_folder import SOCKETS_VARIABLE
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 FLEET = f"test-{secrets.token_hex(3)}"
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """An engine without a worker of its own: one import of vLLM less in each start."""
 STOP_DEADLINE_S = 240.0
+READY_DEADLINE_S = 600.0
+"""A server and its two engines import vLLM, each for itself."""
 
 
 class Fleet:
@@ -74,8 +76,13 @@ def fleet(tiny_model: Path) -> Iterator[Fleet]:
 def first(fleet: Fleet) -> Iterator[ServerProcess]:
     """The server that starts the engines; killed by one of the tests."""
     with fleet.server() as server:
-        server.wait_until_ready(2)
+        wait_until_ready(server)
         yield server
+
+
+def wait_until_ready(server: ServerProcess) -> None:
+    """Both instances take requests."""
+    server.poll(lambda: len(server.get("/health/ready").json()["instances"]) == 2, "ready", READY_DEADLINE_S)
 
 
 def pids(server: ServerProcess) -> list[int]:
@@ -93,7 +100,7 @@ def text_of(server: ServerProcess, n_tokens: int) -> str:
 def test_a_second_server_is_refused(fleet: Fleet, first: ServerProcess) -> None:
     """One line, exit code 2."""
     with fleet.server() as second:
-        assert second.wait_ended(START_DEADLINE_S) == 2
+        assert second.wait_ended(READY_DEADLINE_S) == 2
         assert f"the server with process id {first.pid} uses {FLEET} already" in second.log_tail(1)
 
 
@@ -105,7 +112,7 @@ def test_a_killed_server_costs_no_engine(fleet: Fleet, first: ServerProcess) -> 
     text, engines = text_of(first, 120), pids(first)
     assert moved(first) == 1
     with fleet.server("--standby") as standby:
-        standby.wait_until(lambda: "waits for the end" in standby.log_tail(), "waiting", START_DEADLINE_S)
+        standby.wait_until(lambda: "waits for the end" in standby.log_tail(), "waiting", READY_DEADLINE_S)
 
         def ask() -> None:
             try:
@@ -122,7 +129,7 @@ def test_a_killed_server_costs_no_engine(fleet: Fleet, first: ServerProcess) -> 
         for thread in asking:
             thread.join()
 
-        standby.wait_until_ready(2)
+        wait_until_ready(standby)
         assert pids(standby) == engines
         standby.poll(lambda: n_there(standby) == 0, "nothing runs")
         assert text_of(standby, 120) == text
@@ -132,7 +139,7 @@ def test_a_killed_server_costs_no_engine(fleet: Fleet, first: ServerProcess) -> 
     assert all(psutil.pid_exists(pid) for pid in engines)
 
     with fleet.server("--max-model-len", "512") as other:
-        assert other.wait_ended(START_DEADLINE_S) == 2
+        assert other.wait_ended(READY_DEADLINE_S) == 2
         assert "2 engines of" in other.log_tail(1)
         assert "--max-model-len is 1024, not 512" in other.log_tail(1)
     assert all(psutil.pid_exists(pid) for pid in engines)
@@ -144,7 +151,7 @@ def test_a_dead_engine_is_started_again_and_stop_ends_all(fleet: Fleet) -> None:
     `cascadeinfer stop` drains the server and leaves nothing running.
     """
     with fleet.server() as server:
-        server.wait_until_ready(2)
+        wait_until_ready(server)
         assert "2 engines found alive" in server.log.read_text()
         before = pids(server)
         expected = text_of(server, 600)
@@ -158,7 +165,7 @@ def test_a_dead_engine_is_started_again_and_stop_ends_all(fleet: Fleet) -> None:
                 if number == 100:
                     os.kill(before[1], signal.SIGKILL)
         assert text == expected
-        server.poll(lambda: len(server.get("/health/ready").json()["instances"]) == 2, "both again", START_DEADLINE_S)
+        server.poll(lambda: len(server.get("/health/ready").json()["instances"]) == 2, "both again", READY_DEADLINE_S)
         after = pids(server)
         assert after[0] == before[0]
         assert after[1] != before[1]
