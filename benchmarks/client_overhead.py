@@ -55,7 +55,7 @@ if __name__ == "__main__":
     from cascadeinfer.cluster.local import LOOPBACK, free_port
     from cascadeinfer.cluster.places import split_cores
     from cascadeinfer.config.schema import ServeOptions
-    from cascadeinfer.engines.vllm.launch import CPU_UCX_TRANSPORTS
+    from cascadeinfer.engines.vllm.configuration import CPU_UCX_TRANSPORTS
 
 OURS = "cascadeinfer"
 OTHERS = ("vllm_dp", "vllm_dp_nixl")

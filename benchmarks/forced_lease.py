@@ -47,7 +47,8 @@ if TYPE_CHECKING or __name__ == "__main__":
     from cascadeinfer.core.policies.least_loaded import LeastLoaded
     from cascadeinfer.core.view import InstanceView, RequestView
     from cascadeinfer.engines.protocol import KvTicket
-    from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
+    from cascadeinfer.engines.vllm.configuration import KvTransferSettings
+    from cascadeinfer.engines.vllm.launch import make_factories
     from cascadeinfer.engines.vllm.plain_request import request_with
     from cascadeinfer.runtime.metrics import RuntimeMetrics
     from cascadeinfer.runtime.shell import Runtime

@@ -37,8 +37,9 @@ if multiprocessing.parent_process() is None:
 
     from cascadeinfer.core.migration import ROOM_SLACK_TOKENS
     from cascadeinfer.engines.protocol import EngineRequest, KvTicket, Resume
+    from cascadeinfer.engines.vllm.configuration import KvTransferSettings
     from cascadeinfer.engines.vllm.instance import VllmInstance
-    from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
+    from cascadeinfer.engines.vllm.launch import make_factories
     from cascadeinfer.engines.vllm.plain_request import request_with
 
 TOKENS_BEFORE = 24

@@ -42,8 +42,9 @@ if __name__ == "__main__":
 
     from cascadeinfer.core.migration import ROOM_SLACK_TOKENS
     from cascadeinfer.engines.protocol import KvTicket, Resume
+    from cascadeinfer.engines.vllm.configuration import KvTransferSettings
     from cascadeinfer.engines.vllm.instance import VllmInstance
-    from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
+    from cascadeinfer.engines.vllm.launch import make_factories
     from cascadeinfer.engines.vllm.plain_request import make_plain_request
 
 TOKENS_BEFORE = 4

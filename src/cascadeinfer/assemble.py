@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 import uvloop
 from vllm.engine.arg_utils import AsyncEngineArgs
 
+from cascadeinfer.cluster.fleet import Fleet
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.cluster.process_start import ProcessStart
 from cascadeinfer.cluster.runtime_folder import runtime_folder
@@ -27,23 +28,18 @@ from cascadeinfer.config.supervision import supervision_of
 from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.policies import POLICIES
-from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.protocol import Engine
+from cascadeinfer.engines.vllm.configuration import KvTransferSettings
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
-from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
-from cascadeinfer.engines.vllm.launch import (
-    KvTransferSettings,
-    VllmSource,
-    attached_factories,
-    make_factories,
-    parse_engine_args,
-)
+from cascadeinfer.engines.vllm.kept import KeptSource
+from cascadeinfer.engines.vllm.launch import VllmSource, attached_factories, parse_engine_args
 from cascadeinfer.engines.vllm.owned import attachment_of
-from cascadeinfer.engines.vllm.plain_request import make_plain_request
 from cascadeinfer.evaluation.compiling import say_when_compiling, stop_saying
 from cascadeinfer.eventlog.unwritten_log import ServerLog, failure_of
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
+from cascadeinfer.frontend.fleet_engines import FleetEngines, FleetTerms, fleet_engines
 from cascadeinfer.frontend.listening import listening, raise_open_files_limit
 from cascadeinfer.frontend.logs import set_up_logs
 from cascadeinfer.frontend.processes.board import Board
@@ -60,15 +56,12 @@ from cascadeinfer.frontend.server import (
 from cascadeinfer.frontend.standing_engines import StandingEngines
 from cascadeinfer.frontend.start_report import first_line, reported
 from cascadeinfer.frontend.stop_signals import StopSignals
-from cascadeinfer.profiling.subject import Subject
 from cascadeinfer.results.provenance import own_commit
 from cascadeinfer.runtime.shell import Runtime
 
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0
-PROFILE_LEASE_S = 30
-"""For measured pulls, whose blocks no other request waits for."""
 ATTACH_AGAIN_S = 5.0
 """Longest pause before an engine that stands on its own is tried again."""
 REATTACH_S = 0.05
@@ -84,9 +77,10 @@ def make_runtime(
     event_log: ServerLog | None = None,
     logs: InstanceLogs | None = None,
     standing: StandingEngines | None = None,
+    fleet: FleetEngines | None = None,
 ) -> Runtime:
     """
-    A runtime over vLLM instances, not started yet; over those that stand already if they are given.
+    A runtime over vLLM instances, not started yet; over those that stand already or are a fleet's if they are given.
 
     Raises:
         ConfigError: An option is wrong; nothing has been started.
@@ -96,9 +90,11 @@ def make_runtime(
     POLICIES[options.policy_name()].warm_up()
     stop_saying(note)
     supervision = supervision_of(options)
-    source: VllmSource | None = None
-    if standing is not None:
-        make_engines: Mapping[InstanceId, Callable[[int], Engine]]
+    source: VllmSource | KeptSource | None = None
+    make_engines: Mapping[InstanceId, Callable[[int], Engine]]
+    if fleet is not None:
+        source, make_engines = fleet.source, fleet.make_engines()
+    elif standing is not None:
         make_engines = standing.make_engines(engine_args, options.kv_lease_s)
         supervision = dataclasses.replace(supervision, backoff_max_s=ATTACH_AGAIN_S)
     else:
@@ -129,7 +125,11 @@ def make_runtime(
 
 @contextlib.asynccontextmanager
 async def running_llm(
-    runtime: Runtime, *, log_stats: bool = True, log_requests: bool = False, logs: InstanceLogs | None = None
+    runtime: Runtime,
+    *,
+    log_stats: bool = True,
+    log_requests: bool = False,
+    stage: Callable[[InstanceId], str | None] | None = None,
 ) -> AsyncIterator[CascadeLLM]:
     """
     Start a runtime with vLLM's `AsyncLLM` on it; stop both at the end.
@@ -138,9 +138,9 @@ async def running_llm(
         runtime: Not started yet.
         log_stats: Whether vLLM's metrics are kept.
         log_requests: Whether vLLM logs each request.
-        logs: Of the instances, to say how far the start is; None: nothing is said.
+        stage: Says how far the start of an instance is, for the operator; None: nothing is said.
     """
-    telling = contextlib.nullcontext() if logs is None else reported(runtime.fleet, logs.stage, logger.info)
+    telling = contextlib.nullcontext() if stage is None else reported(runtime.fleet, stage, logger.info)
     async with telling:
         await runtime.start()
     try:
@@ -169,7 +169,9 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
     raise_open_files_limit(options.max_connections)
     if args.otlp_traces_endpoint is not None:
         os.environ.setdefault("OTEL_SERVICE_NAME", "cascadeinfer")  # of the instances' processes, too
+    prepared = parse_engine_args(args) if options.standby else None  # before it waits
     with contextlib.ExitStack() as stack:
+        named = None if options.fleet is None else stack.enter_context(Fleet.used(options.fleet, wait=options.standby))
         with signals.held():
             listener = stack.enter_context(listening(args.host or LOOPBACK, args.port, args.uds, signals.at_leave))
             folder = stack.enter_context(runtime_folder())
@@ -178,7 +180,7 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
             if event_log is not None:
                 signals.at_leave.append(event_log.close)
         logger.info("%s", first_line(args.model, options.instances, options.api_servers, options.cluster))
-        engine_args = parse_engine_args(args)
+        engine_args = prepared or parse_engine_args(args)
         logs = InstanceLogs(args.own_log_level, is_quiet=args.is_quiet)
         log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
         if options.api_servers > 1:
@@ -192,14 +194,32 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
         standing = await _standing_engines(options)
         if standing is not None:
             options = dataclasses.replace(options, instances=len(standing.first))
-        runtime = make_runtime(
-            engine_args, options, log_stats=log_stats, event_log=event_log, logs=logs, standing=standing
-        )
-        signals.attend()
-        async with (
-            running_llm(runtime, log_stats=log_stats, log_requests=log_requests, logs=logs) as llm,
-            contextlib.nullcontext() if standing is None else standing.followed(runtime, options.drain_timeout_s),
-        ):
+        async with contextlib.AsyncExitStack() as until_end:
+            signals.attend()
+            fleet = None
+            if named is not None:
+                fleet = await until_end.enter_async_context(
+                    fleet_engines(named, engine_args, _fleet_terms(args, options))
+                )
+                for line in fleet.first_lines(options.orphan_timeout_s):
+                    logger.info("%s", line)
+            runtime = make_runtime(
+                engine_args,
+                options,
+                log_stats=log_stats,
+                event_log=event_log,
+                logs=logs,
+                standing=standing,
+                fleet=fleet,
+            )
+            stage = logs.stage if fleet is None else fleet.stage
+            llm = await until_end.enter_async_context(
+                running_llm(runtime, log_stats=log_stats, log_requests=log_requests, stage=stage)
+            )
+            if standing is not None:
+                await until_end.enter_async_context(standing.followed(runtime, options.drain_timeout_s))
+            if fleet is not None:
+                until_end.enter_context(fleet.serving())
             await check_profile(runtime, options)
             await serve(
                 llm,
@@ -213,6 +233,16 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
             )
 
 
+def _fleet_terms(args: Namespace, options: ServeOptions) -> FleetTerms:
+    return FleetTerms(
+        options.instances,
+        options.kv_lease_s,
+        options.orphan_timeout_s,
+        log_stats=not args.disable_log_stats,
+        own_log_level=args.own_log_level,
+    )
+
+
 async def _standing_engines(options: ServeOptions) -> StandingEngines | None:
     """The engines of `--cluster static`, once they answer."""
     if options.cluster != "static":
@@ -222,42 +252,6 @@ async def _standing_engines(options: ServeOptions) -> StandingEngines | None:
     engines = StandingEngines(options.engines, options.cluster_key, options.cluster_host)
     await engines.find(None if options.stages is None else options.n_staged())
     return engines
-
-
-@contextlib.asynccontextmanager
-async def running_subjects(args: Namespace, n_instances: int) -> AsyncIterator[list[Subject]]:
-    """
-    Engines to profile, started and connected; stopped at the end.
-
-    Raises:
-        ConfigError: A vLLM option is wrong; nothing has been started.
-        EngineError: An engine did not start.
-    """
-    names = tuple(str(i) for i in range(n_instances))
-    settings = KvTransferSettings(lease_s=PROFILE_LEASE_S)
-    factories = make_factories(parse_engine_args(args), names, settings, log_stats=False)
-    engines = [make(0) for make in factories.values()]
-    with runtime_folder():
-        try:
-            capacities = await asyncio.gather(*(engine.start() for engine in engines))
-            for number, engine in enumerate(engines):
-                await engine.connect(engines[:number])
-            yield [await _subject(engine, capacity) for engine, capacity in zip(engines, capacities, strict=True)]
-        finally:
-            await asyncio.gather(*(engine.stop(STOP_TIMEOUT_S) for engine in engines), return_exceptions=True)
-
-
-async def _subject(engine: VllmInstance, capacity: InstanceCapacity) -> Subject:
-    told = await engine.identity()
-    return Subject(
-        engine=engine,
-        capacity=capacity,
-        max_model_tokens=engine.hello.max_model_len,
-        identity=told.engine,
-        kv_bytes_per_token=told.kv_bytes_per_token,
-        make_request=make_plain_request,
-        multiprocessors=told.multiprocessors,
-    )
 
 
 async def _serve_with_followers(
@@ -290,7 +284,7 @@ async def _serve_with_followers(
     front_ends.start()
     try:
         log_stats = not args.disable_log_stats
-        async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests, logs=logs) as llm:
+        async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests, stage=logs.stage) as llm:
             await check_profile(runtime, options)
             front_ends.instances_started()
             shared = SharedServing(front_ends, (loads, 0))

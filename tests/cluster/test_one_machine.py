@@ -48,6 +48,8 @@ MAY_STAY = {
     ): "an EngineCore ends with whoever keeps it, on its own machine",
     ("engines/vllm/connector/orphan.py", "process id"): "an EngineCore ends with whoever keeps it, on its own machine",
     ("engines/vllm/ending.py", "process id"): "vLLM's own client ends its processes by their ids",
+    ("engines/vllm/kept_engine.py", "process id"): "an engine ends with its keeper, on its own machine",
+    ("engines/vllm/kept_engine.py", "socket file"): "an engine talks to its keeper, on its own machine",
     ("engines/vllm/processes.py", "child process"): "the type of what the launcher for this machine is given",
     ("evaluation/pool.py", "child process"): "simulations in parallel",
     ("eventlog/run_file.py", "process id"): "makes the names of two unfinished logs different",

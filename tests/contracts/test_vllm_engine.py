@@ -51,7 +51,8 @@ class VllmMaker:
         """See Maker."""
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
+        from cascadeinfer.engines.vllm.configuration import KvTransferSettings
+        from cascadeinfer.engines.vllm.launch import make_factories
 
         engine_args = AsyncEngineArgs(
             model=str(self._model),

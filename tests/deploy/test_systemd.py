@@ -16,6 +16,7 @@ pytestmark = pytest.mark.timeout(900)  # vLLM's parser takes a while to import o
 
 FOLDER = ROOT / "deploy" / "systemd"
 UNIT = (FOLDER / "cascadeinfer.service").read_text(encoding="utf-8")
+FLEET = (FOLDER / "fleet.conf").read_text(encoding="utf-8")
 ENVIRONMENT = (FOLDER / "cascadeinfer.env").read_text(encoding="utf-8")
 
 
@@ -28,9 +29,14 @@ def value_of(name: str) -> str:
 @pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze (Debian: systemd) is not installed"
 )
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_fleet", [False, True])
+def test_systemd_accepts_the_unit(tmp_path: Path, with_fleet: bool) -> None:
     """`systemd-analyze verify` finds nothing to say; the program is replaced by one that exists here."""
     unit = tmp_path / "cascadeinfer.service"
+    if with_fleet:
+        more = tmp_path / "cascadeinfer.service.d" / "fleet.conf"
+        more.parent.mkdir()
+        more.write_text(FLEET)
     unit.write_text(UNIT.replace("/opt/cascadeinfer/bin/cascadeinfer", "/bin/true"))
     verified = subprocess.run(["systemd-analyze", "verify", unit], check=False, capture_output=True, text=True)
     assert (verified.returncode, verified.stdout, verified.stderr) == (0, "", "")
@@ -61,3 +67,13 @@ def test_the_page_installs_these_files() -> None:
     page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
     assert f"deploy/systemd/cascadeinfer.env {value_of('EnvironmentFile')}\n" in page
     assert "deploy/systemd/cascadeinfer.service /etc/systemd/system/cascadeinfer.service\n" in page
+
+
+def test_a_fleet_survives_the_end_of_its_unit() -> None:
+    """Nothing but the server ends with it, and the fleet's folder is where the next server finds it."""
+    assert "KillMode=process\n" in FLEET
+    (folder,) = re.findall(r"^Environment=VLLM_RPC_BASE_PATH=/run/(.*)$", FLEET, flags=re.MULTILINE)
+    assert f"RuntimeDirectory={folder}\n" in FLEET
+    assert "RuntimeDirectoryPreserve=yes\n" in FLEET
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    assert "deploy/systemd/fleet.conf /etc/systemd/system/cascadeinfer.service.d/fleet.conf\n" in page

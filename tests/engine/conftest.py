@@ -123,8 +123,9 @@ async def started_zoo(
 
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    from cascadeinfer.engines.vllm.configuration import KvTransferSettings
     from cascadeinfer.engines.vllm.instance import VllmInstance
-    from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
+    from cascadeinfer.engines.vllm.launch import make_factories
 
     instances: dict[str, VllmInstance] = {}
     cores = sorted(os.sched_getaffinity(0))

@@ -28,7 +28,7 @@ if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
 
 from cascadeinfer import assemble
 from cascadeinfer.cli.main import main
-from cascadeinfer.config import policy
+from cascadeinfer.config import policy, supervision
 from cascadeinfer.core.policies import cascade
 from cascadeinfer.engines.vllm import launch
 from cascadeinfer.runtime.supervise import SupervisionTimes
@@ -63,7 +63,7 @@ if __name__ == "__main__":
     os.register_at_fork(after_in_child=as_if_spawned)
     fork = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}  # set for the processes only: the configuration resets it
     assemble.make_runtime = partial(assemble.make_runtime, extra_environment=fork)  # type: ignore[assignment]
-    assemble.SupervisionTimes = partial(  # type: ignore[misc, assignment]
+    supervision.SupervisionTimes = partial(  # type: ignore[misc, assignment]
         SupervisionTimes, backoff_first_s=0.2, backoff_max_s=1.0, window_s=0.0
     )
     if os.environ.get("ASYNCHRONOUS"):

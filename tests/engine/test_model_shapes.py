@@ -90,7 +90,8 @@ async def two_instances(folder: Path, set_up: SetUp) -> AsyncIterator[Zoo]:
     """The model on two connected instances, one with asynchronous scheduling; at the end they must hold nothing."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories
+    from cascadeinfer.engines.vllm.configuration import KvTransferSettings
+    from cascadeinfer.engines.vllm.launch import make_factories
 
     engine_args = AsyncEngineArgs(
         model=str(write_model(folder / "model", set_up.model)),

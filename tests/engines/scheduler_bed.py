@@ -26,10 +26,10 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from cascadeinfer.engines.vllm.configuration import KvTransferSettings, instance_config
 from cascadeinfer.engines.vllm.connector import cascade_connector, commands
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.words import TOKEN_VARIABLE, with_words
-from cascadeinfer.engines.vllm.launch import KvTransferSettings, instance_config
 
 BLOCK = 16
 N_BLOCKS = 65

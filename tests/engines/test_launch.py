@@ -9,7 +9,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from cascadeinfer.cluster.protocol import Place
 from cascadeinfer.cluster.start_turns import StartTurns
 from cascadeinfer.engines.vllm import launch
-from cascadeinfer.engines.vllm.launch import KvTransferSettings, environment_of, instance_config, start_turns
+from cascadeinfer.engines.vllm.configuration import KvTransferSettings, environment_of, instance_config
+from cascadeinfer.engines.vllm.launch import start_turns
 
 PLACE = Place("0", "here", "0", "127.0.0.1", "lo")
 

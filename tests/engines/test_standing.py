@@ -4,6 +4,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,8 +48,10 @@ class ScriptedCore:
         aborted: Ids of requests that were to be stopped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: DoorSettings | None = None) -> None:
         """Start."""
+        self.is_told_to_end = threading.Event()
+        settings = settings or DoorSettings(LOOPBACK, free_port(), KEY, LEASE_S)
         self.input_queue: queue.Queue[Any] = queue.Queue()
         self.aborts_queue: queue.Queue[Any] = queue.Queue()
         self.output_queue: Any = queue.Queue()
@@ -58,7 +61,7 @@ class ScriptedCore:
         self.added: list[tuple[int, str]] = []
         self.aborted: list[str] = []
         self.refused: list[str] = []
-        self.door = Door(self, DoorSettings(LOOPBACK, free_port(), KEY, LEASE_S), "life1", "token")  # type: ignore[arg-type]
+        self.door = Door(self, settings, "life1", "token", self.is_told_to_end.set)  # type: ignore[arg-type]
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -358,3 +361,26 @@ def test_a_port_in_use(core: ScriptedCore) -> None:
     """The engine does not start: it would serve nobody."""
     with pytest.raises(ConfigError, match="cannot listen on"):
         Door(core, DoorSettings(LOOPBACK, core.door.port, KEY, LEASE_S), "life2", "token")  # type: ignore[arg-type]
+
+
+async def test_a_free_port_is_told_and_an_engine_that_nobody_uses_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """
+    The address is in a file that is whole when it is there, for whoever has started the engine. The engine ends after
+    its time, and not while a front end is attached, however quiet that is.
+    """
+    monkeypatch.setattr(door_module, "LOOK_MS", 20)
+    told = tmp_path / "door"
+    core = ScriptedCore(DoorSettings(LOOPBACK, 0, KEY, LEASE_S, told, orphan_timeout_s=1.0))
+    try:
+        assert told.read_text() == str(core.address)
+        assert core.address.port > 0
+        engine = front_end(core)
+        await engine.start()
+        core.is_told_to_end.clear()  # should the start have taken a second
+        assert not await asyncio.to_thread(core.is_told_to_end.wait, 2.0)
+        await engine.stop(0.0)
+        assert await asyncio.to_thread(core.is_told_to_end.wait, PATIENCE_S)
+    finally:
+        core.stop()

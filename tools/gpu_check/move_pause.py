@@ -42,7 +42,8 @@ async def run_all(options: argparse.Namespace, folder: Path) -> None:
 
     import migration_pause  # noqa: PLC0415 - imports vLLM
     from cascadeinfer.cluster.runtime_folder import runtime_folder  # noqa: PLC0415 - imports vLLM
-    from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories  # noqa: PLC0415 - imports vLLM
+    from cascadeinfer.engines.vllm.configuration import KvTransferSettings  # noqa: PLC0415 - imports vLLM
+    from cascadeinfer.engines.vllm.launch import make_factories  # noqa: PLC0415 - imports vLLM
 
     arguments = engine_options(options.device, folder)
     settings = {

@@ -136,7 +136,8 @@ async def run_all(options: argparse.Namespace, folder: Path, log: RowLog) -> int
     from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: PLC0415 - imports vLLM
 
     from cascadeinfer.cluster.runtime_folder import runtime_folder  # noqa: PLC0415 - imports vLLM
-    from cascadeinfer.engines.vllm.launch import KvTransferSettings, make_factories  # noqa: PLC0415 - imports vLLM
+    from cascadeinfer.engines.vllm.configuration import KvTransferSettings  # noqa: PLC0415 - imports vLLM
+    from cascadeinfer.engines.vllm.launch import make_factories  # noqa: PLC0415 - imports vLLM
 
     engine_args = AsyncEngineArgs(
         model=str(make_tiny_llama(folder)), dtype="float32", block_size=BLOCK, enforce_eager=True,

@@ -99,7 +99,7 @@ async def measure_way(words: Sequence[str], plan: Plan, samples: SampleLog, dead
     Returns:
         The (stopped) engine, and the number of kinds of batch in the profiler's grid.
     """
-    from cascadeinfer.assemble import running_subjects  # noqa: PLC0415 - imports vLLM
+    from cascadeinfer.profiling.running import running_subjects  # noqa: PLC0415 - imports vLLM
 
     async with running_subjects(engine_options(words), 1) as subjects:
         n_kinds = await measure_engine(

@@ -43,6 +43,7 @@ class Command(NamedTuple):
 
 COMMANDS: Final[dict[str, Command]] = {
     "serve": Command("cascadeinfer.cli.serve", "Serve a model on several vLLM instances (OpenAI API).", "serve"),
+    "stop": Command("cascadeinfer.cli.stop", "End a fleet of engines that outlive their servers (serve --fleet)."),
     "demo": Command("cascadeinfer.cli.demo", "Show it: two instances, real chat requests that move between them."),
     "profile": Command(
         "cascadeinfer.cli.profile", "Measure a model's step times on this machine; writes a cost profile.", "profile"

@@ -112,9 +112,9 @@ async def _measure(args: Namespace, options: "ProfileOptions", log: "SampleLog",
     """Start the engines, measure, stop them, fit."""
     from datetime import UTC, datetime
 
-    from cascadeinfer.assemble import running_subjects
     from cascadeinfer.cli.measuring_bar import MeasuringBar
     from cascadeinfer.profiling.profiler import Profiler, header_of, make_profile, measure_pulls
+    from cascadeinfer.profiling.running import running_subjects
 
     with MeasuringBar() as bar:
         bar.say("starting the engine" if options.instances == 1 else "starting two engines")

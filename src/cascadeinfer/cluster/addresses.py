@@ -27,13 +27,14 @@ class EngineAddress:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def host_and_port(text: str, option: str) -> tuple[str, int]:
+def host_and_port(text: str, option: str, *, any_port: bool = False) -> tuple[str, int]:
     """
     Split HOST:PORT; an IPv6 host stands in brackets.
 
     Args:
         text: What was given.
         option: Names the setting in the error.
+        any_port: Whether port 0 is allowed, which stands for a free one.
 
     Raises:
         ConfigError: It is none.
@@ -41,7 +42,7 @@ def host_and_port(text: str, option: str) -> tuple[str, int]:
     host, colon, port = text.strip().rpartition(":")
     in_brackets = host.startswith("[") and host.endswith("]")
     host = host[1:-1] if in_brackets else host
-    is_port = port.isascii() and port.isdecimal() and 1 <= int(port) <= MAX_PORT
+    is_port = port.isascii() and port.isdecimal() and (0 if any_port else 1) <= int(port) <= MAX_PORT
     if not colon or not host or not is_port or (":" in host and not in_brackets):
         raise ConfigError(f"{text!r} is not HOST:PORT", option=option, fix="write e.g. 10.0.0.7:7300 or engines:7300")
     return host, int(port)

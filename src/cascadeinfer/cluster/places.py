@@ -90,13 +90,18 @@ class Places:
         if place is None:
             if not self._may_share:
                 raise ScalingRefusedError(
-                    f"no device left: {', '.join(self._room)} have an instance each "
+                    f"no device left: {', '.join(p for p, room in self._room.items() if room)} have an instance each "
                     "(drain one, or start the server with more devices)"
                 )
-            place = min(self._room, key=lambda p: used[p] / self._room[p])
+            place = min((p for p, room in self._room.items() if room), key=lambda p: used[p] / self._room[p])
             logger.warning("instance %s shares cores %s with others: there are no free ones", instance_id, place)
         self._place_of[instance_id] = place
         return place
+
+    def hold(self, instance_id: InstanceId, place: str) -> None:
+        """An instance has this place already, since before; it may be one that is not dealt out any more."""
+        self._room.setdefault(place, 0)
+        self._place_of[instance_id] = place
 
     def give_back(self, instance_id: InstanceId) -> None:
         """The instance is gone."""

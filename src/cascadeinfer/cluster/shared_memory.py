@@ -49,6 +49,10 @@ class Segments:
             if process.is_alive() and process.pid is not None:  # else its number may be another's by now
                 self._names.update(segments_of(process.pid))
 
+    def remember_all_of(self, pid: int) -> None:
+        """Record the segments of a process that lives and of its descendants."""
+        self._names.update(segments_of(pid))
+
     def remove(self) -> None:
         """Once the processes are gone: remove the remaining segments, so that the resource tracker need not."""
         for name in self._names:

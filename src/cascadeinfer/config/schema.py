@@ -59,6 +59,21 @@ class ServeOptions:
         "they are reached.",
         metavar="ADDRESS",
     )
+    fleet: str | None = _option(
+        None,
+        "Give the engines this name together. They then outlive the server: the next one with the same name and the "
+        "same engine options adopts them, and `cascadeinfer stop NAME` ends them.",
+        metavar="NAME",
+    )
+    orphan_timeout_s: float = _option(
+        600.0,
+        "With --fleet: seconds after which engines end that no server uses any more; 0: never.",
+        low=0.0,
+        high=604800.0,
+    )
+    standby: bool = _option(
+        False, "With --fleet: while another server uses the fleet, wait, and take over as soon as that one is gone."
+    )
     policy: str | None = _option(
         None,
         f"Scheduling policy: {_POLICIES_IN_WORDS}. Default: {DEFAULT_POLICY_WITH_STAGES} when --stages is given, "
@@ -209,6 +224,21 @@ class ServeOptions:
             for option, value in (("--engines", self.engines), ("--cluster-key", self.cluster_key)):
                 if value is not None:
                     raise ConfigError("is for --cluster static", option=option, fix="add --cluster static")
+        self._check_fleet()
+
+    def _check_fleet(self) -> None:
+        if self.fleet is None:
+            if self.standby:
+                raise ConfigError("waits for a fleet", option="--standby", fix="add --fleet NAME")
+            return
+        if self.cluster == "static":
+            raise ConfigError(
+                "names engines that a server starts",
+                option="--fleet",
+                fix="with --cluster static they outlive it anyway",
+            )
+        if self.api_servers > 1:
+            raise ConfigError("is 1 with --fleet", option="--api-servers", fix="remove one of the two")
 
     def _check_static(self) -> None:
         for option, value, fix in (

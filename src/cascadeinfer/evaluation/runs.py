@@ -17,6 +17,7 @@ import numpy as np
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.core.policies.spec import PolicySpec
+from cascadeinfer.evaluation.front_ends import SeveralFrontEnds
 from cascadeinfer.evaluation.setting import Setting
 from cascadeinfer.evaluation.variants import policy_spec, starts_with_plan
 from cascadeinfer.eventlog.run_file import write_log_file
@@ -48,6 +49,7 @@ class RunSpec:
         arrivals: The arrival process.
         prefix_caching: Whether prompts share blocks according to the trace's prefix hashes.
         max_batched_tokens: Token budget of a step, which bounds the chunks of prompts; None: the profile's.
+        front_ends: Processes that share the requests, each with a policy of its own (`evaluation/front_ends.py`).
     """
 
     policy: str
@@ -61,6 +63,7 @@ class RunSpec:
     arrivals: ArrivalLaw = field(default_factory=ArrivalLaw)
     prefix_caching: bool = False
     max_batched_tokens: int | None = None
+    front_ends: int = 1
 
     @property
     def label(self) -> str:
@@ -162,10 +165,15 @@ def run_once(
         prefix_caching=spec.prefix_caching,
         seed=spec.seed,
     )
-    chosen = policy_spec(spec.policy, setting, plan_for(setting, spec))
+    plan = plan_for(setting, spec)
+    chosen = policy_spec(spec.policy, setting, plan)
+    policy = chosen.make()
+    if spec.front_ends > 1:
+        following = policy_spec(spec.policy, setting, plan, follows=True)
+        policy = SeveralFrontEnds(policy, [following.make() for _ in range(spec.front_ends - 1)])
     workload = workload_of(setting, spec)
     with _logging(event_log, setting, spec, chosen) as observer:
-        result = simulate(workload, chosen.make(), config, progress=progress, observer=observer)
+        result = simulate(workload, policy, config, progress=progress, observer=observer)
     records = result.requests
     shared_s = np.asarray(result.shared_s)
     if spec.warm_up or spec.cool_down:

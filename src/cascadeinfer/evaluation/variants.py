@@ -42,7 +42,7 @@ def starts_with_plan(name: str) -> bool:
     return POLICIES[policy].starts_with_plan and variant.starts_with_plan
 
 
-def policy_spec(name: str, setting: Setting, plan: Plan | None) -> PolicySpec:
+def policy_spec(name: str, setting: Setting, plan: Plan | None, *, follows: bool = False) -> PolicySpec:
     """
     The specification of a policy.
 
@@ -50,6 +50,7 @@ def policy_spec(name: str, setting: Setting, plan: Plan | None) -> PolicySpec:
         name: One of `policy_names()`.
         setting: The setting it runs in.
         plan: The initial plan, for the policies of `starts_with_plan`.
+        follows: Whether another front-end process plans for all.
     """
     policy, variant = _known()[name]
     around = Circumstances(
@@ -61,6 +62,7 @@ def policy_spec(name: str, setting: Setting, plan: Plan | None) -> PolicySpec:
             hand_over=setting.hand_over,
             max_tokens=setting.context_tokens + 1,
         ),
+        follows=follows,
     )
     return PolicySpec(policy, {**POLICIES[policy].options_for(around), **variant.options})
 

@@ -16,7 +16,7 @@ from cascadeinfer.cluster.shared_key import ClusterKey
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.engines.vllm.launch import KvTransferSettings, instance_config
+from cascadeinfer.engines.vllm.configuration import KvTransferSettings, instance_config
 from cascadeinfer.engines.vllm.standing import Terms, look_at, maker_of
 from cascadeinfer.runtime.discovery import Discovery, MakeEngine
 from cascadeinfer.runtime.shell import Runtime

@@ -68,7 +68,8 @@ class Elasticity:
         self._emit = emit
         self._clock = clock
         self._source = source
-        self._numbers = itertools.count(len(fleet.records))
+        highest = max((int(name) for name in fleet.records if name.isdecimal()), default=-1)
+        self._numbers = itertools.count(highest + 1)
         self._tasks: dict[InstanceId, asyncio.Task[None]] = {}
         self._stopping = False
 

@@ -39,12 +39,15 @@ class EngineCoreLife(Protocol):
     Attributes:
         instance_id: The instance's name.
         index: The instance's number; vLLM's metrics carry it as the label `engine`.
-        vllm_config: Its configuration, completed by its start.
     """
 
     instance_id: InstanceId
     index: int
-    vllm_config: VllmConfig
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        """Its configuration, completed by its start."""
+        ...
 
     @property
     def pid(self) -> int | None:

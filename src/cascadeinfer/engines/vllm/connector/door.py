@@ -16,8 +16,10 @@ import contextlib
 import logging
 import os
 import queue
+import signal
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +30,8 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc
 
 from cascadeinfer import __version__
-from cascadeinfer.cluster.addresses import host_and_port
+from cascadeinfer.cluster.addresses import EngineAddress, host_and_port
+from cascadeinfer.cluster.keeping import write_whole
 from cascadeinfer.cluster.knocking import (
     KNOCKS,
     PROTOCOL,
@@ -52,6 +55,11 @@ LISTEN: Final = "cascade_listen"
 """In the connector's extra configuration: the address, as HOST:PORT."""
 KEY_FILE: Final = "cascade_key_file"
 """In the connector's extra configuration: the file with the cluster's key."""
+TOLD_FILE: Final = "cascade_listen_file"
+"""In the connector's extra configuration: a file into which the address is written once it is open; for port 0."""
+ORPHAN_TIMEOUT: Final = "cascade_orphan_timeout_s"
+"""In the connector's extra configuration: the engine ends when no front end has been attached for so long; 0: never."""
+LOOK_MS: Final = 1000
 ANSWER_TIMEOUT_S: Final = 60.0
 """A step that takes longer is one that the front end would not wait for either."""
 MAX_MESSAGE_BYTES: Final = 4096
@@ -66,12 +74,16 @@ class DoorSettings(msgspec.Struct, frozen=True):
         port: A TCP port.
         key: The cluster's.
         lease_s: How long this engine keeps a cut request's blocks.
+        told_file: Where the address is written once it is open; None: nowhere.
+        orphan_timeout_s: The engine ends when it has had no front end for so long; 0: never.
     """
 
     host: str
     port: int
     key: ClusterKey
     lease_s: int
+    told_file: Path | None = None
+    orphan_timeout_s: float = 0.0
 
     @classmethod
     def of(cls, transfer: KVTransferConfig) -> "DoorSettings | None":
@@ -84,7 +96,8 @@ class DoorSettings(msgspec.Struct, frozen=True):
         address = transfer.get_from_extra_config(LISTEN, None)
         if address is None:
             return None
-        host, port = host_and_port(str(address), LISTEN)
+        told_file = transfer.get_from_extra_config(TOLD_FILE, None)
+        host, port = host_and_port(str(address), LISTEN, any_port=told_file is not None)
         key_file = transfer.get_from_extra_config(KEY_FILE, None)
         if key_file is None:
             raise ConfigError(f"names an address and no {KEY_FILE}", option=f"kv_connector_extra_config {LISTEN}")
@@ -94,7 +107,14 @@ class DoorSettings(msgspec.Struct, frozen=True):
         key = ClusterKey.read(path, KEY_FILE)
         if others_may_read(path):
             logger.warning("%s can be read by other users of this machine: whoever reads it can use this engine", path)
-        return cls(host, port, key, int(transfer.get_from_extra_config("kv_lease_duration", 30)))
+        lease_s = int(transfer.get_from_extra_config("kv_lease_duration", 30))
+        orphan_timeout_s = float(transfer.get_from_extra_config(ORPHAN_TIMEOUT, 0.0))
+        return cls(host, port, key, lease_s, None if told_file is None else Path(str(told_file)), orphan_timeout_s)
+
+
+def end_this_process() -> None:
+    """As if the operator did: vLLM's EngineCore ends in good order."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Door:
@@ -106,7 +126,14 @@ class Door:
         clients: Those that have attached.
     """
 
-    def __init__(self, core: EngineCoreProc, settings: DoorSettings, engine_id: str, connector_token: str) -> None:
+    def __init__(
+        self,
+        core: EngineCoreProc,
+        settings: DoorSettings,
+        engine_id: str,
+        connector_token: str,
+        end_engine: Callable[[], None] = end_this_process,
+    ) -> None:
         """
         Open it.
 
@@ -115,16 +142,17 @@ class Door:
             settings: Where to listen, and for whom.
             engine_id: The engine's, of this start.
             connector_token: See `Attached`.
+            end_engine: Called when no front end has been attached for too long.
 
         Raises:
             ConfigError: The address cannot be bound.
         """
         log_as_vllm_does()  # an ordinary vLLM server does not know our lines
-        self.port = settings.port
         self._core = core
         self._settings = settings
         self._about = About(engine_id, socket.gethostname(), os.getpid(), __version__, settings.lease_s)
         self._connector_token = connector_token
+        self._end_engine = end_engine
         self._calls = 0
         context = zmq.Context[Any]()
         sock = context.socket(zmq.ROUTER)
@@ -136,23 +164,34 @@ class Door:
         only_ours = contextlib.ExitStack()
         only_ours.enter_context(settings.key.only_ours(context))  # before anybody can come in
         try:
-            sock.bind(tcp_address(settings.host, settings.port))
+            sock.bind(tcp_address(settings.host, settings.port or "*"))
         except zmq.ZMQError as error:
             only_ours.close()
             context.destroy(linger=0)
             raise ConfigError(
                 f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", option=LISTEN
             ) from error
+        self.port = int(sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self.clients = Clients(core, settings.key)
         self._number, self._results = self.clients.own_queue()
         threading.Thread(target=self._listen, args=(sock, only_ours), daemon=True, name="cascade-door").start()
-        logger.info("front ends can attach at %s:%s", settings.host, settings.port)
+        address = EngineAddress(settings.host, self.port)
+        if settings.told_file is not None:
+            write_whole(settings.told_file, str(address).encode())
+        logger.info("front ends can attach at %s", address)
 
     def _listen(self, sock: "zmq.Socket[Any]", only_ours: contextlib.ExitStack) -> None:
         try:
             with only_ours:
+                deserted_s = 0.0
                 while True:
-                    self._answer_one(sock)
+                    if sock.poll(LOOK_MS):
+                        self._answer_one(sock)
+                    deserted_s = 0.0 if len(self.clients) else deserted_s + LOOK_MS / 1000
+                    if 0 < self._settings.orphan_timeout_s <= deserted_s:
+                        logger.warning("no front end has been attached for %.0f s: this engine ends", deserted_s)
+                        self._end_engine()
+                        deserted_s = 0.0
         except zmq.ZMQError:
             logger.exception("front ends cannot attach here any more; those that are attached are served as before")
 

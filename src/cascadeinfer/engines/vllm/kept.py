@@ -1,0 +1,204 @@
+"""
+An EngineCore that a keeper keeps: it is found or started, attached to like one that stands on its own (`standing.py`),
+and left or ended.
+
+A fleet's engines outlive the server, so an instance's end is not always its engine's (`Phase`):
+
+    the server starts      an engine that was found goes on; one that was started ends, for the start has failed
+    it serves              the engine ends: it has died or hangs, or its instance was drained; but if only the
+                           connection was lost (this process was suspended), it goes on, to be attached to again
+    it ends                the engine goes on, if it is up
+"""
+
+import asyncio
+import dataclasses
+import enum
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from vllm.config import VllmConfig
+
+from cascadeinfer.cluster.keeping import EngineOrder, Keepers
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.vllm.channel import EngineChannel, connect_both_ways
+from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.engines.vllm.kept_order import MODULE, Content
+from cascadeinfer.engines.vllm.standing import StandingCore, Terms
+
+logger = logging.getLogger(__name__)
+
+
+class Phase(enum.Enum):
+    """What the server does; see the module header."""
+
+    STARTS = enum.auto()
+    SERVES = enum.auto()
+    ENDS = enum.auto()
+
+
+class KeptCore:
+    """See the module header, and `cascadeinfer.engines.vllm.instance.EngineCoreLife`."""
+
+    def __init__(
+        self,
+        instance_id: InstanceId,
+        index: int,
+        keepers: Keepers,
+        order: EngineOrder,
+        terms: Terms,
+        *,
+        was_found: bool,
+        phase: Callable[[], Phase],
+    ) -> None:
+        """
+        Args:
+            instance_id: Its name.
+            index: Its number.
+            keepers: Of its fleet.
+            order: To start it, if it does not live.
+            terms: Of attaching to it.
+            was_found: Whether it lived when the server came.
+            phase: What the server does.
+        """
+        self.instance_id = instance_id
+        self.index = index
+        self._config = terms.config
+        self._keepers = keepers
+        self._order = order
+        self._terms = terms
+        self._was_found = was_found
+        self._phase = phase
+        self._core: StandingCore | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._killed = False
+        self._ended = False
+
+    @property
+    def vllm_config(self) -> VllmConfig:
+        """Its configuration, completed by its start."""
+        return self._config if self._core is None else self._core.vllm_config
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the EngineCore, on its machine."""
+        return None if self._core is None else self._core.pid
+
+    async def begin(self) -> EngineChannel:
+        """Start it unless it lives, wait until it is ready, attach to it."""
+        if not self._keepers.lives(self.instance_id):
+            await self._keepers.start(self.instance_id, self._order)
+        address = await self._keepers.ready(self.instance_id)
+        core = self._core = StandingCore(self.instance_id, self.index, address, self._terms)
+        channel = await core.begin()
+        self._watch = asyncio.get_running_loop().create_task(self._until_ended(core))
+        return channel
+
+    async def _until_ended(self, core: StandingCore) -> None:
+        why = await self._keepers.ended(self.instance_id)
+        logger.warning("instance %s has ended: %s", self.instance_id, why)
+        core.kill()
+
+    async def connect(self, channel: EngineChannel, peers: Sequence[EngineChannel]) -> None:
+        """Handshake with each peer, both ways, and wait until all are done."""
+        await connect_both_ways(channel, peers)
+
+    async def detach(self, client: int) -> None:
+        """Nothing to do: it notices by itself which clients are gone."""
+
+    def kill(self) -> None:
+        """See Engine.kill."""
+        if not self._ended:
+            self._killed = True
+            self._keepers.kill(self.instance_id)
+        if self._core is not None:
+            self._core.kill()
+
+    async def end(self, timeout_s: float) -> None:
+        """See EngineCoreLife; an engine that goes on is let go of."""
+        if self._ended:
+            return
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        goes_on = self._goes_on()
+        if self._core is not None:
+            await self._core.end(timeout_s)
+        if not goes_on:
+            await self._keepers.stop(self.instance_id, timeout_s)
+        self._ended = True
+
+    def _goes_on(self) -> bool:
+        if self._killed:
+            return False
+        is_attached = self._core is not None and self._core.pid is not None
+        match self._phase():
+            case Phase.STARTS:
+                return self._was_found
+            case Phase.SERVES:
+                return self._core is not None and not is_attached and self._keepers.lives(self.instance_id)
+            case Phase.ENDS:
+                return is_attached or self._was_found
+
+
+class KeptSource:
+    """
+    Makes the engines of a fleet. See `cascadeinfer.engines.protocol.EngineSource`.
+
+    Attributes:
+        phase: What the server does.
+    """
+
+    def __init__(
+        self,
+        keepers: Keepers,
+        found: Sequence[InstanceId],
+        content: Content,
+        key: str,
+        terms: Terms,
+        environment: Mapping[str, str],
+    ) -> None:
+        """
+        Args:
+            keepers: Of the fleet.
+            found: Instances whose engines live.
+            content: For engines that are started; the instance's name is filled in.
+            key: The fleet's, as text.
+            terms: Of attaching to them.
+            environment: More variables for those that are started.
+        """
+        self.phase = Phase.STARTS
+        self._keepers = keepers
+        self._found = frozenset(found)
+        self._content = content
+        self._key = key
+        self._terms = terms
+        self._environment = dict(environment)
+        self._n_placed = 0
+
+    def place(self, instance_id: InstanceId) -> Callable[[int], VllmInstance]:
+        """See EngineSource."""
+        self._keepers.place(instance_id)
+        index = int(instance_id) if instance_id.isdecimal() else self._n_placed
+        self._n_placed += 1
+        content = dataclasses.replace(self._content, instance_id=instance_id)
+        order = EngineOrder(MODULE, content.packed(), self._key, self._environment)
+
+        def make(start: int) -> VllmInstance:
+            core = KeptCore(
+                instance_id,
+                index,
+                self._keepers,
+                order,
+                self._terms,
+                was_found=start == 0 and instance_id in self._found,
+                phase=lambda: self.phase,
+            )
+            return VllmInstance(core)
+
+        return make
+
+    def release(self, instance_id: InstanceId) -> None:
+        """See EngineSource."""
+        self._found -= {instance_id}
+        self._keepers.kill(instance_id)  # one whose connection was lost goes on until here
+        self._keepers.release(instance_id)

@@ -1,0 +1,184 @@
+"""
+The engines of a named fleet: those that live are adopted, others are started, and all of them outlive the server.
+
+    async with fleet_engines(...) as fleet:
+        runtime = Runtime(fleet.make_engines(), ..., source=fleet.source)
+        ...                     the start; when it fails, what it has started ends with it
+        with fleet.serving():
+            ...                 the server's life
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import vllm
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from cascadeinfer import __version__
+from cascadeinfer.cluster.fleet import OPTION, Fleet, Record
+from cascadeinfer.cluster.keeping import Keepers
+from cascadeinfer.cluster.local_keepers import LocalKeepers
+from cascadeinfer.cluster.shared_key import ClusterKey
+from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
+from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.vllm.configuration import KvTransferSettings, instance_config, with_cpu_kv_share
+from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.engines.vllm.kept import KeptSource, Phase
+from cascadeinfer.engines.vllm.kept_order import Content
+from cascadeinfer.engines.vllm.launch import places_for
+from cascadeinfer.engines.vllm.refused_options import check_engine_args, engine_default
+from cascadeinfer.engines.vllm.standing import Terms
+
+logger = logging.getLogger(__name__)
+
+OF_THE_FRONT_END = frozenset({"model", "use_tqdm_on_load", "enable_log_requests"})
+"""Engine arguments that two servers of one fleet may differ in, and the one that is named by itself."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FleetTerms:
+    """
+    What a server asks of its fleet.
+
+    Attributes:
+        n_instances: At least so many.
+        lease_s: How long engines keep the blocks of a request that moves away.
+        orphan_timeout_s: Engines end when no front end has been attached for so long; 0: never.
+        log_stats: Whether steps carry statistics for vLLM's metrics.
+        own_log_level: The least level of our own lines in the engines' logs.
+    """
+
+    n_instances: int
+    lease_s: int
+    orphan_timeout_s: float
+    log_stats: bool
+    own_log_level: str
+
+
+class FleetEngines:
+    """See the module header."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        keepers: Keepers,
+        found: tuple[InstanceId, ...],
+        source: KeptSource,
+        ids: tuple[InstanceId, ...],
+    ) -> None:
+        """
+        Args:
+            fleet: Used by this process.
+            keepers: Its.
+            found: Instances whose engines lived when the server came.
+            source: Makes engines.
+            ids: All instances of the start.
+        """
+        self.source = source
+        self._fleet = fleet
+        self._keepers = keepers
+        self._found = found
+        self._ids = ids
+
+    def make_engines(self) -> dict[InstanceId, Callable[[int], VllmInstance]]:
+        """What makes the engines of the server's start. Raises ScalingRefusedError if there is no room for them."""
+        # Those that live have their places already: the others get what is left.
+        placed = {each: self.source.place(each) for each in sorted(self._ids, key=lambda each: each not in self._found)}
+        return {instance_id: placed[instance_id] for instance_id in self._ids}
+
+    def stage(self, instance_id: InstanceId) -> str | None:
+        """How far an instance's start is."""
+        return "attaching" if instance_id in self._found else self._keepers.stage(instance_id)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """In this context the start is over; afterwards the server ends, and engines that are up go on."""
+        self.source.phase = Phase.SERVES
+        try:
+            yield
+        finally:
+            self.source.phase = Phase.ENDS
+
+    def first_lines(self, orphan_timeout_s: float) -> list[str]:
+        """What the operator hears of it at the start."""
+        new = [instance_id for instance_id in self._ids if instance_id not in self._found]
+        lines = []
+        if self._found:
+            lines.append(f"fleet {self._fleet.name}: {_counted(len(self._found))} found alive, adopted")
+        if new:
+            lines.append(f"fleet {self._fleet.name}: {_counted(len(new))} started; logs in {self._fleet.path}/logs")
+        wait = f"; without a server they end after {orphan_timeout_s:g} s" if orphan_timeout_s else ""
+        return [*lines, f"its engines outlive this server (cascadeinfer stop {self._fleet.name} ends them{wait})"]
+
+
+def _counted(n: int) -> str:
+    return f"{n} engine{'s' if n != 1 else ''}"
+
+
+def record_of(engine_args: AsyncEngineArgs, terms: FleetTerms) -> Record:
+    """What engines are started with, as far as a server must agree with those that it finds."""
+    options = {"--kv-lease-s": str(terms.lease_s)} | ({} if terms.log_stats else {"--disable-log-stats": "True"})
+    for declared in dataclasses.fields(AsyncEngineArgs):
+        name, value = declared.name, getattr(engine_args, declared.name)
+        if not name.startswith("_") and name not in OF_THE_FRONT_END and value != engine_default(name):
+            options["--" + name.replace("_", "-")] = str(value)
+    return Record(__version__, vllm.__version__, engine_args.model, options)
+
+
+@contextlib.asynccontextmanager
+async def fleet_engines(fleet: Fleet, engine_args: AsyncEngineArgs, terms: FleetTerms) -> AsyncIterator[FleetEngines]:
+    """
+    In this context, this server uses a fleet.
+
+    Args:
+        fleet: Taken by this process.
+        engine_args: The operator's, for all instances alike.
+        terms: What is asked of the fleet.
+
+    Raises:
+        ConfigError: Its engines run with other options, or vLLM refuses these.
+    """
+    check_engine_args(engine_args)
+    asked = record_of(engine_args, terms)
+    shared = with_cpu_kv_share(engine_args, terms.n_instances)
+    keepers = LocalKeepers(fleet.path, places_for(shared, terms.n_instances))
+    found = tuple(sorted(await keepers.find(), key=_by_number))
+    try:
+        _check(fleet, asked, found)
+        fleet.write(asked)
+        config = instance_config(engine_args, "attached", KvTransferSettings())
+        key = fleet.key()
+        settings = KvTransferSettings(terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE)
+        content = Content("", shared, settings, terms.log_stats, terms.own_log_level, terms.orphan_timeout_s)
+        source = KeptSource(
+            keepers,
+            found,
+            content,
+            key,
+            Terms(config, ClusterKey.of(key), terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE),
+            {},
+        )
+        first = tuple(str(number) for number in range(terms.n_instances))
+        yield FleetEngines(fleet, keepers, found, source, tuple(dict.fromkeys([*first, *found])))
+    finally:
+        await keepers.leave()
+
+
+def _check(fleet: Fleet, asked: Record, found: tuple[InstanceId, ...]) -> None:
+    """Raises ConfigError if engines live that were started with something else."""
+    runs = fleet.record()
+    if not found or runs is None:
+        return
+    if differences := runs.differences(asked):
+        raise ConfigError(
+            f"{_counted(len(found))} of {fleet.name} run with other options: {'; '.join(differences)}",
+            option=OPTION,
+            fix=f"use theirs, or end them first: cascadeinfer stop {fleet.name}",
+        )
+
+
+def _by_number(instance_id: InstanceId) -> tuple[int, str]:
+    return (int(instance_id), "") if instance_id.isdecimal() else (1 << 30, instance_id)

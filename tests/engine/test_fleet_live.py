@@ -1,0 +1,183 @@
+"""
+A fleet: engines that outlive their servers. Real engines, started as an operator starts them, on this machine.
+
+The tests build on each other's fleet, in this order.
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from http import HTTPStatus
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from server_process import API_KEY, NO_TLS, ServerProcess
+from test_standing_live import completion, moved, n_there
+
+from cascadeinfer.cluster.runtime_folder import SOCKETS_VARIABLE
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+FLEET = f"test-{secrets.token_hex(3)}"
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""An engine without a worker of its own: one import of vLLM less in each start."""
+STOP_DEADLINE_S = 240.0
+READY_DEADLINE_S = 600.0
+"""A server and its two engines import vLLM, each for itself."""
+
+
+class Fleet:
+    """The fleet of this module, and its servers, one after another."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        """Nothing is started yet."""
+        self.model = model
+        self.folder = folder
+        self.environment = {**ONE_PROCESS, SOCKETS_VARIABLE: str(folder)}
+        self.logs: list[Path] = []
+        self.engines: list[psutil.Process] = []
+
+    def server(self, *words: str) -> ServerProcess:
+        """A server of it, not started yet."""
+        log = self.folder / f"server-{len(self.logs)}.log"
+        self.logs.append(log)
+        return ServerProcess(self.model, log, "--fleet", FLEET, *words, environment=self.environment)
+
+    def stop(self) -> "subprocess.CompletedProcess[str]":
+        """`cascadeinfer stop`."""
+        return subprocess.run(
+            [str(Path(sys.executable).parent / "cascadeinfer"), "stop", FLEET],
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            timeout=STOP_DEADLINE_S,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny_model: Path) -> Iterator[Fleet]:
+    """None of its engines is left at the end."""
+    with tempfile.TemporaryDirectory(prefix="cf") as folder:
+        fleet = Fleet(tiny_model, Path(folder))
+        yield fleet
+        fleet.stop()
+
+
+@pytest.fixture(scope="module")
+def first(fleet: Fleet) -> Iterator[ServerProcess]:
+    """The server that starts the engines; killed by one of the tests."""
+    with fleet.server() as server:
+        wait_until_ready(server)
+        yield server
+
+
+def wait_until_ready(server: ServerProcess) -> None:
+    """Both instances take requests."""
+    server.poll(lambda: len(server.get("/health/ready").json()["instances"]) == 2, "ready", READY_DEADLINE_S)
+
+
+def pids(server: ServerProcess) -> list[int]:
+    """Of the engines, by instance."""
+    return [instance["pid"] for instance in sorted(server.admin()["instances"], key=lambda each: each["id"])]
+
+
+def text_of(server: ServerProcess, n_tokens: int) -> str:
+    """What it answers."""
+    answer = server.post("/v1/completions", completion(n_tokens))
+    assert answer.status_code == HTTPStatus.OK, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+def test_a_second_server_is_refused(fleet: Fleet, first: ServerProcess) -> None:
+    """One line, exit code 2."""
+    with fleet.server() as second:
+        assert second.wait_ended(READY_DEADLINE_S) == 2
+        assert f"the server with process id {first.pid} uses {FLEET} already" in second.log_tail(1)
+
+
+def test_a_killed_server_costs_no_engine(fleet: Fleet, first: ServerProcess) -> None:
+    """
+    `kill -9` in the middle of requests: the engines abort them and go on, and one that stood by serves in its place,
+    with the same engines, the same text and moves as before. It has started none, so other options are refused.
+    """
+    text, engines = text_of(first, 120), pids(first)
+    assert moved(first) == 1
+    with fleet.server("--standby") as standby:
+        standby.wait_until(lambda: "waits for the end" in standby.log_tail(), "waiting", READY_DEADLINE_S)
+
+        def ask() -> None:
+            try:
+                first.post("/v1/completions", completion(900))
+            except httpx.TransportError:
+                return  # its server is killed
+
+        asking = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
+        for thread in asking:
+            thread.start()
+        first.poll(lambda: n_there(first) == len(asking), "three requests")
+        first.send_signal(signal.SIGKILL)
+        first.wait_ended(STOP_DEADLINE_S)
+        for thread in asking:
+            thread.join()
+
+        wait_until_ready(standby)
+        assert pids(standby) == engines
+        standby.poll(lambda: n_there(standby) == 0, "nothing runs")
+        assert text_of(standby, 120) == text
+        assert moved(standby) == 1
+        standby.poll(standby.idle, "nothing held")
+    assert standby.exit_code == 0
+    assert all(psutil.pid_exists(pid) for pid in engines)
+
+    with fleet.server("--max-model-len", "512") as other:
+        assert other.wait_ended(READY_DEADLINE_S) == 2
+        assert "2 engines of" in other.log_tail(1)
+        assert "--max-model-len is 1024, not 512" in other.log_tail(1)
+    assert all(psutil.pid_exists(pid) for pid in engines)
+
+
+def test_a_dead_engine_is_started_again_and_stop_ends_all(fleet: Fleet) -> None:
+    """
+    The next server finds them alive; one that dies under a request is started anew, and the client gets the whole text.
+    `cascadeinfer stop` drains the server and leaves nothing running.
+    """
+    with fleet.server() as server:
+        wait_until_ready(server)
+        assert "2 engines found alive" in server.log.read_text()
+        before = pids(server)
+        expected = text_of(server, 600)
+        body, headers = completion(600, stream=True), {"Authorization": f"Bearer {API_KEY}"}
+        text = ""
+        with httpx.stream(
+            "POST", server.url + "/v1/completions", json=body, headers=headers, timeout=300, **NO_TLS
+        ) as answer:
+            for number, line in enumerate(line for line in answer.iter_lines() if line.startswith("data: {")):
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+                if number == 100:
+                    os.kill(before[1], signal.SIGKILL)
+        assert text == expected
+        server.poll(lambda: len(server.get("/health/ready").json()["instances"]) == 2, "both again", READY_DEADLINE_S)
+        after = pids(server)
+        assert after[0] == before[0]
+        assert after[1] != before[1]
+        assert text_of(server, 120) == text_of(server, 120)
+
+        keepers = [psutil.Process(pid).parent() for pid in after]
+        ended = fleet.stop()
+        assert ended.returncode == 0, ended.stderr
+        assert "2 engines stopped" in ended.stdout
+        assert server.wait_ended(STOP_DEADLINE_S) == 0
+    assert not any(psutil.pid_exists(pid) for pid in after)
+    assert not any(keeper is not None and keeper.is_running() for keeper in keepers)
+    again = fleet.stop()
+    assert again.returncode == 2
+    assert f"there is no fleet {FLEET}" in again.stderr

@@ -1,0 +1,214 @@
+"""An engine that a keeper keeps, as a front end has it: found or started, attached to, left or ended."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from test_standing import KEY, LEASE_S, ScriptedCore, core, plain_models, until  # noqa: F401 - fixtures
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from cascadeinfer.cluster.addresses import EngineAddress
+from cascadeinfer.cluster.keeping import EngineOrder
+from cascadeinfer.core.errors import EngineError
+from cascadeinfer.engines.protocol import EngineDied
+from cascadeinfer.engines.vllm.configuration import KvTransferSettings
+from cascadeinfer.engines.vllm.instance import VllmInstance
+from cascadeinfer.engines.vllm.kept import KeptCore, KeptSource, Phase
+from cascadeinfer.engines.vllm.kept_order import MODULE, Content
+from cascadeinfer.engines.vllm.standing import Terms
+
+ORDER = EngineOrder(MODULE, b"", "k" * 40)
+
+
+class ScriptedKeepers:
+    """
+    Keepers of one engine, which is at an address.
+
+    Attributes:
+        did: What they were told, in order.
+        is_alive: Whether the engine lives.
+    """
+
+    def __init__(self, address: EngineAddress, *, is_alive: bool) -> None:
+        """Nothing was told yet."""
+        self.did: list[str] = []
+        self.is_alive = is_alive
+        self._address = address
+        self.has_ended = asyncio.Event()
+
+    def lives(self, _: str) -> bool:
+        """See Keepers."""
+        return self.is_alive
+
+    def place(self, instance_id: str) -> None:
+        """See Keepers."""
+        self.did.append(f"place {instance_id}")
+
+    def release(self, instance_id: str) -> None:
+        """See Keepers."""
+        self.did.append(f"release {instance_id}")
+
+    async def start(self, _: str, order: EngineOrder) -> None:
+        """See Keepers."""
+        assert order.module == MODULE
+        self.did.append("start")
+        self.is_alive = True
+
+    async def ready(self, instance_id: str) -> EngineAddress:
+        """See Keepers."""
+        if not self.is_alive:
+            raise EngineError("its process ended", instance_id=instance_id)
+        return self._address
+
+    async def ended(self, _: str) -> str:
+        """See Keepers."""
+        await self.has_ended.wait()
+        return "its process was killed"
+
+    def kill(self, _: str) -> None:
+        """See Keepers."""
+        self.did.append("kill")
+        self.is_alive = False
+        self.has_ended.set()
+
+    async def stop(self, _: str, timeout_s: float) -> None:
+        """See Keepers."""
+        self.did.append(f"stop {timeout_s:g}")
+        self.is_alive = False
+
+
+class Server:
+    """What makes cores in these tests."""
+
+    def __init__(self, keepers: ScriptedKeepers, address: EngineAddress) -> None:
+        """It starts."""
+        config: Any = SimpleNamespace(cache_config=SimpleNamespace(), model_config=None)
+        self.phase = Phase.STARTS
+        self.keepers = keepers
+        self.terms = Terms(config, KEY, LEASE_S, 4)
+        self.made: list[VllmInstance] = []
+        self.address = address
+
+    def engine(self, *, was_found: bool) -> VllmInstance:
+        """One life."""
+        keepers: Any = self.keepers
+        made = KeptCore("0", 0, keepers, ORDER, self.terms, was_found=was_found, phase=lambda: self.phase)
+        self.made.append(VllmInstance(made))
+        return self.made[-1]
+
+
+@pytest_asyncio.fixture
+async def server(core: ScriptedCore) -> AsyncIterator[Server]:  # noqa: F811 - the fixture
+    """With an engine that does not live yet."""
+    server = Server(ScriptedKeepers(core.address, is_alive=False), core.address)
+    yield server
+    for engine in server.made:
+        await engine.stop(0.0)
+
+
+async def test_it_is_started_only_if_it_does_not_live(server: Server) -> None:
+    """One that is found is attached to."""
+    await server.engine(was_found=False).start()
+    assert server.keepers.did == ["start"]
+    await server.engine(was_found=True).start()
+    assert server.keepers.did == ["start"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "was_found", "goes_on"),
+    [
+        (Phase.STARTS, True, True),
+        (Phase.STARTS, False, False),
+        (Phase.SERVES, True, False),
+        (Phase.SERVES, False, False),
+        (Phase.ENDS, True, True),
+        (Phase.ENDS, False, True),
+    ],
+)
+async def test_whose_end_it_is(server: Server, phase: Phase, was_found: bool, goes_on: bool) -> None:
+    """A failed start ends what it has begun, an instance's end ends its engine, a server's end does not."""
+    server.keepers.is_alive = was_found
+    engine = server.engine(was_found=was_found)
+    await engine.start()
+    server.phase = phase
+    await engine.stop(3.0)
+    await engine.stop(3.0)
+    assert ("stop 3" in server.keepers.did) == (not goes_on)
+    assert server.keepers.did.count("stop 3") <= 1
+
+
+@pytest.mark.parametrize(("was_found", "goes_on"), [(True, True), (False, False)])
+async def test_a_server_that_ends_before_it_is_attached(server: Server, was_found: bool, goes_on: bool) -> None:
+    """What it has begun to start ends with it."""
+    server.keepers.is_alive = was_found
+    server.phase = Phase.ENDS
+    await server.engine(was_found=was_found).stop(3.0)
+    assert ("stop 3" in server.keepers.did) == (not goes_on)
+
+
+async def test_a_lost_connection_ends_no_engine(server: Server, core: ScriptedCore) -> None:  # noqa: F811 - the fixture
+    """As when this process was suspended for long: the next life attaches to the same engine."""
+    engine = server.engine(was_found=False)
+    await engine.start()
+    server.phase = Phase.SERVES
+    for number in list(core.clients._clients):
+        core.clients.detach(number)
+    await until(lambda: engine.pid is None)
+    with pytest.raises(EngineDied):
+        await engine.next_outputs()
+    await engine.stop(3.0)
+    assert server.keepers.did == ["start"]
+    again = server.engine(was_found=False)
+    await again.start()
+    assert server.keepers.did == ["start"]
+
+
+async def test_a_dead_engine_is_told(server: Server) -> None:
+    """By its keeper, before the connection says anything."""
+    engine = server.engine(was_found=False)
+    await engine.start()
+    server.phase = Phase.SERVES
+    server.keepers.is_alive = False
+    server.keepers.has_ended.set()
+    with pytest.raises(EngineDied):
+        await engine.next_outputs()
+    await engine.stop(3.0)
+    assert server.keepers.did == ["start", "stop 3"]
+
+
+async def test_one_that_hangs_is_killed(server: Server) -> None:
+    """Also when the server ends: it is of no use to the next one."""
+    engine = server.engine(was_found=True)
+    server.keepers.is_alive = True
+    await engine.start()
+    server.phase = Phase.ENDS
+    engine.kill()
+    await engine.stop(3.0)
+    assert server.keepers.did == ["kill", "stop 3"]
+
+
+async def test_a_source_of_them(server: Server) -> None:
+    """Each instance has a place and an order of its own; one that is gone for good leaves nothing."""
+    keepers: Any = server.keepers
+    content = Content("", AsyncEngineArgs(model="m"), KvTransferSettings(7), True, "INFO", 600.0)
+    source = KeptSource(keepers, ["0"], content, "k" * 40, server.terms, {"A": "b"})
+    make = source.place("0")
+    server.keepers.is_alive = True
+    first, second = make(0), make(1)
+    server.made += [first, second]
+    assert first.index == 0
+    await first.stop(0.0)  # the server starts, and has found it
+    assert "stop 0" not in server.keepers.did
+    await second.stop(0.0)
+    assert "stop 0" in server.keepers.did
+    source.release("0")
+    assert server.keepers.did[-2:] == ["kill", "release 0"]
+
+
+def test_what_travels_arrives() -> None:
+    """The engine's machine gets what the operator has said."""
+    content = Content("3", AsyncEngineArgs(model="m", max_model_len=512), KvTransferSettings(7), False, "DEBUG", 0.0)
+    assert Content.unpacked(content.packed()) == content
