@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -19,7 +20,7 @@ from cascadeinfer.results.output_files import check_output
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from rich.table import Table
+    from rich.text import Text
 
     from cascadeinfer.doctor.examining import Examination
     from cascadeinfer.doctor.verdicts import Check, Verdict
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 EXIT_FAULT: Final = 1
 EXIT_INTERRUPTED: Final = 130
 NAME_COLUMNS: Final = 18
-VERDICT_COLUMNS: Final = 8
+VERDICT_COLUMNS: Final = 9
+FEWEST_COLUMNS: Final = 40
+"""For what was found; a narrower terminal wraps by itself."""
 STYLES: Final = {"ok": "green", "warning": "yellow", "fault": "bold red", "not applicable": "dim"}
 SHORT: Final = {"not applicable": "-"}
 
@@ -69,13 +72,15 @@ def doctor(
     )
     if json_file is not None:
         check_output(json_file, "--json")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is stopped
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is stopped
     try:
         with tempfile.TemporaryDirectory(prefix="cascadeinfer-doctor-") as folder:
             code = _run(Examination(wishes, Path(folder), dict(os.environ)), json_file)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; nothing is left running\n")
         code = EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     raise typer.Exit(code)
 
 
@@ -117,29 +122,34 @@ def _run(examination: "Examination", json_file: Path | None) -> int:
             found[section.title] = []
             for check in section.checks:
                 found[section.title].append(check)
-                out.print(line_of(check))
+                out.print(line_of(check, out.width), soft_wrap=True)
     counts = counted(check for some in found.values() for check in some)
     out.print(f"\n{summary(counts)}", highlight=False, markup=False)
     if json_file is not None:
-        write_report(json_file, report_of(found, examination.gathered, sys.argv), examination.environment)
+        write_report(
+            json_file, report_of(found, examination.gathered, ["cascadeinfer", *sys.argv[1:]]), examination.environment
+        )
         out.print(f"report: {json_file}; attach it to an issue", highlight=False, markup=False)
     return EXIT_FAULT if counts[Verdict.FAULT] else 0
 
 
-def line_of(check: "Check") -> "Table":
-    """A check as the terminal shows it: verdict, name, what was found, and below it the fix."""
-    from rich.table import Table
+def line_of(check: "Check", columns: int) -> "Text":
+    """
+    A check as the terminal shows it: verdict, name, what was found, and below it the fix.
+
+    Args:
+        check: The check.
+        columns: Width of the terminal.
+    """
     from rich.text import Text
 
-    row = Table.grid(padding=(0, 1))
-    for width in (1, VERDICT_COLUMNS, NAME_COLUMNS):
-        row.add_column(width=width)
-    row.add_column()
     verdict = str(check.verdict)
-    row.add_row("", Text(SHORT.get(verdict, verdict), STYLES[verdict]), Text(check.name), Text(check.found))
-    if check.fix:
-        row.add_row("", "", "", Text(f"fix: {check.fix}"))
-    return row
+    line = Text("  ").append(f"{SHORT.get(verdict, verdict):<{VERDICT_COLUMNS}}", STYLES[verdict])
+    line.append(f"{check.name:<{NAME_COLUMNS}} ")
+    width = max(FEWEST_COLUMNS, columns - len(line))
+    texts = [check.found, *([f"fix: {check.fix}"] if check.fix else [])]
+    rows = [row for text in texts for row in wrap(text, width, break_on_hyphens=False, break_long_words=False)]
+    return line.append(("\n" + " " * len(line)).join(rows))
 
 
 def summary(counts: "Mapping[Verdict, int]") -> str:

@@ -27,7 +27,7 @@ def backend_checks(backend: Backend, devices: Devices | None) -> list[Check]:
     capability = devices.devices[0].capability if devices is not None and devices.devices else ""
     note = note_of(backend.name, capability)
     if note is None:
-        return [ok(name, f"{backend.name}; nothing is known of its splits, so measure: {PROFILE}")]
+        return [ok(name, f"{backend.name}; nothing is known of its splits: {PROFILE}")]
     found = f"{note.title}. Decoding: {note.decoding}. Beside prompts: {note.beside_prompts}. So {note.gains}"
     return [ok(name, found)]
 

@@ -68,7 +68,7 @@ def _settings(machine: Machine, *, on_gpu: bool) -> Check:
     if on_gpu and allowed.startswith("^") and "cuda" in allowed:
         return fault(name, f"UCX_TLS={allowed} rules cuda out: KV blocks cannot leave a GPU", "unset UCX_TLS")
     told = ", ".join(f"{key}={value}" for key, value in sorted(said.items()) if key.startswith("UCX_"))
-    return ok(name, told or "none, so UCX chooses")
+    return ok(name, told or "none in the environment")
 
 
 def carrier_checks(carriers: Carriers, *, on_gpu: bool) -> list[Check]:
