@@ -196,7 +196,7 @@ class Move(_Fact, frozen=True):
         refusal: Why the request was not cut; empty if it was.
         tokens: Of the text.
         differs_at: Index of the first token that is another one; None if the texts are the same.
-        gap_s: Mean time between its tokens before the move.
+        gap_s: Mean time between its tokens without a move.
         pause_s: From the source's last token to the target's first.
     """
 

@@ -46,5 +46,5 @@ def _mixed(name: str, one: Mixed) -> Check:
     if one.error:
         return warning(name, f"{one.what} could not be timed: {one.error}", PROFILE)
     beside = f" beside {one.prompt_tokens} prompt tokens" if one.prompt_tokens else ""
-    told = f"{one.what}, {one.batch}{beside}: {one.ratio:.2f} times the time of equal lengths"
+    told = f"{one.what}, {one.batch}{beside}: {one.ratio:.2f} times as long as equal lengths (medians of {one.samples})"
     return ok(name, f"{told}; stages spare that" if one.ratio >= COSTLY else told)
