@@ -114,6 +114,19 @@ raise OSError("[Errno 24] Too many open files")
     assert "ulimit -n" in check.fix
 
 
+def test_what_ucx_says_does_not_hide_the_reason(tmp_path: Path) -> None:
+    """It prints hundreds of lines; its warnings stay."""
+    program = """
+print("[1.5] [vm:1 :0]  a.c:1  UCX  WARN  something is slow")
+for _ in range(500):
+    print("[1.5] [vm:1 :0]   | 0..inf | zero-copy | cma/memory |")
+    print("[1.5] [vm:1 :0]  ucp_worker.c:1997 UCX  INFO    a7 self cfg#0 rma_am(tcp/lo)")
+raise SystemExit(3)
+"""
+    found = run(tmp_path, program)
+    assert (found.code, found.output) == (3, "[1.5] [vm:1 :0]  a.c:1  UCX  WARN  something is slow")
+
+
 def test_a_part_that_is_killed_is_reported_with_the_signal(tmp_path: Path) -> None:
     """As the kernel does when memory runs out."""
     (check,) = failure_checks(run(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
@@ -163,6 +176,13 @@ def test_the_reason_is_the_last_error_that_is_named() -> None:
     text = "Traceback\n  File x\n(EngineCore pid=1) ValueError: first\na.b.EngineError: instance 0: died\nstopping\n"
     assert reason_in(text) == "EngineError: instance 0: died"
     assert reason_in("a\nb\n\n") == "b"
+    text = (
+        "(EngineCore pid=7) ERROR 11-30 02:44:40 [core.py:1068] ValueError: Free memory on device cuda:0 is less\n"
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n"
+        "cascadeinfer.core.errors.EngineError: instance 0: did not start: Engine core initialization failed.\n"
+    )
+    assert reason_in(text) == "ValueError: Free memory on device cuda:0 is less"
+    assert reason_in(text.split("\n", 1)[1]).startswith("EngineError: instance 0: did not start")
     assert reason_in("") == "it said nothing"
 
 

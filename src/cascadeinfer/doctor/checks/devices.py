@@ -22,6 +22,8 @@ def _driver(devices: Devices) -> Check:
     name = "driver"
     if devices.driver_error:
         fix = "in a container: docker run --gpus all (NVIDIA Container Toolkit); else install NVIDIA's driver"
+        if devices.torch and not devices.cuda:
+            return warning(name, f"{devices.driver_error}; torch is built for processors", fix)
         return fault(name, devices.driver_error, fix)
     if not devices.driver:
         return not_applicable(name, "no NVIDIA GPU")

@@ -42,7 +42,11 @@ SIGNALS: Final = {
     signal.SIGBUS: "make room in /dev/shm; docker run --shm-size 8g",
     signal.SIGSEGV: ISSUE,
 }
-REASON: Final = re.compile(r"^(?:\([^)]*\) )?(?:[\w.]+\.)?(\w*(?:Error|Exception|Exit|Interrupt)\b.*)$")
+PREFIX: Final = r"(?:\([^)]*\) )?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] )?"
+"""Of a process and of vLLM's logger, before a line of a traceback."""
+REASON: Final = re.compile(PREFIX + r"(?:\w+\.)*(\w*(?:Error|Exception|Exit|Interrupt)\b.*)")
+ELSEWHERE: Final = ("root cause above", "did not start")
+"""In errors that only repeat that there was one."""
 REASON_CHARACTERS: Final = 300
 
 
@@ -69,7 +73,8 @@ def _failed(name: str, gathered: Gathered, meanwhile: str) -> Check:
 
 
 def reason_in(output: str) -> str:
-    """The last line that names an error; or the last line."""
+    """The last line that names an error and not another one's consequence; or the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [found.group(1) for line in lines if (found := REASON.match(line))]
-    return (named or lines or ["it said nothing"])[-1][:REASON_CHARACTERS]
+    named = [found.group(1) for line in lines if (found := REASON.fullmatch(line))]
+    causes = [text for text in named if not any(said in text for said in ELSEWHERE)]
+    return (causes or named or lines or ["it said nothing"])[-1][:REASON_CHARACTERS]

@@ -15,6 +15,8 @@ FREE_MEMORY_LOW_BYTES: Final = 6 * GIB
 SHARED_MEMORY_MIN_BYTES: Final = 128 * 2**20
 """Containers get 64 MiB by default; vLLM's queues between the processes of one instance take more than that."""
 SHARED_MEMORY_LOW_BYTES: Final = GIB
+LOCKED_MEMORY_MIN_BYTES: Final = GIB
+"""Fewer KV blocks than any real instance has."""
 OPEN_FILES_MIN: Final = 1024
 OPEN_FILES_WANTED: Final = 65_535
 """What the server asks for (`frontend/listening.py`)."""
@@ -101,7 +103,8 @@ def _locked_memory(machine: Machine) -> Check:
     if limit is None:
         return ok(name, "no limit")
     found = f"at most {limit / 2**20:.0f} MiB: RDMA registers all KV blocks"
-    return fault(name, found, "ulimit -l unlimited; LimitMEMLOCK=infinity (systemd), --ulimit memlock=-1 (docker)")
+    fix = "ulimit -l unlimited; LimitMEMLOCK=infinity (systemd), --ulimit memlock=-1 (docker)"
+    return fault(name, found, fix) if limit < LOCKED_MEMORY_MIN_BYTES else warning(name, found, fix)
 
 
 def _folder(machine: Machine) -> Check:

@@ -5,6 +5,7 @@ Whatever the part does (hangs, is killed for its memory, crashes in a library), 
 it is left running.
 """
 
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,10 @@ PROGRAM: Final = ("-P", "-c", "from cascadeinfer.doctor.gathering.parts import m
 """`-P`: a file in the working folder must not stand for a package."""
 STOP_TIMEOUT_S: Final = 20.0
 """Time for a part to stop its instances; what is left then is killed."""
-TAIL_LINES: Final = 40
+TAIL_LINES: Final = 200
+"""Of a part that failed: vLLM names the cause well before the end."""
+TOLD_BY_UCX: Final = re.compile(r"^\[[\d.]+\] \[[^]]*\]\s+(?:[|+]|.*\bUCX  INFO\b)")
+"""What UCX was asked to say of itself, which would push the reason of a failure out."""
 LOG: Final = "LOG"
 
 
@@ -72,5 +76,11 @@ def gather(
         code,
         round(time.monotonic() - begun_s, 1),
         limit_s,
-        "" if end is End.DONE else process.log_tail(TAIL_LINES),
+        "" if end is End.DONE else _end_of(log),
     )
+
+
+def _end_of(log: Path) -> str:
+    """The end of a part's output."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([line for line in lines if not TOLD_BY_UCX.match(line)][-TAIL_LINES:])
