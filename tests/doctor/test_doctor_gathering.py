@@ -279,7 +279,10 @@ def test_ctrl_c_ends_the_command_and_its_part() -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 130
-        assert errors == "interrupted; nothing is left running\n"
+        assert errors.splitlines() == [
+            "stopping what was started (once more: at once)",
+            "interrupted; nothing is left running",
+        ]
     deadline_s = time.monotonic() + PATIENCE_S
     while any(runs(child.pid) for child in family):
         assert time.monotonic() < deadline_s

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
@@ -72,7 +72,7 @@ def doctor(
     )
     if json_file is not None:
         check_output(json_file, "--json")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is stopped
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with tempfile.TemporaryDirectory(prefix="cascadeinfer-doctor-") as folder:
             code = _run(Examination(wishes, Path(folder), dict(os.environ)), json_file)
@@ -80,8 +80,15 @@ def doctor(
         sys.stderr.write("interrupted; nothing is left running\n")
         code = EXIT_INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     raise typer.Exit(code)
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    """End what was started, which takes some seconds; a second signal kills it."""
+    sys.stderr.write("stopping what was started (once more: at once)\n")
+    raise KeyboardInterrupt
 
 
 def _engines(engines: str | None, cluster_key: Path | None) -> tuple[str, ...]:
