@@ -22,6 +22,7 @@ from cascadeinfer.core.migration import ROOM_SLACK_TOKENS
 from cascadeinfer.doctor.facts import Carriers, Mixed, Move, Started
 from cascadeinfer.doctor.gathering.notes import Notes
 from cascadeinfer.doctor.gathering.ucx_log import transports_in
+from cascadeinfer.doctor.texts import first_difference
 from cascadeinfer.engines.models.tiny import make_tiny_llama
 from cascadeinfer.engines.protocol import Resume
 from cascadeinfer.profiling.grid import BatchKind
@@ -156,13 +157,6 @@ async def _resumed(target: Meter, name: str, prompt: list[int], before: Progress
     request = subject.make_request(name, prompt, OUTPUT_TOKENS)
     await subject.engine.add(f"{name}-moved", request, Resume(list(before.token_ids), before.ticket, name))
     return after
-
-
-def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Index of the first token that differs; None if the texts are the same."""
-    if list(one) == list(other):
-        return None
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 async def mixed_steps(meter: Meter, pair: Pair) -> Mixed:
