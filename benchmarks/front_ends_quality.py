@@ -5,7 +5,8 @@ What it costs that several front-end processes decide, each for its own requests
         [--front-ends 1,2,4] [--seeds 3] [--requests 4000] [--policies cascade]
 
 Every number of processes gets the same requests at the same times. The figures are ratios to one process, per seed,
-with their geometric mean: mean normalised latency, TTFT p99, end-to-end p99, moves. `evaluation/front_ends.py` says what is simulated.
+with their geometric mean: mean normalised latency, TTFT p99, end-to-end p99, moves. `evaluation/front_ends.py` says
+what is simulated.
 """
 
 import argparse

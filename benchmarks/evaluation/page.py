@@ -8,7 +8,6 @@ from typing import Final
 
 from cells import CONTEXT_TOKENS, FEWEST_REQUESTS, MOST_REQUESTS, SECONDS, Figures, Results
 from compare import Field, Point, best_of, geometric, mean, pooled_error, rate_within, ratios
-from figures import over_load
 from grid import (
     ABLATION_LOADS,
     ABLATION_TRACES,
@@ -27,6 +26,8 @@ from grid import (
     cells,
 )
 from tuned import tuned_section
+
+from figures import over_load
 
 MARKER: Final = re.compile(r"<!-- tables -->.*<!-- end of tables -->", re.DOTALL)
 TUNED_MARKER: Final = re.compile(r"<!-- tuned -->.*<!-- end of tuned -->", re.DOTALL)

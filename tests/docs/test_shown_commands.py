@@ -47,6 +47,12 @@ NOT_RUN = {
         "measures for five minutes; its options are parsed", "profiling/test_profiler.py"
     ),
     r"cascadeinfer replay out/live\.jsonl": NotRun("reads the log of a live server", "engine/test_event_log_real.py"),
+    r"cascadeinfer doctor --json": NotRun(
+        "starts engines, for minutes on a busy machine", "doctor/test_doctor_cli.py::test_on_this_machine"
+    ),
+    r"cascadeinfer doctor --skip-engines": NotRun(
+        "asks engines on other machines", "doctor/test_doctor_doors.py::test_an_engine_answers_and_nobody_does_not"
+    ),
     r"cascadeinfer top ": NotRun("needs a live server", "cli/test_top_cli.py"),
     r"curl .*admin/instances": NotRun("needs a live server", "engine/test_http.py::test_an_instance_is_replaced"),
     r"curl -N .*chat/completions": NotRun(

@@ -14,13 +14,13 @@ torch = pytest.importorskip("torch")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "gpu_check"))
 
-from attention_calls import Kernel, PagedBatch, Shape, largest_error, plain_torch
 from kernel_times import GRIDS, Grid, agreeing, measure, pairs_of
-from length_batches import FIXED, drawn_pair, equal_lengths, fixed_pairs
 from predictions import DEVICE_NAMES, DEVICES, device_known, kernel_model, predicted
 from row_log import RowLog
 
 from cascadeinfer.core.cost.splitkv import SplitRule
+from cascadeinfer.profiling.kernels.calls import Kernel, PagedBatch, Shape, largest_error, plain_torch
+from cascadeinfer.profiling.kernels.pairs import FIXED, drawn_pair, equal_lengths, fixed_pairs
 from cascadeinfer.workload.trace import Trace
 
 SMALL = Shape(4, 2, 16, head_dim=32)

@@ -11,13 +11,13 @@ import argparse
 import asyncio
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from part_options import options_of
 from row_log import RowLog
 
+from cascadeinfer.doctor.texts import first_difference
 from cascadeinfer.engines.models.tiny import make_tiny_llama
 from cascadeinfer.engines.vllm.plain_request import request_with
 from cascadeinfer.frontend.pins import Pins
@@ -65,13 +65,6 @@ def params(case: str) -> "SamplingParams":
     found = SamplingParams(max_tokens=TOKENS, ignore_eos="stop_token_ids" not in options, **options)
     found.update_from_generation_config({}, 2)
     return found
-
-
-def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Index of the first token that differs; None if the texts are the same."""
-    if list(one) == list(other):
-        return None
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 async def moved(zoo: Zoo, pair: "Pair", case: str, *, recompute: bool) -> tuple[Attempt, int]:

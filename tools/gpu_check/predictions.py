@@ -17,6 +17,7 @@ import numpy as np
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.core.cost.heterogeneity import decode_features, reduce_kernel
 from cascadeinfer.core.cost.splitkv import AttentionKernel, SplitRule, kernel_s
+from cascadeinfer.profiling.kernels.calls import GRAPH_TOKENS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "profiles"))
 
@@ -30,8 +31,6 @@ DEVICE_NAMES: Final = {
     "h20": r"H20", "h20-141gb": r"H20-3e", "l40": r"L40",
 }  # fmt: skip
 """The catalogue's name: how torch calls the device, after NVIDIA."""
-GRAPH_TOKENS: Final = 512
-"""Tokens of a step up to which vLLM passes its bound on FA3's splits: `max_cudagraph_capture_size`."""
 FLASHINFER_BLOCK_SHARE: Final = 14 / 26
 """Rate of one of two thread blocks per SM over that of one alone (`tools/profiles/build_profiles.py`, assumed)."""
 
@@ -72,9 +71,9 @@ def predicted(device: str | None, kernel: str, shape: Any, pair: Any, prompt_tok
 
     Args:
         device: The catalogue's name; None for an unknown one.
-        kernel: Name from `attention_calls.py`.
-        shape: An `attention_calls.Shape`.
-        pair: A `length_batches.Pair`.
+        kernel: Name from `profiling/kernels/calls.py`.
+        shape: A `calls.Shape`.
+        pair: A `pairs.Pair`.
         prompt_tokens: Of the chunk beside the decodes.
 
     Returns:

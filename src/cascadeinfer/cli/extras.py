@@ -11,6 +11,7 @@ from typing import Final
 
 _ENGINE: Final = (
     "fastapi",
+    "flashinfer",
     "gguf",
     "nixl",
     "openai",

@@ -56,6 +56,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "replay": Command(
         "cascadeinfer.cli.replay", "Read an event log: summary, a request's story, the same decisions again?"
     ),
+    "doctor": Command("cascadeinfer.cli.doctor", "Examine this machine and two small instances; what to mend."),
     "top": Command("cascadeinfer.cli.top", "Watch a running server in a terminal."),
     "bench": Command("cascadeinfer.cli.bench", "Replay a trace on a live OpenAI server; compare such runs."),
     "model": Command("cascadeinfer.cli.model", "Prepare models that need no hub."),

@@ -31,11 +31,17 @@ FIRST_ID: Final = 3
 
 @dataclass(slots=True)
 class Progress:
-    """What one request has produced so far."""
+    """
+    What one request has produced so far.
+
+    Attributes:
+        first_token_s, last_token_s: When the first token and the latest one came, on the event loop's clock.
+    """
 
     tokens: int = 0
     ended: bool = False
     first_token_s: float = 0.0
+    last_token_s: float = 0.0
     ticket: KvTicket | None = None
     token_ids: list[int] = field(default_factory=list)
 
@@ -189,6 +195,7 @@ class Meter:
                     if request is None:
                         continue
                     request.first_token_s = request.first_token_s or self.last_output_s
+                    request.last_token_s = self.last_output_s
                     request.tokens += len(delta.new_token_ids)
                     request.token_ids += delta.new_token_ids
                     if delta.finish_reason is not None:

@@ -17,12 +17,13 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from predictions import GRAPH_TOKENS
 
 Call = Callable[[], torch.Tensor]
 TOLERANCE: Final = 2e-2
 """Largest absolute difference from plain torch; outputs are means of unit normal values, rounded to bfloat16."""
 FLASHINFER_WORKSPACE_BYTES: Final = 256 * 2**20
+GRAPH_TOKENS: Final = 512
+"""Tokens of a step up to which vLLM passes its bound on FA3's splits: `max_cudagraph_capture_size`."""
 GRAPH_SPLITS: Final = 32
 """Bound on FA3's splits that vLLM 0.32 passes under full CUDA graphs (`flash_attn_max_num_splits_for_cuda_graph`)."""
 TRITON_SEGMENTS: Final = 16
@@ -121,7 +122,7 @@ def plain_torch(batch: PagedBatch) -> list[Call]:
             out[first:end] = answer[0].transpose(0, 1)
         return out
 
-    return [lambda lists=lists: call(lists) for lists in batch.page_lists]
+    return [partial(call, lists) for lists in batch.page_lists]
 
 
 def flashinfer(batch: PagedBatch, *, tensor_cores: bool) -> list[Call]:
@@ -183,7 +184,7 @@ def flash_attention(batch: PagedBatch, *, version: int, graphs: bool) -> list[Ca
         )  # fmt: skip
         return out
 
-    return [lambda table=table: call(table) for table in batch.tables]
+    return [partial(call, table) for table in batch.tables]
 
 
 def triton_unified(batch: PagedBatch) -> list[Call]:
@@ -194,7 +195,7 @@ def triton_unified(batch: PagedBatch) -> list[Call]:
     threshold = TRITON_GRID // shape.kv_heads
     pieces = (threshold, shape.q_heads, TRITON_SEGMENTS)
     float32 = {"dtype": torch.float32, "device": batch.device}
-    partial = torch.empty((*pieces, shape.head_dim), **float32)
+    output_parts = torch.empty((*pieces, shape.head_dim), **float32)
     largest, sums = torch.empty(pieces, **float32), torch.empty(pieces, **float32)
     one = torch.ones((len(batch.lengths), shape.kv_heads), **float32)
     out = torch.empty_like(batch.q)
@@ -205,12 +206,12 @@ def triton_unified(batch: PagedBatch) -> list[Call]:
             max_seqlen_q=batch.longest_query, seqused_k=batch.kv_lengths, max_seqlen_k=max(batch.lengths),
             softmax_scale=batch.scale, causal=True, window_size=(-1, -1), block_table=table, softcap=0.0,
             q_descale=None, k_descale=one, v_descale=one, seq_threshold_3D=threshold,
-            num_par_softmax_segments=TRITON_SEGMENTS, softmax_segm_output=partial, softmax_segm_max=largest,
+            num_par_softmax_segments=TRITON_SEGMENTS, softmax_segm_output=output_parts, softmax_segm_max=largest,
             softmax_segm_expsum=sums,
         )  # fmt: skip
         return out
 
-    return [lambda table=table: call(table) for table in batch.tables]
+    return [partial(call, table) for table in batch.tables]
 
 
 def kernels_here(device: str) -> list[Kernel]:

@@ -1,0 +1,1 @@
+"""What mixed lengths cost an attention kernel: the kernels by themselves, on batches in pairs."""
