@@ -178,7 +178,7 @@ def _starting(console: Console, server: DemoServer) -> Iterator[Callable[[float]
         nonlocal said_s
         if waited_s - said_s >= PLAIN_PROGRESS_S:
             said_s = waited_s
-            console.print(_start_line(server, waited_s), highlight=False, markup=False)
+            console.print(_start_line(server, waited_s), highlight=False, markup=False, soft_wrap=True)
 
     yield tick
 
