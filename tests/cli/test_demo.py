@@ -1,6 +1,7 @@
 """The demo: what it shows and says about made-up runs, how it treats its server, and one run on real engines."""
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -313,6 +314,18 @@ def test_bad_options_end_before_anything_starts(
 def test_a_repository_is_left_to_the_server() -> None:
     """A name that is no path is passed on unchanged."""
     assert demo._model_of("org/model", Console()) == ("org/model", "org/model")
+
+
+def test_a_log_says_that_the_model_is_being_prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Preparing the embedded model takes a while the first time; a pipe has no spinner, so it gets a line before."""
+    text = io.StringIO()
+
+    def prepare() -> Path:
+        assert text.getvalue().startswith("preparing the embedded model")
+        return tmp_path
+
+    monkeypatch.setattr("cascadeinfer.engines.models.embedded.prepare", prepare)
+    assert demo._model_of(None, Console(file=text))[0] == str(tmp_path)
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:

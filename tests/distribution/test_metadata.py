@@ -18,7 +18,7 @@ INDIRECT = {
     "gguf": "transformers reads the embedded model's file with it",
 }
 """Packages that no source file imports, with their reason."""
-DEVELOPERS = {"dev", "docs"}
+DEVELOPERS = {"clients", "dev", "docs"}
 
 
 def requirement_name(requirement: str) -> str:

@@ -134,6 +134,25 @@ def test_every_route_asks_for_the_key(app: FastAPI) -> None:
         assert opened.status_code == (501 if path in IMPOSSIBLE else 299), (method, path)
 
 
+def test_a_key_may_come_as_anthropic_sends_it() -> None:
+    """`X-Api-Key` opens what `Authorization` would, unless there is an `Authorization`, which then decides."""
+    client = behind([API], [ADMIN])
+
+    def status(path: str, *headers: tuple[str, str]) -> int:
+        return client.post(path, headers=list(headers)).status_code
+
+    messages, admin = "/v1/messages", "/admin/instances"
+    assert status(messages, ("X-Api-Key", API)) == 299
+    assert status(admin, ("X-Api-Key", API)) == 403
+    assert status(admin, ("X-Api-Key", ADMIN)) == 299
+    for wrong in ("wrong", "", f"Bearer {API}"):
+        assert status(messages, ("X-Api-Key", wrong)) == 401
+    assert status(messages, ("X-Api-Key", API), ("X-Api-Key", API)) == 401
+    assert status(messages, ("X-Api-Key", "wrong"), ("Authorization", f"Bearer {API}")) == 299
+    assert status(messages, ("X-Api-Key", API), ("Authorization", "Bearer wrong")) == 401
+    assert status(messages, ("X-Api-Key", API), *[("Authorization", f"Bearer {API}")] * 2) == 401
+
+
 def test_websockets_ask_for_the_key(app: FastAPI) -> None:
     """A websocket without a key is not accepted: its handshake is refused."""
     client = behind([API], [])

@@ -100,12 +100,23 @@ def _stopped_at_the_end(server: DemoServer, console: Console) -> Iterator[None]:
             server.stop()
 
 
+@contextlib.contextmanager
+def _said(console: Console, sentence: str) -> Iterator[None]:
+    """Say what is going on: with a spinner in a terminal, which shows nothing elsewhere, so there as a line."""
+    if console.is_terminal:
+        with console.status(sentence):
+            yield
+        return
+    console.print(sentence, highlight=False)
+    yield
+
+
 def _model_of(model: str | None, console: Console) -> tuple[str, str]:
     """The model's folder or repository, and the name under which it is served."""
     if model is None:
         from cascadeinfer.engines.models import embedded
 
-        with console.status("Preparing the embedded model (SmolLM2-135M-Instruct), once per machine"):
+        with _said(console, "preparing the embedded model (SmolLM2-135M-Instruct), once per machine"):
             return str(embedded.prepare()), embedded.NAME
     path = Path(model).expanduser()
     if not path.is_dir() and (path.exists() or model.startswith((".", "/", "~"))):
@@ -167,7 +178,7 @@ def _starting(console: Console, server: DemoServer) -> Iterator[Callable[[float]
         nonlocal said_s
         if waited_s - said_s >= PLAIN_PROGRESS_S:
             said_s = waited_s
-            console.print(_start_line(server, waited_s), highlight=False, markup=False)
+            console.print(_start_line(server, waited_s), highlight=False, markup=False, soft_wrap=True)
 
     yield tick
 
@@ -239,9 +250,7 @@ async def _check(
     again = ChatState(first.number, first.task, f"again-{first.request_id}")
     sentence = f"sending request {first.number} again, kept on one instance, to compare the text"
     before = await server.text("/metrics")
-    with console.status(sentence) if console.is_terminal else contextlib.nullcontext():
-        if not console.is_terminal:
-            console.print(sentence, highlight=False)
+    with _said(console, sentence):
         sending = asyncio.ensure_future(run_chat(client, server.model_name, again, STAYS))
         try:
             while not sending.done():

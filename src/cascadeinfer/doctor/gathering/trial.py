@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from cascadeinfer.assemble import running_subjects
 from cascadeinfer.core.migration import ROOM_SLACK_TOKENS
 from cascadeinfer.doctor.facts import Carriers, Mixed, Move, Started
 from cascadeinfer.doctor.gathering.notes import Notes
@@ -28,6 +27,7 @@ from cascadeinfer.engines.protocol import Resume
 from cascadeinfer.profiling.grid import BatchKind
 from cascadeinfer.profiling.kernels.pairs import Pair, pair_of
 from cascadeinfer.profiling.measure import Meter, Progress
+from cascadeinfer.profiling.running import running_subjects
 from cascadeinfer.profiling.subject import Subject
 
 MAX_MODEL_TOKENS: Final = 2048

@@ -15,7 +15,7 @@ from typing import Final
 from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cascadeinfer.frontend.door.keys import Keys
+from cascadeinfer.frontend.door.keys import SCHEME, Keys
 from cascadeinfer.frontend.door.routes import IMPOSSIBLE, Access, access_of
 
 ID_CHARACTERS: Final = "[A-Za-z0-9._:@/+=~-]"
@@ -75,7 +75,7 @@ class Door:
             return _bad_request_id(headers)
         path = get_route_path({**scope, "root_path": self._root_path or scope.get("root_path", "")})
         access = access_of(path)
-        if not self._keys.open(access, authorization := _header(headers, b"authorization") or b""):
+        if not self._keys.open(access, authorization := _shown_key(headers)):
             return self._closed(access, authorization)
         if path in IMPOSSIBLE:
             return _Refusal(HTTPStatus.NOT_IMPLEMENTED, f"{path} does not work here: {IMPOSSIBLE[path]}")
@@ -154,6 +154,18 @@ def _header(headers: Headers, wanted: bytes) -> bytes | None:
     """The value of a header that occurs once; a repeated one counts as missing."""
     values = [value for name, value in headers if name.lower() == wanted]
     return values[0] if len(values) == 1 else None
+
+
+def _shown_key(headers: Headers) -> bytes:
+    """
+    The key as the value of an `Authorization` header, which decides where there is one.
+
+    Clients of Anthropic's API may send it as `X-Api-Key` instead.
+    """
+    if any(name.lower() == b"authorization" for name, _ in headers):
+        return _header(headers, b"authorization") or b""
+    key = _header(headers, b"x-api-key")
+    return b"" if key is None else b" ".join((SCHEME, key))
 
 
 async def _dropped() -> None:
