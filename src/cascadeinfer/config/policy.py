@@ -36,6 +36,13 @@ def policy_spec(options: ServeOptions, *, follows: bool = False) -> PolicySpec:
 
 
 def _check_takes(name: str, info: PolicyInfo, options: ServeOptions) -> None:
+    if info.roles is not None:
+        raise ConfigError(
+            f"policy {name} needs engines that can stop a request at its first token and hold it there, which is not "
+            "built: its roles are simulated only",
+            option="--policy",
+            fix=f"use {' or '.join(name for name, other in POLICIES.items() if other.roles is None)}",
+        )
     if options.profile is not None and not info.uses_profile:
         raise ConfigError(
             f"policy {name} needs no profile", option="--profile", fix=_or_use(lambda other: other.uses_profile)
