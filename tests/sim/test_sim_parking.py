@@ -128,7 +128,7 @@ def test_a_refused_push_is_tried_again() -> None:
     )
     result = simulate(TRACE, PdFixed(roles=layout), plain, check=True, observer=seen)
     ended = [event for event in seen.of(MigrationEnded) if isinstance(event, MigrationEnded)]
-    assert [(event.outcome.value, event.detail) for event in ended][0] == ("stayed", "timed_out")
+    assert next((event.outcome.value, event.detail) for event in ended) == ("stayed", "timed_out")
     assert ended[-1].outcome.value == "moved"
     assert result.requests.recomputed_tokens.tolist() == [0]
 

@@ -41,6 +41,20 @@ def plan(
     tpot_slo: options.TpotSlo = 0.1,
     context: options.Context = options.DEFAULT_CONTEXT,
     accept_poor_profile: options.AcceptPoorProfile = False,
+    roles: Annotated[
+        bool,
+        typer.Option(
+            "--roles",
+            help="Also plan prefill stages and chunk budgets (--max-num-batched-tokens). Roles are simulated only.",
+        ),
+    ] = False,
+    max_num_batched_tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--max-num-batched-tokens",
+            help="With --roles: the chunk budgets to choose from. Default: 512,1024,2048,8192 and the profile's.",
+        ),
+    ] = None,
     policy: Annotated[str, typer.Option(help="With --slo: the policy that is simulated.")] = options.SLO_POLICY,
     seeds: Annotated[int, typer.Option(help="With --slo: runs per number of instances.")] = 2,
     duration_s: Annotated[float, typer.Option(help="With --slo: seconds of arrivals per run.")] = 60.0,
@@ -52,6 +66,7 @@ def plan(
 ) -> None:
     """Plan stages for the lengths of a trace at a rate, and say why; with --slo, first find how many instances."""
     from cascadeinfer.cli import plan_capacity
+    from cascadeinfer.cli import plan_roles as role_options
     from cascadeinfer.cli.tables import console
     from cascadeinfer.core.plan.explain import reasons
     from cascadeinfer.evaluation.setting import check_rate
@@ -60,8 +75,12 @@ def plan(
     check_rate(rate)
     percentile = plan_capacity.percentile_of(slo, instances)
     options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
+    role_options.check(roles=roles, budgets=max_num_batched_tokens, slo=slo, plot=plot)
     count = 1 if instances is None else instances
     setting = options.setting_of(profile, trace, count, context, goal, margin, accept_poor_profile)
+    if roles:
+        role_options.plan_roles(setting, rate, max_num_batched_tokens, json_file)
+        return
     searched: dict[str, Any] = {}
     if percentile is not None:
         run = plan_capacity.run_of(policy, rate, duration_s, limits, warm_up)

@@ -1,0 +1,392 @@
+"""
+One plan for everything: which instances compute prompts, which decode which lengths, and in chunks of which size.
+
+A plan has stages of three kinds (`StageKind`), each with a range, a number of instances and a chunk budget (the tokens
+of a step), and a threshold: longer prompts are computed in prefill stages, shorter ones where they decode. One mixed
+stage, the cascade, plain prefill/decode splitting and every hybrid are points of this one space. With x the threshold
+and K the instances of prefill stages out of N,
+
+    cost = min over x, K of  prefill(x, K) + push(x) + decode(x, N - K)
+
+where `prefill(x, .)` and `decode(x, .)` are dynamic programs over partitions (`dynamic_program.py`) of tables that are
+made for x (`role_tables.py`), and the cost of a range on k instances is that of its best budget. Without a threshold
+there is no prefill stage, and `decode` is the cascade's program. The search is exact over its candidates (a test
+compares it with exhaustive search); they are two:
+
+1. All thresholds, with one boundary per doubling of length.
+2. The best threshold, and none, with the problem's own boundaries. No local refinement follows.
+
+Of the plans within `stage_tolerance` of the best, the one with the fewest stages is taken; prefill stages only if they
+gain the margin over the best plan without any, because pushes cost more than is modelled. Above `MAX_UNITS` instances,
+units are fractions of them, as for stages, and the rounded plan is improved by moving single instances.
+
+Source: DistServe (arXiv 2401.09670) for prefill instances, Sarathi-Serve (arXiv 2403.02310) for chunk budgets.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascadeinfer.core.cost.histogram import Column
+from cascadeinfer.core.cost.qoe import ServiceInputs, StageService, range_service
+from cascadeinfer.core.errors import PlanError
+from cascadeinfer.core.layout import RoleLayout, Stage, StageKind, StageLayout
+from cascadeinfer.core.plan.dynamic_program import MAX_UNITS, Partitions, stage_costs
+from cascadeinfer.core.plan.planner import solve, whole_instances
+from cascadeinfer.core.plan.problem import PlanProblem
+from cascadeinfer.core.plan.role_tables import decode_table, prefill_table, push_cost
+from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, LengthRange
+
+DEFAULT_BUDGETS: Final = (512, 1024, 2048, 8192)
+"""Chunk budgets that are tried for each stage, in tokens of a step."""
+MAX_PREFILL_STAGES: Final = 3
+_FEW: Final = 0.02
+"""A threshold that leaves a smaller share of the prompt work on either side is not tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushCost:
+    """
+    The pause of a request between its first token, on a prefill instance, and its second one.
+
+    Attributes:
+        pause_s: Besides the transfer: asking for room, starting the pull, waiting for the step in flight.
+        pause_per_token_s: Per token of its prompt.
+    """
+
+    pause_s: float = 0.015
+    pause_per_token_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoleStage:
+    """
+    One stage of a plan with roles.
+
+    Attributes:
+        kind: What it computes.
+        range: Lengths of prompts for a prefill stage, of sequences otherwise.
+        n_instances: Number of instances.
+        budget_tokens: Tokens of a step.
+        service: The model's prediction.
+    """
+
+    kind: StageKind
+    range: LengthRange
+    n_instances: int
+    budget_tokens: int
+    service: StageService
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RolePlan:
+    """
+    Proposed stages with roles and their predictions.
+
+    Attributes:
+        prefill: Prefill stages by prompt length.
+        stages: All other stages by length.
+        cost: Predicted objective.
+        without_prefill_cost: That of the best plan without prefill stages; infinite when there is none.
+        push_cost: Its part that pushes cost.
+        problem: The problem that was solved.
+    """
+
+    prefill: tuple[RoleStage, ...]
+    stages: tuple[RoleStage, ...]
+    cost: float
+    without_prefill_cost: float
+    push_cost: float
+    problem: PlanProblem
+
+    @property
+    def threshold_tokens(self) -> int:
+        """Prompts of at least this length are computed in prefill stages; beyond all lengths without any."""
+        return self.prefill[0].range.lo_tokens if self.prefill else UNBOUNDED_TOKENS
+
+    @property
+    def n_prefill(self) -> int:
+        """Instances of prefill stages."""
+        return sum(stage.n_instances for stage in self.prefill)
+
+    def layout(self, instance_ids: tuple[InstanceId, ...]) -> RoleLayout:
+        """The plan applied to these instances in order of id, prefill stages first."""
+        prefill = [
+            Stage(stage.range, ids) for stage, ids in self.dealt(instance_ids) if stage.kind is StageKind.PREFILL
+        ]
+        rest = [
+            Stage(stage.range, ids) for stage, ids in self.dealt(instance_ids) if stage.kind is not StageKind.PREFILL
+        ]
+        return RoleLayout(StageLayout(tuple(rest)), tuple(prefill))
+
+    def dealt(self, instance_ids: tuple[InstanceId, ...]) -> list[tuple[RoleStage, tuple[InstanceId, ...]]]:
+        """
+        Each stage with its instances.
+
+        Raises:
+            PlanError: Their number is not the plan's.
+        """
+        every = (*self.prefill, *self.stages)
+        if len(instance_ids) != sum(stage.n_instances for stage in every):
+            raise PlanError(f"the plan is not for {len(instance_ids)} instances")
+        left = sorted(instance_ids)
+        found = []
+        for stage in every:
+            found.append((stage, tuple(left[: stage.n_instances])))
+            del left[: stage.n_instances]
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Side:
+    """Partitions of one table over the candidates: costs of the best budget per range, and the program's tables."""
+
+    tables: tuple[ServiceInputs, ...]
+    candidates: NDArray[np.int64]
+    which: NDArray[np.int64]
+    partitions: Partitions
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A point of the search: threshold (number of a candidate, or None), stages and units, and its cost."""
+
+    cost: float
+    threshold: int | None
+    prefill_stages: int
+    prefill_units: int
+    stages: int
+
+
+class RoleSearcher:
+    """The search over candidates of one problem, with one set of boundaries."""
+
+    def __init__(
+        self, problem: PlanProblem, budgets: tuple[int, ...], push: PushCost, *, max_stages: int, max_prefill: int
+    ) -> None:
+        """
+        Args:
+            problem: What to plan for; its own token budget is not used.
+            budgets: Chunk budgets to choose from.
+            push: Cost of a push.
+            max_stages: Maximum number of stages that decode.
+            max_prefill: Maximum number of prefill stages.
+        """
+        self.problem = problem
+        self.candidates = problem.candidates()
+        self.n_units = min(problem.n_instances, MAX_UNITS)
+        self.per_unit = problem.n_instances / self.n_units
+        self.predictions = 0
+        self._push = push
+        self._max_stages = max(1, min(max_stages, self.n_units, len(self.candidates) - 1))
+        self._max_prefill = max_prefill
+        self.budgets = budgets
+        self._inputs = tuple(
+            replace(problem, capacity=problem.capacity.with_token_budget(budget)).inputs for budget in budgets
+        )
+        self._prefill_costs: tuple[NDArray[np.float64], NDArray[np.int64]] | None = None
+
+    def thresholds(self) -> list[int]:
+        """Candidates (their numbers) that leave prompt work on both sides, and 0: all prompts."""
+        work = self.problem.histogram.prefix[Column.PROMPT]
+        below = work[self.candidates] / work[-1]
+        return [0, *(int(n) for n in np.flatnonzero((below > _FEW) & (below < 1.0 - _FEW)) if n)]
+
+    def without_prefill(self) -> _Choice:
+        """The best plan without prefill stages."""
+        side = self.decode_side(None)
+        return min(
+            (
+                _Choice(float(side.partitions.cost(s, self.n_units)), None, 0, 0, s)
+                for s in range(1, self._max_stages + 1)
+            ),
+            key=lambda choice: choice.cost,
+        )
+
+    def choices(self, threshold: int | None) -> list[_Choice]:
+        """The best plan for each number of stages on either side, at one threshold (number of a candidate) or none."""
+        decode = self.decode_side(threshold).partitions
+        if threshold is None:
+            return [_Choice(float(decode.cost(s, self.n_units)), None, 0, 0, s) for s in range(1, self._max_stages + 1)]
+        prefill = self.prefill_side(threshold).partitions
+        push = self.push_cost(threshold)
+        found = []
+        for p in range(1, prefill.max_stages + 1):
+            for s in range(1, self._max_stages + 1):
+                costs = prefill.best[p, -1, 1 : self.n_units] + decode.best[s, -1, self.n_units - 1 : 0 : -1]
+                if len(costs):
+                    k = int(np.argmin(costs))
+                    found.append(_Choice(float(costs[k]) + push, threshold, p, k + 1, s))
+        return found
+
+    def push_cost(self, threshold: int) -> float:
+        """See `role_tables.push_cost`."""
+        push = self._push
+        return push_cost(self._inputs[0].table, int(self.candidates[threshold]), push.pause_s, push.pause_per_token_s)
+
+    def decode_side(self, threshold: int | None) -> _Side:
+        """Stages that decode, and compute the prompts below the threshold."""
+        tables = self._inputs
+        if threshold is not None:
+            edge = int(self.candidates[threshold])
+            tables = tuple(inputs._replace(table=decode_table(inputs.table, edge)) for inputs in tables)
+            if threshold == 0:  # without prompts, the budget makes no difference: the largest leaves most slots
+                tables = (tables[int(np.argmax(self.budgets))],)
+        costs, which = self._costs(tables)
+        return _Side(tables, self.candidates, which, Partitions.of(costs, self._max_stages))
+
+    def prefill_side(self, threshold: int) -> _Side:
+        """Stages for the prompts from the threshold on."""
+        tables = self._prefill_tables()
+        if self._prefill_costs is None:
+            self._prefill_costs = self._costs(tables)
+        costs, which = self._prefill_costs[0][threshold:, threshold:], self._prefill_costs[1][threshold:, threshold:]
+        n = len(self.candidates) - threshold
+        stages = max(1, min(self._max_prefill, n - 1, self.n_units - 1))
+        return _Side(tables, self.candidates[threshold:], which, Partitions.of(np.ascontiguousarray(costs), stages))
+
+    def _prefill_tables(self) -> tuple[ServiceInputs, ...]:
+        return tuple(inputs._replace(table=prefill_table(inputs.table)) for inputs in self._inputs)
+
+    def _costs(self, tables: tuple[ServiceInputs, ...]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The cost of each range on each number of units at its best budget, and which one that is."""
+        best: NDArray[np.float64] | None = None
+        which = np.zeros(0, dtype=np.int64)
+        for number, inputs in enumerate(tables):
+            costs = stage_costs(inputs, self.candidates, self.n_units, self.per_unit)
+            n = len(self.candidates)
+            self.predictions += n * (n - 1) // 2 * self.n_units
+            if best is None:
+                best, which = costs, np.zeros(costs.shape, dtype=np.int64)
+            else:
+                cheaper = costs < best
+                best[cheaper] = costs[cheaper]
+                which[cheaper] = number
+        assert best is not None  # there is a budget
+        return best, which
+
+    def plan(self, choice: _Choice, without_prefill_cost: float) -> RolePlan:
+        """The plan of a choice, in whole instances."""
+        sides: list[tuple[_Side, int, int, bool]] = []
+        if choice.threshold is not None:
+            sides.append((self.prefill_side(choice.threshold), choice.prefill_stages, choice.prefill_units, True))
+        decode = self.decode_side(choice.threshold)
+        sides.append((decode, choice.stages, self.n_units - choice.prefill_units, False))
+        parts: list[tuple[ServiceInputs, int, int, int, bool]] = []
+        for side, stages, units, is_prefill in sides:
+            bounds, placed = side.partitions.trace(stages, units)
+            for a, b, k in zip(bounds[:-1], bounds[1:], placed, strict=True):
+                inputs = side.tables[int(side.which[a, b, k])]
+                parts.append((inputs, int(side.candidates[a]), int(side.candidates[b]), int(k), is_prefill))
+        shares = np.array([part[3] * self.per_unit for part in parts], dtype=np.float64)
+        sizes = whole_instances(shares, self.problem.n_instances)
+        if self.per_unit > 1.0:
+            _improve(parts, sizes)
+        threshold = None if choice.threshold is None else int(self.candidates[choice.threshold])
+        return self._described(parts, sizes, threshold, choice, without_prefill_cost)
+
+    def _described(
+        self,
+        parts: list[tuple[ServiceInputs, int, int, int, bool]],
+        sizes: NDArray[np.int64],
+        threshold_edge: int | None,
+        choice: _Choice,
+        without_prefill_cost: float,
+    ) -> RolePlan:
+        edges = self.problem.histogram.edges_tokens
+        last = len(edges) - 1
+        stages = []
+        for (inputs, low, high, _, is_prefill), size in zip(parts, sizes, strict=True):
+            lengths = LengthRange(int(edges[low]), UNBOUNDED_TOKENS if high == last else int(edges[high]))
+            decodes_only = threshold_edge is not None and low >= threshold_edge
+            kind = StageKind.PREFILL if is_prefill else StageKind.DECODE if decodes_only else StageKind.MIXED
+            service: StageService = range_service(inputs, low, high, float(size))
+            stages.append(RoleStage(kind, lengths, int(size), int(inputs.limits.max_batched_tokens), service))
+        push = 0.0 if choice.threshold is None else self.push_cost(choice.threshold)
+        return RolePlan(
+            tuple(stage for stage in stages if stage.kind is StageKind.PREFILL),
+            tuple(stage for stage in stages if stage.kind is not StageKind.PREFILL),
+            float(sum(stage.service.cost for stage in stages)) + push,
+            without_prefill_cost,
+            push,
+            self.problem,
+        )
+
+
+def solve_roles(
+    problem: PlanProblem,
+    budgets: tuple[int, ...] = DEFAULT_BUDGETS,
+    push: PushCost | None = None,
+    *,
+    split: bool = False,
+) -> RolePlan:
+    """
+    The best plan with roles.
+
+    Args:
+        problem: Workload, rate, instances, objective; its token budget is not used.
+        budgets: Chunk budgets to choose from, at least one.
+        push: Cost of a push.
+        split: Only one prefill stage for all prompts and one stage that decodes (plain prefill/decode splitting).
+
+    Raises:
+        PlanError: Fewer than two instances are to be split, or the demand is above the capacity of every plan.
+    """
+    push = push or PushCost(pause_per_token_s=problem.hand_over.pause_per_token_s)
+    if split and problem.n_instances < 2:
+        raise PlanError("prefill/decode splitting needs at least two instances")
+    if split:
+        searcher = RoleSearcher(problem, budgets, push, max_stages=1, max_prefill=1)
+        best = min(searcher.choices(0), key=lambda choice: choice.cost)
+        if not np.isfinite(best.cost):
+            raise PlanError(f"no prefill/decode ratio carries {problem.rate_per_s:g} requests/s")
+        return searcher.plan(best, np.inf)
+    coarse = RoleSearcher(
+        replace(problem, boundaries_per_octave=1), budgets, push, max_stages=problem.max_stages, max_prefill=1
+    )
+    thresholds = coarse.thresholds() if problem.n_instances > 1 else []
+    tried = {n: min((c.cost for c in coarse.choices(n)), default=np.inf) for n in thresholds}
+    chosen = min(tried, key=lambda n: tried[n], default=None)
+    fine = RoleSearcher(problem, budgets, push, max_stages=problem.max_stages, max_prefill=MAX_PREFILL_STAGES)
+    without = _simplest(fine.choices(None), problem.stage_tolerance)
+    best = without
+    if chosen is not None and np.isfinite(tried[chosen]):
+        edge = coarse.candidates[chosen]
+        near = int(np.argmin(np.abs(fine.candidates - edge)))
+        with_prefill = _simplest(fine.choices(near), problem.stage_tolerance)
+        if problem.objective.gain(without.cost, with_prefill.cost) >= max(problem.margin, 1e-12):
+            best = with_prefill
+    if not np.isfinite(best.cost):
+        solve(problem)  # raises and says what could be served
+        raise PlanError(f"no plan with roles carries {problem.rate_per_s:g} requests/s")
+    return fine.plan(best, without.cost)
+
+
+def _simplest(choices: list[_Choice], tolerance: float) -> _Choice:
+    """Of the choices within the tolerance of the best, that with the fewest stages; of those the cheapest."""
+    least = min(choice.cost for choice in choices)
+    near = [choice for choice in choices if choice.cost <= (1.0 + tolerance) * least]
+    return min(near or choices, key=lambda choice: (choice.prefill_stages + choice.stages, choice.cost))
+
+
+def _improve(parts: list[tuple[ServiceInputs, int, int, int, bool]], sizes: NDArray[np.int64]) -> None:
+    """Move single instances between stages while that helps; in place."""
+
+    def cost(n: int, size: int) -> float:
+        inputs, low, high, _, _ = parts[n]
+        predicted: StageService = range_service(inputs, low, high, float(size))
+        return predicted.cost if np.isfinite(predicted.cost) else 1e30 * (1.0 + 1.0 / size)
+
+    now = [cost(n, int(size)) for n, size in enumerate(sizes)]
+    for _ in range(20):
+        more = [cost(n, int(size) + 1) - now[n] for n, size in enumerate(sizes)]
+        less = [cost(n, int(size) - 1) - now[n] if size > 1 else np.inf for n, size in enumerate(sizes)]
+        taker, giver = int(np.argmin(more)), int(np.argmin(less))
+        if taker == giver or more[taker] + less[giver] >= -1e-12 * abs(sum(now)):
+            return
+        sizes[taker] += 1
+        sizes[giver] -= 1
+        now[taker] += more[taker]
+        now[giver] += less[giver]
