@@ -41,7 +41,7 @@ def _check_takes(name: str, info: PolicyInfo, options: ServeOptions) -> None:
             f"policy {name} needs engines that can stop a request at its first token and hold it there, which is not "
             "built: its roles are simulated only",
             option="--policy",
-            fix=f"use {' or '.join(name for name, other in POLICIES.items() if other.roles is None)}",
+            fix=_or_use(lambda _: True).removeprefix("leave it out, or "),
         )
     if options.profile is not None and not info.uses_profile:
         raise ConfigError(
@@ -77,7 +77,8 @@ def _service_level(options: ServeOptions) -> ServiceLevel | None:
 
 
 def _or_use(fits: Callable[[PolicyInfo], bool]) -> str:
-    return f"leave it out, or use --policy {' or '.join(name for name, info in POLICIES.items() if fits(info))}"
+    served = [name for name, info in POLICIES.items() if info.roles is None and fits(info)]
+    return f"leave it out, or use --policy {' or '.join(served)}"
 
 
 def _circumstances(options: ServeOptions, layout: StageLayout, *, follows: bool) -> Circumstances:

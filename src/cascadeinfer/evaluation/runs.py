@@ -54,6 +54,7 @@ class RunSpec:
         prefix_caching: Whether prompts share blocks according to the trace's prefix hashes.
         max_batched_tokens: Token budget of a step, which bounds the chunks of prompts; None: the profile's, or for a
             policy with roles whatever its plan gives each stage.
+        n_prefill: Instances for prompts of a policy that splits; None: as many as are predicted to be best.
     """
 
     policy: str
@@ -67,6 +68,7 @@ class RunSpec:
     arrivals: ArrivalLaw = field(default_factory=ArrivalLaw)
     prefix_caching: bool = False
     max_batched_tokens: int | None = None
+    n_prefill: int | None = None
 
     @property
     def label(self) -> str:
@@ -152,7 +154,7 @@ def roles_for(setting: Setting, spec: RunSpec) -> RolePlan | None:
     rate_rps = spec.rate_rps
     while True:
         try:
-            return setting.plan_roles(rate_rps, budgets, split=search is RoleSearch.SPLIT)
+            return setting.plan_roles(rate_rps, budgets, split=search is RoleSearch.SPLIT, n_prefill=spec.n_prefill)
         except PlanError:
             if not spec.allow_overload or rate_rps < 0.01 * spec.rate_rps:
                 raise

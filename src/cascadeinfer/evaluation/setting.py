@@ -116,7 +116,9 @@ class Setting:
         """The chunk budgets that a plan with roles chooses from: the usual ones and the profile's."""
         return tuple(sorted({*DEFAULT_BUDGETS, self.profile.capacity.max_batched_tokens}))
 
-    def plan_roles(self, rate_rps: float, budgets: Sequence[int], *, split: bool = False) -> RolePlan:
+    def plan_roles(
+        self, rate_rps: float, budgets: Sequence[int], *, split: bool = False, n_prefill: int | None = None
+    ) -> RolePlan:
         """
         The best plan with roles at this rate.
 
@@ -124,11 +126,12 @@ class Setting:
             rate_rps: Requests per second.
             budgets: Chunk budgets to choose from.
             split: Only plain prefill/decode splitting.
+            n_prefill: With `split`: the instances for prompts; None: the best number.
 
         Raises:
             PlanError: The rate is above the capacity of every such plan.
         """
-        return solve_roles(self.problem(rate_rps), tuple(budgets), split=split)
+        return solve_roles(self.problem(rate_rps), tuple(budgets), split=split, n_prefill=n_prefill)
 
     def notes(self) -> list[str]:
         """Notes on what was left out and cut; empty if nothing was."""

@@ -321,6 +321,7 @@ def solve_roles(
     push: PushCost | None = None,
     *,
     split: bool = False,
+    n_prefill: int | None = None,
 ) -> RolePlan:
     """
     The best plan with roles.
@@ -330,19 +331,14 @@ def solve_roles(
         budgets: Chunk budgets to choose from, at least one.
         push: Cost of a push.
         split: Only one prefill stage for all prompts and one stage that decodes (plain prefill/decode splitting).
+        n_prefill: With `split`: the instances of the prefill stage; None: the best number.
 
     Raises:
         PlanError: Fewer than two instances are to be split, or the demand is above the capacity of every plan.
     """
     push = push or PushCost(pause_per_token_s=problem.hand_over.pause_per_token_s)
-    if split and problem.n_instances < 2:
-        raise PlanError("prefill/decode splitting needs at least two instances")
     if split:
-        searcher = RoleSearcher(problem, budgets, push, max_stages=1, max_prefill=1)
-        best = min(searcher.choices(0), key=lambda choice: choice.cost)
-        if not np.isfinite(best.cost):
-            raise PlanError(f"no prefill/decode ratio carries {problem.rate_per_s:g} requests/s")
-        return searcher.plan(best, np.inf)
+        return _split(RoleSearcher(problem, budgets, push, max_stages=1, max_prefill=1), n_prefill)
     coarse = RoleSearcher(
         replace(problem, boundaries_per_octave=1), budgets, push, max_stages=problem.max_stages, max_prefill=1
     )
@@ -362,6 +358,25 @@ def solve_roles(
         solve(problem)  # raises and says what could be served
         raise PlanError(f"no plan with roles carries {problem.rate_per_s:g} requests/s")
     return fine.plan(best, without.cost)
+
+
+def _split(searcher: RoleSearcher, n_prefill: int | None) -> RolePlan:
+    """Plain prefill/decode splitting, at the best ratio or at this one."""
+    problem = searcher.problem
+    if problem.n_instances < 2:
+        raise PlanError("prefill/decode splitting needs at least two instances")
+    best = min(searcher.choices(0), key=lambda choice: choice.cost)
+    if n_prefill is not None:
+        if not 0 < n_prefill < problem.n_instances:
+            raise PlanError(f"{n_prefill} of {problem.n_instances} instances for prompts leave none to decode, or none")
+        units = max(1, round(n_prefill / searcher.per_unit))
+        cost = searcher.prefill_side(0).partitions.cost(1, units)
+        cost += searcher.decode_side(0).partitions.cost(1, searcher.n_units - units)
+        best = replace(best, prefill_units=units, cost=cost + searcher.push_cost(0))
+    if not np.isfinite(best.cost):
+        which = "no prefill/decode ratio" if n_prefill is None else f"no ratio with {n_prefill} prefill instances"
+        raise PlanError(f"{which} carries {problem.rate_per_s:g} requests/s")
+    return searcher.plan(best, np.inf)
 
 
 def _simplest(choices: list[_Choice], tolerance: float) -> _Choice:
