@@ -51,7 +51,7 @@ class RequestView:
         settled_tokens: Sequence length while it is on no instance.
         place: Where it runs or waits; None while it waits for its dispatch.
         migration_id: The migration it takes part in, or None.
-        parked: It has its first token and is to decode elsewhere (`core/parking.py`).
+        parked: It was dispatched to be parked with its first token (`core/parking.py`): only a push moves it.
 
     """
 
@@ -172,7 +172,6 @@ class ClusterView:
             case FirstToken():
                 request = self.requests.get(event.request_id)
                 if request is not None and request.place is not None:
-                    request.parked = True
                     request.place.first_token(event.request_id, request.tokens + 1)
             case RequestFinished():
                 self._remove(event.request_id)
@@ -202,6 +201,8 @@ class ClusterView:
         for effect in effects:
             if isinstance(effect, Dispatch):
                 self._place(effect.request_id, effect.instance_id)
+                if effect.park and (request := self.requests.get(effect.request_id)) is not None:
+                    request.parked = True
             elif isinstance(effect, StartMigration):
                 self._start_migration(effect)
             elif isinstance(effect, Reject):
@@ -246,10 +247,10 @@ class ClusterView:
     def _find_available(self) -> None:
         present = [instance for _, instance in sorted(self.instances.items()) if not instance.draining]
         self._members = [instance for instance in present if instance.instance_id not in self._aside]
-        trusted = [i for i in self._members if not i.suspect]
-        self._available = trusted or self._members
+        any_trusted = any(not instance.suspect for instance in present)
+        self._available = [i for i in self._members if not i.suspect] if any_trusted else self._members
         for instance in self.instances.values():
-            instance.shunned = instance.suspect and bool(trusted)
+            instance.shunned = instance.suspect and any_trusted
 
     def _suspect(self, event: InstanceSuspected) -> None:
         if (instance := self.instances.get(event.instance_id)) is not None:

@@ -52,7 +52,8 @@ class Parkings:
 
     def move_ended(self, request: SimRequest) -> None:
         """The migration of any request is over."""
-        if request.request_id in self._parkings:
+        parking = self._parkings.get(request.request_id)
+        if parking is not None and parking.state is ParkingState.LEAVING:
             stays = request.phase is Phase.PARKED
             self._happen(request, ParkingEvent.MOVE_REFUSED if stays else ParkingEvent.MOVE_OVER)
 

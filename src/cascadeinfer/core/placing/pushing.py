@@ -11,13 +11,14 @@ move, when no instance of its prefill stage has room, and when the policy finds 
 
 Edge cases: a prefill stage whose instances are gone is served by the others, the nearest first. An instance that the
 layout does not name computes and decodes. A pushed request whose target dies is an orphan and starts anew. A prefill
-instance that drains gets no more prompts, and what is parked there is pushed first, like everything else there.
+instance that drains gets no more prompts, and what is parked there is pushed. While nobody that decodes is up, answers
+and could hold a request, a prefill instance decodes it, too.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from cascadeinfer.core.effects import Effect, MigrationReason, StartMigration
+from cascadeinfer.core.effects import Dispatch, Effect, MigrationReason, StartMigration
 from cascadeinfer.core.events import FirstToken, MigrationEnded, MigrationOutcome
 from cascadeinfer.core.layout import RoleLayout
 from cascadeinfer.core.placing.dispatch import has_room
@@ -61,6 +62,36 @@ class PrefillStages:
                 able = [i for i in self._view.able(request, members) if has_room(i, request.tokens)]
                 return min(able, key=_backlog, default=None)
         return None
+
+    def place_in_need(self, request: RequestView) -> InstanceView | None:
+        """A prefill instance that also decodes this request, because nobody else can and answers; None otherwise."""
+        if self._view.able(request, self._view.available()):
+            return None
+        every = self._members([instance_id for stage in self._stages for instance_id in stage.instance_ids])
+        return min([i for i in self._view.able(request, every) if not i.shunned], key=_backlog, default=None)
+
+    def dispatches(self, cause: str, stays: Callable[[RequestView, InstanceView], bool] | None = None) -> list[Effect]:
+        """
+        Dispatch what waits and belongs on a prefill instance; the rest keeps waiting.
+
+        Args:
+            cause: Of the effects.
+            stays: Whether a request is rather computed where it decodes, though this prefill instance has room.
+        """
+        effects: list[Effect] = []
+        for request in self._view.unplaced():
+            chosen = self.place_in_need(request)
+            park = chosen is None
+            if park:
+                chosen = self.place_for(request)
+                if chosen is not None and stays is not None and stays(request, chosen):
+                    continue
+            if chosen is not None:
+                self._parked.pop(request.request_id, None)  # it may have been parked on an instance that is gone
+                placed = Dispatch(cause, request.request_id, chosen.instance_id, park=park)
+                self._view.carry_out([placed])
+                effects.append(placed)
+        return effects
 
     def first_token(self, event: FirstToken, now_s: float) -> list[Effect]:
         """A request is parked: push it, or remember it."""

@@ -7,8 +7,8 @@ decode instance with room, and stays there. The ratio is part of the layout and 
 one that the planner predicts to be best, or another (`PolicyInfo.roles`). No length stages.
 
 Inputs read: reports, corrected by what has been placed since. Edge cases: a request that may not move is computed where
-it decodes, and so is one for which no prefill instance has room; without decode instances, prefill instances decode
-what they have computed. Sources: DistServe (arXiv 2401.09670, section 4.3: FCFS, shortest queue for prefill, least
+it decodes, and so is one for which no prefill instance has room; while no decode instance is up and answers, prefill
+instances decode, too. Sources: DistServe (arXiv 2401.09670, section 4.3: FCFS, shortest queue for prefill, least
 loaded for decoding) and NVIDIA Dynamo's disaggregated serving (`docs/architecture/disagg_serving.md`). Dynamo computes
 short prompts on the decode worker when its prefill queue is long; that is the threshold of `roles`, not this policy.
 """
@@ -16,7 +16,7 @@ short prompts on the decode worker when its prefill queue is long; that is the t
 from collections.abc import Sequence
 from typing import Any, Final
 
-from cascadeinfer.core.effects import Dispatch, Effect
+from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event, FirstToken, InstanceReported, MigrationEnded
 from cascadeinfer.core.layout import RoleLayout
 from cascadeinfer.core.placing.dispatch import has_room, least_loaded, pick
@@ -50,14 +50,7 @@ class PdFixed(PlacingPolicy):
 
     def place_waiting(self, cause: str) -> list[Effect]:
         """Dispatch prompts to prefill instances, and the rest where it decodes."""
-        effects: list[Effect] = []
-        for request in self.view.unplaced():
-            chosen = self._prefill.place_for(request)
-            if chosen is not None:
-                placed = Dispatch(cause, request.request_id, chosen.instance_id, park=True)
-                self.view.carry_out([placed])
-                effects.append(placed)
-        return effects + super().place_waiting(cause)
+        return self._prefill.dispatches(cause) + super().place_waiting(cause)
 
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> InstanceView:
         """The least loaded decode instance."""

@@ -13,16 +13,15 @@ Stages, threshold and chunk budgets stay as planned: boundaries do not move and 
 because neither refinement nor replanning knows prefill stages yet. With a plan without prefill stages it is the cascade
 with fixed ranges.
 
-Edge cases: those of `core/placing/pushing.py`. When every instance that decodes is gone, prompts are computed and
-parked, and then taken back to decode where they are. Inputs read: those of the cascade. Source: arXiv 2512.19179 for
-the stages, DistServe (arXiv 2401.09670) for the prefill instances.
+Edge cases: those of `core/placing/pushing.py`. Inputs read: those of the cascade. Source: arXiv 2512.19179 for the
+stages, DistServe (arXiv 2401.09670) for the prefill instances.
 """
 
 from typing import Any, Final
 
 from cascadeinfer.core.adapt.warm_up import warm_up
 from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.effects import Dispatch, Effect
+from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event, FirstToken, InstanceReported, MigrationEnded
 from cascadeinfer.core.layout import RoleLayout
 from cascadeinfer.core.placing.dispatch import has_room, nearest_with_room
@@ -79,12 +78,7 @@ class Roles(Cascade):
     def _place_waiting(self, cause: str, effects: list[Effect]) -> None:
         """Dispatch prompts to prefill instances, and the rest as the cascade does."""
         if self.view.waits():
-            for request in self.view.unplaced():
-                chosen = self._prefill.place_for(request)
-                if chosen is not None and not (self._overflow and self._starts_sooner(request, chosen)):
-                    placed = Dispatch(cause, request.request_id, chosen.instance_id, park=True)
-                    self.view.carry_out([placed])
-                    effects.append(placed)
+            effects += self._prefill.dispatches(cause, self._starts_sooner if self._overflow else None)
         super()._place_waiting(cause, effects)
 
     def _starts_sooner(self, request: RequestView, prefill: InstanceView) -> bool:
