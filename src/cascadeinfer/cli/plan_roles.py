@@ -9,7 +9,7 @@ from cascadeinfer.cli import experiment_options as options
 from cascadeinfer.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cascadeinfer.core.plan.roles import RolePlan, RoleStage
+    from cascadeinfer.core.plan.role_plan import RolePlan, RoleStage
     from cascadeinfer.evaluation.setting import Setting
 
 

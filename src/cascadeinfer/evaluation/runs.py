@@ -18,7 +18,7 @@ from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.planner import Plan
-from cascadeinfer.core.plan.roles import RolePlan
+from cascadeinfer.core.plan.role_plan import RolePlan
 from cascadeinfer.core.policies.info import RoleSearch
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.types import InstanceId

@@ -20,7 +20,8 @@ from cascadeinfer.core.errors import ConfigError, PlanError
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
 from cascadeinfer.core.plan.planner import Plan, capacity_rate, solve
 from cascadeinfer.core.plan.problem import DEFAULT_MARGIN, HandOverCost, PlanProblem
-from cascadeinfer.core.plan.roles import DEFAULT_BUDGETS, RolePlan, solve_roles
+from cascadeinfer.core.plan.role_plan import RolePlan
+from cascadeinfer.core.plan.roles import DEFAULT_BUDGETS, solve_roles
 from cascadeinfer.workload.trace import CappedTrace, Trace
 
 DEFAULT_CONTEXT_TOKENS: Final = 131_072

@@ -8,7 +8,7 @@ an operator who knows yesterday's lengths. Variants that are meant to find the l
 from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.plan.planner import Plan
-from cascadeinfer.core.plan.roles import RolePlan
+from cascadeinfer.core.plan.role_plan import RolePlan
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.info import Circumstances, RoleSearch, Variant
 from cascadeinfer.core.policies.spec import PolicySpec

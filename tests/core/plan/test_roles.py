@@ -18,8 +18,9 @@ from cascadeinfer.core.plan.explain_roles import explain_roles
 from cascadeinfer.core.plan.objective import Objective
 from cascadeinfer.core.plan.planner import capacity_rate, plan
 from cascadeinfer.core.plan.problem import PlanProblem
+from cascadeinfer.core.plan.role_plan import PushCost
 from cascadeinfer.core.plan.role_tables import decode_table, prefill_table, push_cost
-from cascadeinfer.core.plan.roles import PushCost, RoleSearcher, solve_roles
+from cascadeinfer.core.plan.roles import RoleSearcher, solve_roles
 from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceCapacity
 
 CAPACITY = InstanceCapacity(kv_blocks=20_000, block_size_tokens=16, max_num_seqs=256, max_batched_tokens=4096)

@@ -60,6 +60,22 @@ def stage_costs(
 
 
 @njit(cache=True, error_model="numpy")
+def straddling_costs(
+    inputs: ServiceInputs, candidates: NDArray[np.int64], at: int, n_units: int, instances_per_unit: float
+) -> NDArray[np.float64]:
+    """`stage_costs` of those ranges alone that have candidate `at` inside them; infinite elsewhere."""
+    n = len(candidates)
+    costs = np.full((n, n, n_units + 1), np.inf)
+    for a in range(at):
+        for b in range(at + 1, n):
+            low, high = candidates[a], candidates[b]
+            longest = longest_of(inputs, low, high)
+            for k in range(1, n_units + 1):
+                costs[a, b, k] = stage_service(inputs, low, high, longest, k * instances_per_unit).cost
+    return costs
+
+
+@njit(cache=True, error_model="numpy")
 def best_partitions(
     costs: NDArray[np.float64], max_stages: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:

@@ -6,7 +6,8 @@ import numpy as np
 
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.layout import StageKind
-from cascadeinfer.core.plan.roles import RolePlan, RoleStage, solve_roles
+from cascadeinfer.core.plan.role_plan import RolePlan, RoleStage
+from cascadeinfer.core.plan.roles import solve_roles
 
 _RATE_CHANGES: Final = (0.8, 1.2)
 

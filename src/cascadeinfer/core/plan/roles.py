@@ -14,7 +14,8 @@ there is no prefill stage, and `decode` is the cascade's program. The search is 
 compares it with exhaustive search); they are two:
 
 1. All thresholds, with one boundary per doubling of length.
-2. The best threshold, and none, with the problem's own boundaries. No local refinement follows.
+2. The best threshold, and none, with the problem's own boundaries and the budgets that the first pass used. No local
+   refinement follows.
 
 Of the plans within `stage_tolerance` of the best, the one with the fewest stages is taken; prefill stages only if they
 gain the margin over the best plan without any, because pushes cost more than is modelled. Above `MAX_UNITS` instances,
@@ -32,111 +33,21 @@ from numpy.typing import NDArray
 from cascadeinfer.core.cost.histogram import Column
 from cascadeinfer.core.cost.qoe import ServiceInputs, StageService, range_service
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.layout import RoleLayout, Stage, StageKind, StageLayout
-from cascadeinfer.core.plan.dynamic_program import MAX_UNITS, Partitions, stage_costs
+from cascadeinfer.core.layout import StageKind
+from cascadeinfer.core.plan.dynamic_program import MAX_UNITS, Partitions, stage_costs, straddling_costs
 from cascadeinfer.core.plan.planner import solve, whole_instances
 from cascadeinfer.core.plan.problem import PlanProblem
+from cascadeinfer.core.plan.role_plan import PushCost, RolePlan, RoleStage
 from cascadeinfer.core.plan.role_tables import decode_table, prefill_table, push_cost
-from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, LengthRange
+from cascadeinfer.core.types import UNBOUNDED_TOKENS, LengthRange
 
 DEFAULT_BUDGETS: Final = (512, 1024, 2048, 8192)
 """Chunk budgets that are tried for each stage, in tokens of a step."""
 MAX_PREFILL_STAGES: Final = 3
+PREFILL_BUDGETS: Final = 2
+"""Budgets tried for prefill stages, the largest: small chunks are for those whose tokens wait for them."""
 _FEW: Final = 0.02
 """A threshold that leaves a smaller share of the prompt work on either side is not tried."""
-
-
-@dataclass(frozen=True, slots=True)
-class PushCost:
-    """
-    The pause of a request between its first token, on a prefill instance, and its second one.
-
-    Attributes:
-        pause_s: Besides the transfer: asking for room, starting the pull, waiting for the step in flight.
-        pause_per_token_s: Per token of its prompt.
-    """
-
-    pause_s: float = 0.015
-    pause_per_token_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class RoleStage:
-    """
-    One stage of a plan with roles.
-
-    Attributes:
-        kind: What it computes.
-        range: Lengths of prompts for a prefill stage, of sequences otherwise.
-        n_instances: Number of instances.
-        budget_tokens: Tokens of a step.
-        service: The model's prediction.
-    """
-
-    kind: StageKind
-    range: LengthRange
-    n_instances: int
-    budget_tokens: int
-    service: StageService
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RolePlan:
-    """
-    Proposed stages with roles and their predictions.
-
-    Attributes:
-        prefill: Prefill stages by prompt length.
-        stages: All other stages by length.
-        cost: Predicted objective.
-        without_prefill_cost: That of the best plan without prefill stages; infinite when there is none.
-        push_cost: Its part that pushes cost.
-        problem: The problem that was solved.
-    """
-
-    prefill: tuple[RoleStage, ...]
-    stages: tuple[RoleStage, ...]
-    cost: float
-    without_prefill_cost: float
-    push_cost: float
-    problem: PlanProblem
-
-    @property
-    def threshold_tokens(self) -> int:
-        """Prompts of at least this length are computed in prefill stages; beyond all lengths without any."""
-        return self.prefill[0].range.lo_tokens if self.prefill else UNBOUNDED_TOKENS
-
-    @property
-    def n_prefill(self) -> int:
-        """Instances of prefill stages."""
-        return sum(stage.n_instances for stage in self.prefill)
-
-    def layout(self, instance_ids: tuple[InstanceId, ...]) -> RoleLayout:
-        """The plan applied to these instances in order of id, prefill stages first."""
-        prefill = [
-            Stage(stage.range, ids) for stage, ids in self.dealt(instance_ids) if stage.kind is StageKind.PREFILL
-        ]
-        rest = [
-            Stage(stage.range, ids) for stage, ids in self.dealt(instance_ids) if stage.kind is not StageKind.PREFILL
-        ]
-        return RoleLayout(StageLayout(tuple(rest)), tuple(prefill))
-
-    def dealt(self, instance_ids: tuple[InstanceId, ...]) -> list[tuple[RoleStage, tuple[InstanceId, ...]]]:
-        """
-        Each stage with its instances.
-
-        Raises:
-            PlanError: Their number is not the plan's.
-        """
-        every = (*self.prefill, *self.stages)
-        if len(instance_ids) != sum(stage.n_instances for stage in every):
-            raise PlanError(f"the plan is not for {len(instance_ids)} instances")
-        left = sorted(instance_ids)
-        found = []
-        for stage in every:
-            found.append((stage, tuple(left[: stage.n_instances])))
-            del left[: stage.n_instances]
-        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,24 +97,16 @@ class RoleSearcher:
         self._inputs = tuple(
             replace(problem, capacity=problem.capacity.with_token_budget(budget)).inputs for budget in budgets
         )
+        self._prefill_tables: tuple[ServiceInputs, ...] = ()
         self._prefill_costs: tuple[NDArray[np.float64], NDArray[np.int64]] | None = None
+        self._mixed: tuple[NDArray[np.float64], NDArray[np.int64]] | None = None
+        self._pure: tuple[ServiceInputs, NDArray[np.float64]] | None = None
 
     def thresholds(self) -> list[int]:
         """Candidates (their numbers) that leave prompt work on both sides, and 0: all prompts."""
         work = self.problem.histogram.prefix[Column.PROMPT]
         below = work[self.candidates] / work[-1]
         return [0, *(int(n) for n in np.flatnonzero((below > _FEW) & (below < 1.0 - _FEW)) if n)]
-
-    def without_prefill(self) -> _Choice:
-        """The best plan without prefill stages."""
-        side = self.decode_side(None)
-        return min(
-            (
-                _Choice(float(side.partitions.cost(s, self.n_units)), None, 0, 0, s)
-                for s in range(1, self._max_stages + 1)
-            ),
-            key=lambda choice: choice.cost,
-        )
 
     def choices(self, threshold: int | None) -> list[_Choice]:
         """The best plan for each number of stages on either side, at one threshold (number of a candidate) or none."""
@@ -227,28 +130,60 @@ class RoleSearcher:
         return push_cost(self._inputs[0].table, int(self.candidates[threshold]), push.pause_s, push.pause_per_token_s)
 
     def decode_side(self, threshold: int | None) -> _Side:
-        """Stages that decode, and compute the prompts below the threshold."""
-        tables = self._inputs
-        if threshold is not None:
-            edge = int(self.candidates[threshold])
-            tables = tuple(inputs._replace(table=decode_table(inputs.table, edge)) for inputs in tables)
-            if threshold == 0:  # without prompts, the budget makes no difference: the largest leaves most slots
-                tables = (tables[int(np.argmax(self.budgets))],)
-        costs, which = self._costs(tables)
-        return _Side(tables, self.candidates, which, Partitions.of(costs, self._max_stages))
+        """
+        Stages that decode, and compute the prompts below the threshold.
+
+        A range below the threshold is that of a mixed stage, and one above it decodes only, whatever the threshold:
+        only ranges around it are predicted for each threshold.
+        """
+        costs, which = self._mixed_costs()
+        if threshold is None:
+            return _Side(self._inputs, self.candidates, which, Partitions.of(costs, self._max_stages))
+        tables, costs, which = self._inputs, costs.copy(), which.copy()
+        around = tuple(
+            inputs._replace(table=decode_table(inputs.table, int(self.candidates[threshold])))
+            for inputs in self._inputs
+        )
+        n = len(self.candidates)
+        costs[:threshold, threshold + 1 :] = np.inf
+        for number, inputs in enumerate(around if threshold else ()):
+            more = straddling_costs(inputs, self.candidates, threshold, self.n_units, self.per_unit)
+            self.predictions += threshold * (n - 1 - threshold) * self.n_units
+            cheaper = more < costs
+            costs[cheaper] = more[cheaper]
+            which[cheaper] = len(tables) + number
+        only_decodes, pure = self._decode_costs()
+        costs[threshold:] = pure[threshold:]
+        which[threshold:] = len(tables) + len(around)
+        return _Side((*tables, *around, only_decodes), self.candidates, which, Partitions.of(costs, self._max_stages))
 
     def prefill_side(self, threshold: int) -> _Side:
         """Stages for the prompts from the threshold on."""
-        tables = self._prefill_tables()
         if self._prefill_costs is None:
-            self._prefill_costs = self._costs(tables)
+            self._prefill_tables = tuple(
+                inputs._replace(table=prefill_table(inputs.table))
+                for budget, inputs in zip(self.budgets, self._inputs, strict=True)
+                if budget in sorted(self.budgets)[-PREFILL_BUDGETS:]
+            )
+            self._prefill_costs = self._costs(self._prefill_tables)
         costs, which = self._prefill_costs[0][threshold:, threshold:], self._prefill_costs[1][threshold:, threshold:]
         n = len(self.candidates) - threshold
         stages = max(1, min(self._max_prefill, n - 1, self.n_units - 1))
-        return _Side(tables, self.candidates[threshold:], which, Partitions.of(np.ascontiguousarray(costs), stages))
+        partitions = Partitions.of(np.ascontiguousarray(costs), stages)
+        return _Side(self._prefill_tables, self.candidates[threshold:], which, partitions)
 
-    def _prefill_tables(self) -> tuple[ServiceInputs, ...]:
-        return tuple(inputs._replace(table=prefill_table(inputs.table)) for inputs in self._inputs)
+    def _mixed_costs(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        if self._mixed is None:
+            self._mixed = self._costs(self._inputs)
+        return self._mixed
+
+    def _decode_costs(self) -> tuple[ServiceInputs, NDArray[np.float64]]:
+        """Stages that only decode: the budget makes no difference, so the largest, which leaves the most slots."""
+        if self._pure is None:
+            inputs = self._inputs[int(np.argmax(self.budgets))]
+            inputs = inputs._replace(table=decode_table(inputs.table, 0))
+            self._pure = inputs, self._costs((inputs,))[0]
+        return self._pure
 
     def _costs(self, tables: tuple[ServiceInputs, ...]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """The cost of each range on each number of units at its best budget, and which one that is."""
@@ -343,14 +278,17 @@ def solve_roles(
         replace(problem, boundaries_per_octave=1), budgets, push, max_stages=problem.max_stages, max_prefill=1
     )
     thresholds = coarse.thresholds() if problem.n_instances > 1 else []
-    tried = {n: min((c.cost for c in coarse.choices(n)), default=np.inf) for n in thresholds}
-    chosen = min(tried, key=lambda n: tried[n], default=None)
-    fine = RoleSearcher(problem, budgets, push, max_stages=problem.max_stages, max_prefill=MAX_PREFILL_STAGES)
+    tried = {n: choices for n in thresholds if (choices := coarse.choices(n))}
+    chosen = min(tried, key=lambda n: min(c.cost for c in tried[n]), default=None)
+    plain = _simplest(coarse.choices(None), problem.stage_tolerance)
+    rough = [plain] if chosen is None else [plain, _simplest(tried[chosen], problem.stage_tolerance)]
+    used = {stage.budget_tokens for c in rough if np.isfinite(c.cost) for stage in coarse.plan(c, np.inf).every}
+    few = tuple(budget for budget in budgets if budget in used) or budgets
+    fine = RoleSearcher(problem, few, push, max_stages=problem.max_stages, max_prefill=MAX_PREFILL_STAGES)
     without = _simplest(fine.choices(None), problem.stage_tolerance)
     best = without
-    if chosen is not None and np.isfinite(tried[chosen]):
-        edge = coarse.candidates[chosen]
-        near = int(np.argmin(np.abs(fine.candidates - edge)))
+    if chosen is not None and np.isfinite(rough[-1].cost):
+        near = int(np.argmin(np.abs(fine.candidates - coarse.candidates[chosen])))
         with_prefill = _simplest(fine.choices(near), problem.stage_tolerance)
         if problem.objective.gain(without.cost, with_prefill.cost) >= max(problem.margin, 1e-12):
             best = with_prefill
