@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cascadeinfer.cli import experiment_options as options
+from cascadeinfer.cli import plan_roles as role_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,20 +42,8 @@ def plan(
     tpot_slo: options.TpotSlo = 0.1,
     context: options.Context = options.DEFAULT_CONTEXT,
     accept_poor_profile: options.AcceptPoorProfile = False,
-    roles: Annotated[
-        bool,
-        typer.Option(
-            "--roles",
-            help="Also plan prefill stages and chunk budgets (--max-num-batched-tokens). Roles are simulated only.",
-        ),
-    ] = False,
-    max_num_batched_tokens: Annotated[
-        str | None,
-        typer.Option(
-            "--max-num-batched-tokens",
-            help="With --roles: the chunk budgets to choose from. Default: 512,1024,2048,8192 and the profile's.",
-        ),
-    ] = None,
+    roles: role_options.Roles = False,
+    max_num_batched_tokens: role_options.Budgets = None,
     policy: Annotated[str, typer.Option(help="With --slo: the policy that is simulated.")] = options.SLO_POLICY,
     seeds: Annotated[int, typer.Option(help="With --slo: runs per number of instances.")] = 2,
     duration_s: Annotated[float, typer.Option(help="With --slo: seconds of arrivals per run.")] = 60.0,
@@ -66,9 +55,6 @@ def plan(
 ) -> None:
     """Plan stages for the lengths of a trace at a rate, and say why; with --slo, first find how many instances."""
     from cascadeinfer.cli import plan_capacity
-    from cascadeinfer.cli import plan_roles as role_options
-    from cascadeinfer.cli.tables import console
-    from cascadeinfer.core.plan.explain import reasons
     from cascadeinfer.evaluation.setting import check_rate
 
     goal = options.objective_of(objective, limits := options.slo_of(ttft_slo, tpot_slo))
@@ -88,12 +74,8 @@ def plan(
         setting, searched = plan_capacity.answered(search, jobs)
     best = setting.plan(rate)
     options.tell_notes(setting)
-    out = console()
-    out.print(_stage_table(best))
-    out.print(_comparison(best), highlight=False, soft_wrap=True)
-    typer.echo("\n".join(["", *reasons(best)]))
+    _tell(best, setting.n_instances, profile)
     stages = [_as_dict(stage) for stage in best.stages]
-    typer.echo(f"\n{_for_the_server(best, setting.n_instances, profile)}")
     if json_file is not None:
         options.write_json(json_file, {**_content(setting, best, rate, stages), **searched})
     if plot is not None:
@@ -101,6 +83,18 @@ def plan(
         from cascadeinfer.figures.plan_figure import plan_figure
 
         save(plan_figure(best, f"{setting.profile.name}, {trace.name}, {rate:g} requests/s"), plot)
+
+
+def _tell(best: "Plan", instances: int, profile: str) -> None:
+    """Print the plan, the reasons for it, and the options of a server that starts with it."""
+    from cascadeinfer.cli.tables import console
+    from cascadeinfer.core.plan.explain import reasons
+
+    out = console()
+    out.print(_stage_table(best))
+    out.print(_comparison(best), highlight=False, soft_wrap=True)
+    typer.echo("\n".join(["", *reasons(best)]))
+    typer.echo(f"\n{_for_the_server(best, instances, profile)}")
 
 
 def _stage_table(best: "Plan") -> "Table":

@@ -1,7 +1,7 @@
 """`cascadeinfer plan --roles`: prefill stages, stages that decode and chunk budgets in one plan."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,22 @@ from cascadeinfer.core.errors import ConfigError
 if TYPE_CHECKING:
     from cascadeinfer.core.plan.role_plan import RolePlan, RoleStage
     from cascadeinfer.evaluation.setting import Setting
+
+
+Roles = Annotated[
+    bool,
+    typer.Option(
+        "--roles",
+        help="Also plan prefill stages and chunk budgets (--max-num-batched-tokens). Roles are simulated only.",
+    ),
+]
+Budgets = Annotated[
+    str | None,
+    typer.Option(
+        "--max-num-batched-tokens",
+        help="With --roles: the chunk budgets to choose from. Default: 512,1024,2048,8192 and the profile's.",
+    ),
+]
 
 
 def check(*, roles: bool, budgets: str | None, slo: str | None, plot: Path | None) -> None:
