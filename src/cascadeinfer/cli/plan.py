@@ -42,7 +42,7 @@ def plan(
     tpot_slo: options.TpotSlo = 0.1,
     context: options.Context = options.DEFAULT_CONTEXT,
     accept_poor_profile: options.AcceptPoorProfile = False,
-    roles: role_options.Roles = False,
+    roles: role_options.WithRoles = False,
     max_num_batched_tokens: role_options.Budgets = None,
     policy: Annotated[str, typer.Option(help="With --slo: the policy that is simulated.")] = options.SLO_POLICY,
     seeds: Annotated[int, typer.Option(help="With --slo: runs per number of instances.")] = 2,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cascadeinfer.evaluation.setting import Setting
 
 
-Roles = Annotated[
+WithRoles = Annotated[
     bool,
     typer.Option(
         "--roles",
