@@ -1,7 +1,7 @@
 """
 Time to plan, compared with exhaustive search over the same candidates, extrapolated.
 
-    .venv/bin/python benchmarks/micro/planner.py [--profile h100-llama-3.1-8b] [--trace PATH]
+    .venv/bin/python benchmarks/micro/planner.py [--profile h100-llama-3.1-8b] [--trace PATH] [--roles]
 
 Workload: lengths from 1 token to 128K (log-normal, seeded) unless a trace is given. Plans at 70 % of the one-stage
 capacity. The first plan of each size is not timed (compilation, or loading the compiled code from its cache).
@@ -21,9 +21,11 @@ import numpy as np
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.traces import load_trace
 from cascadeinfer.core.cost.histogram import LengthHistogram
+from cascadeinfer.core.cost.profile import CostProfile
 from cascadeinfer.core.plan.dynamic_program import MAX_UNITS, stage_costs
 from cascadeinfer.core.plan.planner import capacity_rate, solve
 from cascadeinfer.core.plan.problem import PlanProblem
+from cascadeinfer.core.plan.roles import solve_roles
 
 CONTEXT_TOKENS = 131_072
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, default=None)
     parser.add_argument("--load", type=float, default=0.7)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--roles", action="store_true", help="time plans with roles instead")
     options = parser.parse_args()
     profile = load_profile(options.profile)
     longest = min(CONTEXT_TOKENS, profile.capacity.kv_tokens)
@@ -48,6 +51,9 @@ def main() -> None:
         f"{options.load:g}"
     )
     print(f"histogram of all of them: {1e3 * (time.perf_counter() - started):.1f} ms (first call)\n")
+    if options.roles:
+        role_times(profile, histogram, options.load, options.repeats)
+        return
     print(
         f"{'instances':>9} {'candidates':>10} {'stages':>6} {'plan ms':>8} {'cpu ms':>7} {'ns/prediction':>13}  "
         "exhaustive search"
@@ -64,6 +70,23 @@ def main() -> None:
             f"{1e9 * prediction_s:>13.0f}  {exhaustive(candidates - 1, n, prediction_s)}"
         )
     print("\nplan ms: median wall time of building and solving the problem; cpu ms: median processor time of the same.")
+
+
+def role_times(profile: CostProfile, histogram: LengthHistogram, load: float, repeats: int) -> None:
+    """The same for plans with roles, with the default chunk budgets."""
+    print("| instances | prefill instances | threshold | stages | plan, processor ms |\n|---|---|---|---|---|")
+    for n in SIZES[1:]:
+        rate = load * capacity_rate(histogram, profile.step_model, profile.capacity, n)
+        problem = PlanProblem(histogram, profile.step_model, profile.capacity, rate, n)
+        planned = solve_roles(problem)
+        cpus = []
+        for _ in range(repeats):
+            cpu = time.process_time()
+            solve_roles(problem.with_rate(rate))
+            cpus.append(time.process_time() - cpu)
+        threshold = planned.threshold_tokens if planned.prefill else "-"
+        stages = len(planned.prefill) + len(planned.stages)
+        print(f"| {n} | {planned.n_prefill} | {threshold} | {stages} | {1e3 * float(np.median(cpus)):.1f} |")
 
 
 def lengths(trace: Path | None, longest: int) -> tuple[np.ndarray, np.ndarray]:

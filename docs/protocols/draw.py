@@ -24,6 +24,8 @@ from cascadeinfer.core.migration import (
     State,
     explains,
 )
+from cascadeinfer.core.parking import TRANSITIONS as PARKING_TRANSITIONS
+from cascadeinfer.core.parking import ParkingLimits, ParkingState
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.runtime import instance_state
 from cascadeinfer.runtime.instance_state import ALLOWED, PHASES, Deed
@@ -75,6 +77,28 @@ The request decodes on the source until the cut. By then the target has reserved
 vain. The cut ends the request at its next token and pins its KV cache under a lease; the target pulls the cache and
 continues. The target's first token ends the migration. Whatever goes wrong in between, the request continues where its
 tokens are safe, or is recomputed from its prompt and output so far.
+
+A request that is [parked](parking.md) has been cut already. Its migration begins in `parked`, asks for room and goes on
+with the pull; until then it may be refused without any harm.
+"""
+PARKING_INTRO = """\
+# Parking
+
+A policy with prefill stages dispatches a prompt with `park`: the instance computes the prompt and the first token and
+stops there. The request is then parked, with its KV cache pinned and without a batch slot, until the policy moves it to
+the instance that decodes it. That move is an ordinary [migration](migration.md) which has its cut behind it. The table
+below is the whole protocol of parking. It is `TRANSITIONS` in `src/cascadeinfer/core/parking.py`, and this page is
+generated from it (`python docs/protocols/draw.py`).
+
+Only the simulator parks. No engine can arm a cut when a request is submitted yet, so `serve` refuses the policies that
+park (`roles`, `pd_fixed`) when it starts.
+"""
+PARKING_NOTES = """\
+`left` is any end of the stay: the request has ended (with its first token, too, and then nothing is pinned), its client
+has left, or its instance has died; then it is placed anew like all orphans. A request that is preempted before its
+first token stays armed. One that has been parked for {park_s:g} s without a target is taken back: it is queued where it
+is, recomputed, and decodes there until it is moved like any running request. `move_refused` is a migration that ended
+before anything was pulled; after any other end (`move_over`) the request is elsewhere, recomputes, or is over.
 """
 BIDASK_INTRO = """\
 # The bid-ask protocol
@@ -378,8 +402,45 @@ def _bidask_diagram() -> list[str]:
     ]
 
 
+def parking_page() -> str:
+    """The text of `parking.md`."""
+    labels: dict[tuple[str, str], list[str]] = {}
+    for (state, event), (following, _) in PARKING_TRANSITIONS.items():
+        labels.setdefault((state.value, following.value), []).append(event.value)
+    return "\n".join(
+        [
+            PARKING_INTRO,
+            "## States",
+            "",
+            "```mermaid",
+            "stateDiagram-v2",
+            f"    [*] --> {ParkingState.PREFILLING.value}: dispatch with park",
+            *(f"    {state} --> {following}: {', '.join(events)}" for (state, following), events in labels.items()),
+            f"    {ParkingState.OVER.value} --> [*]",
+            "```",
+            "",
+            "## Transitions and actions",
+            "",
+            *_table(
+                ("state", "what happens", "next state", "actions"),
+                [
+                    (
+                        state.value,
+                        event.value,
+                        following.value,
+                        ", ".join(f"`{action.value}`" for action in actions) or "-",
+                    )
+                    for (state, event), (following, actions) in PARKING_TRANSITIONS.items()
+                ],
+            ),
+            "",
+            PARKING_NOTES.format(park_s=ParkingLimits().park_s),
+        ]
+    )
+
+
 def _migration_diagram() -> list[str]:
-    lines = ["stateDiagram-v2", f"    [*] --> {State.ASKING.value}: ask_room"]
+    lines = ["stateDiagram-v2", *(f"    [*] --> {state.value}: ask_room" for state in (State.ASKING, State.PARKED))]
     labels: dict[tuple[str, str], list[str]] = {}
     for (state, happening), (following, _) in TRANSITIONS.items():
         if happening is not Happening.CLIENT_LEFT:
@@ -399,6 +460,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "migration.md": migration_page,
     "bidask.md": bidask_page,
     "instance.md": instance_page,
+    "parking.md": parking_page,
 }
 
 

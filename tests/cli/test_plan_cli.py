@@ -183,3 +183,37 @@ def test_the_hint_for_the_server_keeps_it_planning(trace: Path, capsys: pytest.C
     hint = capsys.readouterr().out.partition("for the server: ")[2].splitlines()[0]
     assert hint.startswith("--instances 8 --profile h100-llama-3.1-8b")
     assert "--stages" not in hint
+
+
+def test_plan_with_roles_says_what_each_stage_computes(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every instance has a stage with a kind and a budget of those given, and the file agrees with the text."""
+    out = tmp_path / "plan.json"
+    words = [*words_for("plan", trace, max_num_batched_tokens="512,4096"), "--roles", "--json", str(out)]
+    assert run(*words) == 0
+    content = json.loads(out.read_text())
+    stages = content["stages"]
+    assert sum(stage["instances"] for stage in stages) == 8
+    assert {stage["kind"] for stage in stages} <= {"prefill", "mixed", "decode"}
+    assert {stage["max_num_batched_tokens"] for stage in stages} <= {512, 4096}
+    text = capsys.readouterr().out
+    assert f"{1e3 * content['predicted']:.2f} ms per output token" in text
+    assert "At 0.8 x the rate" in text
+    assert "simulated only" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--max-num-batched-tokens", "512"], "--max-num-batched-tokens"),
+        (["--roles", "--max-num-batched-tokens", "0"], "--max-num-batched-tokens"),
+        (["--roles", "--plot", "plan.png"], "--roles"),
+    ],
+)
+def test_plan_refuses_contradictions_about_roles(
+    trace: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    """Budgets without roles, no budget, and a figure of roles are one line and exit code 2."""
+    assert run(*words_for("plan", trace), *more) == 2
+    assert said in capsys.readouterr().err

@@ -17,13 +17,27 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+SERVED = sorted(name for name, info in POLICIES.items() if info.roles is None)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - set(SERVED)))
+def test_policies_with_roles_are_simulated_only(name: str) -> None:
+    """They need engines that park a request at its first token: one line says so, and names policies that serve."""
+    with pytest.raises(
+        ConfigError, match=f"policy {name} needs engines that can stop a request at its first"
+    ) as raised:
+        policy_spec(ServeOptions(policy=name))
+    assert raised.value.option == "--policy"
+    assert set(str(raised.value.fix).partition("--policy ")[2].split(" or ")) == set(SERVED)
+
+
+@pytest.mark.parametrize("name", SERVED)
 def test_every_policy_serves(name: str) -> None:
     """With default options, each policy can be made."""
     policy_spec(ServeOptions(policy=name)).make()
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("name", SERVED)
 @pytest.mark.parametrize(("flag", "takes", "given"), REFUSED, ids=[flag for flag, _, _ in REFUSED])
 def test_what_a_policy_does_not_take_is_refused(name: str, flag: str, takes: str, given: dict[str, str]) -> None:
     """A policy is made with the options it takes; the refusal of any other option names a policy that takes it."""
@@ -35,7 +49,7 @@ def test_what_a_policy_does_not_take_is_refused(name: str, flag: str, takes: str
         policy_spec(options)
     assert raised.value.option == flag
     others = str(raised.value.fix).partition("--policy ")[2].split(" or ")
-    assert others == [other for other, info in POLICIES.items() if getattr(info, takes)]
+    assert others == [other for other, info in POLICIES.items() if getattr(info, takes) and other in SERVED]
 
 
 def test_the_cascade_learns_from_its_profile() -> None:

@@ -83,15 +83,29 @@ def test_each_pair_is_followed_ignored_or_refused(state: State, happening: Happe
 
 
 def test_every_state_is_reachable_and_leads_to_an_end() -> None:
-    """Each state can be reached from the first, each open one reaches a final one, and each action is used."""
+    """Each state can be reached from one of the first, each open one reaches a final one, and each action is used."""
     after: dict[State, set[State]] = {state: set() for state in State}
     for (state, _), (following, _) in TRANSITIONS.items():
         after[state].add(following)
-    assert reach(after, State.ASKING) == set(State)
+    assert reach(after, State.ASKING) | reach(after, State.PARKED) == set(State)
     for state in OPEN:
         assert reach(after, state) & FINAL
     used = {action for _, actions in TRANSITIONS.values() for action in actions}
     assert used | {Action.ASK_ROOM} == set(Action)  # ASK_ROOM begins each migration
+
+
+def test_a_parked_request_has_its_cut_behind_it() -> None:
+    """Its migration asks for room and goes on to the pull; the lease counts from its beginning."""
+    limits = MigrationLimits(ask_s=0.5, resume_s=3.0)
+    migration = Migration.of_parked(MOVE, 10, limits, 100.0)
+    assert migration.limit_s(100.0) == 0.5
+    assert migration.handle(GRANTED, 100.4) == (Action.RESUME,)
+    assert migration.state is State.RESUMING
+    assert migration.limit_s(101.0) == pytest.approx(2.0)
+    assert migration.story == ["parked", "(room_granted)", "resuming"]
+    refused = Migration.of_parked(MOVE, 10, limits, 100.0)
+    assert refused.handle(Happening.ROOM_REFUSED, 100.1, Refusal.NO_BLOCKS) == ()
+    assert (refused.outcome, refused.detail) == (MigrationOutcome.STAYED, "room_refused:no_blocks")
 
 
 def reach(after: dict[State, set[State]], start: State) -> set[State]:

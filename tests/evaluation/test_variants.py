@@ -1,13 +1,16 @@
 """Policies as experiments name them: names, initial plans, switches."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.errors import ConfigError, PlanError
 from cascadeinfer.core.policies import POLICIES
+from cascadeinfer.evaluation.runs import RunSpec, roles_for, run_once
 from cascadeinfer.evaluation.setting import Setting, load_setting
-from cascadeinfer.evaluation.variants import check_policies, policy_names, policy_spec, starts_with_plan
+from cascadeinfer.evaluation.variants import check_policies, policy_names, policy_spec, role_search, starts_with_plan
+from cascadeinfer.results.summary import Slo
 from cascadeinfer.sim.settings import instance_ids
 
 RATE_RPS = 12.0
@@ -40,6 +43,35 @@ def test_every_policy_is_made(setting: Setting, name: str) -> None:
     assert spec.name == name.partition("-")[0]
     has_plan = plan is not None and spec.options.get("layout") == plan.layout(instance_ids(6))
     assert has_plan == starts_with_plan(name)
+
+
+def test_policies_with_roles_get_their_plan(setting: Setting) -> None:
+    """`roles` gets stages of every kind and a budget for each, `pd_fixed` one ratio; nobody else gets any."""
+    found = {name: role_search(name) for name in policy_names()}
+    assert {name for name, search in found.items() if search is not None} == {
+        "pd_fixed", "roles", "roles-no-overflow", "roles-no-share"
+    }  # fmt: skip
+    plan = setting.plan_roles(RATE_RPS, (2048,), split=True)
+    options = policy_spec("pd_fixed", setting, None, plan).options
+    assert options["roles"] == plan.layout(instance_ids(6))
+    assert len(options["roles"].prefill) == len(options["roles"].stages.stages) == 1
+
+
+def test_roles_are_simulated_with_their_budgets(setting: Setting) -> None:
+    """A run deals the planned budgets out to the instances, parks prompts, and counts every push as a migration."""
+    spec = RunSpec("pd_fixed", RATE_RPS, 0, 300, Slo(2.0, 0.1), max_batched_tokens=1024)
+    outcome = run_once(setting, spec)
+    assert outcome.requests.finished.all()
+    pushed = [reason == "prefilled" for reason in outcome.migrations.reason]
+    assert sum(pushed) > 250
+    fixed = run_once(setting, replace(spec, n_prefill=2))
+    sources = {source for source, push in zip(fixed.migrations.source.tolist(), fixed.migrations.reason, strict=True)}
+    assert sources == {0, 1}
+    with pytest.raises(PlanError, match="leave none to decode"):
+        run_once(setting, replace(spec, n_prefill=6))
+    roles = roles_for(setting, replace(spec, policy="roles", max_batched_tokens=None))
+    assert roles is not None
+    assert {stage.budget_tokens for stage in (*roles.prefill, *roles.stages)} <= set(setting.role_budgets())
 
 
 def test_who_starts_with_a_plan() -> None:

@@ -10,9 +10,9 @@ from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event, RequestArrived
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.layout import RoleLayout, Stage, StageLayout
 from cascadeinfer.core.policies.spec import PolicySpec
-from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.core.types import InstanceCapacity, LengthRange
 from cascadeinfer.eventlog.run_file import write_log_file
 from cascadeinfer.eventlog.writer import Header, header_of
 from cascadeinfer.sim.faults import Crash, Drain, FaultPlan
@@ -26,6 +26,7 @@ MODEL = StepModel(
 N_INSTANCES = 3
 IDS = instance_ids(N_INSTANCES)
 LAYOUT = StageLayout.from_boundaries((60, 140), tuple((i,) for i in IDS))
+ROLES = RoleLayout(StageLayout.from_boundaries((140,), ((IDS[1],), (IDS[2],))), (Stage(LengthRange(20), (IDS[0],)),))
 SPECS = {
     "cascade": PolicySpec(
         "cascade",
@@ -38,6 +39,8 @@ SPECS = {
     "cascade with a queue": PolicySpec("cascade", {"layout": LAYOUT, "max_queued": 3}),
     "static_stages": PolicySpec("static_stages", {"layout": LAYOUT, "retry_s": 0.1}),
     **{name: PolicySpec(name) for name in ("bucket", "least_loaded", "prefix_aware", "round_robin", "vllm_dp")},
+    "pd_fixed": PolicySpec("pd_fixed", {"roles": ROLES}),
+    "roles": PolicySpec("roles", {"roles": ROLES, "step_model": MODEL}),
     "power_of_two": PolicySpec("power_of_two", {"seed": 7}),
     "static_length": PolicySpec("static_length"),
     "llumnix": PolicySpec("llumnix", {"migrate_steps": 400.0}),

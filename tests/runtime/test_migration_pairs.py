@@ -22,8 +22,10 @@ N_OUTPUT = 60
 LIMITS = MigrationLimits(ask_s=1.0, cut_s=0.3, resume_s=0.6)
 NO_TIMER = {(state, Happening.TIMED_OUT) for state in (State.WITHDRAWING, State.RECOMPUTING, State.RETURNING)}
 """Ignored by the table, and the runtime sets no timer in these states, so they cannot be forced."""
-PAIRS = sorted((TRANSITIONS.keys() | IGNORED) - NO_TIMER, key=lambda pair: (pair[0].value, pair[1].value))
-OPEN = [state for state in State if state not in OUTCOMES]
+LIVE = {pair for pair in TRANSITIONS.keys() | IGNORED if pair[0] is not State.PARKED}
+"""All but those of parked requests: only the simulator parks."""
+PAIRS = sorted(LIVE - NO_TIMER, key=lambda pair: (pair[0].value, pair[1].value))
+OPEN = [state for state in State if state not in OUTCOMES and state is not State.PARKED]
 
 
 @dataclass

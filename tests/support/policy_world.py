@@ -2,16 +2,27 @@
 A shell without engines: drives a policy by commands, keeps books of its effects, and checks each against the contract.
 
 Used by the contract suite (random commands), the golden transcripts (written commands) and the tests of single
-policies. A request waits until its instance's first report and runs from then on; it grows only on command.
+policies. A request waits until its instance's first report and runs from then on; it grows only on command. One that is
+to be parked is parked when it would grow first.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cascadeinfer.core.choice import HIGHEST_WINS, MOST_SCORED, Choice
-from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.effects import (
+    AdviseScale,
+    Dispatch,
+    Effect,
+    MigrationReason,
+    PublishLayout,
+    Reject,
+    SendMessage,
+    StartMigration,
+)
 from cascadeinfer.core.events import (
     Event,
+    FirstToken,
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
@@ -47,6 +58,8 @@ class WorldRequest:
     tokens: int = 0
     instance_id: InstanceId | None = None
     running: bool = False
+    armed: bool = False
+    parked: bool = False
     migration_id: MigrationId | None = None
     dispatches: int = 0
 
@@ -107,7 +120,8 @@ class World:
         self.suspects.add(instance_id)
         withdrawn = []
         if any(other != instance_id for other in self.trusted_instances()):
-            withdrawn = [r for r in self.on(instance_id) if not r.running and r.migration_id is None]
+            here = [request for request in self.on(instance_id) if not request.parked]
+            withdrawn = [request for request in here if not request.running and request.migration_id is None]
         for request in withdrawn:
             self._displace(request)
         ids = tuple(request.request_id for request in withdrawn)
@@ -184,12 +198,16 @@ class World:
     def grow(self, instance_id: InstanceId, tokens: int) -> None:
         """Running requests on an instance produce this many tokens each, up to their caps."""
         for request in self.on(instance_id):
-            if request.running:
+            if request.running and request.armed:
+                request.running, request.armed, request.parked = False, False, True
+                request.tokens += 1
+                self.emit(FirstToken(request.request_id, request.request_id, instance_id))
+            elif request.running:
                 request.tokens = min(request.tokens + tokens, request.prompt_tokens + request.max_output_tokens)
 
     def report(self, instance_id: InstanceId, *, step_s: float = 0.02) -> list[Effect]:
         """An instance reports; from now on, waiting requests that fit run."""
-        here = self.on(instance_id)
+        here = [request for request in self.on(instance_id) if not request.parked]
         capacity = self.kind_of(instance_id).capacity
         running = [request for request in here if request.running]
         for request in here:
@@ -216,6 +234,7 @@ class World:
             request.migration_id = None
             if outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
                 request.instance_id = move.target_id
+                request.running, request.parked = True, False
             elif outcome is MigrationOutcome.LOST:
                 self._displace(request)
         return self.emit(
@@ -286,7 +305,9 @@ class World:
                 self._check_answers(effect, effect.instance_id)
                 check_choice(effect.choice, effect.instance_id)
                 assert self.could_hold(effect.instance_id, request), f"{effect}: it does not fit there"
+                assert not (effect.park and request.pin_reason), f"{effect}: it is pinned"
                 request.instance_id = effect.instance_id
+                request.armed = effect.park
                 request.dispatches += 1
             case Reject():
                 assert self.requests.pop(effect.request_id).instance_id is None, f"{effect}: it was dispatched"
@@ -305,7 +326,8 @@ class World:
         request = self.requests[effect.request_id]
         assert effect.migration_id not in self._ids_used, f"{effect}: the id was used before"
         assert request.instance_id == effect.source_id, f"{effect}: it is on {request.instance_id}"
-        assert request.running, f"{effect}: it waits"
+        assert request.running or request.parked, f"{effect}: it waits"
+        assert request.parked or not request.armed, f"{effect}: its prompt is not computed"
         assert request.pin_reason is None, f"{effect}: it is pinned"
         assert request.migration_id is None, f"{effect}: it is under way already"
         assert effect.source_id != effect.target_id, f"{effect}: to itself"
@@ -315,7 +337,8 @@ class World:
         self.moves[effect.migration_id] = effect
         request.migration_id = effect.migration_id
         for instance_id in (effect.source_id, effect.target_id):
-            busy = sum(instance_id in {move.source_id, move.target_id} for move in self.moves.values())
+            others = [move for move in self.moves.values() if move.reason is not MigrationReason.PREFILLED]
+            busy = sum(instance_id in {move.source_id, move.target_id} for move in others)
             assert busy <= self.max_migrations, f"{effect}: {busy} migrations at {instance_id}"
 
     def _check_answers(self, effect: Effect, instance_id: InstanceId) -> None:
@@ -324,7 +347,7 @@ class World:
 
     def _displace(self, request: WorldRequest) -> None:
         request.instance_id = None
-        request.running = False
+        request.running = request.armed = request.parked = False
         request.migration_id = None
 
     def _check_placed(self) -> None:

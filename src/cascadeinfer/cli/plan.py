@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cascadeinfer.cli import experiment_options as options
+from cascadeinfer.cli import plan_roles as role_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,6 +42,8 @@ def plan(
     tpot_slo: options.TpotSlo = 0.1,
     context: options.Context = options.DEFAULT_CONTEXT,
     accept_poor_profile: options.AcceptPoorProfile = False,
+    roles: role_options.WithRoles = False,
+    max_num_batched_tokens: role_options.Budgets = None,
     policy: Annotated[str, typer.Option(help="With --slo: the policy that is simulated.")] = options.SLO_POLICY,
     seeds: Annotated[int, typer.Option(help="With --slo: runs per number of instances.")] = 2,
     duration_s: Annotated[float, typer.Option(help="With --slo: seconds of arrivals per run.")] = 60.0,
@@ -52,16 +55,18 @@ def plan(
 ) -> None:
     """Plan stages for the lengths of a trace at a rate, and say why; with --slo, first find how many instances."""
     from cascadeinfer.cli import plan_capacity
-    from cascadeinfer.cli.tables import console
-    from cascadeinfer.core.plan.explain import reasons
     from cascadeinfer.evaluation.setting import check_rate
 
     goal = options.objective_of(objective, limits := options.slo_of(ttft_slo, tpot_slo))
     check_rate(rate)
     percentile = plan_capacity.percentile_of(slo, instances)
     options.check_outputs({"--plot": plot, "--json": json_file}, matplotlib=plot is not None)
+    role_options.check(roles=roles, budgets=max_num_batched_tokens, slo=slo, plot=plot)
     count = 1 if instances is None else instances
     setting = options.setting_of(profile, trace, count, context, goal, margin, accept_poor_profile)
+    if roles:
+        role_options.plan_roles(setting, rate, max_num_batched_tokens, json_file)
+        return
     searched: dict[str, Any] = {}
     if percentile is not None:
         run = plan_capacity.run_of(policy, rate, duration_s, limits, warm_up)
@@ -69,12 +74,8 @@ def plan(
         setting, searched = plan_capacity.answered(search, jobs)
     best = setting.plan(rate)
     options.tell_notes(setting)
-    out = console()
-    out.print(_stage_table(best))
-    out.print(_comparison(best), highlight=False, soft_wrap=True)
-    typer.echo("\n".join(["", *reasons(best)]))
+    _tell(best, setting.n_instances, profile)
     stages = [_as_dict(stage) for stage in best.stages]
-    typer.echo(f"\n{_for_the_server(best, setting.n_instances, profile)}")
     if json_file is not None:
         options.write_json(json_file, {**_content(setting, best, rate, stages), **searched})
     if plot is not None:
@@ -82,6 +83,18 @@ def plan(
         from cascadeinfer.figures.plan_figure import plan_figure
 
         save(plan_figure(best, f"{setting.profile.name}, {trace.name}, {rate:g} requests/s"), plot)
+
+
+def _tell(best: "Plan", instances: int, profile: str) -> None:
+    """Print the plan, the reasons for it, and the options of a server that starts with it."""
+    from cascadeinfer.cli.tables import console
+    from cascadeinfer.core.plan.explain import reasons
+
+    out = console()
+    out.print(_stage_table(best))
+    out.print(_comparison(best), highlight=False, soft_wrap=True)
+    typer.echo("\n".join(["", *reasons(best)]))
+    typer.echo(f"\n{_for_the_server(best, instances, profile)}")
 
 
 def _stage_table(best: "Plan") -> "Table":

@@ -36,6 +36,13 @@ def policy_spec(options: ServeOptions, *, follows: bool = False) -> PolicySpec:
 
 
 def _check_takes(name: str, info: PolicyInfo, options: ServeOptions) -> None:
+    if info.roles is not None:
+        raise ConfigError(
+            f"policy {name} needs engines that can stop a request at its first token and hold it there, which is not "
+            "built: its roles are simulated only",
+            option="--policy",
+            fix=_or_use(lambda _: True).removeprefix("leave it out, or "),
+        )
     if options.profile is not None and not info.uses_profile:
         raise ConfigError(
             f"policy {name} needs no profile", option="--profile", fix=_or_use(lambda other: other.uses_profile)
@@ -70,7 +77,8 @@ def _service_level(options: ServeOptions) -> ServiceLevel | None:
 
 
 def _or_use(fits: Callable[[PolicyInfo], bool]) -> str:
-    return f"leave it out, or use --policy {' or '.join(name for name, info in POLICIES.items() if fits(info))}"
+    served = [name for name, info in POLICIES.items() if info.roles is None and fits(info)]
+    return f"leave it out, or use --policy {' or '.join(served)}"
 
 
 def _circumstances(options: ServeOptions, layout: StageLayout, *, follows: bool) -> Circumstances:

@@ -38,12 +38,14 @@ class Measure(enum.StrEnum):
     """Number of requests there."""
     SENT_TOKENS = "sent_tokens"
     """Prompt tokens that were sent there lately."""
+    BACKLOG = "backlog"
+    """The time to compute the prompts that wait there."""
     VLLM_SCORE = "vllm_score"
     """The score of vLLM's data-parallel balancer."""
 
 
 HIGHEST_WINS: Final = frozenset({Measure.CACHE_GAIN, Measure.PREFIX_SHARE, Measure.FREE_STEPS})
-IN_TIME: Final = frozenset({Measure.PRICE, Measure.MARGINAL_PRICE, Measure.BID, Measure.CACHE_GAIN})
+IN_TIME: Final = frozenset({Measure.PRICE, Measure.MARGINAL_PRICE, Measure.BID, Measure.CACHE_GAIN, Measure.BACKLOG})
 """Measures that are times: in seconds, or in empty steps where no cost model is known."""
 
 

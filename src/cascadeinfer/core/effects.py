@@ -25,6 +25,8 @@ class MigrationReason(enum.StrEnum):
     REBALANCE = "rebalance"
     DRAIN = "drain"
     OPERATOR = "operator"
+    PREFILLED = "prefilled"
+    """Its prompt was computed on an instance for prompts, where it is parked (`core/parking.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class Dispatch:
 
     Attributes:
         shared: Whether a backlog in its stage sent it there (`core/placing/sharing.py`).
+        park: Whether it stops there with its first token, parked until a `StartMigration` (`core/parking.py`). Only the
+            simulator can do this.
         choice: Why there, for operators.
     """
 
@@ -42,6 +46,7 @@ class Dispatch:
     instance_id: InstanceId
     shared: bool = False
     choice: Choice | None = field(default=None, compare=False, repr=False)
+    park: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +67,8 @@ class Reject:
 @dataclass(frozen=True, slots=True)
 class StartMigration:
     """
-    Move a running request with its KV cache. The shell follows the table in `core/migration.py`; the outcome may be
-    STAYED.
+    Move a running or parked request with its KV cache. The shell follows the table in `core/migration.py`; the outcome
+    may be STAYED.
 
     Attributes:
         choice: Why there, for operators.

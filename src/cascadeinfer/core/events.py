@@ -119,6 +119,19 @@ class RequestArrived:
 
 
 @dataclass(frozen=True, slots=True)
+class FirstToken:
+    """
+    A request that was dispatched to be parked has its first token and is parked there (`core/parking.py`).
+
+    It decodes no further until a `StartMigration` takes it to another instance.
+    """
+
+    cause: str
+    request_id: RequestId
+    instance_id: InstanceId
+
+
+@dataclass(frozen=True, slots=True)
 class RequestFinished:
     """A request ended: it finished, failed or was aborted by its client. Its id is free again."""
 
@@ -278,6 +291,7 @@ class WorkloadSeen:
 
 Event: TypeAlias = (
     RequestArrived
+    | FirstToken
     | RequestFinished
     | InstanceReported
     | InstanceJoined

@@ -75,6 +75,7 @@ class InstanceView:
         waiting: Requests that waited at the last report or were placed since, so have not been seen running.
         inbound: Requests migrating to this instance, with their lengths in tokens.
         inbound_tokens: Sum of those lengths.
+        pushes: Those of them that come from an instance for prompts; no limit on migrations counts them.
         outbound: Migrations that leave here.
         foreign_requests: Requests here that belong to other front-end processes, at the last report.
         foreign_tokens: Sum of their lengths.
@@ -110,6 +111,7 @@ class InstanceView:
     waiting: dict[RequestId, None] = field(default_factory=dict)
     inbound: dict[MigrationId, int] = field(default_factory=dict)
     inbound_tokens: int = 0
+    pushes: dict[MigrationId, None] = field(default_factory=dict)
     outbound: dict[MigrationId, None] = field(default_factory=dict)
     foreign_requests: int = 0
     foreign_tokens: int = 0
@@ -134,8 +136,8 @@ class InstanceView:
 
     @property
     def migrations(self) -> int:
-        """Migrations this instance takes part in, in either direction."""
-        return len(self.inbound) + len(self.outbound)
+        """Migrations this instance takes part in, in either direction, without pushes."""
+        return len(self.inbound) - len(self.pushes) + len(self.outbound)
 
     @property
     def slowed_load(self) -> float:
@@ -233,8 +235,19 @@ class InstanceView:
         self._weigh()
         return tokens
 
-    def expect(self, migration_id: MigrationId, tokens: int) -> None:
-        """A request is on its way here."""
+    def first_token(self, request_id: RequestId, tokens: int) -> None:
+        """A request here has this many tokens and its first one: nothing of it is left to compute."""
+        self.kv_tokens += tokens - self.request_ids[request_id]
+        self.request_ids[request_id] = tokens
+        self.waiting.pop(request_id, None)
+        if (placed_tokens := self.starting.pop(request_id, None)) is not None:
+            self.queue -= self.pricing.queue_of(placed_tokens)
+        self._weigh()
+
+    def expect(self, migration_id: MigrationId, tokens: int, *, pushed: bool = False) -> None:
+        """A request is on its way here; `pushed`: from an instance for prompts."""
+        if pushed:
+            self.pushes[migration_id] = None
         self.inbound[migration_id] = tokens
         self.inbound_tokens += tokens
         self.blocks_committed += self.capacity.blocks_for(tokens)
@@ -243,6 +256,7 @@ class InstanceView:
     def expect_no_more(self, migration_id: MigrationId) -> None:
         """The expected request has arrived, or will not come."""
         tokens = self.inbound.pop(migration_id, None)
+        self.pushes.pop(migration_id, None)
         if tokens is not None:
             self.inbound_tokens -= tokens
             self.blocks_committed -= self.capacity.blocks_for(tokens)

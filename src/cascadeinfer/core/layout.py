@@ -7,6 +7,7 @@ are values; changing one makes
 another.
 """
 
+import enum
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,60 @@ class StageLayout:
             if instance_id in stage.instance_ids:
                 return index
         return None
+
+
+class StageKind(enum.StrEnum):
+    """What a stage computes."""
+
+    MIXED = "mixed"
+    """Prompts and output tokens."""
+    PREFILL = "prefill"
+    """Prompts and the first token; then the request is parked and moves to where it decodes."""
+    DECODE = "decode"
+    """Output tokens only."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleLayout:
+    """
+    Stages with roles: prompts from a threshold on are computed in prefill stages, all else as in a `StageLayout`.
+
+    Attributes:
+        stages: The stages in which requests decode; they also compute the prompts below the threshold.
+        prefill: The prefill stages, by prompt length; none: every prompt is computed where the request decodes.
+
+    Raises:
+        PlanError: The ranges of the prefill stages do not tile what lies above the first one's start, a stage is
+            empty, or an instance is in two stages.
+    """
+
+    stages: StageLayout
+    prefill: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the invariants."""
+        seen = {instance_id for stage in self.stages.stages for instance_id in stage.instance_ids}
+        for before, after in pairwise(self.prefill):
+            if before.range.hi_tokens != after.range.lo_tokens:
+                raise PlanError(f"prefill stages {before.range} and {after.range} do not meet")
+        if self.prefill and self.prefill[-1].range.hi_tokens < UNBOUNDED_TOKENS:
+            raise PlanError("the last prefill stage must be unbounded")
+        for stage in self.prefill:
+            if not stage.instance_ids:
+                raise PlanError(f"prefill stage {stage.range} has no instance")
+            for instance_id in stage.instance_ids:
+                if instance_id in seen:
+                    raise PlanError(f"instance {instance_id} is in two stages")
+                seen.add(instance_id)
+
+    @property
+    def threshold_tokens(self) -> int:
+        """Prompts of at least this length are computed in prefill stages; beyond all lengths without any."""
+        return self.prefill[0].range.lo_tokens if self.prefill else UNBOUNDED_TOKENS
+
+    def kind_of(self, lengths: LengthRange) -> StageKind:
+        """Kind of the stage in which requests of these lengths decode."""
+        return StageKind.MIXED if lengths.lo_tokens < self.threshold_tokens else StageKind.DECODE
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ The lease begins when the cut takes effect, which the shell may hear of late. It
 that is never later, so the deadline of the pull is counted from there (`Migration.deadline_s`). A first token received
 by then was computed from blocks that were still pinned, whatever else was late. A later token is discarded.
 
+A request that is parked with its first token (`core/parking.py`) has been cut already. Its migration begins in PARKED
+and differs in nothing else; the lease is renewed when it begins, and its deadline is counted from there.
+
 All decisions are made here: what follows what (`TRANSITIONS`), how long each state may last and how much room is
 requested (`MigrationLimits`), and which reason the record gives (`Migration.detail`). The reasons for refusals are in
 `core/refusals.py`. Both shells (simulator and runtime) report to a `Migration` what has happened and carry out its
@@ -38,6 +41,8 @@ class State(enum.Enum):
     """The states of a migration."""
 
     ASKING = "asking"
+    PARKED = "parked"
+    """The first state of a request that is parked (`core/parking.py`): room is asked for, nothing is left to cut."""
     CUTTING = "cutting"
     WITHDRAWING = "withdrawing"
     RESUMING = "resuming"
@@ -111,6 +116,16 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     (State.ASKING, Happening.SOURCE_LOST): (State.LOST, (Action.RELEASE_ROOM,)),
     (State.ASKING, Happening.TARGET_LOST): (State.STAYED, ()),
     (State.ASKING, Happening.TIMED_OUT): (State.STAYED, (Action.RELEASE_ROOM,)),
+    (State.PARKED, Happening.ROOM_GRANTED): (State.RESUMING, (Action.RESUME,)),
+    (State.PARKED, Happening.ROOM_REFUSED): (State.STAYED, ()),
+    (State.PARKED, Happening.REQUEST_ENDED): (State.ENDED, (Action.RELEASE_PIN, Action.RELEASE_ROOM)),
+    (State.PARKED, Happening.CLIENT_LEFT): (
+        State.ENDED,
+        (Action.ABORT_AT_SOURCE, Action.RELEASE_PIN, Action.RELEASE_ROOM),
+    ),
+    (State.PARKED, Happening.SOURCE_LOST): (State.LOST, (Action.RELEASE_ROOM,)),
+    (State.PARKED, Happening.TARGET_LOST): (State.STAYED, ()),
+    (State.PARKED, Happening.TIMED_OUT): (State.STAYED, (Action.RELEASE_ROOM,)),
     (State.CUTTING, Happening.CUT_DONE): (State.RESUMING, (Action.RESUME,)),
     (State.CUTTING, Happening.CUT_EMPTY): (State.RECOMPUTING, (Action.RELEASE_ROOM, Action.RECOMPUTE)),
     # The source still has most of the KV cache, and it is unknown whether the source or this front end was late.
@@ -263,6 +278,11 @@ class Migration:
     detail: str = ""
     story: list[str] = field(default_factory=lambda: [State.ASKING.value])
 
+    @classmethod
+    def of_parked(cls, effect: StartMigration, n_tokens: int, limits: MigrationLimits, now_s: float) -> Self:
+        """The migration of a request that is parked, whose lease is renewed now."""
+        return cls(effect, n_tokens, limits, State.PARKED, now_s, story=[State.PARKED.value])
+
     @property
     def migration_id(self) -> MigrationId:
         """The migration's id, chosen by the policy."""
@@ -306,7 +326,7 @@ class Migration:
     def limit_s(self, now_s: float) -> float | None:
         """Seconds that the state beginning now may last until TIMED_OUT; None for no limit."""
         match self.state:
-            case State.ASKING:
+            case State.ASKING | State.PARKED:
                 return self.limits.ask_s
             case State.CUTTING:
                 return self.limits.cut_s

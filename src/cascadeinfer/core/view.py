@@ -9,13 +9,14 @@ ids are sorted where order matters: no decision depends on hashing.
 `core/instance.py` has the numbers of one instance. An event costs O(1), a report O(requests there) in C loops.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from cascadeinfer.core.effects import Dispatch, Effect, Reject, StartMigration
+from cascadeinfer.core.effects import Dispatch, Effect, MigrationReason, Reject, StartMigration
 from cascadeinfer.core.events import (
     Event,
+    FirstToken,
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
@@ -50,6 +51,7 @@ class RequestView:
         settled_tokens: Sequence length while it is on no instance.
         place: Where it runs or waits; None while it waits for its dispatch.
         migration_id: The migration it takes part in, or None.
+        parked: It was dispatched to be parked with its first token (`core/parking.py`): only a push moves it.
 
     """
 
@@ -63,6 +65,7 @@ class RequestView:
     priority: int = 0
     place: InstanceView | None = None
     migration_id: MigrationId | None = None
+    parked: bool = False
 
     @property
     def instance_id(self) -> InstanceId | None:
@@ -99,6 +102,7 @@ class ClusterView:
         self._most_kv_tokens = 0
         self.instances: dict[InstanceId, InstanceView] = {}
         self.requests: dict[RequestId, RequestView] = {}
+        self._aside: frozenset[InstanceId] = frozenset()
         self._members: list[InstanceView] = []
         self._available: list[InstanceView] = []
         self._costs: dict[InstanceId, float] = {}
@@ -116,6 +120,11 @@ class ClusterView:
     def members(self) -> Sequence[InstanceView]:
         """Instances that are not draining, suspected or not, sorted by id; stages consist of them. A snapshot."""
         return self._members
+
+    def set_aside(self, instance_ids: Collection[InstanceId]) -> None:
+        """Count these, now or when they join, neither as members nor as available: their policy sees to them."""
+        self._aside = frozenset(instance_ids)
+        self._find_available()
 
     def able(self, request: RequestView, instances: Sequence[InstanceView]) -> Sequence[InstanceView]:
         """
@@ -160,6 +169,10 @@ class ClusterView:
                 return
             case RequestArrived():
                 self._arrive(event)
+            case FirstToken():
+                request = self.requests.get(event.request_id)
+                if request is not None and request.place is not None:
+                    request.place.first_token(event.request_id, request.tokens + 1)
             case RequestFinished():
                 self._remove(event.request_id)
             case MigrationEnded():
@@ -188,6 +201,8 @@ class ClusterView:
         for effect in effects:
             if isinstance(effect, Dispatch):
                 self._place(effect.request_id, effect.instance_id)
+                if effect.park and (request := self.requests.get(effect.request_id)) is not None:
+                    request.parked = True
             elif isinstance(effect, StartMigration):
                 self._start_migration(effect)
             elif isinstance(effect, Reject):
@@ -230,11 +245,12 @@ class ClusterView:
         self._most_kv_tokens = max(self._most_kv_tokens, *(i.capacity.kv_tokens for i in self.instances.values()), 0)
 
     def _find_available(self) -> None:
-        self._members = [i for _, i in sorted(self.instances.items()) if not i.draining]
-        trusted = [i for i in self._members if not i.suspect]
-        self._available = trusted or self._members
+        present = [instance for _, instance in sorted(self.instances.items()) if not instance.draining]
+        self._members = [instance for instance in present if instance.instance_id not in self._aside]
+        any_trusted = any(not instance.suspect for instance in present)
+        self._available = [i for i in self._members if not i.suspect] if any_trusted else self._members
         for instance in self.instances.values():
-            instance.shunned = instance.suspect and bool(trusted)
+            instance.shunned = instance.suspect and any_trusted
 
     def _suspect(self, event: InstanceSuspected) -> None:
         if (instance := self.instances.get(event.instance_id)) is not None:
@@ -298,6 +314,7 @@ class ClusterView:
         request.place = instance
 
     def _take_away(self, request: RequestView) -> None:
+        request.parked = False
         if request.place is not None:
             request.settled_tokens = request.place.drop(request.request_id)
             request.place = None
@@ -331,10 +348,11 @@ class ClusterView:
         target = self.instances.get(effect.target_id)
         if request is not None:
             request.migration_id = effect.migration_id
-        if source is not None:
+        pushed = effect.reason is MigrationReason.PREFILLED
+        if source is not None and not pushed:
             source.outbound[effect.migration_id] = None
         if target is not None and request is not None:
-            target.expect(effect.migration_id, request.tokens)
+            target.expect(effect.migration_id, request.tokens, pushed=pushed)
 
     def _end_migration(self, event: MigrationEnded) -> None:
         if (source := self.instances.get(event.source_id)) is not None:

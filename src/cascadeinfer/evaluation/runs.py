@@ -14,12 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
+from cascadeinfer.core.errors import PlanError
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.planner import Plan
+from cascadeinfer.core.plan.role_plan import RolePlan
+from cascadeinfer.core.policies.info import RoleSearch
 from cascadeinfer.core.policies.spec import PolicySpec
+from cascadeinfer.core.types import InstanceId
 from cascadeinfer.evaluation.front_ends import SeveralFrontEnds
-from cascadeinfer.evaluation.setting import Setting
-from cascadeinfer.evaluation.variants import policy_spec, starts_with_plan
+from cascadeinfer.evaluation.setting import OVERLOAD_SHARE, Setting
+from cascadeinfer.evaluation.variants import policy_spec, role_search, starts_with_plan
 from cascadeinfer.eventlog.run_file import write_log_file
 from cascadeinfer.eventlog.writer import header_of
 from cascadeinfer.results.provenance import own_commit
@@ -27,7 +32,7 @@ from cascadeinfer.results.records import InstanceSamples, MigrationRecords, Requ
 from cascadeinfer.results.summary import RunSummary, Slo, summarise, summarise_between
 from cascadeinfer.sim.cluster import Observer
 from cascadeinfer.sim.run import simulate
-from cascadeinfer.sim.settings import NetworkConfig, SimConfig, instance_ids
+from cascadeinfer.sim.settings import NetworkConfig, SimConfig, SimKind, instance_ids
 from cascadeinfer.workload.drawing import ArrivalLaw, draw_requests
 from cascadeinfer.workload.trace import Trace
 
@@ -48,7 +53,9 @@ class RunSpec:
         allow_overload: If the rate is above capacity, plan for what could be served instead of raising.
         arrivals: The arrival process.
         prefix_caching: Whether prompts share blocks according to the trace's prefix hashes.
-        max_batched_tokens: Token budget of a step, which bounds the chunks of prompts; None: the profile's.
+        max_batched_tokens: Token budget of a step, which bounds the chunks of prompts; None: the profile's, or for a
+            policy with roles whatever its plan gives each stage.
+        n_prefill: Instances for prompts of a policy that splits; None: as many as are predicted to be best.
         front_ends: Processes that share the requests, each with a policy of its own (`evaluation/front_ends.py`).
     """
 
@@ -64,6 +71,7 @@ class RunSpec:
     prefix_caching: bool = False
     max_batched_tokens: int | None = None
     front_ends: int = 1
+    n_prefill: int | None = None
 
     @property
     def label(self) -> str:
@@ -130,6 +138,44 @@ def plan_for(setting: Setting, spec: RunSpec) -> Plan | None:
     return setting.plan_within_capacity(spec.rate_rps) if spec.allow_overload else setting.plan(spec.rate_rps)
 
 
+def roles_for(setting: Setting, spec: RunSpec) -> RolePlan | None:
+    """
+    The plan with roles that the run starts with; None for a policy without roles.
+
+    Args:
+        setting: Where to run, with the run's token budget.
+        spec: What to run.
+
+    Raises:
+        PlanError: The rate is above the capacity of every such plan and `allow_overload` is off.
+    """
+    search = role_search(spec.policy)
+    if search is None:
+        return None
+    chooses = search is RoleSearch.FULL and spec.max_batched_tokens is None
+    budgets = setting.role_budgets() if chooses else (setting.profile.capacity.max_batched_tokens,)
+    rate_rps = spec.rate_rps
+    while True:
+        try:
+            return setting.plan_roles(rate_rps, budgets, split=search is RoleSearch.SPLIT, n_prefill=spec.n_prefill)
+        except PlanError:
+            if not spec.allow_overload or rate_rps < 0.01 * spec.rate_rps:
+                raise
+            rate_rps *= OVERLOAD_SHARE
+
+
+def _kinds_of(setting: Setting, roles: RolePlan | None) -> dict[InstanceId, SimKind]:
+    """The instances of each stage with the chunk budget of its plan."""
+    if roles is None:
+        return {}
+    profile = setting.profile
+    return {
+        instance_id: SimKind(InstanceKind(profile.capacity.with_token_budget(stage.budget_tokens)), profile.step_model)
+        for stage, ids in roles.dealt(instance_ids(setting.n_instances))
+        for instance_id in ids
+    }
+
+
 def run_once(
     setting: Setting,
     spec: RunSpec,
@@ -155,6 +201,7 @@ def run_once(
     """
     setting = setting.with_token_budget(spec.max_batched_tokens)
     profile = setting.profile
+    roles = roles_for(setting, spec)
     config = SimConfig(
         instances=setting.n_instances,
         capacity=profile.capacity,
@@ -164,12 +211,13 @@ def run_once(
         network=NetworkConfig(link_bytes_per_s=profile.transfer_bytes_per_s),
         prefix_caching=spec.prefix_caching,
         seed=spec.seed,
+        kinds=_kinds_of(setting, roles),
     )
     plan = plan_for(setting, spec)
-    chosen = policy_spec(spec.policy, setting, plan)
+    chosen = policy_spec(spec.policy, setting, plan, roles)
     policy = chosen.make()
     if spec.front_ends > 1:
-        following = policy_spec(spec.policy, setting, plan, follows=True)
+        following = policy_spec(spec.policy, setting, plan, roles, follows=True)
         policy = SeveralFrontEnds(policy, [following.make() for _ in range(spec.front_ends - 1)])
     workload = workload_of(setting, spec)
     with _logging(event_log, setting, spec, chosen) as observer:

@@ -20,6 +20,8 @@ from cascadeinfer.core.errors import ConfigError, PlanError
 from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
 from cascadeinfer.core.plan.planner import Plan, capacity_rate, solve
 from cascadeinfer.core.plan.problem import DEFAULT_MARGIN, HandOverCost, PlanProblem
+from cascadeinfer.core.plan.role_plan import RolePlan
+from cascadeinfer.core.plan.roles import DEFAULT_BUDGETS, solve_roles
 from cascadeinfer.workload.trace import CappedTrace, Trace
 
 DEFAULT_CONTEXT_TOKENS: Final = 131_072
@@ -110,6 +112,27 @@ class Setting:
             if not error.capacity_per_s:
                 raise
             return self.plan(OVERLOAD_SHARE * error.capacity_per_s)
+
+    def role_budgets(self) -> tuple[int, ...]:
+        """The chunk budgets that a plan with roles chooses from: the usual ones and the profile's."""
+        return tuple(sorted({*DEFAULT_BUDGETS, self.profile.capacity.max_batched_tokens}))
+
+    def plan_roles(
+        self, rate_rps: float, budgets: Sequence[int], *, split: bool = False, n_prefill: int | None = None
+    ) -> RolePlan:
+        """
+        The best plan with roles at this rate.
+
+        Args:
+            rate_rps: Requests per second.
+            budgets: Chunk budgets to choose from.
+            split: Only plain prefill/decode splitting.
+            n_prefill: With `split`: the instances for prompts; None: the best number.
+
+        Raises:
+            PlanError: The rate is above the capacity of every such plan.
+        """
+        return solve_roles(self.problem(rate_rps), tuple(budgets), split=split, n_prefill=n_prefill)
 
     def notes(self) -> list[str]:
         """Notes on what was left out and cut; empty if nothing was."""

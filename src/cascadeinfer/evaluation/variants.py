@@ -8,8 +8,9 @@ an operator who knows yesterday's lengths. Variants that are meant to find the l
 from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.plan.planner import Plan
+from cascadeinfer.core.plan.role_plan import RolePlan
 from cascadeinfer.core.policies import POLICIES
-from cascadeinfer.core.policies.info import Circumstances, Variant
+from cascadeinfer.core.policies.info import Circumstances, RoleSearch, Variant
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.evaluation.setting import Setting
 from cascadeinfer.sim.settings import instance_ids
@@ -42,7 +43,14 @@ def starts_with_plan(name: str) -> bool:
     return POLICIES[policy].starts_with_plan and variant.starts_with_plan
 
 
-def policy_spec(name: str, setting: Setting, plan: Plan | None, *, follows: bool = False) -> PolicySpec:
+def role_search(name: str) -> RoleSearch | None:
+    """Which plans with roles this policy can carry out; None for a policy without roles."""
+    return POLICIES[_known()[name][0]].roles
+
+
+def policy_spec(
+    name: str, setting: Setting, plan: Plan | None, roles: RolePlan | None = None, *, follows: bool = False
+) -> PolicySpec:
     """
     The specification of a policy.
 
@@ -50,11 +58,13 @@ def policy_spec(name: str, setting: Setting, plan: Plan | None, *, follows: bool
         name: One of `policy_names()`.
         setting: The setting it runs in.
         plan: The initial plan, for the policies of `starts_with_plan`.
+        roles: The plan with roles, for the policies of `role_search`.
         follows: Whether another front-end process plans for all.
     """
     policy, variant = _known()[name]
     around = Circumstances(
         layout=plan.layout(instance_ids(setting.n_instances)) if plan is not None and starts_with_plan(name) else None,
+        roles=None if roles is None else roles.layout(instance_ids(setting.n_instances)),
         step_model=setting.profile.step_model,
         planning=PlanSettings(
             objective=setting.objective,

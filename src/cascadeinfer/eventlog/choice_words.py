@@ -16,6 +16,7 @@ MEASURES: Final = {
     Measure.TOKENS: "number of tokens there",
     Measure.REQUESTS: "number of requests there",
     Measure.SENT_TOKENS: "number of prompt tokens sent there lately",
+    Measure.BACKLOG: "queue of prompts",
     Measure.VLLM_SCORE: "score of vLLM's balancer",
 }
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import assert_never
 
 from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
-from cascadeinfer.core.errors import RequestRejectedError
+from cascadeinfer.core.errors import PolicyError, RequestRejectedError
 from cascadeinfer.core.events import Event, MessageReceived, MigrationEnded, MigrationOutcome
 from cascadeinfer.core.migration import MigrationLimits, NotBegun, not_begun
 from cascadeinfer.engines.protocol import Resume
@@ -117,6 +117,8 @@ class Performer:
         await self._commands.stop()
 
     def _dispatch(self, effect: Dispatch) -> None:
+        if effect.park:
+            raise PolicyError(f"{effect}: no engine can arm a cut when a request is submitted")
         stream = self._streams.get(effect.request_id)
         if stream is None:
             return  # its client left while it waited

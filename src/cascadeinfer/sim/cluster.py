@@ -18,6 +18,7 @@ from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayo
 from cascadeinfer.core.errors import PolicyError
 from cascadeinfer.core.events import (
     Event,
+    FirstToken,
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
@@ -36,6 +37,7 @@ from cascadeinfer.sim.fleet import Fleet
 from cascadeinfer.sim.instance import SimInstance
 from cascadeinfer.sim.kernel import Kernel, Priority
 from cascadeinfer.sim.migrations import Migrator, Move
+from cascadeinfer.sim.parkings import Parkings
 from cascadeinfer.sim.recording import Recorder
 from cascadeinfer.sim.requests import OVER, Phase, SimRequest
 from cascadeinfer.sim.settings import SimConfig
@@ -72,6 +74,7 @@ class SimCluster:
         unit_tokens = trace.prefix_block_tokens if config.prefix_caching else 0
         self.fleet = Fleet(self.kernel, config, self, unit_tokens=unit_tokens)
         self.migrator = Migrator(self, self.kernel, config)
+        self.parkings = Parkings(self.kernel, config.parking, self._tell_first_token, self._take_back)
         self.messages_sent = 0
         self.messages_lost = 0
         self._trace = trace
@@ -145,6 +148,7 @@ class SimCluster:
         if request.phase not in OVER:
             self._take_away(request)
             request.phase = Phase.ABORTED
+        self.parkings.left(request)
         request.instance_id = None
         del self.live[request.request_id]
         self._emit(RequestFinished(request.request_id, request.request_id, request.produced))
@@ -176,6 +180,8 @@ class SimCluster:
             self._finish(request)
         for request in end.cut:
             self.migrator.cut_took_effect(request)
+        for request in end.parked:
+            self.parkings.first_token(request)
         if instance.instance_id in self.fleet.draining:
             self._leave_if_empty(instance)
 
@@ -240,11 +246,13 @@ class SimCluster:
 
     def displaced(self, request: SimRequest) -> None:
         """The request is nowhere."""
+        self.parkings.left(request)
         request.phase = Phase.UNPLACED
         request.instance_id = None
 
     def migration_ended(self, move: Move) -> None:
         """Record it and tell the policy."""
+        self.parkings.move_ended(move.request)
         ended = move.migration.ended()
         self.recorder.migration(move, ended, self.fleet.numbers)
         self._emit(ended)
@@ -317,9 +325,24 @@ class SimCluster:
             request.dispatched_s = self.kernel.now_s
         if effect.shared:
             self.recorder.shared_s.append(self.kernel.now_s)
+        request.armed = effect.park
+        if effect.park:
+            self.parkings.begin(request)
         request.instance_id = effect.instance_id
         instance.push(request, self.kernel.now_s)
         self.touched(instance)
+
+    def _tell_first_token(self, request: SimRequest) -> None:
+        assert request.instance_id is not None  # it is parked there
+        self._emit(FirstToken(request.request_id, request.request_id, request.instance_id))
+
+    def _take_back(self, request: SimRequest) -> None:
+        assert request.instance_id is not None  # it is parked there
+        instance = self.instance(request.instance_id)
+        if instance is not None and instance.alive:
+            instance.remove(request, self.kernel.now_s)
+            instance.push(request, self.kernel.now_s)
+            self.touched(instance)
 
     def _reject(self, effect: Reject) -> None:
         request = self.live.get(effect.request_id)
@@ -341,7 +364,11 @@ class SimCluster:
         ):
             self._emit(not_begun(effect, NotBegun.STALE, is_live=request is not None))
             return
-        self.migrator.start(effect, request, source.scheduler.length_of(request))
+        parked_s = self.parkings.move_began(request)
+        if parked_s is not None:
+            self.migrator.start_parked(effect, request, parked_s)
+        else:
+            self.migrator.start(effect, request, source.scheduler.length_of(request))
 
     def _send(self, effect: SendMessage) -> None:
         self.messages_sent += 1

@@ -11,7 +11,7 @@ crashed instance does not answer: the time limit of the state, or the detection 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, assert_never
+from typing import Any, Final, Protocol, assert_never
 
 from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.core.events import MigrationOutcome
@@ -21,8 +21,11 @@ from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
 from cascadeinfer.sim.instance import SimInstance
 from cascadeinfer.sim.kernel import Kernel, Priority
 from cascadeinfer.sim.network import Network
-from cascadeinfer.sim.requests import SimRequest
+from cascadeinfer.sim.requests import Phase, SimRequest
 from cascadeinfer.sim.settings import SimConfig
+
+ASKS: Final = frozenset({State.ASKING, State.PARKED})
+"""The states in which the target is asked for room."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +34,7 @@ class Move:
     One migration and what is known of it.
 
     Attributes:
-        started_s: When the policy asked for it; then when the cut took effect, and when it was over.
+        started_s: When the policy asked for it; then when the cut took effect (or it was parked), and when it was over.
         tokens: Sequence length at the cut.
         pulled_tokens: That went over the network.
     """
@@ -86,7 +89,16 @@ class Migrator:
 
     def start(self, effect: StartMigration, request: SimRequest, length_tokens: int) -> None:
         """Begin; the request must be on the effect's source and in no migration."""
-        move = Move(Migration(effect, length_tokens, self._config.migration), request, self._kernel.now_s)
+        self._begin(Move(Migration(effect, length_tokens, self._config.migration), request, self._kernel.now_s))
+
+    def start_parked(self, effect: StartMigration, request: SimRequest, parked_s: float) -> None:
+        """Begin with a request that has been parked on the effect's source since then."""
+        now_s, tokens = self._kernel.now_s, request.settled_tokens
+        migration = Migration.of_parked(effect, tokens, self._config.migration, now_s)
+        self._begin(Move(migration, request, now_s, cut_s=parked_s, tokens=tokens))
+
+    def _begin(self, move: Move) -> None:
+        effect = move.migration.effect
         self.moves[effect.migration_id] = move
         self._of_request[effect.request_id] = move
         self._limit(move)
@@ -186,7 +198,7 @@ class Migrator:
 
     def _ask_room(self, move: Move) -> None:
         target = self._host.instance(move.migration.target_id)
-        if move.migration.state is not State.ASKING:
+        if move.migration.state not in ASKS:
             return
         if target is None:
             self._answer(move, Refusal.TARGET_DOWN)
@@ -198,7 +210,7 @@ class Migrator:
 
     def _answered(self, what: tuple[Move, Refusal | None]) -> None:
         move, refused = what
-        if move.migration.state is State.ASKING:
+        if move.migration.state in ASKS:
             self._answer(move, refused)
 
     def _answer(self, move: Move, refused: Refusal | None) -> None:
@@ -224,6 +236,10 @@ class Migrator:
             self.happen(move, Happening.CUT_UNDONE)
 
     def _resume(self, move: Move) -> None:
+        if move.request.phase is Phase.PARKED:
+            source = self._host.instance(move.migration.source_id)
+            assert source is not None  # its loss would have ended the migration
+            source.scheduler.unpark(move.request)
         move.request.instance_id = move.migration.target_id
         target = self._host.instance(move.migration.target_id)
         if target is None:

@@ -23,6 +23,8 @@ class Phase(enum.Enum):
     """Running; its prompt (or what must be recomputed) is not done."""
     DECODE = "decode"
     """Running; one token per step."""
+    PARKED = "parked"
+    """It has its first token and waits for a target, its blocks pinned (`core/parking.py`)."""
     PULLING = "pulling"
     """Cut at the source; the target has allocated its blocks and its KV cache is in transit."""
     JOINING = "joining"
@@ -54,6 +56,7 @@ class SimRequest:
         lost_tokens: Tokens already computed when it last left a batch, or a prompt unfinished; recomputing them is
             waste.
         watched: Whether a migration waits for its next token.
+        armed: Whether it is to be parked with its first token.
         dispatched_s: When the policy first placed it; followed by the times of its first run, first token and end.
     """
 
@@ -75,6 +78,7 @@ class SimRequest:
     units: list[int] = field(default_factory=list)
     admission: int = -1
     watched: bool = False
+    armed: bool = False
     dispatched_s: float = math.nan
     scheduled_s: float = math.nan
     first_token_s: float = math.nan

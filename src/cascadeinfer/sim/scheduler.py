@@ -14,7 +14,8 @@ Source: vLLM 0.32 `v1/core/sched/scheduler.py`. Differences: decodes are planned
 the running list, and only hashes in the trace are shared (vLLM also hashes output tokens).
 
 A migration holds room here: `reserved` blocks and a slot from the ask on, `pulling` while the KV cache is in transit,
-and at the source `pinned` blocks from the cut until the pull is done.
+and at the source `pinned` blocks from the cut until the pull is done. A request that is `parked` with its first token
+has pinned blocks too, and no slot.
 """
 
 import math
@@ -49,6 +50,7 @@ class Scheduler:
         self.pulling: dict[RequestId, SimRequest] = {}
         self.reserved: dict[MigrationId, int] = {}
         self.pinned: dict[RequestId, tuple[int, list[int]]] = {}
+        self.parked: dict[RequestId, SimRequest] = {}
         self.cut_requested: dict[RequestId, SimRequest] = {}
         self.watched: dict[RequestId, SimRequest] = {}
         self.tokens_out = 0
@@ -57,12 +59,7 @@ class Scheduler:
         self._admissions = 0
 
     def push(self, request: SimRequest) -> bool:
-        """
-        Queue a request to compute all tokens it has.
-
-        Returns:
-            Whether it is the queue's head.
-        """
+        """Queue a request to compute all tokens it has. Returns whether it is the queue's head."""
         self._enqueue(request, self._next_back)
         self._next_back += 1
         return self.waiting[0][2] is request
@@ -88,6 +85,7 @@ class Scheduler:
         yield from self.prefilling
         yield from self.joining
         yield from self.pulling.values()
+        yield from self.parked.values()
         yield from (request for _, _, request in sorted(self.waiting, key=lambda entry: entry[:2]))
 
     def length_of(self, request: SimRequest) -> int:
@@ -219,8 +217,7 @@ class Scheduler:
             blocks = request.blocks
             request.lost_tokens = request.computed
         self._free(blocks, request.units)
-        request.blocks = 0
-        request.units = []
+        request.blocks, request.units = 0, []
 
     def _free(self, blocks: int, units: list[int]) -> None:
         self.kv.give(blocks - len(units) * self.kv.blocks_per_unit)
@@ -264,8 +261,20 @@ class Scheduler:
             self._finish(request, now_s, end)
             return
         self.prefilling.remove(request)
+        if request.armed:
+            self._park(request)
+            end.parked.append(request)
+            return
         request.phase = Phase.DECODE
         self.batch.add(request)
+
+    def _park(self, request: SimRequest) -> None:
+        request.armed = False
+        request.phase = Phase.PARKED
+        request.lost_tokens = request.computed
+        self.pinned[request.request_id] = (request.blocks, request.units)
+        self.parked[request.request_id] = request
+        request.blocks, request.units = 0, []
 
     def _seen(self, request: SimRequest, end: StepEnd) -> None:
         request.watched = False
@@ -334,6 +343,11 @@ class Scheduler:
         blocks, units = self.pinned.pop(request_id, (0, []))
         self._free(blocks, units)
 
+    def unpark(self, request: SimRequest) -> None:
+        """A parked request goes to a target that pulls its blocks, which stay pinned until then."""
+        del self.parked[request.request_id]
+        request.phase = Phase.PULLING
+
     def expect(self, request: SimRequest, migration_id: MigrationId) -> int:
         """
         Turn a reservation into the blocks of a cut request.
@@ -373,12 +387,14 @@ class Scheduler:
             self.waiting = [entry for entry in self.waiting if entry[2] is not request]
             heapify(self.waiting)
             self.waiting_blocks -= self.capacity.blocks_for(request.goal)
+        elif request.phase is Phase.PARKED:
+            del self.parked[request.request_id]
+            self.unpin(request.request_id)
         elif request.phase in {Phase.JOINING, Phase.PULLING}:
             if request.phase is Phase.JOINING:
                 self.joining.remove(request)
             else:
                 del self.pulling[request.request_id]
             self._free(request.blocks, request.units)
-        request.blocks = 0
-        request.units = []
+        request.blocks, request.units = 0, []
         request.phase = Phase.UNPLACED

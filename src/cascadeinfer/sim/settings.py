@@ -8,6 +8,7 @@ from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.migration import MigrationLimits
+from cascadeinfer.core.parking import ParkingLimits
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.sim.faults import FaultPlan
 
@@ -62,6 +63,7 @@ class SimConfig:
         max_output_tokens: The cap that each request states; None states all the context left.
         network: Transfers and messages.
         migration: Limits of migrations, the same as the runtime's.
+        parking: Limits of requests that are parked with their first token.
         report_interval_s: Between two reports of one instance; instances take turns.
         prefix_caching: Whether prompts share blocks by the trace's prefix hashes.
         detect_s: From a crash to its `InstanceLost`.
@@ -81,6 +83,7 @@ class SimConfig:
     max_output_tokens: int | None = None
     network: NetworkConfig = field(default_factory=NetworkConfig)
     migration: MigrationLimits = field(default_factory=MigrationLimits)
+    parking: ParkingLimits = field(default_factory=ParkingLimits)
     report_interval_s: float = 0.1
     prefix_caching: bool = False
     detect_s: float = 0.5

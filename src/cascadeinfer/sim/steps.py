@@ -43,8 +43,10 @@ class StepEnd:
         finished: Requests that are complete.
         watched: Requests that a migration watches and that got a token.
         cut: Requests that left the batch with their KV cache pinned.
+        parked: Requests that did so with their first token.
     """
 
     finished: list[SimRequest] = field(default_factory=list)
     watched: list[SimRequest] = field(default_factory=list)
     cut: list[SimRequest] = field(default_factory=list)
+    parked: list[SimRequest] = field(default_factory=list)

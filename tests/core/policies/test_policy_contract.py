@@ -20,11 +20,11 @@ from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.events import MigrationEnded, MigrationOutcome, PinReason, RequestFinished, TimerFired
 from cascadeinfer.core.kind import InstanceKind
-from cascadeinfer.core.layout import Proposal, StageLayout
+from cascadeinfer.core.layout import Proposal, RoleLayout, Stage, StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policy import Policy
-from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, LengthRange
 from support.policy_world import SMALL, World
 
 IDS = ("i0", "i1", "i2", "i3", "i4")
@@ -32,6 +32,10 @@ HALF = InstanceCapacity(kv_blocks=64, block_size_tokens=16, max_num_seqs=4, max_
 """1,024 tokens: the longest requests here do not fit."""
 KINDS = {"i0": InstanceKind(HALF), "i3": InstanceKind(HALF, "slow")}
 LAYOUT = StageLayout.from_boundaries((60, 200), (("i0", "i1"), ("i2", "i3"), ("i4",)))
+ROLES = RoleLayout(
+    StageLayout.from_boundaries((200,), (("i2", "i3"), ("i4",))),
+    (Stage(LengthRange(40, 150), ("i0",)), Stage(LengthRange(150), ("i1",))),
+)
 
 
 def flip(_: LengthHistogram, __: float, ___: InstanceCapacity, n: int, current: StageLayout) -> Proposal | None:
@@ -50,6 +54,8 @@ MAKERS: dict[str, Callable[[], Policy]] = {
     "cascade in stages": lambda: Cascade(layout=LAYOUT),
     "cascade without migration": lambda: Cascade(layout=LAYOUT, migrate=False),
     "cascade with a queue": lambda: Cascade(layout=LAYOUT, max_queued=3),
+    "roles in stages": lambda: POLICIES["roles"].make(roles=ROLES),
+    "pd_fixed, split": lambda: POLICIES["pd_fixed"].make(roles=ROLES),
     "cascade that replans": lambda: Cascade(
         layout=LAYOUT, planner=flip, planning=PlanSettings(interval_s=0.3, min_requests=3)
     ),

@@ -7,8 +7,8 @@ boundary from moving back and forth. Requests are handed over upwards only. One 
 (the boundary moved up, or it was placed there for lack of room) grows into it or ends. The longest goes first, because
 it slows the others most.
 
-A request may move when it decodes (it is not waiting, and has a token beyond its prompt), nothing pins it, it is in no
-migration, and it may still produce enough tokens for the move to pay.
+A request may move when it decodes (it is not waiting or parked, and has a token beyond its prompt), nothing pins it, it
+is in no migration, and it may still produce enough tokens for the move to pay.
 """
 
 from collections.abc import Mapping
@@ -46,6 +46,7 @@ def may_move(request: RequestView, place: InstanceView, rules: HandoverRules) ->
     return (
         request.pin_reason is None
         and request.migration_id is None
+        and not request.parked
         and request.place is place
         and tokens > request.prompt_tokens
         and request.request_id not in place.waiting

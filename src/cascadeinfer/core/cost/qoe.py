@@ -55,7 +55,12 @@ W_LASTS: Final = 15
 """The same weight where requests do their last step."""
 W_ATTAIN_STEPS: Final = 16
 """Decode steps as fractions of all steps of their request."""
-TABLE_ROWS: Final = 17
+WEIGHT_ROWS: Final = 8
+"""Rows of weights."""
+PUSHED: Final = 17
+"""Requests whose prompt was computed in a prefill stage, by prompt length; they enter the stage that decodes them here.
+"""
+TABLE_ROWS: Final = 18
 """Rows of a stage table."""
 
 _TPOT_SPREAD: Final = 0.12
@@ -227,7 +232,8 @@ def _assess(inputs: ServiceInputs, longest: NDArray[np.float64], stage: StageLoa
     prefill = prefill_queue(table, stage, limits, others, in_decode, times)
     if prefill.load >= 1.0:
         return _infeasible()
-    visits = stage.starts + max(0.0, table[Column.STARTS, i] - table[Column.LAST_STEPS, i])
+    visits = stage.starts + table[PUSHED, stage.j] - table[PUSHED, i]
+    visits += max(0.0, table[Column.STARTS, i] + table[PUSHED, i] - table[Column.LAST_STEPS, i])
     empty_s = step_time_s(coefficients, 0.0, 0.0, 0.0, 0.0, 0.0)
     busy = max(0.0, 1.0 - empty_s / t)
     if stage.steps > 0.0 and visits > FEW:
@@ -296,11 +302,17 @@ def stage_service(
         attention,
         chunk,
         prefill_load,
+        limits.max_batched_tokens,
     )
     moved = rate * max(
         0.0,
-        table[Column.STARTS, i] - table[Column.LAST_STEPS, i] + table[Column.STARTS, j] - table[Column.LAST_STEPS, j],
-    )  # in and out
+        table[Column.STARTS, i]
+        + table[PUSHED, i]
+        - table[Column.LAST_STEPS, i]
+        + table[Column.STARTS, j]
+        + table[PUSHED, j]
+        - table[Column.LAST_STEPS, j],
+    )  # in and out; pushes from prefill stages do not count
     if moved > limits.hand_overs_per_s:
         return _infeasible()
     # No step can be longer than the time that keeps tokens in flight within KV cache, batch slots and token budget.

@@ -9,8 +9,9 @@ lengths). `own` is the token's own work, which shrinks as 1/k when the least loa
 then the batch hardly fluctuates.
 
 Prefills come in chunks rather than as a trickle: a step holds a chunk with probability (prefill tokens per step) /
-chunk, which matters where tokens below a knee are free. The straggler term needs the longest length of a batch: the
-average over quantiles of the maximum of `batch` draws from the stage's residence, by length.
+chunk, which matters where tokens below a knee are free; decodes and chunk fill no more than the token budget. The
+straggler term needs the longest length of a batch: the average over quantiles of the maximum of `batch` draws from the
+stage's residence, by length.
 """
 
 from typing import Final, NamedTuple
@@ -44,6 +45,7 @@ class StageLoad(NamedTuple):
     attention: float
     chunk: float  # prompt tokens in a step that has any, when prompts rarely meet
     prefill_load: float  # share of time in prefill at constant decode cost
+    budget: float  # tokens of a step
 
 
 @njit(cache=True, error_model="numpy")
@@ -142,7 +144,8 @@ def _step_seen_s(
     seen_s = decode_step_s(coefficients, longest, stage, batch)
     tokens = arriving * stage.prompt
     if tokens > 0.0:
-        seen_s += tokens * prefill_per_token_s(coefficients, batch, stage.chunk + tokens)
+        chunk = min(stage.chunk + tokens, max(1.0, stage.budget - others))
+        seen_s += tokens * prefill_per_token_s(coefficients, batch, chunk)
         seen_s += arriving * stage.attention * coefficients[4]
     return seen_s
 

@@ -16,7 +16,8 @@ proven optimal; tests bound the loss against the exact program.
 Source: arXiv 2512.19179, which plans over exponential length buckets in two phases.
 """
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Self
 
 import numpy as np
 from numba import njit
@@ -59,6 +60,22 @@ def stage_costs(
 
 
 @njit(cache=True, error_model="numpy")
+def straddling_costs(
+    inputs: ServiceInputs, candidates: NDArray[np.int64], at: int, n_units: int, instances_per_unit: float
+) -> NDArray[np.float64]:
+    """`stage_costs` of those ranges alone that have candidate `at` inside them; infinite elsewhere."""
+    n = len(candidates)
+    costs = np.full((n, n, n_units + 1), np.inf)
+    for a in range(at):
+        for b in range(at + 1, n):
+            low, high = candidates[a], candidates[b]
+            longest = longest_of(inputs, low, high)
+            for k in range(1, n_units + 1):
+                costs[a, b, k] = stage_service(inputs, low, high, longest, k * instances_per_unit).cost
+    return costs
+
+
+@njit(cache=True, error_model="numpy")
 def best_partitions(
     costs: NDArray[np.float64], max_stages: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
@@ -75,6 +92,18 @@ def best_partitions(
         # (max_stages,), (max_stages, max_stages + 1), (max_stages, max_stages)
 
     Complexity: O(max_stages n_candidates^2 n_units^2) additions.
+    """
+    best, from_candidate, from_units = fill(costs, max_stages)
+    return _trace_back(best, from_candidate, from_units)
+
+
+@njit(cache=True, error_model="numpy")
+def fill(
+    costs: NDArray[np.float64], max_stages: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """
+    The program's tables: best[s, b, e] and, for each, the last stage's first candidate and its units.
+    # (max_stages + 1, n_candidates, n_units + 1)
     """
     n, _, units = costs.shape
     n_units = units - 1
@@ -95,7 +124,7 @@ def best_partitions(
                             best[s, b, used + k] = value
                             from_candidate[s, b, used + k] = a
                             from_units[s, b, used + k] = k
-    return _trace_back(best, from_candidate, from_units)
+    return best, from_candidate, from_units
 
 
 @njit(cache=True, error_model="numpy")
@@ -122,3 +151,41 @@ def _trace_back(
             b = from_candidate[stage, b, left]
             left -= k
     return value_of, bounds, placed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Partitions:
+    """
+    The program's tables, for whoever wants the best partition for every number of units.
+
+    Attributes:
+        best: best[s, b, e] of the module header.
+        max_stages: Largest s.
+    """
+
+    best: NDArray[np.float64]
+    max_stages: int
+    _from_candidate: NDArray[np.int64]
+    _from_units: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, costs: NDArray[np.float64], max_stages: int) -> Self:
+        """Run the program; see `best_partitions`."""
+        best, from_candidate, from_units = fill(costs, max_stages)
+        return cls(best, max_stages, from_candidate, from_units)
+
+    def cost(self, stages: int, units: int) -> float:
+        """The least cost of covering everything with exactly these stages and units; infinite when infeasible."""
+        return float(self.best[stages, -1, units])
+
+    def trace(self, stages: int, units: int) -> tuple[list[int], list[int]]:
+        """Candidates that bound the stages (one more than stages), and units of each, of the partition of that cost."""
+        b = self.best.shape[1] - 1
+        bounds, placed = [b], []
+        for s in range(stages, 0, -1):
+            k = int(self._from_units[s, b, units])
+            b = int(self._from_candidate[s, b, units])
+            units -= k
+            bounds.append(b)
+            placed.append(k)
+        return bounds[::-1], placed[::-1]

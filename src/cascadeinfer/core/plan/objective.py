@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.histogram import Column, LengthHistogram
-from cascadeinfer.core.cost.qoe import DEMAND_ROWS, TABLE_ROWS, ObjectiveTerms
+from cascadeinfer.core.cost.qoe import DEMAND_ROWS, WEIGHT_ROWS, ObjectiveTerms
 from cascadeinfer.core.errors import PlanError
 
 Rows = NDArray[np.float64]
@@ -34,7 +34,7 @@ class Objective(Protocol):
             max_batched_tokens: Token budget of a step; it determines how many steps a prefill takes.
 
         Returns:
-            One column per edge.  # (TABLE_ROWS - DEMAND_ROWS, n_edges)
+            One column per edge.  # (WEIGHT_ROWS, n_edges)
         """
         ...
 
@@ -186,11 +186,12 @@ def relative_gain(one_stage: float, other: float) -> float:
 
 
 def stage_table(histogram: LengthHistogram, objective: Objective, max_batched_tokens: int) -> Rows:
-    """The table that `stage_service` reads: demand and weights.  # (TABLE_ROWS, n_edges)"""
-    table = np.concatenate((histogram.prefix[:DEMAND_ROWS], objective.rows(histogram, max_batched_tokens)))
-    if table.shape != (TABLE_ROWS, len(histogram.edges_tokens)) or not np.all(np.isfinite(table)):
-        raise PlanError(f"objective {objective!r} gives weights of shape {table.shape}, or not finite ones")
-    return np.ascontiguousarray(table)
+    """The table that `stage_service` reads: demand, weights, and nobody pushed.  # (TABLE_ROWS, n_edges)"""
+    rows = objective.rows(histogram, max_batched_tokens)
+    if rows.shape != (WEIGHT_ROWS, len(histogram.edges_tokens)) or not np.all(np.isfinite(rows)):
+        raise PlanError(f"objective {objective!r} gives weights of shape {rows.shape}, or not finite ones")
+    nobody = np.zeros((1, len(histogram.edges_tokens)))
+    return np.ascontiguousarray(np.concatenate((histogram.prefix[:DEMAND_ROWS], rows, nobody)))
 
 
 def _chunks(histogram: LengthHistogram, starts: Rows, max_batched_tokens: int) -> Rows:

@@ -299,7 +299,7 @@ def _coarse(problem: PlanProblem) -> tuple[NDArray[np.float64], NDArray[np.int64
 def _refine(problem: PlanProblem, bounds: NDArray[np.int64], units: NDArray[np.int64]) -> Partition:
     """Round units to whole instances, then improve the partition locally."""
     per_unit = problem.n_instances / int(units.sum())
-    instances = _whole_instances(units.astype(np.float64) * per_unit, problem.n_instances)
+    instances = whole_instances(units.astype(np.float64) * per_unit, problem.n_instances)
     bounds = bounds.copy()
     window = -(-_buckets_per_octave(problem) // problem.boundaries_per_octave)
     cost = improve(problem.inputs, bounds, instances, window, max(1, round(per_unit)))
@@ -315,7 +315,7 @@ def _buckets_per_octave(problem: PlanProblem) -> int:
     return max(1, top - int(np.searchsorted(edges, edges[top] / 2.0)))
 
 
-def _whole_instances(shares: NDArray[np.float64], n_instances: int) -> NDArray[np.int64]:
+def whole_instances(shares: NDArray[np.float64], n_instances: int) -> NDArray[np.int64]:
     """Round shares to whole numbers >= 1 with this sum, by largest remainders."""
     whole = np.maximum(1, np.floor(shares + 1e-9)).astype(np.int64)
     missing = n_instances - int(whole.sum())

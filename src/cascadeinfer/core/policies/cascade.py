@@ -36,6 +36,7 @@ from cascadeinfer.core.cost.learning import LearningSettings
 from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
 from cascadeinfer.core.events import (
     Event,
+    FirstToken,
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
@@ -179,6 +180,8 @@ class Cascade:
             case LayoutAnnounced():
                 self.roster.adopt(event.layout)
                 self._follow_roster(event.cause, effects)
+            case FirstToken():
+                self.view.apply(event)
             case WorkloadSeen():
                 self._watch.seen_elsewhere(event, now_s)
         return effects

@@ -7,14 +7,24 @@ policies, and the policy derives its options from them. Names and defaults of op
 alone.
 """
 
+import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.layout import RoleLayout, StageLayout
 from cascadeinfer.core.policy import Policy
+
+
+class RoleSearch(enum.Enum):
+    """Which plans with roles a policy can carry out."""
+
+    FULL = "full"
+    """All: prefill stages or none, any stages, a chunk budget for each."""
+    SPLIT = "split"
+    """One prefill stage for all prompts, one stage that decodes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +34,7 @@ class Circumstances:
 
     Attributes:
         layout: Stages to start with; None leaves them to the policy.
+        roles: Stages with roles, for policies that need them.
         step_model: Cost of a step, as far as it is known.
         planning: How to plan at run time.
         learns: Whether the steps that instances report are a better source for their cost than `step_model`.
@@ -33,6 +44,7 @@ class Circumstances:
     """
 
     layout: StageLayout | None = None
+    roles: RoleLayout | None = None
     step_model: StepModel | None = None
     planning: PlanSettings = field(default_factory=PlanSettings)
     learns: bool = False
@@ -73,6 +85,8 @@ class PolicyInfo:
         help: What it does, in half a line.
         takes_layout: Whether it uses stages that an operator can set.
         starts_with_plan: Whether an experiment gives it the planner's stages for the workload it will see.
+        roles: Which plans with roles it can carry out; None: it has no roles. Such a policy parks requests, which no
+            engine can do yet, so the server refuses it.
         has_queue: Whether requests without room wait in the policy, at most `Circumstances.max_queued`; further ones
             are refused.
         uses_profile: Whether a cost profile changes its behaviour; without one it learns costs while serving.
@@ -85,6 +99,7 @@ class PolicyInfo:
     help: str
     takes_layout: bool = False
     starts_with_plan: bool = False
+    roles: RoleSearch | None = None
     has_queue: bool = False
     uses_profile: bool = False
     options_for: Callable[[Circumstances], dict[str, Any]] = _nothing

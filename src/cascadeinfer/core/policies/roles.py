@@ -1,0 +1,118 @@
+"""
+The cascade with prefill stages: one plan says which instances compute prompts, and which decode which lengths.
+
+A prompt of at least the plan's threshold is computed in a prefill stage and pushed to the stage of its length with its
+first token (`core/placing/pushing.py`). All other prompts, and everything after the first token, are the cascade's
+(`core/policies/cascade.py`): the cheapest instance of the stage with room, sharing of backlogs, hand-over by bid-ask.
+
+*Overflow.* When prompts queue in the prefill stage for longer than one full step takes (`Pricing.full_step`, but at
+least `SHORT` empty steps), a prompt is computed where it decodes if it would start sooner by that unit on some instance
+of its own stage or of a longer one.
+
+Stages, threshold and chunk budgets stay as planned: boundaries do not move and nothing is planned anew while it runs,
+because neither refinement nor replanning knows prefill stages yet. With a plan without prefill stages it is the cascade
+with fixed ranges.
+
+Edge cases: those of `core/placing/pushing.py`. Inputs read: those of the cascade. Source: arXiv 2512.19179 for the
+stages, DistServe (arXiv 2401.09670) for the prefill instances.
+"""
+
+from typing import Any, Final
+
+from cascadeinfer.core.adapt.warm_up import warm_up
+from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.effects import Effect
+from cascadeinfer.core.events import Event, FirstToken, InstanceReported, MigrationEnded
+from cascadeinfer.core.layout import RoleLayout
+from cascadeinfer.core.placing.dispatch import Chosen, has_room, nearest_with_room
+from cascadeinfer.core.placing.pushing import PrefillStages
+from cascadeinfer.core.placing.sharing import SHORT
+from cascadeinfer.core.policies.cascade import Cascade
+from cascadeinfer.core.policies.info import Circumstances, PolicyInfo, RoleSearch, Variant
+from cascadeinfer.core.view import InstanceView, RequestView
+
+
+class Roles(Cascade):
+    """See the module header."""
+
+    def __init__(
+        self,
+        *,
+        roles: RoleLayout | None = None,
+        step_model: StepModel | None = None,
+        overflow: bool = True,
+        share: bool = True,
+        rebalance: bool = True,
+        max_queued: int | None = None,
+    ) -> None:
+        """
+        Args:
+            roles: The stages; None: one stage that computes and decodes everything.
+            step_model: Cost of a step.
+            overflow: Whether a queue of prompts sends a prompt to where it decodes.
+            share, rebalance, max_queued: As for `Cascade`.
+        """
+        super().__init__(
+            layout=None if roles is None else roles.stages,
+            step_model=step_model,
+            refine=False,
+            replan=False,
+            share=share,
+            rebalance=rebalance,
+            max_queued=max_queued,
+        )
+        self._overflow = overflow
+        self._prefill = PrefillStages(roles, self.view, self._target_for)
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """See `Policy.handle`."""
+        if isinstance(event, FirstToken):
+            return self._prefill.first_token(event, now_s)
+        effects = super().handle(event, now_s)
+        if isinstance(event, MigrationEnded):
+            self._prefill.ended(event, now_s)
+        if isinstance(event, InstanceReported) and self._prefill.any_parked():
+            effects += self._prefill.push(event.cause, now_s)
+        return effects
+
+    def _place_waiting(self, cause: str, effects: list[Effect]) -> None:
+        """Dispatch prompts to prefill instances, and the rest as the cascade does."""
+        if self.view.waits():
+            effects += self._prefill.dispatches(cause, self._starts_sooner if self._overflow else None)
+        super()._place_waiting(cause, effects)
+
+    def _starts_sooner(self, request: RequestView, prefill: InstanceView) -> bool:
+        """Whether the prompt starts sooner, by a full step, on an instance where the request could decode."""
+        unit = max(prefill.pricing.full_step(prefill.capacity.max_batched_tokens), SHORT * prefill.pricing.base)
+        if prefill.backlog <= unit or not self._members:
+            return False
+        most = prefill.backlog - unit
+        return any(
+            instance.backlog <= most and has_room(instance, request.tokens)
+            for members in self._members[self._home(request) :]
+            for instance in self.view.able(request, members)
+        )
+
+    def _target_for(self, request: RequestView) -> Chosen | None:
+        stages = [self.view.able(request, members) for members in self._members]
+        return nearest_with_room(stages, self._home(request), request.tokens) if stages else None
+
+
+def _options_for(around: Circumstances) -> dict[str, Any]:
+    given = {"roles": around.roles, "step_model": around.step_model, "max_queued": around.max_queued}
+    return {option: value for option, value in given.items() if value is not None}
+
+
+INFO: Final = PolicyInfo(
+    make=Roles,
+    help="the cascade with prefill stages and chunk budgets, all in one plan; simulated only",
+    has_queue=True,
+    uses_profile=True,
+    roles=RoleSearch.FULL,
+    options_for=_options_for,
+    warm_up=warm_up,
+    variants={
+        "no-overflow": Variant(options={"overflow": False}),
+        "no-share": Variant(options={"share": False}),
+    },
+)
