@@ -15,13 +15,15 @@ from multiprocessing.process import BaseProcess
 import uvloop
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from cascadeinfer.cluster.fleet import Fleet
+from cascadeinfer.cluster.channel import Channel
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.cluster.process_start import ProcessStart
+from cascadeinfer.cluster.ray_keepers import RayTerms
 from cascadeinfer.cluster.runtime_folder import runtime_folder
 from cascadeinfer.config.event_log import event_log_of, metrics_with
 from cascadeinfer.config.policy import make_policy
 from cascadeinfer.config.profiles import check_profile
+from cascadeinfer.config.ray_resources import custom_resources
 from cascadeinfer.config.rules import rules_of
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.config.supervision import supervision_of
@@ -43,7 +45,6 @@ from cascadeinfer.frontend.fleet_engines import FleetEngines, FleetTerms, fleet_
 from cascadeinfer.frontend.listening import listening, raise_open_files_limit
 from cascadeinfer.frontend.logs import set_up_logs
 from cascadeinfer.frontend.processes.board import Board
-from cascadeinfer.frontend.processes.channel import Channel
 from cascadeinfer.frontend.processes.follower import Follower
 from cascadeinfer.frontend.processes.messages import FromOwner
 from cascadeinfer.frontend.processes.owner import NOT_ACCEPTING, FrontEnds
@@ -56,6 +57,7 @@ from cascadeinfer.frontend.server import (
 from cascadeinfer.frontend.standing_engines import StandingEngines
 from cascadeinfer.frontend.start_report import first_line, reported
 from cascadeinfer.frontend.stop_signals import StopSignals
+from cascadeinfer.frontend.used_fleet import ray_terms, used_fleet
 from cascadeinfer.results.provenance import own_commit
 from cascadeinfer.runtime.shell import Runtime
 
@@ -170,8 +172,10 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
     if args.otlp_traces_endpoint is not None:
         os.environ.setdefault("OTEL_SERVICE_NAME", "cascadeinfer")  # of the instances' processes, too
     prepared = parse_engine_args(args) if options.standby else None  # before it waits
-    with contextlib.ExitStack() as stack:
-        named = None if options.fleet is None else stack.enter_context(Fleet.used(options.fleet, wait=options.standby))
+    async with contextlib.AsyncExitStack() as stack:
+        named = await stack.enter_async_context(
+            used_fleet(options.fleet_name, wait=options.standby, on_ray=_ray_terms(args, options))
+        )
         with signals.held():
             listener = stack.enter_context(listening(args.host or LOOPBACK, args.port, args.uds, signals.at_leave))
             folder = stack.enter_context(runtime_folder())
@@ -233,6 +237,14 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
             )
 
 
+def _ray_terms(args: Namespace, options: ServeOptions) -> RayTerms | None:
+    if options.cluster != "ray":
+        return None
+    workers = max(1, args.tensor_parallel_size) * max(1, args.pipeline_parallel_size)
+    others = custom_resources(options.ray_resources)
+    return ray_terms(options.ray_address, options.cluster_host, options.ray_cpus, options.ray_gpus, workers, others)
+
+
 def _fleet_terms(args: Namespace, options: ServeOptions) -> FleetTerms:
     return FleetTerms(
         options.instances,
@@ -240,6 +252,7 @@ def _fleet_terms(args: Namespace, options: ServeOptions) -> FleetTerms:
         options.orphan_timeout_s,
         log_stats=not args.disable_log_stats,
         own_log_level=args.own_log_level,
+        own_host=options.cluster_host,
     )
 
 

@@ -107,7 +107,7 @@ class Fleet:
                 f"{path} is too long for the names of sockets in it", option=OPTION, fix=f"set {SOCKETS_VARIABLE}"
             )
         for folder in (path.parent, path):
-            _make_ours(folder)
+            make_ours(folder)
         # The lock goes with any descriptor of the file that this process closes: nothing else here opens it.
         lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
@@ -180,11 +180,16 @@ def folder_of(name: str, base: Path | None = None) -> Path:
     Raises:
         ConfigError: That is no name.
     """
+    check_name(name)
+    return fleets_folder(base) / name
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError if that is no name of a fleet."""
     if not NAME.fullmatch(name):
         raise ConfigError(
             f"{name!r} is no name of a fleet", option=OPTION, fix="letters, digits, dots and dashes, 32 at most"
         )
-    return fleets_folder(base) / name
 
 
 def fleets_folder(base: Path | None = None) -> Path:
@@ -219,7 +224,7 @@ def user_of(name: str, base: Path | None = None) -> int | None:
     return None
 
 
-def _make_ours(folder: Path) -> None:
+def make_ours(folder: Path) -> None:
     """Make a folder that only this user can enter; refuse one that is anybody else's, or a link."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
