@@ -240,8 +240,7 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
 def _ray_terms(args: Namespace, options: ServeOptions) -> RayTerms | None:
     if options.cluster != "ray":
         return None
-    workers = max(1, args.tensor_parallel_size) * max(1, args.pipeline_parallel_size)
-    others = custom_resources(options.ray_resources)
+    workers, others = args.tensor_parallel_size * args.pipeline_parallel_size, custom_resources(options.ray_resources)
     return ray_terms(options.ray_address, options.cluster_host, options.ray_cpus, options.ray_gpus, workers, others)
 
 

@@ -1,6 +1,6 @@
 """
-Machines for the tests of a Ray cluster: network namespaces with a shared memory and a /tmp/ray of their own, joined by a
-bridge. The first one has the cluster's head and the front end, the others are nodes with room for one engine each.
+Machines for the tests of a Ray cluster: network namespaces with a shared memory and a /tmp/ray of their own, joined by
+a bridge. The first one has the cluster's head and the front end, the others are nodes with room for one engine each.
 """
 
 import os
@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "RAY_AUTH_TOKEN": TOKEN,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_raylet_start_wait_time_s": "240",
+    "RAY_agent_register_timeout_ms": "240000",
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_num_prestart_python_workers": "0",
@@ -33,7 +34,8 @@ ENVIRONMENT = {
 }
 QUICK = ["--disable-usage-stats", "--object-store-memory=80000000", "--include-log-monitor=false", "--block"]
 """Without what is not needed here. The ports are the same on all machines: each has a network of its own."""
-PORTS = ["--min-worker-port=19500", "--max-worker-port=19899"]
+PORTS = ["--min-worker-port=19500", "--max-worker-port=19899", "--dashboard-agent-listen-port=19311"]
+PORTS += ["--dashboard-agent-grpc-port=19312", "--metrics-export-port=19313", "--runtime-env-agent-port=19314"]
 
 
 def why_not() -> str | None:

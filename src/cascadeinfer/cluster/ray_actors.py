@@ -245,7 +245,8 @@ def version_of_vllm() -> str | None:
     """Of the vLLM that is installed here; None if none is."""
     for package in VLLM_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return str(importlib.metadata.version(package))
+            version: str = importlib.metadata.version(package)
+            return version
     return None
 
 

@@ -110,9 +110,7 @@ def _watch_token(refuse: Callable[[str], None], over: threading.Event) -> None:
     with contextlib.suppress(OSError):  # it is no file: somebody watches it
         while not over.wait(0.2):
             if REFUSAL in os.pread(STDERR, 1 << 16, 0).decode(errors="replace"):
-                refuse(
-                    "the cluster asks for another token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
-                )
+                refuse("the cluster asks for another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH")
                 return
 
 

@@ -41,6 +41,7 @@ STARTED: Final = "Ray runtime started"
 SETTINGS: Final = {
     "RAY_AUTH_MODE": "token",
     "RAY_raylet_start_wait_time_s": "240",
+    "RAY_agent_register_timeout_ms": "240000",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_worker_prestart": "0",
     RECONNECT_VARIABLE: RECONNECT_S,

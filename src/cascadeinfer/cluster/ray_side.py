@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import msgspec
 
@@ -40,6 +40,9 @@ from cascadeinfer.cluster.ray_messages import (
 from cascadeinfer.core.errors import CascadeError, ConfigError
 from cascadeinfer.core.types import InstanceId
 
+if TYPE_CHECKING:  # seconds of imports
+    from cascadeinfer.cluster.ray_cluster import RayCluster
+
 UNAVAILABLE_PAUSE_S: Final = 1.0
 TOLD: Final = msgspec.json.Decoder(Told)
 
@@ -53,9 +56,14 @@ class RaySide:
             channel: To the server.
         """
         self._channel = channel
-        self._cluster: Any = None
+        self._made: RayCluster | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._following: dict[InstanceId, asyncio.Task[None]] = {}
+
+    @property
+    def _cluster(self) -> "RayCluster":
+        assert self._made is not None, "Connect is the first question"
+        return self._made
 
     async def serve(self) -> None:
         """Answer questions until the server is gone."""
@@ -78,6 +86,9 @@ class RaySide:
         except (ray.exceptions.RayError, ValueError, RuntimeError) as error:
             message = f"Ray: {' '.join(str(error).split())[:500]}"
             self._channel.send(Failed(ask.number, "engine", message))
+        except Exception as error:  # a fault of ours: whoever has asked waits
+            self._channel.send(Failed(ask.number, "engine", f"{type(error).__name__}: {error}"))
+            raise
         else:
             self._channel.send(Answer(ask.number, value))
 
@@ -98,8 +109,9 @@ class RaySide:
                     self._follow(instance_id)
                 return found
             case Check(n_instances, need, path, version):
-                lines: list[str] = await cluster.check(n_instances, need, path, version)
-                return list(dict.fromkeys(lines))
+                from cascadeinfer.cluster import ray_nodes  # noqa: PLC0415 - loaded already
+
+                return list(dict.fromkeys(await ray_nodes.check(n_instances, need, path, version)))
             case Start(instance_id, need, module, content, key, environment, version):
                 await cluster.start(instance_id, need, (module, content, key, environment), version)
                 self._follow(instance_id)
@@ -135,7 +147,7 @@ class RaySide:
             loop.call_soon_threadsafe(self._refuse, number, why)
 
         await asyncio.to_thread(ray_cluster.connect, question.address, question.host, refuse)
-        self._cluster = ray_cluster.RayCluster()
+        self._made = ray_cluster.RayCluster()
 
     def _refuse(self, number: int, why: str) -> None:
         """Ray goes on trying with a token that is wrong: this process does not."""
@@ -156,6 +168,7 @@ class RaySide:
         import ray.exceptions  # noqa: PLC0415 - loaded already
 
         engine = self._cluster.engine(instance_id)
+        assert engine is not None, "it has been found or started"
         seen, told = 0, Told("starting")
         while told.state != "ended":
             stage = None
