@@ -37,12 +37,8 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
         pytest.skip(reason)
     environment = {**QUICK_ENVIRONMENT, **ENVIRONMENT, "UCX_TLS": "tcp,self"}
     with Machines(tmp_path_factory.mktemp("machines"), len(NODES)).up() as machines:
-        machines.start_ray(0, environment)
-        machines.wait_for_ray(0)
-        for number in NODES:
+        for number in (0, *NODES):
             machines.start_ray(number, environment)
-        for number in NODES:
-            machines.wait_for_ray(number)
         yield machines
 
 

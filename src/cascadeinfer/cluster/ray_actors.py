@@ -147,8 +147,15 @@ class KeeperActor:
             record: What the fleet's engines are started with, for the case that the fleet's other actor is lost.
         """
         if version != __version__:
-            return f"{host} has cascadeinfer {__version__}, the server has {version}"
+            refusal: str | None = f"{host} has cascadeinfer {__version__}, the server has {version}"
+        else:
+            refusal = await self._start(host, order, n_cores)
         self._facts = (record, order[2])
+        if refusal is not None:
+            await self._become(Told("ended", None, None, refusal), None)
+        return refusal
+
+    async def _start(self, host: str, order: tuple[str, bytes, str, dict[str, str]], n_cores: int) -> str | None:
         try:
             device = device_of(host)
             cores, sharers = None, None

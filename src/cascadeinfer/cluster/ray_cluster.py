@@ -29,6 +29,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cascadeinfer.cluster.addresses import host_and_port
+from cascadeinfer.cluster.keeping import TOLD
 from cascadeinfer.cluster.ray_actors import Facts, KeeperActor, User
 from cascadeinfer.cluster.ray_messages import ADDRESS_OPTION, Need
 from cascadeinfer.cluster.ray_nodes import (
@@ -206,9 +207,10 @@ class RayCluster:
             try:
                 actor = await asyncio.to_thread(ray.get_actor, name)
                 _, told, _ = await asyncio.wait_for(actor.follow.remote(0), NODE_TIMEOUT_S)
+                is_started = await actor.facts.remote() is not None
             except (*ALREADY_REMOVED, TimeoutError):
                 continue
-            if b'"ended"' in told:
+            if not is_started or TOLD.decode(told).state == "ended":  # its server was killed before it could say more
                 await self._kill_actor(actor)
             else:
                 self._engines[instance_id] = Engine(actor, await asyncio.to_thread(self._address_of, name))

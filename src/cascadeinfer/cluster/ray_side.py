@@ -12,10 +12,8 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-import msgspec
-
 from cascadeinfer.cluster.channel import Channel
-from cascadeinfer.cluster.keeping import Told
+from cascadeinfer.cluster.keeping import TOLD, Told
 from cascadeinfer.cluster.ray_messages import (
     ADDRESS_OPTION,
     Answer,
@@ -44,7 +42,6 @@ if TYPE_CHECKING:  # seconds of imports
     from cascadeinfer.cluster.ray_cluster import RayCluster
 
 UNAVAILABLE_PAUSE_S: Final = 1.0
-TOLD: Final = msgspec.json.Decoder(Told)
 
 
 class RaySide:

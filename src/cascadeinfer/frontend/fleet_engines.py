@@ -133,7 +133,7 @@ async def fleet_engines(
     fleet: UsedFleet, engine_args: AsyncEngineArgs, terms: FleetTerms
 ) -> AsyncIterator[FleetEngines]:
     """
-    In this context, this server uses a fleet.
+    In this context, this server uses a fleet; it says which engines it has found there.
 
     Args:
         fleet: Used by this process.
@@ -167,9 +167,24 @@ async def fleet_engines(
             Terms(config, ClusterKey.of(key), terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE, terms.own_host),
             {},
         )
-        yield FleetEngines(fleet, keepers, found, source, tuple(dict.fromkeys([*first, *found])))
+        engines = FleetEngines(fleet, keepers, found, source, tuple(dict.fromkeys([*first, *found])))
+        for line in engines.first_lines(terms.orphan_timeout_s):
+            logger.info("%s", line)
+        yield engines
     finally:
         await keepers.leave()
+
+
+@contextlib.asynccontextmanager
+async def engines_of(
+    fleet: UsedFleet | None, engine_args: AsyncEngineArgs, terms: FleetTerms
+) -> AsyncIterator[FleetEngines | None]:
+    """`fleet_engines`, or nothing for a server whose engines end with it."""
+    if fleet is None:
+        yield None
+        return
+    async with fleet_engines(fleet, engine_args, terms) as engines:
+        yield engines
 
 
 def _check(fleet: UsedFleet, asked: Record, runs: Record | None, found: tuple[InstanceId, ...]) -> None:
