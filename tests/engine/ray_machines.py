@@ -121,7 +121,7 @@ class Machines:
         hosts = self.folder / f"hosts{number}"
         hosts.write_text(f"127.0.0.1 localhost\n{self.address(number)} machine{number}\n")
         prepare = (
-            f"hostname machine{number}; mount -t tmpfs none /dev/shm; mkdir -p /tmp/ray; "
+            f"set -e; hostname machine{number}; mount -t tmpfs none /dev/shm; mkdir -p /tmp/ray; "
             f'mount --bind {own} /tmp/ray; mount --bind {hosts} /etc/hosts; exec "$@"'
         )
         own_system = ["ip", "netns", "exec", self.names[number], "unshare", "--mount", "--uts"]
@@ -138,9 +138,9 @@ class Machines:
             words += ["--head", f"--port={HEAD_PORT}", "--include-dashboard=false", "--num-cpus=0"]
         else:
             words += [f"--address={self.ray_address}", "--num-cpus=1"]
-        command = self.on(number, [sys.executable, "-m", "ray.scripts.scripts", "start", *words])
         log = self.folder / f"ray{number}.log"
         for _ in range(ATTEMPTS):
+            command = self.on(number, [sys.executable, "-m", "ray.scripts.scripts", "start", *words])
             ray = ServedProcess(command, port=HEAD_PORT, log=log, name=f"Ray {number}", environment=environment)
             ray.start()
             self.rays[number] = ray
