@@ -252,8 +252,8 @@ def version_of_vllm() -> str | None:
     """Of the vLLM that is installed here; None if none is."""
     for package in VLLM_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            version: str = importlib.metadata.version(package)
-            return version
+            found: str = importlib.metadata.version(package)
+            return found
     return None
 
 
@@ -266,7 +266,7 @@ def device_of(host: str) -> str:
     """
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address.partition("%")[0] == host for address in addresses):
-            return name
+            return str(name)
     raise ConfigError(f"no network interface has Ray's address of this node, {host}")
 
 
