@@ -111,7 +111,9 @@ class Machines:
         finally:
             for ray in self.rays.values():
                 kill_session(ray.pid)
-            for name in self.names:
+            for number, name in enumerate(self.names):
+                for pid in self.pids(number):
+                    _kill(pid)
                 _ip("netns", "del", name)
 
     def on(self, number: int, words: Sequence[str]) -> list[str]:

@@ -129,7 +129,6 @@ def second(machines: Machines, tiny_model: Path, first: Server) -> Iterator[Serv
     with Server(machines, tiny_model, "second") as server:
         server.wait_until_ready(2)
         assert server.pids() == before, "the engines are the same"
-        assert "2 engines found alive, adopted" in server.log.read_text()
         yield server
 
 
