@@ -119,6 +119,8 @@ class RayLink:
         self._keeping: asyncio.Task[None] | None = None
         self._waiting: dict[int, tuple[asyncio.Future[Value], InstanceId]] = {}
         self._number = 0
+        #: Before that, the fleet may be another's.
+        self._is_greeted = False
 
     async def open(self) -> None:
         """
@@ -135,12 +137,13 @@ class RayLink:
         except BaseException:
             await self._drop()
             raise
+        self._is_greeted = True
         self._keeping = asyncio.ensure_future(self._keep())
 
     async def _greet(self) -> list[Value]:
         channel = self._channel = await Channel[FromSide].open(self._side.start(), FromSide)
         self._reading = asyncio.ensure_future(self._read(channel))
-        return [await self.ask(question) for question in self._greeting]
+        return [await self._asked(question, "?") for question in self._greeting]
 
     def greet_with(self, question: Question) -> None:
         """Ask this first on later connections, too; its answer is None when it succeeds."""
@@ -154,8 +157,13 @@ class RayLink:
             SideLostError: The process is gone.
             CascadeError: What the answer says.
         """
-        if self._channel is None:
+        if not self._is_greeted:
             raise SideLostError("Ray cannot be reached")
+        return await self._asked(question, instance_id)
+
+    async def _asked(self, question: Question, instance_id: InstanceId) -> Value:
+        if self._channel is None or self._reading is None or self._reading.done():
+            raise SideLostError("Ray cannot be reached any more")
         self._number += 1
         number = self._number
         future: asyncio.Future[Value] = asyncio.get_running_loop().create_future()
@@ -175,7 +183,7 @@ class RayLink:
 
     def tell(self, question: Question) -> None:
         """Ask without an interest in the answer; nothing happens if the process is gone."""
-        if self._channel is not None:
+        if self._is_greeted and self._channel is not None:
             self._number += 1
             self._channel.send(Ask(self._number, question))
 
@@ -218,10 +226,12 @@ class RayLink:
                 for refusal in await self._greet():
                     if refusal is not None:
                         raise SideLostError(f"the fleet is used by the server on {refusal}")
+                self._is_greeted = True
                 if self.came_back is not None:
                     await self.came_back()
             except CascadeError as error:
                 logger.warning("Ray: %s", error)
+                self._is_greeted = False
                 if self._channel is not None:
                     self._channel.close()
                 continue
@@ -230,6 +240,7 @@ class RayLink:
 
     async def _drop(self) -> str:
         channel, self._channel = self._channel, None
+        self._is_greeted = False
         if channel is not None:
             channel.close()
         if self._reading is not None:
