@@ -15,13 +15,15 @@ from multiprocessing.process import BaseProcess
 import uvloop
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from cascadeinfer.cluster.fleet import Fleet
+from cascadeinfer.cluster.channel import Channel
+from cascadeinfer.cluster.fleets import UsedFleet
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.cluster.process_start import ProcessStart
 from cascadeinfer.cluster.runtime_folder import runtime_folder
 from cascadeinfer.config.event_log import event_log_of, metrics_with
 from cascadeinfer.config.policy import make_policy
 from cascadeinfer.config.profiles import check_profile
+from cascadeinfer.config.ray_resources import custom_resources
 from cascadeinfer.config.rules import rules_of
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.config.supervision import supervision_of
@@ -39,11 +41,10 @@ from cascadeinfer.engines.vllm.owned import attachment_of
 from cascadeinfer.evaluation.compiling import say_when_compiling, stop_saying
 from cascadeinfer.eventlog.unwritten_log import ServerLog, failure_of
 from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
-from cascadeinfer.frontend.fleet_engines import FleetEngines, FleetTerms, fleet_engines
+from cascadeinfer.frontend.fleet_engines import FleetEngines, FleetTerms, engines_of
 from cascadeinfer.frontend.listening import listening, raise_open_files_limit
 from cascadeinfer.frontend.logs import set_up_logs
 from cascadeinfer.frontend.processes.board import Board
-from cascadeinfer.frontend.processes.channel import Channel
 from cascadeinfer.frontend.processes.follower import Follower
 from cascadeinfer.frontend.processes.messages import FromOwner
 from cascadeinfer.frontend.processes.owner import NOT_ACCEPTING, FrontEnds
@@ -56,6 +57,7 @@ from cascadeinfer.frontend.server import (
 from cascadeinfer.frontend.standing_engines import StandingEngines
 from cascadeinfer.frontend.start_report import first_line, reported
 from cascadeinfer.frontend.stop_signals import StopSignals
+from cascadeinfer.frontend.used_fleet import ray_terms, used_fleet
 from cascadeinfer.results.provenance import own_commit
 from cascadeinfer.runtime.shell import Runtime
 
@@ -170,8 +172,8 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
     if args.otlp_traces_endpoint is not None:
         os.environ.setdefault("OTEL_SERVICE_NAME", "cascadeinfer")  # of the instances' processes, too
     prepared = parse_engine_args(args) if options.standby else None  # before it waits
-    with contextlib.ExitStack() as stack:
-        named = None if options.fleet is None else stack.enter_context(Fleet.used(options.fleet, wait=options.standby))
+    async with contextlib.AsyncExitStack() as stack:
+        named = await stack.enter_async_context(_named_fleet(args, options))
         with signals.held():
             listener = stack.enter_context(listening(args.host or LOOPBACK, args.port, args.uds, signals.at_leave))
             folder = stack.enter_context(runtime_folder())
@@ -196,13 +198,7 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
             options = dataclasses.replace(options, instances=len(standing.first))
         async with contextlib.AsyncExitStack() as until_end:
             signals.attend()
-            fleet = None
-            if named is not None:
-                fleet = await until_end.enter_async_context(
-                    fleet_engines(named, engine_args, _fleet_terms(args, options))
-                )
-                for line in fleet.first_lines(options.orphan_timeout_s):
-                    logger.info("%s", line)
+            fleet = await until_end.enter_async_context(engines_of(named, engine_args, _fleet_terms(args, options)))
             runtime = make_runtime(
                 engine_args,
                 options,
@@ -233,6 +229,16 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
             )
 
 
+def _named_fleet(args: Namespace, options: ServeOptions) -> contextlib.AbstractAsyncContextManager[UsedFleet | None]:
+    on_ray = None
+    if options.cluster == "ray":
+        workers = args.tensor_parallel_size * args.pipeline_parallel_size
+        others = custom_resources(options.ray_resources)
+        address, host = options.ray_address, options.cluster_host
+        on_ray = ray_terms(address, host, options.ray_cpus, options.ray_gpus, workers, others)
+    return used_fleet(options.fleet_name, wait=options.standby, on_ray=on_ray)
+
+
 def _fleet_terms(args: Namespace, options: ServeOptions) -> FleetTerms:
     return FleetTerms(
         options.instances,
@@ -240,6 +246,7 @@ def _fleet_terms(args: Namespace, options: ServeOptions) -> FleetTerms:
         options.orphan_timeout_s,
         log_stats=not args.disable_log_stats,
         own_log_level=args.own_log_level,
+        own_host=options.cluster_host,
     )
 
 

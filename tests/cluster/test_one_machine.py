@@ -59,10 +59,6 @@ MAY_STAY = {
     ("engines/vllm/processes.py", "child process"): "the type of what the launcher for this machine is given",
     ("evaluation/pool.py", "child process"): "simulations in parallel",
     ("eventlog/run_file.py", "process id"): "makes the names of two unfinished logs different",
-    (
-        "frontend/processes/channel.py",
-        "socket pair",
-    ): "front-end processes share a listening socket, so they are on one machine",
     ("frontend/processes/follower.py", "process id"): "shown to the operator",
     (
         "frontend/processes/owner.py",

@@ -9,6 +9,7 @@ from typing import Any, Self
 import pytest
 from prometheus_client import CollectorRegistry
 
+from cascadeinfer.cluster.channel import MAX_UNSENT_BYTES, Channel
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import MigrationOutcome
@@ -21,7 +22,6 @@ from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.frontend.processes import follower as follower_module
 from cascadeinfer.frontend.processes import owner as owner_module
 from cascadeinfer.frontend.processes.board import Board
-from cascadeinfer.frontend.processes.channel import MAX_UNSENT_BYTES, Channel
 from cascadeinfer.frontend.processes.follower import Follower
 from cascadeinfer.frontend.processes.messages import (
     Added,

@@ -33,6 +33,7 @@ EXTRAS: Final = {
     "aiohttp": "bench",
     "matplotlib": "figures",
     "pyarrow": "figures",
+    "ray": "ray",
     **dict.fromkeys(_ENGINE, "engine"),
 }
 """Optional packages, with the extra that has them; `engine` stands for `cpu` or `gpu`."""

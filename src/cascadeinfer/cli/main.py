@@ -44,6 +44,7 @@ class Command(NamedTuple):
 COMMANDS: Final[dict[str, Command]] = {
     "serve": Command("cascadeinfer.cli.serve", "Serve a model on several vLLM instances (OpenAI API).", "serve"),
     "stop": Command("cascadeinfer.cli.stop", "End a fleet of engines that outlive their servers (serve --fleet)."),
+    "cluster": Command("cascadeinfer.cli.cluster", "Start or end a Ray on this machine, to try serve --cluster ray."),
     "demo": Command("cascadeinfer.cli.demo", "Show it: two instances, real chat requests that move between them."),
     "profile": Command(
         "cascadeinfer.cli.profile", "Measure a model's step times on this machine; writes a cost profile.", "profile"

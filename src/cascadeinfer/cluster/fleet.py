@@ -111,7 +111,7 @@ class Fleet:
             )
         while True:
             for folder in (path.parent, path):
-                _make_ours(folder)
+                make_ours(folder)
             lock = _locked(name, path / LOCK, wait=wait)
             if _is_file(lock, path / LOCK):
                 os.ftruncate(lock, 0)
@@ -173,11 +173,16 @@ def folder_of(name: str, base: Path | None = None) -> Path:
     Raises:
         ConfigError: That is no name.
     """
+    check_name(name)
+    return fleets_folder(base) / name
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError if that is no name of a fleet."""
     if not NAME.fullmatch(name):
         raise ConfigError(
             f"{name!r} is no name of a fleet", option=OPTION, fix="letters, digits, dots and dashes, 32 at most"
         )
-    return fleets_folder(base) / name
 
 
 def fleets_folder(base: Path | None = None) -> Path:
@@ -243,7 +248,7 @@ def _is_file(descriptor: int, path: Path) -> bool:
     return False
 
 
-def _make_ours(folder: Path) -> None:
+def make_ours(folder: Path) -> None:
     """Make a folder that only this user can enter; refuse one that is anybody else's, or a link."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)

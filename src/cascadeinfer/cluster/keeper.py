@@ -36,6 +36,7 @@ from cascadeinfer.cluster.keeping import (
     ENDED,
     KEEPER_PIPE_VARIABLE,
     ORDERS,
+    STARTER_PIPE_VARIABLE,
     Kill,
     Stop,
     Told,
@@ -47,6 +48,7 @@ from cascadeinfer.cluster.shared_memory import Segments
 DOOR_POLL_S: Final = 0.05
 LAST_WORDS_S: Final = 5.0
 """Time that listeners have to read why the engine ended."""
+ALONE: Final = "what had started it is gone"
 
 
 class Keeper:
@@ -65,6 +67,7 @@ class Keeper:
         self._segments = Segments()
         self._process: asyncio.subprocess.Process | None = None
         self._asked: str | None = None
+        self._is_alone = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def keep(self) -> None:
@@ -72,6 +75,8 @@ class Keeper:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, lambda: self._spawn(self._stop(LAST_WORDS_S)))
         context = zmq.asyncio.Context()
+        if (starter := os.environ.pop(STARTER_PIPE_VARIABLE, None)) is not None:
+            loop.add_reader(int(starter), self._on_starters_end, int(starter))
         server = await asyncio.start_unix_server(self._serve, self._folder / CONTROL)
         lifeline, held = os.pipe()
         try:
@@ -85,6 +90,8 @@ class Keeper:
                 start_new_session=True,
             )
             os.close(lifeline)
+            if self._is_alone:
+                self._kill(ALONE)
             self._tell(Told("starting", process.pid))
             attending = [
                 asyncio.ensure_future(work)
@@ -109,6 +116,12 @@ class Keeper:
                 writer.close()
             os.close(held)
             context.destroy(linger=0)
+
+    def _on_starters_end(self, pipe: int) -> None:
+        """Nothing is ever sent on this pipe: it ends with whoever started the keeper."""
+        asyncio.get_running_loop().remove_reader(pipe)
+        self._is_alone = True
+        self._kill(ALONE)
 
     def _bound(self, context: zmq.asyncio.Context, kind: int, name: str) -> zmq.asyncio.Socket:
         sock = context.socket(kind)

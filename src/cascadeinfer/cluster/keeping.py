@@ -28,6 +28,8 @@ PLACE: Final = "place"
 STAGE: Final = "stage"
 KEEPER_PIPE_VARIABLE: Final = "CASCADEINFER_KEEPER_PIPE"
 """A pipe's descriptor in the engine's process; it ends with the keeper."""
+STARTER_PIPE_VARIABLE: Final = "CASCADEINFER_STARTER_PIPE"
+"""Likewise in a keeper's process that is to end with whoever started it."""
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -76,12 +78,14 @@ class PlaceTold(msgspec.Struct, frozen=True):
         host: The address on which it listens.
         network_device: The interface that has this address.
         resources: Its cores or devices (see `protocol.Place`); None: whoever started it has arranged that.
+        sharers: So many instances share this machine's memory; None: whoever started it has divided that.
     """
 
     instance_id: InstanceId
     host: str
     network_device: str
     resources: str | None
+    sharers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

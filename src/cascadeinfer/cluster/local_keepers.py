@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -33,6 +33,7 @@ from cascadeinfer.cluster.keeping import (
     KEY,
     PLACE,
     STAGE,
+    STARTER_PIPE_VARIABLE,
     TOLD,
     EngineOrder,
     Kill,
@@ -45,7 +46,6 @@ from cascadeinfer.cluster.keeping import (
     write_whole,
 )
 from cascadeinfer.cluster.local import LOOPBACK, LOOPBACK_DEVICE
-from cascadeinfer.cluster.places import Places
 from cascadeinfer.cluster.process_start import operator_environment
 from cascadeinfer.cluster.runtime_folder import instance_environment
 from cascadeinfer.core.errors import EngineError
@@ -61,6 +61,37 @@ REAP_TIMEOUT_S: Final = 10.0
 LOG_TAIL_BYTES: Final = 1 << 16
 FAULT: Final = re.compile(r"^(?:\(.*?\) )?(?:[\w.]+\.)?(\w*(?:Error|Exception)): (.+)$")
 """The last line of a traceback, behind vLLM's names of its processes."""
+
+
+class Where(NamedTuple):
+    """
+    Where engines listen.
+
+    Attributes:
+        host: An address of this machine.
+        network_device: The interface that has it.
+        sharers: See PlaceTold.
+    """
+
+    host: str = LOOPBACK
+    network_device: str = LOOPBACK_DEVICE
+    sharers: int | None = None
+
+
+class Rooms(Protocol):
+    """The cores or devices of this machine. See `cascadeinfer.cluster.places.Places`."""
+
+    def take(self, instance_id: InstanceId, /) -> str | None:
+        """A place for one more instance; None: whoever started this process has arranged that."""
+        ...
+
+    def hold(self, instance_id: InstanceId, place: str) -> None:
+        """An instance has this place already."""
+        ...
+
+    def give_back(self, instance_id: InstanceId) -> None:
+        """The instance is gone."""
+        ...
 
 
 class _Link:
@@ -141,20 +172,28 @@ class _Link:
 class LocalKeepers:
     """See `cascadeinfer.cluster.keeping.Keepers`."""
 
-    def __init__(self, folder: Path, places: Places | None = None) -> None:
+    def __init__(
+        self, folder: Path, places: Rooms | None = None, where: Where | None = None, *, ends_with_us: bool = False
+    ) -> None:
         """
         Args:
             folder: The fleet's; it exists, and no other front end starts engines in it.
             places: The cores or devices of this machine; None: nothing is started.
+            where: Engines listen; by default on the loopback interface.
+            ends_with_us: Whether keepers that are started end with this process.
         """
         self._places = places
+        self._where = where or Where()
+        self._ends_with_us = ends_with_us
+        #: The ends of pipes that keepers watch.
+        self._lifelines: list[int] = []
         self._folder = folder / INSTANCES
         self._logs = folder / "logs"
         for each in (self._folder, self._logs):
             each.mkdir(mode=0o700, exist_ok=True)
         self._links: dict[InstanceId, _Link] = {}
         #: Of instances that have a place.
-        self._resources: dict[InstanceId, str] = {}
+        self._resources: dict[InstanceId, str | None] = {}
 
     def folder_of(self, instance_id: InstanceId) -> Path:
         """An instance's own."""
@@ -191,8 +230,8 @@ class LocalKeepers:
         assert self._places is not None, "engines are started"
         if instance_id in self._links:
             told: PlaceTold = read_json(self.folder_of(instance_id) / PLACE, PlaceTold)
-            assert told.resources is not None, "this class has written it"
-            self._places.hold(instance_id, told.resources)
+            if told.resources is not None:
+                self._places.hold(instance_id, told.resources)
             self._resources[instance_id] = told.resources
         else:
             self._resources[instance_id] = self._places.take(instance_id)
@@ -210,7 +249,8 @@ class LocalKeepers:
         await self.stop(instance_id, 0.0)  # what a dead one has left
         folder = self.folder_of(instance_id)
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        place = PlaceTold(instance_id, LOOPBACK, LOOPBACK_DEVICE, self._resources[instance_id])
+        host, device, sharers = self._where
+        place = PlaceTold(instance_id, host, device, self._resources[instance_id], sharers)
         link = self._links[instance_id] = _Link(instance_id, folder, self._spawned(folder, order, place))
         await self._listening(link)
 
@@ -222,15 +262,26 @@ class LocalKeepers:
         path = self.log_of(place.instance_id)
         if path.exists():
             path.replace(path.with_suffix(".log.old"))
-        with path.open("xb") as log:
-            return subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-m", "cascadeinfer.cluster.keeper", str(folder), order.module],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # signals of our terminal are not for it
-            )
+        lifeline: list[int] = []
+        if self._ends_with_us:
+            watched, held = os.pipe()
+            self._lifelines.append(held)
+            lifeline = [watched]
+            environment[STARTER_PIPE_VARIABLE] = str(watched)
+        try:
+            with path.open("xb") as log:
+                return subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                    [sys.executable, "-m", "cascadeinfer.cluster.keeper", str(folder), order.module],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    pass_fds=lifeline,
+                    start_new_session=True,  # signals of our terminal are not for it
+                )
+        finally:
+            for end in lifeline:
+                os.close(end)
 
     async def _listening(self, link: _Link) -> None:
         """Connect to a keeper that has just been started."""

@@ -13,6 +13,7 @@ from typing import Final
 
 from cascadeinfer.config.options import add_options, check_bounds, options_from
 from cascadeinfer.config.options import option as _option
+from cascadeinfer.config.ray_resources import custom_resources
 from cascadeinfer.core.errors import ConfigError, PlanError
 from cascadeinfer.core.layout import Stage, StageLayout
 from cascadeinfer.core.policies import POLICIES
@@ -22,6 +23,8 @@ DEFAULT_POLICY: Final = "cascade"
 """The policy if the options name none and give no stages."""
 DEFAULT_POLICY_WITH_STAGES: Final = "static_stages"
 """The policy if the options name none but give stages, which then stay fixed."""
+DEFAULT_FLEET: Final = "default"
+"""The name of a fleet on a Ray cluster if the options give none."""
 _POLICIES_IN_WORDS: Final = "; ".join(f"{name} ({info.help})" for name, info in sorted(POLICIES.items()))
 _WITH_QUEUE: Final = f"policy {' or '.join(name for name, info in POLICIES.items() if info.has_queue)}"
 
@@ -40,9 +43,9 @@ class ServeOptions:
     )
     cluster: str = _option(
         "local",
-        "Where the instances are: local (this server starts them on this machine), or static (engines that others have "
-        "started, named with --engines).",
-        choices=("local", "static"),
+        "Where the instances are: local (this server starts them on this machine), ray (on the nodes of a Ray cluster, "
+        "as a fleet), or static (engines that others have started, named with --engines).",
+        choices=("local", "ray", "static"),
     )
     engines: str | None = _option(
         None,
@@ -55,14 +58,38 @@ class ServeOptions:
     )
     cluster_host: str | None = _option(
         None,
-        "With --cluster static: the address of this machine to which engines connect. Without it: the one by which "
-        "they are reached.",
+        "With --cluster static or ray: the address of this machine to which engines connect. Without it: the one by "
+        "which they are reached.",
         metavar="ADDRESS",
+    )
+    ray_address: str | None = _option(
+        None,
+        "With --cluster ray: HOST:PORT of the cluster's head. Without it: RAY_ADDRESS, else the cluster that "
+        "`cascadeinfer cluster up` has started, else the one that this machine is a node of.",
+        metavar="ADDRESS",
+    )
+    ray_cpus: int = _option(
+        1,
+        "With --cluster ray: CPUs of an instance, as Ray counts them; on nodes without GPUs, its cores.",
+        low=1,
+        high=1024,
+    )
+    ray_gpus: int = _option(
+        -1,
+        "With --cluster ray: GPUs of an instance, all on one node. -1: one for each worker if the cluster has any.",
+        low=-1,
+        high=64,
+    )
+    ray_resources: str | None = _option(
+        None,
+        "With --cluster ray: Ray's custom resources that an instance takes besides, as NAME=AMOUNT,NAME=AMOUNT.",
+        metavar="RESOURCES",
     )
     fleet: str | None = _option(
         None,
         "Give the engines this name together. They then outlive the server: the next one with the same name and the "
-        "same engine options adopts them, and `cascadeinfer stop NAME` ends them.",
+        "same engine options adopts them, and `cascadeinfer stop NAME` ends them. With --cluster ray it is `default` "
+        "unless you say another.",
         metavar="NAME",
     )
     orphan_timeout_s: float = _option(
@@ -224,10 +251,16 @@ class ServeOptions:
             for option, value in (("--engines", self.engines), ("--cluster-key", self.cluster_key)):
                 if value is not None:
                     raise ConfigError("is for --cluster static", option=option, fix="add --cluster static")
+        if self.cluster == "ray":
+            custom_resources(self.ray_resources)
+        else:
+            for option, value in (("--ray-address", self.ray_address), ("--ray-resources", self.ray_resources)):
+                if value is not None:
+                    raise ConfigError("is for --cluster ray", option=option, fix="add --cluster ray")
         self._check_fleet()
 
     def _check_fleet(self) -> None:
-        if self.fleet is None:
+        if self.fleet_name is None:
             if self.standby:
                 raise ConfigError("waits for a fleet", option="--standby", fix="add --fleet NAME")
             return
@@ -238,7 +271,8 @@ class ServeOptions:
                 fix="with --cluster static they outlive it anyway",
             )
         if self.api_servers > 1:
-            raise ConfigError("is 1 with --fleet", option="--api-servers", fix="remove one of the two")
+            other = "--fleet" if self.cluster == "local" else "--cluster ray"
+            raise ConfigError(f"is 1 with {other}", option="--api-servers", fix="remove one of the two")
 
     def _check_static(self) -> None:
         for option, value, fix in (
@@ -251,6 +285,11 @@ class ServeOptions:
             raise ConfigError(
                 "is 1 with --cluster static", option="--api-servers", fix="start further servers on the same engines"
             )
+
+    @property
+    def fleet_name(self) -> str | None:
+        """The name of the engines together; None: they end with the server."""
+        return self.fleet or (DEFAULT_FLEET if self.cluster == "ray" else None)
 
     @property
     def instance_ids(self) -> tuple[InstanceId, ...]:

@@ -17,9 +17,9 @@ import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from cascadeinfer import __version__
-from cascadeinfer.cluster.fleet import OPTION, Fleet, Record
+from cascadeinfer.cluster.fleet import OPTION, Record
+from cascadeinfer.cluster.fleets import UsedFleet
 from cascadeinfer.cluster.keeping import Keepers
-from cascadeinfer.cluster.local_keepers import LocalKeepers
 from cascadeinfer.cluster.shared_key import ClusterKey
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
@@ -49,6 +49,7 @@ class FleetTerms:
         orphan_timeout_s: Engines end when no front end has been attached for so long; 0: never.
         log_stats: Whether steps carry statistics for vLLM's metrics.
         own_log_level: The least level of our own lines in the engines' logs.
+        own_host: The address on which engines reach this server; None: the one by which they are reached.
     """
 
     n_instances: int
@@ -56,6 +57,7 @@ class FleetTerms:
     orphan_timeout_s: float
     log_stats: bool
     own_log_level: str
+    own_host: str | None = None
 
 
 class FleetEngines:
@@ -63,7 +65,7 @@ class FleetEngines:
 
     def __init__(
         self,
-        fleet: Fleet,
+        fleet: UsedFleet,
         keepers: Keepers,
         found: tuple[InstanceId, ...],
         source: KeptSource,
@@ -109,9 +111,9 @@ class FleetEngines:
         if self._found:
             lines.append(f"fleet {self._fleet.name}: {_counted(len(self._found))} found alive, adopted")
         if new:
-            lines.append(f"fleet {self._fleet.name}: {_counted(len(new))} started; logs in {self._fleet.path}/logs")
+            lines.append(f"fleet {self._fleet.name}: {_counted(len(new))} started; logs {self._fleet.logs}")
         wait = f"; without a server they end after {orphan_timeout_s:g} s" if orphan_timeout_s else ""
-        return [*lines, f"its engines outlive this server (cascadeinfer stop {self._fleet.name} ends them{wait})"]
+        return [*lines, f"its engines outlive this server ({self._fleet.stop_command} ends them{wait})"]
 
 
 def _counted(n: int) -> str:
@@ -129,12 +131,14 @@ def record_of(engine_args: AsyncEngineArgs, terms: FleetTerms) -> Record:
 
 
 @contextlib.asynccontextmanager
-async def fleet_engines(fleet: Fleet, engine_args: AsyncEngineArgs, terms: FleetTerms) -> AsyncIterator[FleetEngines]:
+async def fleet_engines(
+    fleet: UsedFleet, engine_args: AsyncEngineArgs, terms: FleetTerms
+) -> AsyncIterator[FleetEngines]:
     """
-    In this context, this server uses a fleet.
+    In this context, this server uses a fleet; it says which engines it has found there.
 
     Args:
-        fleet: Taken by this process.
+        fleet: Used by this process.
         engine_args: The operator's, for all instances alike.
         terms: What is asked of the fleet.
 
@@ -143,14 +147,18 @@ async def fleet_engines(fleet: Fleet, engine_args: AsyncEngineArgs, terms: Fleet
     """
     check_engine_args(engine_args)
     asked = record_of(engine_args, terms)
-    shared = with_cpu_kv_share(engine_args, terms.n_instances)
-    keepers = LocalKeepers(fleet.path, places_for(shared, terms.n_instances))
+    shared = with_cpu_kv_share(engine_args, terms.n_instances) if fleet.is_here else engine_args
+    keepers = fleet.keepers(lambda: places_for(shared, terms.n_instances))
     found = tuple(sorted(await keepers.find(), key=_by_number))
     try:
-        _check(fleet, asked, found)
-        fleet.write(asked)
+        _check(fleet, asked, await fleet.record(), found)
+        first = tuple(str(number) for number in range(terms.n_instances))
+        if n_new := len(set(first).difference(found)):
+            for line in await fleet.check(n_new, engine_args.model):
+                logger.warning("%s", line)
+        await fleet.write(asked)
         config = instance_config(engine_args, "attached", KvTransferSettings())
-        key = fleet.key()
+        key = await fleet.key()
         settings = KvTransferSettings(terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE)
         content = Content("", shared, settings, terms.log_stats, terms.own_log_level, terms.orphan_timeout_s)
         source = KeptSource(
@@ -158,25 +166,38 @@ async def fleet_engines(fleet: Fleet, engine_args: AsyncEngineArgs, terms: Fleet
             found,
             content,
             key,
-            Terms(config, ClusterKey.of(key), terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE),
+            Terms(config, ClusterKey.of(key), terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE, terms.own_host),
             {},
         )
-        first = tuple(str(number) for number in range(terms.n_instances))
-        yield FleetEngines(fleet, keepers, found, source, tuple(dict.fromkeys([*first, *found])))
+        engines = FleetEngines(fleet, keepers, found, source, tuple(dict.fromkeys([*first, *found])))
+        for line in engines.first_lines(terms.orphan_timeout_s):
+            logger.info("%s", line)
+        yield engines
     finally:
         await keepers.leave()
 
 
-def _check(fleet: Fleet, asked: Record, found: tuple[InstanceId, ...]) -> None:
+@contextlib.asynccontextmanager
+async def engines_of(
+    fleet: UsedFleet | None, engine_args: AsyncEngineArgs, terms: FleetTerms
+) -> AsyncIterator[FleetEngines | None]:
+    """`fleet_engines`, or nothing for a server whose engines end with it."""
+    if fleet is None:
+        yield None
+        return
+    async with fleet_engines(fleet, engine_args, terms) as engines:
+        yield engines
+
+
+def _check(fleet: UsedFleet, asked: Record, runs: Record | None, found: tuple[InstanceId, ...]) -> None:
     """Raises ConfigError if engines live that were started with something else."""
-    runs = fleet.record()
     if not found or runs is None:
         return
     if differences := runs.differences(asked):
         raise ConfigError(
             f"{_counted(len(found))} of {fleet.name} run with other options: {'; '.join(differences)}",
             option=OPTION,
-            fix=f"use theirs, or end them first: cascadeinfer stop {fleet.name}",
+            fix=f"use theirs, or end them first: {fleet.stop_command}",
         )
 
 

@@ -19,7 +19,12 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.executor import Executor
 
 from cascadeinfer.cluster.keeping import CONTENT, DOOR, KEEPER_PIPE_VARIABLE, KEY, PLACE, STAGE, PlaceTold, read_json
-from cascadeinfer.engines.vllm.configuration import SIDE_CHANNEL_HOST_VARIABLE, environment_of, instance_config
+from cascadeinfer.engines.vllm.configuration import (
+    SIDE_CHANNEL_HOST_VARIABLE,
+    environment_of,
+    instance_config,
+    with_cpu_kv_share,
+)
 from cascadeinfer.engines.vllm.connector.door import KEY_FILE, LISTEN, ORPHAN_TIMEOUT, TOLD_FILE
 from cascadeinfer.engines.vllm.connector.words import TOKEN_VARIABLE, new_token
 from cascadeinfer.engines.vllm.instance_logging import logging_of
@@ -68,7 +73,10 @@ def main() -> None:
     os.environ.update(environment_of(place))
     os.environ[SIDE_CHANNEL_HOST_VARIABLE] = place.host
     os.environ[TOKEN_VARIABLE] = new_token()
-    config = instance_config(content.engine_args, content.instance_id, content.settings)
+    engine_args = content.engine_args
+    if place.sharers is not None:
+        engine_args = with_cpu_kv_share(engine_args, place.sharers)
+    config = instance_config(engine_args, content.instance_id, content.settings)
     assert config.kv_transfer_config is not None
     config.kv_transfer_config.kv_connector_extra_config |= {
         LISTEN: f"{place.host}:0",

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, assert_never
 
+from cascadeinfer.cluster.channel import Channel
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import LayoutAnnounced
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.frontend.processes.board import Board
-from cascadeinfer.frontend.processes.channel import Channel
 from cascadeinfer.frontend.processes.messages import (
     Added,
     AddInstances,

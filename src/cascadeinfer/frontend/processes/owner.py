@@ -18,6 +18,7 @@ from typing import Any, assert_never
 
 from prometheus_client import multiprocess
 
+from cascadeinfer.cluster.channel import Channel
 from cascadeinfer.cluster.local import exit_of
 from cascadeinfer.core.errors import EngineError, ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import SeenEnd, SeenLive, WorkloadSeen
@@ -26,7 +27,6 @@ from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.engines.vllm.attachment import Attachment
-from cascadeinfer.frontend.processes.channel import Channel
 from cascadeinfer.frontend.processes.messages import (
     Added,
     AddInstances,

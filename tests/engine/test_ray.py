@@ -1,0 +1,192 @@
+"""
+`--cluster ray` on three machines: a head with the front end, and two nodes with an engine each.
+
+The machines are network namespaces of this one (`ray_machines.py`); the engines, the moves between them, and Ray are
+real. The tests build on each other, in order.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray_machines import ENVIRONMENT, Machines, why_not
+from server_process import API_KEY, QUICK_SERVER, START_DEADLINE_S, ServerProcess
+
+from conftest import QUICK_ENVIRONMENT
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+FLEET = "three-machines"
+PROMPT = list(range(3, 40))
+N_TOKENS = 120
+"""So many that the request moves once, when prompt and answer exceed the first stage."""
+N_MORE = 700
+NODES = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    """With Ray on each."""
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    environment = {**QUICK_ENVIRONMENT, **ENVIRONMENT, "UCX_TLS": "tcp,self"}
+    with Machines(tmp_path_factory.mktemp("machines"), len(NODES)).up() as machines:
+        for number in (0, *NODES):
+            machines.start_ray(number, environment)
+        yield machines
+
+
+class Server(ServerProcess):
+    """A front end on the head's machine, over a Unix socket, because this process is not in its network."""
+
+    def __init__(self, machines: Machines, model: Path, name: str, *arguments: str) -> None:
+        """Not started yet."""
+        self._socket = machines.folder / f"{name}.sock"
+        words = [
+            "--uds",
+            str(self._socket),
+            "--cluster",
+            "ray",
+            "--fleet",
+            FLEET,
+            "--kv-cache-memory-bytes",
+            "268435456",
+        ]
+        words += ["--ray-address", machines.ray_address, "--cluster-host", machines.address(0)]
+        super().__init__(
+            model,
+            machines.folder / f"{name}.log",
+            *words,
+            *arguments,
+            program=machines.on(0, QUICK_SERVER),
+            environment={**ENVIRONMENT, "UCX_TLS": "tcp,self", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        )
+
+    def _ask(self, method: str, path: str, timeout_s: float = 120.0, **more: Any) -> httpx.Response:
+        transport = httpx.HTTPTransport(uds=str(self._socket))
+        with httpx.Client(transport=transport, base_url="http://server", timeout=timeout_s) as client:
+            return client.request(method, path, headers={"Authorization": f"Bearer {API_KEY}"}, **more)
+
+    def get(self, path: str, *, key: str | None = API_KEY) -> httpx.Response:  # noqa: ARG002 - see above
+        """See ServerProcess."""
+        return self._ask("GET", path)
+
+    def post(
+        self,
+        path: str,
+        content: Any,
+        *,
+        key: str | None = API_KEY,  # noqa: ARG002 - see above
+        timeout_s: float = 120.0,
+    ) -> httpx.Response:
+        """See ServerProcess."""
+        return self._ask("POST", path, timeout_s, json=content)
+
+    def delete(self, path: str, *, key: str | None = API_KEY) -> httpx.Response:  # noqa: ARG002 - see above
+        """See ServerProcess."""
+        return self._ask("DELETE", path)
+
+    def tokens(self, prompt: list[int], n_tokens: int) -> list[int]:
+        """The answer, which is the same wherever it is computed."""
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True}
+        answer = self.post("/v1/completions", {**body, "return_token_ids": True})
+        assert answer.status_code == HTTPStatus.OK, answer.text
+        return list(answer.json()["choices"][0]["token_ids"])
+
+    def moved(self) -> float:
+        """Requests that this front end has handed over with their KV cache."""
+        return self.metric("cascadeinfer_migrations_total", outcome="moved")
+
+    def pids(self) -> dict[str, int]:
+        """Of the engines."""
+        return {instance["id"]: instance["pid"] for instance in self.admin()["instances"]}
+
+    def n_running(self, instance_id: str) -> int:
+        """Requests on an instance."""
+        [instance] = [each for each in self.admin()["instances"] if each["id"] == instance_id]
+        return int(instance["running"])
+
+
+@pytest.fixture(scope="module")
+def first(machines: Machines, tiny_model: Path) -> Iterator[Server]:
+    """A front end that has started both engines."""
+    with Server(machines, tiny_model, "first") as server:
+        server.wait_until_ready(2)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def second(machines: Machines, tiny_model: Path, first: Server) -> Iterator[Server]:
+    """The first one is killed, and this one comes."""
+    before = first.pids()
+    os.kill(first.pid, signal.SIGKILL)
+    with Server(machines, tiny_model, "second") as server:
+        server.wait_until_ready(2)
+        assert server.pids() == before, "the engines are the same"
+        yield server
+
+
+def assert_on_link(machines: Machines, before: dict[int, int]) -> None:
+    """The KV cache of a request has passed both nodes' links: 64 tokens of 2 layers have some 10,000 bytes and more."""
+    after = machines.link_bytes()
+    assert all(after[number] - before[number] > 10_000 for number in NODES), (before, after)
+
+
+def test_a_request_moves_between_nodes(first: Server, machines: Machines) -> None:
+    """Its tokens are those of a request that stays where it is, and its KV cache is seen on the links."""
+    before = machines.link_bytes()
+    tokens = first.tokens(PROMPT, N_TOKENS)
+    assert first.moved() == 1
+    assert_on_link(machines, before)
+    stays = first.tokens(PROMPT + tokens[:40], N_TOKENS - 40)
+    assert first.moved() == 1
+    assert stays == tokens[40:]
+
+
+def test_a_killed_front_end_comes_back(second: Server) -> None:
+    """The engines go on; the new front end adopts them, and its requests move and say the same."""
+    tokens = second.tokens(PROMPT, N_TOKENS)
+    assert second.moved() == 1
+    assert second.tokens(PROMPT + tokens[:40], N_TOKENS - 40) == tokens[40:]
+
+
+def test_a_drained_node_hands_over(second: Server, machines: Machines) -> None:
+    """The other way: a running request leaves the second node; an instance that is added takes the free place."""
+    start = PROMPT + list(range(40, 80))
+    expected = second.tokens(start, N_MORE)
+    moved, before = second.moved(), machines.link_bytes()
+    got: list[list[int]] = []
+    asking = threading.Thread(target=lambda: got.append(second.tokens(start, N_MORE)))
+    asking.start()
+    second.poll(lambda: second.n_running("1") == 1, "it runs on the second node")
+    assert second.delete("/admin/instances/1").status_code == HTTPStatus.ACCEPTED
+    asking.join()
+    assert got == [expected]
+    assert second.moved() == moved + 1
+    assert_on_link(machines, before)
+    second.poll(lambda: len(second.admin()["instances"]) == 1, "it is gone")
+    added = second.post("/admin/instances", {"count": 1})
+    assert added.status_code == HTTPStatus.ACCEPTED, added.text
+    second.poll(lambda: len(second.get("/health/ready").json()["instances"]) == 2, "another one", START_DEADLINE_S)
+
+
+def test_a_node_is_killed(second: Server, machines: Machines) -> None:
+    """All its processes at once: its request goes on elsewhere, from what it had said so far."""
+    start = PROMPT + list(range(40, 80))
+    expected = second.tokens(start, N_MORE)
+    [new] = set(second.pids()) - {"0"}
+    got: list[list[int]] = []
+    asking = threading.Thread(target=lambda: got.append(second.tokens(start, N_MORE)))
+    asking.start()
+    second.poll(lambda: any(second.n_running(instance) for instance in ("0", new)), "it runs")
+    number = 2 if second.n_running(new) else 1
+    machines.kill_node(number)
+    asking.join()
+    assert got == [expected]
+    second.poll(lambda: second.get("/health/ready").status_code == HTTPStatus.OK, "it serves on")
