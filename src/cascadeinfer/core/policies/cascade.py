@@ -216,8 +216,7 @@ class Cascade:
             if self._affinity is not None:
                 chosen = self._affinity.choose(request, chosen, able)
                 self._affinity.note_place(request, chosen.instance.instance_id)
-            chosen_id, is_shared = chosen.instance.instance_id, chosen is relief
-            placed = Dispatch(cause, request.request_id, chosen_id, is_shared, chosen.choice)
+            placed = Dispatch(cause, request.request_id, chosen.instance.instance_id, chosen is relief, chosen.choice)
             self.view.carry_out([placed])
             effects.append(placed)
 
@@ -247,8 +246,7 @@ class Cascade:
         """If too many requests wait, refuse the one that would run last."""
         if self._max_queued is None or self.view.waits() <= self._max_queued:
             return
-        last = to_refuse(self.view.unplaced())
-        if last is None:
+        if (last := to_refuse(self.view.unplaced())) is None:
             return
         retry_after_s = self._drain.retry_after_s(self._max_queued, now_s, self._retry_after_s)
         refused = Reject(cause, last.request_id, "queue_full", retry_after_s)
@@ -378,9 +376,8 @@ class Cascade:
 
 def _options_for(around: Circumstances) -> dict[str, Any]:
     """Stages, costs and bounds as known. A policy that follows another process neither plans, refines nor learns."""
-    found: dict[str, Any] = {"planning": around.planning}
     given = {"layout": around.layout, "step_model": around.step_model, "max_queued": around.max_queued}
-    found |= {option: value for option, value in given.items() if value is not None}
+    found = {"planning": around.planning, **{option: value for option, value in given.items() if value is not None}}
     if around.follows:
         return found | {"refine": False, "replan": False}
     return found | {"learning": LearningSettings()} if around.learns else found
