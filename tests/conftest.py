@@ -1,5 +1,8 @@
 """Shared fixtures. Property tests run a fixed, derandomised set of examples, so that CI is repeatable."""
 
+import signal
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -32,3 +35,11 @@ def forked_engines_start() -> None:
     from llvmlite.binding import ffi
 
     ffi.lib._fntab["__dict__"] = {}
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let started commands receive SIGINT, which a shell makes its background programs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

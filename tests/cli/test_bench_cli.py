@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,14 +78,6 @@ async def test_nothing_but_failures_is_a_failure(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "12 of 12 requests failed" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Let started commands receive SIGINT, which a shell makes its background programs ignore."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

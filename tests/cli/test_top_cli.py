@@ -143,6 +143,7 @@ def test_wrong_addresses(url: str, capsys: pytest.CaptureFixture[str]) -> None:
             assert complaint in line
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_it(url: str) -> None:
     """An interrupt while it watches, in a terminal, ends it with exit code 0, and nothing on standard error."""
     words = [sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "top", url]

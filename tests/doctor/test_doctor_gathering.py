@@ -269,6 +269,7 @@ def test_facts_travel_as_they_are() -> None:
         DECODER.decode(b'{"type": "Doing", "what": "x", "more": 1}')
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_command_and_its_part() -> None:
     """Exit code 130, one line, and nothing is left running."""
     command = [*part_of("from cascadeinfer.cli.main import main; main()"), "doctor", "--skip-engines"]

@@ -41,7 +41,7 @@ class Fleet:
         """Nothing is started yet."""
         self.model = model
         self.folder = folder
-        self.environment = {**ONE_PROCESS, SOCKETS_VARIABLE: str(folder)}
+        self.environment = {**ONE_PROCESS, SOCKETS_VARIABLE: str(folder), "VLLM_LOGGING_LEVEL": "INFO"}
         self.logs: list[Path] = []
         self.engines: list[psutil.Process] = []
 
@@ -88,6 +88,15 @@ def wait_until_ready(server: ServerProcess) -> None:
 def pids(server: ServerProcess) -> list[int]:
     """Of the engines, by instance."""
     return [instance["pid"] for instance in sorted(server.admin()["instances"], key=lambda each: each["id"])]
+
+
+def is_running(process: psutil.Process | None) -> bool:
+    """Whether it has not ended; one whose parent has not asked for its end yet has."""
+    assert process is not None
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def text_of(server: ServerProcess, n_tokens: int) -> str:
@@ -171,13 +180,14 @@ def test_a_dead_engine_is_started_again_and_stop_ends_all(fleet: Fleet) -> None:
         assert after[1] != before[1]
         assert text_of(server, 120) == text_of(server, 120)
 
-        keepers = [psutil.Process(pid).parent() for pid in after]
+        engines = [psutil.Process(pid) for pid in after]
+        processes = [*engines, *(engine.parent() for engine in engines)]
         ended = fleet.stop()
         assert ended.returncode == 0, ended.stderr
         assert "2 engines stopped" in ended.stdout
         assert server.wait_ended(STOP_DEADLINE_S) == 0
-    assert not any(psutil.pid_exists(pid) for pid in after)
-    assert not any(keeper is not None and keeper.is_running() for keeper in keepers)
+    left = [process for process in processes if is_running(process)]
+    assert left == [], f"{[process.status() for process in left]}"
     again = fleet.stop()
     assert again.returncode == 2
     assert f"there is no fleet {FLEET}" in again.stderr
