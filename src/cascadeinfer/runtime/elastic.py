@@ -69,7 +69,7 @@ class Elasticity:
         self._clock = clock
         self._source = source
         highest = max((int(name) for name in fleet.records if name.isdecimal()), default=-1)
-        self._numbers = itertools.count(highest + 1)
+        self._numbers = itertools.count(max(highest + 1, len(fleet.records)))
         self._tasks: dict[InstanceId, asyncio.Task[None]] = {}
         self._stopping = False
 
