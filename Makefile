@@ -1,7 +1,7 @@
 # Everything a checkout needs: `make demo` and `make test` work on a bare machine with Python >= 3.11 and a network for pip.
 # The virtual environment is made once; pip runs again only when pyproject.toml has changed.
 #
-#   make demo | test | test-v2 | seams | chaos | fuzz | gpu-check | lint | types | contracts | check | figures | install | clients | clean | distclean
+#   make demo | test | test-v2 | test-ray | seams | chaos | fuzz | gpu-check | lint | types | contracts | check | figures | install | clients | clean | distclean
 #
 #   ENGINE=gpu     install vLLM for an NVIDIA GPU instead of the CPU build (another engine than before: a new environment)
 #   PYTHON=...     the interpreter to make the environment with
@@ -40,7 +40,7 @@ JAVASCRIPT := tests/engine/javascript
 VENV_IS_OURS = [[ ! -e $(VENV) || -f $(VENV)/pyvenv.cfg ]] || \
 	{ echo "make: VENV=$(VENV) exists and is no virtual environment (name another)" >&2; exit 2; }
 
-.PHONY: help install clients demo test test-v2 seams chaos fuzz gpu-check lint types contracts check figures clean distclean
+.PHONY: help install clients demo test test-v2 test-ray seams chaos fuzz gpu-check lint types contracts check figures clean distclean
 
 help:
 	@sed -n '/^#   make/,/^#   ARGS/s/^# *//p' $(firstword $(MAKEFILE_LIST))
@@ -106,6 +106,10 @@ test: $(INSTALLED)
 V2_TESTS := test_v2_states.py test_moves.py test_commands.py test_features.py test_failures.py test_tensor_parallel.py
 test-v2: $(INSTALLED)
 	@PYTHONPATH=tests $(BIN)/python -m pytest -p support.v2_runner $(addprefix tests/engine/,$(V2_TESTS)) $(ARGS)
+
+# Engines on a Ray cluster of three machines, which are network namespaces of this one; needs root. Minutes of a quiet machine.
+test-ray: $(INSTALLED)
+	@$(BIN)/python -m pytest --ray tests/engine/test_ray.py $(ARGS)
 
 # What the source relies on inside vLLM; with VLLM=0.33.0, what is different there (docs/vllm.md). Downloads that version's wheel.
 seams: $(INSTALLED)
