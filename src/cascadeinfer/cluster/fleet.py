@@ -112,7 +112,10 @@ class Fleet:
         while True:
             for folder in (path.parent, path):
                 make_ours(folder)
-            lock = _locked(name, path / LOCK, wait=wait)
+            try:
+                lock = _locked(name, path / LOCK, wait=wait)
+            except FileNotFoundError:
+                continue  # the fleet is being stopped, and its folder has just been removed
             if _is_file(lock, path / LOCK):
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, str(os.getpid()).encode(), 0)
