@@ -197,7 +197,8 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
         if standing is not None:
             options = dataclasses.replace(options, instances=len(standing.first))
         async with contextlib.AsyncExitStack() as until_end:
-            signals.attend()
+            if named is not None:
+                signals.attend()  # engines may be started, or have been found
             fleet = await until_end.enter_async_context(engines_of(named, engine_args, _fleet_terms(args, options)))
             runtime = make_runtime(
                 engine_args,
@@ -208,6 +209,7 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
                 standing=standing,
                 fleet=fleet,
             )
+            signals.attend()
             stage = logs.stage if fleet is None else fleet.stage
             llm = await until_end.enter_async_context(
                 running_llm(runtime, log_stats=log_stats, log_requests=log_requests, stage=stage)
