@@ -18,7 +18,7 @@ from cascadeinfer.cluster.shared_memory import PREFIX, SHARED_MEMORY
 from cascadeinfer.loadgen.served_process import ServedProcess
 from conftest import QUICK_ENVIRONMENT
 
-START_DEADLINE_S = 240.0
+START_DEADLINE_S = 480.0
 PIPES = "pipe:[*]"
 """The key for pipes in `open_files`; a process object has two."""
 API_KEY = "sesame"

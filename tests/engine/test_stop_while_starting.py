@@ -177,7 +177,7 @@ def test_what_a_killed_server_leaves_is_swept(tiny_model: Path, tmp_path: Path, 
         segments = start.segments()
         start.process.kill()
         start.process.wait()
-        psutil.wait_procs(start.marked(), timeout=20)
+        psutil.wait_procs(start.marked(), timeout=DEADLINE_S)
         assert not start.marked()
         assert sweep(base) == [folder]
         assert not list(base.iterdir())
