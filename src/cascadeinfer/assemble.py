@@ -32,7 +32,7 @@ from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.protocol import Engine
-from cascadeinfer.engines.vllm.configuration import KvTransferSettings
+from cascadeinfer.engines.vllm.configuration import KvTransferSettings, n_ranks
 from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
 from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
 from cascadeinfer.engines.vllm.kept import KeptSource
@@ -216,8 +216,7 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
             )
             if standing is not None:
                 await until_end.enter_async_context(standing.followed(runtime, options.drain_timeout_s))
-            if fleet is not None:
-                until_end.enter_context(fleet.serving())
+            until_end.enter_context(contextlib.nullcontext() if fleet is None else fleet.serving())
             await check_profile(runtime, options)
             await serve(
                 llm,
@@ -234,10 +233,9 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
 def _named_fleet(args: Namespace, options: ServeOptions) -> contextlib.AbstractAsyncContextManager[UsedFleet | None]:
     on_ray = None
     if options.cluster == "ray":
-        workers = args.tensor_parallel_size * args.pipeline_parallel_size
         others = custom_resources(options.ray_resources)
         address, host = options.ray_address, options.cluster_host
-        on_ray = ray_terms(address, host, options.ray_cpus, options.ray_gpus, workers, others)
+        on_ray = ray_terms(address, host, options.ray_cpus, options.ray_gpus, n_ranks(args), others)
     return used_fleet(options.fleet_name, wait=options.standby, on_ray=on_ray)
 
 

@@ -8,11 +8,13 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from cascadeinfer.cluster.addresses import EngineAddress
+from cascadeinfer.cluster.keeper import Keeper
 from cascadeinfer.cluster.keeping import EngineOrder
 from cascadeinfer.cluster.local_keepers import LocalKeepers
 from cascadeinfer.cluster.places import Places
@@ -249,3 +251,24 @@ async def test_one_name_twice(keepers: LocalKeepers) -> None:
     with pytest.raises(EngineError, match="kept already"):
         await keepers.start("0", order("serves"))
     await keepers.ready("0")
+
+
+async def test_listeners_that_leave_while_they_are_let_go(tmp_path: Path) -> None:
+    """A front end that has read the last word closes its connection at once: the others are let go all the same."""
+    keeper = Keeper(tmp_path, "fake_engine")
+
+    class Listener:
+        """Leaves with all others as soon as somebody waits for it."""
+
+        is_closed = False
+
+        async def drain(self) -> None:
+            keeper._listeners.clear()
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    listeners: Any = [Listener() for _ in range(3)]
+    keeper._listeners.update(listeners)
+    await keeper._let_listeners_go()
+    assert all(listener.is_closed for listener in listeners)

@@ -25,6 +25,7 @@ from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.evaluation.front_ends import SUMMARY_S, SeveralFrontEnds
 from cascadeinfer.evaluation.runs import RunSpec, run_once
 from cascadeinfer.evaluation.setting import Setting, load_setting
+from cascadeinfer.frontend.processes import follower
 from cascadeinfer.results.summary import Slo
 
 
@@ -173,3 +174,8 @@ def test_a_simulated_run(setting: Setting, policy: str) -> None:
     assert np.array_equal(three.arrival_s, alone.arrival_s)
     assert np.array_equal(three.produced_tokens, alone.produced_tokens)
     assert np.isfinite(three.finish_s).all()
+
+
+def test_processes_tell_as_often_as_those_of_a_server() -> None:
+    """Else the simulation would stand for another server."""
+    assert SUMMARY_S == follower.SUMMARY_S

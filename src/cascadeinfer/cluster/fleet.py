@@ -105,13 +105,8 @@ class Fleet:
             ConfigError: The name is none, another server uses it, or its folder cannot be made.
         """
         path = folder_of(name, base)
-        if len(os.fsencode(path)) + SOCKET_NAME_BYTES > SOCKET_PATH_MAX_BYTES:
-            raise ConfigError(
-                f"{path} is too long for the names of sockets in it", option=OPTION, fix=f"set {SOCKETS_VARIABLE}"
-            )
         while True:
-            for folder in (path.parent, path):
-                make_ours(folder)
+            make_for_engines(path, OPTION)
             try:
                 lock = _locked(name, path / LOCK, wait=wait)
             except FileNotFoundError:
@@ -188,11 +183,14 @@ def check_name(name: str) -> None:
         )
 
 
+def sockets_base() -> Path:
+    """Where folders with sockets in them are made."""
+    return Path(os.environ.get(SOCKETS_VARIABLE) or tempfile.gettempdir())
+
+
 def fleets_folder(base: Path | None = None) -> Path:
     """Where this user's fleets are."""
-    return (
-        base or Path(os.environ.get(SOCKETS_VARIABLE) or tempfile.gettempdir())
-    ) / f"cascadeinfer-fleets-{os.geteuid()}"
+    return (base or sockets_base()) / f"cascadeinfer-fleets-{os.geteuid()}"
 
 
 def names(base: Path | None = None) -> list[str]:
@@ -249,6 +247,21 @@ def _is_file(descriptor: int, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
+
+
+def make_for_engines(folder: Path, option: str | None = None) -> None:
+    """
+    Make a folder that holds engines' own folders, and the one above it; see `make_ours`.
+
+    Raises:
+        ConfigError: It cannot be made, or the sockets in it would have names that are too long.
+    """
+    if len(os.fsencode(folder)) + SOCKET_NAME_BYTES > SOCKET_PATH_MAX_BYTES:
+        raise ConfigError(
+            f"{folder} is too long for the names of sockets in it", option=option, fix=f"set {SOCKETS_VARIABLE}"
+        )
+    for each in (folder.parent, folder):
+        make_ours(each)
 
 
 def make_ours(folder: Path) -> None:

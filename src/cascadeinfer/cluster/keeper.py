@@ -110,10 +110,7 @@ class Keeper:
         finally:
             self._segments.remove()
             server.close()
-            for writer in self._listeners:
-                with contextlib.suppress(OSError, asyncio.TimeoutError):
-                    await asyncio.wait_for(writer.drain(), LAST_WORDS_S)
-                writer.close()
+            await self._let_listeners_go()
             os.close(held)
             context.destroy(linger=0)
 
@@ -169,6 +166,13 @@ class Keeper:
         self._told = told
         for writer in self._listeners:
             writer.write(as_line(told))
+
+    async def _let_listeners_go(self) -> None:
+        """Once they have read the last word, or had the time to; some leave meanwhile."""
+        for writer in tuple(self._listeners):
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(writer.drain(), LAST_WORDS_S)
+            writer.close()
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

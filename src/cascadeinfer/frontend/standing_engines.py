@@ -16,7 +16,7 @@ from cascadeinfer.cluster.shared_key import ClusterKey
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.engines.vllm.configuration import KvTransferSettings, instance_config
+from cascadeinfer.engines.vllm.configuration import attached_config
 from cascadeinfer.engines.vllm.standing import Terms, look_at, maker_of
 from cascadeinfer.runtime.discovery import Discovery, MakeEngine
 from cascadeinfer.runtime.shell import Runtime
@@ -115,7 +115,7 @@ class StandingEngines:
             engine_args: Of the model, as this front end knows it.
             lease_s: How long engines must keep the blocks of a request that moves away.
         """
-        config = instance_config(engine_args, "attached", KvTransferSettings())
+        config = attached_config(engine_args)
         self._terms = Terms(config, self._key, lease_s, MAX_MIGRATIONS_PER_INSTANCE, self._own_host)
         return {
             str(index): maker_of(address, self._terms)(str(index), index) for index, address in enumerate(self.first)

@@ -50,4 +50,4 @@ def ray_terms(
         ModuleNotFoundError: Ray is not installed.
     """
     need_ray()
-    return RayTerms(found_address(address), host, Need(cpus, None if gpus < 0 else gpus, max(1, workers), others))
+    return RayTerms(found_address(address), host, Need(cpus, None if gpus < 0 else gpus, workers, others))

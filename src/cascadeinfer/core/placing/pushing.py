@@ -20,7 +20,7 @@ from typing import Final
 
 from cascadeinfer.core.choice import Measure, Rule
 from cascadeinfer.core.effects import Dispatch, Effect, MigrationReason, StartMigration
-from cascadeinfer.core.events import FirstToken, MigrationEnded, MigrationOutcome
+from cascadeinfer.core.events import Event, FirstToken, InstanceReported, MigrationEnded, MigrationOutcome
 from cascadeinfer.core.layout import RoleLayout
 from cascadeinfer.core.placing.dispatch import Chosen, first_of, has_room, ranked
 from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, RequestId
@@ -97,19 +97,32 @@ class PrefillStages:
                 effects.append(placed)
         return effects
 
-    def first_token(self, event: FirstToken, now_s: float) -> list[Effect]:
-        """A request is parked: push it, or remember it."""
-        self._view.apply(event)
-        self._parked[event.request_id] = now_s
-        return self.push(event.cause, now_s)
+    def handle(self, event: Event, now_s: float, others: Callable[[Event, float], list[Effect]]) -> list[Effect]:
+        """
+        A policy's `handle`: pushes what is parked, beside all else that the policy does.
 
-    def ended(self, event: MigrationEnded, now_s: float) -> None:
-        """A migration is over; a request that was not taken stays parked. Call it after the books know."""
+        Args:
+            event, now_s: See `Policy.handle`.
+            others: The policy's handling of everything but first tokens.
+        """
+        if isinstance(event, FirstToken):
+            self._view.apply(event)
+            self._parked[event.request_id] = now_s
+            return self._push(event.cause, now_s)
+        effects = others(event, now_s)
+        if isinstance(event, MigrationEnded):  # the books know it by now
+            self._note_end(event, now_s)
+        if isinstance(event, InstanceReported) and self._parked:
+            effects += self._push(event.cause, now_s)
+        return effects
+
+    def _note_end(self, event: MigrationEnded, now_s: float) -> None:
+        """A migration is over; a request that was not taken stays parked."""
         request = self._view.requests.get(event.request_id)
         if request is not None and request.parked and event.outcome is MigrationOutcome.STAYED:
             self._parked[event.request_id] = now_s + RETRY_S
 
-    def push(self, cause: str, now_s: float) -> list[Effect]:
+    def _push(self, cause: str, now_s: float) -> list[Effect]:
         """Push what is parked and has a target, in order of first tokens."""
         effects: list[Effect] = []
         for request_id, from_s in list(self._parked.items()):
@@ -134,10 +147,6 @@ class PrefillStages:
             self._view.carry_out([move])
             effects.append(move)
         return effects
-
-    def any_parked(self) -> bool:
-        """Whether a request waits for a target."""
-        return bool(self._parked)
 
     def _members(self, instance_ids: Sequence[InstanceId]) -> list[InstanceView]:
         present = [self._view.instances[i] for i in instance_ids if i in self._view.instances]

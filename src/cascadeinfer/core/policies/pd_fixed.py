@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from cascadeinfer.core.effects import Effect
-from cascadeinfer.core.events import Event, FirstToken, InstanceReported, MigrationEnded
+from cascadeinfer.core.events import Event
 from cascadeinfer.core.layout import RoleLayout
 from cascadeinfer.core.placing.dispatch import Chosen, has_room, least_loaded, pick
 from cascadeinfer.core.placing.pushing import PrefillStages
@@ -39,14 +39,7 @@ class PdFixed(PlacingPolicy):
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """See `Policy.handle`."""
-        if isinstance(event, FirstToken):
-            return self._prefill.first_token(event, now_s)
-        effects = super().handle(event, now_s)
-        if isinstance(event, MigrationEnded):
-            self._prefill.ended(event, now_s)
-        if isinstance(event, InstanceReported) and self._prefill.any_parked():
-            effects += self._prefill.push(event.cause, now_s)
-        return effects
+        return self._prefill.handle(event, now_s, super().handle)
 
     def place_waiting(self, cause: str) -> list[Effect]:
         """Dispatch prompts to prefill instances, and the rest where it decodes."""

@@ -22,7 +22,7 @@ from typing import Any, Final
 from cascadeinfer.core.adapt.warm_up import warm_up
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.effects import Effect
-from cascadeinfer.core.events import Event, FirstToken, InstanceReported, MigrationEnded
+from cascadeinfer.core.events import Event
 from cascadeinfer.core.layout import RoleLayout
 from cascadeinfer.core.placing.dispatch import Chosen, has_room, nearest_with_room
 from cascadeinfer.core.placing.pushing import PrefillStages
@@ -66,14 +66,7 @@ class Roles(Cascade):
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """See `Policy.handle`."""
-        if isinstance(event, FirstToken):
-            return self._prefill.first_token(event, now_s)
-        effects = super().handle(event, now_s)
-        if isinstance(event, MigrationEnded):
-            self._prefill.ended(event, now_s)
-        if isinstance(event, InstanceReported) and self._prefill.any_parked():
-            effects += self._prefill.push(event.cause, now_s)
-        return effects
+        return self._prefill.handle(event, now_s, super().handle)
 
     def _place_waiting(self, cause: str, effects: list[Effect]) -> None:
         """Dispatch prompts to prefill instances, and the rest as the cascade does."""

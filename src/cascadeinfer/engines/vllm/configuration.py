@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import uuid
+from argparse import Namespace
 
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -58,7 +59,7 @@ class KvTransferSettings:
     max_migrations: int | None = None
 
 
-def n_ranks(engine_args: AsyncEngineArgs) -> int:
+def n_ranks(engine_args: AsyncEngineArgs | Namespace) -> int:
     """Workers of one instance, each with a device or cores of its own."""
     # Less than one is refused by vLLM, in its own words, when the configuration is made.
     return max(1, engine_args.tensor_parallel_size) * max(1, engine_args.pipeline_parallel_size)
@@ -94,6 +95,11 @@ def instance_config(engine_args: AsyncEngineArgs, instance_id: InstanceId, setti
     for name, value in MAMBA_LAYOUT.items():
         os.environ.setdefault(name, value)
     return own_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def attached_config(engine_args: AsyncEngineArgs) -> VllmConfig:
+    """A configuration for what a front end reads from it of engines that it does not start."""
+    return instance_config(engine_args, "attached", KvTransferSettings())
 
 
 def environment_of(place: Place | PlaceTold) -> dict[str, str]:

@@ -26,6 +26,7 @@ from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.configuration import (
     SIDE_CHANNEL_HOST_VARIABLE,
     KvTransferSettings,
+    attached_config,
     environment_of,
     instance_config,
     n_ranks,
@@ -189,7 +190,7 @@ def attached_factories(
         client_index: This process's number among the clients.
         attach: See AttachedCore.
     """
-    config = instance_config(engine_args, "attached", KvTransferSettings())
+    config = attached_config(engine_args)
 
     def make_maker(instance_id: InstanceId) -> Callable[[int], VllmInstance]:
         return lambda _: VllmInstance(AttachedCore(instance_id, copy.deepcopy(config), client_index, attach))
