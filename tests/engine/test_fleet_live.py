@@ -4,23 +4,20 @@ A fleet: engines that outlive their servers. Real engines, started as an operato
 The tests build on each other's fleet, in this order.
 """
 
-import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
-from server_process import API_KEY, NO_TLS, ServerProcess
-from test_standing_live import completion, moved, n_there
+from server_process import ServerProcess
+from test_standing_live import completion, moved, n_there, requests_through, streamed
 
 from cascadeinfer.cluster.runtime_folder import SOCKETS_VARIABLE
 
@@ -123,20 +120,9 @@ def test_a_killed_server_costs_no_engine(fleet: Fleet, first: ServerProcess) -> 
     with fleet.server("--standby") as standby:
         standby.wait_until(lambda: "waits for the end" in standby.log_tail(), "waiting", READY_DEADLINE_S)
 
-        def ask() -> None:
-            try:
-                first.post("/v1/completions", completion(900))
-            except httpx.TransportError:
-                return  # its server is killed
-
-        asking = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
-        for thread in asking:
-            thread.start()
-        first.poll(lambda: n_there(first) == len(asking), "three requests")
-        first.send_signal(signal.SIGKILL)
-        first.wait_ended(STOP_DEADLINE_S)
-        for thread in asking:
-            thread.join()
+        with requests_through(first, 3, seen_by=first):
+            first.send_signal(signal.SIGKILL)
+            first.wait_ended(STOP_DEADLINE_S)
 
         wait_until_ready(standby)
         assert pids(standby) == engines
@@ -164,16 +150,7 @@ def test_a_dead_engine_is_started_again_and_stop_ends_all(fleet: Fleet) -> None:
         assert "2 engines found alive" in server.log.read_text()
         before = pids(server)
         expected = text_of(server, 600)
-        body, headers = completion(600, stream=True), {"Authorization": f"Bearer {API_KEY}"}
-        text = ""
-        with httpx.stream(
-            "POST", server.url + "/v1/completions", json=body, headers=headers, timeout=300, **NO_TLS
-        ) as answer:
-            for number, line in enumerate(line for line in answer.iter_lines() if line.startswith("data: {")):
-                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-                if number == 100:
-                    os.kill(before[1], signal.SIGKILL)
-        assert text == expected
+        assert streamed(server, 600, in_the_middle=lambda: os.kill(before[1], signal.SIGKILL)) == expected
         server.poll(lambda: len(server.get("/health/ready").json()["instances"]) == 2, "both again", READY_DEADLINE_S)
         after = pids(server)
         assert after[0] == before[0]

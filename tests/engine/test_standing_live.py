@@ -4,13 +4,14 @@
 Real engines, real moves, all processes on this machine.
 """
 
+import contextlib
 import json
 import os
 import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,44 @@ def moved(server: ServerProcess) -> float:
     return server.metric("cascadeinfer_migrations_total", outcome="moved")
 
 
+@contextlib.contextmanager
+def requests_through(dying: ServerProcess, n: int, *, seen_by: ServerProcess) -> Iterator[None]:
+    """
+    In this context, requests run at the engines, sent through a server that does not live to its end.
+
+    Args:
+        dying: That server.
+        n: How many requests.
+        seen_by: A server, perhaps the same, that tells how many there are.
+    """
+
+    def ask() -> None:
+        try:
+            dying.post("/v1/completions", completion(900))
+        except httpx.TransportError:
+            return  # its server is killed
+
+    asking = [threading.Thread(target=ask, daemon=True) for _ in range(n)]
+    for thread in asking:
+        thread.start()
+    seen_by.poll(lambda: n_there(seen_by) == n, f"{n} requests")
+    yield
+    for thread in asking:
+        thread.join()
+
+
+def streamed(server: ServerProcess, n_tokens: int, *, in_the_middle: Callable[[], object]) -> str:
+    """The text of a stream during which something happens."""
+    text, headers = "", {"Authorization": f"Bearer {API_KEY}"}
+    url, body = f"{server.url}/v1/completions", completion(n_tokens, stream=True)
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=300, **NO_TLS) as answer:
+        for number, line in enumerate(line for line in answer.iter_lines() if line.startswith("data: {")):
+            text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+            if number == 100:
+                in_the_middle()
+    return text
+
+
 @pytest.mark.timeout(600)
 def test_requests_move_between_engines_of_others(server: ServerProcess, engines: Engines) -> None:
     """The text is that of an engine's own server, which goes on working beside ours."""
@@ -132,20 +171,8 @@ def test_engines_survive_their_front_end(
     """
     with front_end(engines, tiny_model, folder, "second") as second:
         second.wait_until_ready(2)
-
-        def ask() -> None:
-            try:
-                second.post("/v1/completions", completion(900))
-            except httpx.TransportError:
-                return  # its server is killed
-
-        asking = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
-        for thread in asking:
-            thread.start()
-        server.poll(lambda: n_there(server) == len(asking), "four requests")
-        second.kill()
-        for thread in asking:
-            thread.join()
+        with requests_through(second, 4, seen_by=server):
+            second.kill()
     server.poll(lambda: n_there(server) == 0, "nothing runs")
     before = moved(server)
     answer = server.post("/v1/completions", completion(120))
@@ -159,17 +186,7 @@ def test_an_engine_dies_under_a_request(server: ServerProcess, engines: Engines)
     """The client gets the whole text; the engine counts as down, and the server stays ready with the other."""
     expected = engines.text(600)
     pid = {instance["id"]: instance["pid"] for instance in server.admin()["instances"]}["1"]
-    text = ""
-    body = completion(600, stream=True)
-    headers = {"Authorization": f"Bearer {API_KEY}"}
-    with httpx.stream(
-        "POST", server.url + "/v1/completions", json=body, headers=headers, timeout=300, **NO_TLS
-    ) as answer:
-        for number, line in enumerate(line for line in answer.iter_lines() if line.startswith("data: {")):
-            text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-            if number == 100:
-                os.kill(pid, signal.SIGKILL)
-    assert text == expected
+    assert streamed(server, 600, in_the_middle=lambda: os.kill(pid, signal.SIGKILL)) == expected
     server.poll(lambda: server.get("/health/ready").json()["instances"] == ["0"], "one instance")
     assert server.post("/v1/completions", completion(5)).status_code == HTTPStatus.OK
 
