@@ -38,6 +38,7 @@ LOAD = EngineLoad(
     failed_pulls=0,
     listens=True,
     paused=False,
+    step_budget=512,
     clock_s=1e6,
 )
 

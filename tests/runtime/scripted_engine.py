@@ -70,7 +70,9 @@ class ScriptedEngine:
         """See Engine."""
         return True
 
-    async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
+    async def add(
+        self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None, *, park: bool = False
+    ) -> None:
         """See Engine."""
 
     async def abort(self, engine_request_ids: list[str]) -> None:
@@ -96,6 +98,10 @@ class ScriptedEngine:
 
     async def release_pin(self, engine_request_id: str) -> None:
         """See Engine."""
+
+    async def renew_pin(self, engine_request_id: str) -> bool:  # noqa: ARG002 - the protocol's
+        """See Engine."""
+        return bool(await self._answer_to("renew_pin"))
 
     async def report(self) -> tuple[InstanceReport, EngineCounters]:
         """See Engine."""

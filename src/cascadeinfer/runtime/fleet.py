@@ -8,6 +8,7 @@ operators can see what became of them.
 """
 
 import asyncio
+import dataclasses
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class Fleet:
         listener: Listener,
         times: SupervisionTimes,
         clock: Callable[[], float],
+        budgets: Mapping[InstanceId, int] | None = None,
     ) -> None:
         """
         Args:
@@ -80,7 +82,10 @@ class Fleet:
             listener: Notified of what happens to them.
             times: Limits and intervals of their supervision.
             clock: The time in seconds.
+            budgets: Tokens of a step at most, for instances that shall have less than they were started with; None:
+                leave them all as they are.
         """
+        self._budgets = budgets
         self._clock = clock
         self._listener = listener
         self._times = times
@@ -180,13 +185,19 @@ class Fleet:
                 start.cancel()
             self.pairs.strict = False
 
-    async def join(self, engine: Engine, capacity: InstanceCapacity) -> None:
+    async def join(self, engine: Engine, capacity: InstanceCapacity) -> InstanceCapacity:
         """
         An instance has started: connect it to all that are up. It counts as up from now on.
+
+        Returns:
+            Its capacity, with its chunk budget.
 
         Raises:
             EngineError: It cannot be connected, and the fault is its own.
         """
+        if self._budgets is not None:
+            budget = await engine.set_step_budget(self._budgets.get(engine.instance_id))
+            capacity = dataclasses.replace(capacity, max_batched_tokens=budget)
         await self.pairs.introduce(engine)
         record = self.records[engine.instance_id]  # no other has come up since its last handshake
         if not record.life.allows(Deed.JOIN):
@@ -194,6 +205,7 @@ class Fleet:
         for watcher in self.watchers:
             watcher.instance_joins(engine)
         record.came_up(engine, capacity)
+        return capacity
 
     def went_down(self, instance_id: InstanceId, why: str) -> InstanceRecord:
         """It is out of use, or never was in use; its next life starts without handshakes."""
