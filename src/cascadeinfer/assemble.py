@@ -91,7 +91,7 @@ def make_runtime(
     note = say_when_compiling(logger.info)
     POLICIES[options.policy_name()].warm_up()
     stop_saying(note)
-    supervision, budgets = supervision_of(options), options.budgets()
+    supervision, terms = supervision_of(options), options.terms()
     source: VllmSource | KeptSource | None = None
     make_engines: Mapping[InstanceId, Callable[[int], Engine]]
     if fleet is not None:
@@ -112,7 +112,7 @@ def make_runtime(
             n_clients=options.api_servers,
             logs=logs,
         )
-        source.check_budgets(budgets.values())
+        source.check_budgets(terms.values())
         make_engines = {instance_id: source.place(instance_id) for instance_id in options.instance_ids}
     return Runtime(
         make_engines,
@@ -123,7 +123,7 @@ def make_runtime(
         source=source,
         observer=event_log,
         poison_deaths=options.poison_deaths,
-        budgets=budgets if budgets or standing is None else None,
+        terms=terms if terms or standing is None else None,
     )
 
 

@@ -7,6 +7,7 @@ from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.cost.learning import LearningSettings
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.kind import InstanceTerms, Role
 from cascadeinfer.core.policies import POLICIES
 
 PROFILE = "h200-llama-3.1-8b"
@@ -74,7 +75,11 @@ def test_roles_come_with_their_stages() -> None:
         ("2",),
     ]
     assert options["learning"] == LearningSettings()
-    assert given.budgets() == {"0": 1024, "1": 256}
+    assert given.terms() == {
+        "0": InstanceTerms(Role.PREFILL, 1024),
+        "1": InstanceTerms(Role.MIXED, 256),
+        "2": InstanceTerms(Role.DECODE, None),
+    }
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -34,7 +34,7 @@ async def a_parked_request_stops_with_its_first_token(bed: Bed) -> None:
 
 
 async def parked_requests_of_all_lengths_go_on(bed: Bed) -> None:
-    """Prompts that end at, before and behind the edge of a block, several at once: each text is that of one instance."""
+    """Prompts that end at, before and behind the edge of a block, several at once: each has its text."""
     lengths = [n + extra for n in (32, 64) for extra in (-1, 0, 1)] + [1, 300]
     expected = {n: await bed.alone(n, 20) for n in lengths}
 
@@ -123,7 +123,11 @@ async def a_chunk_budget_is_kept(bed: Bed) -> None:
 async def an_impossible_chunk_budget_is_refused(bed: Bed) -> None:
     """Too little for the requests that may run, or more than the instance was started with: nothing has changed."""
     engine, capacity = bed.a.engine, bed.a.capacity
-    for budget, said in ((capacity.max_num_seqs - 1, "below"), (capacity.max_batched_tokens + 1, "above"), (0, "below")):
+    for budget, said in (
+        (capacity.max_num_seqs - 1, "below"),
+        (capacity.max_batched_tokens + 1, "above"),
+        (0, "below"),
+    ):
         with pytest.raises(EngineError, match=f"{budget} is {said}"):
             await engine.set_step_budget(budget)
     assert (await engine.report())[1].step_budget == capacity.max_batched_tokens

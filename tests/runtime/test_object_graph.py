@@ -89,7 +89,7 @@ def drawn() -> tuple[set[Edge], set[Edge]]:
 
 @virtual_time
 async def test_the_drawing_is_of_what_there_is() -> None:
-    """With a move, a parked request, a drain and handshakes under way, objects refer to each other as drawn, and each has one owner."""
+    """With moves, a drain and handshakes under way, objects refer to each other as drawn, and each has one owner."""
     policy = ScriptedPolicy({"r": "a", "s": "b", "t": "c"})
     policy.parks.add("t")
     async with Cluster(policy) as cluster:

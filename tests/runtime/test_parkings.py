@@ -55,7 +55,9 @@ async def test_a_parked_request_holds_no_slot_and_moves_with_its_cache() -> None
         await client.until_end()
         (ended,) = policy.ended_migrations()
         assert (ended.outcome, ended.detail) == (MigrationOutcome.MOVED, "")
-        assert cluster.registry.get_sample_value("cascadeinfer_migration_pause_seconds_count", {"outcome": "moved"}) == 1
+        assert (
+            cluster.registry.get_sample_value("cascadeinfer_migration_pause_seconds_count", {"outcome": "moved"}) == 1
+        )
 
 
 @virtual_time
@@ -105,7 +107,10 @@ async def test_one_that_is_refused_goes_elsewhere() -> None:
         assert len(client.token_ids) == 1
         cluster.move("r", "c")
         await client.until_end()
-        assert [ended.outcome for ended in policy.ended_migrations()] == [MigrationOutcome.STAYED, MigrationOutcome.MOVED]
+        assert [ended.outcome for ended in policy.ended_migrations()] == [
+            MigrationOutcome.STAYED,
+            MigrationOutcome.MOVED,
+        ]
 
 
 @pytest.mark.parametrize("n_tokens", [0, 1], ids=["prefilling", "parked"])

@@ -69,9 +69,9 @@ def _for_the_server(best: "RolePlan") -> str:
     """Options to copy."""
     from cascadeinfer.core.layout import StageKind
 
+    prefix = {StageKind.PREFILL: "prefill@"}
     stages = ",".join(
-        f"{'prefill@' if stage.kind is StageKind.PREFILL else ''}{stage.range}/{stage.budget_tokens}:{stage.n_instances}"
-        for stage in best.every
+        f"{prefix.get(stage.kind, '')}{stage.range}/{stage.budget_tokens}:{stage.n_instances}" for stage in best.every
     )
     most = max(stage.budget_tokens for stage in best.every)
     n_instances = sum(stage.n_instances for stage in best.every)

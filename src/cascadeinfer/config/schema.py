@@ -12,8 +12,9 @@ from typing import Final
 from cascadeinfer.config.options import add_options, check_bounds, options_from
 from cascadeinfer.config.options import option as _option
 from cascadeinfer.config.ray_resources import custom_resources
-from cascadeinfer.config.stages import WantedStage, budgets_of, check_plain, layout_of, read_stages
+from cascadeinfer.config.stages import WantedStage, check_plain, layout_of, read_stages, terms_of
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.kind import InstanceTerms
 from cascadeinfer.core.layout import RoleLayout, StageLayout
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.types import InstanceId
@@ -324,9 +325,10 @@ class ServeOptions:
         wanted = self._wanted_stages()
         return None if wanted is None else layout_of(wanted, self.instance_ids)
 
-    def budgets(self) -> dict[InstanceId, int]:
-        """The chunk budgets in tokens, for the instances of stages that have one. Raises ConfigError, as `roles`."""
-        return budgets_of(self._wanted_stages() or [], self.instance_ids)
+    def terms(self) -> dict[InstanceId, InstanceTerms]:
+        """The roles and chunk budgets of the instances; none without `--stages`. Raises ConfigError, as `roles`."""
+        wanted = self._wanted_stages()
+        return {} if wanted is None else terms_of(wanted, self.instance_ids)
 
     def n_staged(self) -> int:
         """How many instances `--stages` asks for. Raises ConfigError if it is malformed."""

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from cascadeinfer.core.errors import ConfigError, PlanError
+from cascadeinfer.core.kind import InstanceTerms, Role
 from cascadeinfer.core.layout import RoleLayout, Stage, StageKind, StageLayout
 from cascadeinfer.core.types import InstanceId, LengthRange
 
 OPTION: Final = "--stages"
-_PART: Final = re.compile(
-    r"(?:(?P<kind>[a-z]+)\s*@)?(?P<range>[^/@]*)(?:/(?P<budget>[^/:@]*))?:(?P<instances>[^/:@]*)"
-)
+_PART: Final = re.compile(r"(?:(?P<kind>[a-z]+)\s*@)?(?P<range>[^/@]*)(?:/(?P<budget>[^/:@]*))?:(?P<instances>[^/:@]*)")
+_ROLES: Final = {StageKind.MIXED: Role.MIXED, StageKind.DECODE: Role.DECODE}
 _NEEDED: Final = frozenset({"range", "instances"})
 _ALLOWED: Final = _NEEDED | {"kind", "max_num_batched_tokens"}
 
@@ -83,13 +83,15 @@ def layout_of(wanted: Sequence[WantedStage], instance_ids: Sequence[InstanceId])
         ) from error
 
 
-def budgets_of(wanted: Sequence[WantedStage], instance_ids: Sequence[InstanceId]) -> dict[InstanceId, int]:
-    """The chunk budgets in tokens, for the instances of stages that have one. Raises ConfigError, as `layout_of`."""
+def terms_of(wanted: Sequence[WantedStage], instance_ids: Sequence[InstanceId]) -> dict[InstanceId, InstanceTerms]:
+    """The roles and chunk budgets of these instances. Raises ConfigError, as `layout_of`."""
+    roles = layout_of(wanted, instance_ids)
     return {
-        instance_id: stage.budget_tokens
+        instance_id: InstanceTerms(
+            Role.PREFILL if stage.is_prefill else _ROLES[roles.kind_of(stage.lengths)], stage.budget_tokens
+        )
         for stage, ids in _dealt(wanted, instance_ids)
         for instance_id in ids
-        if stage.budget_tokens is not None
     }
 
 

@@ -22,7 +22,7 @@ from cascadeinfer.core.events import (
     RequestArrived,
     RequestFinished,
 )
-from cascadeinfer.core.kind import InstanceKind
+from cascadeinfer.core.kind import InstanceTerms
 from cascadeinfer.core.migration import Happening, MigrationLimits
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.quarantine import DEATHS
@@ -60,7 +60,7 @@ class Runtime:
         source: EngineSource | None = None,
         observer: Observer | None = None,
         poison_deaths: int = DEATHS,
-        budgets: Mapping[InstanceId, int] | None = None,
+        terms: Mapping[InstanceId, InstanceTerms] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -73,13 +73,13 @@ class Runtime:
             source: Makes engines of instances that are added later; None: none can be.
             observer: Sees every event with its effects: the event log.
             poison_deaths: Of instances under a request, after which it is ended.
-            budgets: Chunk budgets in tokens; others get what they were started with. None: nobody's is changed.
+            terms: Roles and chunk budgets; None: no engine's budget is changed.
             clock: The time in seconds (not the loop's own: uvloop's counts whole milliseconds).
         """
         self._clock = clock
         self._streams = StreamTable()
         self.seen = Seen()
-        self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes(), clock, budgets)
+        self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes(), clock, terms)
         self._streams.on_placed = self.fleet.wake
         self.metrics = make_metrics(self.fleet.gauges)
         self.ledger = Ledger(clock)
@@ -206,11 +206,11 @@ class Runtime:
 
     async def instance_up(self, engine: Engine, capacity: InstanceCapacity) -> None:
         """Connect it to all that are up, then let the policy use it."""
-        capacity = await self.fleet.join(engine, capacity)
+        record = await self.fleet.join(engine, capacity)
         if self._streams.on_instance(engine.instance_id):
             self.announce_loss(engine.instance_id)  # the policy, which failed at its loss, sent requests to the dead
-        kind = self.fleet[engine.instance_id].kind = InstanceKind(capacity)
-        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, kind))
+        assert record.kind is not None, "it has come up"
+        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, record.kind))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop late output of superseded attempts; hide the finishes of cuts."""
@@ -288,7 +288,7 @@ class Runtime:
         )
 
     def _show(self) -> None:
-        self.metrics.show(self._streams.n_unplaced, len(self._migrator))
+        self.metrics.show(self._streams.n_unplaced, len(self._migrator), self._performer.parkings.n_parked)
 
     def emit(self, event: Event) -> None:
         """Hand the policy an event."""

@@ -20,6 +20,7 @@ from cascadeinfer.cluster.process_start import operator_environment
 from cascadeinfer.cluster.protocol import Launcher, Place
 from cascadeinfer.cluster.start_turns import StartTurns
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.kind import InstanceTerms
 from cascadeinfer.core.refusals import why_not_step_budget
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.attached import AttachedCore
@@ -135,19 +136,19 @@ class VllmSource:
 
         return make
 
-    def check_budgets(self, budgets: Iterable[int]) -> None:
+    def check_budgets(self, terms: Iterable[InstanceTerms]) -> None:
         """
         Check chunk budgets before the first start.
 
         Args:
-            budgets: Tokens of a step at most.
+            terms: Those of its instances.
 
         Raises:
             ConfigError: An instance could not have one of them.
         """
         assert self._first_config is not None, "instances have been placed"
         least, most = step_budget_bounds(self._first_config)
-        for budget in budgets:
+        for budget in {one.budget_tokens for one in terms if one.budget_tokens is not None}:
             if (why_not := why_not_step_budget(budget, least, most)) is not None:
                 raise ConfigError(
                     why_not, option="--stages", fix="change it, --max-num-seqs or --max-num-batched-tokens"
