@@ -209,6 +209,23 @@ async def test_a_drain_waits_for_what_is_parked() -> None:
         await client.until_end()
 
 
+@virtual_time
+async def test_its_story_says_so() -> None:
+    """An operator who asks reads where it waits, and why."""
+    policy = parking_policy()
+    async with Cluster(policy, migration=LIMITS) as cluster:
+        client = await (await cluster.submit("r", N_PROMPT, N_OUTPUT)).until_tokens(1)
+        await cluster.until(lambda: bool(told(policy)), "told")
+        story = cluster.runtime.lookout.story("r")
+        assert story is not None
+        texts = [chapter["text"] for chapter in story["chapters"]]
+        assert texts[1:] == [
+            "dispatched to a, to be parked with its first token",
+            "has its first token and is parked on a",
+        ]
+        cluster.abort(client)
+
+
 def test_the_table_is_closed() -> None:
     """Every state but the last has a way to end."""
     for state in ParkingState:
