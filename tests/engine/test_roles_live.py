@@ -1,6 +1,6 @@
 """
 Prefill stages and chunk budgets on a real `cascadeinfer serve --policy roles`: instance 0 computes prompts, 1 and 2
-decode.
+decode. Two front-end processes share them.
 
 What a request is to yield is the answer to the same request pinned to where it decodes (`prompt_logprobs` pins it). The
 server is started once. The last test kills its prefill instance.
@@ -23,6 +23,7 @@ BUDGET = 48
 STAGES = f"prefill@{THRESHOLD}-/{BUDGET}:1,0-256:1,256-:1"
 PREFILL = "0"
 N_REQUESTS = 6
+N_PROCESSES = 2
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +31,11 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """Three instances with roles."""
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--instances", "3", "--policy", "roles", "--stages", STAGES, "--max-num-seqs", "16"]
-    arguments += ["--no-enable-prefix-caching", "--placement-headers"]
+    arguments += ["--no-enable-prefix-caching", "--placement-headers", "--api-servers", str(N_PROCESSES)]
     arguments += ["--suspect-after-s", "60"]  # else a slow step sends its requests elsewhere
     with ServerProcess(tiny_model, log, *arguments, program=QUICK_SERVER) as server:
         server.wait_until_ready(3)
+        server.poll(lambda: all(one["up"] for one in server.admin()["front_ends"]), "both front ends", 240)
         yield server
 
 

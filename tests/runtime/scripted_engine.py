@@ -87,7 +87,13 @@ class ScriptedEngine:
         """See Engine."""
         return bool(await self._answer_to("undo_cut"))
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:  # noqa: ARG002 - the protocol's
+    async def reserve(
+        self,
+        reservation_id: str,  # noqa: ARG002 - the protocol's
+        n_tokens: int,
+        *,
+        for_parked: bool = False,  # noqa: ARG002 - the protocol's
+    ) -> Refusal | None:
         """See Engine."""
         self.asked_tokens = n_tokens
         refused: Refusal | None = await self._answer_to("reserve")

@@ -58,10 +58,6 @@ def _checked_roles(name: str, search: RoleSearch, options: ServeOptions) -> Role
             option="--stages",
             fix="write prefill@0-, or use --policy roles",
         )
-    if options.api_servers > 1:
-        raise ConfigError(
-            f"policy {name} runs in one front-end process only", option="--api-servers", fix="leave it out"
-        )
     return roles
 
 

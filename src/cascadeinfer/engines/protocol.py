@@ -201,8 +201,18 @@ class Engine(Protocol):
         """Let a cut request continue; False if the cut has already taken effect."""
         ...
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
-        """Reserve room for a request of this many tokens. Returns None, or why it cannot."""
+    async def reserve(self, reservation_id: str, n_tokens: int, *, for_parked: bool = False) -> Refusal | None:
+        """
+        Reserve room for a request of this many tokens.
+
+        Args:
+            reservation_id: Of the reservation.
+            n_tokens: Length to reserve room for.
+            for_parked: Whether the request is parked; its move does not count among the migrations of an instance.
+
+        Returns:
+            None, or why it cannot.
+        """
         ...
 
     async def release_reservation(self, reservation_id: str) -> None:

@@ -277,7 +277,8 @@ class Migrator:
             case Action.ASK_ROOM if migration_id not in self._records:
                 pass  # it ended while the lease was renewed
             case Action.ASK_ROOM:
-                refused = await engine.reserve(migration_id, migration.room_tokens)
+                for_parked = migration.state is State.PARKED
+                refused = await engine.reserve(migration_id, migration.room_tokens, for_parked=for_parked)
                 granted = refused is None
                 if granted and migration_id not in self._records:
                     await engine.release_reservation(migration_id)  # it ended while we asked

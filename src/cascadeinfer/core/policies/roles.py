@@ -98,7 +98,7 @@ class Roles(Cascade):
 def _options_for(around: Circumstances) -> dict[str, Any]:
     given = {"roles": around.roles, "step_model": around.step_model, "max_queued": around.max_queued}
     found = {option: value for option, value in given.items() if value is not None}
-    return found | {"learning": LearningSettings()} if around.learns else found
+    return found | {"learning": LearningSettings()} if around.learns and not around.follows else found
 
 
 INFO: Final = PolicyInfo(

@@ -162,7 +162,13 @@ class SimulatedEngine(SimulatedProcess):
         """See Engine.undo_cut."""
         return bool(await self._call("undo_cut", lambda: self.core.undo_cut(engine_request_id)))
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
+    async def reserve(
+        self,
+        reservation_id: str,
+        n_tokens: int,
+        *,
+        for_parked: bool = False,  # noqa: ARG002 - it counts no migrations
+    ) -> Refusal | None:
         """See Engine.reserve."""
 
         def at_instance() -> Refusal | None:

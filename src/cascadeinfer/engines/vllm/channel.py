@@ -178,9 +178,9 @@ class EngineChannel:
         """See Engine.undo_cut."""
         return bool(await self._call("cascade_undo_cut", engine_request_id))
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
+    async def reserve(self, reservation_id: str, n_tokens: int, *, for_parked: bool = False) -> Refusal | None:
         """See Engine.reserve."""
-        return Refusal.read(await self._call("cascade_reserve", self._own(reservation_id), n_tokens))
+        return Refusal.read(await self._call("cascade_reserve", self._own(reservation_id), n_tokens, for_parked))
 
     async def release_reservation(self, reservation_id: str) -> None:
         """See Engine.release_reservation."""

@@ -188,9 +188,9 @@ class VllmInstance:
         """See Engine.undo_cut."""
         return await self.channel.undo_cut(engine_request_id)
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
+    async def reserve(self, reservation_id: str, n_tokens: int, *, for_parked: bool = False) -> Refusal | None:
         """See Engine.reserve."""
-        return await self.channel.reserve(reservation_id, n_tokens)
+        return await self.channel.reserve(reservation_id, n_tokens, for_parked=for_parked)
 
     async def release_reservation(self, reservation_id: str) -> None:
         """See Engine.release_reservation."""

@@ -87,8 +87,12 @@ def _too_many_migrations(core: EngineCore) -> bool:
     side = _side(core)
     if side.max_migrations is None:
         return False
-    pulling = [r for r in core.scheduler.requests.values() if r.status == RequestStatus.WAITING_FOR_REMOTE_KVS]
-    return side.n_leaving() + len(side.reservations) + len(pulling) >= side.max_migrations
+    pulling = [
+        request
+        for request in core.scheduler.requests.values()
+        if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS and request.request_id not in side.pushed
+    ]
+    return side.n_leaving() + side.reservations.n_of_migrations() + len(pulling) >= side.max_migrations
 
 
 def cascade_cut(core: EngineCore, request_id: str) -> str | None:
@@ -104,9 +108,9 @@ def cascade_undo_cut(core: EngineCore, request_id: str) -> bool:
     return _side(core).undo_cut(core.scheduler.requests.get(request_id))
 
 
-def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int) -> str | None:
+def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int, for_parked: bool = False) -> str | None:
     """Reserve blocks and a slot for a request on its way; None, or the value of the `Refusal`."""
-    if _too_many_migrations(core):
+    if not for_parked and _too_many_migrations(core):
         return Refusal.MIGRATIONS.value
     side = _side(core)
     scheduler = core.scheduler
@@ -114,7 +118,7 @@ def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int) -> str
     if n_running + n_waiting + len(side.reservations) >= scheduler.max_num_running_reqs:
         return Refusal.NO_SLOT.value
     spoken_for = scheduler._inflight_prefill_reserved_blocks()  # noqa: SLF001 - a pull must fit beside them, or it waits
-    room = side.reservations.reserve(reservation_id, n_tokens, spoken_for=spoken_for)
+    room = side.reservations.reserve(reservation_id, n_tokens, spoken_for=spoken_for, for_parked=for_parked)
     return None if room else Refusal.NO_BLOCKS.value
 
 

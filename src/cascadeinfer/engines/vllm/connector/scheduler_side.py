@@ -110,6 +110,8 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         #: Cut requests whose blocks are pinned until they are pulled, released or their lease ends; whether their cut
         #: had been armed, so that they wait for somebody to move them.
         self.pinned: dict[str, bool] = {}
+        #: Requests here that came from where they were parked.
+        self.pushed: set[str] = set()
         #: Requests that are neither finished nor aborted: with any left, the next step follows at once.
         self._live: set[str] = set()
         self.timer = StepTimer()
@@ -298,6 +300,8 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
 
     def _resume(self, request: Request, words: TransferParams) -> None:
         if isinstance(reservation_id := words.get(RESERVATION), str):
+            if self.reservations.is_for_parked(reservation_id):
+                self.pushed.add(request.request_id)
             self.reservations.release(reservation_id)
         check_words(words, request, self.block_size)
         request.kv_transfer_params = words
@@ -371,6 +375,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         if not self._live:
             self.timer.idle()
         self._grammars_to_replay.discard(request_id)
+        self.pushed.discard(request_id)
         self._v1_terms.forget(request_id)
         self._failures.forget(request_id)
         self._stop_heartbeat(request_id)
