@@ -137,6 +137,19 @@ async def test_it_ends_where_it_is(how: str, n_tokens: int) -> None:
 
 
 @virtual_time
+async def test_a_client_leaves_while_its_first_token_is_on_the_way() -> None:
+    """The instance has parked it, and nobody has heard of that: its pin is released all the same."""
+    policy = parking_policy()
+    async with Cluster(policy, migration=LIMITS) as cluster:
+        cluster["a"].hold_outputs()
+        client = await cluster.submit("r", N_PROMPT, N_OUTPUT)
+        await cluster.until(lambda: bool(cluster["a"].core.pins), "pinned")
+        cluster.abort(client)
+        await cluster.until(lambda: not cluster["a"].core.pins, "released")
+        cluster["a"].release_outputs()
+
+
+@virtual_time
 async def test_a_move_before_the_first_token_does_not_begin() -> None:
     """The request is on its way to being parked: a move that somebody wants meanwhile is stale."""
     policy = parking_policy()

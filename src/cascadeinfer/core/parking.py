@@ -72,7 +72,8 @@ _S, _E, _A = ParkingState, ParkingEvent, ParkingAction
 TRANSITIONS: Final[dict[tuple[ParkingState, ParkingEvent], tuple[ParkingState, tuple[ParkingAction, ...]]]] = {
     (_S.PREFILLING, _E.FIRST_TOKEN): (_S.PARKED, (_A.TELL,)),
     (_S.PREFILLING, _E.NOT_PARKED): (_S.OVER, (_A.TELL,)),
-    (_S.PREFILLING, _E.LEFT): (_S.OVER, ()),
+    # It may have been parked already, unheard.
+    (_S.PREFILLING, _E.LEFT): (_S.OVER, (_A.RELEASE_PIN,)),
     (_S.PARKED, _E.MOVE_BEGAN): (_S.LEAVING, (_A.RENEW_LEASE,)),
     (_S.PARKED, _E.TIMED_OUT): (_S.OVER, (_A.RELEASE_PIN, _A.TAKE_BACK)),
     (_S.PARKED, _E.LEFT): (_S.OVER, (_A.RELEASE_PIN,)),
