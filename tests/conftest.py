@@ -15,6 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("chaos")
     group.addoption("--chaos-s", type=float, default=None, help="seconds of the chaos test; without it, it is skipped")
     group.addoption("--chaos-seed", type=int, default=1, help="seed of the chaos test")
+    group.addoption("--chaos-stages", default="0-64:1,64-:2", help="stages of the chaos test's three instances")
     group.addoption("--chaos-report", default=None, help="file for the figures of the chaos test, as JSON")
     group = parser.getgroup("fuzz")
     group.addoption("--fuzz-examples", type=int, default=None, help="bodies per surface and mode; CI sends a few")

@@ -90,8 +90,9 @@ the instance that decodes it. That move is an ordinary [migration](migration.md)
 below is the whole protocol of parking. It is `TRANSITIONS` in `src/cascadeinfer/core/parking.py`, and this page is
 generated from it (`python docs/protocols/draw.py`).
 
-Only the simulator parks. No engine can arm a cut when a request is submitted yet, so `serve` refuses the policies that
-park (`roles`, `pd_fixed`) when it starts.
+The simulator and the server both follow it (`sim/parkings.py`, `runtime/parkings.py`). Before a migration of a parked
+request asks for room, the lease on its blocks is renewed. `not_parked` happens in the server only: a request that an
+engine ran like any other.
 """
 PARKING_NOTES = """\
 `left` is any end of the stay: the request has ended (with its first token, too, and then nothing is pinned), its client

@@ -22,9 +22,9 @@ from cascadeinfer.cluster.process_start import ProcessStart
 from cascadeinfer.cluster.runtime_folder import runtime_folder
 from cascadeinfer.config.event_log import event_log_of, metrics_with
 from cascadeinfer.config.policy import make_policy
-from cascadeinfer.config.profiles import check_profile
 from cascadeinfer.config.ray_resources import custom_resources
 from cascadeinfer.config.rules import rules_of
+from cascadeinfer.config.running import check_running
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.config.supervision import supervision_of
 from cascadeinfer.core.migration import MigrationLimits
@@ -91,7 +91,7 @@ def make_runtime(
     note = say_when_compiling(logger.info)
     POLICIES[options.policy_name()].warm_up()
     stop_saying(note)
-    supervision = supervision_of(options)
+    supervision, terms = supervision_of(options), options.terms()
     source: VllmSource | KeptSource | None = None
     make_engines: Mapping[InstanceId, Callable[[int], Engine]]
     if fleet is not None:
@@ -112,6 +112,7 @@ def make_runtime(
             n_clients=options.api_servers,
             logs=logs,
         )
+        source.check_budgets(terms.values())
         make_engines = {instance_id: source.place(instance_id) for instance_id in options.instance_ids}
     return Runtime(
         make_engines,
@@ -122,6 +123,7 @@ def make_runtime(
         source=source,
         observer=event_log,
         poison_deaths=options.poison_deaths,
+        terms=terms if terms or standing is None else None,
     )
 
 
@@ -217,7 +219,7 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
             if standing is not None:
                 await until_end.enter_async_context(standing.followed(runtime, options.drain_timeout_s))
             until_end.enter_context(contextlib.nullcontext() if fleet is None else fleet.serving())
-            await check_profile(runtime, options)
+            await check_running(runtime, options)
             await serve(
                 llm,
                 runtime,
@@ -292,7 +294,7 @@ async def _serve_with_followers(
     try:
         log_stats = not args.disable_log_stats
         async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests, stage=logs.stage) as llm:
-            await check_profile(runtime, options)
+            await check_running(runtime, options)
             front_ends.instances_started()
             shared = SharedServing(front_ends, (loads, 0))
             try:
@@ -372,6 +374,7 @@ async def _follow(
             migration=MigrationLimits.under_lease(options.kv_lease_s),
             observer=event_log,
             poison_deaths=options.poison_deaths,
+            terms=options.terms() or None,
         )
         log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
         async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:

@@ -65,6 +65,32 @@ def test_start_imports_no_engine(words: list[str]) -> None:
     assert not [name for name in loaded if name.startswith("cascadeinfer.cli.") and name not in ENTRY_MODULES]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["simulate", "--foo"], "No such option: --foo (cascadeinfer simulate --help lists the options)"),
+        (["plan", "--rate", "abc"], "Invalid value for '--rate': "),
+        (["stop"], "Missing argument 'NAME' (cascadeinfer stop --help lists the options)"),
+        (["cluster", "sideways"], "No such command 'sideways' (cascadeinfer cluster --help lists the options)"),
+        (["sideways"], "No such command 'sideways' (cascadeinfer --help lists the options)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_parser_refuses_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    """Words that no command understands end as all other mistakes do: one line, exit code 2, no frame around it."""
+    assert run(*words) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cascadeinfer: error: {said}")
+
+
+def test_a_command_that_needs_another_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """As before: the help, and the exit code of a mistake."""
+    for words in ([], ["cluster"]):
+        assert run(*words) == 2
+        captured = capsys.readouterr()
+        assert "Usage: cascadeinfer" in captured.out + captured.err
+
+
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     """`--version` prints the package's version and succeeds without a command."""
     assert run("--version") == 0

@@ -11,6 +11,7 @@ from experiment_words import run, words_for
 from cascadeinfer.config.policy import make_policy
 from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.schema import ServeOptions
+from cascadeinfer.config.stages import read_stages
 from cascadeinfer.core.cost.profile import FitError, Measurement, encode_profile
 from cascadeinfer.core.errors import ProfileError
 
@@ -200,7 +201,9 @@ def test_plan_with_roles_says_what_each_stage_computes(
     text = capsys.readouterr().out
     assert f"{1e3 * content['predicted']:.2f} ms per output token" in text
     assert "At 0.8 x the rate" in text
-    assert "simulated only" in text
+    given = text.partition("--stages ")[2].split()[0]
+    assert f"--instances 8 --max-num-batched-tokens {max(s['max_num_batched_tokens'] for s in stages)}" in text
+    assert read_stages(given) == read_stages(str(out))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from cascadeinfer.config.profiles import load_profile
 from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.cost.learning import LearningSettings
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.kind import InstanceTerms, Role
 from cascadeinfer.core.policies import POLICIES
 
 PROFILE = "h200-llama-3.1-8b"
@@ -17,31 +18,82 @@ REFUSED = [
 ]
 
 
-SERVED = sorted(name for name, info in POLICIES.items() if info.roles is None)
+SERVED = sorted(POLICIES)
+STAGES = {"roles": "prefill@0-:1,0-512:1,512-:1", "pd_fixed": "prefill@0-:1,0-:2"}
+"""For the policies that do not serve without."""
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES.keys() - set(SERVED)))
-def test_policies_with_roles_are_simulated_only(name: str) -> None:
-    """They need engines that park a request at its first token: one line says so, and names policies that serve."""
-    with pytest.raises(
-        ConfigError, match=f"policy {name} needs engines that can stop a request at its first"
-    ) as raised:
+def options_for(name: str, **more: object) -> ServeOptions:
+    """Options with which a policy serves."""
+    stages = {"stages": STAGES[name], "instances": 3} if name in STAGES else {}
+    return ServeOptions(policy=name, **(stages | more))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_policies_with_roles_need_their_stages(name: str) -> None:
+    """They do not plan while they serve: one line says so."""
+    with pytest.raises(ConfigError, match=f"policy {name} does not plan while it serves") as raised:
         policy_spec(ServeOptions(policy=name))
-    assert raised.value.option == "--policy"
-    assert set(str(raised.value.fix).partition("--policy ")[2].split(" or ")) == set(SERVED)
+    assert "plan --roles" in str(raised.value.fix)
+    assert policy_spec(options_for(name, api_servers=2), follows=True).options["roles"].prefill
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("prefill@0-:1,0-512:1,512-:1", "one stage for prompts and one that decodes"),
+        ("0-:3", "one stage for prompts and one that decodes"),
+        ("prefill@64-:1,0-:2", "computes all prompts apart"),
+    ],
+)
+def test_a_fixed_split_has_two_stages(stages: str, said: str) -> None:
+    """Other plans need another policy, which the message names."""
+    with pytest.raises(ConfigError, match=said) as raised:
+        policy_spec(ServeOptions(policy="pd_fixed", stages=stages, instances=3))
+    assert raised.value.option == "--stages"
+
+
+@pytest.mark.parametrize("stages", ["prefill@0-:1,0-:2", "0-/512:3"])
+@pytest.mark.parametrize("name", ["cascade", "static_stages"])
+def test_roles_and_budgets_are_refused_elsewhere(name: str, stages: str) -> None:
+    """Refused in one line, not ignored."""
+    with pytest.raises(ConfigError, match=f"policy {name} has no (prefill stages|chunk budgets)") as raised:
+        policy_spec(ServeOptions(policy=name, stages=stages, instances=3))
+    assert raised.value.fix == "use --policy roles"
+
+
+def test_roles_come_with_their_stages() -> None:
+    """The stages of a plan reach the policy, which learns what steps cost, and it is the default for them."""
+    given = ServeOptions(stages="prefill@256-/1024:1,0-512/256:1,512-:1", instances=3)
+    assert given.policy_name() == "roles"
+    options = policy_spec(given).options
+    assert options["roles"].threshold_tokens == 256
+    assert [stage.instance_ids for stage in (*options["roles"].prefill, *options["roles"].stages.stages)] == [
+        ("0",),
+        ("1",),
+        ("2",),
+    ]
+    assert options["learning"] == LearningSettings()
+    assert given.terms() == {
+        "0": InstanceTerms(Role.PREFILL, 1024),
+        "1": InstanceTerms(Role.MIXED, 256),
+        "2": InstanceTerms(Role.DECODE, None),
+    }
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_every_policy_serves(name: str) -> None:
     """With default options, each policy can be made."""
-    policy_spec(ServeOptions(policy=name)).make()
+    policy_spec(options_for(name)).make()
 
 
 @pytest.mark.parametrize("name", SERVED)
 @pytest.mark.parametrize(("flag", "takes", "given"), REFUSED, ids=[flag for flag, _, _ in REFUSED])
 def test_what_a_policy_does_not_take_is_refused(name: str, flag: str, takes: str, given: dict[str, str]) -> None:
     """A policy is made with the options it takes; the refusal of any other option names a policy that takes it."""
-    options = ServeOptions(policy=name, **given)  # type: ignore[arg-type]
+    options = options_for(name, **given)
+    if flag == "--stages" and POLICIES[name].roles is not None:
+        return  # it has no stages but with roles
     if getattr(POLICIES[name], takes):
         policy_spec(options).make()
         return

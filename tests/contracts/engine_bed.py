@@ -91,10 +91,12 @@ class Listener:
                     heard.dropped = self.engine.has_dropped(delta)
                 heard.news.set()
 
-    async def add(self, attempt: str, request: EngineRequest, resume: Resume | None = None) -> Heard:
+    async def add(
+        self, attempt: str, request: EngineRequest, resume: Resume | None = None, *, park: bool = False
+    ) -> Heard:
         """Run a request on this engine."""
         heard = self.by_attempt[attempt] = Heard()
-        await self.engine.add(attempt, request, resume)
+        await self.engine.add(attempt, request, resume, park=park)
         return heard
 
     async def holds_nothing(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from engine_bed import Bed
 from engine_contract import OWN, SHARED
+from parking_contract import PARKING
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.types import InstanceCapacity
@@ -37,7 +38,7 @@ class SimulatedMaker:
         return EngineRequest(request_id, list(range(n_prompt)), max_output_tokens, params)
 
 
-@pytest.mark.parametrize("rule", [*SHARED, *OWN], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", [*SHARED, *PARKING, *OWN], ids=lambda rule: rule.__name__)
 @virtual_time
 async def test_contract(rule: Callable[[Bed], Awaitable[None]]) -> None:
     """A simulated engine keeps the engine contract."""
@@ -46,6 +47,21 @@ async def test_contract(rule: Callable[[Bed], Awaitable[None]]) -> None:
         await rule(bed)
     finally:
         await bed.close()
+
+
+@virtual_time
+async def test_a_renewed_lease_lasts_longer() -> None:
+    """Renewed in time, blocks are pinned beyond the end of their first lease, and for one lease more."""
+    bed = await Bed.make(SimulatedMaker())
+    request = bed.maker.make_request("r", 70, 60)
+    await (await bed.a.add("r", request, park=True)).until_end()
+    for _ in range(3):
+        await asyncio.sleep(0.9 * bed.maker.lease_s)
+        assert await bed.a.engine.renew_pin("r")
+    await asyncio.sleep(1.1 * bed.maker.lease_s)
+    assert not await bed.a.engine.renew_pin("r")
+    await bed.settled()
+    await bed.close()
 
 
 @virtual_time

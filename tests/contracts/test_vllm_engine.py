@@ -17,6 +17,7 @@ import pytest_asyncio
 import zmq
 from engine_bed import Bed, eventually
 from engine_contract import OWN, SHARED, resume_pulls
+from parking_contract import PARKING
 from vllm.platforms import current_platform
 
 from cascadeinfer.cluster.local import LOOPBACK
@@ -115,7 +116,7 @@ async def bed(maker: VllmMaker) -> AsyncIterator[Bed]:
     await bed.close()
 
 
-@pytest.mark.parametrize("rule", SHARED, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", [*SHARED, *PARKING], ids=lambda rule: rule.__name__)
 async def test_contract(rule: Rule, bed: Bed) -> None:
     """A vLLM instance keeps the engine contract."""
     await rule(bed)

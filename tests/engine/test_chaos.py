@@ -31,9 +31,11 @@ def server(
     seconds: float,  # noqa: ARG001 - first of all, whether it is to be run
     tiny_model: Path,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> Iterator[ServerProcess]:
-    """A private server whose instances start quickly, two of them in the stage for long requests."""
-    options = ("--instances", str(N_INSTANCES), "--stages", "0-64:1,64-:2", "--distributed-executor-backend", "uni")
+    """A private server whose instances start quickly."""
+    stages: str = request.config.getoption("--chaos-stages")
+    options = ("--instances", str(N_INSTANCES), "--stages", stages, "--distributed-executor-backend", "uni")
     with ServerProcess(tiny_model, tmp_path / "log", *options, program=QUICK_SERVER) as server:
         server.wait_until_ready(N_INSTANCES)
         yield server

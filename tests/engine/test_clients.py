@@ -131,6 +131,12 @@ async def test_migrations_of_all_clients_are_counted(zoo: Zoo, second: Zoo) -> N
         assert await zoo.instances[name].reserve("m2", 50) == "migrations"
         assert await second.instances[name].reserve("m3", 50) == "migrations"
         assert await zoo.instances[name].cut(running.engine_request_id) == "migrations"
+        assert await second.instances[name].reserve("p1", 50, for_parked=True) is None, "a push is no migration"
+        await second.instances[name].release_reservation("m2")
+        assert await zoo.instances[name].reserve("m2", 50) is None
+        assert await zoo.instances[name].reserve("m4", 50) == "migrations"
+        for client, reservation_id in ((zoo, "m2"), (second, "p1")):
+            await client.instances[name].release_reservation(reservation_id)
         for client, reservation_id in holders:
             await client.instances[name].release_reservation(reservation_id)
         moved = await zoo.move(running, zoo.instances[NAMES[0]])

@@ -95,7 +95,7 @@ async def test_it_learns_from_owner_and_engine(instance: VllmInstance, attachmen
         assert core.commands[-1] == ("cascade_forget_client", CLIENT)
         assert {name for name, *_ in core.commands[:-1]} == {"cascade_hello"}
         assert await instance.reserve("m", 100) is None
-        assert core.commands[-1] == ("cascade_reserve", f"client{CLIENT}/m", 100)
+        assert core.commands[-1] == ("cascade_reserve", f"client{CLIENT}/m", 100, False)
     finally:
         await core.close()
 

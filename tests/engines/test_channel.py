@@ -38,6 +38,7 @@ LOAD = EngineLoad(
     failed_pulls=0,
     listens=True,
     paused=False,
+    step_budget=512,
     clock_s=1e6,
 )
 
@@ -111,7 +112,7 @@ async def test_two_clients_reservations_have_different_names() -> None:
     await channel.reserve("m", 10)
     await channel.release_reservation("m")
     await channel.add("r~1", request, Resume([4], None, "m"))
-    assert client.calls == [("cascade_reserve", "client1/m", 10), ("cascade_release_reservation", "client1/m")]
+    assert client.calls == [("cascade_reserve", "client1/m", 10, False), ("cascade_release_reservation", "client1/m")]
     [sent] = client.requests
     assert sent.sampling_params.extra_args[KEY]["words"][RESERVATION] == "client1/m"
     assert sent.sampling_params.extra_args[KEY]["token"] == channel.connector_token

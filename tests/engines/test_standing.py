@@ -186,7 +186,7 @@ async def test_a_front_end_attaches(core: ScriptedCore, instance: VllmInstance) 
     assert instance.pid is not None
     assert ("cascade_limit_migrations", 4) in core.calls
     assert await instance.reserve("m", 100) is None
-    assert ("cascade_reserve", "client2/m", 100) in core.calls  # number 1 is the door's own
+    assert ("cascade_reserve", "client2/m", 100, False) in core.calls  # number 1 is the door's own
     assert len(core.clients) == 1
 
 

@@ -62,3 +62,18 @@ def test_shutdown_is_brought_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None
     assert not client.process.is_alive()
     assert client.n_manager_shutdowns == 1
     assert client.is_cleaned
+
+
+def test_a_signal_that_ended_a_start_is_named() -> None:
+    """What a process wrote before it ended by itself is in the log; a signal leaves nothing there."""
+    killed, ended = SPAWN.Process(target=time.sleep, args=(600,)), SPAWN.Process(target=int)
+    for process in (killed, ended):
+        process.start()
+    killed.kill()
+    pid = killed.pid
+    said = ending.deaths_in_words([killed, ended])
+    assert said == f" Its process {pid} was ended by SIGKILL (the kernel's, if memory ran out)."
+    terminated = SPAWN.Process(target=time.sleep, args=(600,))
+    terminated.start()
+    terminated.terminate()
+    assert ending.deaths_in_words([terminated]) == ""

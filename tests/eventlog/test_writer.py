@@ -47,6 +47,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (log.events, log.dropped) == (2, 0)
 
 
+def test_the_header_is_in_the_file_before_the_first_event(tmp_path: Path) -> None:
+    """A process that is forked with an unwritten header would write it once more when it ends."""
+    log = start_log(tmp_path / "log")
+    assert (tmp_path / "log").read_text().count('"line":"header"') == 1
+    log.close()
+
+
 def test_files_are_rotated_compressed_and_bounded(tmp_path: Path) -> None:
     """Full files are compressed, a bounded number is kept, each has its part's header, and all read as one log."""
     log = start_log(tmp_path / "log", max_bytes=2000, files=3)

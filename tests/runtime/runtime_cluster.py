@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from prometheus_client import CollectorRegistry
@@ -51,12 +52,18 @@ DEFECTS = ("internal error", "a command", "a migration command")
 
 
 class ScriptedPolicy(LeastLoaded):
-    """Least loaded, except where a test decides otherwise; records every event."""
+    """
+    Least loaded, except where a test decides otherwise; records every event.
+
+    Attributes:
+        parks: Requests that are to be parked where they are first dispatched.
+    """
 
     def __init__(self, places: dict[str, str] | None = None) -> None:
         """Requests in `places` go to the instance named there while it is up."""
         super().__init__()
         self.places = places or {}
+        self.parks: set[str] = set()
         self.queue: deque[Effect] = deque()
         self.events: list[Event] = []
         self.answers: list[Callable[[Event], list[Effect]]] = []
@@ -64,11 +71,19 @@ class ScriptedPolicy(LeastLoaded):
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """The effects of least loaded, then those that the test has queued."""
         self.events.append(event)
-        effects = super().handle(event, now_s)
+        effects = [self._parked(effect) for effect in super().handle(event, now_s)]
         more = [*self.queue, *(effect for answer in self.answers for effect in answer(event))]
         self.queue.clear()
         self.view.carry_out(more)
         return effects + more
+
+    def _parked(self, effect: Effect) -> Effect:
+        if not isinstance(effect, Dispatch) or effect.request_id not in self.parks:
+            return effect
+        self.parks.remove(effect.request_id)
+        parked = replace(effect, park=True)
+        self.view.carry_out([parked])
+        return parked
 
     def choose(self, request: RequestView, candidates: Sequence[InstanceView]) -> Chosen:
         """The instance that the test names, or the least loaded one."""
@@ -377,6 +392,7 @@ class Cluster:
         assert self.runtime.n_live_requests == 0
         assert self.placed == set(self.runtime.fleet.records), "a place was not given back"
         assert len(self.runtime._migrator) == 0
+        assert not self.runtime._performer.parkings._parked
         assert not self.runtime._streams._by_attempt
         assert not list(self.runtime._streams)
         for engine in self.runtime.live_engines():

@@ -70,7 +70,9 @@ class ScriptedEngine:
         """See Engine."""
         return True
 
-    async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
+    async def add(
+        self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None, *, park: bool = False
+    ) -> None:
         """See Engine."""
 
     async def abort(self, engine_request_ids: list[str]) -> None:
@@ -85,7 +87,13 @@ class ScriptedEngine:
         """See Engine."""
         return bool(await self._answer_to("undo_cut"))
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:  # noqa: ARG002 - the protocol's
+    async def reserve(
+        self,
+        reservation_id: str,  # noqa: ARG002 - the protocol's
+        n_tokens: int,
+        *,
+        for_parked: bool = False,  # noqa: ARG002 - the protocol's
+    ) -> Refusal | None:
         """See Engine."""
         self.asked_tokens = n_tokens
         refused: Refusal | None = await self._answer_to("reserve")
@@ -96,6 +104,10 @@ class ScriptedEngine:
 
     async def release_pin(self, engine_request_id: str) -> None:
         """See Engine."""
+
+    async def renew_pin(self, engine_request_id: str) -> bool:  # noqa: ARG002 - the protocol's
+        """See Engine."""
+        return bool(await self._answer_to("renew_pin"))
 
     async def report(self) -> tuple[InstanceReport, EngineCounters]:
         """See Engine."""

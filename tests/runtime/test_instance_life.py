@@ -383,9 +383,9 @@ async def test_only_who_may_be_asked_is_asked(monkeypatch: pytest.MonkeyPatch) -
         asked.add(state_of(engine))
         return await report(engine)
 
-    async def noted_add(engine: SimulatedEngine, *args: object) -> None:
+    async def noted_add(engine: SimulatedEngine, *args: object, park: bool = False) -> None:
         given.add(state_of(engine))
-        await add(engine, *args)  # type: ignore[arg-type]
+        await add(engine, *args, park=park)  # type: ignore[arg-type]
 
     monkeypatch.setattr(SimulatedEngine, "report", noted_report)
     monkeypatch.setattr(SimulatedEngine, "add", noted_add)

@@ -22,10 +22,12 @@ N_OUTPUT = 60
 LIMITS = MigrationLimits(ask_s=1.0, cut_s=0.3, resume_s=0.6)
 NO_TIMER = {(state, Happening.TIMED_OUT) for state in (State.WITHDRAWING, State.RECOMPUTING, State.RETURNING)}
 """Ignored by the table, and the runtime sets no timer in these states, so they cannot be forced."""
-LIVE = {pair for pair in TRANSITIONS.keys() | IGNORED if pair[0] is not State.PARKED}
-"""All but those of parked requests: only the simulator parks."""
-PAIRS = sorted(LIVE - NO_TIMER, key=lambda pair: (pair[0].value, pair[1].value))
-OPEN = [state for state in State if state not in OUTCOMES and state is not State.PARKED]
+NOBODY_COMPUTES_IT = {(State.PARKED, Happening.REQUEST_ENDED)}
+"""A parked request cannot end by itself."""
+PAIRS = sorted(
+    (TRANSITIONS.keys() | IGNORED) - NO_TIMER - NOBODY_COMPUTES_IT, key=lambda pair: (pair[0].value, pair[1].value)
+)
+OPEN = [state for state in State if state not in OUTCOMES]
 
 
 @dataclass
@@ -49,6 +51,13 @@ class Scene:
         self.cluster["b"].hold_answers("reserve")
         self.cluster.move("r", "b")
         await self.in_state(State.ASKING)
+        await asyncio.sleep(0.02)
+
+    async def parked(self) -> None:
+        """The request is parked, and the target's answer is held back."""
+        self.cluster["b"].hold_answers("reserve")
+        self.cluster.move("r", "b")
+        await self.in_state(State.PARKED)
         await asyncio.sleep(0.02)
 
     async def cutting(self) -> None:
@@ -152,6 +161,12 @@ async def cut_late(scene: Scene, state: State) -> None:
     scene.thaw()
 
 
+async def pin_lost(scene: Scene, _: State) -> None:
+    """The lease is over before it is renewed."""
+    scene.cluster["a"].lose_pins()
+    scene.cluster.move("r", "b")
+
+
 async def cut_refused(scene: Scene, state: State) -> None:
     """The request is about to end."""
     await scene.client.until_tokens(N_OUTPUT - 1)
@@ -208,7 +223,12 @@ async def target_lost(scene: Scene, _: State) -> None:
 async def timed_out(scene: Scene, state: State) -> None:
     """The state's time limit passes."""
     scene.cluster["a"].pause()
-    limits = {State.ASKING: LIMITS.ask_s, State.CUTTING: LIMITS.cut_s, State.RESUMING: LIMITS.resume_s}
+    limits = {
+        State.ASKING: LIMITS.ask_s,
+        State.PARKED: LIMITS.ask_s,
+        State.CUTTING: LIMITS.cut_s,
+        State.RESUMING: LIMITS.resume_s,
+    }
     await asyncio.sleep(limits[state] - 0.1)
     assert (state, Happening.TIMED_OUT) not in scene.cluster.pairs
     await asyncio.sleep(0.15)
@@ -228,6 +248,7 @@ HAPPEN: dict[Happening, Callable[[Scene, State], Awaitable[None]]] = {
     Happening.CUT_LATE: cut_late,
     Happening.CUT_REFUSED: cut_refused,
     Happening.CUT_UNDONE: go_on,
+    Happening.PIN_LOST: pin_lost,
     Happening.FIRST_TOKEN: first_token,
     Happening.REQUEST_ENDED: request_ended,
     Happening.CLIENT_LEFT: client_left,
@@ -236,8 +257,16 @@ HAPPEN: dict[Happening, Callable[[Scene, State], Awaitable[None]]] = {
     Happening.TIMED_OUT: timed_out,
     Happening.PLACE_SILENT: place_silent,
 }
-FROM_THE_START = {room_refused, cut_done, cut_empty, cut_late, cut_refused}
+FROM_THE_START = {room_refused, pin_lost, cut_done, cut_empty, cut_late, cut_refused}
 """These bring the request into the state themselves."""
+
+
+async def submit(cluster: Cluster, state: State) -> Client:
+    """Send request `r`, which is parked if its migration is to be in a state that only parked ones reach."""
+    assert isinstance(cluster.policy, ScriptedPolicy)
+    if state is State.PARKED:
+        cluster.policy.parks.add("r")
+    return await cluster.submit("r", 100, N_OUTPUT)
 
 
 @pytest.mark.parametrize(("state", "happening"), PAIRS, ids=lambda value: value.value)
@@ -246,9 +275,9 @@ async def test_pair(state: State, happening: Happening) -> None:
     """After this event in this state every token comes exactly once, and nothing is left anywhere."""
     policy = ScriptedPolicy({"r": "a", "s": "b"})
     async with Cluster(policy, migration=LIMITS) as cluster:
-        client = await cluster.submit("r", 100, N_OUTPUT)
+        client = await submit(cluster, state)
         beside = await cluster.submit("s", 30, 4 * N_OUTPUT)
-        scene = Scene(cluster, await client.until_tokens(5))
+        scene = Scene(cluster, await client.until_tokens(1 if state is State.PARKED else 5))
         happen = HAPPEN[happening]
         if happen not in FROM_THE_START:
             await scene.reach(state)
@@ -275,9 +304,9 @@ async def test_bystander_dies(state: State) -> None:
     """The death of an instance that takes no part in a migration does not affect it."""
     policy = ScriptedPolicy({"r": "a", "s": "c"})
     async with Cluster(policy, migration=LIMITS) as cluster:
-        client = await cluster.submit("r", 100, N_OUTPUT)
+        client = await submit(cluster, state)
         beside = await cluster.submit("s", 30, N_OUTPUT)
-        scene = Scene(cluster, await client.until_tokens(5))
+        scene = Scene(cluster, await client.until_tokens(1 if state is State.PARKED else 5))
         await scene.reach(state)
         cluster["c"].kill()
         await asyncio.sleep(0.1)
@@ -304,8 +333,8 @@ async def test_both_die(state: State, order: str) -> None:
         expected = TRANSITIONS.get((expected, DEATHS[name]), (expected, ()))[0]
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, migration=LIMITS) as cluster:
-        client = await cluster.submit("r", 100, N_OUTPUT)
-        scene = Scene(cluster, await client.until_tokens(5))
+        client = await submit(cluster, state)
+        scene = Scene(cluster, await client.until_tokens(1 if state is State.PARKED else 5))
         await scene.reach(state)
         for name in order:
             cluster[name].kill()

@@ -89,20 +89,24 @@ def drawn() -> tuple[set[Edge], set[Edge]]:
 
 @virtual_time
 async def test_the_drawing_is_of_what_there_is() -> None:
-    """With a move, a drain and handshakes under way, objects refer to each other as drawn, and each has one owner."""
-    async with Cluster(ScriptedPolicy({"r": "a", "s": "b"})) as cluster:
+    """With moves, a drain and handshakes under way, objects refer to each other as drawn, and each has one owner."""
+    policy = ScriptedPolicy({"r": "a", "s": "b", "t": "c"})
+    policy.parks.add("t")
+    async with Cluster(policy) as cluster:
         moving = await cluster.submit("r", 40, 400)
         await moving.until_tokens(3)
         cluster["b"].hold_answers("reserve")
         cluster.move("r", "b")
+        parked = await (await cluster.submit("t", 40, 400)).until_tokens(1)
         pinned = await cluster.submit("s", 40, 400, pin_reason=PinReason.LORA)
         cluster.runtime.elastic.drain("b", 100.0)
         there = edges_from(cluster.runtime)
         cluster["b"].release_answers("reserve")
         cluster.abort(moving)
         cluster.abort(pinned)
+        cluster.abort(parked)
     owns, knows = drawn()
-    assert there == owns | knows | {("Migrator", "Commands")}
+    assert there == owns | knows | {("Migrator", "Commands"), ("Parkings", "Commands")}
     assert not owns & knows
     owned = [owner for _, owner in owns]
     assert len(owned) == len(set(owned))

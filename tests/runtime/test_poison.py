@@ -165,7 +165,7 @@ async def test_a_request_that_cannot_be_sent_ends() -> None:
         engine = cluster["a"]
         add = engine.add
 
-        async def fail(engine_request_id: str, request: object, resume: object = None) -> None:
+        async def fail(engine_request_id: str, request: object, resume: object = None, **_: object) -> None:
             if engine_request_id == "bad":
                 raise OverflowError("integer out of range")
             await add(engine_request_id, request, resume)  # type: ignore[arg-type]

@@ -162,7 +162,7 @@ def test_several_processes_add_up(tmp_path: Path) -> None:
             from cascadeinfer.runtime.metrics import RuntimeMetrics
 
             metrics = RuntimeMetrics(CollectorRegistry(), FleetGauges)
-            metrics.show(2, 1)
+            metrics.show(2, 1, 0)
             metrics.first_token(100, 0.3)
             if sys.argv[1] == "plans":
                 metrics.desire(5)

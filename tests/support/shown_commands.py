@@ -86,4 +86,4 @@ def parsed_by_serve(words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:  # the logging of a server is not that of the tests
         patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
         patch.setattr("cascadeinfer.frontend.logs.set_up_logs", lambda *_, **__: None)
-        options_of(parse(named)).layout()
+        options_of(parse(named)).roles()

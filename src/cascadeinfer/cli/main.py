@@ -26,6 +26,7 @@ from types import MappingProxyType
 from typing import Annotated, Final, NamedTuple, NoReturn
 
 import typer
+import typer.exceptions
 
 from cascadeinfer import __version__
 from cascadeinfer.cli.completion import INSTRUCTION, SCHEMAS, stand_in, typed_words
@@ -96,7 +97,26 @@ def _run(words: list[str]) -> None:
     if command is not None and command.function is not None and words[0] == chosen:
         getattr(importlib.import_module(command.module), command.function)(words[1:])
         return
-    build_app(chosen)(words, prog_name="cascadeinfer")
+    _run_typed(build_app(chosen), words)
+
+
+def _run_typed(app: typer.Typer, words: list[str]) -> NoReturn:
+    """Run the application; what its parser refuses ends in one line, like all other mistakes."""
+    try:
+        code = app(words, prog_name="cascadeinfer", standalone_mode=False)
+    except typer.exceptions.TyperException as error:
+        told = error.format_message()
+        if "\n" in told or not told:  # the help, for a command that does nothing without a subcommand
+            typer.echo(told, err=True)
+        else:
+            context = getattr(error, "ctx", None)
+            path = "cascadeinfer" if context is None else context.command_path
+            _complain(f"{told.rstrip('.')} ({path} --help lists the options)")
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        _complain("interrupted")
+        sys.exit(EXIT_FAILURE)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _complete() -> NoReturn:

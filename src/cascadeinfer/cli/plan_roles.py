@@ -17,7 +17,7 @@ WithRoles = Annotated[
     bool,
     typer.Option(
         "--roles",
-        help="Also plan prefill stages and chunk budgets (--max-num-batched-tokens). Roles are simulated only.",
+        help="Also plan prefill stages and chunk budgets (--max-num-batched-tokens).",
     ),
 ]
 Budgets = Annotated[
@@ -60,9 +60,22 @@ def plan_roles(setting: "Setting", rate_rps: float, budgets: str | None, json_fi
     best = setting.plan_roles(rate_rps, choices)
     options.tell_notes(setting)
     typer.echo("\n".join(explain_roles(best, choices)))
-    typer.echo("\nroles are simulated only: see `simulate --policy roles`")
+    typer.echo(f"\nfor the server: {_for_the_server(best)}")
     if json_file is not None:
         options.write_json(json_file, _content(setting, best, rate_rps, choices))
+
+
+def _for_the_server(best: "RolePlan") -> str:
+    """Options to copy."""
+    from cascadeinfer.core.layout import StageKind
+
+    prefix = {StageKind.PREFILL: "prefill@"}
+    stages = ",".join(
+        f"{prefix.get(stage.kind, '')}{stage.range}/{stage.budget_tokens}:{stage.n_instances}" for stage in best.every
+    )
+    most = max(stage.budget_tokens for stage in best.every)
+    n_instances = sum(stage.n_instances for stage in best.every)
+    return f"--instances {n_instances} --max-num-batched-tokens {most} --policy roles --stages {stages}"
 
 
 def _content(setting: "Setting", best: "RolePlan", rate_rps: float, budgets: tuple[int, ...]) -> dict[str, Any]:

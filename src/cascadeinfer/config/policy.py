@@ -7,11 +7,11 @@ from cascadeinfer.config.schema import ServeOptions
 from cascadeinfer.core.adapt.replanning import PlanSettings
 from cascadeinfer.core.cost.histogram import DEFAULT_MAX_TOKENS
 from cascadeinfer.core.errors import ConfigError
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.layout import RoleLayout, StageLayout
 from cascadeinfer.core.plan.problem import HandOverCost
 from cascadeinfer.core.plan.scale import ServiceLevel
 from cascadeinfer.core.policies import POLICIES
-from cascadeinfer.core.policies.info import Circumstances, PolicyInfo
+from cascadeinfer.core.policies.info import Circumstances, PolicyInfo, RoleSearch
 from cascadeinfer.core.policies.spec import PolicySpec
 from cascadeinfer.core.policy import Policy
 
@@ -30,19 +30,38 @@ def policy_spec(options: ServeOptions, *, follows: bool = False) -> PolicySpec:
     """
     name = options.policy_name()
     info = POLICIES[name]
-    layout = options.layout()
+    if info.roles is None:
+        roles, layout = None, options.layout()
+    else:
+        roles, layout = _checked_roles(name, info.roles, options), None
     _check_takes(name, info, options)
-    return PolicySpec(name, info.options_for(_circumstances(options, layout, follows=follows)))
+    return PolicySpec(name, info.options_for(_circumstances(options, layout, roles, follows=follows)))
+
+
+def _checked_roles(name: str, search: RoleSearch, options: ServeOptions) -> RoleLayout:
+    roles = options.roles()
+    if roles is None:
+        raise ConfigError(
+            f"policy {name} does not plan while it serves, and needs its stages",
+            option="--policy",
+            fix="give --stages, as `cascadeinfer plan --roles --json FILE` writes them",
+        )
+    if search is RoleSearch.SPLIT and (len(roles.prefill), len(roles.stages.stages)) != (1, 1):
+        raise ConfigError(
+            f"policy {name} has one stage for prompts and one that decodes",
+            option="--stages",
+            fix="write e.g. prefill@0-:1,0-:3, or use --policy roles",
+        )
+    if search is RoleSearch.SPLIT and roles.threshold_tokens > 0:
+        raise ConfigError(
+            f"policy {name} computes all prompts apart",
+            option="--stages",
+            fix="write prefill@0-, or use --policy roles",
+        )
+    return roles
 
 
 def _check_takes(name: str, info: PolicyInfo, options: ServeOptions) -> None:
-    if info.roles is not None:
-        raise ConfigError(
-            f"policy {name} needs engines that can stop a request at its first token and hold it there, which is not "
-            "built: its roles are simulated only",
-            option="--policy",
-            fix=_or_use(lambda _: True).removeprefix("leave it out, or "),
-        )
     if options.profile is not None and not info.uses_profile:
         raise ConfigError(
             f"policy {name} needs no profile", option="--profile", fix=_or_use(lambda other: other.uses_profile)
@@ -64,7 +83,7 @@ def _check_takes(name: str, info: PolicyInfo, options: ServeOptions) -> None:
             option=limits[0],
             fix=_or_use(lambda other: other.uses_profile),
         )
-    if options.stages is not None and not info.takes_layout:
+    if options.stages is not None and not info.takes_layout and info.roles is None:
         raise ConfigError(
             f"policy {name} has no stages", option="--stages", fix=_or_use(lambda other: other.takes_layout)
         )
@@ -77,11 +96,13 @@ def _service_level(options: ServeOptions) -> ServiceLevel | None:
 
 
 def _or_use(fits: Callable[[PolicyInfo], bool]) -> str:
-    served = [name for name, info in POLICIES.items() if info.roles is None and fits(info)]
+    served = [name for name, info in POLICIES.items() if fits(info)]
     return f"leave it out, or use --policy {' or '.join(served)}"
 
 
-def _circumstances(options: ServeOptions, layout: StageLayout, *, follows: bool) -> Circumstances:
+def _circumstances(
+    options: ServeOptions, layout: StageLayout | None, roles: RoleLayout | None, *, follows: bool
+) -> Circumstances:
     """The circumstances of serving; the queue in front of the instances is divided among the processes."""
     profile = (
         None if options.profile is None else load_fit_profile(options.profile, accept_poor=options.accept_poor_profile)
@@ -89,6 +110,7 @@ def _circumstances(options: ServeOptions, layout: StageLayout, *, follows: bool)
     hand_over = HandOverCost() if profile is None else HandOverCost(pause_per_token_s=profile.transfer_s(1))
     return Circumstances(
         layout=layout,
+        roles=roles,
         step_model=None if profile is None else profile.step_model,
         planning=PlanSettings(
             max_tokens=DEFAULT_MAX_TOKENS, hand_over=hand_over, service_level=_service_level(options)

@@ -2,27 +2,29 @@
 The options of `cascadeinfer serve` beyond vLLM's own, each defined once with its bounds and documentation.
 
 The command line, the help text and `docs/cli.md` are generated from `ServeOptions`. All values are checked here, before
-anything starts. A TOML file given as `--stages file.toml` holds `[[stages]]` tables with `range` and `instances`.
+anything starts.
 """
 
 import argparse
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from cascadeinfer.config.options import add_options, check_bounds, options_from
 from cascadeinfer.config.options import option as _option
 from cascadeinfer.config.ray_resources import custom_resources
-from cascadeinfer.core.errors import ConfigError, PlanError
-from cascadeinfer.core.layout import Stage, StageLayout
+from cascadeinfer.config.stages import WantedStage, check_plain, layout_of, read_stages, terms_of
+from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.kind import InstanceTerms
+from cascadeinfer.core.layout import RoleLayout, StageLayout
 from cascadeinfer.core.policies import POLICIES
-from cascadeinfer.core.types import InstanceId, LengthRange
+from cascadeinfer.core.types import InstanceId
 
 DEFAULT_POLICY: Final = "cascade"
 """The policy if the options name none and give no stages."""
 DEFAULT_POLICY_WITH_STAGES: Final = "static_stages"
 """The policy if the options name none but give stages, which then stay fixed."""
+DEFAULT_POLICY_WITH_ROLES: Final = "roles"
+"""The same, if a stage has a role or a chunk budget."""
 DEFAULT_FLEET: Final = "default"
 """The name of a fleet on a Ray cluster if the options give none."""
 _POLICIES_IN_WORDS: Final = "; ".join(f"{name} ({info.help})" for name, info in sorted(POLICIES.items()))
@@ -38,7 +40,9 @@ class ServeOptions:
     instances: int = _option(2, "Instances of the model, each its own engine process.", low=1, high=1024)
     stages: str | None = _option(
         None,
-        "Length stages as RANGE:INSTANCES, e.g. `0-512:1,512-:1`, or a TOML file. Without it: one stage.",
+        "Length stages as RANGE:INSTANCES, e.g. `0-512:1,512-:1`, with roles and chunk budgets as in "
+        "`prefill@512-:1,0-4096/1024:2,4096-:1`, or a file: TOML, or the JSON of `plan --roles`. Without it: one "
+        "stage.",
         metavar="STAGES",
     )
     cluster: str = _option(
@@ -301,38 +305,46 @@ class ServeOptions:
         The stages over the instances; one stage without `--stages`.
 
         Raises:
-            ConfigError: The stages overlap, leave a gap, or do not add up to `--instances`.
+            ConfigError: The stages overlap, leave a gap, or do not add up to `--instances`, or one of them has a role
+                or a chunk budget.
         """
-        if self.stages is None:
+        wanted = self._wanted_stages()
+        if wanted is None:
             return StageLayout.single(self.instance_ids)
-        parsed = self._stages_parsed(self.stages)
-        wanted = sum(n for _, n in parsed)
-        if wanted != self.instances:
-            raise ConfigError(
-                f"the stages have {wanted} instances in all, --instances says {self.instances}",
-                option="--stages",
-                fix=f"use --instances {wanted} or change the stages",
-            )
-        ids = iter(self.instance_ids)
-        stages = tuple(Stage(length_range, tuple(next(ids) for _ in range(n))) for length_range, n in parsed)
-        try:
-            return StageLayout(stages)
-        except PlanError as error:
-            raise ConfigError(
-                str(error), option="--stages", fix="ranges must follow on each other, as in 0-512:1,512-:1"
-            ) from error
+        check_plain(wanted, self.policy_name())
+        return layout_of(wanted, self.instance_ids).stages
+
+    def roles(self) -> RoleLayout | None:
+        """
+        The stages with their roles over the instances; None without `--stages`.
+
+        Raises:
+            ConfigError: The ranges of stages of one role overlap or leave a gap, or they do not add up to
+                `--instances`.
+        """
+        wanted = self._wanted_stages()
+        return None if wanted is None else layout_of(wanted, self.instance_ids)
+
+    def terms(self) -> dict[InstanceId, InstanceTerms]:
+        """The roles and chunk budgets of the instances; none without `--stages`. Raises ConfigError, as `roles`."""
+        wanted = self._wanted_stages()
+        return {} if wanted is None else terms_of(wanted, self.instance_ids)
 
     def n_staged(self) -> int:
         """How many instances `--stages` asks for. Raises ConfigError if it is malformed."""
-        return 0 if self.stages is None else sum(n for _, n in self._stages_parsed(self.stages))
+        return sum(stage.n_instances for stage in self._wanted_stages() or [])
 
-    @staticmethod
-    def _stages_parsed(stages: str) -> "list[tuple[LengthRange, int]]":
-        return _stages_of_toml(Path(stages)) if stages.endswith(".toml") else _stages_of_text(stages)
+    def _wanted_stages(self) -> list[WantedStage] | None:
+        return None if self.stages is None else read_stages(self.stages)
 
     def policy_name(self) -> str:
-        """The policy asked for, or the default."""
-        return self.policy or (DEFAULT_POLICY_WITH_STAGES if self.stages is not None else DEFAULT_POLICY)
+        """The policy asked for, or the default. Raises ConfigError if `--stages` is malformed."""
+        if self.policy is not None:
+            return self.policy
+        wanted = self._wanted_stages()
+        if wanted is None:
+            return DEFAULT_POLICY
+        return DEFAULT_POLICY_WITH_STAGES if all(stage.is_plain for stage in wanted) else DEFAULT_POLICY_WITH_ROLES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -343,43 +355,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def options_of(namespace: argparse.Namespace) -> ServeOptions:
     """The checked options from a parsed command line."""
     return options_from(namespace, ServeOptions)
-
-
-def _stages_of_text(text: str) -> list[tuple[LengthRange, int]]:
-    return [_stage_of_text(part.strip()) for part in text.split(",")]
-
-
-def _stage_of_text(part: str) -> tuple[LengthRange, int]:
-    range_text, colon, count = part.rpartition(":")
-    if not colon or not count.isdigit() or int(count) < 1:
-        raise ConfigError(f"{part!r} is not RANGE:INSTANCES", option="--stages", fix="write e.g. 0-512:1")
-    return _range_of_text(range_text), int(count)
-
-
-def _range_of_text(text: str) -> LengthRange:
-    lo, dash, hi = text.partition("-")
-    if not dash or not lo.strip().isdigit() or (hi.strip() and not hi.strip().isdigit()):
-        raise ConfigError(f"{text!r} is not a range of lengths", option="--stages", fix="write e.g. 0-512 or 512-")
-    try:
-        return LengthRange(int(lo), int(hi)) if hi.strip() else LengthRange(int(lo))
-    except ValueError as error:
-        raise ConfigError(str(error), option="--stages") from error
-
-
-def _stages_of_toml(path: Path) -> list[tuple[LengthRange, int]]:
-    try:
-        content = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", option="--stages") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}", option="--stages") from error
-    tables = content.get("stages")
-    if not isinstance(tables, list) or not tables:
-        raise ConfigError(f"{path} has no [[stages]] table", option="--stages")
-    parsed = []
-    for table in tables:
-        known = isinstance(table, dict) and set(table) == {"range", "instances"}
-        if not known or not isinstance(table["range"], str) or type(table["instances"]) is not int:
-            raise ConfigError(f'{path}: each [[stages]] needs range = "0-512" and instances = 1', option="--stages")
-        parsed.append(_stage_of_text(f"{table['range']}:{table['instances']}"))
-    return parsed

@@ -36,8 +36,7 @@ class Dispatch:
 
     Attributes:
         shared: Whether a backlog in its stage sent it there (`core/placing/sharing.py`).
-        park: Whether it stops there with its first token, parked until a `StartMigration` (`core/parking.py`). Only the
-            simulator can do this.
+        park: Whether it stops there with its first token, parked until a `StartMigration` (`core/parking.py`).
         choice: Why there, for operators.
     """
 

@@ -22,7 +22,11 @@ class Role(enum.StrEnum):
     """What an instance computes."""
 
     MIXED = "mixed"
-    """Prompts and output tokens alike; today every instance does."""
+    """Prompts and output tokens alike."""
+    PREFILL = "prefill"
+    """Prompts and their first token; then requests are parked (`core/parking.py`)."""
+    DECODE = "decode"
+    """Output tokens, and prompts that are not computed elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +43,21 @@ class InstanceKind:
     capacity: InstanceCapacity
     step_model_key: StepModelKey = DEFAULT_STEP_MODEL
     role: Role = Role.MIXED
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceTerms:
+    """
+    What an operator's stages say of one instance.
+
+    Attributes:
+        role: What it is to compute.
+        budget_tokens: Tokens of a step at most; None: as many as it was started with.
+    """
+
+    role: Role = Role.MIXED
+    budget_tokens: int | None = None
+
+
+NO_TERMS: Final = InstanceTerms()
+"""Those of an instance that no stage names."""

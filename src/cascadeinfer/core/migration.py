@@ -68,6 +68,8 @@ class Happening(enum.Enum):
     """The cut took effect, but the shell heard of it so late that the lease leaves no time to pull."""
     CUT_REFUSED = "cut_refused"
     CUT_UNDONE = "cut_undone"
+    PIN_LOST = "pin_lost"
+    """The lease of a parked request was over when it was to be renewed."""
     FIRST_TOKEN = "first_token"  # noqa: S105 - a token of text
     """The instance that now has the request sent its first token."""
     REQUEST_ENDED = "request_ended"
@@ -117,6 +119,8 @@ TRANSITIONS: Final[dict[tuple[State, Happening], tuple[State, tuple[Action, ...]
     (State.ASKING, Happening.TARGET_LOST): (State.STAYED, ()),
     (State.ASKING, Happening.TIMED_OUT): (State.STAYED, (Action.RELEASE_ROOM,)),
     (State.PARKED, Happening.ROOM_GRANTED): (State.RESUMING, (Action.RESUME,)),
+    # The source has its tokens, and most of its KV cache in the prefix cache.
+    (State.PARKED, Happening.PIN_LOST): (State.RETURNING, (Action.RELEASE_PIN, Action.TAKE_BACK)),
     (State.PARKED, Happening.ROOM_REFUSED): (State.STAYED, ()),
     (State.PARKED, Happening.REQUEST_ENDED): (State.ENDED, (Action.RELEASE_PIN, Action.RELEASE_ROOM)),
     (State.PARKED, Happening.CLIENT_LEFT): (

@@ -12,13 +12,16 @@ target for `ParkingLimits.park_s` is taken back: it is recomputed and decodes wh
 request. If its instance dies, it is an orphan like all others there, and is placed anew with its prompt and its first
 token.
 
-`TRANSITIONS` is the whole protocol of parking; `docs/protocols/parking.md` is generated from it. Only the simulator
-parks today: the engines cannot arm a cut yet, so the server refuses policies that park (`PolicyInfo.roles`).
+`TRANSITIONS` is the whole protocol of parking; `docs/protocols/parking.md` is generated from it.
+
+An engine may run such a request without parking it: it was sent again by somebody who did not know better, or it may
+not move. Then its parking is over with its first token (NOT_PARKED). The policy is told nevertheless, and the
+`StartMigration` with which it answers is an ordinary one.
 """
 
 import enum
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 from cascadeinfer.core.errors import InvalidTransition
 from cascadeinfer.core.types import RequestId
@@ -40,6 +43,8 @@ class ParkingEvent(enum.Enum):
     """What can happen to it."""
 
     FIRST_TOKEN = "first_token"  # noqa: S105 - a token of text
+    NOT_PARKED = "not_parked"
+    """It has its first token, and decodes on."""
     MOVE_BEGAN = "move_began"
     MOVE_REFUSED = "move_refused"
     """The migration ended before anything was pulled."""
@@ -66,10 +71,12 @@ _S, _E, _A = ParkingState, ParkingEvent, ParkingAction
 
 TRANSITIONS: Final[dict[tuple[ParkingState, ParkingEvent], tuple[ParkingState, tuple[ParkingAction, ...]]]] = {
     (_S.PREFILLING, _E.FIRST_TOKEN): (_S.PARKED, (_A.TELL,)),
-    (_S.PREFILLING, _E.LEFT): (_S.OVER, ()),
+    (_S.PREFILLING, _E.NOT_PARKED): (_S.OVER, (_A.TELL,)),
+    # It may have been parked already, unheard.
+    (_S.PREFILLING, _E.LEFT): (_S.OVER, (_A.RELEASE_PIN,)),
     (_S.PARKED, _E.MOVE_BEGAN): (_S.LEAVING, (_A.RENEW_LEASE,)),
     (_S.PARKED, _E.TIMED_OUT): (_S.OVER, (_A.RELEASE_PIN, _A.TAKE_BACK)),
-    (_S.PARKED, _E.LEFT): (_S.OVER, ()),
+    (_S.PARKED, _E.LEFT): (_S.OVER, (_A.RELEASE_PIN,)),
     (_S.LEAVING, _E.MOVE_REFUSED): (_S.PARKED, (_A.RENEW_LEASE,)),
     (_S.LEAVING, _E.MOVE_OVER): (_S.OVER, ()),
     (_S.LEAVING, _E.TIMED_OUT): (_S.LEAVING, ()),
@@ -87,6 +94,15 @@ class ParkingLimits:
     """
 
     park_s: float = 5.0
+
+    @classmethod
+    def renewing_within(cls, longest_s: float) -> Self:
+        """
+        The usual limits where a lease lasts for at least this time.
+
+        It is renewed when a migration begins and when it is refused, and nobody renews it between the two.
+        """
+        return cls(park_s=min(cls().park_s, longest_s))
 
 
 @dataclass(slots=True)

@@ -46,3 +46,19 @@ class Refusal(enum.StrEnum):
     def read(cls, word: str | None) -> Self | None:
         """Parse a refusal from the wire; None means granted. Raises ValueError for an unknown word."""
         return None if word is None else cls(word)
+
+
+def why_not_step_budget(n_tokens: int, least: int, most: int) -> str | None:
+    """
+    Why an instance cannot schedule at most this many tokens per step; None if it can.
+
+    Args:
+        n_tokens: The chunk budget.
+        least: Tokens of a step in which every request that may run at once gets its next ones.
+        most: Tokens of a step that the instance was started for.
+    """
+    if n_tokens > most:
+        return f"a chunk budget of {n_tokens} is above the {most} tokens of a step that it was started with"
+    if n_tokens < least:
+        return f"a chunk budget of {n_tokens} is below the {least} tokens that its running requests need in a step"
+    return None

@@ -81,6 +81,7 @@ class EngineCounters:
             reasons).
         listens: Whether the listener of its side channel, where peers do the handshake, is alive.
         paused: Whether it was told to begin no further work; it then may have been told to abort what it had.
+        step_budget: Tokens of a step at most; 0 when nothing is known.
     """
 
     steps: int = 0
@@ -93,6 +94,7 @@ class EngineCounters:
     held_blocks: Mapping[str, int] = field(default_factory=dict)
     listens: bool = True
     paused: bool = False
+    step_budget: int = 0
 
 
 class InstanceIdentity(NamedTuple):
@@ -167,8 +169,19 @@ class Engine(Protocol):
         """The identity of what runs here, for cost profiles. Raises EngineError."""
         ...
 
-    async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
-        """Run a request; its tokens come from `next_outputs`."""
+    async def add(
+        self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None, *, park: bool = False
+    ) -> None:
+        """
+        Run a request; its tokens come from `next_outputs`.
+
+        Args:
+            engine_request_id: The name of this attempt.
+            request: What to run.
+            resume: How it continues, if it has run elsewhere.
+            park: Whether to end it with the first token that it gets here, as `cut` would, with its KV cache pinned. A
+                request that ends there by itself, or may not move, is run as any other.
+        """
         ...
 
     async def abort(self, engine_request_ids: list[str]) -> None:
@@ -188,8 +201,18 @@ class Engine(Protocol):
         """Let a cut request continue; False if the cut has already taken effect."""
         ...
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
-        """Reserve room for a request of this many tokens. Returns None, or why it cannot."""
+    async def reserve(self, reservation_id: str, n_tokens: int, *, for_parked: bool = False) -> Refusal | None:
+        """
+        Reserve room for a request of this many tokens.
+
+        Args:
+            reservation_id: Of the reservation.
+            n_tokens: Length to reserve room for.
+            for_parked: Whether the request is parked; its move does not count among the migrations of an instance.
+
+        Returns:
+            None, or why it cannot.
+        """
         ...
 
     async def release_reservation(self, reservation_id: str) -> None:
@@ -198,6 +221,26 @@ class Engine(Protocol):
 
     async def release_pin(self, engine_request_id: str) -> None:
         """Free the pinned blocks of a cut request."""
+        ...
+
+    async def renew_pin(self, engine_request_id: str) -> bool:
+        """Begin the lease on a cut request's blocks anew; False if they are not pinned any more."""
+        ...
+
+    async def set_step_budget(self, n_tokens: int | None) -> int:
+        """
+        Schedule at most this many tokens per step from the next one on.
+
+        Args:
+            n_tokens: The chunk budget; None: as many as the instance was started with.
+
+        Returns:
+            The budget in force.
+
+        Raises:
+            EngineError: It is more than the instance was started with, or too little for a token of each request that
+                may run at once; nothing has changed.
+        """
         ...
 
     async def forget_client(self, client_index: int) -> int:

@@ -61,6 +61,7 @@ class RotatedFiles(RotatingFileHandler):
         assert self.stream is not None
         self._part += 1
         self.stream.write(self._header_of(self._part).decode() + self.terminator)
+        self.flush()  # a process that is forked before the next line would write it, too
 
     def write(self, encode: Callable[[], bytes]) -> None:
         """

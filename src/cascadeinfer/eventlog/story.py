@@ -8,6 +8,7 @@ from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, S
 from cascadeinfer.core.errors import EventLogError
 from cascadeinfer.core.events import (
     Event,
+    FirstToken,
     InstanceLost,
     InstanceReported,
     MigrationEnded,
@@ -105,6 +106,9 @@ class Telling:
                 pinned = f"; it may not move: {event.pin_reason.value}" if event.pin_reason is not None else ""
                 yield f"arrived: {event.prompt_tokens} prompt tokens, at most {event.max_output_tokens} more{pinned}"
                 self.waiting, self.tokens = True, event.prompt_tokens
+            case FirstToken(request_id=request_id) if request_id == me:
+                self.waiting, self.tokens = False, self.tokens + 1
+                yield f"has its first token and is parked on {event.instance_id}"
             case RequestFinished(request_id=request_id) if request_id == me:
                 yield f"ended after {event.output_tokens} output tokens"
             case InstanceReported():
@@ -136,7 +140,8 @@ class Telling:
         match effect:
             case Dispatch(request_id=request_id) if request_id == me:
                 why = ", because prompts queue in its stage" if effect.shared else ""
-                yield f"dispatched to {self.place(effect.instance_id)}{why}"
+                until = ", to be parked with its first token" if effect.park else ""
+                yield f"dispatched to {self.place(effect.instance_id)}{why}{until}"
                 if effect.choice is not None:
                     yield f"why {effect.instance_id}: {reason(effect.choice)}"
             case Reject(request_id=request_id) if request_id == me:

@@ -8,12 +8,14 @@ operators can see what became of them.
 """
 
 import asyncio
+import dataclasses
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.kind import NO_TERMS, InstanceKind, InstanceTerms
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine
@@ -73,6 +75,7 @@ class Fleet:
         listener: Listener,
         times: SupervisionTimes,
         clock: Callable[[], float],
+        terms: Mapping[InstanceId, InstanceTerms] | None = None,
     ) -> None:
         """
         Args:
@@ -80,7 +83,9 @@ class Fleet:
             listener: Notified of what happens to them.
             times: Limits and intervals of their supervision.
             clock: The time in seconds.
+            terms: Roles and chunk budgets of instances; None: leave all engines as they are.
         """
+        self._terms = terms
         self._clock = clock
         self._listener = listener
         self._times = times
@@ -180,20 +185,28 @@ class Fleet:
                 start.cancel()
             self.pairs.strict = False
 
-    async def join(self, engine: Engine, capacity: InstanceCapacity) -> None:
+    async def join(self, engine: Engine, capacity: InstanceCapacity) -> InstanceRecord:
         """
         An instance has started: connect it to all that are up. It counts as up from now on.
+
+        Returns:
+            What is known of it.
 
         Raises:
             EngineError: It cannot be connected, and the fault is its own.
         """
+        terms = (self._terms or {}).get(engine.instance_id, NO_TERMS)
+        if self._terms is not None:
+            budget = await engine.set_step_budget(terms.budget_tokens)
+            capacity = dataclasses.replace(capacity, max_batched_tokens=budget)
         await self.pairs.introduce(engine)
         record = self.records[engine.instance_id]  # no other has come up since its last handshake
         if not record.life.allows(Deed.JOIN):
             raise EngineError("is being removed", instance_id=engine.instance_id)
         for watcher in self.watchers:
             watcher.instance_joins(engine)
-        record.came_up(engine, capacity)
+        record.came_up(engine, InstanceKind(capacity, role=terms.role))
+        return record
 
     def went_down(self, instance_id: InstanceId, why: str) -> InstanceRecord:
         """It is out of use, or never was in use; its next life starts without handshakes."""

@@ -50,7 +50,7 @@ class Isolation:
         self._died_s = -math.inf
         self._poison: deque[dict[str, Any]] = deque(maxlen=POISON_REMEMBERED)
         self.send: Callable[[Stream], None] = lambda _: None
-        streams.on_displaced = self._displaced
+        streams.on_displaced.append(self._displaced)
         streams.on_closed = self._closed
 
     def may_enter(self, stream: Stream) -> bool:

@@ -58,7 +58,7 @@ class RuntimeMetrics(Collector):
         self._dropped_events = dropped_events
         self._event_log_failed = event_log_failed
         self._desired: Gauge | None = None
-        self._shown = 0, 0
+        self._shown = 0, 0, 0
         self.requests = Counter("cascadeinfer_requests", "Requests that ended, by how.", ["outcome"], registry=registry)
         self.migrations = Counter(
             "cascadeinfer_migrations",
@@ -164,13 +164,20 @@ class RuntimeMetrics(Collector):
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self.parked_requests = Gauge(
+            "cascadeinfer_parked_requests",
+            "Requests that have their first token from a prefill instance and wait to be moved, or move.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
 
-    def show(self, n_unplaced: int, n_migrations: int) -> None:
-        """Requests that wait for a place, and moves under way; called at every event."""
-        if self._shown != (n_unplaced, n_migrations):
-            self._shown = n_unplaced, n_migrations
+    def show(self, n_unplaced: int, n_migrations: int, n_parked: int) -> None:
+        """Requests that wait for a place, moves under way, and parked requests; called at every event."""
+        if self._shown != (n_unplaced, n_migrations, n_parked):
+            self._shown = n_unplaced, n_migrations, n_parked
             self.unplaced_requests.set(n_unplaced)
             self.migrations_under_way.set(n_migrations)
+            self.parked_requests.set(n_parked)
 
     def first_token(self, prompt_tokens: int, ttft_s: float) -> None:
         """A request has its first token."""
@@ -218,6 +225,7 @@ class RuntimeMetrics(Collector):
             self, self.requests, self.migrations, self.pause, self.pinned_requests, self.recovered, self.shared,
             self.policy_failures, self.plan_failures, self.suspicions, self.withdrawn, self.poison_requests,
             self.suspected_requests, self.ttft, self.tpot, self.e2e, self.unplaced_requests, self.migrations_under_way,
+            self.parked_requests,
         ):  # fmt: skip
             self._registry.unregister(collector)
         if self._desired is not None:

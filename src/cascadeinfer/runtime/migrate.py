@@ -19,7 +19,7 @@ from typing import Protocol
 
 from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.core.errors import EngineError
-from cascadeinfer.core.migration import Action, Happening, Migration, MigrationLimits
+from cascadeinfer.core.migration import Action, Happening, Migration, MigrationLimits, State
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceId, MigrationId
 from cascadeinfer.engines.protocol import Engine, KvTicket, Resume
@@ -35,7 +35,6 @@ class MigrationRecord:
     Attributes:
         source_request_id: The attempt's id at the source, for abort and unpin.
         ticket: The source's ticket, once cut.
-        cut_s: When the cut took effect, on the loop's clock.
     """
 
     migration: Migration
@@ -43,7 +42,6 @@ class MigrationRecord:
     source_request_id: str
     started_s: float
     ticket: KvTicket | None = None
-    cut_s: float | None = None
     pause_s: float | None = None
     timer: asyncio.TimerHandle | None = None
 
@@ -105,13 +103,23 @@ class Migrator:
             instance_id in {record.migration.source_id, record.migration.target_id} for record in self._records.values()
         )
 
-    def start(self, effect: StartMigration, stream: Stream) -> None:
-        """Begin; the stream must run on the effect's source and not be in a migration."""
+    def start(self, effect: StartMigration, stream: Stream, parked: KvTicket | None = None) -> None:
+        """
+        Begin.
+
+        Args:
+            effect: The policy's order.
+            stream: It must be on the effect's source and not be in a migration.
+            parked: Where its KV cache is pinned, if it is parked there.
+        """
         assert stream.migration is None
         assert stream.instance_id == effect.source_id
         assert stream.engine_request_id is not None
         migration = Migration(effect, stream.n_tokens, self._limits)
-        record = MigrationRecord(migration, stream, stream.engine_request_id, asyncio.get_running_loop().time())
+        if parked is not None:
+            migration = Migration.of_parked(effect, stream.n_tokens, self._limits, self._clock())
+        now_s = asyncio.get_running_loop().time()
+        record = MigrationRecord(migration, stream, stream.engine_request_id, now_s, parked)
         stream.migration = migration
         self._records[effect.migration_id] = record
         self._arm(record)
@@ -137,7 +145,6 @@ class Migrator:
         if record is None:
             return
         record.ticket = ticket
-        record.cut_s = asyncio.get_running_loop().time()
         self._streams.displace(record.stream)
         self.happen(migration_id, record.migration.cut_heard(self._clock(), ticket.n_tokens))
 
@@ -251,14 +258,27 @@ class Migrator:
             self.happen(migration.migration_id, Happening.ROOM_REFUSED, Refusal.NOT_CONNECTED)
             return
         with contextlib.suppress(EngineError):
+            if action is Action.ASK_ROOM and not await self._is_pinned(record):
+                self.happen(migration.migration_id, Happening.PIN_LOST)
+                return
             await self._ask(engine, record, action)
+
+    async def _is_pinned(self, record: MigrationRecord) -> bool:
+        """Whether its migration can begin: if it is parked, its lease has begun anew. Raises EngineError."""
+        if record.migration.state is not State.PARKED:
+            return True
+        source = self._engines.engine(record.migration.source_id)
+        return source is None or await source.renew_pin(record.source_request_id)  # its loss is an event of its own
 
     async def _ask(self, engine: Engine, record: MigrationRecord, action: Action) -> None:
         migration = record.migration
         migration_id = migration.migration_id
         match action:
+            case Action.ASK_ROOM if migration_id not in self._records:
+                pass  # it ended while the lease was renewed
             case Action.ASK_ROOM:
-                refused = await engine.reserve(migration_id, migration.room_tokens)
+                for_parked = migration.state is State.PARKED
+                refused = await engine.reserve(migration_id, migration.room_tokens, for_parked=for_parked)
                 granted = refused is None
                 if granted and migration_id not in self._records:
                     await engine.release_reservation(migration_id)  # it ended while we asked

@@ -7,9 +7,10 @@ from functools import partial
 from typing import assert_never
 
 from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
-from cascadeinfer.core.errors import PolicyError, RequestRejectedError
+from cascadeinfer.core.errors import RequestRejectedError
 from cascadeinfer.core.events import Event, MessageReceived, MigrationEnded, MigrationOutcome
 from cascadeinfer.core.migration import MigrationLimits, NotBegun, not_begun
+from cascadeinfer.core.parking import ParkingLimits
 from cascadeinfer.engines.protocol import Resume
 from cascadeinfer.runtime.commands import Commands
 from cascadeinfer.runtime.fleet import Fleet
@@ -17,6 +18,7 @@ from cascadeinfer.runtime.isolation import Isolation
 from cascadeinfer.runtime.ledger import Ledger
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationRecord, Migrator
+from cascadeinfer.runtime.parkings import Parkings
 from cascadeinfer.runtime.streams import Refusal, Stream, StreamTable
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ class Performer:
 
     Attributes:
         migrator: The migrations under way.
+        parkings: The requests that are to be parked, or are.
         migration_counts: Migrations that have ended, by outcome.
     """
 
@@ -68,6 +71,8 @@ class Performer:
         isolation.send = self._send
         self._commands = Commands("a command to an instance")
         self.migrator = Migrator(fleet, streams, self._migration_ended, limits, self._add_failed, clock)
+        parking = ParkingLimits.renewing_within(limits.resume_s)
+        self.parkings = Parkings(fleet, streams, parking, emit, self._add_failed)
         self.migration_counts: dict[str, int] = {}
 
     def carry_out(self, effect: Effect) -> None:
@@ -114,17 +119,18 @@ class Performer:
     async def stop(self) -> None:
         """Cancel everything under way; for shutdown, after the last request."""
         await self.migrator.stop()
+        await self.parkings.stop()
         await self._commands.stop()
 
     def _dispatch(self, effect: Dispatch) -> None:
-        if effect.park:
-            raise PolicyError(f"{effect}: no engine can arm a cut when a request is submitted")
         stream = self._streams.get(effect.request_id)
         if stream is None:
             return  # its client left while it waited
         self._streams.place(stream, effect.instance_id, "dispatched again" if stream.attempts else "dispatched")
         if effect.shared:
             self._metrics.shared.inc()
+        if effect.park:
+            self.parkings.begin(stream)
         if self._isolation.may_enter(stream):
             self._send(stream)
 
@@ -148,7 +154,8 @@ class Performer:
         engine_request_id = stream.engine_request_id
         resume = Resume(list(stream.output_token_ids)) if stream.output_token_ids else None
         self._commands.send(
-            engine.add(engine_request_id, stream.request, resume), partial(self._add_failed, stream, engine_request_id)
+            engine.add(engine_request_id, stream.request, resume, park=stream.parks),
+            partial(self._add_failed, stream, engine_request_id),
         )
 
     def _add_failed(self, stream: Stream, engine_request_id: str) -> None:
@@ -158,16 +165,17 @@ class Performer:
 
     def _start_migration(self, effect: StartMigration) -> None:
         stream = self._streams.get(effect.request_id)
-        if stream is None or stream.migration is not None or stream.instance_id != effect.source_id:
+        if stream is None or stream.migration is not None or stream.instance_id != effect.source_id or stream.parks:
             self._tell_end(effect, not_begun(effect, NotBegun.STALE, is_live=stream is not None), stream)
         elif self._isolation.keeps(stream):
             self._tell_end(effect, not_begun(effect, NotBegun.SUSPECTED, is_live=True), stream)
         else:
             self._fleet.wake(effect.target_id)  # it owes an answer, and will hold room
-            self.migrator.start(effect, stream)
+            self.migrator.start(effect, stream, self.parkings.move_began(stream))
 
     def _migration_ended(self, record: MigrationRecord) -> None:
         ended = record.migration.ended()
+        self.parkings.move_ended(record.stream)
         if record.pause_s is not None and ended.outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
             self._metrics.pause.labels(ended.outcome.value).observe(record.pause_s)
         self._tell_end(record.migration.effect, ended, record.stream, record.pause_s)

@@ -8,7 +8,6 @@ finishes of cut requests are hidden, and ids are the request's own.
 """
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +22,7 @@ from cascadeinfer.core.events import (
     RequestArrived,
     RequestFinished,
 )
-from cascadeinfer.core.kind import InstanceKind
+from cascadeinfer.core.kind import InstanceTerms
 from cascadeinfer.core.migration import Happening, MigrationLimits
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.quarantine import DEATHS
@@ -61,6 +60,7 @@ class Runtime:
         source: EngineSource | None = None,
         observer: Observer | None = None,
         poison_deaths: int = DEATHS,
+        terms: Mapping[InstanceId, InstanceTerms] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -73,12 +73,13 @@ class Runtime:
             source: Makes engines of instances that are added later; None: none can be.
             observer: Sees every event with its effects: the event log.
             poison_deaths: Of instances under a request, after which it is ended.
+            terms: Roles and chunk budgets; None: no engine's budget is changed.
             clock: The time in seconds (not the loop's own: uvloop's counts whole milliseconds).
         """
         self._clock = clock
         self._streams = StreamTable()
         self.seen = Seen()
-        self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes(), clock)
+        self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes(), clock, terms)
         self._streams.on_placed = self.fleet.wake
         self.metrics = make_metrics(self.fleet.gauges)
         self.ledger = Ledger(clock)
@@ -205,11 +206,11 @@ class Runtime:
 
     async def instance_up(self, engine: Engine, capacity: InstanceCapacity) -> None:
         """Connect it to all that are up, then let the policy use it."""
-        await self.fleet.join(engine, capacity)
+        record = await self.fleet.join(engine, capacity)
         if self._streams.on_instance(engine.instance_id):
             self.announce_loss(engine.instance_id)  # the policy, which failed at its loss, sent requests to the dead
-        kind = self.fleet[engine.instance_id].kind = InstanceKind(capacity)
-        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, kind))
+        assert record.kind is not None, "it has come up"
+        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, record.kind))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop late output of superseded attempts; hide the finishes of cuts."""
@@ -247,19 +248,8 @@ class Runtime:
             self._given_up.paused(engine.instance_id)
         self._isolation.instance_answered(engine.instance_id, asked_s)
         self.elastic.look(record)
-        running = self._streams.known(report.running_ids, report.running_tokens)
-        waiting = self._streams.known(report.waiting_ids, report.waiting_tokens)
-        self.emit(
-            InstanceReported(
-                f"report:{engine.instance_id}:{counters.steps}",
-                engine.instance_id,
-                dataclasses.replace(
-                    report,
-                    running_ids=tuple(running), running_tokens=tuple(running.values()),
-                    waiting_ids=tuple(waiting), waiting_tokens=tuple(waiting.values()),
-                ),
-            )
-        )  # fmt: skip
+        cause = f"report:{engine.instance_id}:{counters.steps}"
+        self.emit(InstanceReported(cause, engine.instance_id, self._streams.known(report)))
 
     def instance_suspected(self, engine: Engine) -> None:
         """Requests waiting there are moved elsewhere."""
@@ -298,7 +288,7 @@ class Runtime:
         )
 
     def _show(self) -> None:
-        self.metrics.show(self._streams.n_unplaced, len(self._migrator))
+        self.metrics.show(self._streams.n_unplaced, len(self._migrator), self._performer.parkings.n_parked)
 
     def emit(self, event: Event) -> None:
         """Hand the policy an event."""
@@ -373,6 +363,8 @@ class Runtime:
             stream.last_token_s = now_s
             self._isolation.token_came(stream)
         if delta.finish_reason is None:
+            if stream.parks and delta.new_token_ids:
+                self._performer.parkings.first_token(stream, None)
             return True
         ticket = engine.ticket_of(delta)
         if ticket is not None:
@@ -380,6 +372,8 @@ class Runtime:
             delta.kv_transfer_params = None
             if stream.migration is not None:
                 self._migrator.cut_took_effect(stream.migration.migration_id, ticket)
+            else:
+                self._performer.parkings.first_token(stream, ticket)
             return not stream.ending
         self._computed(stream)
         self._finish(stream, "failed" if engine.has_failed(delta) else "finished")

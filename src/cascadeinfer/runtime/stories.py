@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from cascadeinfer.core.effects import Dispatch, Effect, Reject, StartMigration
-from cascadeinfer.core.events import Event, InstanceLost, MigrationEnded, RequestArrived
+from cascadeinfer.core.events import Event, FirstToken, InstanceLost, MigrationEnded, RequestArrived
 from cascadeinfer.eventlog.story import Telling
 from cascadeinfer.runtime.driver import Observer
 from cascadeinfer.runtime.fleet import Fleet
@@ -37,7 +37,7 @@ class Stories:
     def __call__(self, now_s: float, event: Event, effects: Sequence[Effect], failed: str | None = None) -> None:
         """Note what concerns a live request."""
         match event:
-            case RequestArrived() | MigrationEnded():
+            case RequestArrived() | FirstToken() | MigrationEnded():
                 self._note(event.request_id, now_s, event)
             case InstanceLost():
                 for request_id in event.orphan_ids:

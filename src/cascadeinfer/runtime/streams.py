@@ -7,6 +7,7 @@ finish from a killed engine) matches no stream and is dropped. The output so far
 it to continue elsewhere.
 """
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.errors import PolicyError, RequestIdInUseError, RequestRejectedError
-from cascadeinfer.core.events import Event
+from cascadeinfer.core.events import Event, InstanceReport
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.migration import Migration
 from cascadeinfer.core.types import InstanceId, RequestId
@@ -94,6 +95,7 @@ class Stream:
         arriving: Whether its sender waits to hear whether the policy takes it.
         refusal: Why the policy did not take it, until whoever announced it has ended it; None: it took it, or has not
             heard of it.
+        parks: Its current attempt is to end with its first token, which has not come yet (`runtime/parkings.py`).
         ending: Its end is under way: the policy, which hears of that piece by piece, can do nothing more with it.
         first_token_s: When its first token came, on the runtime's clock; None before that.
         last_token_s: The same of its last token.
@@ -115,6 +117,7 @@ class Stream:
     withdrawals: int = 0
     arriving: bool = False
     refusal: Refusal | None = None
+    parks: bool = False
     ending: bool = False
     steps: list[Step] = field(default_factory=list)
     n_dropped_steps: int = 0
@@ -175,8 +178,8 @@ class StreamTable:
         self._by_attempt: dict[str, Stream] = {}
         #: Called with the instance of each placement.
         self.on_placed: Callable[[InstanceId], None] = lambda _: None
-        #: Called for each request that leaves its place, and for each that ends.
-        self.on_displaced: Callable[[Stream], None] = lambda _: None
+        #: Called for each request that leaves its place; `on_closed` for each that ends.
+        self.on_displaced: list[Callable[[Stream], None]] = []
         self.on_closed: Callable[[Stream], None] = lambda _: None
         #: The request whose current attempt has this id; None for output of an old attempt.
         self.of_attempt: Callable[[str], Stream | None] = self._by_attempt.get
@@ -203,8 +206,19 @@ class StreamTable:
         """Requests whose current attempt runs there."""
         return [stream for stream in self._streams.values() if stream.instance_id == instance_id]
 
-    def known(self, engine_request_ids: tuple[str, ...], tokens: tuple[int, ...]) -> dict[RequestId, int]:
-        """Of the requests an engine reported, those whose current attempt it runs, by their own ids."""
+    def known(self, report: InstanceReport) -> InstanceReport:
+        """An engine's report with those of its requests whose current attempt it runs, by their own ids."""
+        running = self._known(report.running_ids, report.running_tokens)
+        waiting = self._known(report.waiting_ids, report.waiting_tokens)
+        return dataclasses.replace(
+            report,
+            running_ids=tuple(running),
+            running_tokens=tuple(running.values()),
+            waiting_ids=tuple(waiting),
+            waiting_tokens=tuple(waiting.values()),
+        )
+
+    def _known(self, engine_request_ids: tuple[str, ...], tokens: tuple[int, ...]) -> dict[RequestId, int]:
         streams = zip(map(self.of_attempt, engine_request_ids), tokens, strict=True)
         return {stream.request.request_id: n for stream, n in streams if stream is not None}
 
@@ -238,7 +252,8 @@ class StreamTable:
         stream.journey.visits[-1].ended_s = self._wall_clock()
         stream.instance_id = None
         stream.engine_request_id = None
-        self.on_displaced(stream)
+        for tell in self.on_displaced:
+            tell(stream)
 
     def close(self, stream: Stream) -> None:
         """The request is over."""

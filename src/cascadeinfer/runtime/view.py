@@ -111,11 +111,11 @@ class InstanceRecord:
         if self.engine is None:
             raise EngineError(f"did not come up: {self.last_error}", instance_id=self.instance_id)
 
-    def came_up(self, engine: Engine, capacity: InstanceCapacity) -> None:
+    def came_up(self, engine: Engine, kind: InstanceKind) -> None:
         """It is ready to take requests."""
         assert engine is self.supervisor.engine
         self.supervisor.happen(Happening.JOINED)
-        self.capacity = capacity
+        self.kind, self.capacity = kind, kind.capacity
         self.settled.set()
 
     def went_down(self, why: str) -> None:
@@ -153,7 +153,7 @@ class InstanceRecord:
             broken_pairs=n_broken_pairs,
             pulled_tokens=self.counters.pulled_tokens,
             phase=PHASES[self.life.state],
-            kind=None if self.capacity is None else InstanceKind(self.capacity),
+            kind=self.kind,
         )
 
 
@@ -249,6 +249,7 @@ def snapshot_of(record: InstanceRecord, layout: StageLayout | None, n_requests: 
         "state": record.life.state.value,
         "history": history_of(record.life, now_s),
         "stage": record.stage_index(layout),
+        "role": None if record.kind is None else record.kind.role.value,
         "up": record.engine is not None,
         "suspect": record.suspect,
         "pid": record.engine.pid if record.engine is not None else None,
@@ -278,4 +279,6 @@ def snapshot_of(record: InstanceRecord, layout: StageLayout | None, n_requests: 
         "pinned": record.counters.pinned,
         "reserved": record.counters.reserved,
         "held_blocks": dict(record.counters.held_blocks),
+        "steps": record.counters.steps,
+        "step_budget": record.counters.step_budget or None,
     }

@@ -17,7 +17,7 @@ SHARED = {"info", "placing", "spec"}
 NAMES = set(policy_names())
 CLASSES = {info.make.__name__ for info in POLICIES.values()}
 MAY_NAME = {
-    "config/schema.py": {"cascade", "static_stages"},  # the defaults of `serve --policy`
+    "config/schema.py": {"cascade", "static_stages", "roles"},  # the defaults of `serve --policy`
     "cli/experiment_options.py": {"cascade", "least_loaded", "round_robin"},  # the default of `simulate` and `sweep`
 }
 

@@ -85,8 +85,7 @@ class PolicyInfo:
         help: What it does, in half a line.
         takes_layout: Whether it uses stages that an operator can set.
         starts_with_plan: Whether an experiment gives it the planner's stages for the workload it will see.
-        roles: Which plans with roles it can carry out; None: it has no roles. Such a policy parks requests, which no
-            engine can do yet, so the server refuses it.
+        roles: Which plans with roles it can carry out; None: it has no roles.
         has_queue: Whether requests without room wait in the policy, at most `Circumstances.max_queued`; further ones
             are refused.
         uses_profile: Whether a cost profile changes its behaviour; without one it learns costs while serving.

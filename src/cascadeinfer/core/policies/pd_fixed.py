@@ -62,7 +62,7 @@ def _options_for(around: Circumstances) -> dict[str, Any]:
 
 INFO: Final = PolicyInfo(
     make=PdFixed,
-    help="prompts on instances of their own, in a fixed ratio; simulated only",
+    help="prompts on instances of their own, in a fixed ratio",
     roles=RoleSearch.SPLIT,
     options_for=_options_for,
 )

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from cascadeinfer.core.adapt.warm_up import warm_up
 from cascadeinfer.core.cost.latency import StepModel
+from cascadeinfer.core.cost.learning import LearningSettings
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event
 from cascadeinfer.core.layout import RoleLayout
@@ -40,6 +41,7 @@ class Roles(Cascade):
         *,
         roles: RoleLayout | None = None,
         step_model: StepModel | None = None,
+        learning: LearningSettings | None = None,
         overflow: bool = True,
         share: bool = True,
         rebalance: bool = True,
@@ -49,12 +51,14 @@ class Roles(Cascade):
         Args:
             roles: The stages; None: one stage that computes and decodes everything.
             step_model: Cost of a step.
+            learning: How to learn it from reported steps; None: it stays as it is.
             overflow: Whether a queue of prompts sends a prompt to where it decodes.
             share, rebalance, max_queued: As for `Cascade`.
         """
         super().__init__(
             layout=None if roles is None else roles.stages,
             step_model=step_model,
+            learning=learning,
             refine=False,
             replan=False,
             share=share,
@@ -93,12 +97,13 @@ class Roles(Cascade):
 
 def _options_for(around: Circumstances) -> dict[str, Any]:
     given = {"roles": around.roles, "step_model": around.step_model, "max_queued": around.max_queued}
-    return {option: value for option, value in given.items() if value is not None}
+    found = {option: value for option, value in given.items() if value is not None}
+    return found | {"learning": LearningSettings()} if around.learns and not around.follows else found
 
 
 INFO: Final = PolicyInfo(
     make=Roles,
-    help="the cascade with prefill stages and chunk budgets, all in one plan; simulated only",
+    help="the cascade with prefill stages and chunk budgets, all in one plan",
     has_queue=True,
     uses_profile=True,
     roles=RoleSearch.FULL,

@@ -11,7 +11,6 @@ Each step gives every running request its tokens within the budget (long prompts
 when blocks run out, then admits waiting requests in order.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Final
 from cascadeinfer.core.cost.latency import BatchFeatures
 from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.events import InstanceReport
-from cascadeinfer.core.refusals import Refusal
+from cascadeinfer.core.refusals import Refusal, why_not_step_budget
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.protocol import EngineCounters, EngineRequest, Resume
 from cascadeinfer.engines.simulated.model import (
@@ -31,52 +30,10 @@ from cascadeinfer.engines.simulated.model import (
     fold,
     next_token,
 )
+from cascadeinfer.engines.simulated.sequence import Pin, Sequence
 
 RESERVATION_LIFE_S: Final = 60.0
 _GARBAGE: Final = 0xBAD
-
-
-@dataclass(slots=True)
-class Sequence:
-    """
-    One request of this instance.
-
-    Attributes:
-        token_ids: Prompt and output so far.
-        computed: Leading tokens with KV cache, whose digest is `digest`.
-        last_output_tokens: Output tokens at which it ends; lowered by a cut.
-        ticket: Where to pull its KV cache; None when there is nothing (more) to pull.
-        pull_ends_s: When the current pull ends.
-        pull_before_s: Deadline of the pull; its blocks are used only if it ends before.
-    """
-
-    engine_request_id: str
-    token_ids: list[int]
-    n_prompt: int
-    max_output_tokens: int
-    stop_token_ids: frozenset[int]
-    last_output_tokens: int
-    computed: int = 0
-    digest: int = 0
-    blocks: int = 0
-    cut: bool = False
-    ticket: SimulatedTicket | None = None
-    pull_ends_s: float | None = None
-    pull_before_s: float = math.inf
-
-    @property
-    def n_output(self) -> int:
-        """Output tokens so far."""
-        return len(self.token_ids) - self.n_prompt
-
-
-@dataclass(slots=True)
-class Pin:
-    """A cut request's KV cache."""
-
-    digest: int
-    blocks: int
-    expires_s: float
 
 
 @dataclass(slots=True)
@@ -88,6 +45,7 @@ class SimulatedCore:
         core_id: Differs between incarnations of an instance.
         alive: Whether its process lives: only then can its pins be read.
         readable: Finds a connected peer by its `core_id`.
+        step_budget: Tokens of a step, if they were limited further than by `capacity`.
         spoiled_cuts: Number of coming cuts that find no KV cache (fault injection).
         stale_reads: Pulls that this instance used although the lease had ended before they were over.
     """
@@ -103,6 +61,7 @@ class SimulatedCore:
     pins: dict[str, Pin] = field(default_factory=dict)
     expired: set[str] = field(default_factory=set)
     reservations: dict[str, tuple[int, float]] = field(default_factory=dict)
+    step_budget: int | None = None
     spoiled_cuts: int = 0
     stale_reads: int = 0
     steps: int = 0
@@ -116,8 +75,8 @@ class SimulatedCore:
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
-    def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None) -> None:
-        """Queue a new or resumed request."""
+    def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None, *, park: bool = False) -> None:
+        """Queue a new or resumed request; with `park`, its cut is armed."""
         params = request.payload if isinstance(request.payload, SimulatedParams) else SimulatedParams()
         output = resume.output_token_ids if resume is not None else []
         sequence = Sequence(
@@ -136,6 +95,9 @@ class SimulatedCore:
                 sequence.ticket = resume.ticket
             if resume.pull_before_s is not None:
                 sequence.pull_before_s = resume.pull_before_s
+        if park and self._can_be_cut_at(sequence, sequence.n_output + 1):
+            sequence.cut = True
+            sequence.last_output_tokens = sequence.n_output + 1
         self.waiting.append(sequence)
 
     def abort(self, engine_request_ids: list[str]) -> None:
@@ -156,11 +118,14 @@ class SimulatedCore:
         if sequence.n_output == 0 or sequence.computed < len(sequence.token_ids) - 1:
             return Refusal.PREFILLING
         last = sequence.n_output + 1
-        if last >= sequence.max_output_tokens or sequence.n_prompt + last >= self.max_model_len:
+        if not self._can_be_cut_at(sequence, last):
             return Refusal.ENDING
         sequence.cut = True
         sequence.last_output_tokens = last
         return None
+
+    def _can_be_cut_at(self, sequence: Sequence, n_output: int) -> bool:
+        return n_output < sequence.max_output_tokens and sequence.n_prompt + n_output < self.max_model_len
 
     def undo_cut(self, engine_request_id: str) -> bool:
         """See `CascadeSchedulerSide.undo_cut`."""
@@ -191,6 +156,22 @@ class SimulatedCore:
         """Free a cut request's blocks, if they are pinned."""
         self.pins.pop(engine_request_id, None)
 
+    def renew_pin(self, engine_request_id: str, now_s: float) -> bool:
+        """Begin the lease on a cut request's blocks anew; False if they are not pinned any more."""
+        self.expire(now_s)
+        if (pin := self.pins.get(engine_request_id)) is None:
+            return False
+        pin.expires_s = max(pin.expires_s, now_s + self.times.lease_s)
+        return True
+
+    def set_step_budget(self, n_tokens: int | None) -> int | str:
+        """The budget in force from now on, or why it cannot be this one."""
+        least, most = self.capacity.max_num_seqs, self.capacity.max_batched_tokens
+        if n_tokens is not None and (why_not := why_not_step_budget(n_tokens, least, most)) is not None:
+            return why_not
+        self.step_budget = n_tokens
+        return most if n_tokens is None else n_tokens
+
     def report(self, now_s: float) -> tuple[InstanceReport, EngineCounters]:
         """The current load and counters."""
         self.expire(now_s)
@@ -216,6 +197,7 @@ class SimulatedCore:
                 "reservations": sum(blocks for blocks, _ in self.reservations.values()),
                 "pins": sum(pin.blocks for pin in self.pins.values()),
             },
+            step_budget=self.step_budget or self.capacity.max_batched_tokens,
         )
         return report, counters
 
@@ -304,7 +286,7 @@ class SimulatedCore:
                     peer.renew(sequence.ticket.request_id, now_s)
 
     def _schedule_running(self) -> tuple[list[tuple[Sequence, int]], int]:
-        budget = self.capacity.max_batched_tokens
+        budget = self.step_budget or self.capacity.max_batched_tokens
         scheduled: list[tuple[Sequence, int]] = []
         index = 0
         while index < len(self.running) and budget > 0:

@@ -143,9 +143,11 @@ class SimulatedEngine(SimulatedProcess):
         """See Engine.listens."""
         return bool(await self._call("listens", lambda: not self._deaf))
 
-    async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
+    async def add(
+        self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None, *, park: bool = False
+    ) -> None:
         """See Engine.add."""
-        self._send("add", lambda: self.core.add(engine_request_id, request, resume))
+        self._send("add", lambda: self.core.add(engine_request_id, request, resume, park=park))
 
     async def abort(self, engine_request_ids: list[str]) -> None:
         """See Engine.abort."""
@@ -160,7 +162,13 @@ class SimulatedEngine(SimulatedProcess):
         """See Engine.undo_cut."""
         return bool(await self._call("undo_cut", lambda: self.core.undo_cut(engine_request_id)))
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
+    async def reserve(
+        self,
+        reservation_id: str,
+        n_tokens: int,
+        *,
+        for_parked: bool = False,  # noqa: ARG002 - it counts no migrations
+    ) -> Refusal | None:
         """See Engine.reserve."""
 
         def at_instance() -> Refusal | None:
@@ -178,6 +186,17 @@ class SimulatedEngine(SimulatedProcess):
     async def release_pin(self, engine_request_id: str) -> None:
         """See Engine.release_pin."""
         await self._call("release_pin", lambda: self.core.release_pin(engine_request_id))
+
+    async def renew_pin(self, engine_request_id: str) -> bool:
+        """See Engine.renew_pin."""
+        return bool(await self._call("renew_pin", lambda: self.core.renew_pin(engine_request_id, self._now_s())))
+
+    async def set_step_budget(self, n_tokens: int | None) -> int:
+        """See Engine.set_step_budget."""
+        told: int | str = await self._call("set_step_budget", lambda: self.core.set_step_budget(n_tokens))
+        if isinstance(told, str):
+            raise EngineError(told, instance_id=self.instance_id)
+        return told
 
     async def report(self) -> tuple[InstanceReport, EngineCounters]:
         """See Engine.report."""

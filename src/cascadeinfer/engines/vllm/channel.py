@@ -11,7 +11,6 @@ A closed channel takes no more commands: calls raise EngineError, and one-way me
 import asyncio
 import contextlib
 import copy
-import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -31,7 +30,13 @@ from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import EngineCounters, EngineDied, EngineRequest, InstanceIdentity, Resume
 from cascadeinfer.engines.vllm.connector import side_channel
-from cascadeinfer.engines.vllm.connector.ticket import VllmTicket, reservation_prefix, resume_params
+from cascadeinfer.engines.vllm.connector.ticket import (
+    PARK,
+    TransferParams,
+    VllmTicket,
+    reservation_prefix,
+    resume_params,
+)
 from cascadeinfer.engines.vllm.connector.words import with_words
 from cascadeinfer.engines.vllm.ending import fail_pending_calls
 from cascadeinfer.engines.vllm.messages import EngineHello, EngineLoad
@@ -134,23 +139,24 @@ class EngineChannel:
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
+    async def add(
+        self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None, *, park: bool = False
+    ) -> None:
         """Send the request; a resumed one with all its tokens and where its KV cache is."""
+        words: TransferParams = {PARK: True} if park else {}
         core_request: EngineCoreRequest = copy.copy(request.payload)
         core_request.request_id = engine_request_id
         if resume is not None:
             core_request.prompt_token_ids = request.prompt_token_ids + resume.output_token_ids
-            if core_request.sampling_params is not None:
-                if resume.reservation_id is not None:
-                    resume = dataclasses.replace(resume, reservation_id=self._own(resume.reservation_id))
-                assert resume.ticket is None or isinstance(resume.ticket, VllmTicket)
-                words = resume_params(
-                    resume.ticket,
-                    prompt_tokens=len(request.prompt_token_ids),
-                    reservation_id=resume.reservation_id,
-                    pull_before_s=self._on_its_clock(resume.pull_before_s),
-                )
-                core_request.sampling_params = with_words(core_request.sampling_params, words, self.connector_token)
+            assert resume.ticket is None or isinstance(resume.ticket, VllmTicket)
+            words |= resume_params(
+                resume.ticket,
+                prompt_tokens=len(request.prompt_token_ids),
+                reservation_id=None if resume.reservation_id is None else self._own(resume.reservation_id),
+                pull_before_s=self._on_its_clock(resume.pull_before_s),
+            )
+        if words and core_request.sampling_params is not None:
+            core_request.sampling_params = with_words(core_request.sampling_params, words, self.connector_token)
         await self._send(lambda client: client.add_request_async(core_request))
 
     def _on_its_clock(self, moment_s: float | None) -> float | None:
@@ -172,9 +178,9 @@ class EngineChannel:
         """See Engine.undo_cut."""
         return bool(await self._call("cascade_undo_cut", engine_request_id))
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
+    async def reserve(self, reservation_id: str, n_tokens: int, *, for_parked: bool = False) -> Refusal | None:
         """See Engine.reserve."""
-        return Refusal.read(await self._call("cascade_reserve", self._own(reservation_id), n_tokens))
+        return Refusal.read(await self._call("cascade_reserve", self._own(reservation_id), n_tokens, for_parked))
 
     async def release_reservation(self, reservation_id: str) -> None:
         """See Engine.release_reservation."""
@@ -183,6 +189,17 @@ class EngineChannel:
     async def release_pin(self, engine_request_id: str) -> None:
         """See Engine.release_pin."""
         await self._call("cascade_release_pin", engine_request_id)
+
+    async def renew_pin(self, engine_request_id: str) -> bool:
+        """See Engine.renew_pin."""
+        return bool(await self._call("cascade_renew_pin", engine_request_id))
+
+    async def set_step_budget(self, n_tokens: int | None) -> int:
+        """See Engine.set_step_budget."""
+        told = await self._call("cascade_set_step_budget", n_tokens)
+        if isinstance(told, str):
+            raise EngineError(told, instance_id=self.instance_id)
+        return int(told)
 
     # --- what comes back ---------------------------------------------------------------------------------------------
 
@@ -216,6 +233,7 @@ class EngineChannel:
             held_blocks=load.held_blocks,
             listens=load.listens,
             paused=load.paused,
+            step_budget=load.step_budget,
         )
         return report, counters
 

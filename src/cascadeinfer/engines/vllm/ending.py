@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import signal
 import time
+from collections.abc import Iterable
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import psutil
@@ -59,3 +62,20 @@ def kill(manager: Any) -> None:
             process.join(KILL_POLL_S)
     if manager is not None:
         manager.shutdown(0.0)
+
+
+def deaths_in_words(processes: Iterable[BaseProcess]) -> str:
+    """
+    A sentence for each process that a signal has ended, other than the one by which vLLM ends those of a failed start.
+
+    vLLM says only that a process has ended, and not always with its exit code, because it does not wait for it. What a
+    process writes before it ends by itself is in the log; a signal leaves nothing there.
+    """
+    told = ""
+    for process in processes:
+        process.join(REAP_TIMEOUT_S)
+        number = -(process.exitcode or 0)
+        if number > 0 and number != signal.SIGTERM:
+            why = " (the kernel's, if memory ran out)" if number == signal.SIGKILL else ""
+            told += f" Its process {process.pid} was ended by {signal.Signals(number).name}{why}."
+    return told

@@ -170,9 +170,11 @@ class VllmInstance:
         """See Engine.listens."""
         return await self.channel.listens()
 
-    async def add(self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None) -> None:
+    async def add(
+        self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None, *, park: bool = False
+    ) -> None:
         """See Engine.add."""
-        await self.channel.add(engine_request_id, request, resume)
+        await self.channel.add(engine_request_id, request, resume, park=park)
 
     async def abort(self, engine_request_ids: list[str]) -> None:
         """See Engine.abort."""
@@ -186,9 +188,9 @@ class VllmInstance:
         """See Engine.undo_cut."""
         return await self.channel.undo_cut(engine_request_id)
 
-    async def reserve(self, reservation_id: str, n_tokens: int) -> Refusal | None:
+    async def reserve(self, reservation_id: str, n_tokens: int, *, for_parked: bool = False) -> Refusal | None:
         """See Engine.reserve."""
-        return await self.channel.reserve(reservation_id, n_tokens)
+        return await self.channel.reserve(reservation_id, n_tokens, for_parked=for_parked)
 
     async def release_reservation(self, reservation_id: str) -> None:
         """See Engine.release_reservation."""
@@ -197,6 +199,14 @@ class VllmInstance:
     async def release_pin(self, engine_request_id: str) -> None:
         """See Engine.release_pin."""
         await self.channel.release_pin(engine_request_id)
+
+    async def renew_pin(self, engine_request_id: str) -> bool:
+        """See Engine.renew_pin."""
+        return await self.channel.renew_pin(engine_request_id)
+
+    async def set_step_budget(self, n_tokens: int | None) -> int:
+        """See Engine.set_step_budget."""
+        return await self.channel.set_step_budget(n_tokens)
 
     async def report(self) -> tuple[InstanceReport, EngineCounters]:
         """See Engine.report."""

@@ -5,7 +5,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 
 import pydantic
@@ -20,6 +20,8 @@ from cascadeinfer.cluster.process_start import operator_environment
 from cascadeinfer.cluster.protocol import Launcher, Place
 from cascadeinfer.cluster.start_turns import StartTurns
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.kind import InstanceTerms
+from cascadeinfer.core.refusals import why_not_step_budget
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.attached import AttachedCore
 from cascadeinfer.engines.vllm.attachment import Attachment
@@ -32,6 +34,7 @@ from cascadeinfer.engines.vllm.configuration import (
     n_ranks,
     with_cpu_kv_share,
 )
+from cascadeinfer.engines.vllm.connector.step_budget import step_budget_bounds
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
 from cascadeinfer.engines.vllm.messages import EngineHello
@@ -132,6 +135,24 @@ class VllmSource:
             return VllmInstance(core)
 
         return make
+
+    def check_budgets(self, terms: Iterable[InstanceTerms]) -> None:
+        """
+        Check chunk budgets before the first start.
+
+        Args:
+            terms: Those of its instances.
+
+        Raises:
+            ConfigError: An instance could not have one of them.
+        """
+        assert self._first_config is not None, "instances have been placed"
+        least, most = step_budget_bounds(self._first_config)
+        for budget in {one.budget_tokens for one in terms if one.budget_tokens is not None}:
+            if (why_not := why_not_step_budget(budget, least, most)) is not None:
+                raise ConfigError(
+                    why_not, option="--stages", fix="change it, --max-num-seqs or --max-num-batched-tokens"
+                )
 
     def release(self, instance_id: InstanceId) -> None:
         """See EngineSource."""

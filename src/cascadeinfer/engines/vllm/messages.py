@@ -74,6 +74,7 @@ class EngineLoad(_Answer, frozen=True):
         steps, scheduled_tokens, pulls, pulled_tokens, failed_pulls: Since its start.
         listens: Whether its side channel is open.
         paused: Whether its scheduler is paused, in any of vLLM's ways.
+        step_budget: Tokens of a step at most.
         clock_s: Its monotonic clock.
     """
 
@@ -94,4 +95,5 @@ class EngineLoad(_Answer, frozen=True):
     failed_pulls: int
     listens: bool
     paused: bool
+    step_budget: int
     clock_s: float

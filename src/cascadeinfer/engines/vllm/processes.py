@@ -14,7 +14,7 @@ from vllm.config import VllmConfig
 
 from cascadeinfer.cluster.process_start import ProcessStart
 from cascadeinfer.cluster.protocol import ClientAddresses
-from cascadeinfer.engines.vllm.ending import fail_pending_calls, kill, let_go, shut_down
+from cascadeinfer.engines.vllm.ending import deaths_in_words, fail_pending_calls, kill, let_go, shut_down
 from cascadeinfer.engines.vllm.instance_client import InstanceClient
 from cascadeinfer.engines.vllm.messages import EngineHello
 
@@ -70,13 +70,16 @@ class VllmProcesses:
     def start(self, environment: ProcessStart, further_clients: Sequence[ClientAddresses]) -> None:
         """See EngineProcesses."""
         with self._while_starting(self.config):
-            self._client = InstanceClient(
-                self.config,
-                environment,
-                self._processes_run,
-                log_stats=self._log_stats,
-                further_clients=further_clients,
-            )
+            try:
+                self._client = InstanceClient(
+                    self.config,
+                    environment,
+                    self._processes_run,
+                    log_stats=self._log_stats,
+                    further_clients=further_clients,
+                )
+            except RuntimeError as error:
+                raise RuntimeError(f"{error}{deaths_in_words(self.processes)}") from error
         if self._ended:
             self._client.shutdown(0.0)
             raise RuntimeError("stopped while starting")

@@ -17,12 +17,13 @@ import msgspec
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.request import RequestStatus
 
-from cascadeinfer.core.refusals import Refusal
+from cascadeinfer.core.refusals import Refusal, why_not_step_budget
 from cascadeinfer.engines.vllm.connector.door import Door, DoorSettings
 from cascadeinfer.engines.vllm.connector.held_blocks import held_blocks
 from cascadeinfer.engines.vllm.connector.identity import identity_of, kv_bytes_per_token
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
-from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker, release_on_worker
+from cascadeinfer.engines.vllm.connector.step_budget import step_budget_bounds
+from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker, release_on_worker, renew_on_worker
 from cascadeinfer.engines.vllm.messages import EngineHello, EngineLoad
 
 logger = logging.getLogger(__name__)
@@ -86,8 +87,12 @@ def _too_many_migrations(core: EngineCore) -> bool:
     side = _side(core)
     if side.max_migrations is None:
         return False
-    pulling = [r for r in core.scheduler.requests.values() if r.status == RequestStatus.WAITING_FOR_REMOTE_KVS]
-    return side.n_leaving() + len(side.reservations) + len(pulling) >= side.max_migrations
+    pulling = [
+        request
+        for request in core.scheduler.requests.values()
+        if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS and request.request_id not in side.pushed
+    ]
+    return side.n_leaving() + side.reservations.n_of_migrations() + len(pulling) >= side.max_migrations
 
 
 def cascade_cut(core: EngineCore, request_id: str) -> str | None:
@@ -103,9 +108,9 @@ def cascade_undo_cut(core: EngineCore, request_id: str) -> bool:
     return _side(core).undo_cut(core.scheduler.requests.get(request_id))
 
 
-def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int) -> str | None:
+def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int, for_parked: bool = False) -> str | None:
     """Reserve blocks and a slot for a request on its way; None, or the value of the `Refusal`."""
-    if _too_many_migrations(core):
+    if not for_parked and _too_many_migrations(core):
         return Refusal.MIGRATIONS.value
     side = _side(core)
     scheduler = core.scheduler
@@ -113,7 +118,7 @@ def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int) -> str
     if n_running + n_waiting + len(side.reservations) >= scheduler.max_num_running_reqs:
         return Refusal.NO_SLOT.value
     spoken_for = scheduler._inflight_prefill_reserved_blocks()  # noqa: SLF001 - a pull must fit beside them, or it waits
-    room = side.reservations.reserve(reservation_id, n_tokens, spoken_for=spoken_for)
+    room = side.reservations.reserve(reservation_id, n_tokens, spoken_for=spoken_for, for_parked=for_parked)
     return None if room else Refusal.NO_BLOCKS.value
 
 
@@ -128,6 +133,29 @@ def cascade_release_pin(core: EngineCore, request_id: str) -> bool:
         return False
     core.model_executor.collective_rpc(release_on_worker, args=(request_id,))
     return True
+
+
+def cascade_renew_pin(core: EngineCore, request_id: str) -> bool:
+    """Begin the lease on a cut request's blocks anew; False when they are not pinned any more."""
+    side = _side(core)
+    renewed = side.renew_pin(request_id)
+    if renewed is None:
+        renewed = all(core.model_executor.collective_rpc(renew_on_worker, args=(request_id, side.lease_s)))
+    return renewed
+
+
+def cascade_set_step_budget(core: EngineCore, n_tokens: int | None) -> int | str:
+    """
+    Schedule at most this many tokens per step; None for as many as the configuration says.
+
+    Returns:
+        The budget in force from the next step on; a sentence if it cannot be this one.
+    """
+    least, most = step_budget_bounds(core.vllm_config)
+    if n_tokens is not None and (why_not := why_not_step_budget(n_tokens, least, most)) is not None:
+        return why_not
+    core.scheduler.max_num_scheduled_tokens = most if n_tokens is None else n_tokens  # read at the start of each step
+    return core.scheduler.max_num_scheduled_tokens
 
 
 def cascade_forget_client(core: EngineCore, client_index: int) -> int:
@@ -193,6 +221,7 @@ def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
         failed_pulls=side.failed_pulls,
         listens=side.side_channel.listens() if client_index == 0 else True,
         paused=core.is_scheduler_paused(),
+        step_budget=core.scheduler.max_num_scheduled_tokens,
         clock_s=time.monotonic(),
     ).plain()
 
@@ -208,6 +237,8 @@ COMMANDS = (
     cascade_reserve,
     cascade_release_reservation,
     cascade_release_pin,
+    cascade_renew_pin,
+    cascade_set_step_budget,
     cascade_forget_client,
     cascade_attach,
     cascade_detach,

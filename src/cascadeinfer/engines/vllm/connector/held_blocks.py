@@ -5,6 +5,7 @@ Read from the scheduler's own tables rather than ours, so that held blocks are s
 by several requests count for each.
 """
 
+from collections.abc import Mapping
 from typing import Final
 
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -18,7 +19,7 @@ ended); blocks that a step under way may still write.
 """
 
 
-def held_blocks(scheduler: Scheduler, cut: dict[str, None], n_reserved: int) -> dict[str, int]:
+def held_blocks(scheduler: Scheduler, cut: Mapping[str, object], n_reserved: int) -> dict[str, int]:
     """Blocks by reason; `cut` has the finished requests that are pinned because we cut them."""
     held = dict.fromkeys(HELD_BY, 0)
     held["reservations"] = n_reserved

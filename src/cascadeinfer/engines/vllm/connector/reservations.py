@@ -18,6 +18,7 @@ from cascadeinfer.engines.vllm.connector.ticket import reservation_prefix
 class _Reservation:
     blocks: list[KVCacheBlock]
     expires_s: float
+    for_parked: bool
 
 
 class Reservations:
@@ -35,7 +36,17 @@ class Reservations:
         self._expire()
         return len(self._held)
 
-    def reserve(self, reservation_id: str, n_tokens: int, *, spoken_for: int = 0) -> bool:
+    def n_of_migrations(self) -> int:
+        """Number of those for requests that are not parked."""
+        self._expire()
+        return sum(not reservation.for_parked for reservation in self._held.values())
+
+    def is_for_parked(self, reservation_id: str) -> bool:
+        """Whether there is such a reservation, and it is for a parked request."""
+        reservation = self._held.get(reservation_id)
+        return reservation is not None and reservation.for_parked
+
+    def reserve(self, reservation_id: str, n_tokens: int, *, spoken_for: int = 0, for_parked: bool = False) -> bool:
         """
         Reserve blocks for a request of this many tokens, plus one; False when they are not free.
 
@@ -43,6 +54,7 @@ class Reservations:
             reservation_id: Of the reservation; one that exists already is kept.
             n_tokens: Length to reserve room for.
             spoken_for: Free blocks that others will need; vLLM leaves as many free when a pull asks for its blocks.
+            for_parked: Whether the request is parked, so that its move does not count as a migration.
         """
         self._expire()
         if reservation_id in self._held:
@@ -51,7 +63,8 @@ class Reservations:
         pool = self._pool()
         if pool.get_num_free_blocks() - spoken_for < n_blocks:
             return False
-        self._held[reservation_id] = _Reservation(pool.get_new_blocks(n_blocks), time.monotonic() + self._life_s)
+        blocks, expires_s = pool.get_new_blocks(n_blocks), time.monotonic() + self._life_s
+        self._held[reservation_id] = _Reservation(blocks, expires_s, for_parked)
         return True
 
     def release(self, reservation_id: str) -> bool:

@@ -8,6 +8,8 @@ Rules found by experiment, each with a regression test in `tests/engine`:
 - A request of N tokens has KV for N - 1: the last one was sampled, not yet computed. Exactly N - 1 are offered and
   asked for, and the block ids are trimmed to them; one more kills the target at a block boundary, and surplus blocks
   are taken from the wrong end.
+- A cut can be armed when a request comes: it then carries the lowered cap and `do_remote_decode` from the start, as the
+  requests of a prefill instance do in NIXL's own use, and NIXL puts it in the batch by itself.
 - A cut request that ended by itself (EOS, stop token, its own `max_tokens`, the model's maximum) is a real end and pins
   nothing.
 - A resumed request gets all N ids as its prompt; they are split here, so that to the scheduler it looks preempted.
@@ -22,7 +24,7 @@ Everything here runs in the EngineCore's thread, between or inside steps; there 
 import logging
 import socket
 import threading
-from dataclasses import dataclass
+import time
 from typing import TYPE_CHECKING
 
 from vllm.config import VllmConfig
@@ -35,9 +37,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from cascadeinfer.core.refusals import Refusal
+from cascadeinfer.engines.vllm.connector.cuts import Cuts, PendingCut
 from cascadeinfer.engines.vllm.connector.deadline import attach_deadlines, is_over
 from cascadeinfer.engines.vllm.connector.failures import Failures
 from cascadeinfer.engines.vllm.connector.grammar_replay import replay_grammar
@@ -47,13 +50,14 @@ from cascadeinfer.engines.vllm.connector.side_channel import SideChannel
 from cascadeinfer.engines.vllm.connector.step_timer import StepTimer
 from cascadeinfer.engines.vllm.connector.ticket import (
     CUT,
+    PARK,
     PROMPT_TOKENS,
     RESERVATION,
     TransferParams,
     is_resumed,
 )
 from cascadeinfer.engines.vllm.connector.v1_runner import V1Terms
-from cascadeinfer.engines.vllm.connector.words import Desk, can_go_on_elsewhere, check_words
+from cascadeinfer.engines.vllm.connector.words import Desk, check_words
 from cascadeinfer.engines.vllm.messages import ModelRunner
 
 if TYPE_CHECKING:
@@ -66,14 +70,6 @@ RESERVATION_LIFE_S = 60.0
 An unclaimed reservation (its controller died) expires after this long, unless the transfer configuration says
 otherwise.
 """
-
-
-@dataclass(slots=True)
-class PendingCut:
-    """State of a request before its cut, for undoing it."""
-
-    max_tokens: int
-    kv_transfer_params: TransferParams | None
 
 
 class CascadeSchedulerSide(NixlPullConnectorScheduler):
@@ -100,8 +96,8 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         #: For front ends that attach later; must not be logged.
         self.connector_token = self._desk.token
         self._failures = Failures()
-        #: Cut requests that have not finished yet, by id.
-        self._cuts: dict[str, PendingCut] = {}
+        #: Cut requests that have not finished yet.
+        self._cuts = Cuts(self.max_model_len, movable=self.movable)
         #: Resumed requests whose grammar has not been replayed yet.
         self._grammars_to_replay: set[str] = set()
         self._v1_terms = V1Terms()
@@ -111,8 +107,11 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         )
         #: Limit on simultaneous migrations over all front-end processes; None: the only process enforces its own limit.
         self.max_migrations: int | None = None
-        #: Cut requests whose blocks are pinned until they are pulled, released or their lease ends.
-        self.pinned: dict[str, None] = {}
+        #: Cut requests whose blocks are pinned until they are pulled, released or their lease ends; whether their cut
+        #: had been armed, so that they wait for somebody to move them.
+        self.pinned: dict[str, bool] = {}
+        #: Requests here that came from where they were parked.
+        self.pushed: set[str] = set()
         #: Requests that are neither finished nor aborted: with any left, the next step follows at once.
         self._live: set[str] = set()
         self.timer = StepTimer()
@@ -152,7 +151,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
 
     # --- commands (between steps) ------------------------------------------------------------------------------------
 
-    def cut(self, request: Request | None) -> Refusal | None:  # noqa: PLR0911 - one line per reason
+    def cut(self, request: Request | None) -> Refusal | None:
         """
         End this request at its next token and pin its blocks.
 
@@ -161,25 +160,12 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         """
         if request is None or request.is_finished():
             return Refusal.UNKNOWN
-        if not self.movable or request.sampling_params is None or not can_go_on_elsewhere(request):
+        if not self._cuts.may_go(request):
             return Refusal.UNMOVABLE
         if request.request_id in self._failures:
             return Refusal.ENDING
-        if request.request_id in self._cuts:
-            return Refusal.ALREADY_CUT
-        if request.status != RequestStatus.RUNNING or request.num_stale_output_tokens:
-            return Refusal.WAITING
-        if request.num_output_tokens == 0 or request.is_prefill_chunk:
-            return Refusal.PREFILLING
-        in_flight = request.num_output_placeholders
-        last_output_tokens = request.num_output_tokens + max(in_flight, 1)
-        if last_output_tokens >= request.max_tokens:
-            return Refusal.ENDING
-        if request.num_prompt_tokens + last_output_tokens >= self.max_model_len:
-            return Refusal.ENDING
-        self._cuts[request.request_id] = PendingCut(request.max_tokens, request.kv_transfer_params)
-        request.max_tokens = last_output_tokens
-        request.kv_transfer_params = {"do_remote_decode": True}
+        if (refused := self._cuts.cut(request)) is not None:
+            return refused
         self._reqs_in_batch.add(request.request_id)  # otherwise the worker ignores the pin
         self._reqs_not_processed.discard(
             request.request_id
@@ -188,13 +174,8 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
 
     def undo_cut(self, request: Request | None) -> bool:
         """Let a cut request go on; False when it has already finished (the cut stands)."""
-        if request is None or request.is_finished():
+        if request is None or request.is_finished() or not self._cuts.undo(request):
             return False
-        pending = self._cuts.pop(request.request_id, None)
-        if pending is None:
-            return False
-        request.max_tokens = pending.max_tokens
-        request.kv_transfer_params = pending.kv_transfer_params
         if request.request_id in self._reqs_in_batch:
             self._reqs_in_batch.discard(request.request_id)  # no worker has heard of the cut
         else:
@@ -202,8 +183,27 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         return True
 
     def n_leaving(self) -> int:
-        """Cut requests: those about to end here, and those whose blocks wait to be pulled."""
-        return len(self._cuts) + len(self.pinned)
+        """Cut requests of migrations: those about to end here, and those whose blocks wait to be pulled."""
+        return self._cuts.n_of_migrations() + sum(not armed for armed in self.pinned.values())
+
+    def renew_pin(self, request_id: str) -> bool | None:
+        """
+        Begin the lease on a cut request's blocks anew.
+
+        Returns:
+            Whether they are pinned; None if only the workers know.
+        """
+        if request_id not in self.pinned:
+            return False
+        if request_id not in self._reqs_need_send:
+            return None
+        self._reqs_need_send[request_id] = time.perf_counter() + self._kv_lease_duration
+        return True
+
+    @property
+    def lease_s(self) -> int:
+        """Seconds for which the blocks of a cut request are pinned."""
+        return self._kv_lease_duration
 
     def free_blocks(self) -> int:
         """Blocks that are free (cached or not)."""
@@ -222,7 +222,11 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         with self._failures.at(request, "on_new_request"):
             words = self._desk.take(request)
             if words is not None:
-                self._resume(request, words)
+                park = words.pop(PARK, None)
+                if words or not park:
+                    self._resume(request, words)
+                if park:
+                    self._cuts.arm(request)
             super().on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -253,7 +257,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         A fault pins nothing; a cut request is still reported as cut, and continues elsewhere without its KV cache.
         """
         request_id = request.request_id
-        pending = self._cuts.pop(request_id, None)
+        pending = self._cuts.take(request_id)
         self._forget(request_id)
         try:
             return self._finished(request, block_ids, pending)
@@ -262,7 +266,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         for table in (self._reqs_need_send, self._reqs_need_recv, self.pinned):
             table.pop(request_id, None)
         self._reqs_not_processed.add(request_id)
-        if pending is None or self._is_real_end(request, pending.max_tokens):
+        if pending is None or self._cuts.is_real_end(request, pending.max_tokens):
             return False, None
         return False, {CUT: True, "remote_num_tokens": 0}
 
@@ -296,6 +300,8 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
 
     def _resume(self, request: Request, words: TransferParams) -> None:
         if isinstance(reservation_id := words.get(RESERVATION), str):
+            if self.reservations.is_for_parked(reservation_id):
+                self.pushed.add(request.request_id)
             self.reservations.release(reservation_id)
         check_words(words, request, self.block_size)
         request.kv_transfer_params = words
@@ -337,7 +343,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
     ) -> tuple[bool, TransferParams | None]:
         if pending is None:
             return super().request_finished(request, block_ids)
-        if self._is_real_end(request, pending.max_tokens):
+        if self._cuts.is_real_end(request, pending.max_tokens):
             self._reqs_not_processed.add(request.request_id)
             request.kv_transfer_params = pending.kv_transfer_params
             return False, None
@@ -349,7 +355,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         params["remote_num_tokens"] = n_computed if delay_free else 0
         params[CUT] = True
         if delay_free:
-            self.pinned[request.request_id] = None
+            self.pinned[request.request_id] = pending.armed
         else:
             self._reqs_not_processed.add(request.request_id)
         return delay_free, params
@@ -364,19 +370,12 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
                 continue
             del self._reqs_need_recv[request_id]
 
-    def _is_real_end(self, request: Request, max_tokens: int) -> bool:
-        """Whether a finished request that was being cut would have ended here anyway."""
-        return (
-            request.status != RequestStatus.FINISHED_LENGTH_CAPPED
-            or request.num_output_tokens >= max_tokens
-            or request.num_tokens >= self.max_model_len
-        )
-
     def _forget(self, request_id: str) -> None:
         self._live.discard(request_id)
         if not self._live:
             self.timer.idle()
         self._grammars_to_replay.discard(request_id)
+        self.pushed.discard(request_id)
         self._v1_terms.forget(request_id)
         self._failures.forget(request_id)
         self._stop_heartbeat(request_id)

@@ -15,6 +15,8 @@ CUT: Final = "cascade_cut"
 """True in the final output of a request that was cut (and did not end by itself)."""
 PROMPT_TOKENS: Final = "cascade_prompt_tokens"
 """Length of the original prompt of a resumed request; the ids after it are its output so far."""
+PARK: Final = "cascade_park"
+"""True for a request that is to be cut with the first token that it gets."""
 RESERVATION: Final = "cascade_reservation"
 """Id of the reservation that the resumed request takes over."""
 

@@ -1,11 +1,12 @@
 """
 The connector's half in a worker: handshakes in advance, release of pinned blocks on command, deadlines of pulls.
 
-`handshake` and `release` are called through the executor's collective RPC (see `commands.py`), between two steps, on
-every rank.
+`handshake`, `release` and `renew` are called through the executor's collective RPC (see `commands.py`), between two
+steps, on every rank.
 """
 
 import logging
+import time
 from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -41,6 +42,14 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
         self._reqs_to_process.discard(request_id)
         del self._reqs_to_send[request_id]
         self._released.add(request_id)
+
+    def renew(self, request_id: str, lease_s: float) -> bool:
+        """Begin the lease on this request's blocks anew; False if they are not pinned here any more."""
+        expires_s, now_s = self._reqs_to_send.get(request_id), time.perf_counter()
+        if expires_s is None or now_s >= expires_s:
+            return False
+        self._reqs_to_send[request_id] = max(expires_s, now_s + lease_s)
+        return True
 
     def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
         """NIXL's step, then the releases that came before their pins."""
@@ -98,3 +107,8 @@ def handshake_on_worker(_worker: Any, engine_id: str, host: str, port: int, tp_s
 def release_on_worker(_worker: Any, request_id: str) -> None:
     """Collective-RPC form of `CascadeWorkerSide.release`."""
     _this_worker().release(request_id)
+
+
+def renew_on_worker(_worker: Any, request_id: str, lease_s: float) -> bool:
+    """Collective-RPC form of `CascadeWorkerSide.renew`."""
+    return _this_worker().renew(request_id, lease_s)
