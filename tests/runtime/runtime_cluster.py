@@ -15,7 +15,7 @@ from typing import Any, Self
 from prometheus_client import CollectorRegistry
 
 from cascadeinfer.core.effects import Dispatch, Effect, MigrationReason, StartMigration
-from cascadeinfer.core.errors import ScalingRefusedError
+from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 from cascadeinfer.core.events import Event, MigrationEnded, PinReason, TimerFired
 from cascadeinfer.core.migration import Happening, Migration, MigrationLimits, State
 from cascadeinfer.core.placing.dispatch import Chosen
@@ -25,7 +25,7 @@ from cascadeinfer.core.quarantine import DEATHS
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
-from cascadeinfer.engines.protocol import EngineRequest
+from cascadeinfer.engines.protocol import FIRST_BUILD, Build, EngineRequest
 from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams, SimulatedTimes, generate
 from cascadeinfer.runtime import instance_state
 from cascadeinfer.runtime.driver import Observer
@@ -170,6 +170,7 @@ class Cluster:
         self._numbers = 0
         self._observer = observer
 
+        self.build = FIRST_BUILD
         self.runtime = Runtime(
             {instance_id: self._factory(instance_id) for instance_id in self.engines},
             self.policy,
@@ -191,7 +192,15 @@ class Cluster:
 
         self.runtime._migrator.happen = watched  # type: ignore[method-assign]
 
-    def place(self, instance_id: str) -> Callable[[int], SimulatedEngine]:
+    def prepare(self, options: Sequence[str]) -> Build:
+        """See EngineSource."""
+        raise ConfigError("cannot be changed", option=options[0])
+
+    def has_room(self, *, shared: bool) -> bool:  # noqa: ARG002 - none is shared
+        """See EngineSource."""
+        return len(self.placed) < self._max_instances
+
+    def place(self, instance_id: str, build: Build | None = None) -> Callable[[int], SimulatedEngine]:  # noqa: ARG002
         """See EngineSource."""
         if len(self.placed) >= self._max_instances:
             raise ScalingRefusedError("no place left")
