@@ -16,7 +16,7 @@ import pytest
 from experiment_words import run
 from rich.console import Console
 
-from cascadeinfer.cli.top import KEY_VARIABLE
+from cascadeinfer.cli.admin_calls import KEY_VARIABLE
 from cascadeinfer.cli.top_view import cell_of, lasting, render
 from support.pictures import MAX_TOKENS, TWO, record
 from support.served_page import ADMIN_KEY, API_KEY, SERVED, Recorded, serving

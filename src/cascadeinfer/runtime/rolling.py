@@ -146,7 +146,7 @@ class Rolling:
         """
         self.refuse_meanwhile()
         if self._source is None:
-            raise ConfigError("engines that others start are updated by whoever starts them", option="roll")
+            raise ConfigError("engines that others start are updated by whoever starts them")
         self._is_preparing = True
         try:
             build = await asyncio.to_thread(self._source.prepare, options)
@@ -154,7 +154,7 @@ class Rolling:
             self._is_preparing = False
         present = self._present()
         if all(record.build == build for record in present):
-            raise ConfigError("all instances have these options already", option="roll")
+            raise ConfigError("all instances have these options already")
         if len(present) == 1 and not self._source.has_room(shared=True):
             raise ScalingRefusedError("the only instance serves, and there is no free place for a new one beside it")
         n_begun = sum(record.life.state not in FIRST for record in present)

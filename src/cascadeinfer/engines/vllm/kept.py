@@ -19,7 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from vllm.config import VllmConfig
 
 from cascadeinfer.cluster.keeping import EngineOrder, Keepers
+from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.protocol import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm.channel import EngineChannel, connect_both_ways
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.kept_order import MODULE, Content
@@ -146,6 +148,7 @@ class KeptSource:
 
     Attributes:
         phase: What the server does.
+        build: The only one: a server that comes back must find engines that are all alike.
     """
 
     def __init__(
@@ -167,6 +170,7 @@ class KeptSource:
             environment: More variables for those that are started.
         """
         self.phase = Phase.STARTS
+        self.build = FIRST_BUILD
         self._keepers = keepers
         self._found = frozenset(found)
         self._content = content
@@ -175,7 +179,19 @@ class KeptSource:
         self._environment = dict(environment)
         self._n_placed = 0
 
-    def place(self, instance_id: InstanceId) -> Callable[[int], VllmInstance]:
+    def prepare(self, options: Sequence[str]) -> Build:  # noqa: ARG002 - see EngineSource
+        """See EngineSource: not while a fleet has one record of its options for all its engines."""
+        raise ConfigError(
+            "the engines of a fleet are not updated one by one",
+            option="--fleet",
+            fix="end the fleet with cascadeinfer stop, and serve with the new options",
+        )
+
+    def has_room(self, *, shared: bool) -> bool:  # noqa: ARG002 - see EngineSource
+        """See EngineSource; nobody asks."""
+        return False
+
+    def place(self, instance_id: InstanceId, build: Build | None = None) -> Callable[[int], VllmInstance]:  # noqa: ARG002
         """See EngineSource."""
         self._keepers.place(instance_id)
         index = int(instance_id) if instance_id.isdecimal() else self._n_placed

@@ -5,7 +5,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 
 import pydantic
@@ -21,8 +21,10 @@ from cascadeinfer.cluster.protocol import Launcher, Place
 from cascadeinfer.cluster.start_turns import StartTurns
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.protocol import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm.attached import AttachedCore
 from cascadeinfer.engines.vllm.attachment import Attachment
+from cascadeinfer.engines.vllm.builds import Builds
 from cascadeinfer.engines.vllm.configuration import (
     SIDE_CHANNEL_HOST_VARIABLE,
     KvTransferSettings,
@@ -35,6 +37,7 @@ from cascadeinfer.engines.vllm.configuration import (
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
 from cascadeinfer.engines.vllm.messages import EngineHello
+from cascadeinfer.engines.vllm.other_build import check_same_service
 from cascadeinfer.engines.vllm.owned import OwnedCore
 from cascadeinfer.engines.vllm.processes import VllmProcesses
 from cascadeinfer.engines.vllm.refused_options import check_engine_args
@@ -86,24 +89,45 @@ class VllmSource:
                 them.
         """
         check_engine_args(engine_args)
+        self.build = FIRST_BUILD
         if logs is not None:
             engine_args = logs.args_for_all(engine_args)
-        self._engine_args = with_cpu_kv_share(engine_args, n_instances)
+        engine_args = with_cpu_kv_share(engine_args, n_instances)
+        self._builds = Builds(engine_args)
         self._settings = settings
         self._log_stats = log_stats
         self._extra_environment = extra_environment or {}
         self._n_clients = n_clients
         self._logs = logs
         self._n_placed = 0
+        self._places = places_for(engine_args, n_instances)
         self._launcher: Launcher[VllmProcesses, EngineHello] = LocalLauncher[EngineHello](
-            places_for(engine_args, n_instances), n_instances, self._further_needs_bytes(), start_turns()
+            self._places, n_instances, _further_needs_bytes(engine_args), start_turns()
         )
         self._place_of: dict[InstanceId, Place] = {}
         with _refusals():
-            self._first_config: VllmConfig | None = instance_config(self._engine_args, "first", settings)
+            self._first_config: VllmConfig | None = instance_config(engine_args, "first", settings)
 
-    def place(self, instance_id: InstanceId) -> Callable[[int], VllmInstance]:
+    def prepare(self, options: Sequence[str]) -> Build:
         """See EngineSource."""
+        served = [kept.config.model_config.max_model_len for kept in self._launcher.living().values()]
+        if not served:
+            raise ConfigError("no instance is up", fix="wait until one is")
+        prepared = self._builds.prepare(self.build, options, min(served))
+        with _refusals():
+            new = instance_config(prepared.engine_args, "new", self._settings)
+            if prepared.build.model_version != self.build.model_version:
+                old = instance_config(self._builds.args_of(self.build), "old", self._settings)
+                check_same_service(old, new)
+        return self._builds.keep(prepared)
+
+    def has_room(self, *, shared: bool) -> bool:
+        """See EngineSource."""
+        return self._places.has_room(shared=shared)
+
+    def place(self, instance_id: InstanceId, build: Build | None = None) -> Callable[[int], VllmInstance]:
+        """See EngineSource."""
+        engine_args = self._builds.args_of(build or self.build)
         place = self._place_of[instance_id] = self._launcher.place(instance_id)
         index = int(instance_id) if instance_id.isdecimal() else self._n_placed
         environment = {
@@ -114,10 +138,11 @@ class VllmSource:
         }
         self._n_placed += 1
         checked, self._first_config = self._first_config, None
+        new_config = partial(instance_config, engine_args, instance_id, self._settings)
         log_as = contextlib.nullcontext if self._logs is None else partial(self._logs.logging_as, instance_id)
 
         def make(start: int) -> VllmInstance:
-            config = checked if checked is not None and start == 0 else self._config_of(instance_id)
+            config = checked if checked is not None and start == 0 else new_config()
             core = OwnedCore(
                 self._launcher,
                 place,
@@ -137,17 +162,13 @@ class VllmSource:
         """See EngineSource."""
         self._launcher.release(self._place_of.pop(instance_id))
 
-    def _config_of(self, instance_id: InstanceId) -> VllmConfig:
-        return instance_config(self._engine_args, instance_id, self._settings)
 
-    def _further_needs_bytes(self) -> float:
-        """Memory of its KV blocks, which an instance on a CPU must find free; a device checks by itself."""
-        if not current_platform.is_cpu():
-            return 0.0
-        each = self._engine_args.kv_cache_memory_bytes or 2**30 * float(
-            operator_environment().get("VLLM_CPU_KVCACHE_SPACE") or 0
-        )
-        return each * n_ranks(self._engine_args)
+def _further_needs_bytes(engine_args: AsyncEngineArgs) -> float:
+    """Memory of its KV blocks, which an instance on a CPU must find free; a device checks by itself."""
+    if not current_platform.is_cpu():
+        return 0.0
+    each = engine_args.kv_cache_memory_bytes or 2**30 * float(operator_environment().get("VLLM_CPU_KVCACHE_SPACE") or 0)
+    return each * n_ranks(engine_args)
 
 
 def make_factories(
