@@ -199,7 +199,7 @@ class Elasticity:
             await within(timeout_s, self._until_empty(record, drain), begin_anew)
         except TimeoutError:
             left = len(self._streams.on_instance(record.instance_id))
-            error = f"time-out after {timeout_s:g} s: {left} requests were computed anew elsewhere"
+            error = f"time-out after {timeout_s:g} s: {left} requests were taken from it"
             ended = Happening.DRAIN_OVERDUE
             logger.warning("instance %s: drain %s", record.instance_id, error)
         if record.engine is None:

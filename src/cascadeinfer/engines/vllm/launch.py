@@ -37,7 +37,7 @@ from cascadeinfer.engines.vllm.configuration import (
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
 from cascadeinfer.engines.vllm.messages import EngineHello
-from cascadeinfer.engines.vllm.other_build import check_same_service
+from cascadeinfer.engines.vllm.other_build import check_code, check_same_service
 from cascadeinfer.engines.vllm.owned import OwnedCore
 from cascadeinfer.engines.vllm.processes import VllmProcesses
 from cascadeinfer.engines.vllm.refused_options import check_engine_args
@@ -114,9 +114,12 @@ class VllmSource:
         if not served:
             raise ConfigError("no instance is up", fix="wait until one is")
         prepared = self._builds.prepare(self.build, options, min(served))
+        is_other_model = prepared.build.model_version != self.build.model_version
+        if is_other_model:
+            check_code(prepared.engine_args)
         with _refusals():
             new = instance_config(prepared.engine_args, "new", self._settings)
-            if prepared.build.model_version != self.build.model_version:
+            if is_other_model:
                 old = instance_config(self._builds.args_of(self.build), "old", self._settings)
                 check_same_service(old, new)
         return self._builds.keep(prepared)

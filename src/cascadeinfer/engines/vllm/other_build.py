@@ -42,7 +42,7 @@ ALIKE: Final = frozenset(
     }
 )
 OTHER_CACHE: Final = frozenset({"block_size", "kv_cache_dtype"})
-OTHER_MODEL: Final = frozenset({"code_revision", "dtype", "load_format", "model", "quantization", "revision"})
+OTHER_MODEL: Final = frozenset({"dtype", "model", "quantization", "revision"})
 
 _NEW_SERVER: Final = "start a server with it"
 _OF_THE_FRONT_END: Final = "is read by the front end, which goes on with what it was started with"
@@ -100,6 +100,16 @@ def changes_in(words: Sequence[str]) -> dict[str, Any]:
     for name in said:
         check_name(name)
     return said
+
+
+def check_code(engine_args: AsyncEngineArgs) -> None:
+    """Raises ConfigError if another version of the model would bring code along that nobody has looked at."""
+    if engine_args.trust_remote_code:
+        raise ConfigError(
+            "with --trust-remote-code, the new version's code would run for whoever has the admin key",
+            option="--model",
+            fix=_NEW_SERVER,
+        )
 
 
 def _refuse(message: str) -> NoReturn:
