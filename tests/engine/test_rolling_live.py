@@ -20,7 +20,7 @@ from typing import Any, Self
 import httpx
 import pytest
 from server_process import API_KEY, NO_TLS, QUICK_SERVER, ServerProcess
-from test_standing_live import completion, moved
+from test_standing_live import completion
 
 from cascadeinfer.cli.admin_calls import KEY_VARIABLE
 from cascadeinfer.engines.models.tiny import make_tiny_llama
@@ -115,22 +115,32 @@ def builds(server: ServerProcess) -> list[int]:
     return [instance["build"] for instance in server.admin()["instances"]]
 
 
+def answers_meanwhile(server: ServerProcess, rolling: "subprocess.Popen[str]") -> list[httpx.Response]:
+    """Long answers, several at a time, from now until the command ends."""
+
+    def asked() -> Iterator[httpx.Response]:
+        while rolling.poll() is None:
+            yield server.post("/v1/completions", completion(N_TOKENS))
+
+    with ThreadPoolExecutor(N_CLIENTS) as clients:
+        asking = [clients.submit(lambda: list(asked())) for _ in range(N_CLIENTS)]
+        return [answer for each in asking for answer in each.result()]
+
+
 def test_other_options_while_texts_go_on(server: ServerProcess) -> None:
     """All texts are the same as before, requests move live, and at least one of two instances is always ready."""
     expected = text_of(server)
-    before = moved(server)
     with Ready(server) as ready:
         rolling = roll(server, "--max-num-seqs", "24")
-        texts = []
-        while rolling.poll() is None:
-            texts.append(text_of(server))
+        answers = answers_meanwhile(server, rolling)
         code, out, err = told(rolling)
     assert (code, err) == (0, ""), (out, err)
-    assert "from now on, start this server with: --max-num-seqs 24" in out
-    assert set(texts) == {expected}
+    assert out.splitlines()[-1] == "from now on, start this server with: --max-num-seqs 24"
+    assert {answer.status_code for answer in answers} == {HTTPStatus.OK}
+    assert {answer.json()["choices"][0]["text"] for answer in answers} == {expected}
     assert ready.fewest == 1
     assert builds(server) == [1, 1]
-    assert moved(server) > before
+    assert server.metric("cascadeinfer_migrations_total", outcome="moved", reason="drain") > 0
     assert server.metric("cascadeinfer_recovered_requests_total") == 0
 
 
@@ -184,17 +194,9 @@ def test_another_version_of_the_model(server: ServerProcess, next_version: Path)
 def test_no_text_goes_on_with_another_version(server: ServerProcess, tiny_model: Path) -> None:
     """When the time of the old instances is up, texts that have begun end with an error that says why."""
     old = text_of(server)
-    answers: list[httpx.Response] = []
-    with ThreadPoolExecutor(N_CLIENTS) as clients:
-        rolling = roll(server, "--model", str(tiny_model), "--timeout-s", "0")
-
-        def ask() -> None:
-            while rolling.poll() is None:
-                answers.append(server.post("/v1/completions", completion(N_TOKENS)))
-
-        asking = [clients.submit(ask) for _ in range(N_CLIENTS)]
-        code, out, err = told(rolling)
-    assert [each.result() for each in asking] == [None] * N_CLIENTS
+    rolling = roll(server, "--model", str(tiny_model), "--timeout-s", "0")
+    answers = answers_meanwhile(server, rolling)
+    code, out, err = told(rolling)
     assert (code, err) == (0, ""), (out, err)
     new = text_of(server)
     texts = {answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == HTTPStatus.OK}

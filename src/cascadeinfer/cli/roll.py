@@ -48,7 +48,7 @@ def roll(
     admin_api_key: Annotated[str | None, typer.Option(help=KEY_HELP)] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Begin nothing: follow the update that is under way.")] = False,
 ) -> None:
-    """Replace the instances of a running server by others with these engine options, one by one."""
+    """All other words are engine options of vLLM: what changes for the instances. See docs/operating.md."""
     server = AdminCalls(parsed_url(url, "--url"), admin_api_key)
     if watch and context.args:
         raise ConfigError("begins nothing, so it takes no engine options", option="--watch")

@@ -160,6 +160,7 @@ class InstanceRecord:
             pulled_tokens=self.counters.pulled_tokens,
             phase=PHASES[self.life.state],
             kind=None if self.capacity is None else InstanceKind(self.capacity),
+            build=self.build.number,
         )
 
 
