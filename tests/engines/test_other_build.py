@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,7 +95,8 @@ def test_the_sets_name_arguments_of_vllm() -> None:
 
 def test_builds(model: Path, next_model: Path) -> None:
     """Equal options are the same build; the KV cache and the model are told apart as far as they differ."""
-    builds = Builds(AsyncEngineArgs(model=str(model)))
+    engine_args = AsyncEngineArgs(model=str(model))
+    builds = Builds(engine_args, replace(engine_args, kv_cache_memory_bytes=1 << 28))
 
     def made(current: Build, *words: str) -> Build:
         return builds.keep(builds.prepare(current, words, LENGTH))
@@ -104,6 +106,8 @@ def test_builds(model: Path, next_model: Path) -> None:
     more = made(FIRST_BUILD, "--max-num-seqs", "8")
     assert more == Build(1, ("--max-num-seqs 8",))
     assert builds.args_of(more).max_model_len == LENGTH
+    assert builds.args_of(more).kv_cache_memory_bytes == 1 << 28
+    assert builds.said_of(more).kv_cache_memory_bytes is None
     assert builds.args_of(FIRST_BUILD).max_model_len is None
     blocks = made(more, "--block-size", "32")
     assert blocks.options == ("--block-size 32", "--max-num-seqs 8")
@@ -119,7 +123,8 @@ def test_new_files_under_the_same_path_are_another_version(model: Path, next_mod
     """An instance that starts from then on would load them."""
     path = tmp_path / "served"
     shutil.copytree(model, path)
-    builds = Builds(AsyncEngineArgs(model=str(path)))
+    engine_args = AsyncEngineArgs(model=str(path))
+    builds = Builds(engine_args, engine_args)
     assert builds.prepare(FIRST_BUILD, (), LENGTH).build is FIRST_BUILD
     for file in next_model.iterdir():
         shutil.copyfile(file, path / file.name)
@@ -194,7 +199,7 @@ def test_no_foreign_code(source: VllmSource, model: Path, next_model: Path) -> N
     engine_args = AsyncEngineArgs(
         model=str(model), dtype="float32", max_model_len=LENGTH, enforce_eager=True, trust_remote_code=True
     )
-    source._builds = Builds(engine_args)
+    source._builds = Builds(engine_args, engine_args)
     with pytest.raises(ConfigError, match="--model: with --trust-remote-code, the new version's code would run"):
         source.prepare(["--model", str(next_model)])
     assert source.prepare(["--max-num-seqs", "8"]).number == 1

@@ -9,7 +9,7 @@ the log; and no timer. `@virtual_time` also asserts that no task is left.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 from prometheus_client import CollectorRegistry
@@ -171,6 +171,7 @@ class Cluster:
         self._observer = observer
 
         self.build = FIRST_BUILD
+        self.noted: list[list[int]] = []
         self.runtime = Runtime(
             {instance_id: self._factory(instance_id) for instance_id in self.engines},
             self.policy,
@@ -195,6 +196,10 @@ class Cluster:
     def prepare(self, options: Sequence[str]) -> Build:
         """See EngineSource."""
         raise ConfigError("cannot be changed", option=options[0])
+
+    async def note(self, builds: Collection[Build]) -> None:
+        """See EngineSource."""
+        self.noted.append(sorted(build.number for build in builds))
 
     def has_room(self, *, shared: bool) -> bool:  # noqa: ARG002 - none is shared
         """See EngineSource."""

@@ -139,6 +139,7 @@ async def test_all_are_replaced_and_requests_move_live(name: str) -> None:
         assert shown["options"] == ["--max-num-seqs 16"]
         assert (shown["old"], shown["new"], shown["replaced"]) == ([], ["3", "4", "5"], 3)
         assert {instance["build"] for instance in cluster.runtime.snapshot()["instances"]} == {1}
+        assert cluster.noted == [[0, 1], [1]]
         assert any(client.finish_reason is None for client in clients), "it waited for them instead"
         for client in clients:
             await client.until_end()
@@ -198,6 +199,21 @@ async def test_bad_options_touch_nothing() -> None:
 
 
 @virtual_time
+async def test_what_cannot_be_written_down_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever adopts the engines later would take them for all alike."""
+
+    async def fails(_: object) -> None:
+        raise OSError("no space left on device")
+
+    async with Rollable() as cluster:
+        monkeypatch.setattr(cluster, "note", fails)
+        with pytest.raises(ScalingRefusedError, match="cannot be written down: no space left"):
+            await cluster.runtime.elastic.rolling.begin(SEQS, LONG_S)
+        assert not cluster.runtime.elastic.rolling.is_under_way
+        assert set(cluster.runtime.fleet.records) == {"a", "b", "c"}
+
+
+@virtual_time
 async def test_the_only_instance_needs_a_free_place() -> None:
     """One instance is replaced by one beside it, or not at all."""
     async with Rollable(instance_ids="a", max_instances=1) as cluster:
@@ -235,9 +251,11 @@ async def test_a_new_one_that_does_not_start_stops_it(max_instances: int) -> Non
         await cluster.all_up()
         assert len(cluster.runtime.live_engines()) == 3
         assert cluster.build.number == 0
+        assert cluster.noted == [[0, 1], [0, 1]]
         async with rolling(cluster, ()) as rolled:
             assert (await rolled.ended())["replaced"] == 1
         assert {record.build.number for record in cluster.runtime.fleet} == {0}
+        assert cluster.noted[-1] == [0]
         await client.until_end()
         assert recovered(cluster) == 0
 
@@ -370,6 +388,27 @@ async def test_an_orphan_waits_for_its_version() -> None:
         orphan = {"a": "r", "b": "p", "c": "q"}[victim]
         assert len(cluster.visited(orphan)) == 2
         assert set(cluster.visited(orphan)) <= set("abc")
+
+
+@virtual_time
+async def test_an_orphan_waits_for_the_restart_of_the_last_of_its_version() -> None:
+    """Though an instance of the other version is up all the time."""
+    policy = ScriptedPolicy()
+    error = {"3": "no memory"}
+    async with Rollable(policy, "ab", start_error=lambda name, _: error.get(name)) as cluster:
+        async with rolling(cluster, MODEL) as rolled:
+            assert (await rolled.ended())["state"] == "failed"
+        old, new = rolled.shown["old"], rolled.shown["new"]
+        assert (len(old), len(new)) == (1, 1)
+        policy.places |= {"r": old[0], "s": old[0]}
+        client, other = await cluster.submit("r", 50, 300), await cluster.submit("s", 50, 300)
+        await client.until_tokens(5)
+        cluster[old[0]].kill()
+        fresh = await cluster.submit("t", 50, 300)
+        for each in (client, other, fresh):
+            assert (await each.until_end()).finish_reason == "length"
+        assert cluster.visited("r") == cluster.visited("s") == [old[0], old[0]]
+        assert cluster.visited("t") == new
 
 
 @virtual_time

@@ -247,13 +247,19 @@ class ClusterView:
         return self._pricings[kind]
 
     def _find_alike(self) -> None:
-        """After instances came or went: find those that share a step model, and the sizes of their caches."""
+        """
+        After instances came or went: find those that share a step model, the sizes of their caches, and whether some
+        request cannot run on all of them.
+        """
         self._alike = {}
         for instance in self.instances.values():
             self._alike.setdefault(instance.kind.step_model_key, []).append(instance)
         self._least_kv_tokens = min((i.capacity.kv_tokens for i in self.instances.values()), default=0)
         self._most_kv_tokens = max(self._most_kv_tokens, *(i.capacity.kv_tokens for i in self.instances.values()), 0)
-        self._is_mixed = len({(i.kind.model_version, i.kind.kv_group) for i in self.instances.values()}) > 1
+        here = {instance.kind.model_version for instance in self.instances.values()}
+        wanted = {request.model_version for request in self._unplaced.values()} - {None}
+        groups = {instance.kind.kv_group for instance in self.instances.values()}
+        self._is_mixed = len(groups) > 1 or len(here | wanted) > 1
 
     def _find_available(self) -> None:
         present = [instance for _, instance in sorted(self.instances.items()) if not instance.draining]
@@ -342,7 +348,6 @@ class ClusterView:
     def _lose(self, event: InstanceLost) -> None:
         instance = self.instances.pop(event.instance_id, None)
         self._costs.pop(event.instance_id, None)
-        self._find_alike()
         self._find_available()
         tokens_of = dict(zip(event.orphan_ids, event.orphan_tokens, strict=True))
         # A migrating request counts here even once it runs at its target: `MigrationEnded` will say where it is.
@@ -356,6 +361,7 @@ class ClusterView:
             n_tokens = tokens_of.get(request_id, 0)
             self._take_away(request, n_tokens)
             request.settled_tokens = max(request.settled_tokens, n_tokens)
+        self._find_alike()
 
     def _start_migration(self, effect: StartMigration) -> None:
         request = self.requests.get(effect.request_id)

@@ -8,7 +8,7 @@ credited to the new one.
 All methods are called from one event loop. Commands are carried out in the order of the calls.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -307,6 +307,15 @@ class EngineSource(Protocol):
 
         Raises:
             ConfigError: These options, or those of instances here at all, cannot be changed while others run.
+        """
+        ...
+
+    async def note(self, builds: Collection[Build]) -> None:
+        """
+        Instances of these builds run, or are about to: what outlives this process must tell the next one.
+
+        Raises:
+            OSError: It cannot be told.
         """
         ...
 

@@ -12,7 +12,9 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 
+import msgspec
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -20,6 +22,7 @@ from cascadeinfer import __version__
 from cascadeinfer.cluster.fleet import OPTION, Record
 from cascadeinfer.cluster.fleets import UsedFleet
 from cascadeinfer.cluster.keeping import Keepers
+from cascadeinfer.cluster.local_keepers import Rooms
 from cascadeinfer.cluster.shared_key import ClusterKey
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
@@ -27,6 +30,7 @@ from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.configuration import KvTransferSettings, attached_config, with_cpu_kv_share
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.kept import KeptSource, Phase
+from cascadeinfer.engines.vllm.kept_builds import KeptBuilds
 from cascadeinfer.engines.vllm.kept_order import Content
 from cascadeinfer.engines.vllm.launch import places_for
 from cascadeinfer.engines.vllm.refused_options import check_engine_args, engine_default
@@ -148,7 +152,13 @@ async def fleet_engines(
     check_engine_args(engine_args)
     asked = record_of(engine_args, terms)
     shared = with_cpu_kv_share(engine_args, terms.n_instances) if fleet.is_here else engine_args
-    keepers = fleet.keepers(lambda: places_for(shared, terms.n_instances))
+    places = places_for(shared, terms.n_instances) if fleet.is_here else None
+
+    def rooms() -> Rooms:
+        assert places is not None, "nothing is started on this machine"
+        return places
+
+    keepers = fleet.keepers(rooms)
     found = tuple(sorted(await keepers.find(), key=_by_number))
     try:
         _check(fleet, asked, await fleet.record(), found)
@@ -161,20 +171,25 @@ async def fleet_engines(
         key = await fleet.key()
         settings = KvTransferSettings(terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE)
         content = Content("", shared, settings, terms.log_stats, terms.own_log_level, terms.orphan_timeout_s)
-        source = KeptSource(
-            keepers,
-            found,
+        standing = Terms(config, ClusterKey.of(key), terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE, terms.own_host)
+        builds = KeptBuilds(
+            engine_args,
             content,
-            key,
-            Terms(config, ClusterKey.of(key), terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE, terms.own_host),
-            {},
+            standing,
+            has_room=lambda shared: places is not None and places.has_room(shared=shared),
+            write=partial(_write_record, fleet, terms) if fleet.is_here else None,
         )
+        source = KeptSource(keepers, found, builds, key, {})
         engines = FleetEngines(fleet, keepers, found, source, tuple(dict.fromkeys([*first, *found])))
         for line in engines.first_lines(terms.orphan_timeout_s):
             logger.info("%s", line)
         yield engines
     finally:
         await keepers.leave()
+
+
+async def _write_record(fleet: UsedFleet, terms: FleetTerms, engine_args: AsyncEngineArgs, unfinished: str) -> None:
+    await fleet.write(msgspec.structs.replace(record_of(engine_args, terms), unfinished=unfinished))
 
 
 @contextlib.asynccontextmanager
@@ -197,7 +212,7 @@ def _check(fleet: UsedFleet, asked: Record, runs: Record | None, found: tuple[In
         raise ConfigError(
             f"{_counted(len(found))} of {fleet.name} run with other options: {'; '.join(differences)}",
             option=OPTION,
-            fix=f"use theirs, or end them first: {fleet.stop_command}",
+            fix=f"{'' if runs.unfinished else 'use theirs, or '}end them first: {fleet.stop_command}",
         )
 
 

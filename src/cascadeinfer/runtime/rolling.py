@@ -149,18 +149,25 @@ class Rolling:
             raise ConfigError("engines that others start are updated by whoever starts them")
         self._is_preparing = True
         try:
-            build = await asyncio.to_thread(self._source.prepare, options)
+            self.roll = await self._prepared(self._source, options, timeout_s)
         finally:
             self._is_preparing = False
+        self._task = asyncio.get_running_loop().create_task(self._run(self.roll, self._source), name="roll")
+        return self.roll
+
+    async def _prepared(self, source: EngineSource, options: Sequence[str], timeout_s: float) -> Roll:
+        build = await asyncio.to_thread(source.prepare, options)
         present = self._present()
         if all(record.build == build for record in present):
             raise ConfigError("all instances have these options already")
-        if len(present) == 1 and not self._source.has_room(shared=True):
+        if len(present) == 1 and not source.has_room(shared=True):
             raise ScalingRefusedError("the only instance serves, and there is no free place for a new one beside it")
+        try:
+            await source.note({record.build for record in present} | {build})
+        except OSError as error:
+            raise ScalingRefusedError(f"that an update is under way cannot be written down: {error}") from error
         n_begun = sum(record.life.state not in FIRST for record in present)
-        self.roll = Roll(build, len(present), n_begun - 1, timeout_s, self._clock())
-        self._task = asyncio.get_running_loop().create_task(self._run(self.roll, self._source), name="roll")
-        return self.roll
+        return Roll(build, len(present), n_begun - 1, timeout_s, self._clock())
 
     def shown(self) -> dict[str, Any]:
         """The JSON of `/admin/roll`, documented in `docs/operating.md`."""
@@ -194,18 +201,27 @@ class Rolling:
                 await self._replace_one(roll, source)
         except RollFailed as failed:
             await self._restore(roll, source, failed.instance_id)
+            await self._note_end(roll, source)
             self._fail(roll, str(failed))
         except ScalingRefusedError as refused:
+            await self._note_end(roll, source)
             self._fail(roll, str(refused))
         except Exception as error:  # a bug of ours must not leave an operator waiting
             logger.exception("internal error in a rolling update")
             self._fail(roll, f"internal error: {error!r}")
         else:
             source.build = roll.build
+            await self._note_end(roll, source)
             roll.phase = Phase.DONE
             self._tell(roll, "done: all instances have the new options")
         finally:
             roll.ended_s = self._clock()
+
+    async def _note_end(self, roll: Roll, source: EngineSource) -> None:
+        try:
+            await source.note({record.build for record in self._present()})
+        except OSError as error:
+            self._tell(roll, f"the end of the update cannot be written down: {error}", logging.ERROR)
 
     def _fail(self, roll: Roll, why: str) -> None:
         roll.phase = Phase.FAILED

@@ -5,10 +5,9 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 
-import pydantic
 from vllm import envs
 from vllm.config import PoolerConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -37,10 +36,9 @@ from cascadeinfer.engines.vllm.configuration import (
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
 from cascadeinfer.engines.vllm.messages import EngineHello
-from cascadeinfer.engines.vllm.other_build import check_code, check_same_service
 from cascadeinfer.engines.vllm.owned import OwnedCore
 from cascadeinfer.engines.vllm.processes import VllmProcesses
-from cascadeinfer.engines.vllm.refused_options import check_engine_args
+from cascadeinfer.engines.vllm.refused_options import check_engine_args, vllm_refusals, what_is_wrong
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +90,8 @@ class VllmSource:
         self.build = FIRST_BUILD
         if logs is not None:
             engine_args = logs.args_for_all(engine_args)
-        engine_args = with_cpu_kv_share(engine_args, n_instances)
-        self._builds = Builds(engine_args)
+        said, engine_args = engine_args, with_cpu_kv_share(engine_args, n_instances)
+        self._builds = Builds(said, engine_args)
         self._settings = settings
         self._log_stats = log_stats
         self._extra_environment = extra_environment or {}
@@ -105,7 +103,7 @@ class VllmSource:
             self._places, n_instances, _further_needs_bytes(engine_args), start_turns()
         )
         self._place_of: dict[InstanceId, Place] = {}
-        with _refusals():
+        with vllm_refusals():
             self._first_config: VllmConfig | None = instance_config(engine_args, "first", settings)
 
     def prepare(self, options: Sequence[str]) -> Build:
@@ -113,16 +111,13 @@ class VllmSource:
         served = [kept.config.model_config.max_model_len for kept in self._launcher.living().values()]
         if not served:
             raise ConfigError("no instance is up", fix="wait until one is")
-        prepared = self._builds.prepare(self.build, options, min(served))
-        is_other_model = prepared.build.model_version != self.build.model_version
-        if is_other_model:
-            check_code(prepared.engine_args)
-        with _refusals():
-            new = instance_config(prepared.engine_args, "new", self._settings)
-            if is_other_model:
-                old = instance_config(self._builds.args_of(self.build), "old", self._settings)
-                check_same_service(old, new)
+        prepared = self._builds.checked(
+            self.build, options, min(served), lambda args: instance_config(args, "new", self._settings)
+        )
         return self._builds.keep(prepared)
+
+    async def note(self, builds: Collection[Build]) -> None:
+        """See EngineSource: these engines end with the server."""
 
     def has_room(self, *, shared: bool) -> bool:
         """See EngineSource."""
@@ -230,13 +225,13 @@ def parse_engine_args(namespace: argparse.Namespace) -> AsyncEngineArgs:
         ConfigError: vLLM refuses them, or there is no such model.
     """
     try:
-        with _refusals():
+        with vllm_refusals():
             engine_args = AsyncEngineArgs.from_cli_args(namespace)
     except ConfigError as error:
         if not isinstance(error.__cause__, OSError):
             raise
         raise ConfigError(
-            f"{namespace.model} cannot be found: {_what_is_wrong(error.__cause__)}",
+            f"{namespace.model} cannot be found: {what_is_wrong(error.__cause__)}",
             option="MODEL",
             fix="name a Hugging Face folder or a repository within reach",
         ) from error
@@ -245,23 +240,3 @@ def parse_engine_args(namespace: argparse.Namespace) -> AsyncEngineArgs:
         pooler.enable_flash_late_interaction = False
         engine_args.pooler_config = pooler
     return engine_args
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """What vLLM raises while it looks at its arguments is the operator's to mend."""
-    try:
-        yield
-    except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"vLLM refuses the engine arguments: {_what_is_wrong(error)}") from error
-
-
-def _what_is_wrong(error: BaseException, n_lines: int = 4) -> str:
-    """The part of vLLM's (often long) message that says what is wrong."""
-    if isinstance(error, pydantic.ValidationError):
-        return "; ".join(
-            f"{'--' + str(fault['loc'][-1]).replace('_', '-') + ': ' if fault['loc'] else ''}{fault['msg']}"
-            for fault in error.errors()
-        )
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:n_lines]) or type(error).__name__
