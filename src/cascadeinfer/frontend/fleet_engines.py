@@ -10,8 +10,9 @@ The engines of a named fleet: those that live are adopted, others are started, a
 
 import contextlib
 import dataclasses
+import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from functools import partial
 
 import msgspec
@@ -162,9 +163,9 @@ async def fleet_engines(
     found = tuple(sorted(await keepers.find(), key=_by_number))
     try:
         _check(fleet, asked, await fleet.record(), found)
-        first = tuple(str(number) for number in range(terms.n_instances))
-        if n_new := len(set(first).difference(found)):
-            for line in await fleet.check(n_new, engine_args.model):
+        new = missing(terms.n_instances, found)
+        if new:
+            for line in await fleet.check(len(new), engine_args.model):
                 logger.warning("%s", line)
         await fleet.write(asked)
         config = attached_config(engine_args)
@@ -180,7 +181,7 @@ async def fleet_engines(
             write=partial(_write_record, fleet, terms) if fleet.is_here else None,
         )
         source = KeptSource(keepers, found, builds, key, {})
-        engines = FleetEngines(fleet, keepers, found, source, tuple(dict.fromkeys([*first, *found])))
+        engines = FleetEngines(fleet, keepers, found, source, tuple(sorted([*new, *found], key=_by_number)))
         for line in engines.first_lines(terms.orphan_timeout_s):
             logger.info("%s", line)
         yield engines
@@ -214,6 +215,12 @@ def _check(fleet: UsedFleet, asked: Record, runs: Record | None, found: tuple[In
             option=OPTION,
             fix=f"{'' if runs.unfinished else 'use theirs, or '}end them first: {fleet.stop_command}",
         )
+
+
+def missing(n_instances: int, found: Collection[InstanceId]) -> list[InstanceId]:
+    """Names of the instances to be started besides those that live, which may have any numbers."""
+    free = (name for name in map(str, itertools.count()) if name not in found)
+    return list(itertools.islice(free, max(0, n_instances - len(found))))
 
 
 def _by_number(instance_id: InstanceId) -> tuple[int, str]:
