@@ -115,6 +115,9 @@ def test_builds(model: Path, next_model: Path) -> None:
     new = made(blocks, "--model", str(next_model))
     assert new.model_version != ""
     assert len({build.kv_group for build in (more, blocks, new)}) == 3
+    flags = made(more, "--enforce-eager", "--no-enable-prefix-caching")
+    assert flags.options == ("--no-enable-prefix-caching", "--max-num-seqs 8", "--enforce-eager")
+    assert flags.kv_group == more.kv_group
     back = made(new, "--model", str(model))
     assert back is blocks
 

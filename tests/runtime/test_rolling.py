@@ -261,6 +261,19 @@ async def test_a_new_one_that_does_not_start_stops_it(max_instances: int) -> Non
 
 
 @virtual_time
+async def test_a_way_back_that_fails() -> None:
+    """What has just been drained is put back, not what does not start."""
+    error = {"4": "no memory for so many", "6": "no memory at all"}
+    async with Rollable(start_error=lambda name, _: error.get(name), max_instances=3) as cluster:
+        for options in (SEQS, ()):
+            async with rolling(cluster, options) as rolled:
+                assert (await rolled.ended())["state"] == "failed"
+        assert {i: cluster.runtime.fleet[i].build.number for i in ("c", "5", "7")} == {"c": 0, "5": 0, "7": 1}
+        await cluster.all_up()
+        assert cluster.noted == [[0, 1]] * 4
+
+
+@virtual_time
 async def test_one_that_keeps_dying_stops_it() -> None:
     """A new one that was up and now dies at every start is replaced by one with the old options."""
     broken = {("3", 1): "broken", ("3", 2): "broken", ("3", 3): "broken"}

@@ -72,6 +72,7 @@ class Roll:
         n_instances: How many there were when it began.
         n_least: So many must be ready after one has been taken from its requests.
         timeout_s: Of each drain.
+        replaced: What the old instances were started with, the last drained one at least.
         began_s: On the runtime's clock.
         ended_s: Likewise; None before.
         error: Why it has failed, and what to do.
@@ -81,6 +82,7 @@ class Roll:
     n_instances: int
     n_least: int
     timeout_s: float
+    replaced: Build
     began_s: float
     phase: Phase = Phase.ROLLING
     n_replaced: int = 0
@@ -167,7 +169,7 @@ class Rolling:
         except OSError as error:
             raise ScalingRefusedError(f"that an update is under way cannot be written down: {error}") from error
         n_begun = sum(record.life.state not in FIRST for record in present)
-        return Roll(build, len(present), n_begun - 1, timeout_s, self._clock())
+        return Roll(build, len(present), n_begun - 1, timeout_s, source.build, self._clock())
 
     def shown(self) -> dict[str, Any]:
         """The JSON of `/admin/roll`, documented in `docs/operating.md`."""
@@ -200,7 +202,7 @@ class Rolling:
             while self._old(roll):
                 await self._replace_one(roll, source)
         except RollFailed as failed:
-            await self._restore(roll, source, failed.instance_id)
+            await self._restore(roll, failed.instance_id)
             await self._note_end(roll, source)
             self._fail(roll, str(failed))
         except ScalingRefusedError as refused:
@@ -244,6 +246,7 @@ class Rolling:
         if victim is None:
             return
         self._drain(victim.instance_id, roll.timeout_s)
+        roll.replaced = victim.build
         assert victim.drain is not None
         self._tell(roll, f"instance {victim.instance_id} hands over its requests ({victim.drain.n_requests})")
         await self._until(lambda: victim.instance_id not in self._fleet.records)
@@ -269,7 +272,7 @@ class Rolling:
         self._tell(roll, f"instance {instance_id} starts for instance {old.instance_id}, {where}")
         return instance_id
 
-    async def _restore(self, roll: Roll, source: EngineSource, bad_id: InstanceId | None) -> None:
+    async def _restore(self, roll: Roll, bad_id: InstanceId | None) -> None:
         """After a failure: without the instance that is to blame, and with as many as before."""
         try:
             bad = None if bad_id is None else self._fleet.records.get(bad_id)
@@ -277,7 +280,7 @@ class Rolling:
                 self._drain(bad.instance_id, roll.timeout_s)
             await self._until(lambda: bad_id not in self._fleet.records)
             while len(self._present()) < roll.n_instances:
-                self._tell(roll, f"instance {self._add(source.build, None)} starts with the old options")
+                self._tell(roll, f"instance {self._add(roll.replaced, None)} starts with the old options")
         except ScalingRefusedError as refused:
             self._tell(roll, f"no instance could be put back: {refused}", logging.ERROR)
 
@@ -297,7 +300,7 @@ class Rolling:
     def _next_victim(self, roll: Roll, chosen: InstanceRecord | None) -> InstanceRecord | None:
         for record in sorted(self._old(roll), key=lambda record: (record is not chosen, _is_ready(record))):
             n_others = sum(_is_ready(other) for other in self._present() if other is not record)
-            if n_others >= (roll.n_least if _is_ready(record) else 1):
+            if n_others >= (max(1, roll.n_least) if _is_ready(record) else 1):
                 return record
         return None
 

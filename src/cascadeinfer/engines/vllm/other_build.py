@@ -150,10 +150,11 @@ def _files_of(path: Path) -> Key:
 def differences(before: AsyncEngineArgs, after: AsyncEngineArgs) -> tuple[str, ...]:
     """In which options that may change these differ, as words of a command line."""
     names = [field.name for field in fields(AsyncEngineArgs) if field.name in ALIKE | OTHER_CACHE | OTHER_MODEL]
+    changed = [(name.replace("_", "-"), getattr(after, name)) for name in names]
     return tuple(
-        f"--{name.replace('_', '-')} {getattr(after, name)}"
-        for name in names
-        if getattr(after, name) != getattr(before, name)
+        f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
+        for (flag, value), name in zip(changed, names, strict=True)
+        if value != getattr(before, name)
     )
 
 
