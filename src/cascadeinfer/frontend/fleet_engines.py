@@ -12,10 +12,9 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from functools import partial
 
-import msgspec
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -34,6 +33,7 @@ from cascadeinfer.engines.vllm.kept import KeptSource, Phase
 from cascadeinfer.engines.vllm.kept_builds import KeptBuilds
 from cascadeinfer.engines.vllm.kept_order import Content
 from cascadeinfer.engines.vllm.launch import places_for
+from cascadeinfer.engines.vllm.other_build import CHANGEABLE
 from cascadeinfer.engines.vllm.refused_options import check_engine_args, engine_default
 from cascadeinfer.engines.vllm.standing import Terms
 
@@ -128,11 +128,29 @@ def _counted(n: int) -> str:
 def record_of(engine_args: AsyncEngineArgs, terms: FleetTerms) -> Record:
     """What engines are started with, as far as a server must agree with those that it finds."""
     options = {"--kv-lease-s": str(terms.lease_s)} | ({} if terms.log_stats else {"--disable-log-stats": "True"})
-    for declared in dataclasses.fields(AsyncEngineArgs):
-        name, value = declared.name, getattr(engine_args, declared.name)
-        if not name.startswith("_") and name not in OF_THE_FRONT_END and value != engine_default(name):
-            options["--" + name.replace("_", "-")] = str(value)
-    return Record(__version__, vllm.__version__, engine_args.model, options)
+    names = [field.name for field in dataclasses.fields(AsyncEngineArgs) if not field.name.startswith("_")]
+    return Record(__version__, vllm.__version__, engine_args.model, options | _set_options(engine_args, names))
+
+
+def _set_options(engine_args: AsyncEngineArgs, names: Iterable[str]) -> dict[str, str]:
+    return {
+        "--" + name.replace("_", "-"): str(value)
+        for name in names
+        if name not in OF_THE_FRONT_END and (value := getattr(engine_args, name)) != engine_default(name)
+    }
+
+
+def updated(record: Record, engine_args: AsyncEngineArgs, unfinished: str) -> Record:
+    """
+    A record after, or in the middle of, a rolling update to these arguments.
+
+    Only what an update can change is read from them: configurations among the others, such as that of a profiler, have
+    been completed since the record was made, and would differ from what the next server asks for.
+    """
+    flags = {"--" + name.replace("_", "-") for name in CHANGEABLE}
+    kept = {flag: value for flag, value in record.options.items() if flag not in flags}
+    options = kept | _set_options(engine_args, sorted(CHANGEABLE))
+    return Record(record.version, record.vllm, engine_args.model, options, unfinished)
 
 
 @contextlib.asynccontextmanager
@@ -178,7 +196,7 @@ async def fleet_engines(
             content,
             standing,
             has_room=lambda shared: places is not None and places.has_room(shared=shared),
-            write=partial(_write_record, fleet, terms) if fleet.is_here else None,
+            write=partial(_write_updated, fleet, asked) if fleet.is_here else None,
         )
         source = KeptSource(keepers, found, builds, key, {})
         engines = FleetEngines(fleet, keepers, found, source, tuple(sorted([*new, *found], key=_by_number)))
@@ -189,8 +207,8 @@ async def fleet_engines(
         await keepers.leave()
 
 
-async def _write_record(fleet: UsedFleet, terms: FleetTerms, engine_args: AsyncEngineArgs, unfinished: str) -> None:
-    await fleet.write(msgspec.structs.replace(record_of(engine_args, terms), unfinished=unfinished))
+async def _write_updated(fleet: UsedFleet, asked: Record, engine_args: AsyncEngineArgs, unfinished: str) -> None:
+    await fleet.write(updated(asked, engine_args, unfinished))
 
 
 @contextlib.asynccontextmanager

@@ -44,6 +44,8 @@ ALIKE: Final = frozenset(
 OTHER_CACHE: Final = frozenset({"block_size", "kv_cache_dtype"})
 OTHER_MODEL: Final = frozenset({"dtype", "model", "quantization", "revision"})
 
+CHANGEABLE: Final = ALIKE | OTHER_CACHE | OTHER_MODEL
+
 _NEW_SERVER: Final = "start a server with it"
 _OF_THE_FRONT_END: Final = "is read by the front end, which goes on with what it was started with"
 _OF_THE_PLACE: Final = "changes the cores or devices that an instance takes"
@@ -118,7 +120,7 @@ def _refuse(message: str) -> NoReturn:
 
 def check_name(name: str) -> None:
     """Raises ConfigError if this engine argument cannot be changed by a rolling update."""
-    if name in ALIKE | OTHER_CACHE | OTHER_MODEL:
+    if name in CHANGEABLE:
         return
     option = "--" + name.replace("_", "-")
     if (refused := REFUSED_ENGINE_OPTIONS.get(name)) is not None:
@@ -149,7 +151,7 @@ def _files_of(path: Path) -> Key:
 
 def differences(before: AsyncEngineArgs, after: AsyncEngineArgs) -> tuple[str, ...]:
     """In which options that may change these differ, as words of a command line."""
-    names = [field.name for field in fields(AsyncEngineArgs) if field.name in ALIKE | OTHER_CACHE | OTHER_MODEL]
+    names = [field.name for field in fields(AsyncEngineArgs) if field.name in CHANGEABLE]
     changed = [(name.replace("_", "-"), getattr(after, name)) for name in names]
     return tuple(
         f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
