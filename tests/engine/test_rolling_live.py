@@ -95,7 +95,7 @@ class Ready:
 
 def text_of(server: ServerProcess, n_tokens: int = N_TOKENS) -> str:
     """What it answers."""
-    answer = server.post("/v1/completions", completion(n_tokens))
+    answer = server.post("/v1/completions", completion(n_tokens), timeout_s=ROLL_DEADLINE_S)
     assert answer.status_code == HTTPStatus.OK, answer.text
     return str(answer.json()["choices"][0]["text"])
 
@@ -105,7 +105,7 @@ def stream(server: ServerProcess) -> Iterator[Iterator[dict[str, Any]]]:
     """The events of a long answer."""
     headers = {"Authorization": f"Bearer {API_KEY}"}
     url, body = server.url + "/v1/completions", completion(N_TOKENS, stream=True)
-    with httpx.stream("POST", url, json=body, headers=headers, timeout=300, **NO_TLS) as answer:
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=ROLL_DEADLINE_S, **NO_TLS) as answer:
         lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
         yield (json.loads(line) for line in lines if line != "[DONE]")
 
@@ -120,7 +120,7 @@ def answers_meanwhile(server: ServerProcess, rolling: "subprocess.Popen[str]") -
 
     def asked() -> Iterator[httpx.Response]:
         while rolling.poll() is None:
-            yield server.post("/v1/completions", completion(N_TOKENS))
+            yield server.post("/v1/completions", completion(N_TOKENS), timeout_s=ROLL_DEADLINE_S)
 
     with ThreadPoolExecutor(N_CLIENTS) as clients:
         asking = [clients.submit(lambda: list(asked())) for _ in range(N_CLIENTS)]
