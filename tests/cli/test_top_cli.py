@@ -16,7 +16,7 @@ import pytest
 from experiment_words import run
 from rich.console import Console
 
-from cascadeinfer.cli.top import KEY_VARIABLE
+from cascadeinfer.cli.admin_calls import KEY_VARIABLE
 from cascadeinfer.cli.top_view import cell_of, lasting, render
 from support.pictures import MAX_TOKENS, TWO, record
 from support.served_page import ADMIN_KEY, API_KEY, SERVED, Recorded, serving
@@ -70,12 +70,12 @@ def test_trouble_is_shown_first(pictures: list[dict[str, Any]]) -> None:
     [one, _] = pictures[-1]["instances"]
     many = [{**one, "id": str(number)} for number in range(40)]
     many[30] |= {"up": False, "phase": "down", "last_error": "killed", "restart_in_s": 3.0}
-    many[35] |= {"drain": {"time_left_s": 61.0, "requests_at_start": 9}, "phase": "draining"}
+    many[35] |= {"build": 2, "drain": {"time_left_s": 61.0, "requests_at_start": 9}, "phase": "draining"}
     lines = shown({**pictures[-1], "instances": many}, height=24)
     assert len(lines) <= 24
     text = "\n".join(lines)
     assert "starts in 3 s, killed" in text
-    assert re.search(r"draining .* of 9 left", text)
+    assert re.search(r"draining .* build 2, \d+ of 9 left", text)
     assert re.search(r"and \d+ more instances", text)
     assert "39 of 40 instances up" in text
 

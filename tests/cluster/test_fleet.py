@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,6 +97,13 @@ def test_differences_in_words() -> None:
         "--max-model-len is 4096, not its default",
     ]
     assert RECORD.differences(RECORD) == []
+
+
+def test_an_unfinished_update_differs_from_everything() -> None:
+    """Its engines are not all alike, whatever a server asks for."""
+    unfinished = msgspec.structs.replace(RECORD, unfinished="the options before and --max-num-seqs 8")
+    said = ["a rolling update of them was not finished (the options before and --max-num-seqs 8)"]
+    assert unfinished.differences(RECORD) == unfinished.differences(unfinished) == said
 
 
 @given(st.dictionaries(st.sampled_from(["--a", "--b", "--c"]), st.sampled_from("xyz")))

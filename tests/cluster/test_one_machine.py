@@ -34,8 +34,10 @@ MODULES = {"multiprocessing": "child process", "psutil": "process id"}
 MAY_STAY = {
     ("assemble.py", "loopback"): "where the HTTP server listens unless told otherwise",
     ("assemble.py", "child process"): "front-end processes share a listening socket, so they are on one machine",
+    ("cli/admin_calls.py", "loopback"): "an example in an error's fix",
     ("cli/bench.py", "loopback"): "an example in a help text",
     ("cli/bench.py", "process id"): "makes the ids of two runs different",
+    ("cli/roll.py", "loopback"): "the server is here unless told otherwise",
     ("cli/top.py", "loopback"): "an example in a help text",
     ("demo/server.py", "loopback"): "the demo starts its server on the machine that it runs on",
     ("doctor/checks/machine.py", "shared memory"): "names the file system that is too small",

@@ -96,3 +96,18 @@ def test_layouts_cover_everybody(history: list[set[str]]) -> None:
         assert sorted(members) == sorted(there)
         assert roster.stage_of == {i: n for n, s in enumerate(roster.layout.stages) for i in s.instance_ids}
         assert len(roster.plan_stage) == len(roster.layout.stages)
+
+
+def test_one_takes_over_the_stage_of_another() -> None:
+    """Beside it or after it, whatever stage lacks more; an instance that has a stage keeps it."""
+    roster = Roster(PLAN)
+    roster.follow(list("abcde"))
+    roster.succeed("f", "c")
+    roster.follow(list("abcdef"))
+    assert shown(roster) == "0-100: a,b | 100-300: c,f | 300-: d,e"
+    roster.follow(list("abdef"))
+    roster.succeed("g", "a")
+    roster.succeed("f", "a")
+    roster.succeed("h", None)
+    roster.follow(list("bdefg"))
+    assert shown(roster) == "0-100: b,g | 100-300: f | 300-: d,e"

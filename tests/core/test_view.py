@@ -300,3 +300,50 @@ def test_each_kind_has_its_own_prices() -> None:
     view.set_urgency(0.25)
     view.apply(InstanceJoined("c", "late", InstanceKind(CAPACITY, "new")))
     assert view.instances["late"].pricing.urgency == 0.25
+
+
+def versions() -> ClusterView:
+    """`a` and `b` run one version of the model, `b` with another form of KV cache; `c` runs the next version."""
+    view = ClusterView()
+    for instance_id, version, group in (("a", "", ""), ("b", "", "other"), ("c", "next", "next")):
+        kind = InstanceKind(CAPACITY, model_version=version, kv_group=group)
+        view.apply(InstanceJoined("c", instance_id, kind))
+    return view
+
+
+def able(view: ClusterView, request_id: str) -> str:
+    """The instances that may take a request."""
+    request = view.requests[request_id]
+    found = "".join(instance.instance_id for instance in view.able(request, view.available()))
+    assert "".join(view.able_ids(request, ("a", "b", "c"))) == found
+    return found
+
+
+def test_a_request_with_output_stays_with_its_version() -> None:
+    """
+    Without output it may go anywhere; with output it moves where its KV cache can go, and is dispatched anew only to
+    its version, which the loss of its instance tells even where no report has.
+    """
+    view = versions()
+    for request_id in ("r", "s", "t"):
+        arrive(view, request_id, 100, "a")
+        assert able(view, request_id) == "a", "it is placed: its KV cache can go nowhere else"
+    arrive(view, "u", 100)
+    assert able(view, "u") == "abc"
+    report(view, "a", {"r": 105, "s": 100}, {"t": 100}, 30)
+    view.apply(InstanceLost("c", "a", ("r", "s", "t"), (106, 101, 100)))
+    assert (able(view, "r"), able(view, "s"), able(view, "t")) == ("b", "b", "bc")
+    view.carry_out([Dispatch("c", "t", "c")])
+    report(view, "c", {"t": 101}, {}, 11)
+    view.apply(InstanceLost("c", "c", ("t",), (101,)))
+    assert able(view, "t") == ""
+
+
+def test_one_version_is_no_bound() -> None:
+    """Once only one is left, the same sequence is returned for a request of whatever length it can hold."""
+    view = versions()
+    arrive(view, "r", 100)
+    for gone in ("b", "c"):
+        assert view.able(view.requests["r"], view.available()) is not view.available()
+        view.apply(InstanceLost("c", gone))
+    assert view.able(view.requests["r"], view.available()) is view.available()

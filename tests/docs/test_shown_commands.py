@@ -37,6 +37,7 @@ NOT_RUN = {
     r"vllm serve MODEL": NotRun("starts an engine on another machine", "engine/test_standing_live.py"),
     r"(cascadeinfer cluster|ray start) ": NotRun("starts and ends Ray on this machine", "engine/test_ray.py"),
     r"cascadeinfer stop ": NotRun("ends engines", "cluster/test_ray_keepers.py::test_a_fleet_is_stopped"),
+    r"cascadeinfer roll ": NotRun("needs a live server", "engine/test_rolling_live.py"),
     r"cascadeinfer serve\b.*MODEL": NotRun(
         "a placeholder for a model on four or more GPUs; its options are parsed",
         "engine/test_cascade.py::test_24_requests_through_three_stages",

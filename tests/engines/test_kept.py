@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,14 +13,17 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from cascadeinfer.cluster.addresses import EngineAddress
 from cascadeinfer.cluster.keeping import EngineOrder
-from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.errors import ConfigError, EngineError
 from cascadeinfer.engines.protocol import EngineDied
+from cascadeinfer.engines.vllm import kept_builds
 from cascadeinfer.engines.vllm.configuration import KvTransferSettings
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.kept import KeptCore, KeptSource, Phase
+from cascadeinfer.engines.vllm.kept_builds import KeptBuilds
 from cascadeinfer.engines.vllm.kept_order import MODULE, Content
 from cascadeinfer.engines.vllm.standing import Terms
 
+LENGTH = 512
 ORDER = EngineOrder(MODULE, b"", "k" * 40)
 
 
@@ -190,11 +194,26 @@ async def test_one_that_hangs_is_killed(server: Server) -> None:
     assert server.keepers.did == ["kill", "stop 3"]
 
 
+def source_of(server: Server, written: list[tuple[int | None, str]] | None) -> KeptSource:
+    """A source for a fleet with one engine, found alive; None: it is elsewhere, and has no record here."""
+    keepers: Any = server.keepers
+    said = AsyncEngineArgs(model="m", max_num_seqs=4)
+    content = Content("", replace(said, kv_cache_memory_bytes=1 << 28), KvTransferSettings(7), True, "INFO", 600.0)
+
+    async def write(engine_args: AsyncEngineArgs, unfinished: str) -> None:
+        assert written is not None
+        assert engine_args.kv_cache_memory_bytes is None, "the record has what the operator has said"
+        written.append((engine_args.max_num_seqs, unfinished))
+
+    builds = KeptBuilds(
+        said, content, server.terms, has_room=lambda shared: shared, write=None if written is None else write
+    )
+    return KeptSource(keepers, ["0"], builds, "k" * 40, {"A": "b"})
+
+
 async def test_a_source_of_them(server: Server) -> None:
     """Each instance has a place and an order of its own; one that is gone for good leaves nothing."""
-    keepers: Any = server.keepers
-    content = Content("", AsyncEngineArgs(model="m"), KvTransferSettings(7), True, "INFO", 600.0)
-    source = KeptSource(keepers, ["0"], content, "k" * 40, server.terms, {"A": "b"})
+    source = source_of(server, [])
     make = source.place("0")
     server.keepers.is_alive = True
     first, second = make(0), make(1)
@@ -206,6 +225,49 @@ async def test_a_source_of_them(server: Server) -> None:
     assert "stop 0" in server.keepers.did
     source.release("0")
     assert server.keepers.did[-2:] == ["kill", "release 0"]
+
+
+async def test_other_options_for_a_fleet(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Its engines are started with the options of their build; the fleet's record says so, and in the middle of an update
+    that it is not finished.
+    """
+    made: list[AsyncEngineArgs] = []
+
+    def config(engine_args: AsyncEngineArgs) -> Any:
+        made.append(engine_args)
+        return SimpleNamespace(cache_config=SimpleNamespace(), model_config=SimpleNamespace(max_model_len=LENGTH))
+
+    monkeypatch.setattr(kept_builds, "attached_config", config)
+    server.terms = replace(server.terms, config=config(AsyncEngineArgs()))
+    written: list[tuple[int | None, str]] = []
+    source = source_of(server, written)
+    source.place("0")(0)
+    assert source.has_room(shared=True)
+    assert not source.has_room(shared=False)
+    build = source.prepare(["--max-num-seqs", "8"])
+    assert (made[-1].max_num_seqs, made[-1].max_model_len) == (8, LENGTH)
+    for instance_id, number, wanted in (("1", build, 8), ("2", None, 4)):
+        engine = source.place(instance_id, number)(0)
+        server.made.append(engine)
+        assert isinstance(engine.life, KeptCore)
+        content = Content.unpacked(engine.life._order.content)
+        assert (content.instance_id, content.engine_args.max_num_seqs) == (instance_id, wanted)
+        assert content.engine_args.kv_cache_memory_bytes == 1 << 28
+    for builds in ({source.build, build}, {build}, {source.build}):
+        await source.note(builds)
+    assert written == [(4, "the options before and --max-num-seqs 8"), (8, ""), (4, "")]
+
+
+async def test_a_fleet_elsewhere_is_not_updated(server: Server) -> None:
+    """One line."""
+    server.terms = replace(
+        server.terms, config=SimpleNamespace(model_config=SimpleNamespace(max_model_len=LENGTH), cache_config=None)
+    )
+    source = source_of(server, None)
+    source.place("0")(0)
+    with pytest.raises(ConfigError, match="engines on a Ray cluster are not updated one by one"):
+        source.prepare(["--max-num-seqs", "8"])
 
 
 def test_what_travels_arrives() -> None:

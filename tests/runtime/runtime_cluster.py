@@ -9,15 +9,16 @@ the log; and no timer. `@virtual_time` also asserts that no task is left.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
 from prometheus_client import CollectorRegistry
 
 from cascadeinfer.core.effects import Dispatch, Effect, MigrationReason, StartMigration
-from cascadeinfer.core.errors import ScalingRefusedError
+from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 from cascadeinfer.core.events import Event, MigrationEnded, PinReason, TimerFired
+from cascadeinfer.core.kind import InstanceTerms
 from cascadeinfer.core.migration import Happening, Migration, MigrationLimits, State
 from cascadeinfer.core.placing.dispatch import Chosen
 from cascadeinfer.core.policies.least_loaded import LeastLoaded
@@ -26,7 +27,7 @@ from cascadeinfer.core.quarantine import DEATHS
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
-from cascadeinfer.engines.protocol import EngineRequest
+from cascadeinfer.engines.protocol import FIRST_BUILD, Build, EngineRequest
 from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams, SimulatedTimes, generate
 from cascadeinfer.runtime import instance_state
 from cascadeinfer.runtime.driver import Observer
@@ -155,6 +156,7 @@ class Cluster:
         max_instances: int = 8,
         observer: Observer | None = None,
         poison_deaths: int = DEATHS,
+        terms: Mapping[str, InstanceTerms] | None = None,
     ) -> None:
         """
         Args:
@@ -168,6 +170,7 @@ class Cluster:
             max_instances: Number of places for instances.
             observer: Sees events and effects.
             poison_deaths: Deaths after which a request is taken for the cause.
+            terms: Roles and chunk budgets.
         """
         self.policy = policy or ScriptedPolicy()
         self.registry = CollectorRegistry()
@@ -185,6 +188,8 @@ class Cluster:
         self._numbers = 0
         self._observer = observer
 
+        self.build = FIRST_BUILD
+        self.noted: list[list[int]] = []
         self.runtime = Runtime(
             {instance_id: self._factory(instance_id) for instance_id in self.engines},
             self.policy,
@@ -194,6 +199,7 @@ class Cluster:
             source=self,
             observer=self._observe,
             poison_deaths=poison_deaths,
+            terms=terms,
             clock=lambda: asyncio.get_running_loop().time(),
         )
         happen = self.runtime._migrator.happen
@@ -206,7 +212,19 @@ class Cluster:
 
         self.runtime._migrator.happen = watched  # type: ignore[method-assign]
 
-    def place(self, instance_id: str) -> Callable[[int], SimulatedEngine]:
+    def prepare(self, options: Sequence[str]) -> Build:
+        """See EngineSource."""
+        raise ConfigError("cannot be changed", option=options[0])
+
+    async def note(self, builds: Collection[Build]) -> None:
+        """See EngineSource."""
+        self.noted.append(sorted(build.number for build in builds))
+
+    def has_room(self, *, shared: bool) -> bool:  # noqa: ARG002 - none is shared
+        """See EngineSource."""
+        return len(self.placed) < self._max_instances
+
+    def place(self, instance_id: str, build: Build | None = None) -> Callable[[int], SimulatedEngine]:  # noqa: ARG002
         """See EngineSource."""
         if len(self.placed) >= self._max_instances:
             raise ScalingRefusedError("no place left")

@@ -107,7 +107,7 @@ async def test_the_time_is_up() -> None:
         cluster.runtime.elastic.drain("a", 0.5)
         gone = await cluster.gone("a")
         assert gone.how == "drained"
-        assert gone.error == "time-out after 0.5 s: 1 requests were computed anew elsewhere"
+        assert gone.error == "time-out after 0.5 s: 1 requests were taken from it"
         await client.until_end()
         assert cluster.registry.get_sample_value("cascadeinfer_recovered_requests_total", {"exact": "no"}) == 1
 

@@ -66,7 +66,7 @@ async def test_refused_as_its_migration_ends(how: str) -> None:
     async with Cluster(policy, "ab") as cluster:
         answer = asyncio.Event()
 
-        async def reserve(*_: object) -> str:
+        async def reserve(*_: object, **_named: object) -> str:
             await answer.wait()
             return "no room"
 

@@ -5,7 +5,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from fastapi import FastAPI
@@ -48,8 +48,18 @@ class Recorded:
         return Door(inner, Keys([API_KEY], [ADMIN_KEY]), max_body_bytes=1000)
 
 
+class Shown(Protocol):
+    """What is served; its streams end when it is told that the server ends."""
+
+    is_ending: bool
+
+    def app(self) -> Door:
+        """The door with the routes behind it."""
+        ...
+
+
 @contextlib.contextmanager
-def serving(recorded: Recorded) -> Iterator[str]:
+def serving(recorded: Shown) -> Iterator[str]:
     """Serve it in a thread while in this context; yields the address."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

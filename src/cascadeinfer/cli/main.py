@@ -45,6 +45,9 @@ class Command(NamedTuple):
 COMMANDS: Final[dict[str, Command]] = {
     "serve": Command("cascadeinfer.cli.serve", "Serve a model on several vLLM instances (OpenAI API).", "serve"),
     "stop": Command("cascadeinfer.cli.stop", "End a fleet of engines that outlive their servers (serve --fleet)."),
+    "roll": Command(
+        "cascadeinfer.cli.roll", "Replace a running server's instances by others with new engine options, one by one."
+    ),
     "cluster": Command("cascadeinfer.cli.cluster", "Start or end a Ray on this machine, to try serve --cluster ray."),
     "demo": Command("cascadeinfer.cli.demo", "Show it: two instances, real chat requests that move between them."),
     "profile": Command(

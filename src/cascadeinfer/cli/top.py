@@ -8,17 +8,14 @@ ordinary end (exit code 0).
 import contextlib
 import http.client
 import json
-import os
 from collections.abc import Iterator
-from http import HTTPStatus
 from typing import Annotated, Any, Final
-from urllib.parse import SplitResult, urlsplit
 
 import typer
 
+from cascadeinfer.cli.admin_calls import KEY_HELP, AdminCalls, parsed_url
 from cascadeinfer.core.errors import ConfigError
 
-KEY_VARIABLE: Final = "CASCADEINFER_ADMIN_API_KEY"
 EVENTS: Final = "/admin/events"
 SILENT_S: Final = 15.0
 """A server sends a picture each second, and a sentence when it cannot make one for 10 s."""
@@ -34,7 +31,7 @@ def top(
     *,
     admin_api_key: Annotated[
         str | None,
-        typer.Option(help=f"The server's admin key. Better set in the environment ({KEY_VARIABLE})."),
+        typer.Option(help=KEY_HELP),
     ] = None,
     once: Annotated[
         bool, typer.Option("--once", help="Print one picture and end, as when the output is no terminal.")
@@ -48,7 +45,7 @@ def top(
 
     console = Console()
     with contextlib.suppress(KeyboardInterrupt):
-        pictures = _pictures(_parsed(url), admin_api_key or os.environ.get(KEY_VARIABLE))
+        pictures = _pictures(AdminCalls(parsed_url(url, "URL"), admin_api_key))
         before = next(pictures)
         if once or not console.is_terminal:
             console.print(render(before, None, console.width))
@@ -59,58 +56,15 @@ def top(
                 before = picture
 
 
-def _parsed(url: str) -> SplitResult:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises where it is no number
-    except ValueError as error:
-        raise ConfigError(f"{url!r} is not an address: {error}", option="URL") from error
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ConfigError(f"{url!r} is not an address", option="URL", fix="for example http://127.0.0.1:8000")
-    return parts
-
-
-def _pictures(server: SplitResult, key: str | None) -> Iterator[dict[str, Any]]:
+def _pictures(server: AdminCalls) -> Iterator[dict[str, Any]]:
     """
     The server's pictures, until it ends.
 
     Raises:
         ConfigError: It cannot be reached, refuses the key, is none of ours, or says no more.
     """
-    where = f"{server.scheme}://{server.netloc}{server.path.rstrip('/')}"
-    make = http.client.HTTPSConnection if server.scheme == "https" else http.client.HTTPConnection
-    assert server.hostname is not None
-    connection = make(server.hostname, server.port, timeout=SILENT_S)
-    try:
-        headers = {"Accept": "text/event-stream"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
-        connection.request("GET", server.path.rstrip("/") + EVENTS, headers=headers)
-        answer = connection.getresponse()
-        if answer.status != HTTPStatus.OK:
-            raise _refusal(where, answer, key)
-        yield from _events(answer, where)
-    except TimeoutError as error:
-        raise ConfigError(f"{where} has said nothing for {SILENT_S:g} s") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise ConfigError(f"{where} cannot be reached: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        connection.close()
-
-
-def _refusal(where: str, answer: http.client.HTTPResponse, key: str | None) -> ConfigError:
-    fix = f"--admin-api-key, or {KEY_VARIABLE} in the environment"
-    match answer.status:
-        case HTTPStatus.UNAUTHORIZED if key is None:
-            return ConfigError(f"{where} asks for its admin key", fix=fix)
-        case HTTPStatus.UNAUTHORIZED:
-            return ConfigError(f"{where} does not know this key", fix=fix)
-        case HTTPStatus.FORBIDDEN:
-            return ConfigError(f"{where} knows this key, but not as its admin key", fix=fix)
-        case HTTPStatus.NOT_FOUND:
-            return ConfigError(f"{where} has no {EVENTS}: it is another server, or an older version")
-        case HTTPStatus.SERVICE_UNAVAILABLE:
-            return ConfigError(f"{where} has too many viewers; try again later")
-        case _:
-            return ConfigError(f"{where} answers {answer.status} {answer.reason}")
+    with server.answer("GET", EVENTS, SILENT_S, accept="text/event-stream") as answer:
+        yield from _events(answer, server.where)
 
 
 def _events(answer: http.client.HTTPResponse, where: str) -> Iterator[dict[str, Any]]:

@@ -168,7 +168,7 @@ def _lane(instance: dict[str, Any], stages: Sequence[dict[str, Any]], n_cells: i
 
 
 def _note(i: dict[str, Any]) -> str:
-    notes = []
+    notes = [f"build {i['build']}"] if i["build"] else []
     if i["drain"]:
         notes.append(f"{i['requests']} of {i['drain']['requests_at_start']} left, {lasting(i['drain']['time_left_s'])}")
     if i["restart_in_s"] is not None:

@@ -50,15 +50,19 @@ class Record(msgspec.Struct, frozen=True):
         vllm: Of vLLM.
         model: As the server was told.
         options: Of the engines, by their flags, where they differ from the defaults.
+        unfinished: The options of several kinds of engines, while a rolling update is under way; else empty.
     """
 
     version: str
     vllm: str
     model: str
     options: Mapping[str, str]
+    unfinished: str = ""
 
     def differences(self, asked: "Record") -> list[str]:
         """In words, in what a server that asks for this differs from the engines that run."""
+        if self.unfinished:
+            return [f"a rolling update of them was not finished ({self.unfinished})"]
         pairs = [
             ("cascadeinfer", self.version, asked.version),
             ("vLLM", self.vllm, asked.vllm),

@@ -78,6 +78,11 @@ class Places:
         self._place_of: dict[InstanceId, str] = {}
         self._may_share = may_share
 
+    def has_room(self, *, shared: bool) -> bool:
+        """Whether a place has room for one more instance; if `shared`, beyond what it was made for."""
+        used = Counter(self._place_of.values())
+        return (shared and self._may_share) or any(used[place] < room for place, room in self._room.items())
+
     def take(self, instance_id: InstanceId) -> str:
         """
         A place for one more instance.

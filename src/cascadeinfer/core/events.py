@@ -151,11 +151,17 @@ class InstanceReported:
 
 @dataclass(frozen=True, slots=True)
 class InstanceJoined:
-    """An instance is ready to take requests (first start, restart or scale-out)."""
+    """
+    An instance is ready to take requests (first start, restart or scale-out).
+
+    Attributes:
+        replaces: The instance whose place among the stages it takes over, in a rolling update.
+    """
 
     cause: str
     instance_id: InstanceId
     kind: InstanceKind
+    replaces: InstanceId | None = None
 
 
 @dataclass(frozen=True, slots=True)

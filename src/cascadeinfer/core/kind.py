@@ -3,7 +3,7 @@ What an instance is as far as decisions depend on it: its capacity, the step mod
 
 Instances of one kind are interchangeable. A cluster may have several kinds: other devices, another degree of tensor
 parallelism, or only KV caches of other sizes. All of them serve the same model, and KV cache can be transferred between
-any two.
+any two, except while a rolling update replaces one version or form of it by another (`runtime/rolling.py`).
 """
 
 import enum
@@ -38,11 +38,15 @@ class InstanceKind:
         capacity: What it can hold.
         step_model_key: Key of the step model that predicts its step times.
         role: What it computes.
+        model_version: Which version of the model it runs. A request that has output continues with no other.
+        kv_group: KV cache can be transferred between instances of one group only; all of a group run one version.
     """
 
     capacity: InstanceCapacity
     step_model_key: StepModelKey = DEFAULT_STEP_MODEL
     role: Role = Role.MIXED
+    model_version: str = ""
+    kv_group: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ A plan names boundaries and groups. Instances come and go; the layout in force f
 present:
 - A stage without instances is absorbed by the next longer one that has any (short requests in a long stage slow only
   themselves), the longest stage by the one below. It returns with the first of its instances.
-- An instance that the plan does not name joins the stage that lacks most instances, the longest among equals; without a
-  plan there is one stage.
+- An instance that the plan does not name joins the stage of the one that it replaces, else the stage that lacks most
+  instances, the longest among equals; without a plan there is one stage.
 Boundaries move by refinement and by new plans. The layout in force is public: every agent may read it.
 """
 
@@ -50,6 +50,11 @@ class Roster:
         self._boundaries = list(plan.boundaries_tokens)
         self._sizes = [len(stage.instance_ids) for stage in plan.stages]
         self._member_of = {i: index for index, stage in enumerate(plan.stages) for i in stage.instance_ids}
+
+    def succeed(self, instance_id: InstanceId, replaced_id: InstanceId | None) -> None:
+        """An instance that the plan does not name takes over the stage of another, if any; `follow` brings it there."""
+        if replaced_id in self._member_of:
+            self._member_of.setdefault(instance_id, self._member_of[replaced_id])
 
     def move_boundary(self, index: int, boundary_tokens: int) -> None:
         """Move the plan's boundary between its stages `index` and `index + 1`; it must stay between its neighbours."""

@@ -52,6 +52,7 @@ class RequestView:
         place: Where it runs or waits; None while it waits for its dispatch.
         migration_id: The migration it takes part in, or None.
         parked: It was dispatched to be parked with its first token (`core/parking.py`): only a push moves it.
+        model_version: While it is on no instance: the version that has written its output; None if it has none.
 
     """
 
@@ -66,6 +67,7 @@ class RequestView:
     place: InstanceView | None = None
     migration_id: MigrationId | None = None
     parked: bool = False
+    model_version: str | None = None
 
     @property
     def instance_id(self) -> InstanceId | None:
@@ -81,6 +83,12 @@ class RequestView:
     def longest_tokens(self) -> int:
         """Longest sequence length that its own cap allows. A bound, not a forecast."""
         return self.prompt_tokens + self.max_output_tokens
+
+    def may_run_on(self, kind: InstanceKind) -> bool:
+        """Whether it may be moved to an instance of this kind with its KV cache, or dispatched there."""
+        if self.place is not None:
+            return kind.kv_group == self.place.kind.kv_group
+        return self.model_version in {None, kind.model_version}
 
 
 class ClusterView:
@@ -100,6 +108,7 @@ class ClusterView:
         self._alike: dict[StepModelKey, list[InstanceView]] = {}
         self._least_kv_tokens = 0
         self._most_kv_tokens = 0
+        self._is_mixed = False
         self.instances: dict[InstanceId, InstanceView] = {}
         self.requests: dict[RequestId, RequestView] = {}
         self._aside: frozenset[InstanceId] = frozenset()
@@ -128,23 +137,24 @@ class ClusterView:
 
     def able(self, request: RequestView, instances: Sequence[InstanceView]) -> Sequence[InstanceView]:
         """
-        The instances among these whose whole KV cache can hold the request at its longest: on any other it could get
-        stuck for good.
+        The instances among these that may take the request (`RequestView.may_run_on`) and whose whole KV cache can hold
+        it at its longest: on any other it could get stuck for good.
 
         A cap larger than every cache seen so far says nothing, and counts as the largest of them. If all can, the same
         sequence is returned.
         """
         longest = self._longest_tokens(request)
-        if longest <= self._least_kv_tokens:
+        if longest <= self._least_kv_tokens and not self._is_mixed:
             return instances
-        return [instance for instance in instances if instance.capacity.kv_tokens >= longest]
+        return [i for i in instances if i.capacity.kv_tokens >= longest and request.may_run_on(i.kind)]
 
     def able_ids(self, request: RequestView, instance_ids: Sequence[InstanceId]) -> Sequence[InstanceId]:
         """`able`, by id. Kinds are as public as the layout, and agents use this too."""
         longest = self._longest_tokens(request)
-        if longest <= self._least_kv_tokens:
+        if longest <= self._least_kv_tokens and not self._is_mixed:
             return instance_ids
-        return [i for i in instance_ids if i in self.instances and self.instances[i].capacity.kv_tokens >= longest]
+        known = [self.instances[i] for i in instance_ids if i in self.instances]
+        return [i.instance_id for i in self.able(request, known)]
 
     def _longest_tokens(self, request: RequestView) -> int:
         return min(request.longest_tokens, self._most_kv_tokens)
@@ -237,12 +247,19 @@ class ClusterView:
         return self._pricings[kind]
 
     def _find_alike(self) -> None:
-        """After instances came or went: find those that share a step model, and the sizes of their caches."""
+        """
+        After instances came or went: find those that share a step model, the sizes of their caches, and whether some
+        request cannot run on all of them.
+        """
         self._alike = {}
         for instance in self.instances.values():
             self._alike.setdefault(instance.kind.step_model_key, []).append(instance)
         self._least_kv_tokens = min((i.capacity.kv_tokens for i in self.instances.values()), default=0)
         self._most_kv_tokens = max(self._most_kv_tokens, *(i.capacity.kv_tokens for i in self.instances.values()), 0)
+        here = {instance.kind.model_version for instance in self.instances.values()}
+        wanted = {request.model_version for request in self._unplaced.values()} - {None}
+        groups = {instance.kind.kv_group for instance in self.instances.values()}
+        self._is_mixed = len(groups) > 1 or len(here | wanted) > 1
 
     def _find_available(self) -> None:
         present = [instance for _, instance in sorted(self.instances.items()) if not instance.draining]
@@ -313,10 +330,12 @@ class ClusterView:
         instance.add(request_id, request.settled_tokens, waits=waits)
         request.place = instance
 
-    def _take_away(self, request: RequestView) -> None:
+    def _take_away(self, request: RequestView, least_tokens: int = 0) -> None:
         request.parked = False
         if request.place is not None:
-            request.settled_tokens = request.place.drop(request.request_id)
+            request.settled_tokens = max(least_tokens, request.place.drop(request.request_id))
+            if request.settled_tokens > request.prompt_tokens:
+                request.model_version = request.place.kind.model_version
             request.place = None
         self._unplaced[request.request_id] = request
 
@@ -329,7 +348,6 @@ class ClusterView:
     def _lose(self, event: InstanceLost) -> None:
         instance = self.instances.pop(event.instance_id, None)
         self._costs.pop(event.instance_id, None)
-        self._find_alike()
         self._find_available()
         tokens_of = dict(zip(event.orphan_ids, event.orphan_tokens, strict=True))
         # A migrating request counts here even once it runs at its target: `MigrationEnded` will say where it is.
@@ -339,8 +357,11 @@ class ClusterView:
             request = self.requests.get(request_id)
             if request is None:
                 continue
-            self._take_away(request)  # an orphan may still count elsewhere: at the source of a migration that was lost
-            request.settled_tokens = max(request.settled_tokens, tokens_of.get(request_id, 0))
+            # An orphan may still count elsewhere: at the source of a migration that was lost.
+            n_tokens = tokens_of.get(request_id, 0)
+            self._take_away(request, n_tokens)
+            request.settled_tokens = max(request.settled_tokens, n_tokens)
+        self._find_alike()
 
     def _start_migration(self, effect: StartMigration) -> None:
         request = self.requests.get(effect.request_id)

@@ -8,12 +8,13 @@ credited to the new one.
 All methods are called from one event loop. Commands are carried out in the order of the calls.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.events import InstanceReport, PinReason
+from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
 
@@ -302,12 +303,76 @@ class Engine(Protocol):
         ...
 
 
-class EngineSource(Protocol):
-    """Makes engines for instances that are added while others run."""
+@dataclass(frozen=True, slots=True)
+class Build:
+    """
+    What instances are started with, restarts included, as far as somebody must tell them apart.
 
-    def place(self, instance_id: InstanceId) -> Callable[[int], Engine]:
+    Attributes:
+        number: 0 of the server's start, then counted.
+        options: What the operator has changed since the start, in words: `--max-num-seqs 64`.
+        model_version: See InstanceKind.
+        kv_group: Likewise.
+    """
+
+    number: int = 0
+    options: tuple[str, ...] = ()
+    model_version: str = ""
+    kv_group: str = ""
+
+    def kind(self, capacity: InstanceCapacity) -> InstanceKind:
+        """The kind of an instance of this build with this capacity."""
+        return InstanceKind(capacity, model_version=self.model_version, kv_group=self.kv_group)
+
+
+FIRST_BUILD: Final = Build()
+
+
+class EngineSource(Protocol):
+    """
+    Makes engines for instances that are added while others run.
+
+    Attributes:
+        build: Of instances that are added from now on.
+    """
+
+    build: Build
+
+    def prepare(self, options: Sequence[str]) -> Build:
+        """
+        Check engine options for instances that replace others. Blocks for seconds, and is called in a thread.
+
+        Args:
+            options: Words of a command line: what changes against `build`.
+
+        Returns:
+            What `place` takes; equal for equal options.
+
+        Raises:
+            ConfigError: These options, or those of instances here at all, cannot be changed while others run.
+        """
+        ...
+
+    async def note(self, builds: Collection[Build]) -> None:
+        """
+        Instances of these builds run, or are about to: what outlives this process must tell the next one.
+
+        Raises:
+            OSError: It cannot be told.
+        """
+        ...
+
+    def has_room(self, *, shared: bool) -> bool:
+        """Whether there is a place that no instance has; if `shared`, one that instances may share counts as well."""
+        ...
+
+    def place(self, instance_id: InstanceId, build: Build | None = None) -> Callable[[int], Engine]:
         """
         Find a place (cores, devices, memory) for one more instance.
+
+        Args:
+            instance_id: Its name.
+            build: What it is started with; None: as `build` says.
 
         Returns:
             What makes its engine for the n-th start.

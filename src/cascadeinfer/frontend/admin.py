@@ -1,6 +1,6 @@
 """
-Routes in addition to vLLM's own: `/admin/instances` (show, add, drain), `/health/live`, `/health/ready`; and `/version`
-in place of its own.
+Routes in addition to vLLM's own: `/admin/instances` (show, add, drain), `/admin/roll` (`rolling.py`), `/health/live`,
+`/health/ready`; and `/version` in place of its own.
 
 Adding and draining start here and are answered with 202; `GET` shows their progress.
 """
@@ -20,6 +20,8 @@ from starlette.routing import Route
 from cascadeinfer import __version__
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.types import InstanceId, RequestId
+from cascadeinfer.frontend.rolling import roll_routes
+from cascadeinfer.runtime.rolling import Rolling
 from cascadeinfer.runtime.shell import Runtime
 
 
@@ -83,14 +85,18 @@ class OwnRuntime:
 
     async def add(self, count: int) -> list[InstanceId]:
         """See Admin."""
+        self._runtime.elastic.rolling.refuse_meanwhile()
         return self._runtime.elastic.add(count)
 
     async def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceId:
         """See Admin."""
+        self._runtime.elastic.rolling.refuse_meanwhile()
         return self._runtime.elastic.drain(instance_id, timeout_s).instance_id
 
 
-def attach_admin_routes(app: FastAPI, runtime: Runtime, admin: Admin, *, drain_timeout_s: float) -> None:
+def attach_admin_routes(
+    app: FastAPI, runtime: Runtime, admin: Admin, *, drain_timeout_s: float, rolling: Rolling | None = None
+) -> None:
     """
     Add the routes to vLLM's app. Keys are checked at the door (`frontend/door`).
 
@@ -98,7 +104,9 @@ def attach_admin_routes(app: FastAPI, runtime: Runtime, admin: Admin, *, drain_t
         runtime: This process's runtime, for its health.
         admin: Answers what concerns all processes.
         drain_timeout_s: For drains that name no time-out.
+        rolling: Updates the instances; None where it cannot be done.
     """
+    app.include_router(roll_routes(rolling, drain_timeout_s))
     app.include_router(_instance_routes(admin, drain_timeout_s))
     app.routes.insert(0, Route("/version", version, include_in_schema=False))  # before vLLM's own
     app.include_router(_health_routes(runtime))

@@ -10,8 +10,10 @@ The engines of a named fleet: those that live are adopted, others are started, a
 
 import contextlib
 import dataclasses
+import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
+from functools import partial
 
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -20,6 +22,7 @@ from cascadeinfer import __version__
 from cascadeinfer.cluster.fleet import OPTION, Record
 from cascadeinfer.cluster.fleets import UsedFleet
 from cascadeinfer.cluster.keeping import Keepers
+from cascadeinfer.cluster.local_keepers import Rooms
 from cascadeinfer.cluster.shared_key import ClusterKey
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
@@ -27,8 +30,10 @@ from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.configuration import KvTransferSettings, attached_config, with_cpu_kv_share
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.kept import KeptSource, Phase
+from cascadeinfer.engines.vllm.kept_builds import KeptBuilds
 from cascadeinfer.engines.vllm.kept_order import Content
 from cascadeinfer.engines.vllm.launch import places_for
+from cascadeinfer.engines.vllm.other_build import CHANGEABLE
 from cascadeinfer.engines.vllm.refused_options import check_engine_args, engine_default
 from cascadeinfer.engines.vllm.standing import Terms
 
@@ -123,11 +128,29 @@ def _counted(n: int) -> str:
 def record_of(engine_args: AsyncEngineArgs, terms: FleetTerms) -> Record:
     """What engines are started with, as far as a server must agree with those that it finds."""
     options = {"--kv-lease-s": str(terms.lease_s)} | ({} if terms.log_stats else {"--disable-log-stats": "True"})
-    for declared in dataclasses.fields(AsyncEngineArgs):
-        name, value = declared.name, getattr(engine_args, declared.name)
-        if not name.startswith("_") and name not in OF_THE_FRONT_END and value != engine_default(name):
-            options["--" + name.replace("_", "-")] = str(value)
-    return Record(__version__, vllm.__version__, engine_args.model, options)
+    names = [field.name for field in dataclasses.fields(AsyncEngineArgs) if not field.name.startswith("_")]
+    return Record(__version__, vllm.__version__, engine_args.model, options | _set_options(engine_args, names))
+
+
+def _set_options(engine_args: AsyncEngineArgs, names: Iterable[str]) -> dict[str, str]:
+    return {
+        "--" + name.replace("_", "-"): str(value)
+        for name in names
+        if name not in OF_THE_FRONT_END and (value := getattr(engine_args, name)) != engine_default(name)
+    }
+
+
+def updated(record: Record, engine_args: AsyncEngineArgs, unfinished: str) -> Record:
+    """
+    A record after, or in the middle of, a rolling update to these arguments.
+
+    Only what an update can change is read from them: configurations among the others, such as that of a profiler, have
+    been completed since the record was made, and would differ from what the next server asks for.
+    """
+    flags = {"--" + name.replace("_", "-") for name in CHANGEABLE}
+    kept = {flag: value for flag, value in record.options.items() if flag not in flags}
+    options = kept | _set_options(engine_args, sorted(CHANGEABLE))
+    return Record(record.version, record.vllm, engine_args.model, options, unfinished)
 
 
 @contextlib.asynccontextmanager
@@ -148,33 +171,44 @@ async def fleet_engines(
     check_engine_args(engine_args)
     asked = record_of(engine_args, terms)
     shared = with_cpu_kv_share(engine_args, terms.n_instances) if fleet.is_here else engine_args
-    keepers = fleet.keepers(lambda: places_for(shared, terms.n_instances))
+    places = places_for(shared, terms.n_instances) if fleet.is_here else None
+
+    def rooms() -> Rooms:
+        assert places is not None, "nothing is started on this machine"
+        return places
+
+    keepers = fleet.keepers(rooms)
     found = tuple(sorted(await keepers.find(), key=_by_number))
     try:
         _check(fleet, asked, await fleet.record(), found)
-        first = tuple(str(number) for number in range(terms.n_instances))
-        if n_new := len(set(first).difference(found)):
-            for line in await fleet.check(n_new, engine_args.model):
+        new = missing(terms.n_instances, found)
+        if new:
+            for line in await fleet.check(len(new), engine_args.model):
                 logger.warning("%s", line)
         await fleet.write(asked)
         config = attached_config(engine_args)
         key = await fleet.key()
         settings = KvTransferSettings(terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE)
         content = Content("", shared, settings, terms.log_stats, terms.own_log_level, terms.orphan_timeout_s)
-        source = KeptSource(
-            keepers,
-            found,
+        standing = Terms(config, ClusterKey.of(key), terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE, terms.own_host)
+        builds = KeptBuilds(
+            engine_args,
             content,
-            key,
-            Terms(config, ClusterKey.of(key), terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE, terms.own_host),
-            {},
+            standing,
+            has_room=lambda shared: places is not None and places.has_room(shared=shared),
+            write=partial(_write_updated, fleet, asked) if fleet.is_here else None,
         )
-        engines = FleetEngines(fleet, keepers, found, source, tuple(dict.fromkeys([*first, *found])))
+        source = KeptSource(keepers, found, builds, key, {})
+        engines = FleetEngines(fleet, keepers, found, source, tuple(sorted([*new, *found], key=_by_number)))
         for line in engines.first_lines(terms.orphan_timeout_s):
             logger.info("%s", line)
         yield engines
     finally:
         await keepers.leave()
+
+
+async def _write_updated(fleet: UsedFleet, asked: Record, engine_args: AsyncEngineArgs, unfinished: str) -> None:
+    await fleet.write(updated(asked, engine_args, unfinished))
 
 
 @contextlib.asynccontextmanager
@@ -197,8 +231,14 @@ def _check(fleet: UsedFleet, asked: Record, runs: Record | None, found: tuple[In
         raise ConfigError(
             f"{_counted(len(found))} of {fleet.name} run with other options: {'; '.join(differences)}",
             option=OPTION,
-            fix=f"use theirs, or end them first: {fleet.stop_command}",
+            fix=f"{'' if runs.unfinished else 'use theirs, or '}end them first: {fleet.stop_command}",
         )
+
+
+def missing(n_instances: int, found: Collection[InstanceId]) -> list[InstanceId]:
+    """Names of the instances to be started besides those that live, which may have any numbers."""
+    free = (name for name in map(str, itertools.count()) if name not in found)
+    return list(itertools.islice(free, max(0, n_instances - len(found))))
 
 
 def _by_number(instance_id: InstanceId) -> tuple[int, str]:

@@ -21,10 +21,11 @@ from cascadeinfer.core.errors import EngineError, ScalingRefusedError, UnknownIn
 from cascadeinfer.core.events import Event, InstanceDraining
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.patience import within
-from cascadeinfer.engines.protocol import Engine, EngineSource
+from cascadeinfer.engines.protocol import Build, Engine, EngineSource
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.instance_state import FIRST, Deed, Happening, State
 from cascadeinfer.runtime.migrate import Migrator
+from cascadeinfer.runtime.rolling import Rolling
 from cascadeinfer.runtime.streams import StreamTable
 from cascadeinfer.runtime.supervise import Listener
 from cascadeinfer.runtime.view import Drain, InstanceRecord
@@ -39,7 +40,12 @@ STOP_TIMEOUT_S = 5.0
 
 
 class Elasticity:
-    """See the module header."""
+    """
+    See the module header.
+
+    Attributes:
+        rolling: Replaces all instances by others, one by one.
+    """
 
     def __init__(
         self,
@@ -72,10 +78,18 @@ class Elasticity:
         self._numbers = itertools.count(max(highest + 1, len(fleet.records)))
         self._tasks: dict[InstanceId, asyncio.Task[None]] = {}
         self._stopping = False
+        self.rolling = Rolling(
+            fleet, source, lambda build, replaced: self.add(1, build, replaced)[0], self.drain, clock
+        )
 
-    def add(self, count: int = 1) -> list[InstanceId]:
+    def add(self, count: int = 1, build: Build | None = None, replaces: InstanceId | None = None) -> list[InstanceId]:
         """
         Add instances; they start in the background.
+
+        Args:
+            count: How many.
+            build: What they are started with; None: what all are that are added now.
+            replaces: The instance whose place among the stages one is to take over.
 
         Returns:
             Their ids.
@@ -90,17 +104,18 @@ class Elasticity:
             raise ScalingRefusedError(
                 f"{len(self._fleet.records)} instances and {count} more are above {MAX_INSTANCES}"
             )
+        build = build or self._source.build
         placed: dict[InstanceId, Callable[[int], Any]] = {}
         try:
             for _ in range(count):
                 instance_id = str(next(self._numbers))
-                placed[instance_id] = self._source.place(instance_id)
+                placed[instance_id] = self._source.place(instance_id, build)
         except BaseException:
             for instance_id in placed:
                 self._source.release(instance_id)
             raise
         for instance_id, make in placed.items():
-            self._spawn(instance_id, self._start(self._fleet.add(instance_id, make)))
+            self._spawn(instance_id, self._start(self._fleet.add(instance_id, make, build, replaces)))
         return list(placed)
 
     def adopt(self, instance_id: InstanceId, make_engine: Callable[[int], Engine]) -> None:
@@ -156,6 +171,7 @@ class Elasticity:
     async def stop(self) -> None:
         """Abandon what is under way; the fleet stops all instances."""
         self._stopping = True
+        await self.rolling.stop()
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -183,7 +199,7 @@ class Elasticity:
             await within(timeout_s, self._until_empty(record, drain), begin_anew)
         except TimeoutError:
             left = len(self._streams.on_instance(record.instance_id))
-            error = f"time-out after {timeout_s:g} s: {left} requests were computed anew elsewhere"
+            error = f"time-out after {timeout_s:g} s: {left} requests were taken from it"
             ended = Happening.DRAIN_OVERDUE
             logger.warning("instance %s: drain %s", record.instance_id, error)
         if record.engine is None:

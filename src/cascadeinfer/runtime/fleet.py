@@ -18,7 +18,7 @@ from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.kind import NO_TERMS, InstanceKind, InstanceTerms
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
-from cascadeinfer.engines.protocol import Engine
+from cascadeinfer.engines.protocol import FIRST_BUILD, Build, Engine
 from cascadeinfer.runtime.gauges import FleetGauges
 from cascadeinfer.runtime.instance_state import Deed, Happening
 from cascadeinfer.runtime.pairs import Pairs
@@ -67,6 +67,7 @@ class Fleet:
         layout_note: What is known of them; None without stages.
         watchers: Notified whenever an instance joins or leaves.
         pairs: Which instances have completed the handshake with each other.
+        changed: Set whenever the state of an instance changes; whoever waits for that clears it.
     """
 
     def __init__(
@@ -85,10 +86,11 @@ class Fleet:
             clock: The time in seconds.
             terms: Roles and chunk budgets of instances; None: leave all engines as they are.
         """
-        self._terms = terms
+        self._terms = None if terms is None else dict(terms)
         self._clock = clock
         self._listener = listener
         self._times = times
+        self.changed = asyncio.Event()
         self.records: dict[InstanceId, InstanceRecord] = {}
         for instance_id, make in make_engines.items():
             self.add(instance_id, make)
@@ -96,7 +98,7 @@ class Fleet:
         self.watchers: list[FleetWatcher] = []
         self.layout: StageLayout | None = None
         self.layout_note: LayoutNote | None = None
-        self.pairs = Pairs(self.live_engines, self._condemn)
+        self.pairs = Pairs(self.live_engines, self._condemn, self._may_exchange)
 
     def __iter__(self) -> Iterator[InstanceRecord]:
         """All instances, up or not; safe against concurrent changes."""
@@ -106,10 +108,19 @@ class Fleet:
         """What is known of an instance."""
         return self.records[instance_id]
 
-    def add(self, instance_id: InstanceId, make_engine: Callable[[int], Engine]) -> InstanceRecord:
-        """Add an instance without starting it."""
+    def add(
+        self,
+        instance_id: InstanceId,
+        make_engine: Callable[[int], Engine],
+        build: Build = FIRST_BUILD,
+        replaces: InstanceId | None = None,
+    ) -> InstanceRecord:
+        """Add an instance without starting it; one that replaces another gets its role and its chunk budget."""
         assert instance_id not in self.records, f"instance {instance_id} is there already"
-        record = InstanceRecord(Supervisor(instance_id, make_engine, self._listener, self._times))
+        record = InstanceRecord(Supervisor(instance_id, make_engine, self._listener, self._times), build, replaces)
+        record.supervisor.on_change = self.changed.set
+        if self._terms is not None and replaces in self._terms:
+            self._terms[instance_id] = self._terms[replaces]
         self.records[instance_id] = record
         return record
 
@@ -137,6 +148,15 @@ class Fleet:
         """Whether both are up and KV cache can be transferred from one to the other."""
         one, other = self.engine(one_id), self.engine(other_id)
         return one is not None and other is not None and self.pairs.connected(one, other)
+
+    def model_version_of(self, instance_id: InstanceId) -> str:
+        """The version of the model that an instance runs."""
+        record = self.records.get(instance_id)
+        return FIRST_BUILD.model_version if record is None else record.build.model_version
+
+    def _may_exchange(self, one: Engine, other: Engine) -> bool:
+        groups = {self.records[engine.instance_id].build.kv_group for engine in (one, other)}
+        return len(groups) == 1
 
     def live_engines(self) -> list[Engine]:
         """Engines that are up, in the order in which they were made known."""
@@ -185,12 +205,12 @@ class Fleet:
                 start.cancel()
             self.pairs.strict = False
 
-    async def join(self, engine: Engine, capacity: InstanceCapacity) -> InstanceRecord:
+    async def join(self, engine: Engine, capacity: InstanceCapacity) -> InstanceKind:
         """
         An instance has started: connect it to all that are up. It counts as up from now on.
 
         Returns:
-            What is known of it.
+            What it is.
 
         Raises:
             EngineError: It cannot be connected, and the fault is its own.
@@ -205,8 +225,7 @@ class Fleet:
             raise EngineError("is being removed", instance_id=engine.instance_id)
         for watcher in self.watchers:
             watcher.instance_joins(engine)
-        record.came_up(engine, InstanceKind(capacity, role=terms.role))
-        return record
+        return record.came_up(engine, capacity, terms.role)
 
     def went_down(self, instance_id: InstanceId, why: str) -> InstanceRecord:
         """It is out of use, or never was in use; its next life starts without handshakes."""

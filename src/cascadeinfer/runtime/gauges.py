@@ -27,6 +27,7 @@ class InstanceGauges:
         broken_pairs: Instances that are up and with which it has not shaken hands.
         phase: Where it is in its life, one of the values of `PHASES`.
         kind: What it is; None before its first start.
+        build: Number of what it is started with.
     """
 
     instance_id: InstanceId
@@ -45,6 +46,7 @@ class InstanceGauges:
     pulled_tokens: int = 0
     phase: str = "up"
     kind: InstanceKind | None = None
+    build: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ PER_INSTANCE: tuple[tuple[str, str, Callable[[InstanceGauges], float]], ...] = (
     ("failed_pulls", "Pulls that failed since it started.", lambda g: g.failed_pulls),
     ("pinned", "Cut requests whose blocks are pinned.", lambda g: g.pinned),
     ("restarts", "Times it was restarted.", lambda g: g.restarts),
+    ("build", "Number of the engine options that it is started with; 0 those of the server.", lambda g: g.build),
     ("broken_pairs", "Instances that are up and that it cannot exchange KV cache with.", lambda g: g.broken_pairs),
 )
 

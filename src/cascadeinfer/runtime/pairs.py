@@ -4,6 +4,7 @@ Tracks which instances have completed the handshake with each other, and introdu
 Each pair has its own task, which retries until it succeeds or either instance is gone. A newcomer does the handshake
 with all that are up, then looks again, and comes up in the same turn of the event loop in which it finds nobody new. So
 of two simultaneous newcomers the later one finds the other, and a hung handshake delays only its own newcomer.
+Instances whose KV caches do not go together, during a rolling update, are not introduced to each other.
 
 A failed pair is broken: both instances serve, migrations between them are refused, and the handshake is retried.
 `core/handshakes.py` determines which side is at fault: a faulty newcomer does not come up; an instance that is up and
@@ -76,14 +77,21 @@ class Pairs:
         foreign: Broken pairs as reported by the process that connects the instances, if it is not this one.
     """
 
-    def __init__(self, live_engines: Callable[[], list[Engine]], condemn: Callable[[Engine, str], None]) -> None:
+    def __init__(
+        self,
+        live_engines: Callable[[], list[Engine]],
+        condemn: Callable[[Engine, str], None],
+        may_exchange: Callable[[Engine, Engine], bool] = lambda _one, _other: True,
+    ) -> None:
         """
         Args:
             live_engines: Those that are up now.
             condemn: Called with the instance to restart, and why.
+            may_exchange: Whether the KV cache of one is of use to the other at all.
         """
         self._live_engines = live_engines
         self._condemn = condemn
+        self._may_exchange = may_exchange
         self._known: dict[Pair, Acquaintance] = {}
         self.strict = False
         self.foreign: frozenset[tuple[InstanceId, ...]] = frozenset()
@@ -111,7 +119,8 @@ class Pairs:
         """
         end_s = asyncio.get_running_loop().time() + PATIENCE_S
         while True:
-            known = [self._acquaintance(newcomer, peer) for peer in self._live_engines()]
+            peers = [peer for peer in self._live_engines() if self._may_exchange(newcomer, peer)]
+            known = [self._acquaintance(newcomer, peer) for peer in peers]
             pending = [pair for pair in known if not pair.settled.is_set()]
             is_connected = any(pair.connected for pair in known)
             left_s = end_s - asyncio.get_running_loop().time()

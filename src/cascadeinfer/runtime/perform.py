@@ -20,6 +20,7 @@ from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.migrate import MigrationRecord, Migrator
 from cascadeinfer.runtime.parkings import Parkings
 from cascadeinfer.runtime.streams import Refusal, Stream, StreamTable
+from cascadeinfer.runtime.versions import Versions
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Performer:
         refuse_late: Callable[[Stream, RequestRejectedError], None],
         fail: Callable[[Stream], None],
         isolation: Isolation,
+        versions: Versions,
         limits: MigrationLimits,
         clock: Callable[[], float],
     ) -> None:
@@ -57,6 +59,7 @@ class Performer:
             refuse_late: Ends a request that the policy refuses after it has taken it.
             fail: Ends a request that cannot be sent to an engine.
             isolation: Keeps suspected requests apart.
+            versions: Keeps requests with the version of the model that has begun them.
             limits: Of migrations.
             clock: The time in seconds.
         """
@@ -68,6 +71,7 @@ class Performer:
         self._refuse_late = refuse_late
         self._fail = fail
         self._isolation = isolation
+        self._versions = versions
         isolation.send = self._send
         self._commands = Commands("a command to an instance")
         self.migrator = Migrator(fleet, streams, self._migration_ended, limits, self._add_failed, clock)
@@ -126,6 +130,9 @@ class Performer:
         stream = self._streams.get(effect.request_id)
         if stream is None:
             return  # its client left while it waited
+        if not self._versions.may_run(stream, effect.instance_id):
+            self._versions.strand(stream)
+            return
         self._streams.place(stream, effect.instance_id, "dispatched again" if stream.attempts else "dispatched")
         if effect.shared:
             self._metrics.shared.inc()

@@ -205,6 +205,7 @@ def _instance(record: InstanceRecord, stage: int | None, n_requests: int, now_s:
         "step_model": kind.step_model_key if kind is not None and kind.step_model_key != DEFAULT_STEP_MODEL else None,
         "phase": PHASES[record.life.state],
         "state": record.life.state.value,
+        "build": record.build.number,
         "up": record.engine is not None,
         "suspect": record.suspect,
         "restarts": supervisor.restarts,

@@ -43,6 +43,7 @@ from cascadeinfer.runtime.stories import Stories
 from cascadeinfer.runtime.streams import Journey, Seen, Stream, StreamTable
 from cascadeinfer.runtime.supervise import SupervisionTimes
 from cascadeinfer.runtime.suspects import Suspects
+from cascadeinfer.runtime.versions import Versions
 from cascadeinfer.runtime.view import snapshot, tally
 
 
@@ -86,7 +87,7 @@ class Runtime:
         self._isolation = Isolation(self._streams, self.metrics, clock, poison_deaths)
         self._performer = Performer(
             self.fleet, self._streams, self.metrics, self.ledger, self.emit, self._refuse_late, self._fail,
-            self._isolation, migration or MigrationLimits(), clock,
+            self._isolation, Versions(self.fleet, self._streams, self._end), migration or MigrationLimits(), clock,
         )  # fmt: skip
         self._migrator = self._performer.migrator
         self.elastic = Elasticity(self.fleet, self._streams, self._migrator, self, self.emit, clock, source)
@@ -206,11 +207,11 @@ class Runtime:
 
     async def instance_up(self, engine: Engine, capacity: InstanceCapacity) -> None:
         """Connect it to all that are up, then let the policy use it."""
-        record = await self.fleet.join(engine, capacity)
+        kind = await self.fleet.join(engine, capacity)
         if self._streams.on_instance(engine.instance_id):
             self.announce_loss(engine.instance_id)  # the policy, which failed at its loss, sent requests to the dead
-        assert record.kind is not None, "it has come up"
-        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, record.kind))
+        replaces = self.fleet[engine.instance_id].replaces
+        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, kind, replaces))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop late output of superseded attempts; hide the finishes of cuts."""
@@ -386,9 +387,9 @@ class Runtime:
         self.metrics.requests.labels(outcome).inc()
         self.ledger.request_ended(outcome)
         request_id = stream.request.request_id
-        n_output = len(stream.output_token_ids)
+        n_prompt, n_output = len(stream.request.prompt_token_ids), len(stream.output_token_ids)
         if outcome == "finished" and stream.first_token_s is not None and stream.last_token_s is not None:
             times_s = stream.first_token_s - stream.arrived_s, stream.last_token_s - stream.arrived_s
-            self.metrics.finished(len(stream.request.prompt_token_ids), n_output, *times_s)
-        self.seen.note_end(len(stream.request.prompt_token_ids), n_output, stream.arrived_s)
+            self.metrics.finished(n_prompt, n_output, *times_s)
+        self.seen.note_end(n_prompt, n_output, stream.arrived_s)
         self.emit(RequestFinished(request_id, request_id, n_output))

@@ -91,6 +91,8 @@ class Stream:
         attempts: Attempts so far.
         migration: The migration it takes part in, or None.
         tokens_before: Output tokens when its current attempt began.
+        model_version: The version of the model that has written its output before its current attempt; None: it had
+            none.
         withdrawals: How often it was taken away from an instance that did not answer.
         arriving: Whether its sender waits to hear whether the policy takes it.
         refusal: Why the policy did not take it, until whoever announced it has ended it; None: it took it, or has not
@@ -114,6 +116,7 @@ class Stream:
     first_token_s: float | None = None
     last_token_s: float | None = None
     tokens_before: int = 0
+    model_version: str | None = None
     withdrawals: int = 0
     arriving: bool = False
     refusal: Refusal | None = None
@@ -176,6 +179,8 @@ class StreamTable:
         self._wall_clock = wall_clock
         self._streams: dict[RequestId, Stream] = {}
         self._by_attempt: dict[str, Stream] = {}
+        #: The version of the model that an instance runs.
+        self.version_of: Callable[[InstanceId], str] = lambda _: ""
         #: Called with the instance of each placement.
         self.on_placed: Callable[[InstanceId], None] = lambda _: None
         #: Called for each request that leaves its place; `on_closed` for each that ends.
@@ -246,8 +251,10 @@ class StreamTable:
 
     def displace(self, stream: Stream) -> None:
         """End the current attempt, if any: its further output is ignored."""
-        if stream.engine_request_id is None:
+        if stream.engine_request_id is None or stream.instance_id is None:
             return
+        if stream.started:
+            stream.model_version = self.version_of(stream.instance_id)
         del self._by_attempt[stream.engine_request_id]
         stream.journey.visits[-1].ended_s = self._wall_clock()
         stream.instance_id = None

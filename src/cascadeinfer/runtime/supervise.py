@@ -101,6 +101,7 @@ class Supervisor:
         back_off: Its recent deaths.
         next_start_s: When it will be restarted, on the loop's clock; None while it is up or starting.
         condemned: Why it is being restarted although no request is to blame; None if it is not.
+        on_change: Called after each change of its state.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Supervisor:
         self.back_off = BackOff(times.backoff_first_s, times.backoff_max_s, times.window_s)
         self.next_start_s: float | None = None
         self.condemned: str | None = None
+        self.on_change: Callable[[], None] = lambda: None
 
     async def start(self) -> None:
         """First start; raises EngineError when the instance does not come up."""
@@ -157,7 +159,9 @@ class Supervisor:
         Raises:
             InvalidTransition: That cannot happen in its state.
         """
-        return self.life.happen(happening, asyncio.get_running_loop().time(), why)
+        has_changed = self.life.happen(happening, asyncio.get_running_loop().time(), why)
+        self.on_change()
+        return has_changed
 
     def condemn(self, engine: Engine, why: str) -> None:
         """A fault that a restart cures: end this life of the instance."""

@@ -1,6 +1,7 @@
 """The operators' view of the runtime: each instance's state, as gauges and as the JSON of `/admin/instances`."""
 
 import asyncio
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,10 +9,10 @@ from typing import Any
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
-from cascadeinfer.core.kind import InstanceKind
+from cascadeinfer.core.kind import InstanceKind, Role
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
-from cascadeinfer.engines.protocol import Engine, EngineCounters
+from cascadeinfer.engines.protocol import FIRST_BUILD, Build, Engine, EngineCounters
 from cascadeinfer.runtime.gauges import InstanceGauges
 from cascadeinfer.runtime.instance_state import PHASES, SILENT, Deed, Happening, InstanceLife
 from cascadeinfer.runtime.pairs import BrokenPair
@@ -71,12 +72,16 @@ class InstanceRecord:
     Where it is in its life is its supervisor's to say; what is derived from that is a property here.
 
     Attributes:
+        build: What it is started with.
+        replaces: The instance whose place among the stages it takes over, or None.
         kind: What it was when it last came up; None before.
         settled: Set once it has come up, or failed to, for the first time.
         drain: Of the drain it is in, or was removed by; None before.
     """
 
     supervisor: Supervisor
+    build: Build = FIRST_BUILD
+    replaces: InstanceId | None = None
     capacity: InstanceCapacity | None = None
     kind: InstanceKind | None = None
     report: InstanceReport = IDLE
@@ -111,12 +116,14 @@ class InstanceRecord:
         if self.engine is None:
             raise EngineError(f"did not come up: {self.last_error}", instance_id=self.instance_id)
 
-    def came_up(self, engine: Engine, kind: InstanceKind) -> None:
-        """It is ready to take requests."""
+    def came_up(self, engine: Engine, capacity: InstanceCapacity, role: Role = Role.MIXED) -> InstanceKind:
+        """It is ready to take requests; returns what it is."""
         assert engine is self.supervisor.engine
         self.supervisor.happen(Happening.JOINED)
-        self.kind, self.capacity = kind, kind.capacity
+        self.capacity = capacity
+        self.kind = kind = dataclasses.replace(self.build.kind(capacity), role=role)
         self.settled.set()
+        return kind
 
     def went_down(self, why: str) -> None:
         """It is out of use: its last report no longer holds."""
@@ -154,6 +161,7 @@ class InstanceRecord:
             pulled_tokens=self.counters.pulled_tokens,
             phase=PHASES[self.life.state],
             kind=self.kind,
+            build=self.build.number,
         )
 
 
@@ -250,6 +258,7 @@ def snapshot_of(record: InstanceRecord, layout: StageLayout | None, n_requests: 
         "history": history_of(record.life, now_s),
         "stage": record.stage_index(layout),
         "role": None if record.kind is None else record.kind.role.value,
+        "build": record.build.number,
         "up": record.engine is not None,
         "suspect": record.suspect,
         "pid": record.engine.pid if record.engine is not None else None,

@@ -11,8 +11,8 @@ move, when no instance of its prefill stage has room, and when the policy finds 
 
 Edge cases: a prefill stage whose instances are gone is served by the others, the nearest first. An instance that the
 layout does not name computes and decodes. A pushed request whose target dies is an orphan and starts anew. A prefill
-instance that drains gets no more prompts, and what is parked there is pushed. While nobody that decodes is up, answers
-and could hold a request, a prefill instance decodes it, too.
+instance that drains gets no more prompts, and what is parked there is pushed; one that replaces it in a rolling update
+takes its place. While nobody that decodes is up, answers and could hold a request, a prefill instance decodes it, too.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,15 @@ from typing import Final
 
 from cascadeinfer.core.choice import Measure, Rule
 from cascadeinfer.core.effects import Dispatch, Effect, MigrationReason, StartMigration
-from cascadeinfer.core.events import Event, FirstToken, InstanceReported, MigrationEnded, MigrationOutcome
-from cascadeinfer.core.layout import RoleLayout
+from cascadeinfer.core.events import (
+    Event,
+    FirstToken,
+    InstanceJoined,
+    InstanceReported,
+    MigrationEnded,
+    MigrationOutcome,
+)
+from cascadeinfer.core.layout import RoleLayout, Stage
 from cascadeinfer.core.placing.dispatch import Chosen, first_of, has_room, ranked
 from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, RequestId
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
@@ -44,13 +51,13 @@ class PrefillStages:
             view: The policy's books. The instances of prefill stages are set aside in it.
             target_for: The instance that takes a parked request now, or None while nobody has room.
         """
-        self._stages = () if roles is None else roles.prefill
+        self._stages: tuple[Stage, ...] = () if roles is None else roles.prefill
         self._threshold_tokens = UNBOUNDED_TOKENS if roles is None else roles.threshold_tokens
         self._view = view
         self._target_for = target_for
         self._parked: dict[RequestId, float] = {}
         self._pushes = 0
-        view.set_aside([instance_id for stage in self._stages for instance_id in stage.instance_ids])
+        self._set_aside()
 
     def place_for(self, request: RequestView) -> Chosen | None:
         """The instance that computes this prompt and parks the request; None: it is computed where it decodes."""
@@ -105,6 +112,8 @@ class PrefillStages:
             event, now_s: See `Policy.handle`.
             others: The policy's handling of everything but first tokens.
         """
+        if isinstance(event, InstanceJoined) and event.replaces is not None:
+            self._succeed(event.instance_id, event.replaces)
         if isinstance(event, FirstToken):
             self._view.apply(event)
             self._parked[event.request_id] = now_s
@@ -115,6 +124,19 @@ class PrefillStages:
         if isinstance(event, InstanceReported) and self._parked:
             effects += self._push(event.cause, now_s)
         return effects
+
+    def _set_aside(self) -> None:
+        self._view.set_aside([instance_id for stage in self._stages for instance_id in stage.instance_ids])
+
+    def _succeed(self, instance_id: InstanceId, replaced_id: InstanceId) -> None:
+        """An instance takes over the place of another, which drains, has drained, or still waits for its end."""
+        if any(instance_id in stage.instance_ids for stage in self._stages):
+            return  # it is back
+        self._stages = tuple(
+            Stage(stage.range, (*stage.instance_ids, instance_id)) if replaced_id in stage.instance_ids else stage
+            for stage in self._stages
+        )
+        self._set_aside()
 
     def _note_end(self, event: MigrationEnded, now_s: float) -> None:
         """A migration is over; a request that was not taken stays parked."""

@@ -311,8 +311,8 @@ class Cascade:
         if self._models.follow(instance.kind for instance in self.view.instances.values()):
             self.view.reprice(self._price)
         if isinstance(event, InstanceJoined):
-            number = self._incarnations.get(instance_id, 0) + 1
-            self._incarnations[instance_id] = number
+            number = self._incarnations[instance_id] = self._incarnations.get(instance_id, 0) + 1
+            self.roster.succeed(instance_id, event.replaces)
             self.agents[instance_id] = Agent(
                 self.view.instances[instance_id],
                 self.view.requests,

@@ -96,6 +96,7 @@ class StaticStages(PlacingPolicy):
         there = {instance.instance_id for instance in self.view.members()} - {event.instance_id}
         if isinstance(event, InstanceJoined):
             there.add(event.instance_id)
+            self._roster.succeed(event.instance_id, event.replaces)
         return self._in_force(event.cause, sorted(there))
 
     def _in_force(self, cause: str, there: list[InstanceId]) -> list[Effect]:

@@ -14,15 +14,17 @@ import asyncio
 import dataclasses
 import enum
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from vllm.config import VllmConfig
 
 from cascadeinfer.cluster.keeping import EngineOrder, Keepers
 from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.protocol import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm.channel import EngineChannel, connect_both_ways
 from cascadeinfer.engines.vllm.instance import VllmInstance
-from cascadeinfer.engines.vllm.kept_order import MODULE, Content
+from cascadeinfer.engines.vllm.kept_builds import KeptBuilds
+from cascadeinfer.engines.vllm.kept_order import MODULE
 from cascadeinfer.engines.vllm.standing import StandingCore, Terms
 
 logger = logging.getLogger(__name__)
@@ -146,50 +148,65 @@ class KeptSource:
 
     Attributes:
         phase: What the server does.
+        build: See EngineSource.
     """
 
     def __init__(
         self,
         keepers: Keepers,
         found: Sequence[InstanceId],
-        content: Content,
+        builds: KeptBuilds,
         key: str,
-        terms: Terms,
         environment: Mapping[str, str],
     ) -> None:
         """
         Args:
             keepers: Of the fleet.
             found: Instances whose engines live.
-            content: For engines that are started; the instance's name is filled in.
+            builds: What engines are started with; those that live are of the first.
             key: The fleet's, as text.
-            terms: Of attaching to them.
             environment: More variables for those that are started.
         """
         self.phase = Phase.STARTS
+        self.build = FIRST_BUILD
         self._keepers = keepers
         self._found = frozenset(found)
-        self._content = content
+        self._builds = builds
         self._key = key
-        self._terms = terms
         self._environment = dict(environment)
         self._n_placed = 0
+        self._lives: dict[InstanceId, KeptCore] = {}
 
-    def place(self, instance_id: InstanceId) -> Callable[[int], VllmInstance]:
+    def prepare(self, options: Sequence[str]) -> Build:
         """See EngineSource."""
+        served = min(core.vllm_config.model_config.max_model_len for core in self._lives.values())
+        return self._builds.prepare(self.build, options, served)
+
+    async def note(self, builds: Collection[Build]) -> None:
+        """See EngineSource."""
+        await self._builds.note(builds)
+
+    def has_room(self, *, shared: bool) -> bool:
+        """See EngineSource."""
+        return self._builds.has_room(shared)
+
+    def place(self, instance_id: InstanceId, build: Build | None = None) -> Callable[[int], VllmInstance]:
+        """See EngineSource."""
+        build = build or self.build
         self._keepers.place(instance_id)
         index = int(instance_id) if instance_id.isdecimal() else self._n_placed
         self._n_placed += 1
-        content = dataclasses.replace(self._content, instance_id=instance_id)
+        content = dataclasses.replace(self._builds.content_of(build), instance_id=instance_id)
+        terms = self._builds.terms_of(build)
         order = EngineOrder(MODULE, content.packed(), self._key, self._environment)
 
         def make(start: int) -> VllmInstance:
-            core = KeptCore(
+            core = self._lives[instance_id] = KeptCore(
                 instance_id,
                 index,
                 self._keepers,
                 order,
-                self._terms,
+                terms,
                 was_found=start == 0 and instance_id in self._found,
                 phase=lambda: self.phase,
             )
@@ -200,5 +217,6 @@ class KeptSource:
     def release(self, instance_id: InstanceId) -> None:
         """See EngineSource."""
         self._found -= {instance_id}
+        self._lives.pop(instance_id, None)
         self._keepers.kill(instance_id)  # one whose connection was lost goes on until here
         self._keepers.release(instance_id)

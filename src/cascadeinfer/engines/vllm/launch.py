@@ -5,10 +5,9 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from functools import partial
 
-import pydantic
 from vllm import envs
 from vllm.config import PoolerConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -23,8 +22,10 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.kind import InstanceTerms
 from cascadeinfer.core.refusals import why_not_step_budget
 from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.protocol import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm.attached import AttachedCore
 from cascadeinfer.engines.vllm.attachment import Attachment
+from cascadeinfer.engines.vllm.builds import Builds
 from cascadeinfer.engines.vllm.configuration import (
     SIDE_CHANNEL_HOST_VARIABLE,
     KvTransferSettings,
@@ -40,7 +41,7 @@ from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
 from cascadeinfer.engines.vllm.messages import EngineHello
 from cascadeinfer.engines.vllm.owned import OwnedCore
 from cascadeinfer.engines.vllm.processes import VllmProcesses
-from cascadeinfer.engines.vllm.refused_options import check_engine_args
+from cascadeinfer.engines.vllm.refused_options import check_engine_args, vllm_refusals, what_is_wrong
 
 logger = logging.getLogger(__name__)
 
@@ -89,24 +90,45 @@ class VllmSource:
                 them.
         """
         check_engine_args(engine_args)
+        self.build = FIRST_BUILD
         if logs is not None:
             engine_args = logs.args_for_all(engine_args)
-        self._engine_args = with_cpu_kv_share(engine_args, n_instances)
+        said, engine_args = engine_args, with_cpu_kv_share(engine_args, n_instances)
+        self._builds = Builds(said, engine_args)
         self._settings = settings
         self._log_stats = log_stats
         self._extra_environment = extra_environment or {}
         self._n_clients = n_clients
         self._logs = logs
         self._n_placed = 0
+        self._places = places_for(engine_args, n_instances)
         self._launcher: Launcher[VllmProcesses, EngineHello] = LocalLauncher[EngineHello](
-            places_for(engine_args, n_instances), n_instances, self._further_needs_bytes(), start_turns()
+            self._places, n_instances, _further_needs_bytes(engine_args), start_turns()
         )
         self._place_of: dict[InstanceId, Place] = {}
-        with _refusals():
-            self._first_config: VllmConfig | None = instance_config(self._engine_args, "first", settings)
+        with vllm_refusals():
+            self._first_config: VllmConfig | None = instance_config(engine_args, "first", settings)
 
-    def place(self, instance_id: InstanceId) -> Callable[[int], VllmInstance]:
+    def prepare(self, options: Sequence[str]) -> Build:
         """See EngineSource."""
+        served = [kept.config.model_config.max_model_len for kept in self._launcher.living().values()]
+        if not served:
+            raise ConfigError("no instance is up", fix="wait until one is")
+        prepared = self._builds.checked(
+            self.build, options, min(served), lambda args: instance_config(args, "new", self._settings)
+        )
+        return self._builds.keep(prepared)
+
+    async def note(self, builds: Collection[Build]) -> None:
+        """See EngineSource: these engines end with the server."""
+
+    def has_room(self, *, shared: bool) -> bool:
+        """See EngineSource."""
+        return self._places.has_room(shared=shared)
+
+    def place(self, instance_id: InstanceId, build: Build | None = None) -> Callable[[int], VllmInstance]:
+        """See EngineSource."""
+        engine_args = self._builds.args_of(build or self.build)
         place = self._place_of[instance_id] = self._launcher.place(instance_id)
         index = int(instance_id) if instance_id.isdecimal() else self._n_placed
         environment = {
@@ -117,10 +139,11 @@ class VllmSource:
         }
         self._n_placed += 1
         checked, self._first_config = self._first_config, None
+        new_config = partial(instance_config, engine_args, instance_id, self._settings)
         log_as = contextlib.nullcontext if self._logs is None else partial(self._logs.logging_as, instance_id)
 
         def make(start: int) -> VllmInstance:
-            config = checked if checked is not None and start == 0 else self._config_of(instance_id)
+            config = checked if checked is not None and start == 0 else new_config()
             core = OwnedCore(
                 self._launcher,
                 place,
@@ -158,17 +181,13 @@ class VllmSource:
         """See EngineSource."""
         self._launcher.release(self._place_of.pop(instance_id))
 
-    def _config_of(self, instance_id: InstanceId) -> VllmConfig:
-        return instance_config(self._engine_args, instance_id, self._settings)
 
-    def _further_needs_bytes(self) -> float:
-        """Memory of its KV blocks, which an instance on a CPU must find free; a device checks by itself."""
-        if not current_platform.is_cpu():
-            return 0.0
-        each = self._engine_args.kv_cache_memory_bytes or 2**30 * float(
-            operator_environment().get("VLLM_CPU_KVCACHE_SPACE") or 0
-        )
-        return each * n_ranks(self._engine_args)
+def _further_needs_bytes(engine_args: AsyncEngineArgs) -> float:
+    """Memory of its KV blocks, which an instance on a CPU must find free; a device checks by itself."""
+    if not current_platform.is_cpu():
+        return 0.0
+    each = engine_args.kv_cache_memory_bytes or 2**30 * float(operator_environment().get("VLLM_CPU_KVCACHE_SPACE") or 0)
+    return each * n_ranks(engine_args)
 
 
 def make_factories(
@@ -227,13 +246,13 @@ def parse_engine_args(namespace: argparse.Namespace) -> AsyncEngineArgs:
         ConfigError: vLLM refuses them, or there is no such model.
     """
     try:
-        with _refusals():
+        with vllm_refusals():
             engine_args = AsyncEngineArgs.from_cli_args(namespace)
     except ConfigError as error:
         if not isinstance(error.__cause__, OSError):
             raise
         raise ConfigError(
-            f"{namespace.model} cannot be found: {_what_is_wrong(error.__cause__)}",
+            f"{namespace.model} cannot be found: {what_is_wrong(error.__cause__)}",
             option="MODEL",
             fix="name a Hugging Face folder or a repository within reach",
         ) from error
@@ -242,23 +261,3 @@ def parse_engine_args(namespace: argparse.Namespace) -> AsyncEngineArgs:
         pooler.enable_flash_late_interaction = False
         engine_args.pooler_config = pooler
     return engine_args
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """What vLLM raises while it looks at its arguments is the operator's to mend."""
-    try:
-        yield
-    except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"vLLM refuses the engine arguments: {_what_is_wrong(error)}") from error
-
-
-def _what_is_wrong(error: BaseException, n_lines: int = 4) -> str:
-    """The part of vLLM's (often long) message that says what is wrong."""
-    if isinstance(error, pydantic.ValidationError):
-        return "; ".join(
-            f"{'--' + str(fault['loc'][-1]).replace('_', '-') + ': ' if fault['loc'] else ''}{fault['msg']}"
-            for fault in error.errors()
-        )
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:n_lines]) or type(error).__name__

@@ -5,10 +5,12 @@ All other engine options are passed on to every instance. `frontend/server_optio
 `docs/vllm_options.md` is generated from both tables.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Final
 
+import pydantic
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from cascadeinfer.core.errors import ConfigError
@@ -106,3 +108,23 @@ def engine_default(name: str) -> Any:
     """The default of an engine argument."""
     [declared] = [field for field in fields(AsyncEngineArgs) if field.name == name]
     return declared.default if declared.default_factory is MISSING else declared.default_factory()
+
+
+@contextlib.contextmanager
+def vllm_refusals() -> Iterator[None]:
+    """What vLLM raises while it looks at its arguments is the operator's to mend."""
+    try:
+        yield
+    except (ValueError, OSError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(f"vLLM refuses the engine arguments: {what_is_wrong(error)}") from error
+
+
+def what_is_wrong(error: BaseException, n_lines: int = 4) -> str:
+    """The part of vLLM's (often long) message that says what is wrong."""
+    if isinstance(error, pydantic.ValidationError):
+        return "; ".join(
+            f"{'--' + str(fault['loc'][-1]).replace('_', '-') + ': ' if fault['loc'] else ''}{fault['msg']}"
+            for fault in error.errors()
+        )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:n_lines]) or type(error).__name__
