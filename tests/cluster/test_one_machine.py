@@ -58,6 +58,7 @@ MAY_STAY = {
     ("engines/vllm/ending.py", "process id"): "vLLM's own client ends its processes by their ids",
     ("engines/vllm/kept_engine.py", "process id"): "an engine ends with its keeper, on its own machine",
     ("engines/vllm/kept_engine.py", "socket file"): "an engine talks to its keeper, on its own machine",
+    ("engines/vllm/ending.py", "child process"): "the type of what the launcher for this machine is given",
     ("engines/vllm/processes.py", "child process"): "the type of what the launcher for this machine is given",
     ("evaluation/pool.py", "child process"): "simulations in parallel",
     ("eventlog/run_file.py", "process id"): "makes the names of two unfinished logs different",
