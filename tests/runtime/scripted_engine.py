@@ -19,6 +19,7 @@ from cascadeinfer.engines.protocol import (
     EngineRequest,
     KvTicket,
     Resume,
+    StepOutputs,
     TokenDelta,
 )
 from cascadeinfer.engines.simulated.instance import SimulatedOutputs
@@ -97,9 +98,12 @@ class ScriptedEngine:
     async def release_pin(self, engine_request_id: str) -> None:
         """See Engine."""
 
-    async def report(self) -> tuple[InstanceReport, EngineCounters]:
+    async def report(self, next_after_s: float | None = None) -> tuple[InstanceReport, EngineCounters]:  # noqa: ARG002 - the protocol's
         """See Engine."""
         return IDLE, EngineCounters()
+
+    def load_in(self, outputs: StepOutputs) -> None:
+        """See Engine."""
 
     async def next_outputs(self) -> SimulatedOutputs:
         """See Engine."""

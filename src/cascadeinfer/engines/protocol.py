@@ -221,8 +221,22 @@ class Engine(Protocol):
         """
         ...
 
-    async def report(self) -> tuple[InstanceReport, EngineCounters]:
-        """The current load, with engine request ids."""
+    async def report(self, next_after_s: float | None = None) -> tuple[InstanceReport, EngineCounters]:
+        """
+        The current load, with engine request ids.
+
+        Args:
+            next_after_s: From now on the load also comes unasked, along with outputs, as long as the engine steps: not
+                more often than every so many seconds (`load_in`). None: nothing changes.
+        """
+        ...
+
+    def load_in(self, outputs: StepOutputs) -> tuple[InstanceReport, EngineCounters] | None:
+        """
+        The load that came unasked along with these outputs, as it was after their step; None if none did.
+
+        Call it once for all outputs, in their order. Outputs that are empty and have a load came for its sake alone.
+        """
         ...
 
     async def next_outputs(self) -> StepOutputs:

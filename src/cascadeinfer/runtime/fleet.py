@@ -124,7 +124,7 @@ class Fleet:
         return None if record is None else record.engine
 
     def wake(self, instance_id: InstanceId) -> None:
-        """Something is being sent to an instance: ask for its load soon."""
+        """Something is being sent to an instance, whose load is therefore about to change."""
         if (record := self.records.get(instance_id)) is not None:
             record.supervisor.wake()
 
@@ -202,7 +202,7 @@ class Fleet:
         self.pairs.forget(instance_id)
         for other in self:
             if other is not record:
-                other.supervisor.wake()  # what was there goes to those that answer
+                other.supervisor.wake(must_answer=True)  # what was there goes to those that answer
         return record
 
     async def stop(self, timeout_s: float) -> None:

@@ -236,7 +236,7 @@ class Runtime:
         self._finish(stream, "dropped")
 
     def instance_reported(
-        self, engine: Engine, report: InstanceReport, counters: EngineCounters, asked_s: float
+        self, engine: Engine, report: InstanceReport, counters: EngineCounters, asked_s: float | None
     ) -> None:
         """Translate attempt ids to request ids and tell the policy."""
         record = self.fleet[engine.instance_id]

@@ -20,6 +20,7 @@ from cascadeinfer.engines.protocol import (
     EngineRequest,
     InstanceIdentity,
     Resume,
+    StepOutputs,
     TokenDelta,
 )
 from cascadeinfer.engines.simulated.core import SimulatedCore
@@ -179,13 +180,20 @@ class SimulatedEngine(SimulatedProcess):
         """See Engine.release_pin."""
         await self._call("release_pin", lambda: self.core.release_pin(engine_request_id))
 
-    async def report(self) -> tuple[InstanceReport, EngineCounters]:
+    async def report(self, next_after_s: float | None = None) -> tuple[InstanceReport, EngineCounters]:
         """See Engine.report."""
-        loaded: tuple[InstanceReport, EngineCounters] = await self._call(
-            "report", lambda: self.core.report(self._now_s())
-        )
-        said, counters = loaded
+        told: tuple[InstanceReport, EngineCounters] = await self._call("report", lambda: self.load(next_after_s))
+        return told
+
+    def load(self, next_after_s: float | None) -> tuple[InstanceReport, EngineCounters]:
+        """With what faults make it say."""
+        said, counters = super().load(next_after_s)
         return said, dataclasses.replace(counters, listens=self._says_it_listens, paused=self._says_it_is_paused)
+
+    def load_in(self, outputs: StepOutputs) -> tuple[InstanceReport, EngineCounters] | None:
+        """See Engine.load_in."""
+        assert isinstance(outputs, SimulatedOutputs)
+        return outputs.load
 
     def ticket_of(self, delta: TokenDelta) -> SimulatedTicket | None:
         """See Engine.ticket_of."""
