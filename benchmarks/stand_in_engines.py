@@ -17,11 +17,10 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.engines.vllm.connector.loads_along import LoadsAlong
 from cascadeinfer.engines.vllm.messages import EngineHello, EngineLoad
 
-CAPACITY: Final = InstanceCapacity(
-    kv_blocks=10_000, block_size_tokens=16, max_num_seqs=256, max_batched_tokens=8192
-)
+CAPACITY: Final = InstanceCapacity(kv_blocks=10_000, block_size_tokens=16, max_num_seqs=256, max_batched_tokens=8192)
 TOKEN: Final = 7
 LONGEST_POLL_S: Final = 0.5
 PHASES: Final = 16
@@ -73,49 +72,65 @@ class StandInEngine:
 
     inputs: "zmq.Socket[bytes]"
     outputs: "zmq.Socket[bytes]"
+    encoder: MsgpackEncoder
+    decoder: MsgpackDecoder
     lengths: dict[str, int] = field(default_factory=dict)
     steps: int = 0
     timed: list[tuple[int, int, int, int, float, float]] = field(default_factory=list)
     questions: int = 0
+    loads_along: LoadsAlong = field(init=False)
 
-    def take(self, frames: Sequence[bytes], encoder: MsgpackEncoder, decoder: MsgpackDecoder) -> None:
+    def __post_init__(self) -> None:
+        """Loads travel along with outputs, as from an engine."""
+        self.loads_along = LoadsAlong(self, self._load, lambda _: bool(self.lengths))
+
+    def take(self, frames: Sequence[bytes]) -> None:
         """Carry a message out."""
         kind = EngineCoreRequestType(frames[0])
-        content = decoder.decode(frames[1:])
+        content = self.decoder.decode(frames[1:])
         if kind is EngineCoreRequestType.ADD:
             self.lengths[content[0]] = len(content[1])
         elif kind is EngineCoreRequestType.ABORT:
             for name in content:
                 self.lengths.pop(name, None)
         elif kind is EngineCoreRequestType.UTILITY:
-            _, call_id, command, _ = content
-            told = UtilityOutput(call_id, result=UtilityResult(self._answer(command)))
-            self.send(EngineCoreOutputs(utility_output=told), encoder)
+            _, call_id, command, arguments = content
+            told = UtilityOutput(call_id, result=UtilityResult(self._answer(command, arguments)))
+            self.put_nowait((0, EngineCoreOutputs(utility_output=told)))
 
-    def _answer(self, command: str) -> Any:
+    def _answer(self, command: str, arguments: list[Any]) -> Any:
         if command == "cascade_hello":
             return HELLO.plain()
         if command != "cascade_load":
             return 0
         self.questions += 1
+        self.loads_along.told(*arguments)
+        return self._load(0)
+
+    def _load(self, _: int) -> dict[str, Any]:
         timed, self.timed = self.timed, []
         load = msgspec.structs.replace(
             NO_LOAD, running=list(self.lengths.items()), steps=self.steps, timed_steps=timed, clock_s=time.monotonic()
         )
         return load.plain()
 
-    def step(self, step_s: float, encoder: MsgpackEncoder) -> None:
+    def step(self, step_s: float) -> None:
         """A token for each request."""
         self.steps += 1
         tokens = sum(self.lengths.values())
         self.timed.append((len(self.lengths), tokens, max(self.lengths.values()), 0, 0.0, step_s))
         for name in self.lengths:
             self.lengths[name] += 1
-        self.send(EngineCoreOutputs(outputs=[EngineCoreOutput(name, [TOKEN]) for name in self.lengths]), encoder)
+        tokens_of_all = [EngineCoreOutput(name, [TOKEN]) for name in self.lengths]
+        self.loads_along.put_nowait((0, EngineCoreOutputs(outputs=tokens_of_all)))
 
-    def send(self, outputs: EngineCoreOutputs, encoder: MsgpackEncoder) -> None:
-        """Send it to its client."""
-        self.outputs.send_multipart(encoder.encode(outputs), copy=False)
+    def put_nowait(self, item: tuple[int, EngineCoreOutputs]) -> None:
+        """Send outputs to the client."""
+        self.outputs.send_multipart(self.encoder.encode(item[1]), copy=False)
+
+    def get(self) -> Any:
+        """Nobody does: they have been sent."""
+        raise NotImplementedError
 
 
 def _connected(context: "zmq.Context[zmq.Socket[bytes]]", folder: Path, index: int) -> StandInEngine:
@@ -124,7 +139,7 @@ def _connected(context: "zmq.Context[zmq.Socket[bytes]]", folder: Path, index: i
     for sock, address in zip((inputs, outputs), addresses(folder, index), strict=True):
         sock.setsockopt(zmq.LINGER, 0)
         sock.connect(address)
-    return StandInEngine(inputs, outputs)
+    return StandInEngine(inputs, outputs, MsgpackEncoder(), MsgpackDecoder())
 
 
 def serve(folder: Path, n_engines: int, step_s: float, asked: Any, ready: Any, ends: Any) -> None:
@@ -146,7 +161,6 @@ def serve(folder: Path, n_engines: int, step_s: float, asked: Any, ready: Any, e
     for engine in engines:
         poller.register(engine.inputs, zmq.POLLIN)
         by_socket[engine.inputs] = engine
-    encoder, decoder = MsgpackEncoder(), MsgpackDecoder()
     ready.set()
     next_s, phase = time.monotonic(), 0
     while not ends.is_set():
@@ -156,10 +170,9 @@ def serve(folder: Path, n_engines: int, step_s: float, asked: Any, ready: Any, e
             phase = (phase + 1) % PHASES
             for engine in engines[phase::PHASES]:
                 if engine.lengths:
-                    engine.step(step_s, encoder)
+                    engine.step(step_s)
         wait_s = min(LONGEST_POLL_S, max(0.0, next_s - time.monotonic()))
         for sock, _ in poller.poll(int(wait_s * 1000)):
-            by_socket[sock].take(sock.recv_multipart(), encoder, decoder)
+            by_socket[sock].take(sock.recv_multipart())
         asked.value = sum(engine.questions for engine in engines)
     context.destroy(linger=0)
-

@@ -48,7 +48,7 @@ def reports_of(policy: ScriptedPolicy, instance_id: str) -> list[InstanceReport]
 
 @virtual_time
 async def test_the_load_of_busy_ones_comes_along_and_idle_ones_are_asked_rarely() -> None:
-    """Over ten seconds: the one with a request is never asked and reports all the time; the idle ones are, once each."""
+    """Over ten seconds: the one with a request is never asked and reports all the time; idle ones are, once each."""
     policy = ScriptedPolicy({"r": "a"})
     async with Cluster(policy, capacity=ROOMY, supervision=PACE) as cluster:
         n_tokens = round(12.0 / TIMES.step_s)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cascadeinfer.core.errors import EngineError
-from cascadeinfer.core.types import InstanceId
 from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.protocol import EngineCounters, EngineDied
 from cascadeinfer.engines.simulated.core import SimulatedCore
 from cascadeinfer.engines.simulated.model import SimulatedDelta, SimulatedTimes

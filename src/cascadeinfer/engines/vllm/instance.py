@@ -25,6 +25,7 @@ from cascadeinfer.engines.protocol import (
     EngineRequest,
     InstanceIdentity,
     Resume,
+    StepOutputs,
     TokenDelta,
 )
 from cascadeinfer.engines.vllm.channel import EngineChannel
@@ -198,9 +199,14 @@ class VllmInstance:
         """See Engine.release_pin."""
         await self.channel.release_pin(engine_request_id)
 
-    async def report(self) -> tuple[InstanceReport, EngineCounters]:
+    async def report(self, next_after_s: float | None = None) -> tuple[InstanceReport, EngineCounters]:
         """See Engine.report."""
-        return await self.channel.report()
+        return await self.channel.report(next_after_s)
+
+    def load_in(self, outputs: StepOutputs) -> tuple[InstanceReport, EngineCounters] | None:
+        """See Engine.load_in."""
+        assert isinstance(outputs, EngineCoreOutputs)
+        return self.channel.load_in(outputs)
 
     async def next_outputs(self) -> EngineCoreOutputs:
         """See Engine.next_outputs; outputs carry this instance's number for vLLM's metrics."""

@@ -41,6 +41,7 @@ from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.engines.vllm.connector.deadline import attach_deadlines, is_over
 from cascadeinfer.engines.vllm.connector.failures import Failures
 from cascadeinfer.engines.vllm.connector.grammar_replay import replay_grammar
+from cascadeinfer.engines.vllm.connector.loads_along import LoadsAlong
 from cascadeinfer.engines.vllm.connector.movable import why_not_movable
 from cascadeinfer.engines.vllm.connector.reservations import Reservations
 from cascadeinfer.engines.vllm.connector.side_channel import SideChannel
@@ -96,6 +97,8 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         self.scheduler: Scheduler | None = None
         #: Where front ends attach, once the engine is ready to serve; None if it is not configured for that.
         self.door: Door | None = None
+        #: Sends loads along with outputs, once the engine is ready to serve.
+        self.loads_along: LoadsAlong | None = None
         self._desk = Desk.of_this_process()
         #: For front ends that attach later; must not be logged.
         self.connector_token = self._desk.token
