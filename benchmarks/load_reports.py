@@ -5,11 +5,12 @@ CPU share of a front end's load reports: many idle instances, and many that are 
 
 One runtime in this process and all the engines, which are stand-ins (`stand_in_engines.py`), in another. Between them
 is everything that there is in a server: vLLM's clients, their sockets and messages, supervision, books and the policy
-`cascade`. Only this process's CPU time counts. Every scene is run with each way of asking, in turn:
+`cascade`. Only this process's CPU time counts. The scenes alternate:
 
-- `idle`: no instance has a request.
-- `busy`: every instance has `--running` requests and sends a token for each of them per step of `--step-s`.
-- `busy, not asked`: the same with a question every ten minutes, which leaves the tokens alone.
+- `idle`: no instance has a request. They are asked once a second, or ten times.
+- `busy`: every instance has `--running` requests and sends a token for each of them per step of `--step-s`. Its load
+  comes along with that, as it does; or it is asked ten times a second; or there are no reports at all, which leaves the
+  tokens alone.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from cascadeinfer.engines.vllm.attachment import Attachment  # noqa: E402
 from cascadeinfer.engines.vllm.instance import VllmInstance  # noqa: E402
 from cascadeinfer.engines.vllm.plain_request import make_plain_request  # noqa: E402
 from cascadeinfer.runtime.metrics import RuntimeMetrics  # noqa: E402
+from cascadeinfer.runtime.report_pace import LULL  # noqa: E402
 from cascadeinfer.runtime.shell import Runtime  # noqa: E402
 from cascadeinfer.runtime.supervise import SupervisionTimes  # noqa: E402
 from stand_in_engines import addresses, serve  # noqa: E402
@@ -51,29 +53,38 @@ MAX_OUTPUT_TOKENS: Final = 50_000
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """How many requests each instance has, and seconds between two questions to one that is busy, or idle."""
+    """
+    One way to report.
+
+    Attributes:
+        running: Requests of each instance.
+        report_s, idle_report_s: See `SupervisionTimes`.
+        tells_unasked: Whether the load of an instance that steps comes along with its outputs.
+    """
 
     running: int
-    report_s: float
-    idle_report_s: float
+    report_s: float = 0.1
+    idle_report_s: float = 1.0
+    tells_unasked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """CPU seconds per second, questions and tokens per second, microseconds of CPU per question."""
+    """CPU seconds per second; reports and tokens per second."""
 
     cpu: float
-    questions_per_s: float
+    reports_per_s: float
     tokens_per_s: float
 
 
 def scenes(running: int) -> dict[str, Scene]:
     """What is measured, by name."""
     return {
-        "idle": Scene(0, 0.1, 1.0),
-        "idle, asked as busy ones": Scene(0, 0.1, 0.1),
-        "busy": Scene(running, 0.1, 1.0),
-        "busy, not asked": Scene(running, NEVER_S, NEVER_S),
+        "idle": Scene(0),
+        "idle, asked as busy ones": Scene(0, idle_report_s=0.1),
+        "busy": Scene(running),
+        "busy, asked": Scene(running, report_s=0.1 / LULL, tells_unasked=False),
+        "busy, no reports": Scene(running, report_s=NEVER_S),
     }
 
 
@@ -110,13 +121,13 @@ class Tokens:
         await asyncio.gather(self._task, return_exceptions=True)
 
 
-async def measure(policy: Policy, folder: Path, scene: Scene, options: argparse.Namespace, asked: Any) -> Share:
+async def measure(policy: Policy, folder: Path, scene: Scene, options: argparse.Namespace, loads: Any) -> Share:
     """The front end's CPU share once everything has settled."""
     runtime = Runtime(
         {str(index): _maker_of(folder, index) for index in range(options.instances)},
         policy,
         lambda read: RuntimeMetrics(CollectorRegistry(), read),
-        supervision=SupervisionTimes(report_s=scene.report_s, idle_report_s=scene.idle_report_s),
+        supervision=SupervisionTimes(report_s=scene.report_s, idle_report_s=max(scene.report_s, scene.idle_report_s)),
     )
     runtime.fleet.pairs.introduce = _know_each_other  # type: ignore[method-assign]
     await runtime.start()
@@ -125,11 +136,11 @@ async def measure(policy: Policy, folder: Path, scene: Scene, options: argparse.
         prompt = [3 + number % 100] * PROMPT_TOKENS
         await runtime.submit(make_plain_request(f"r{number}", prompt, MAX_OUTPUT_TOKENS))
     await asyncio.sleep(SETTLING_S)
-    before, n_tokens = asked.value, tokens.count
+    n_loads, n_tokens = loads.value, tokens.count
     began_s, cpu_s = time.perf_counter(), time.process_time()
     await asyncio.sleep(options.seconds)
     took_s, used_s = time.perf_counter() - began_s, time.process_time() - cpu_s
-    share = Share(used_s / took_s, (asked.value - before) / took_s, (tokens.count - n_tokens) / took_s)
+    share = Share(used_s / took_s, (loads.value - n_loads) / took_s, (tokens.count - n_tokens) / took_s)
     await tokens.end()
     await runtime.stop(0.0)
     return share
@@ -140,15 +151,15 @@ def measured(scene: Scene, options: argparse.Namespace) -> Share:
     layout = StageLayout.single(tuple(str(number) for number in range(options.instances)))
     policy = Cascade(layout=layout) if options.policy == "cascade" else RoundRobin()
     spawn = multiprocessing.get_context("spawn")
-    asked, ready, ends = spawn.Value("q", 0, lock=False), spawn.Event(), spawn.Event()
+    loads, ready, ends = spawn.Value("q", 0, lock=False), spawn.Event(), spawn.Event()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        arguments = (folder, options.instances, options.step_s, asked, ready, ends)
+        arguments = (folder, options.instances, options.step_s, scene.tells_unasked, loads, ready, ends)
         engines = spawn.Process(target=serve, args=arguments)
         engines.start()
         try:
             ready.wait()
-            return asyncio.run(measure(policy, folder, scene, options, asked))
+            return asyncio.run(measure(policy, folder, scene, options, loads))
         finally:
             ends.set()
             engines.join()
@@ -171,12 +182,12 @@ def main() -> None:
         for name, scene in sides.items():
             shares[name].append(measured(scene, options))
     results = {}
-    print("| scene | questions per s | tokens per s | share of a core |")
+    print("| scene | reports per s | tokens per s | share of a core |")
     print("|---|---|---|---|")
     for name, taken in shares.items():
         rows = [asdict(share) for share in taken]
         results[name] = median = {field: float(np.median([row[field] for row in rows])) for field in rows[0]}
-        print(f"| {name} | {median['questions_per_s']:.0f} | {median['tokens_per_s']:.0f} | {median['cpu']:.1%} |")
+        print(f"| {name} | {median['reports_per_s']:.0f} | {median['tokens_per_s']:.0f} | {median['cpu']:.1%} |")
     print(measuring.write_results("load_reports", host, vars(options), results))
 
 

@@ -68,16 +68,24 @@ def addresses(folder: Path, index: int) -> tuple[str, str]:
 
 @dataclass(slots=True)
 class StandInEngine:
-    """One of them; `lengths` are those of its requests in tokens."""
+    """
+    One of them.
+
+    Attributes:
+        tells_unasked: Whether its load comes along with outputs.
+        lengths: Of its requests, in tokens.
+        loads: How many it has told.
+    """
 
     inputs: "zmq.Socket[bytes]"
     outputs: "zmq.Socket[bytes]"
     encoder: MsgpackEncoder
     decoder: MsgpackDecoder
+    tells_unasked: bool
     lengths: dict[str, int] = field(default_factory=dict)
     steps: int = 0
     timed: list[tuple[int, int, int, int, float, float]] = field(default_factory=list)
-    questions: int = 0
+    loads: int = 0
     loads_along: LoadsAlong = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,11 +111,12 @@ class StandInEngine:
             return HELLO.plain()
         if command != "cascade_load":
             return 0
-        self.questions += 1
-        self.loads_along.told(*arguments)
+        if self.tells_unasked:
+            self.loads_along.told(*arguments)
         return self._load(0)
 
     def _load(self, _: int) -> dict[str, Any]:
+        self.loads += 1
         timed, self.timed = self.timed, []
         load = msgspec.structs.replace(
             NO_LOAD, running=list(self.lengths.items()), steps=self.steps, timed_steps=timed, clock_s=time.monotonic()
@@ -133,16 +142,18 @@ class StandInEngine:
         raise NotImplementedError
 
 
-def _connected(context: "zmq.Context[zmq.Socket[bytes]]", folder: Path, index: int) -> StandInEngine:
+def _connected(
+    context: "zmq.Context[zmq.Socket[bytes]]", folder: Path, index: int, *, tells_unasked: bool
+) -> StandInEngine:
     inputs, outputs = context.socket(zmq.DEALER), context.socket(zmq.PUSH)
     inputs.setsockopt(zmq.IDENTITY, (0).to_bytes(2, "little"))
     for sock, address in zip((inputs, outputs), addresses(folder, index), strict=True):
         sock.setsockopt(zmq.LINGER, 0)
         sock.connect(address)
-    return StandInEngine(inputs, outputs, MsgpackEncoder(), MsgpackDecoder())
+    return StandInEngine(inputs, outputs, MsgpackEncoder(), MsgpackDecoder(), tells_unasked)
 
 
-def serve(folder: Path, n_engines: int, step_s: float, asked: Any, ready: Any, ends: Any) -> None:
+def serve(folder: Path, n_engines: int, step_s: float, tells_unasked: bool, loads: Any, ready: Any, ends: Any) -> None:
     """
     Be the engines until told to end.
 
@@ -150,12 +161,13 @@ def serve(folder: Path, n_engines: int, step_s: float, asked: Any, ready: Any, e
         folder: Of the sockets.
         n_engines: How many.
         step_s: Seconds from step to step of an engine with requests.
-        asked: A shared number: questions for the load, of all of them.
+        tells_unasked: Whether loads come along with outputs.
+        loads: A shared number: loads that all of them have told.
         ready, ends: Shared events: it serves; it shall end.
     """
     context: zmq.Context[Any] = zmq.Context()
     context.set(zmq.MAX_SOCKETS, 4 * n_engines + 16)
-    engines = [_connected(context, folder, index) for index in range(n_engines)]
+    engines = [_connected(context, folder, index, tells_unasked=tells_unasked) for index in range(n_engines)]
     poller = zmq.Poller()
     by_socket = {}
     for engine in engines:
@@ -174,5 +186,5 @@ def serve(folder: Path, n_engines: int, step_s: float, asked: Any, ready: Any, e
         wait_s = min(LONGEST_POLL_S, max(0.0, next_s - time.monotonic()))
         for sock, _ in poller.poll(int(wait_s * 1000)):
             by_socket[sock].take(sock.recv_multipart())
-        asked.value = sum(engine.questions for engine in engines)
+        loads.value = sum(engine.loads for engine in engines)
     context.destroy(linger=0)

@@ -233,12 +233,7 @@ def _begin_serving(core: EngineCoreProc) -> None:
     assert transfer is not None, "our connector runs"
     if (settings := DoorSettings.of(transfer)) is not None:
         side.door = Door(core, settings, side.engine_id, side.connector_token)
-    requests = core.scheduler.requests
-
-    def has_requests(client_index: int) -> bool:
-        return any(r.client_index == client_index and not r.is_finished() for r in requests.values())
-
-    along = LoadsAlong(core.output_queue, functools.partial(load_of, core), has_requests)
+    along = LoadsAlong(core.output_queue, functools.partial(load_of, core), side.has_requests_of)
     core.output_queue = side.loads_along = along
 
 

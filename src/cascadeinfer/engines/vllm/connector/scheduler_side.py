@@ -212,6 +212,11 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         """Blocks that are free (cached or not)."""
         return int(self._manager().block_pool.get_num_free_blocks())
 
+    def has_requests_of(self, client_index: int) -> bool:
+        """Whether a front end has requests here that have not ended."""
+        requests = () if self.scheduler is None else self.scheduler.requests.values()
+        return any(request.client_index == client_index and not request.is_finished() for request in requests)
+
     # --- hooks that vLLM's scheduler calls --------------------------------------------------------------------------
 
     def bind(self, kv_cache_manager: KVCacheManager) -> None:
