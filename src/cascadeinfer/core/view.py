@@ -35,6 +35,7 @@ from cascadeinfer.core.events import (
 )
 from cascadeinfer.core.instance import InstanceView, Pricing
 from cascadeinfer.core.kind import InstanceKind, StepModelKey
+from cascadeinfer.core.links import Links
 from cascadeinfer.core.pace import Costs, slowness_of
 from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
 
@@ -105,6 +106,8 @@ class ClusterView:
         self._aside: frozenset[InstanceId] = frozenset()
         self._members: list[InstanceView] = []
         self._available: list[InstanceView] = []
+        #: How fast KV cache goes between nodes.
+        self.links = Links()
         self._costs = Costs()
         #: Those that may count as slower than others, or lag; all others do not.
         self._slowed: dict[InstanceId, float] = {}
@@ -181,6 +184,7 @@ class ClusterView:
                 self._end_migration(event)
             case InstanceJoined():
                 pricing = self._pricing_for(event.kind)
+                self.links.joined(event.instance_id, event.node)
                 self.instances[event.instance_id] = InstanceView(event.instance_id, event.kind, pricing)
                 self._costs.note(event.instance_id, None)
                 self._find_alike()
@@ -356,6 +360,7 @@ class ClusterView:
             source.outbound.pop(event.migration_id, None)
         if (target := self.instances.get(event.target_id)) is not None:
             target.expect_no_more(event.migration_id)
+        self.links.pulled(event.source_id, event.target_id, event.pulled_tokens, event.pull_s)
         request = self.requests.get(event.request_id)
         if request is None or request.migration_id != event.migration_id:
             return

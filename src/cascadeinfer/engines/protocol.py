@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.events import InstanceReport, PinReason
 from cascadeinfer.core.refusals import Refusal
-from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, NodeId, RequestId
 
 
 class KvTicket(Protocol):
@@ -141,6 +141,11 @@ class Engine(Protocol):
     @property
     def config(self) -> Any:
         """The engine's own configuration, as its start has completed it; opaque to the runtime."""
+        ...
+
+    @property
+    def node(self) -> NodeId:
+        """The machine it runs on, by a name that all instances there share; empty where that is not known."""
         ...
 
     @property

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.links import Links
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.runtime.gauges import FleetGauges
@@ -65,6 +66,7 @@ class Fleet:
         layout_note: What is known of them; None without stages.
         watchers: Notified whenever an instance joins or leaves.
         pairs: Which instances have completed the handshake with each other.
+        links: How fast KV cache goes between their nodes, from the moves of this process.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Fleet:
         self.watchers: list[FleetWatcher] = []
         self.layout: StageLayout | None = None
         self.layout_note: LayoutNote | None = None
+        self.links = Links()
         self.pairs = Pairs(self.live_engines, self._condemn)
 
     def __iter__(self) -> Iterator[InstanceRecord]:
@@ -160,6 +163,7 @@ class Fleet:
             [record.gauges(self.layout, broken[record.instance_id]) for record in self],
             self.layout,
             None if self.layout_note is None else self._clock() - self.layout_note.since_s,
+            self.links.known(),
         )
 
     async def start(self) -> None:
@@ -193,6 +197,7 @@ class Fleet:
             raise EngineError("is being removed", instance_id=engine.instance_id)
         for watcher in self.watchers:
             watcher.instance_joins(engine)
+        self.links.joined(engine.instance_id, engine.node)
         record.came_up(engine, capacity)
 
     def went_down(self, instance_id: InstanceId, why: str) -> InstanceRecord:

@@ -13,12 +13,13 @@ that the deadline wins.
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.events import MigrationEnded, MigrationOutcome
 from cascadeinfer.core.migration import Action, Happening, Migration, MigrationLimits
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceId, MigrationId
@@ -36,6 +37,7 @@ class MigrationRecord:
         source_request_id: The attempt's id at the source, for abort and unpin.
         ticket: The source's ticket, once cut.
         cut_s: When the cut took effect, on the loop's clock.
+        pull_s: From then to the first token at the target.
     """
 
     migration: Migration
@@ -45,7 +47,15 @@ class MigrationRecord:
     ticket: KvTicket | None = None
     cut_s: float | None = None
     pause_s: float | None = None
+    pull_s: float | None = None
     timer: asyncio.TimerHandle | None = None
+
+    def ended(self) -> MigrationEnded:
+        """The event that reports the end, with what the pull tells of the link if there was one."""
+        ended = self.migration.ended()
+        if ended.outcome is not MigrationOutcome.MOVED or self.ticket is None or self.pull_s is None:
+            return ended
+        return replace(ended, pulled_tokens=self.ticket.n_tokens, pull_s=self.pull_s)
 
 
 class EngineDirectory(Protocol):
@@ -148,6 +158,7 @@ class Migrator:
         record = self._records[migration.migration_id]
         if migration.at_target and record.pause_s is None and stream.last_token_s is not None:
             record.pause_s = now_s - stream.last_token_s
+            record.pull_s = None if record.cut_s is None else asyncio.get_running_loop().time() - record.cut_s
         self.happen(migration.migration_id, Happening.FIRST_TOKEN)
 
     def expire(self) -> None:

@@ -10,6 +10,7 @@ from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.links import Link
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.protocol import Engine, EngineCounters
 from cascadeinfer.runtime.gauges import InstanceGauges
@@ -181,6 +182,7 @@ def snapshot(
     migration_counts: Mapping[str, int],
     now_s: float,
     broken_pairs: Iterable[BrokenPair] = (),
+    links: Iterable[Link] = (),
 ) -> dict[str, Any]:
     """The JSON of `/admin/instances`; the fields are documented in `docs/operating.md`."""
     short = tally(streams, n_migrations, migration_counts)
@@ -207,6 +209,7 @@ def snapshot(
             {"instances": list(pair.instance_ids), "error": pair.error, "since_s": round(now_s - pair.since_s, 1)}
             for pair in broken_pairs
         ],
+        "links": [{**link._asdict(), "tokens_per_s": round(link.tokens_per_s)} for link in links],
         "requests": {
             "live": short["live"],
             "unplaced": short["unplaced"],

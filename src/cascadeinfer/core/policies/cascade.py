@@ -311,8 +311,7 @@ class Cascade:
         if self._models.follow(instance.kind for instance in self.view.instances.values()):
             self.view.reprice(self._price)
         if isinstance(event, InstanceJoined):
-            number = self._incarnations.get(instance_id, 0) + 1
-            self._incarnations[instance_id] = number
+            number = self._incarnations[instance_id] = self._incarnations.get(instance_id, 0) + 1
             self.agents[instance_id] = Agent(
                 self.view.instances[instance_id],
                 self.view.requests,
@@ -321,6 +320,7 @@ class Cascade:
                 settings=self._balance,
                 rules=self._handover,
                 able=self.view.able_ids,
+                extra_s=self.view.links.extra_s,
                 rebalance=self._rebalance,
             )
         elif isinstance(event, InstanceLost):

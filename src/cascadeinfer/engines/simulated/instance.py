@@ -13,7 +13,7 @@ from typing import Any
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.refusals import Refusal
-from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, NodeId, RequestId
 from cascadeinfer.engines.protocol import (
     Engine,
     EngineCounters,
@@ -42,6 +42,7 @@ class SimulatedEngine(SimulatedProcess):
         start_error: str | None = None,
         index: int = 0,
         movable: bool = True,
+        node: NodeId = "",
     ) -> None:
         """
         Args:
@@ -53,12 +54,14 @@ class SimulatedEngine(SimulatedProcess):
             start_error: Why it does not start, when it shall not.
             index: Its number.
             movable: Whether it says that its requests can move.
+            node: Where it says that it runs.
         """
         times = times or SimulatedTimes()
         self._peers: dict[str, SimulatedCore] = {}
         core = SimulatedCore(f"{instance_id}#{n_start}", capacity, times, max_model_len, self._peers.get)
         super().__init__(instance_id, core, times)
         self.index = index
+        self.node = node
         self._movable = movable
         self._start_error = start_error
         self._starting: asyncio.Task[None] | None = None

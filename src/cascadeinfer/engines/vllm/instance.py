@@ -18,7 +18,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.refusals import Refusal
-from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, NodeId, RequestId
 from cascadeinfer.engines.protocol import (
     Engine,
     EngineCounters,
@@ -102,6 +102,11 @@ class VllmInstance:
     def movable(self) -> bool:
         """See Engine.movable."""
         return self.hello.movable
+
+    @property
+    def node(self) -> NodeId:
+        """See Engine.node: the address at which its peers reach it."""
+        return self.hello.host
 
     @property
     def channel(self) -> EngineChannel:
