@@ -38,6 +38,7 @@ class StubEngine:
 
     instance_id = "0"
     pid = None
+    node = ""
 
     async def add(self, *_: Any) -> None:
         """Take a request."""

@@ -9,7 +9,7 @@ the log; and no timer. `@virtual_time` also asserts that no task is left.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from prometheus_client import CollectorRegistry
@@ -140,6 +140,7 @@ class Cluster:
         max_instances: int = 8,
         observer: Observer | None = None,
         poison_deaths: int = DEATHS,
+        nodes: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
@@ -153,6 +154,7 @@ class Cluster:
             max_instances: Number of places for instances.
             observer: Sees events and effects.
             poison_deaths: Deaths after which a request is taken for the cause.
+            nodes: Where instances say that they run; others do not say.
         """
         self.policy = policy or ScriptedPolicy()
         self.registry = CollectorRegistry()
@@ -165,6 +167,7 @@ class Cluster:
         self.placed = set(self.engines)
         self._capacity = capacity
         self._times = times
+        self._nodes = nodes or {}
         self._pump: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._numbers = 0
@@ -207,7 +210,10 @@ class Cluster:
     def _factory(self, instance_id: str) -> Callable[[int], SimulatedEngine]:
         def make(n_start: int) -> SimulatedEngine:
             error = self._start_error(instance_id, n_start)
-            engine = SimulatedEngine(instance_id, n_start, self._capacity, times=self._times, start_error=error)
+            engine = SimulatedEngine(
+                instance_id, n_start, self._capacity, times=self._times, start_error=error,
+                node=self._nodes.get(instance_id, ""),
+            )  # fmt: skip
             self.engines[instance_id].append(engine)
             return engine
 

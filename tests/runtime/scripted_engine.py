@@ -32,6 +32,7 @@ class ScriptedEngine:
     """See `Engine`; cut, undo_cut and reserve wait until the test answers."""
 
     pid = None
+    node = ""
 
     def __init__(self, instance_id: str, capacity: InstanceCapacity) -> None:
         """An engine that starts at once."""

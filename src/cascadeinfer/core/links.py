@@ -53,6 +53,10 @@ class Links:
         else:
             self._nodes.pop(instance_id, None)
 
+    def knows(self, instance_id: InstanceId) -> bool:
+        """Whether it is known where an instance is."""
+        return instance_id in self._nodes
+
     def pulled(self, source_id: InstanceId, target_id: InstanceId, tokens: int, pull_s: float) -> None:
         """Record a pull of so many tokens; ignored if it is small or where a node is not known."""
         if tokens < LEAST_TOKENS or pull_s <= 0.0 or (key := self._key(source_id, target_id)) is None:

@@ -50,10 +50,10 @@ class MigrationRecord:
     pull_s: float | None = None
     timer: asyncio.TimerHandle | None = None
 
-    def ended(self) -> MigrationEnded:
-        """The event that reports the end, with what the pull tells of the link if there was one."""
+    def ended(self, *, measures: bool) -> MigrationEnded:
+        """The event that reports the end; `measures`: with what the pull tells of the link, if there was one."""
         ended = self.migration.ended()
-        if ended.outcome is not MigrationOutcome.MOVED or self.ticket is None or self.pull_s is None:
+        if not measures or ended.outcome is not MigrationOutcome.MOVED or self.ticket is None or self.pull_s is None:
             return ended
         return replace(ended, pulled_tokens=self.ticket.n_tokens, pull_s=self.pull_s)
 

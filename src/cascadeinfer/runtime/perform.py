@@ -167,8 +167,9 @@ class Performer:
             self.migrator.start(effect, stream)
 
     def _migration_ended(self, record: MigrationRecord) -> None:
-        ended = record.ended()
-        self._fleet.links.pulled(ended.source_id, ended.target_id, ended.pulled_tokens, ended.pull_s)
+        links = self._fleet.links
+        ended = record.ended(measures=links.knows(record.migration.target_id))
+        links.pulled(ended.source_id, ended.target_id, ended.pulled_tokens, ended.pull_s)
         if record.pause_s is not None and ended.outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
             self._metrics.pause.labels(ended.outcome.value).observe(record.pause_s)
         self._tell_end(record.migration.effect, ended, record.stream, record.pause_s)
