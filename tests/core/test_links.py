@@ -78,6 +78,20 @@ def test_small_pulls_and_unknown_places_say_nothing() -> None:
     assert links.extra_s("a0", "b0", 1000) == 0.0
 
 
+def test_with_its_last_instance_a_node_is_forgotten() -> None:
+    """A node that comes back may be another machine at the same address."""
+    links = links_of(NODES)
+    measured(links, "a0", "a1", 50_000.0)
+    measured(links, "a0", "b0", 1_000.0)
+    links.left("b0")
+    assert links.extra_s("a0", "b1", 1000) > 0.9
+    links.left("b1")
+    links.left("stranger")
+    assert [(link.source, link.target) for link in links.known()] == [("a", "a")]
+    links.joined("b1", "b")
+    assert links.extra_s("a0", "b1", 1000) == 0.0
+
+
 @given(st.integers(0, 2**32), st.integers(1, 200))
 def test_on_one_node_nothing_is_ever_far(seed: int, n: int) -> None:
     """Whatever its pulls took."""

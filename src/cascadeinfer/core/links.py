@@ -48,10 +48,20 @@ class Links:
 
     def joined(self, instance_id: InstanceId, node: NodeId) -> None:
         """An instance is on this node; empty where that is not known."""
+        if node != self._nodes.get(instance_id):
+            self.left(instance_id)
         if node:
             self._nodes[instance_id] = node
-        else:
-            self._nodes.pop(instance_id, None)
+
+    def left(self, instance_id: InstanceId) -> None:
+        """An instance is gone; with the last one of a node, so are the node's links."""
+        node = self._nodes.pop(instance_id, None)
+        if node is None or node in self._nodes.values():
+            return
+        for key in [key for key in self._pulls if node in key]:
+            del self._pulls[key]
+            self._s_per_token.pop(key, None)
+        self._least = min(self._s_per_token.values(), default=0.0)
 
     def knows(self, instance_id: InstanceId) -> bool:
         """Whether it is known where an instance is."""

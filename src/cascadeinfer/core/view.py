@@ -329,6 +329,7 @@ class ClusterView:
 
     def _lose(self, event: InstanceLost) -> None:
         instance = self.instances.pop(event.instance_id, None)
+        self.links.left(event.instance_id)
         self._costs.note(event.instance_id, None)
         self._find_alike()
         self._find_available()

@@ -117,6 +117,7 @@ class Fleet:
         record.supervisor.happen(Happening.REMOVED, how)
         del self.records[instance_id]
         self.pairs.forget(instance_id)
+        self.links.left(instance_id)
         self.departed.append(Departed(instance_id, how, error, now_s, record.life))
         for watcher in self.watchers:
             watcher.instance_left(instance_id)
