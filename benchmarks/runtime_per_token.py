@@ -26,6 +26,7 @@ from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.engines.protocol import EngineCounters, EngineRequest
+from cascadeinfer.runtime.instance_state import Happening
 from cascadeinfer.runtime.metrics import RuntimeMetrics
 from cascadeinfer.runtime.shell import Runtime
 
@@ -38,6 +39,7 @@ class StubEngine:
 
     instance_id = "0"
     pid = None
+    node = ""
 
     async def add(self, *_: Any) -> None:
         """Take a request."""
@@ -65,6 +67,10 @@ async def a_busy_runtime(policy: Policy, n_requests: int) -> tuple[Runtime, Stub
     """A runtime with one instance and this many requests running on it."""
     runtime = Runtime({"0": lambda _: engine}, policy, lambda read: RuntimeMetrics(CollectorRegistry(), read))
     engine: Any = StubEngine()
+    supervisor = runtime.fleet["0"].supervisor
+    supervisor.engine = engine
+    for happening in (Happening.START, Happening.STARTED):
+        supervisor.happen(happening)
     await runtime.instance_up(engine, CAPACITY)
     for number in range(n_requests):
         await runtime.submit(EngineRequest(f"r{number}", list(range(PROMPT_TOKENS)), 10**9, None))
@@ -96,7 +102,7 @@ async def measure(policy: Policy, n_requests: int, n_steps: int, repetitions: in
         counters = EngineCounters()
         reports = [report] * (n_steps // 10)
         reports_us.append(
-            seconds_per_call(lambda report: runtime.instance_reported(engine, report, counters), reports) * 1e6  # noqa: B023 - called at once
+            seconds_per_call(lambda report: runtime.instance_reported(engine, report, counters, None), reports) * 1e6  # noqa: B023 - called at once
         )
     return {
         "token_us": {"best": min(tokens_us), "median": float(np.median(tokens_us))},

@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.types import InstanceCapacity
-from cascadeinfer.engines.protocol import Engine, EngineDied, EngineRequest, KvTicket, Resume
+from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineDied, EngineRequest, KvTicket, Resume
 
 DEADLINE_S = 60.0
 
@@ -72,6 +73,8 @@ class Listener:
         self.capacity = capacity
         self.by_attempt: dict[str, Heard] = {}
         self.died = asyncio.Event()
+        #: What has come along with outputs: loads, each with the tokens sent until then, by attempt.
+        self.loads: list[tuple[InstanceReport, EngineCounters, dict[str, int]]] = []
         self._pump = asyncio.get_running_loop().create_task(self._listen())
 
     async def _listen(self) -> None:
@@ -90,6 +93,9 @@ class Listener:
                     heard.finish_reason = delta.finish_reason
                     heard.dropped = self.engine.has_dropped(delta)
                 heard.news.set()
+            if (load := self.engine.load_in(outputs)) is not None:
+                sent = {name: len(heard.token_ids) for name, heard in self.by_attempt.items()}
+                self.loads.append((*load, sent))
 
     async def add(
         self, attempt: str, request: EngineRequest, resume: Resume | None = None, *, park: bool = False

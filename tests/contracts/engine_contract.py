@@ -267,6 +267,29 @@ async def the_report_names_requests(bed: Bed) -> None:
         assert 20 + index <= lengths[f"q{index}"] <= 20 + index + n_sent, "what is counted is sent"
 
 
+async def the_load_comes_along(bed: Bed) -> None:
+    """With outputs, once asked for, at most once per interval; it is the load after their step, and none is kept."""
+    request = bed.maker.make_request("l1", N_PROMPT, N_OUTPUT)
+    await bed.a.engine.report(0.0)
+    bed.a.loads.clear()
+    heard = await (await bed.a.add("l1", request)).until_tokens(20)
+    n_loads = len(bed.a.loads)
+    assert n_loads >= 10, "with every step"
+    await bed.a.engine.report(600.0)
+    for report, _, sent in bed.a.loads[:n_loads]:
+        assert report.running_ids == ("l1",)
+        assert report.running_tokens == (N_PROMPT + sent["l1"],), "what is counted has been sent"
+    steps = [counters.steps for _, counters, _ in bed.a.loads[:n_loads]]
+    assert steps == sorted(set(steps))
+    n_samples = sum(len(report.steps) for report, _, _ in bed.a.loads[:n_loads])
+    assert n_samples <= steps[-1], "no step is told of twice"
+    n_loads, n_tokens = len(bed.a.loads), len(heard.token_ids)
+    await heard.until_tokens(n_tokens + 20)
+    assert len(bed.a.loads) == n_loads
+    await bed.a.engine.abort(["l1"])
+    await bed.settled()
+
+
 async def says_what_it_is(bed: Bed) -> None:
     """A started engine reports whether its requests can move, what runs in it, and its number in metrics."""
     first, second = bed.a.engine, bed.b.engine
@@ -376,6 +399,7 @@ SHARED = (
     a_resume_whose_time_is_over_computes_anew,
     a_resume_in_time_pulls,
     the_report_names_requests,
+    the_load_comes_along,
     says_what_it_is,
     who_is_gone_leaves_nothing,
     knows_no_other_methods,

@@ -11,7 +11,7 @@ from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.events import InstanceJoined, InstanceLost, InstanceReport, InstanceReported
 from cascadeinfer.core.instance import Pricing
 from cascadeinfer.core.kind import InstanceKind
-from cascadeinfer.core.pace import IDLE_REPORTS_PER_FADING, REPORTS_KEPT, REPORTS_NEEDED, Pace, slowness_of
+from cascadeinfer.core.pace import IDLE_REPORTS_PER_FADING, REPORTS_KEPT, REPORTS_NEEDED, Costs, Pace, slowness_of
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import ClusterView
 
@@ -165,6 +165,28 @@ def test_between_the_limits_the_last_word_holds() -> None:
     costs = {"a": 1.7, "b": 1.0}
     assert slowness_of(costs, {"a": 1.0}) == {"a": 1.0, "b": 1.0}
     assert slowness_of(costs, {"a": 3.0}) == {"a": 1.7, "b": 1.0}
+
+
+COST = st.sampled_from([0.4, 0.5, 0.9, 1.0, 1.1, 1.5, 1.7, 2.0, 2.4, 3.5, 4.0])
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdefg"), st.none() | COST), max_size=40))
+def test_looking_at_the_slow_ones_only_gives_the_same(notes: list[tuple[str, float | None]]) -> None:
+    """After each change, the slow ones among the ranked costs are those that a comparison of all with all finds."""
+    ranked = Costs()
+    costs: dict[str, float] = {}
+    slow: dict[str, float] = {}
+    for name, cost in notes:
+        ranked.note(name, cost)
+        costs.pop(name, None)
+        if cost is not None:
+            costs[name] = cost
+        everyone = slowness_of(costs, slow)
+        slow = ranked.slow(slow)
+        assert slow == {other: slowness for other, slowness in everyone.items() if slowness > 1.0}
+        assert ranked.among("abcdefgh") == costs
+    ranked.clear()
+    assert ranked.slow(slow) == {}
 
 
 def test_a_kind_that_is_slow_as_a_whole_lags_behind_nobody() -> None:

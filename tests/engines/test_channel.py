@@ -7,11 +7,14 @@ from typing import Any
 import msgspec
 import pytest
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.stats import SchedulerStats
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.engines.protocol import EngineDied, Resume
 from cascadeinfer.engines.vllm.channel import EngineChannel
+from cascadeinfer.engines.vllm.connector.loads_along import LOAD as LOAD_KEY
 from cascadeinfer.engines.vllm.connector.ticket import RESERVATION
 from cascadeinfer.engines.vllm.connector.words import KEY
 from cascadeinfer.engines.vllm.ending import fail_pending_calls
@@ -89,11 +92,24 @@ async def test_a_report_is_what_the_engine_says() -> None:
     """Own requests by id, foreign ones as lengths, each step with its batch; requested under this client's number."""
     client = Client()
     report, counters = await channel_on(client).report()
-    assert client.calls == [("cascade_load", 1)]
+    assert client.calls == [("cascade_load", 1, None)]
     assert (report.running_ids, report.running_tokens) == (("r",), (30,))
     assert (report.waiting_ids, report.foreign_running_tokens) == (("w",), (100,))
     assert (report.steps[0].batch.n_decode, report.steps[0].step_s) == (1, 0.01)
     assert (counters.pinned, counters.pulled_tokens, counters.held_blocks) == (1, 99, {"pins": 2})
+
+
+async def test_a_load_comes_along_with_outputs() -> None:
+    """It is read as an answer is, and the outputs are left as vLLM made them; without one there is none."""
+    channel = channel_on(Client())
+    outputs = EngineCoreOutputs(scheduler_stats=SchedulerStats(kv_connector_stats={LOAD_KEY: LOAD.plain()}))
+    told = channel.load_in(outputs)
+    assert told is not None
+    assert (told[0].running_ids, told[1].steps) == (("r",), 5)
+    assert outputs.scheduler_stats == SchedulerStats()
+    assert channel.load_in(outputs) is None
+    await channel.report(0.25)
+    assert channel.client.calls == [("cascade_load", 1, 0.25)]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("wrong", [{"clock_s": None}, {"running": [["r"]]}, {"surplus": 1}])

@@ -11,8 +11,8 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.engines.build import FIRST_BUILD, Build
 from cascadeinfer.engines.models.tiny import make_tiny_llama
-from cascadeinfer.engines.protocol import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm import other_build
 from cascadeinfer.engines.vllm.builds import Builds
 from cascadeinfer.engines.vllm.configuration import KvTransferSettings

@@ -318,7 +318,7 @@ async def test_the_door_refuses_what_it_does_not_do(core: ScriptedCore, monkeypa
             await knock(address.host, address.port, KEY, question, PATIENCE_S)
         return str(caught.value)
 
-    assert "version 1 of the protocol, you speak 9" in await refusal(AskToAttach(9, "tcp://a:1", "tcp://a:2"))
+    assert f"version {PROTOCOL} of the protocol, you speak 9" in await refusal(AskToAttach(9, "tcp://a:1", "tcp://a:2"))
     assert "ipc:///x is no TCP address" in await refusal(AskToAttach(PROTOCOL, "ipc:///x", "tcp://a:2"))
     call = core.door._call
     monkeypatch.setattr(core.door, "_call", lambda *_: call("cascade_fail"))

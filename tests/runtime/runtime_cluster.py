@@ -27,7 +27,8 @@ from cascadeinfer.core.quarantine import DEATHS
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.core.view import ClusterView, InstanceView, RequestView
-from cascadeinfer.engines.protocol import FIRST_BUILD, Build, EngineRequest
+from cascadeinfer.engines.build import FIRST_BUILD, Build
+from cascadeinfer.engines.protocol import EngineRequest
 from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams, SimulatedTimes, generate
 from cascadeinfer.runtime import instance_state
 from cascadeinfer.runtime.driver import Observer
@@ -157,6 +158,7 @@ class Cluster:
         observer: Observer | None = None,
         poison_deaths: int = DEATHS,
         terms: Mapping[str, InstanceTerms] | None = None,
+        nodes: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
@@ -171,6 +173,7 @@ class Cluster:
             observer: Sees events and effects.
             poison_deaths: Deaths after which a request is taken for the cause.
             terms: Roles and chunk budgets.
+            nodes: Where instances say that they run; others do not say.
         """
         self.policy = policy or ScriptedPolicy()
         self.registry = CollectorRegistry()
@@ -183,6 +186,7 @@ class Cluster:
         self.placed = set(self.engines)
         self._capacity = capacity
         self._times = times
+        self._nodes = nodes or {}
         self._pump: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._numbers = 0
@@ -240,7 +244,10 @@ class Cluster:
     def _factory(self, instance_id: str) -> Callable[[int], SimulatedEngine]:
         def make(n_start: int) -> SimulatedEngine:
             error = self._start_error(instance_id, n_start)
-            engine = SimulatedEngine(instance_id, n_start, self._capacity, times=self._times, start_error=error)
+            engine = SimulatedEngine(
+                instance_id, n_start, self._capacity, times=self._times, start_error=error,
+                node=self._nodes.get(instance_id, ""),
+            )  # fmt: skip
             self.engines[instance_id].append(engine)
             return engine
 

@@ -19,6 +19,7 @@ from cascadeinfer.engines.protocol import (
     EngineRequest,
     KvTicket,
     Resume,
+    StepOutputs,
     TokenDelta,
 )
 from cascadeinfer.engines.simulated.instance import SimulatedOutputs
@@ -31,6 +32,7 @@ class ScriptedEngine:
     """See `Engine`; cut, undo_cut and reserve wait until the test answers."""
 
     pid = None
+    node = ""
 
     def __init__(self, instance_id: str, capacity: InstanceCapacity) -> None:
         """An engine that starts at once."""
@@ -109,9 +111,12 @@ class ScriptedEngine:
         """See Engine."""
         return bool(await self._answer_to("renew_pin"))
 
-    async def report(self) -> tuple[InstanceReport, EngineCounters]:
+    async def report(self, next_after_s: float | None = None) -> tuple[InstanceReport, EngineCounters]:  # noqa: ARG002 - the protocol's
         """See Engine."""
         return IDLE, EngineCounters()
+
+    def load_in(self, outputs: StepOutputs) -> None:
+        """See Engine."""
 
     async def next_outputs(self) -> SimulatedOutputs:
         """See Engine."""

@@ -238,9 +238,17 @@ async def doomed_and_overdue(scene: Scene) -> None:
     assert scene.life.state is State.DOOMED
 
 
+async def silent_and_empty(scene: Scene) -> None:
+    """A silent instance is drained; with its request's last output comes the load, which says that it is empty."""
+    await scene.draining_suspect()
+    scene.engine.load(0.0)
+    scene.engine.end_all("error")
+
+
 SPECIAL: dict[Pair, Callable[[Scene], Awaitable[None]]] = {
     (State.DOOMED, Happening.EMPTIED): doomed_and_empty,
     (State.DOOMED, Happening.DRAIN_OVERDUE): doomed_and_overdue,
+    (State.DRAINING_SUSPECT, Happening.EMPTIED): silent_and_empty,
 }
 
 
@@ -379,9 +387,9 @@ async def test_only_who_may_be_asked_is_asked(monkeypatch: pytest.MonkeyPatch) -
     def state_of(engine: SimulatedEngine) -> State:
         return cluster.runtime.fleet[engine.instance_id].supervisor.life.state
 
-    async def noted_report(engine: SimulatedEngine) -> object:
+    async def noted_report(engine: SimulatedEngine, next_after_s: float | None = None) -> object:
         asked.add(state_of(engine))
-        return await report(engine)
+        return await report(engine, next_after_s)
 
     async def noted_add(engine: SimulatedEngine, *args: object, park: bool = False) -> None:
         given.add(state_of(engine))

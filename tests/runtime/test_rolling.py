@@ -17,7 +17,7 @@ from cascadeinfer.core.policies.roles import Roles
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.types import LengthRange
-from cascadeinfer.engines.protocol import FIRST_BUILD, Build
+from cascadeinfer.engines.build import FIRST_BUILD, Build
 from cascadeinfer.runtime.instance_state import Deed
 from cascadeinfer.runtime.rolling import Phase
 from cascadeinfer.runtime.streams import Journey

@@ -11,7 +11,7 @@ def finish_times(
 ) -> dict[str, float]:
     """Start all at 0 on links of 100 bytes/s; returns when each is done."""
     kernel = Kernel()
-    network = Network(kernel, 100.0, max_pulls)
+    network = Network(kernel, lambda *_: 100.0, max_pulls)
     done: dict[str, float] = {}
     for name, source, target, n_bytes in transfers:
         network.start(name, source, target, n_bytes, lambda transfer_id: done.setdefault(transfer_id, kernel.now_s))

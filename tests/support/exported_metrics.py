@@ -6,6 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.links import Link
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.runtime.gauges import FleetGauges, InstanceGauges
 from cascadeinfer.runtime.metrics import RuntimeMetrics
@@ -14,11 +15,13 @@ GAUGES = InstanceGauges(
     "0", "0", True, False, 0, 0, 0.0, 0, 0, 0, 0, {"pins": 0}, kind=InstanceKind(InstanceCapacity(10, 16, 8, 64))
 )
 
+LINK = Link("x", "x", 50_000.0, 2, is_far=False)
+
 
 def registry_with_everything() -> CollectorRegistry:
     """A registry in which every metric of the runtime has a value, and every label one value."""
     registry = CollectorRegistry()
-    metrics = RuntimeMetrics(registry, lambda: FleetGauges([GAUGES], StageLayout.single(("0",)), 1.0))
+    metrics = RuntimeMetrics(registry, lambda: FleetGauges([GAUGES], StageLayout.single(("0",)), 1.0, [LINK]))
     metrics.desire(2)
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase) and metric._labelnames:

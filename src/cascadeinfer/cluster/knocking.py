@@ -16,8 +16,8 @@ from cascadeinfer.cluster.shared_key import ClusterKey
 from cascadeinfer.core.errors import CascadeError
 from cascadeinfer.engines.patience import within
 
-PROTOCOL: Final = 1
-"""Raised when a question or an answer changes its meaning."""
+PROTOCOL: Final = 2
+"""Raised when a question or an answer changes its meaning, or a command that a front end gives once it is attached."""
 MAX_ANSWER_BYTES: Final = 1 << 20
 HEARTBEAT_MS: Final = 2_000
 HEARTBEAT_TIMEOUT_MS: Final = 10_000

@@ -17,7 +17,7 @@ from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.messages import BalanceMessage
-from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
+from cascadeinfer.core.types import InstanceId, MigrationId, NodeId, RequestId
 
 
 class PinReason(enum.StrEnum):
@@ -156,12 +156,14 @@ class InstanceJoined:
 
     Attributes:
         replaces: The instance whose place among the stages it takes over, in a rolling update.
+        node: Where it runs; empty where that is not known.
     """
 
     cause: str
     instance_id: InstanceId
     kind: InstanceKind
     replaces: InstanceId | None = None
+    node: NodeId = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +221,8 @@ class MigrationEnded:
         outcome: Says where the request is now: the target for MOVED and RECOMPUTED, else the source or nowhere.
         detail: A short reason such as `room_refused:no_blocks` (rule: `core/migration.py`). A metric label, so from a
             small set.
+        pulled_tokens: Tokens whose KV cache was pulled, where that is known.
+        pull_s: Seconds from the cut to the first token at the target, where that is known.
 
     """
 
@@ -229,6 +233,8 @@ class MigrationEnded:
     target_id: InstanceId
     outcome: MigrationOutcome
     detail: str = ""
+    pulled_tokens: int = 0
+    pull_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ decide nothing.
 An idle instance provides no evidence: what is known of it fades, so that it is tried again.
 """
 
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Protocol
@@ -120,7 +121,54 @@ def slowness_of(costs: Mapping[InstanceId, float], before: Mapping[InstanceId, f
     slowness: dict[InstanceId, float] = {}
     for instance_id, cost in costs.items():
         assert usual is not None  # costs is not empty
-        ratio = cost / usual
-        limit = SLOW_UNTIL if before.get(instance_id, 1.0) > 1.0 else SLOW_FROM
-        slowness[instance_id] = ratio if ratio >= limit else 1.0
+        slowness[instance_id] = _slowness(cost / usual, before.get(instance_id, 1.0))
     return slowness
+
+
+def _slowness(ratio: float, before: float) -> float:
+    return ratio if ratio >= (SLOW_UNTIL if before > 1.0 else SLOW_FROM) else 1.0
+
+
+class Costs:
+    """The costs of the instances of which enough is known, ranked: after a change, only the slow ones are looked at."""
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self._of: dict[InstanceId, float] = {}
+        self._ranked: list[tuple[float, InstanceId]] = []
+
+    def note(self, instance_id: InstanceId, cost: float | None) -> None:
+        """Record the cost of an instance; None: too little is known, or it is gone."""
+        if (before := self._of.pop(instance_id, None)) is not None:
+            del self._ranked[bisect_left(self._ranked, (before, instance_id))]
+        if cost is not None:
+            self._of[instance_id] = cost
+            insort(self._ranked, (cost, instance_id))
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._of.clear()
+        self._ranked.clear()
+
+    def among(self, instance_ids: Iterable[InstanceId]) -> dict[InstanceId, float]:
+        """The costs of those of these of which enough is known."""
+        return {instance_id: self._of[instance_id] for instance_id in instance_ids if instance_id in self._of}
+
+    def slow(self, before: Mapping[InstanceId, float]) -> dict[InstanceId, float]:
+        """
+        The instances whose slowness is above 1, with it: those that `slowness_of` gives for all.
+
+        Args:
+            before: The previous slowness of each instance for which it was above 1.
+        """
+        if not self._ranked:
+            return {}
+        usual = self._ranked[(len(self._ranked) - 1) // 2][0]
+        slow: dict[InstanceId, float] = {}
+        for cost, instance_id in reversed(self._ranked):
+            ratio = cost / usual
+            if ratio < SLOW_UNTIL:
+                break
+            if (slowness := _slowness(ratio, before.get(instance_id, 1.0))) > 1.0:
+                slow[instance_id] = slowness
+        return slow

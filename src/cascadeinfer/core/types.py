@@ -11,6 +11,8 @@ from typing import Final, TypeAlias
 InstanceId: TypeAlias = str
 RequestId: TypeAlias = str
 MigrationId: TypeAlias = str
+NodeId: TypeAlias = str
+"""A machine that instances run on; empty where that is not known."""
 
 UNBOUNDED_TOKENS: Final = 1 << 40
 """`hi` of the last stage's range: longer than any context."""

@@ -35,7 +35,8 @@ from cascadeinfer.core.events import (
 )
 from cascadeinfer.core.instance import InstanceView, Pricing
 from cascadeinfer.core.kind import InstanceKind, StepModelKey
-from cascadeinfer.core.pace import slowness_of
+from cascadeinfer.core.links import Links
+from cascadeinfer.core.pace import Costs, slowness_of
 from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
 
 __all__ = ["ClusterView", "InstanceView", "Pricing", "RequestView"]
@@ -114,7 +115,11 @@ class ClusterView:
         self._aside: frozenset[InstanceId] = frozenset()
         self._members: list[InstanceView] = []
         self._available: list[InstanceView] = []
-        self._costs: dict[InstanceId, float] = {}
+        #: How fast KV cache goes between nodes.
+        self.links = Links()
+        self._costs = Costs()
+        #: Those that may count as slower than others, or lag; all others do not.
+        self._slowed: dict[InstanceId, float] = {}
         self._unplaced: dict[RequestId, RequestView] = {}
         self._arrivals = 0
 
@@ -189,8 +194,9 @@ class ClusterView:
                 self._end_migration(event)
             case InstanceJoined():
                 pricing = self._pricing_for(event.kind)
+                self.links.joined(event.instance_id, event.node)
                 self.instances[event.instance_id] = InstanceView(event.instance_id, event.kind, pricing)
-                self._costs.pop(event.instance_id, None)
+                self._costs.note(event.instance_id, None)
                 self._find_alike()
                 self._find_available()
             case InstanceDraining():
@@ -229,8 +235,7 @@ class ClusterView:
         self._costs.clear()
         for instance_id, instance in self.instances.items():
             instance.reprice()
-            if (cost := instance.pace.cost(instance.pricing)) is not None:
-                self._costs[instance_id] = cost
+            self._costs.note(instance_id, instance.pace.cost(instance.pricing))
 
     def set_urgency(self, urgency: float) -> None:
         """Change the weight of the wait for the first token (`Pricing.urgency`); prices follow as instances change."""
@@ -280,26 +285,22 @@ class ClusterView:
 
     def _compare_pace(self, instance: InstanceView) -> None:
         """An instance has reported its pace: update the relative slowness of all."""
-        cost = instance.pace.cost(instance.pricing)
-        if cost is None:
-            self._costs.pop(instance.instance_id, None)
-        else:
-            self._costs[instance.instance_id] = cost
-        before = {instance_id: other.slowness for instance_id, other in self.instances.items()}
-        slowness = slowness_of(self._costs, before)
+        self._costs.note(instance.instance_id, instance.pace.cost(instance.pricing))
+        slow = self._costs.slow({i: self.instances[i].slowness for i in self._slowed if i in self.instances})
         one_model = len(self._alike) == 1
-        for instance_id, other in self.instances.items():
-            slow = slowness.get(instance_id, 1.0)
-            other.set_slowness(slow)
-            if one_model:
-                other.lag = slow
+        for instance_id in self._slowed | slow:
+            if (other := self.instances.get(instance_id)) is not None:
+                other.set_slowness(slow.get(instance_id, 1.0))
+                if one_model:
+                    other.lag = other.slowness
+        self._slowed = slow if one_model else dict.fromkeys(self.instances, 1.0)
         if not one_model:
             for alike in self._alike.values():
                 self._compare_alike(alike)
 
     def _compare_alike(self, alike: Sequence[InstanceView]) -> None:
         """Update the relative slowness of instances priced by one step model."""
-        costs = {i.instance_id: self._costs[i.instance_id] for i in alike if i.instance_id in self._costs}
+        costs = self._costs.among(i.instance_id for i in alike)
         lags = slowness_of(costs, {i.instance_id: i.lag for i in alike})
         for instance in alike:
             instance.lag = lags.get(instance.instance_id, 1.0)
@@ -347,7 +348,8 @@ class ClusterView:
 
     def _lose(self, event: InstanceLost) -> None:
         instance = self.instances.pop(event.instance_id, None)
-        self._costs.pop(event.instance_id, None)
+        self.links.left(event.instance_id)
+        self._costs.note(event.instance_id, None)
         self._find_available()
         tokens_of = dict(zip(event.orphan_ids, event.orphan_tokens, strict=True))
         # A migrating request counts here even once it runs at its target: `MigrationEnded` will say where it is.
@@ -380,6 +382,7 @@ class ClusterView:
             source.outbound.pop(event.migration_id, None)
         if (target := self.instances.get(event.target_id)) is not None:
             target.expect_no_more(event.migration_id)
+        self.links.pulled(event.source_id, event.target_id, event.pulled_tokens, event.pull_s)
         request = self.requests.get(event.request_id)
         if request is None or request.migration_id != event.migration_id:
             return

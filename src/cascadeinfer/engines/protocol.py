@@ -10,13 +10,13 @@ All methods are called from one event loop. Commands are carried out in the orde
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.events import InstanceReport, PinReason
-from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.refusals import Refusal
-from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, NodeId, RequestId
+from cascadeinfer.engines.build import Build
 
 
 class KvTicket(Protocol):
@@ -147,6 +147,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def node(self) -> NodeId:
+        """The machine it runs on, by a name that all instances there share; empty where that is not known."""
+        ...
+
+    @property
     def movable(self) -> bool:
         """Whether its running requests can move to another instance at all. Raises EngineError before the start."""
         ...
@@ -265,8 +270,22 @@ class Engine(Protocol):
         """
         ...
 
-    async def report(self) -> tuple[InstanceReport, EngineCounters]:
-        """The current load, with engine request ids."""
+    async def report(self, next_after_s: float | None = None) -> tuple[InstanceReport, EngineCounters]:
+        """
+        The current load, with engine request ids.
+
+        Args:
+            next_after_s: From now on the load also comes unasked, along with outputs, as long as the engine steps: not
+                more often than every so many seconds (`load_in`). None: nothing changes.
+        """
+        ...
+
+    def load_in(self, outputs: StepOutputs) -> tuple[InstanceReport, EngineCounters] | None:
+        """
+        The load that came unasked along with these outputs, as it was after their step; None if none did.
+
+        Call it once for all outputs, in their order. Outputs that are empty and have a load came for its sake alone.
+        """
         ...
 
     async def next_outputs(self) -> StepOutputs:
@@ -301,31 +320,6 @@ class Engine(Protocol):
     async def stop(self, timeout_s: float) -> None:
         """Stop the instance; kill it after the timeout. Stopping twice is harmless."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Build:
-    """
-    What instances are started with, restarts included, as far as somebody must tell them apart.
-
-    Attributes:
-        number: 0 of the server's start, then counted.
-        options: What the operator has changed since the start, in words: `--max-num-seqs 64`.
-        model_version: See InstanceKind.
-        kv_group: Likewise.
-    """
-
-    number: int = 0
-    options: tuple[str, ...] = ()
-    model_version: str = ""
-    kv_group: str = ""
-
-    def kind(self, capacity: InstanceCapacity) -> InstanceKind:
-        """The kind of an instance of this build with this capacity."""
-        return InstanceKind(capacity, model_version=self.model_version, kv_group=self.kv_group)
-
-
-FIRST_BUILD: Final = Build()
 
 
 class EngineSource(Protocol):

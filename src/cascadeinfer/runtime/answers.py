@@ -43,6 +43,7 @@ class AnswerWatch:
         self._suspected = suspected
         self._trusted = trusted
         self._longest_s = 0.0
+        self._limit_s = suspect_s
         self._asked_s = 0.0
         self._answered_s: float | None = None
         self._slices = 0
@@ -57,16 +58,25 @@ class AnswerWatch:
 
     @property
     def limit_s(self) -> float:
-        """How long the next answer may take."""
-        return self._suspect_s + self._longest_s
+        """How long the answer to the last question may take."""
+        return self._limit_s
 
-    def asked(self) -> None:
-        """A question has been sent."""
-        self._asked_s = asyncio.get_running_loop().time()
+    def asked(self, due_before_s: float = 0.0) -> None:
+        """
+        A question has been sent.
+
+        Args:
+            due_before_s: It could have been sent so many seconds ago, and the answer is due as if it had been.
+        """
+        self._asked_s = asyncio.get_running_loop().time() - due_before_s
         self._slices = 0
         self._overdue = False
+        self._limit_s = self._suspect_s + self._longest_s
+        if self._answered_s is not None:
+            rest_s = self._asked_s - self._answered_s - self._usual_s
+            self._limit_s = self._suspect_s + self._longest_s * self._faded_by(max(0.0, rest_s))
         if self._suspect_s < float("inf"):
-            self._wait()
+            self._wait(due_before_s)
 
     def answered(self) -> None:
         """Its answer has arrived."""
@@ -75,11 +85,14 @@ class AnswerWatch:
         took_s = now_s - self._asked_s
         since_s = 0.0 if self._answered_s is None else now_s - self._answered_s
         self._answered_s = now_s
-        faded_s = FADING ** max(1.0, since_s / self._usual_s) * self._longest_s
+        faded_s = self._longest_s * self._faded_by(max(self._usual_s, since_s))
         self._longest_s = max(min(took_s, LONGEST_COUNTED * self._suspect_s), faded_s)
         if self._is_suspect and not self._overdue:
             self._is_suspect = False
             self._trusted()
+
+    def _faded_by(self, time_s: float) -> float:
+        return float(FADING ** (time_s / self._usual_s))
 
     def stop(self) -> None:
         """Stop watching: no further questions, or none pending."""
@@ -87,10 +100,11 @@ class AnswerWatch:
             self._timer.cancel()
             self._timer = None
 
-    def _wait(self) -> None:
+    def _wait(self, less_s: float = 0.0) -> None:
         loop = asyncio.get_running_loop()
         slice_s = self.limit_s / SLICES
-        self._timer = loop.call_later(slice_s, self._look, loop.time() + slice_s, slice_s)
+        wait_s = max(0.0, slice_s - less_s)
+        self._timer = loop.call_later(wait_s, self._look, loop.time() + wait_s, slice_s)
 
     def _look(self, due_s: float, slice_s: float) -> None:
         self._timer = None

@@ -17,8 +17,10 @@ from typing import Protocol
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.kind import NO_TERMS, InstanceKind, InstanceTerms
 from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.links import Links
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
-from cascadeinfer.engines.protocol import FIRST_BUILD, Build, Engine
+from cascadeinfer.engines.build import FIRST_BUILD, Build
+from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.runtime.gauges import FleetGauges
 from cascadeinfer.runtime.instance_state import Deed, Happening
 from cascadeinfer.runtime.pairs import Pairs
@@ -68,6 +70,7 @@ class Fleet:
         watchers: Notified whenever an instance joins or leaves.
         pairs: Which instances have completed the handshake with each other.
         changed: Set whenever the state of an instance changes; whoever waits for that clears it.
+        links: How fast KV cache goes between their nodes, from the moves of this process.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Fleet:
         self.watchers: list[FleetWatcher] = []
         self.layout: StageLayout | None = None
         self.layout_note: LayoutNote | None = None
+        self.links = Links()
         self.pairs = Pairs(self.live_engines, self._condemn, self._may_exchange)
 
     def __iter__(self) -> Iterator[InstanceRecord]:
@@ -130,6 +134,7 @@ class Fleet:
         record.supervisor.happen(Happening.REMOVED, how)
         del self.records[instance_id]
         self.pairs.forget(instance_id)
+        self.links.left(instance_id)
         self.departed.append(Departed(instance_id, how, error, now_s, record.life))
         for watcher in self.watchers:
             watcher.instance_left(instance_id)
@@ -140,7 +145,7 @@ class Fleet:
         return None if record is None else record.engine
 
     def wake(self, instance_id: InstanceId) -> None:
-        """Something is being sent to an instance: ask for its load soon."""
+        """Something is being sent to an instance, whose load is therefore about to change."""
         if (record := self.records.get(instance_id)) is not None:
             record.supervisor.wake()
 
@@ -185,6 +190,7 @@ class Fleet:
             [record.gauges(self.layout, broken[record.instance_id]) for record in self],
             self.layout,
             None if self.layout_note is None else self._clock() - self.layout_note.since_s,
+            self.links.known(),
         )
 
     async def start(self) -> None:
@@ -225,6 +231,7 @@ class Fleet:
             raise EngineError("is being removed", instance_id=engine.instance_id)
         for watcher in self.watchers:
             watcher.instance_joins(engine)
+        self.links.joined(engine.instance_id, engine.node)
         return record.came_up(engine, capacity, terms.role)
 
     def went_down(self, instance_id: InstanceId, why: str) -> InstanceRecord:
@@ -234,7 +241,7 @@ class Fleet:
         self.pairs.forget(instance_id)
         for other in self:
             if other is not record:
-                other.supervisor.wake()  # what was there goes to those that answer
+                other.supervisor.wake(must_answer=True)  # what was there goes to those that answer
         return record
 
     async def stop(self, timeout_s: float) -> None:

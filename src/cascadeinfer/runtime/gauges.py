@@ -7,11 +7,13 @@ The counters and histograms, which are counted as things happen, are in `metrics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.links import Link
 from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId
 from cascadeinfer.runtime.instance_state import PHASES, State
 
@@ -57,11 +59,13 @@ class FleetGauges:
     Attributes:
         layout: The stages in force; None before there are any.
         plan_age_s: Seconds since they were put in force; None likewise.
+        links: How fast KV cache goes between nodes, as far as that is known.
     """
 
     instances: Sequence[InstanceGauges] = ()
     layout: StageLayout | None = None
     plan_age_s: float | None = None
+    links: Sequence[Link] = ()
 
 
 PER_INSTANCE: tuple[tuple[str, str, Callable[[InstanceGauges], float]], ...] = (
@@ -92,6 +96,7 @@ def families_of(gauges: FleetGauges) -> Iterable[Metric]:
     yield from _counted(gauges.instances)
     yield from _by_stage(gauges.instances)
     yield from _layout(gauges)
+    yield _links(gauges.links)
 
 
 def _held_blocks(instances: Sequence[InstanceGauges]) -> Metric:
@@ -144,6 +149,18 @@ def _by_stage(instances: Sequence[InstanceGauges]) -> Iterable[Metric]:
         usage.add_metric([stage], sum(gauge.kv_usage for gauge in members) / len(members))
         size.add_metric([stage], len(members))
     yield from (running, waiting, usage, size)
+
+
+def _links(links: Sequence[Link]) -> Metric:
+    family = GaugeMetricFamily(
+        "cascadeinfer_link_tokens_per_second",
+        "Tokens of KV cache per second that moves get over a link, the median of the links of this kind.",
+        labels=["relation"],
+    )
+    for relation, is_within in (("within_node", True), ("between_nodes", False)):
+        if rates := [link.tokens_per_s for link in links if (link.source == link.target) is is_within]:
+            family.add_metric([relation], median(rates))
+    return family
 
 
 def _layout(gauges: FleetGauges) -> Iterable[Metric]:

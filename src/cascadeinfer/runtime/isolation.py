@@ -73,9 +73,9 @@ class Isolation:
             if was_suspected:  # every token passes here
                 self._count()
 
-    def instance_answered(self, instance_id: InstanceId, asked_s: float) -> None:
-        """An instance has answered the query sent at this time, on the loop's clock."""
-        if asked_s > self._died_s:
+    def instance_answered(self, instance_id: InstanceId, asked_s: float | None) -> None:
+        """An instance has answered the query sent at this time, on the loop's clock; None: it reported unasked."""
+        if asked_s is not None and asked_s > self._died_s:
             self._send(self._quarantine.answer(instance_id))
 
     def taken_away(self, stream: Stream, instance_id: InstanceId) -> None:

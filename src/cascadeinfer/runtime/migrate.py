@@ -13,12 +13,13 @@ that the deadline wins.
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.events import MigrationEnded, MigrationOutcome
 from cascadeinfer.core.migration import Action, Happening, Migration, MigrationLimits, State
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceId, MigrationId
@@ -35,6 +36,8 @@ class MigrationRecord:
     Attributes:
         source_request_id: The attempt's id at the source, for abort and unpin.
         ticket: The source's ticket, once cut.
+        resumed_s: When the target was told to pull, on the loop's clock.
+        pull_s: From then to the first token at the target.
     """
 
     migration: Migration
@@ -43,7 +46,16 @@ class MigrationRecord:
     started_s: float
     ticket: KvTicket | None = None
     pause_s: float | None = None
+    resumed_s: float | None = None
+    pull_s: float | None = None
     timer: asyncio.TimerHandle | None = None
+
+    def ended(self, *, measures: bool) -> MigrationEnded:
+        """The event that reports the end; `measures`: with what the pull tells of the link, if there was one."""
+        ended = self.migration.ended()
+        if not measures or ended.outcome is not MigrationOutcome.MOVED or self.ticket is None or self.pull_s is None:
+            return ended
+        return replace(ended, pulled_tokens=self.ticket.n_tokens, pull_s=self.pull_s)
 
 
 class EngineDirectory(Protocol):
@@ -155,6 +167,7 @@ class Migrator:
         record = self._records[migration.migration_id]
         if migration.at_target and record.pause_s is None and stream.last_token_s is not None:
             record.pause_s = now_s - stream.last_token_s
+            record.pull_s = None if record.resumed_s is None else asyncio.get_running_loop().time() - record.resumed_s
         self.happen(migration.migration_id, Happening.FIRST_TOKEN)
 
     def expire(self) -> None:
@@ -209,6 +222,7 @@ class Migrator:
     def _act(self, record: MigrationRecord, action: Action) -> None:
         match action:
             case Action.RESUME:
+                record.resumed_s = asyncio.get_running_loop().time()
                 self._add(record, record.migration.target_id, record.ticket, "moved")
             case Action.RECOMPUTE:
                 self._add(record, record.migration.target_id, None, "recomputed")

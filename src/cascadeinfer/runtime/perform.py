@@ -181,7 +181,9 @@ class Performer:
             self.migrator.start(effect, stream, self.parkings.move_began(stream))
 
     def _migration_ended(self, record: MigrationRecord) -> None:
-        ended = record.migration.ended()
+        links = self._fleet.links
+        ended = record.ended(measures=links.knows(record.migration.target_id))
+        links.pulled(ended.source_id, ended.target_id, ended.pulled_tokens, ended.pull_s)
         self.parkings.move_ended(record.stream)
         if record.pause_s is not None and ended.outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
             self._metrics.pause.labels(ended.outcome.value).observe(record.pause_s)

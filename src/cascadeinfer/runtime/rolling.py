@@ -23,7 +23,8 @@ from typing import Any, Final, NamedTuple
 
 from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.engines.protocol import Build, EngineSource
+from cascadeinfer.engines.build import Build
+from cascadeinfer.engines.protocol import EngineSource
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.instance_state import FIRST, Deed
 from cascadeinfer.runtime.view import InstanceRecord

@@ -169,7 +169,7 @@ class Runtime:
         now_s = self._clock()
         shown = snapshot(
             self.fleet, self.fleet.departed, self.fleet.layout, self._streams, len(self._migrator),
-            self._performer.migration_counts, now_s, self.fleet.pairs.broken(),
+            self._performer.migration_counts, now_s, self.fleet.pairs.broken(), self.fleet.links.known(),
         )  # fmt: skip
         return {**shown, **self._isolation.shown(now_s)}
 
@@ -211,7 +211,7 @@ class Runtime:
         if self._streams.on_instance(engine.instance_id):
             self.announce_loss(engine.instance_id)  # the policy, which failed at its loss, sent requests to the dead
         replaces = self.fleet[engine.instance_id].replaces
-        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, kind, replaces))
+        self.emit(InstanceJoined(f"up:{engine.instance_id}", engine.instance_id, kind, replaces, engine.node))
 
     def instance_outputs(self, engine: Engine, outputs: StepOutputs) -> None:
         """Deliver a step's tokens; drop late output of superseded attempts; hide the finishes of cuts."""
@@ -238,7 +238,7 @@ class Runtime:
         self._finish(stream, "dropped")
 
     def instance_reported(
-        self, engine: Engine, report: InstanceReport, counters: EngineCounters, asked_s: float
+        self, engine: Engine, report: InstanceReport, counters: EngineCounters, asked_s: float | None
     ) -> None:
         """Translate attempt ids to request ids and tell the policy."""
         record = self.fleet[engine.instance_id]

@@ -1,7 +1,7 @@
 """
-One instance's life: start it, pump its outputs, ask for its load, notice death or silence, restart it with back-off.
+One instance's life: start it, pump its outputs, hear its load, notice death or silence, restart it with back-off.
 
-How often it is asked depends on whether it has work (`report_pace.py`).
+Its load comes along with its outputs while it steps; when it is asked besides is said in `report_pace.py`.
 
 Silence is measured so that this process's own pauses do not count (`core/silence.py`): a front end that was suspended
 for a minute does not kill instances for it.
@@ -42,7 +42,7 @@ class SupervisionTimes:
 
     Attributes:
         report_s: Between two load reports of an instance that has work.
-        idle_report_s: Between two of one that has had none for a while; see `report_pace.py`.
+        idle_report_s: Between two questions to one that has had none for a while; see `report_pace.py`.
         suspect_s: An instance whose report is overdue by this much is suspected: new requests go to others.
         hang_s: An instance that is silent for this long counts as hung and is killed. Must exceed its longest step.
         backoff_first_s: Pause before a restart after one death; doubles with each further death or failed start
@@ -72,9 +72,12 @@ class Listener(Protocol):
         ...
 
     def instance_reported(
-        self, engine: Engine, report: InstanceReport, counters: EngineCounters, asked_s: float
+        self, engine: Engine, report: InstanceReport, counters: EngineCounters, asked_s: float | None
     ) -> None:
-        """It reported its load, perhaps before it is in use; the query was sent at that time on the loop's clock."""
+        """
+        It reported its load, perhaps before it is in use; the query was sent at that time on the loop's clock, or none
+        was.
+        """
         ...
 
     def instance_suspected(self, engine: Engine) -> None:
@@ -125,6 +128,7 @@ class Supervisor:
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._pace = ReportPace(times.report_s, times.idle_report_s)
+        self._heard_s = 0.0
         self.life = InstanceLife(instance_id)
         self.engine: Engine | None = None
         self.restarts = 0
@@ -170,9 +174,9 @@ class Supervisor:
             self.happen(Happening.CONDEMNED, why)
             engine.kill()
 
-    def wake(self) -> None:
-        """It is being given something, or its answer matters now: ask for its load soon."""
-        self._pace.wake()
+    def wake(self, *, must_answer: bool = False) -> None:
+        """It is being given something, or its answer matters now: see `ReportPace.wake`."""
+        self._pace.wake(must_answer=must_answer)
 
     async def stop(self, timeout_s: float) -> None:
         """Stop the instance for good."""
@@ -238,6 +242,8 @@ class Supervisor:
     async def _one_life(self, engine: Engine, capacity: InstanceCapacity) -> str:
         """From up to down; returns why it went down."""
         why = "its tasks ended"
+        self._pace = ReportPace(self._times.report_s, self._times.idle_report_s)
+        self._heard_s = asyncio.get_running_loop().time()
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._pump(engine))
@@ -254,10 +260,16 @@ class Supervisor:
 
     async def _pump(self, engine: Engine) -> None:
         while True:
-            self._listener.instance_outputs(engine, await engine.next_outputs())
+            outputs = await engine.next_outputs()
+            told = engine.load_in(outputs)
+            if told is None or outputs.outputs:
+                self._listener.instance_outputs(engine, outputs)
+            if told is not None:
+                self._pace.came(*told)
+                self._heard(engine, *told, asked_s=None)
 
     async def _ask_for_load(self, engine: Engine) -> None:
-        pace = self._pace = ReportPace(self._times.report_s, self._times.idle_report_s)
+        pace = self._pace
         watch = AnswerWatch(
             self._times.suspect_s,
             self._times.report_s,
@@ -266,11 +278,10 @@ class Supervisor:
         )
         deaf_reports = 0
         while True:
-            intervals = await pace.wait()
-            watch.asked()
+            watch.asked(await pace.wait())
             asked_s = asyncio.get_running_loop().time()
             try:
-                report, counters = await within(self._times.hang_s, engine.report())
+                report, counters = await within(self._times.hang_s, engine.report(self._times.report_s))
                 watch.answered()
             except TimeoutError:
                 engine.kill()
@@ -280,10 +291,16 @@ class Supervisor:
             finally:
                 watch.stop()
             pace.reported(report, counters, in_time=not watch.is_suspect)
-            self._listener.instance_reported(
-                engine, dataclasses.replace(report, intervals=intervals), counters, asked_s
-            )
+            self._heard(engine, report, counters, asked_s=asked_s)
             deaf_reports = 0 if counters.listens else deaf_reports + 1
             if deaf_reports == DEAF_REPORTS:
                 self.condemn(engine, DEAF)
                 raise EngineError(DEAF, instance_id=self.instance_id)
+
+    def _heard(
+        self, engine: Engine, report: InstanceReport, counters: EngineCounters, *, asked_s: float | None
+    ) -> None:
+        now_s = asyncio.get_running_loop().time()
+        intervals = max(1, round((now_s - self._heard_s) / self._times.report_s))
+        self._heard_s = now_s
+        self._listener.instance_reported(engine, dataclasses.replace(report, intervals=intervals), counters, asked_s)

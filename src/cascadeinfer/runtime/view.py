@@ -11,8 +11,10 @@ from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.kind import InstanceKind, Role
 from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.links import Link
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
-from cascadeinfer.engines.protocol import FIRST_BUILD, Build, Engine, EngineCounters
+from cascadeinfer.engines.build import FIRST_BUILD, Build
+from cascadeinfer.engines.protocol import Engine, EngineCounters
 from cascadeinfer.runtime.gauges import InstanceGauges
 from cascadeinfer.runtime.instance_state import PHASES, SILENT, Deed, Happening, InstanceLife
 from cascadeinfer.runtime.pairs import BrokenPair
@@ -189,6 +191,7 @@ def snapshot(
     migration_counts: Mapping[str, int],
     now_s: float,
     broken_pairs: Iterable[BrokenPair] = (),
+    links: Iterable[Link] = (),
 ) -> dict[str, Any]:
     """The JSON of `/admin/instances`; the fields are documented in `docs/operating.md`."""
     short = tally(streams, n_migrations, migration_counts)
@@ -215,6 +218,7 @@ def snapshot(
             {"instances": list(pair.instance_ids), "error": pair.error, "since_s": round(now_s - pair.since_s, 1)}
             for pair in broken_pairs
         ],
+        "links": [{**link._asdict(), "tokens_per_s": round(link.tokens_per_s)} for link in links],
         "requests": {
             "live": short["live"],
             "unplaced": short["unplaced"],

@@ -169,7 +169,8 @@ class SimCluster:
     def instance_joined(self, instance: SimInstance) -> None:
         """Let the policy use it."""
         instance_id = instance.instance_id
-        self._emit(InstanceJoined(f"up:{instance_id}", instance_id, self.config.kind_of(instance_id).kind))
+        kind, node = self.config.kind_of(instance_id).kind, self.config.network.nodes.get(instance_id, "")
+        self._emit(InstanceJoined(f"up:{instance_id}", instance_id, kind, node=node))
 
     def instance_stepped(self, instance: SimInstance, end: StepEnd) -> None:
         """First tokens after a move, ends and cuts."""
@@ -253,7 +254,7 @@ class SimCluster:
     def migration_ended(self, move: Move) -> None:
         """Record it and tell the policy."""
         self.parkings.move_ended(move.request)
-        ended = move.migration.ended()
+        ended = move.ended(measures=bool(self.config.network.nodes))
         self.recorder.migration(move, ended, self.fleet.numbers)
         self._emit(ended)
         for instance_id in (move.migration.source_id, move.migration.target_id):

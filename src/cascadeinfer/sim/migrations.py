@@ -10,11 +10,11 @@ crashed instance does not answer: the time limit of the state, or the detection 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, assert_never
 
 from cascadeinfer.core.effects import StartMigration
-from cascadeinfer.core.events import MigrationOutcome
+from cascadeinfer.core.events import MigrationEnded, MigrationOutcome
 from cascadeinfer.core.migration import Action, Happening, Migration, State
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
@@ -35,6 +35,7 @@ class Move:
 
     Attributes:
         started_s: When the policy asked for it; then when the cut took effect (or it was parked), and when it was over.
+        resumed_s: When the target was told to pull.
         tokens: Sequence length at the cut.
         pulled_tokens: That went over the network.
     """
@@ -43,9 +44,17 @@ class Move:
     request: SimRequest
     started_s: float
     cut_s: float = math.nan
+    resumed_s: float = math.nan
     ended_s: float = math.nan
     tokens: int = 0
     pulled_tokens: int = 0
+
+    def ended(self, *, measures: bool) -> MigrationEnded:
+        """The event that reports the end; `measures`: with what its pull tells of the link."""
+        ended = self.migration.ended()
+        if not measures or ended.outcome is not MigrationOutcome.MOVED:
+            return ended
+        return replace(ended, pulled_tokens=self.pulled_tokens, pull_s=self.ended_s - self.resumed_s)
 
 
 class Host(Protocol):
@@ -75,7 +84,7 @@ class Migrator:
         self._host = host
         self._kernel = kernel
         self._config = config
-        self.network = Network(kernel, config.network.link_bytes_per_s, config.network.max_pulls)
+        self.network = Network(kernel, config.network.rate_of, config.network.max_pulls)
         self.moves: dict[MigrationId, Move] = {}
         self._of_request: dict[RequestId, Move] = {}
 
@@ -177,6 +186,7 @@ class Migrator:
             case Action.UNDO_CUT:
                 self._after(control_s, self._undo_cut, move)
             case Action.RESUME:
+                move.resumed_s = self._kernel.now_s
                 self._resume(move)
             case Action.RECOMPUTE:
                 self._place(move, move.migration.target_id)

@@ -2,7 +2,8 @@
 KV cache transfers between instances: one link per instance and direction, shared equally by its transfers.
 
 A transfer's rate is `link / max(transfers out of its source, transfers into its target)`: no link is ever
-overcommitted, and what one end cannot use is not given to others (simpler than max-min fairness, never faster). At most
+overcommitted, and what one end cannot use is not given to others (simpler than max-min fairness, never faster). Between
+instances of different nodes, `link` is that between nodes; what else goes over the same cable is not modelled. At most
 `max_pulls` transfers run per instance and direction; the rest start in the order of their requests, as soon as both
 ends have a free slot.
 """
@@ -29,7 +30,9 @@ class _Transfer:
 class Network:
     """The links of all instances."""
 
-    def __init__(self, kernel: Kernel, link_bytes_per_s: float, max_pulls: int) -> None:
+    def __init__(
+        self, kernel: Kernel, link_bytes_per_s: Callable[[InstanceId, InstanceId], float], max_pulls: int
+    ) -> None:
         self._kernel = kernel
         self._link_bytes_per_s = link_bytes_per_s
         self._max_pulls = max_pulls
@@ -87,7 +90,7 @@ class Network:
         now_s = self._kernel.now_s
         for transfer in self._running.values():
             crowd = max(self._outgoing[transfer.source_id], self._incoming[transfer.target_id])
-            rate = self._link_bytes_per_s / crowd
+            rate = self._link_bytes_per_s(transfer.source_id, transfer.target_id) / crowd
             if rate == transfer.rate:
                 continue
             transfer.bytes_left = max(0.0, transfer.bytes_left - transfer.rate * (now_s - transfer.since_s))

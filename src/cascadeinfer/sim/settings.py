@@ -9,7 +9,7 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.parking import ParkingLimits
-from cascadeinfer.core.types import InstanceCapacity, InstanceId
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, NodeId
 from cascadeinfer.sim.faults import FaultPlan
 
 
@@ -20,6 +20,8 @@ class NetworkConfig:
 
     Attributes:
         link_bytes_per_s: KV cache transfer rate, per instance and direction; concurrent transfers share it equally.
+        nodes: The node of each instance that is on a named one. Moves inside a node and between two are told apart.
+        between_nodes_bytes_per_s: The rate between instances of different nodes.
         max_pulls: Concurrent transfers per instance and direction; further ones queue.
         pull_overhead_s: Set-up of each pull before its first byte.
         control_s: One-way time of a command or answer between front end and engine.
@@ -27,10 +29,17 @@ class NetworkConfig:
     """
 
     link_bytes_per_s: float = 50e9
+    nodes: Mapping[InstanceId, NodeId] = field(default_factory=dict)
+    between_nodes_bytes_per_s: float = 50e9
     max_pulls: int = 3
     pull_overhead_s: float = 0.005
     control_s: float = 0.0005
     message_delay_s: float = 0.0005
+
+    def rate_of(self, source_id: InstanceId, target_id: InstanceId) -> float:
+        """The link's rate from one instance to another, in bytes per second."""
+        same_node = self.nodes.get(source_id) == self.nodes.get(target_id)
+        return self.link_bytes_per_s if same_node else self.between_nodes_bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +115,7 @@ class SimConfig:
         for name, value in (
             ("kv_bytes_per_token", self.kv_bytes_per_token),
             ("link_bytes_per_s", self.network.link_bytes_per_s),
+            ("between_nodes_bytes_per_s", self.network.between_nodes_bytes_per_s),
             ("report_interval_s", self.report_interval_s),
         ):
             if not (math.isfinite(value) and value > 0.0):

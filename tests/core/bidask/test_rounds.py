@@ -83,6 +83,10 @@ def test_best_bid_is_the_cheapest() -> None:
         "a": Bid("a:1", 0.5, 5, 0, 1.0),
     }
     assert [bidder_id for bidder_id, _ in a_round.ranked_bids()] == ["b", "c", "a", "d"]
+    a_round.distances = {"b": 0.5, "c": 2.0}
+    ranked = a_round.ranked_bids()
+    assert [bidder_id for bidder_id, _ in ranked] == ["a", "b", "d", "c"], "the way there is part of the price"
+    assert [scored.score for scored in a_round.choice_among(ranked, in_seconds=True).scored] == [1.0, 1.5, 2.0, 3.0]
 
 
 def test_page_is_drawn_from_the_table() -> None:

@@ -52,6 +52,7 @@ class Agent:
         settings: BidAskSettings,
         rules: HandoverRules,
         able: Callable[[RequestView, Sequence[InstanceId]], Sequence[InstanceId]],
+        extra_s: Callable[[InstanceId, InstanceId, int], float],
         rebalance: bool = True,
     ) -> None:
         """
@@ -63,9 +64,10 @@ class Agent:
             settings: Numbers of the protocol.
             rules: When a request is handed over.
             able: Those of these instances that could hold a request at its longest (`ClusterView.able_ids`).
+            extra_s: How much longer a move takes over a far link (`Links.extra_s`).
             rebalance: Whether it moves requests to stage peers when it is overloaded.
         """
-        self.asker = Asker(own, settings, name, self.slots_taken, self._may_go)
+        self.asker = Asker(own, settings, name, self.slots_taken, self._may_go, extra_s)
         self.bidder = Bidder(own, settings, self.slots_taken)
         self._own = own
         self._requests = requests

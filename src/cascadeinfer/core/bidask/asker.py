@@ -7,7 +7,7 @@ does the asker, per reason, after a round without a taker, so that a full stage 
 requests. Both pauses are short where a candidate was only busy with other migrations. See `rounds.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from cascadeinfer.core.bidask.bidder import BUSY
@@ -38,6 +38,7 @@ class Asker:
         name: str,
         slots_taken: Callable[[], int],
         may_go: Callable[[RequestId, InstanceId], bool],
+        extra_s: Callable[[InstanceId, InstanceId, int], float],
     ) -> None:
         """
         Args:
@@ -46,6 +47,7 @@ class Asker:
             name: Prefix of its rounds' names; unique among all askers that ever existed.
             slots_taken: This instance's migrations, kept places and awards under way.
             may_go: Whether a request can (still) be moved to an instance; asked when the accept comes.
+            extra_s: See `Links.extra_s`.
         """
         self.rounds: dict[RequestId, Round] = {}
         self.heard: dict[InstanceId, tuple[float, float]] = {}
@@ -54,6 +56,7 @@ class Asker:
         self._name = name
         self._slots_taken = slots_taken
         self._may_go = may_go
+        self._extra_s = extra_s
         self._opened = 0
         self._failures: dict[RequestId, int] = {}
         self._asks_from_s = dict.fromkeys(MigrationReason, 0.0)
@@ -91,7 +94,8 @@ class Asker:
         Returns:
             False when there was nobody to ask.
         """
-        chosen = self._choose(candidates, now_s)
+        distances = self._distances(candidates, request.tokens)
+        chosen = self._choose(candidates, distances, now_s)
         if not chosen:
             return False
         self._opened += 1
@@ -99,15 +103,30 @@ class Asker:
         asked.handle(RoundEvent.OPENED)
         asked.deadline_s = now_s + self._settings.bid_wait_s
         asked.pending = dict.fromkeys(chosen)
+        asked.distances = distances
         self.rounds[request.request_id] = asked
         ask = Ask(asked.ask_id, asked.request_id, asked.length_tokens, reason.value, self._own.load)
         out.messages += [(candidate, ask) for candidate in chosen]
         return True
 
-    def _choose(self, candidates: Sequence[InstanceId], now_s: float) -> list[InstanceId]:
+    def _distances(self, candidates: Sequence[InstanceId], tokens: int) -> dict[InstanceId, float]:
+        """
+        What the way to those that are far adds to their bids: one request waits for it, once, over the tokens that it
+        will produce, as a newcomer waits for its first token (`Pricing`). Only prices in seconds can tell.
+        """
+        pricing = self._own.pricing
+        if not pricing.in_seconds:
+            return {}
+        own_id = self._own.instance_id
+        extra = {candidate: self._extra_s(own_id, candidate, tokens) for candidate in candidates}
+        return {candidate: pricing.urgency * extra_s for candidate, extra_s in extra.items() if extra_s > 0.0}
+
+    def _choose(
+        self, candidates: Sequence[InstanceId], distances: Mapping[InstanceId, float], now_s: float
+    ) -> list[InstanceId]:
         """
         The `fan_out` candidates with the lowest recently heard load; unheard ones count as idle. All candidates take
-        turns.
+        turns. The last of them gives way to the best that is near, if none of them is.
         """
         oldest_s = now_s - self._settings.heard_life_s
         own_id = self._own.instance_id
@@ -117,7 +136,12 @@ class Asker:
             if candidate != own_id:
                 load, heard_s = self.heard.get(candidate, (0.0, -NEVER))
                 ranked.append((load if heard_s >= oldest_s else 0.0, (place + self._opened) % n, candidate))
-        return [candidate for _, _, candidate in sorted(ranked)[: self._settings.fan_out]]
+        by_load = [candidate for _, _, candidate in sorted(ranked)]
+        chosen, rest = by_load[: self._settings.fan_out], by_load[self._settings.fan_out :]
+        if distances and all(candidate in distances for candidate in chosen):
+            near = next((candidate for candidate in rest if candidate not in distances), None)
+            return chosen if near is None else [*chosen[:-1], near]
+        return chosen
 
     def take_bid(self, sender_id: InstanceId, bid: Bid, now_s: float, out: Outbox) -> None:
         """Record a bid; withdraw from one that is too late."""

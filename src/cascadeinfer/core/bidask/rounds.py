@@ -175,6 +175,7 @@ class Round:
         busy: Asker: a candidate declined only because of too many migrations at once, which passes soon.
         declined: Asker: candidates that do not take the request, with their reasons.
         choice: Asker: why the awarded bidder was chosen.
+        distances: Asker: what the way to a candidate adds to its price; candidates that are near are left out.
     """
 
     ask_id: str
@@ -188,6 +189,7 @@ class Round:
     busy: bool = False
     declined: dict[InstanceId, str] = field(default_factory=dict)
     choice: Choice | None = None
+    distances: dict[InstanceId, float] = field(default_factory=dict)
     state: State = State.NEW
 
     def handle(self, event: RoundEvent) -> None:
@@ -205,12 +207,21 @@ class Round:
         self.state = after
 
     def ranked_bids(self) -> list[tuple[InstanceId, Bid]]:
-        """The bids, that with the lowest price first; ties by load, then fewest migrations, then smallest id."""
-        return sorted(self.bids.items(), key=lambda item: (item[1].price, item[1].load, item[1].migrations, item[0]))
+        """
+        The bids, that with the lowest price first, the way there included; ties by load, then fewest migrations, then
+        smallest id.
+        """
+        return sorted(
+            self.bids.items(), key=lambda item: (self.price_of(*item), item[1].load, item[1].migrations, item[0])
+        )
+
+    def price_of(self, bidder_id: InstanceId, bid: Bid) -> float:
+        """The price of a bid with what the way there adds."""
+        return bid.price + self.distances.get(bidder_id, 0.0)
 
     def choice_among(self, bids: Sequence[tuple[InstanceId, Bid]], *, in_seconds: bool) -> Choice:
         """Why the first of these ranked bids is awarded; `in_seconds`: the unit of their prices."""
-        scored = tuple([Scored(bidder_id, bid.price, bid.load) for bidder_id, bid in bids[:MOST_SCORED]])
+        scored = tuple([Scored(bidder, self.price_of(bidder, bid), bid.load) for bidder, bid in bids[:MOST_SCORED]])
         declined = tuple([Declined(*decline) for decline in self.declined.items()])
         return Choice(Rule.BEST, Measure.BID, scored, len(bids), declined=declined, in_seconds=in_seconds)
 

@@ -7,9 +7,9 @@ first. While prompts queue there, it goes where it starts sooner (`core/placing/
 prompt is cached elsewhere and that is worth more, it goes there (`core/placing/affinity.py`). As it grows, its
 instance's agent hands it over to the next stage (`core/bidask`), moves it within the stage when the instance is
 overloaded, or anywhere when the instance drains. Neighbouring stages adjust their boundary every
-`RefineSettings.interval_s`, and the planner looks for a better layout every `PlanSettings.interval_s`. With one stage,
-the policy is load balancing by price, plus migration from overloaded to idle instances. A new layout moves nothing at
-once: requests that are now too long for their stage are handed over like all others; those that are too short stay.
+`RefineSettings.interval_s`, and the planner looks for a better layout every `PlanSettings.interval_s`. One stage is
+load balancing by price, and migration from overloaded to idle instances. A new layout moves nothing at once: requests
+that are too long for their stage are handed over like others; those that are too short stay.
 
 Overload: with `max_queued` set, requests that fit nowhere wait here, ordered by priority and then arrival, up to that
 number. Beyond it, the request that would run last is refused with the time in which the queue should drain
@@ -321,6 +321,7 @@ class Cascade:
                 settings=self._balance,
                 rules=self._handover,
                 able=self.view.able_ids,
+                extra_s=self.view.links.extra_s,
                 rebalance=self._rebalance,
             )
         elif isinstance(event, InstanceLost):

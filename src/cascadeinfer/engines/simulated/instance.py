@@ -13,13 +13,14 @@ from typing import Any
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.refusals import Refusal
-from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, NodeId, RequestId
 from cascadeinfer.engines.protocol import (
     Engine,
     EngineCounters,
     EngineRequest,
     InstanceIdentity,
     Resume,
+    StepOutputs,
     TokenDelta,
 )
 from cascadeinfer.engines.simulated.core import SimulatedCore
@@ -41,6 +42,7 @@ class SimulatedEngine(SimulatedProcess):
         start_error: str | None = None,
         index: int = 0,
         movable: bool = True,
+        node: NodeId = "",
     ) -> None:
         """
         Args:
@@ -52,12 +54,14 @@ class SimulatedEngine(SimulatedProcess):
             start_error: Why it does not start, when it shall not.
             index: Its number.
             movable: Whether it says that its requests can move.
+            node: Where it says that it runs.
         """
         times = times or SimulatedTimes()
         self._peers: dict[str, SimulatedCore] = {}
         core = SimulatedCore(f"{instance_id}#{n_start}", capacity, times, max_model_len, self._peers.get)
         super().__init__(instance_id, core, times)
         self.index = index
+        self.node = node
         self._movable = movable
         self._start_error = start_error
         self._starting: asyncio.Task[None] | None = None
@@ -198,13 +202,20 @@ class SimulatedEngine(SimulatedProcess):
             raise EngineError(told, instance_id=self.instance_id)
         return told
 
-    async def report(self) -> tuple[InstanceReport, EngineCounters]:
+    async def report(self, next_after_s: float | None = None) -> tuple[InstanceReport, EngineCounters]:
         """See Engine.report."""
-        loaded: tuple[InstanceReport, EngineCounters] = await self._call(
-            "report", lambda: self.core.report(self._now_s())
-        )
-        said, counters = loaded
+        told: tuple[InstanceReport, EngineCounters] = await self._call("report", lambda: self.load(next_after_s))
+        return told
+
+    def load(self, next_after_s: float | None) -> tuple[InstanceReport, EngineCounters]:
+        """With what faults make it say."""
+        said, counters = super().load(next_after_s)
         return said, dataclasses.replace(counters, listens=self._says_it_listens, paused=self._says_it_is_paused)
+
+    def load_in(self, outputs: StepOutputs) -> tuple[InstanceReport, EngineCounters] | None:
+        """See Engine.load_in."""
+        assert isinstance(outputs, SimulatedOutputs)
+        return outputs.load
 
     def ticket_of(self, delta: TokenDelta) -> SimulatedTicket | None:
         """See Engine.ticket_of."""

@@ -10,23 +10,26 @@ those of the running event loop.
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.engines.protocol import EngineDied
+from cascadeinfer.engines.protocol import EngineCounters, EngineDied
 from cascadeinfer.engines.simulated.core import SimulatedCore
 from cascadeinfer.engines.simulated.model import SimulatedDelta, SimulatedTimes
 
 
 @dataclass(slots=True)
 class SimulatedOutputs:
-    """See `cascadeinfer.engines.protocol.StepOutputs`."""
+    """See `cascadeinfer.engines.protocol.StepOutputs`; with the load that comes along, if one does."""
 
     outputs: list[Any]
+    load: tuple[InstanceReport, EngineCounters] | None = None
 
 
 @dataclass(slots=True)
@@ -67,6 +70,8 @@ class SimulatedProcess:
         self._thawed.set()
         self._held_answers: dict[str, list[tuple[asyncio.Future[Any], Any]]] = {}
         self._held_outputs: list[SimulatedOutputs] | None = None
+        self._load_interval_s = math.inf
+        self._load_told_s = 0.0
 
     def begin(self) -> None:
         """Run from now on."""
@@ -192,10 +197,19 @@ class SimulatedProcess:
         if not deltas:
             return
         outputs = SimulatedOutputs(list(deltas))
+        if self._now_s() - self._load_told_s >= self._load_interval_s:
+            outputs.load = self.load(None)
         if self._held_outputs is not None:
             self._held_outputs.append(outputs)
         else:
             self._outputs.put_nowait(outputs)
+
+    def load(self, next_after_s: float | None) -> tuple[InstanceReport, EngineCounters]:
+        """The load as it is told now; see Engine.report."""
+        self._load_told_s = self._now_s()
+        if next_after_s is not None:
+            self._load_interval_s = next_after_s
+        return self.core.report(self._load_told_s)
 
     # --- the client --------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from cascadeinfer.engines.protocol import FIRST_BUILD, Build
+from cascadeinfer.engines.build import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm.other_build import (
     Key,
     cache_key,

@@ -30,6 +30,7 @@ from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import EngineCounters, EngineDied, EngineRequest, InstanceIdentity, Resume
 from cascadeinfer.engines.vllm.connector import side_channel
+from cascadeinfer.engines.vllm.connector.loads_along import take_load
 from cascadeinfer.engines.vllm.connector.ticket import (
     PARK,
     TransferParams,
@@ -203,9 +204,18 @@ class EngineChannel:
 
     # --- what comes back ---------------------------------------------------------------------------------------------
 
-    async def report(self) -> tuple[InstanceReport, EngineCounters]:
-        """See Engine.report; `step_s` is the mean over wall time since the last report, idle time included."""
-        load = EngineLoad.of(await self._call("cascade_load", self.client.client_index))
+    async def report(self, next_after_s: float | None = None) -> tuple[InstanceReport, EngineCounters]:
+        """See Engine.report."""
+        return self._told(await self._call("cascade_load", self.client.client_index, next_after_s))
+
+    def load_in(self, outputs: EngineCoreOutputs) -> tuple[InstanceReport, EngineCounters] | None:
+        """See Engine.load_in."""
+        load = take_load(outputs)
+        return None if load is None else self._told(load)
+
+    def _told(self, told: Any) -> tuple[InstanceReport, EngineCounters]:
+        """Its `step_s` is the mean over wall time since the last report, idle time included."""
+        load = EngineLoad.of(told)
         now_s = time.monotonic()
         self._clock.answered(load.clock_s, now_s)
         new_steps = load.steps - self._steps_at_report

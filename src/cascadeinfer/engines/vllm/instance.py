@@ -18,13 +18,14 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.refusals import Refusal
-from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, NodeId, RequestId
 from cascadeinfer.engines.protocol import (
     Engine,
     EngineCounters,
     EngineRequest,
     InstanceIdentity,
     Resume,
+    StepOutputs,
     TokenDelta,
 )
 from cascadeinfer.engines.vllm.channel import EngineChannel
@@ -101,6 +102,11 @@ class VllmInstance:
     def movable(self) -> bool:
         """See Engine.movable."""
         return self.hello.movable
+
+    @property
+    def node(self) -> NodeId:
+        """See Engine.node: the address at which its peers reach it."""
+        return self.hello.host
 
     @property
     def channel(self) -> EngineChannel:
@@ -208,9 +214,14 @@ class VllmInstance:
         """See Engine.set_step_budget."""
         return await self.channel.set_step_budget(n_tokens)
 
-    async def report(self) -> tuple[InstanceReport, EngineCounters]:
+    async def report(self, next_after_s: float | None = None) -> tuple[InstanceReport, EngineCounters]:
         """See Engine.report."""
-        return await self.channel.report()
+        return await self.channel.report(next_after_s)
+
+    def load_in(self, outputs: StepOutputs) -> tuple[InstanceReport, EngineCounters] | None:
+        """See Engine.load_in."""
+        assert isinstance(outputs, EngineCoreOutputs)
+        return self.channel.load_in(outputs)
 
     async def next_outputs(self) -> EngineCoreOutputs:
         """See Engine.next_outputs; outputs carry this instance's number for vLLM's metrics."""

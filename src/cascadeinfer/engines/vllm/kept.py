@@ -20,7 +20,7 @@ from vllm.config import VllmConfig
 
 from cascadeinfer.cluster.keeping import EngineOrder, Keepers
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.engines.protocol import FIRST_BUILD, Build
+from cascadeinfer.engines.build import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm.channel import EngineChannel, connect_both_ways
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.kept_builds import KeptBuilds

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from cascadeinfer.core.errors import ConfigError
-from cascadeinfer.engines.protocol import FIRST_BUILD, Build
+from cascadeinfer.engines.build import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm.builds import Builds
 from cascadeinfer.engines.vllm.configuration import attached_config
 from cascadeinfer.engines.vllm.kept_order import Content

@@ -22,7 +22,7 @@ from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.kind import InstanceTerms
 from cascadeinfer.core.refusals import why_not_step_budget
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.engines.protocol import FIRST_BUILD, Build
+from cascadeinfer.engines.build import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm.attached import AttachedCore
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.builds import Builds

@@ -21,6 +21,7 @@ from cascadeinfer.core.refusals import Refusal, why_not_step_budget
 from cascadeinfer.engines.vllm.connector.door import Door, DoorSettings
 from cascadeinfer.engines.vllm.connector.held_blocks import held_blocks
 from cascadeinfer.engines.vllm.connector.identity import identity_of, kv_bytes_per_token
+from cascadeinfer.engines.vllm.connector.loads_along import LoadsAlong
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.step_budget import step_budget_bounds
 from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker, release_on_worker, renew_on_worker
@@ -160,10 +161,13 @@ def cascade_set_step_budget(core: EngineCore, n_tokens: int | None) -> int | str
 
 def cascade_forget_client(core: EngineCore, client_index: int) -> int:
     """Abort the requests and release the reservations of a dead front-end process. Returns the number of requests."""
-    _side(core).timer.forget(client_index)
+    side = _side(core)
+    side.timer.forget(client_index)
+    if side.loads_along is not None:
+        side.loads_along.forget(client_index)
     orphans = [r.request_id for r in core.scheduler.requests.values() if r.client_index == client_index]
     core.abort_requests(orphans)
-    _side(core).reservations.release_those_of(client_index)
+    side.reservations.release_those_of(client_index)
     return len(orphans)
 
 
@@ -184,11 +188,18 @@ def cascade_detach(core: EngineCore, client_index: int) -> int:
     return n_requests
 
 
-def cascade_load(core: EngineCore, client_index: int) -> dict[str, Any]:
+def cascade_load(core: EngineCore, client_index: int, next_after_s: float | None = None) -> dict[str, Any]:
     """
-    The current load as one front-end process sees it: lengths by request, foreign lengths, blocks, counters, and the
-    steps since it last asked.
+    The current load as one front-end process sees it (`load_of`). With `next_after_s`, it also comes along with outputs
+    from now on, not more often than every so many seconds.
     """
+    if (along := _side(core).loads_along) is not None:
+        along.told(client_index, next_after_s)
+    return load_of(core, client_index)
+
+
+def load_of(core: EngineCore, client_index: int) -> dict[str, Any]:
+    """Lengths by request, foreign lengths, blocks, counters, and the steps since this front end was last told."""
     side = _side(core)
     running: list[tuple[str, int]] = []
     waiting: list[tuple[str, int]] = []
@@ -246,28 +257,30 @@ COMMANDS = (
 )
 
 
-def _open_door(core: EngineCoreProc) -> None:
-    """The EngineCore is ready to serve: let front ends attach, if it is configured for that."""
+def _begin_serving(core: EngineCoreProc) -> None:
+    """The EngineCore is ready: let front ends attach, if it is configured for that, and loads travel with outputs."""
     side = _side(core)
     transfer = core.vllm_config.kv_transfer_config
     assert transfer is not None, "our connector runs"
     if (settings := DoorSettings.of(transfer)) is not None:
         side.door = Door(core, settings, side.engine_id, side.connector_token)
+    along = LoadsAlong(core.output_queue, functools.partial(load_of, core), side.has_requests_of)
+    core.output_queue = side.loads_along = along
 
 
-def _with_door(run: Callable[[EngineCoreProc], None]) -> Callable[[EngineCoreProc], None]:
+def _with_beginning(run: Callable[[EngineCoreProc], None]) -> Callable[[EngineCoreProc], None]:
     @functools.wraps(run)
     def run_busy_loop(core: EngineCoreProc) -> None:
-        _open_door(core)
+        _begin_serving(core)
         run(core)
 
-    run_busy_loop.opens_door = True  # type: ignore[attr-defined]
+    run_busy_loop.is_ours = True  # type: ignore[attr-defined]
     return run_busy_loop
 
 
 def attach() -> None:
-    """Make the commands methods of `EngineCore`, and let it open its door before it serves; idempotent."""
+    """Make the commands methods of `EngineCore`, and let it begin to serve as we want; idempotent."""
     for command in COMMANDS:
         setattr(EngineCore, command.__name__, command)
-    if not hasattr(EngineCoreProc.run_busy_loop, "opens_door"):
-        EngineCoreProc.run_busy_loop = _with_door(EngineCoreProc.run_busy_loop)
+    if not hasattr(EngineCoreProc.run_busy_loop, "is_ours"):
+        EngineCoreProc.run_busy_loop = _with_beginning(EngineCoreProc.run_busy_loop)

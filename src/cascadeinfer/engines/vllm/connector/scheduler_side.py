@@ -44,6 +44,7 @@ from cascadeinfer.engines.vllm.connector.cuts import Cuts, PendingCut
 from cascadeinfer.engines.vllm.connector.deadline import attach_deadlines, is_over
 from cascadeinfer.engines.vllm.connector.failures import Failures
 from cascadeinfer.engines.vllm.connector.grammar_replay import replay_grammar
+from cascadeinfer.engines.vllm.connector.loads_along import LoadsAlong
 from cascadeinfer.engines.vllm.connector.movable import why_not_movable
 from cascadeinfer.engines.vllm.connector.reservations import Reservations
 from cascadeinfer.engines.vllm.connector.side_channel import SideChannel
@@ -92,6 +93,8 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         self.scheduler: Scheduler | None = None
         #: Where front ends attach, once the engine is ready to serve; None if it is not configured for that.
         self.door: Door | None = None
+        #: Sends loads along with outputs, once the engine is ready to serve.
+        self.loads_along: LoadsAlong | None = None
         self._desk = Desk.of_this_process()
         #: For front ends that attach later; must not be logged.
         self.connector_token = self._desk.token
@@ -208,6 +211,11 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
     def free_blocks(self) -> int:
         """Blocks that are free (cached or not)."""
         return int(self._manager().block_pool.get_num_free_blocks())
+
+    def has_requests_of(self, client_index: int) -> bool:
+        """Whether a front end has requests here that have not ended."""
+        requests = () if self.scheduler is None else self.scheduler.requests.values()
+        return any(request.client_index == client_index and not request.is_finished() for request in requests)
 
     # --- hooks that vLLM's scheduler calls --------------------------------------------------------------------------
 

@@ -1,0 +1,32 @@
+"""What instances are started with, in a rolling update."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from cascadeinfer.core.kind import InstanceKind
+from cascadeinfer.core.types import InstanceCapacity
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """
+    What instances are started with, restarts included, as far as somebody must tell them apart.
+
+    Attributes:
+        number: 0 of the server's start, then counted.
+        options: What the operator has changed since the start, in words: `--max-num-seqs 64`.
+        model_version: See InstanceKind.
+        kv_group: Likewise.
+    """
+
+    number: int = 0
+    options: tuple[str, ...] = ()
+    model_version: str = ""
+    kv_group: str = ""
+
+    def kind(self, capacity: InstanceCapacity) -> InstanceKind:
+        """The kind of an instance of this build with this capacity."""
+        return InstanceKind(capacity, model_version=self.model_version, kv_group=self.kv_group)
+
+
+FIRST_BUILD: Final = Build()
