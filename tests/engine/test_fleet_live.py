@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from server_process import ServerProcess
-from test_standing_live import completion, moved, n_there, requests_through, streamed
+from test_standing_live import completion, n_there, requests_through, streamed, text_that_moved
 
 from cascadeinfer.cluster.runtime_folder import SOCKETS_VARIABLE
 
@@ -115,8 +115,7 @@ def test_a_killed_server_costs_no_engine(fleet: Fleet, first: ServerProcess) -> 
     `kill -9` in the middle of requests: the engines abort them and go on, and one that stood by serves in its place,
     with the same engines, the same text and moves as before. It has started none, so other options are refused.
     """
-    text, engines = text_of(first, 120), pids(first)
-    assert moved(first) == 1
+    text, engines = text_that_moved(first, 120), pids(first)
     with fleet.server("--standby") as standby:
         standby.wait_until(lambda: "waits for the end" in standby.log_tail(), "waiting", READY_DEADLINE_S)
 
@@ -127,8 +126,7 @@ def test_a_killed_server_costs_no_engine(fleet: Fleet, first: ServerProcess) -> 
         wait_until_ready(standby)
         assert pids(standby) == engines
         standby.poll(lambda: n_there(standby) == 0, "nothing runs")
-        assert text_of(standby, 120) == text
-        assert moved(standby) == 1
+        assert text_that_moved(standby, 120) == text
         standby.poll(standby.idle, "nothing held")
     assert standby.exit_code == 0
     assert all(psutil.pid_exists(pid) for pid in engines)

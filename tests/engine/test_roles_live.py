@@ -24,6 +24,8 @@ STAGES = f"prefill@{THRESHOLD}-/{BUDGET}:1,0-256:1,256-:1"
 PREFILL = "0"
 N_REQUESTS = 6
 N_PROCESSES = 2
+TRIES = 10
+"""On a busy machine nobody may have answered in time for a push; the request then goes on where it is parked."""
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +75,16 @@ def test_prompts_are_computed_apart(server: ServerProcess, more: dict[str, Any])
     """Several at once, with prompts around the edges of blocks: each was pushed, and has the text of one instance."""
     bodies = [body_of(n, n, **more) for n in (63, 64, 65, 96, 97, 200)]
     expected = [choice_of(server, {**body, "prompt_logprobs": 0})[0] for body in bodies]
-    before, failed = pushes(server), server.metric("cascadeinfer_failed_pulls_total")
-    with ThreadPoolExecutor(N_REQUESTS) as executor:
-        answers = list(executor.map(lambda body: choice_of(server, body), bodies))
-    assert [text for text, _ in answers] == expected
-    assert pushes(server) - before == len(bodies)
+    failed = server.metric("cascadeinfer_failed_pulls_total")
+    for _ in range(TRIES):
+        before = pushes(server)
+        with ThreadPoolExecutor(N_REQUESTS) as executor:
+            answers = list(executor.map(lambda body: choice_of(server, body), bodies))
+        assert [text for text, _ in answers] == expected
+        if pushes(server) - before == len(bodies):
+            break
+    else:
+        pytest.fail(f"in none of {TRIES} rounds was each of them pushed")
     assert server.metric("cascadeinfer_failed_pulls_total") == failed
 
 
@@ -120,6 +127,10 @@ def test_the_prefill_instance_dies(server: ServerProcess) -> None:
         assert [future.result()[0] for future in futures] == expected
     server.poll(lambda: len(server.get("/health/ready").json()["instances"]) == 3, "back", 240)
     before = pushes(server)
-    assert choice_of(server, bodies[0])[0] == expected[0]
-    assert pushes(server) == before + 1
+    for _ in range(TRIES):
+        assert choice_of(server, bodies[0])[0] == expected[0]
+        if pushes(server) > before:
+            break
+    else:
+        pytest.fail(f"none of {TRIES} requests was pushed")
     assert {one["id"]: one["step_budget"] for one in server.admin()["instances"]}[PREFILL] == BUDGET

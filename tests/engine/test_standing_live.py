@@ -27,6 +27,7 @@ from conftest import FORK, QUICK_ENVIRONMENT
 pytestmark = pytest.mark.engine
 
 PROMPT = list(range(3, 40))
+TRIES = 20
 PROGRAM = Path(__file__).parent / "standing_engines.py"
 ENVIRONMENT = {
     **QUICK_ENVIRONMENT,
@@ -111,6 +112,24 @@ def moved(server: ServerProcess) -> float:
     return server.metric("cascadeinfer_migrations_total", outcome="moved")
 
 
+def text_that_moved(server: ServerProcess, n_tokens: int) -> str:
+    """
+    The text of a request that has moved.
+
+    It is sent again, and must have the same text, until one has: on a busy machine a request may outgrow the room that
+    was asked for, or end, before it is cut.
+    """
+    before, texts = moved(server), set()
+    for _ in range(TRIES):
+        answer = server.post("/v1/completions", completion(n_tokens))
+        assert answer.status_code == HTTPStatus.OK, answer.text
+        texts.add(str(answer.json()["choices"][0]["text"]))
+        if moved(server) > before:
+            [text] = texts
+            return text
+    pytest.fail(f"none of {TRIES} requests has moved")
+
+
 @contextlib.contextmanager
 def requests_through(dying: ServerProcess, n: int, *, seen_by: ServerProcess) -> Iterator[None]:
     """
@@ -152,10 +171,7 @@ def streamed(server: ServerProcess, n_tokens: int, *, in_the_middle: Callable[[]
 @pytest.mark.timeout(600)
 def test_requests_move_between_engines_of_others(server: ServerProcess, engines: Engines) -> None:
     """The text is that of an engine's own server, which goes on working beside ours."""
-    answer = server.post("/v1/completions", completion(120))
-    assert answer.status_code == HTTPStatus.OK, answer.text
-    assert answer.json()["choices"][0]["text"] == engines.text(120)
-    assert moved(server) == 1
+    assert text_that_moved(server, 120) == engines.text(120)
     server.poll(lambda: n_there(server) == 0, "nothing runs")
     refused = server.post("/admin/instances", {"count": 1})
     assert refused.status_code == HTTPStatus.CONFLICT, refused.text
@@ -174,10 +190,7 @@ def test_engines_survive_their_front_end(
         with requests_through(second, 4, seen_by=server):
             second.kill()
     server.poll(lambda: n_there(server) == 0, "nothing runs")
-    before = moved(server)
-    answer = server.post("/v1/completions", completion(120))
-    assert answer.json()["choices"][0]["text"] == engines.text(120)
-    assert moved(server) == before + 1
+    assert text_that_moved(server, 120) == engines.text(120)
     server.poll(server.idle, "nothing held")
 
 

@@ -11,9 +11,8 @@ overloaded, or anywhere when the instance drains. Neighbouring stages adjust the
 load balancing by price, and migration from overloaded to idle instances. A new layout moves nothing at once: requests
 that are too long for their stage are handed over like others; those that are too short stay.
 
-Overload: with `max_queued` set, requests that fit nowhere wait here, ordered by priority and then arrival, up to that
-number. Beyond it, the request that would run last is refused with the time in which the queue should drain
-(`core/placing/admission.py`). Without `max_queued` the engines queue, as with every other policy.
+Overload: up to `max_queued` requests that fit nowhere wait here, by priority, then arrival. Beyond it, the one that
+would run last is refused with the time in which the queue should drain (`core/placing/admission.py`).
 
 Inputs read: reports, messages, and the cost model if there is one. Source: arXiv 2512.19179.
 """
