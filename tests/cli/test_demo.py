@@ -19,6 +19,7 @@ from rich.console import Console, RenderableType
 from cascadeinfer.cli import demo
 from cascadeinfer.cli import main as entry
 from cascadeinfer.cli.serve import parse
+from cascadeinfer.cluster.ray_here import Head
 from cascadeinfer.config.schema import options_of
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.demo import server as demo_server
@@ -221,6 +222,32 @@ def test_server_command_is_one_that_serve_takes(tmp_path: Path) -> None:
     boundary = demo_server.STAGE_BOUNDARY_TOKENS
     assert [str(stage.range) for stage in options.layout().stages] == [f"0-{boundary}", f"{boundary}-"]
     assert (args.port, args.served_model_name, args.dtype) == (1234, ["tiny"], "float32")
+
+
+def test_server_command_on_a_cluster() -> None:
+    """The engines are a fleet of their own on the Ray cluster."""
+    command = server_command("org/model", "m", 1234, on_cpu=True, fleet="demo-1")
+    assert command[-4:] == ["--cluster", "ray", "--fleet", "demo-1"]
+
+
+@pytest.mark.parametrize("runs", [False, True], ids=["starts one", "uses one"])
+def test_nothing_is_left_on_the_cluster(monkeypatch: pytest.MonkeyPatch, runs: bool) -> None:
+    """A Ray started for the demo is ended, one that runs is freed of the engines only; after a failure, too."""
+    done: list[str] = []
+    head = Head("127.0.0.1:1", 1, 0.0)
+    monkeypatch.setattr(demo.ray_here, "head", lambda: head if runs else None)
+    monkeypatch.setattr(demo.ray_here, "up", lambda *_: done.append("up"))
+    monkeypatch.setattr(demo.ray_here, "down", lambda: done.append("down"))
+    monkeypatch.setattr(demo, "stop_on_ray", lambda fleet: done.append(f"stop {fleet}"))
+
+    def fails() -> None:
+        with demo._ray_for("demo-1", Console(file=io.StringIO())):
+            done.append("serve")
+            raise ServerFailedError("no", log=Path("log"), log_tail="")
+
+    with pytest.raises(ServerFailedError):
+        fails()
+    assert done == (["serve", "stop demo-1"] if runs else ["up", "serve", "down"])
 
 
 @pytest.fixture

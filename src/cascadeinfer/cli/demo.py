@@ -6,6 +6,9 @@ the official `openai` client, and shows in the terminal how they grow and are ha
 moved requests again, kept on one instance this time, and compares the two answers. Finally it stops the server, also
 after Ctrl-C or an error.
 
+With `--cluster` the engines are on a Ray cluster: on that of `cascadeinfer cluster up` if it runs, else on one that is
+started for the demo and ended with it.
+
 The exit code is 0 only if every request succeeded, at least one was handed over with its KV cache, and the two answers
 are identical. A terminal gets a live view; a pipe or a log gets plain lines.
 """
@@ -13,6 +16,7 @@ are identical. A terminal gets a live view; a pipe or a log gets plain lines.
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import time
 import uuid
@@ -26,6 +30,8 @@ from rich.live import Live
 from rich.markup import escape
 
 from cascadeinfer.cli.extras import need
+from cascadeinfer.cli.stop import stop_on_ray
+from cascadeinfer.cluster import ray_here
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.demo.requests import STAYS, ChatState, make_states, run_chat, take_placements
 from cascadeinfer.demo.server import POLL_S, STAGE_BOUNDARY_TOKENS, DemoServer
@@ -36,6 +42,7 @@ from cascadeinfer.results.output_files import check_output, replacing
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+N_INSTANCES: Final = 2
 STAGGER_S: Final = 1.0
 """Time between two requests: short ones still overlap, and the eye can follow."""
 PLAIN_PROGRESS_S: Final = 10.0
@@ -58,16 +65,22 @@ def demo(
     ] = None,
     requests: Annotated[int, typer.Option(min=2, max=32, help="How many chat requests to send.")] = 8,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary to this file as JSON.")] = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Keep the engines on a Ray cluster on this machine.", show_default=False)
+    ] = False,
 ) -> None:
     """Start two instances, send chat requests, show them move, compare, stop."""
     console = Console()
     if json_file is not None:
         check_output(json_file, "--json")
     need("vllm")
+    if cluster:
+        need("ray")
     folder, name = _model_of(model, console)
-    server = DemoServer(folder, name)
+    fleet = f"demo-{uuid.uuid4().hex[:6]}" if cluster else None
+    server = DemoServer(folder, name, fleet)
     try:
-        with _stopped_at_the_end(server, console):
+        with _ray_for(fleet, console), _stopped_at_the_end(server, console):
             summary = asyncio.run(_run(server, requests, console))
     except ServerFailedError as error:
         console.print(f"[bold red]{escape(error.reason)}[/]; the end of its log, {error.log}:")
@@ -87,6 +100,30 @@ def demo(
         raise typer.Exit(EXIT_FAILED)
     server.log.unlink()
     console.print("every request succeeded, and the server has been stopped")
+
+
+@contextlib.contextmanager
+def _ray_for(fleet: str | None, console: Console) -> Iterator[None]:
+    """A Ray cluster for this fleet, if there is one; afterwards nothing of the fleet is left."""
+    if fleet is None:
+        yield
+        return
+    if (runs := ray_here.head()) is not None:
+        console.print(f"using Ray at {runs.address}", highlight=False)
+        try:
+            yield
+        finally:
+            with _said(console, "stopping the engines"):
+                stop_on_ray(fleet)
+        return
+    with _said(console, "starting Ray for the demo"):
+        n_cpus = max(N_INSTANCES, os.cpu_count() or 1)  # as Ray counts them
+        ray_here.up(ray_here.own_address(), ray_here.free_head_port(), n_cpus, None)
+    try:
+        yield
+    finally:
+        with _said(console, "stopping Ray and the engines"):
+            ray_here.down()
 
 
 @contextlib.contextmanager

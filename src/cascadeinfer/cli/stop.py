@@ -70,12 +70,22 @@ def stop(
     _say_ended(fleet, n_engines)
 
 
+def stop_on_ray(fleet: str) -> int:
+    """
+    End a fleet without a server on the Ray cluster that `cascadeinfer cluster up` has started.
+
+    Returns:
+        How many engines it had; 0 if there is no such fleet.
+    """
+    return asyncio.run(_stop_on_ray(fleet, RayTerms(found_address(None), None), 0.0, must_exist=False))
+
+
 def _say_ended(fleet: str, n_engines: int) -> None:
     typer.echo(f"fleet {fleet} has ended: {n_engines} engine{'s' if n_engines != 1 else ''} stopped")
 
 
-async def _stop_on_ray(name: str, terms: RayTerms, timeout_s: float) -> int:
-    async with RayFleet.used(name, terms, ends_others=True, must_exist=True, timeout_s=timeout_s) as fleet:
+async def _stop_on_ray(name: str, terms: RayTerms, timeout_s: float, *, must_exist: bool = True) -> int:
+    async with RayFleet.used(name, terms, ends_others=True, must_exist=must_exist, timeout_s=timeout_s) as fleet:
         n_engines = await _end_all(fleet.keepers())
         await fleet.remove()
     return n_engines

@@ -26,6 +26,7 @@ import psutil
 
 from cascadeinfer.cluster.fleet import make_ours
 from cascadeinfer.cluster.keeping import read_json, write_whole
+from cascadeinfer.cluster.local import free_port
 from cascadeinfer.cluster.ray_link import RECONNECT_S, RECONNECT_VARIABLE
 from cascadeinfer.core.errors import ConfigError
 
@@ -155,6 +156,13 @@ def up(host: str, port: int, n_cpus: int | None, n_gpus: int | None, base: Path 
         raise
     write_whole(folder / "head", msgspec.json.encode(told))
     return told
+
+
+def free_head_port() -> int:
+    """A port on which a head can listen."""
+    while (port := free_port()) in WORKER_PORTS:
+        pass
+    return port
 
 
 def _check_port(host: str, port: int) -> None:

@@ -37,7 +37,7 @@ def is_cpu_build() -> bool:
     return True
 
 
-def server_command(model: str, name: str, port: int, *, on_cpu: bool) -> list[str]:
+def server_command(model: str, name: str, port: int, *, on_cpu: bool, fleet: str | None = None) -> list[str]:
     """
     The server's command line: two instances, two stages.
 
@@ -47,7 +47,9 @@ def server_command(model: str, name: str, port: int, *, on_cpu: bool) -> list[st
         port: Port on the loopback.
         on_cpu: Use float32, in which batches of different sizes round alike enough for identical greedy text. On a GPU
             the model's own type is used, and less than half of the memory, in case both instances share one GPU.
+        fleet: Name of the engines on a Ray cluster; None: the server starts them itself.
     """
+    cluster = [] if fleet is None else ["--cluster", "ray", "--fleet", fleet]
     device = ["--dtype", "float32"] if on_cpu else ["--gpu-memory-utilization", "0.4"]
     return [
         sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "serve", model,
@@ -65,20 +67,21 @@ def server_command(model: str, name: str, port: int, *, on_cpu: bool) -> list[st
         "--drain-timeout-s", "10",
         "--disable-uvicorn-access-log",
         *device,
+        *cluster,
     ]  # fmt: skip
 
 
 class DemoServer(ServedProcess):
     """The server's process."""
 
-    def __init__(self, model: str, name: str) -> None:
-        """Choose a port and a log file; nothing is started yet."""
+    def __init__(self, model: str, name: str, fleet: str | None = None) -> None:
+        """Choose a port and a log file; nothing is started yet. `fleet`: see `server_command`."""
         port = free_port()
         self.model_name = name
         descriptor, path = tempfile.mkstemp(prefix="cascadeinfer-demo-", suffix=".log")
         os.close(descriptor)
         super().__init__(
-            server_command(model, name, port, on_cpu=is_cpu_build()),
+            server_command(model, name, port, on_cpu=is_cpu_build(), fleet=fleet),
             port=port,
             log=Path(path),
             environment={"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else None,
