@@ -102,7 +102,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@if [[ -n "$(ARGS)" ]]; then exec $(BIN)/python -m pytest $(ARGS); fi
 	mkdir -p out
-	$(BIN)/python -m pytest -m "not engine" > out/tests-without-engines.log 2>&1 & others=$$!
+	nice -n 5 $(BIN)/python -m pytest -m "not engine" > out/tests-without-engines.log 2>&1 & others=$$!
 	trap 'kill "$$others" 2> /dev/null || true' EXIT
 	result=0
 	$(BIN)/python -m pytest -m engine || result=$$?
