@@ -100,8 +100,10 @@ demo: $(INSTALLED)
 
 # Tests with real engines wait for these half of the time, so all others run beside them and are shown afterwards.
 test: $(INSTALLED)
-	@if [[ -n "$(ARGS)" ]]; then exec $(BIN)/python -m pytest $(ARGS); fi
-	mkdir -p out
+ifneq ($(strip $(ARGS)),)
+	@$(BIN)/python -m pytest $(ARGS)
+else
+	@mkdir -p out
 	nice -n 5 $(BIN)/python -m pytest -m "not engine" > out/tests-without-engines.log 2>&1 & others=$$!
 	trap 'kill "$$others" 2> /dev/null || true' EXIT
 	result=0
@@ -110,6 +112,7 @@ test: $(INSTALLED)
 	wait "$$others" || result=$$?
 	cat out/tests-without-engines.log
 	exit "$$result"
+endif
 
 # The engine tests that depend on the model runner, on V2, which GPUs use: Triton's interpreter does its kernels (tests/support/v2_runner.py).
 # `make test` runs a part of them (tests/engine/test_on_v2.py); all of them take much longer.

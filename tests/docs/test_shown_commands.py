@@ -158,8 +158,11 @@ def test_commands_run(command: Command, work: Path, monkeypatch: pytest.MonkeyPa
 
 
 def check_make(command: Command) -> None:
-    """The target exists."""
-    subprocess.run(["make", "--dry-run", *command.words[1:]], cwd=ROOT, check=True, capture_output=True)
+    """The target exists, and what it runs with these words is well formed."""
+    words = ["make", "--dry-run", *command.words[1:]]
+    recipe = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    checked = subprocess.run(["bash", "-n"], input=recipe, check=True, text=True, capture_output=True)
+    assert not checked.stderr  # its exit code does not tell of every error
 
 
 def check_serve(command: Command) -> None:
