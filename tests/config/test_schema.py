@@ -113,6 +113,19 @@ def test_any_layout_can_be_written_as_text(steps: list[tuple[int, int]], last: i
     assert [i for s in layout.stages for i in s.instance_ids] == [str(n) for n in range(total)]
 
 
+def test_a_file_of_stages_is_read_once(tmp_path: Path) -> None:
+    """What was read is what every process gets, whatever becomes of the file; with roles and budgets."""
+    file = tmp_path / "stages.toml"
+    file.write_text(
+        STAGES_TOML + '[[stages]]\nrange = "64-"\ninstances = 1\nkind = "prefill"\nmax_num_batched_tokens = 512\n'
+    )
+    options = parsed("--stages", str(file), "--instances", "4")
+    file.unlink()
+    assert options.stages == "0-512:2,512-:1,prefill@64-/512:1"
+    assert options == parsed("--stages", options.stages, "--instances", "4")
+    assert options.policy_name() == "roles"
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [

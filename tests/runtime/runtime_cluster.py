@@ -418,6 +418,7 @@ class Cluster:
         assert self.placed == set(self.runtime.fleet.records), "a place was not given back"
         assert len(self.runtime._migrator) == 0
         assert not self.runtime._performer.parkings._parked
+        assert self.runtime._performer.parkings.n_parked == 0
         assert not self.runtime._streams._by_attempt
         assert not list(self.runtime._streams)
         for engine in self.runtime.live_engines():

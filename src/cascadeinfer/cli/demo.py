@@ -34,7 +34,7 @@ from cascadeinfer.cli.stop import stop_on_ray
 from cascadeinfer.cluster import ray_here
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.demo.requests import STAYS, ChatState, make_states, run_chat, take_placements
-from cascadeinfer.demo.server import POLL_S, STAGE_BOUNDARY_TOKENS, DemoServer
+from cascadeinfer.demo.server import N_INSTANCES, POLL_S, STAGE_BOUNDARY_TOKENS, DemoServer
 from cascadeinfer.demo.view import Board, Summary, TextCheck, render_board, render_summary, summarise
 from cascadeinfer.loadgen.served_process import ServerFailedError
 from cascadeinfer.results.output_files import check_output, replacing
@@ -42,7 +42,6 @@ from cascadeinfer.results.output_files import check_output, replacing
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-N_INSTANCES: Final = 2
 STAGGER_S: Final = 1.0
 """Time between two requests: short ones still overlap, and the eye can follow."""
 PLAIN_PROGRESS_S: Final = 10.0

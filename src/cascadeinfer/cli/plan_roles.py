@@ -67,11 +67,14 @@ def plan_roles(setting: "Setting", rate_rps: float, budgets: str | None, json_fi
 
 def _for_the_server(best: "RolePlan") -> str:
     """Options to copy."""
+    from cascadeinfer.config.stages import WantedStage, text_of
     from cascadeinfer.core.layout import StageKind
 
-    prefix = {StageKind.PREFILL: "prefill@"}
-    stages = ",".join(
-        f"{prefix.get(stage.kind, '')}{stage.range}/{stage.budget_tokens}:{stage.n_instances}" for stage in best.every
+    stages = text_of(
+        [
+            WantedStage(stage.kind is StageKind.PREFILL, stage.range, stage.n_instances, stage.budget_tokens)
+            for stage in best.every
+        ]
     )
     most = max(stage.budget_tokens for stage in best.every)
     n_instances = sum(stage.n_instances for stage in best.every)

@@ -6,13 +6,13 @@ anything starts.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from cascadeinfer.config.options import add_options, check_bounds, options_from
 from cascadeinfer.config.options import option as _option
 from cascadeinfer.config.ray_resources import custom_resources
-from cascadeinfer.config.stages import WantedStage, check_plain, layout_of, read_stages, terms_of
+from cascadeinfer.config.stages import WantedStage, check_plain, layout_of, read_stages, terms_of, without_file
 from cascadeinfer.core.errors import ConfigError
 from cascadeinfer.core.kind import InstanceTerms
 from cascadeinfer.core.layout import RoleLayout, StageLayout
@@ -353,5 +353,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(namespace: argparse.Namespace) -> ServeOptions:
-    """The checked options from a parsed command line."""
-    return options_from(namespace, ServeOptions)
+    """The checked options from a parsed command line, with the stages of a file in its place."""
+    options = options_from(namespace, ServeOptions)
+    return options if options.stages is None else replace(options, stages=without_file(options.stages))

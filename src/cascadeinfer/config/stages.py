@@ -20,6 +20,8 @@ from cascadeinfer.core.layout import RoleLayout, Stage, StageKind, StageLayout
 from cascadeinfer.core.types import InstanceId, LengthRange
 
 OPTION: Final = "--stages"
+TOML: Final = ".toml"
+JSON: Final = ".json"
 _PART: Final = re.compile(r"(?:(?P<kind>[a-z]+)\s*@)?(?P<range>[^/@]*)(?:/(?P<budget>[^/:@]*))?:(?P<instances>[^/:@]*)")
 _ROLES: Final = {StageKind.MIXED: Role.MIXED, StageKind.DECODE: Role.DECODE}
 _NEEDED: Final = frozenset({"range", "instances"})
@@ -47,6 +49,12 @@ class WantedStage(NamedTuple):
         """Whether it has neither a role nor a budget."""
         return not self.is_prefill and self.budget_tokens is None
 
+    def __str__(self) -> str:
+        """The form of the command line."""
+        role = f"{StageKind.PREFILL}@" if self.is_prefill else ""
+        budget = "" if self.budget_tokens is None else f"/{self.budget_tokens}"
+        return f"{role}{self.lengths}{budget}:{self.n_instances}"
+
 
 def read_stages(given: str) -> list[WantedStage]:
     """
@@ -55,11 +63,26 @@ def read_stages(given: str) -> list[WantedStage]:
     Raises:
         ConfigError: It is no such text, or there is no such file or it is malformed.
     """
-    if given.endswith(".toml"):
+    if given.endswith(TOML):
         return _stages_of_toml(Path(given))
-    if given.endswith(".json"):
+    if given.endswith(JSON):
         return _stages_of_plan(Path(given))
     return [_stage_of_text(part.strip()) for part in given.split(",")]
+
+
+def without_file(given: str) -> str:
+    """
+    The same stages as text, so that a file is read once, and a process that starts later has the same.
+
+    Raises:
+        ConfigError: See `read_stages`; text is returned as it is.
+    """
+    return text_of(read_stages(given)) if given.endswith((TOML, JSON)) else given
+
+
+def text_of(stages: Sequence[WantedStage]) -> str:
+    """The form of the command line."""
+    return ",".join(map(str, stages))
 
 
 def layout_of(wanted: Sequence[WantedStage], instance_ids: Sequence[InstanceId]) -> RoleLayout:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from cascadeinfer.cluster.local import LOOPBACK, free_port
 from cascadeinfer.loadgen.served_process import ServedProcess
 
+N_INSTANCES: Final = 2
 STAGE_BOUNDARY_TOKENS: Final = 96
 """Above a short question with its answer, well below a story."""
 MAX_MODEL_TOKENS: Final = 1024
@@ -54,7 +55,7 @@ def server_command(model: str, name: str, port: int, *, on_cpu: bool, fleet: str
     return [
         sys.executable, "-c", "from cascadeinfer.cli.main import main; main()", "serve", model,
         "--served-model-name", name,
-        "--instances", "2",
+        "--instances", str(N_INSTANCES),
         "--stages", f"0-{STAGE_BOUNDARY_TOKENS}:1,{STAGE_BOUNDARY_TOKENS}-:1",
         "--host", LOOPBACK,
         "--port", str(port),

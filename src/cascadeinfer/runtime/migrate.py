@@ -127,8 +127,9 @@ class Migrator:
         assert stream.migration is None
         assert stream.instance_id == effect.source_id
         assert stream.engine_request_id is not None
-        migration = Migration(effect, stream.n_tokens, self._limits)
-        if parked is not None:
+        if parked is None:
+            migration = Migration(effect, stream.n_tokens, self._limits)
+        else:
             migration = Migration.of_parked(effect, stream.n_tokens, self._limits, self._clock())
         now_s = asyncio.get_running_loop().time()
         record = MigrationRecord(migration, stream, stream.engine_request_id, now_s, parked)

@@ -10,23 +10,18 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Final
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import Event, FirstToken
 from cascadeinfer.core.parking import Parking, ParkingAction, ParkingEvent, ParkingLimits, ParkingState
 from cascadeinfer.core.types import InstanceId, RequestId
-from cascadeinfer.engines.protocol import Engine, KvTicket, Resume
+from cascadeinfer.engines.protocol import KvTicket, Resume
 from cascadeinfer.runtime.commands import Commands
+from cascadeinfer.runtime.migrate import EngineDirectory
 from cascadeinfer.runtime.streams import Stream, StreamTable
 
-
-class EngineDirectory(Protocol):
-    """Where live engines are found."""
-
-    def engine(self, instance_id: InstanceId) -> Engine | None:
-        """The engine with this id when it is up, else None."""
-        ...
+HAS_TOKEN: Final = frozenset({ParkingState.PARKED, ParkingState.LEAVING})
 
 
 @dataclass(slots=True)
@@ -49,7 +44,12 @@ class ParkedRequest:
 
 
 class Parkings:
-    """All requests that were dispatched to be parked and have not left."""
+    """
+    All requests that were dispatched to be parked and have not left.
+
+    Attributes:
+        n_parked: Those of them that have their first token.
+    """
 
     def __init__(
         self,
@@ -73,13 +73,9 @@ class Parkings:
         self._emit = emit
         self._add_failed = add_failed
         self._parked: dict[RequestId, ParkedRequest] = {}
+        self.n_parked = 0
         streams.on_displaced.append(self._displaced)
         self._commands = Commands("a command for a parked request")
-
-    @property
-    def n_parked(self) -> int:
-        """Requests that have their first token and have not left."""
-        return sum(parked.parking.state is not ParkingState.PREFILLING for parked in self._parked.values())
 
     def begin(self, stream: Stream) -> None:
         """A request has been placed on an instance, to be sent there with its cut armed."""
@@ -130,6 +126,7 @@ class Parkings:
             if parked.timer is not None:
                 parked.timer.cancel()
         self._parked.clear()
+        self.n_parked = 0
         await self._commands.stop()
 
     def _displaced(self, stream: Stream) -> None:
@@ -141,7 +138,9 @@ class Parkings:
             self._happen(parked, ParkingEvent.MOVE_OVER if leaves else ParkingEvent.LEFT)
 
     def _happen(self, parked: ParkedRequest, event: ParkingEvent, *, renews: bool = True) -> None:
+        was_there = parked.parking.state in HAS_TOKEN
         actions = parked.parking.handle(event)
+        self.n_parked += (parked.parking.state in HAS_TOKEN) - was_there
         if parked.parking.state is ParkingState.OVER:
             del self._parked[parked.stream.request.request_id]
             if parked.timer is not None:
