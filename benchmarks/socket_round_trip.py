@@ -23,7 +23,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 import measuring
-from cascadeinfer.cluster.knocking import make_lasting
+from cascadeinfer.cluster.knocking import make_lasting, tcp_address
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.cluster.shared_key import ClusterKey
 from cascadeinfer.engines.vllm.client_sockets import ClientSockets
@@ -61,7 +61,7 @@ def sockets_of(kind: str, folder: str) -> ClientSockets:
     if kind == "ipc":
         return ClientSockets.at(f"ipc://{folder}/input", f"ipc://{folder}/output")
     if kind == "tcp":
-        return ClientSockets.at(f"tcp://{LOOPBACK}:*", f"tcp://{LOOPBACK}:*")
+        return ClientSockets.at(tcp_address(LOOPBACK, "*"), tcp_address(LOOPBACK, "*"))
     return ClientSockets.on(LOOPBACK, KEY)
 
 

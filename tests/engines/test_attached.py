@@ -67,7 +67,7 @@ class EngineCore:
 @pytest.fixture
 def attachment() -> Any:
     """A folder for sockets, with a path short enough for them."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         addresses = [f"ipc://{Path(folder) / name}" for name in ("in", "out")]
         yield Attachment(3, 77, "life1", b"", *addresses, "token")
 
@@ -98,6 +98,14 @@ async def test_it_learns_from_owner_and_engine(instance: VllmInstance, attachmen
         assert core.commands[-1] == ("cascade_reserve", f"client{CLIENT}/m", 100, False)
     finally:
         await core.close()
+
+
+async def test_sockets_that_cannot_be_bound(instance: VllmInstance, attachment: Attachment) -> None:
+    """The folder is gone: the start fails with an error, and does not wait for ever for a socket that is half made."""
+    Path(attachment.input_address.removeprefix("ipc://")).parent.rmdir()
+    with pytest.raises(EngineError, match="cannot be attached"):
+        async with asyncio.timeout(30.0):
+            await instance.start()
 
 
 async def test_the_owner_tells_of_a_death(instance: VllmInstance, attachment: Attachment) -> None:

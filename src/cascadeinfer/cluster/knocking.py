@@ -160,6 +160,13 @@ def tcp_address(host: str, port: int | str) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
+def keep_all(sock: "zmq.Socket[Any]") -> None:
+    """Drop nothing for lack of room, and keep nothing after the end of the socket."""
+    for limit in (zmq.SNDHWM, zmq.RCVHWM):
+        sock.setsockopt(limit, 0)
+    sock.setsockopt(zmq.LINGER, 0)
+
+
 def make_lasting(sock: "zmq.Socket[Any]", host: str) -> None:
     """
     Prepare a socket by which a front end and an engine talk for as long as both live.
@@ -170,9 +177,7 @@ def make_lasting(sock: "zmq.Socket[Any]", host: str) -> None:
         sock: Neither bound nor connected yet.
         host: Where it will be.
     """
-    for limit in (zmq.SNDHWM, zmq.RCVHWM):
-        sock.setsockopt(limit, 0)
-    sock.setsockopt(zmq.LINGER, 0)
+    keep_all(sock)
     sock.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     if ":" in host:

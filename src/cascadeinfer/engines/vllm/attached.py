@@ -162,9 +162,11 @@ class AttachedCore:
         """Wait until the instance is up and has connected to this process; abort what a predecessor left there."""
         attachment = await self._attach(self)
         self.index, self._pid = attachment.index, attachment.pid
-        sockets = ClientSockets.at(attachment.input_address, attachment.output_address)
-        client = self._client = AttachedClient(self.vllm_config, sockets, attachment.ready_payload, self._client_index)
         try:
+            sockets = ClientSockets.at(attachment.input_address, attachment.output_address)
+            client = self._client = AttachedClient(
+                self.vllm_config, sockets, attachment.ready_payload, self._client_index
+            )
             hello = await client.connected()
             channel = self._channel = EngineChannel(
                 self.instance_id, self.index, client, hello, attachment.connector_token

@@ -7,9 +7,8 @@ from typing import Any, Final
 
 import zmq
 import zmq.asyncio
-from vllm.utils.network_utils import make_zmq_socket
 
-from cascadeinfer.cluster.knocking import make_lasting, tcp_address
+from cascadeinfer.cluster.knocking import keep_all, make_lasting, tcp_address
 from cascadeinfer.cluster.shared_key import ClusterKey
 
 LOOKS_S: Final = (0.0, 0.05, 0.5)
@@ -32,7 +31,7 @@ class ClientSockets:
         Make and bind them.
 
         Args:
-            bind: Makes the input and then the output, with the method `bound` or `adopt`.
+            bind: Makes the input and then the output, with the method `adopt`.
         """
         self.plain_context = zmq.Context(io_threads=2)
         self.context = zmq.asyncio.Context(self.plain_context)
@@ -47,11 +46,18 @@ class ClientSockets:
 
     @classmethod
     def at(cls, input_address: str, output_address: str) -> "ClientSockets":
-        """Sockets at addresses that the EngineCore knows already."""
+        """
+        Sockets at addresses that the EngineCore knows already.
+
+        Raises:
+            zmq.ZMQError: They cannot be bound there.
+        """
 
         def bind(sockets: ClientSockets) -> None:
-            sockets.adopt(make_zmq_socket(sockets.context, input_address, zmq.ROUTER, bind=True))
-            sockets.adopt(make_zmq_socket(sockets.context, output_address, zmq.PULL))
+            for kind, address in ((zmq.ROUTER, input_address), (zmq.PULL, output_address)):
+                sock = sockets.adopt(kind)
+                keep_all(sock)
+                sock.bind(address)
 
         return cls(bind)
 
@@ -66,22 +72,23 @@ class ClientSockets:
 
         def bind(sockets: ClientSockets) -> None:
             sockets.until_closed.enter_context(key.only_ours(sockets.plain_context))
-            sockets.bound(zmq.ROUTER, host, key)
-            sockets.bound(zmq.PULL, host, key)
+            for kind in (zmq.ROUTER, zmq.PULL):
+                sock = sockets.adopt(kind)
+                make_lasting(sock, host)
+                key.listen(sock)
+                sock.bind(tcp_address(host, "*"))
 
         return cls(bind)
 
-    def adopt(self, sock: zmq.asyncio.Socket) -> None:
-        """A socket of the context is closed with the others, unless a client of vLLM's takes them over."""
-        self._bound.append(sock)
+    def adopt(self, kind: int) -> zmq.asyncio.Socket:
+        """
+        A new socket of the context, which `close` closes, whatever becomes of it. It has to be bound.
 
-    def bound(self, kind: int, host: str, key: ClusterKey) -> None:
-        """Make a socket of this kind on a free TCP port, for peers that have the key."""
+        The context would wait for ever for the end of a socket that nobody closes.
+        """
         sock = self.context.socket(kind)
-        self.adopt(sock)
-        make_lasting(sock, host)
-        key.listen(sock)
-        sock.bind(tcp_address(host, "*"))
+        self._bound.append(sock)
+        return sock
 
     @property
     def addresses(self) -> tuple[str, str]:
