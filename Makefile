@@ -1,7 +1,7 @@
 # Everything a checkout needs: `make demo` and `make test` work on a bare machine with Python >= 3.11 and a network for pip.
 # The virtual environment is made once; pip runs again only when pyproject.toml has changed.
 #
-#   make demo | test | test-v2 | test-ray | seams | chaos | fuzz | gpu-check | lint | types | contracts | check | figures | install | clients | clean | distclean
+#   make demo | test | test-v2 | test-ray | seams | chaos | chaos-ray | fuzz | gpu-check | lint | types | contracts | check | figures | install | clients | clean | distclean
 #
 #   ENGINE=gpu     install vLLM for an NVIDIA GPU instead of the CPU build (another engine than before: a new environment)
 #   PYTHON=...     the interpreter to make the environment with
@@ -40,7 +40,7 @@ JAVASCRIPT := tests/engine/javascript
 VENV_IS_OURS = [[ ! -e $(VENV) || -f $(VENV)/pyvenv.cfg ]] || \
 	{ echo "make: VENV=$(VENV) exists and is no virtual environment (name another)" >&2; exit 2; }
 
-.PHONY: help install clients demo test test-v2 test-ray seams chaos fuzz gpu-check lint types contracts check figures clean distclean
+.PHONY: help install clients demo test test-v2 test-ray seams chaos chaos-ray fuzz gpu-check lint types contracts check figures clean distclean
 
 help:
 	@sed -n '/^#   make/,/^#   ARGS/s/^# *//p' $(firstword $(MAKEFILE_LIST))
@@ -122,7 +122,7 @@ test-v2: $(INSTALLED)
 
 # Engines on a Ray cluster of three machines, which are network namespaces of this one; needs root. Minutes of a quiet machine.
 test-ray: $(INSTALLED)
-	@$(BIN)/python -m pytest --ray tests/engine/test_ray.py $(ARGS)
+	@$(BIN)/python -m pytest --ray tests/engine/test_ray.py tests/engine/test_ray_faults.py $(ARGS)
 
 # What the source relies on inside vLLM; with VLLM=0.33.0, what is different there (docs/vllm.md). Downloads that version's wheel.
 seams: $(INSTALLED)
@@ -133,6 +133,12 @@ chaos: $(INSTALLED)
 	@mkdir -p out
 	@$(BIN)/python -m pytest tests/engine/test_chaos.py --chaos-s 300 --chaos-report out/chaos.json $(ARGS)
 	cat out/chaos.json
+
+# The same on a Ray cluster of three network namespaces, whose nodes die and are cut off (tests/engine/test_ray_chaos.py).
+chaos-ray: $(INSTALLED)
+	@mkdir -p out
+	@$(BIN)/python -m pytest --ray tests/engine/test_ray_chaos.py --chaos-s 300 --chaos-report out/chaos-ray.json $(ARGS)
+	cat out/chaos-ray.json
 
 # Many more bodies than the tests send, made from the server's OpenAPI schema; figures in out/fuzz.json.
 fuzz: $(INSTALLED)

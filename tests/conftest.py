@@ -21,7 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fuzz-examples", type=int, default=None, help="bodies per surface and mode; CI sends a few")
     group.addoption("--fuzz-report", default=None, help="file for the figures of the fuzz test, as JSON")
     group = parser.getgroup("ray")
-    group.addoption("--ray", action="store_true", help="run the test with Ray on three network namespaces")
+    group.addoption("--ray", action="store_true", help="run the tests with Ray on three network namespaces")
+    group.addoption("--ray-report", default=None, help="file for what streams saw of a cluster's faults, as JSON")
     group = parser.getgroup("page")
     group.addoption("--page-figures", default=None, help="folder for the figures of the operator's page, as PNG")
 

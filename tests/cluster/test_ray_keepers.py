@@ -1,6 +1,7 @@
 """A server's side of `--cluster ray`, against a written stand-in for the process that speaks with Ray."""
 
 import asyncio
+import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -194,8 +195,9 @@ async def test_a_process_that_ends_at_once(side: WrittenSide, monkeypatch: pytes
             pass
 
 
-async def test_two_servers(side: WrittenSide) -> None:
-    """The second one is refused, or waits."""
+async def test_two_servers(side: WrittenSide, caplog: pytest.LogCaptureFixture) -> None:
+    """The second one is refused, or waits and says so, once."""
+    caplog.set_level(logging.INFO)
     side.user = "process 7"
     with pytest.raises(ConfigError, match=r"--fleet: the server on process 7 uses blue already .*--standby"):
         async with used(side):
@@ -205,6 +207,9 @@ async def test_two_servers(side: WrittenSide) -> None:
         asked = len(side.asked)
         await until(lambda: len(side.asked) > asked + 2)
         assert not waiting.done()
+        assert [r.getMessage() for r in caplog.records if "standing by" in r.getMessage()] == [
+            "standing by: this server waits for the end of the one on process 7"
+        ]
         side.user = None
         await waiting
 

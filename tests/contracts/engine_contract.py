@@ -357,6 +357,22 @@ async def death_is_told_once_everywhere(bed: Bed) -> None:
     assert await bed.b.holds_nothing()
 
 
+async def reaches_the_living(bed: Bed) -> None:
+    """
+    A peer is reached while it lives, several at once and again and again; a dead one is not, and asking for it does not
+    keep an instance from its steps.
+    """
+    both = await asyncio.gather(bed.a.engine.reaches(bed.b.engine), bed.b.engine.reaches(bed.a.engine))
+    assert both == [True, True]
+    assert await bed.b.engine.reaches(bed.a.engine)
+    bed.a.engine.kill()
+    await asyncio.wait_for(bed.a.died.wait(), 30.0)
+    asking = asyncio.ensure_future(bed.b.engine.reaches(bed.a.engine))
+    request = bed.maker.make_request("s1", N_PROMPT, N_OUTPUT)
+    await (await bed.b.add("s1", request)).until_end()
+    assert not await asyncio.wait_for(asking, 60.0)
+
+
 async def a_pull_from_the_dead_recomputes(bed: Bed) -> None:
     """When the source dies while its ticket is out, the target recomputes: same tokens, one failed pull."""
     expected = await bed.alone(N_PROMPT, N_OUTPUT)
@@ -405,4 +421,4 @@ SHARED = (
     knows_no_other_methods,
     says_nothing_before_its_start,
 )
-OWN = (death_is_told_once_everywhere, a_pull_from_the_dead_recomputes, stop_ends_pending_calls)
+OWN = (death_is_told_once_everywhere, reaches_the_living, a_pull_from_the_dead_recomputes, stop_ends_pending_calls)

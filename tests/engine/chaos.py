@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 import psutil
 from hostile import Hostile
-from server_process import API_KEY, MODEL, NO_TLS, ServerProcess
+from server_process import MODEL, ServerProcess
 
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.core.quarantine import DEATHS
@@ -153,7 +153,16 @@ class Report:
 
 
 class Chaos:
-    """See the module header."""
+    """
+    See the module header.
+
+    Attributes:
+        actions: What is done to instances.
+        n_hostile: How many clients are hostile.
+    """
+
+    actions: tuple[str, ...] = ACTIONS
+    n_hostile = N_HOSTILE
 
     def __init__(self, server: ServerProcess, seconds: float, seed: int) -> None:
         """
@@ -173,17 +182,13 @@ class Chaos:
     async def run(self) -> Report:
         """Learn the answers, run the chaos, and wait for the last request."""
         before = self._counted()
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        headers = {"Authorization": f"Bearer {API_KEY}"}
-        async with httpx.AsyncClient(
-            base_url=self.server.url, headers=headers, timeout=300, limits=limits, **NO_TLS
-        ) as http:
+        async with self.server.client(timeout_s=300.0) as http:
             await self._learn(http)
             self._end_s = time.monotonic() + self.report.seconds
             async with asyncio.TaskGroup() as group:
                 for number in range(N_CLIENTS):
                     group.create_task(self._client(http, random.Random(self._rng.random() + number)))
-                for number in range(N_HOSTILE):
+                for number in range(self.n_hostile):
                     group.create_task(self._hostile(http, random.Random(self._rng.random() - number)))
                 group.create_task(self._torment(http))
         after = self._counted()
@@ -314,7 +319,7 @@ class Chaos:
     async def _torment(self, http: httpx.AsyncClient) -> None:
         """One action after another; each kind comes up once before any repeats."""
         while True:
-            for action in self._rng.sample(ACTIONS, len(ACTIONS)):
+            for action in self._rng.sample(self.actions, len(self.actions)):
                 await asyncio.sleep(self._rng.uniform(0.5, 1.5) * PACE_S)
                 if time.monotonic() >= self._end_s:
                     return
@@ -360,8 +365,12 @@ class Chaos:
         pid, name = self._rng.choice(sorted(candidates))
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(pid).send_signal(signal.SIGKILL)
-            self._killed_s.append(time.monotonic())
+            self._died()
             self.report.actions[name] += 1
+
+    def _died(self, n_instances: int = 1) -> None:
+        """So many instances are lost now."""
+        self._killed_s += [time.monotonic()] * n_instances
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """
 Machines for the tests of a Ray cluster: network namespaces with a shared memory and a /tmp/ray of their own, joined by
-a bridge. The first one has the cluster's head and the front end, the others are nodes with room for one engine each.
+a bridge. The first one has the cluster's head and the front end, the others are nodes with room for one engine or more.
 """
 
 import json
@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_num_prestart_python_workers": "0",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "3",
@@ -75,8 +76,9 @@ class Machines:
         folder: For logs and for each machine's /tmp/ray.
     """
 
-    def __init__(self, folder: Path, n_nodes: int) -> None:
+    def __init__(self, folder: Path, n_nodes: int, engines_per_node: int = 1) -> None:
         """Nothing is made yet."""
+        self._engines_per_node = engines_per_node
         self.folder = folder
         self.names = [f"cascade{os.getpid()}m{number}" for number in range(n_nodes + 1)]
         self.rays: dict[int, ServedProcess] = {}
@@ -139,7 +141,7 @@ class Machines:
         if number == 0:
             words += ["--head", f"--port={HEAD_PORT}", "--include-dashboard=false", "--num-cpus=0"]
         else:
-            words += [f"--address={self.ray_address}", "--num-cpus=1"]
+            words += [f"--address={self.ray_address}", f"--num-cpus={self._engines_per_node}"]
         log = self.folder / f"ray{number}.log"
         for _ in range(ATTEMPTS):
             command = self.on(number, [sys.executable, "-m", "ray.scripts.scripts", "start", *words])
@@ -175,6 +177,41 @@ class Machines:
         """Of all processes on a machine."""
         said = _ip("netns", "pids", self.names[number]).stdout
         return [int(word) for word in said.split()]
+
+    def number_of(self, pid: int) -> int:
+        """The machine on which a process runs."""
+        [number] = [number for number in range(len(self.names)) if pid in self.pids(number)]
+        return number
+
+    def process(self, number: int, name: str) -> psutil.Process:
+        """The only process of this name on a machine."""
+        [found] = [each for each in map(psutil.Process, self.pids(number)) if each.name() == name]
+        return found
+
+    def n_deaths(self, number: int) -> int:
+        """How often the head has declared a node dead."""
+        words = f"address: {self.address(number)} and node name"
+        logs = (self.folder / "ray0").glob("session_2*/logs/gcs_server.out")
+        return sum(log.read_text().count(words) for log in logs)
+
+    @contextmanager
+    def unplugged(self, number: int) -> Iterator[None]:
+        """In this context a node has no network; nothing there is told so."""
+        _must("-n", self.names[0], "link", "set", f"v{number}", "down")
+        try:
+            yield
+        finally:
+            _must("-n", self.names[0], "link", "set", f"v{number}", "up")
+
+    @contextmanager
+    def apart(self, one: int, other: int) -> Iterator[None]:
+        """In this context two nodes cannot reach each other, although everybody else reaches both."""
+        hole = ("blackhole", f"{self.address(other)}/32")
+        _must("-n", self.names[one], "route", "add", *hole)
+        try:
+            yield
+        finally:
+            _must("-n", self.names[one], "route", "del", *hole)
 
     def kill_node(self, number: int) -> None:
         """Kill all processes of a machine."""

@@ -77,6 +77,16 @@ class ServerProcess(ServedProcess):
         lines = [line for line in self.log.read_text().splitlines() if not OTHERS_WORDS.match(line)]
         return "\n".join(line[:300] for line in lines[-n_lines:])
 
+    def client(self, timeout_s: float) -> httpx.AsyncClient:
+        """For many requests at once, each over a connection of its own, with the API key."""
+        return httpx.AsyncClient(
+            base_url=self.url,
+            headers=_bearer(API_KEY),
+            timeout=timeout_s,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            **NO_TLS,
+        )
+
     def get(self, path: str, *, key: str | None = API_KEY) -> httpx.Response:
         """A GET with the API key."""
         return httpx.get(self.url + path, headers=_bearer(key), timeout=60, **NO_TLS)

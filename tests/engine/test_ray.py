@@ -12,121 +12,32 @@ import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
-from ray_machines import ENVIRONMENT, Machines, why_not
-from server_process import API_KEY, QUICK_SERVER, ServerProcess
-
-from conftest import QUICK_ENVIRONMENT
+from ray_machines import Machines
+from ray_server import RayServer as Server
+from ray_server import both_up, machines_with_ray
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
-FLEET = "three-machines"
 PROMPT = list(range(3, 40))
 N_TOKENS = 120
 """So many that the request moves once, when prompt and answer exceed the first stage."""
 N_MORE = 700
 NODES = (1, 2)
-READY_DEADLINE_S = 600.0
 
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Machines]:
     """With Ray on each."""
-    if not pytestconfig.getoption("--ray"):
-        pytest.skip("make test-ray runs it")
-    if (reason := why_not()) is not None:
-        pytest.skip(reason)
-    environment = {**QUICK_ENVIRONMENT, **ENVIRONMENT, "UCX_TLS": "tcp,self"}
-    with Machines(tmp_path_factory.mktemp("machines"), len(NODES)).up() as machines:
-        for number in (0, *NODES):
-            machines.start_ray(number, environment)
-        yield machines
-
-
-class Server(ServerProcess):
-    """A front end on the head's machine, over a Unix socket, because this process is not in its network."""
-
-    def __init__(self, machines: Machines, model: Path, name: str, *arguments: str) -> None:
-        """Not started yet."""
-        self._socket = machines.folder / f"{name}.sock"
-        words = [
-            "--uds",
-            str(self._socket),
-            "--cluster",
-            "ray",
-            "--fleet",
-            FLEET,
-            "--kv-cache-memory-bytes",
-            "268435456",
-        ]
-        words += ["--ray-address", machines.ray_address, "--cluster-host", machines.address(0)]
-        super().__init__(
-            model,
-            machines.folder / f"{name}.log",
-            *words,
-            *arguments,
-            program=machines.on(0, QUICK_SERVER),
-            environment={**ENVIRONMENT, "UCX_TLS": "tcp,self", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        )
-
-    def _ask(self, method: str, path: str, timeout_s: float = 120.0, **more: Any) -> httpx.Response:
-        transport = httpx.HTTPTransport(uds=str(self._socket))
-        with httpx.Client(transport=transport, base_url="http://server", timeout=timeout_s) as client:
-            return client.request(method, path, headers={"Authorization": f"Bearer {API_KEY}"}, **more)
-
-    def get(self, path: str, *, key: str | None = API_KEY) -> httpx.Response:  # noqa: ARG002 - see above
-        """See ServerProcess."""
-        return self._ask("GET", path)
-
-    def post(
-        self,
-        path: str,
-        content: Any,
-        *,
-        key: str | None = API_KEY,  # noqa: ARG002 - see above
-        timeout_s: float = 120.0,
-    ) -> httpx.Response:
-        """See ServerProcess."""
-        return self._ask("POST", path, timeout_s, json=content)
-
-    def delete(self, path: str, *, key: str | None = API_KEY) -> httpx.Response:  # noqa: ARG002 - see above
-        """See ServerProcess."""
-        return self._ask("DELETE", path)
-
-    def tokens(self, prompt: list[int], n_tokens: int) -> list[int]:
-        """The answer, which is the same wherever it is computed."""
-        body = {"model": "tiny", "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, "ignore_eos": True}
-        answer = self.post("/v1/completions", {**body, "return_token_ids": True})
-        assert answer.status_code == HTTPStatus.OK, answer.text
-        return list(answer.json()["choices"][0]["token_ids"])
-
-    def moved(self) -> float:
-        """Requests that this front end has handed over with their KV cache."""
-        return self.metric("cascadeinfer_migrations_total", outcome="moved")
-
-    def pids(self) -> dict[str, int]:
-        """Of the engines."""
-        return {instance["id"]: instance["pid"] for instance in self.admin()["instances"]}
-
-    def n_running(self, instance_id: str) -> int:
-        """Requests on an instance."""
-        [instance] = [each for each in self.admin()["instances"] if each["id"] == instance_id]
-        return int(instance["running"])
-
-
-def both_are_up(server: Server) -> None:
-    """Wait until both instances take requests."""
-    server.poll(lambda: len(server.get("/health/ready").json()["instances"]) == 2, "ready", READY_DEADLINE_S)
+    yield from machines_with_ray(tmp_path_factory.mktemp("machines"), len(NODES), pytestconfig)
 
 
 @pytest.fixture(scope="module")
 def first(machines: Machines, tiny_model: Path) -> Iterator[Server]:
     """A front end that has started both engines."""
     with Server(machines, tiny_model, "first") as server:
-        both_are_up(server)
+        both_up(server)
         yield server
 
 
@@ -136,7 +47,7 @@ def second(machines: Machines, tiny_model: Path, first: Server) -> Iterator[Serv
     before = first.pids()
     os.kill(first.pid, signal.SIGKILL)
     with Server(machines, tiny_model, "second") as server:
-        both_are_up(server)
+        both_up(server)
         assert server.pids() == before, "the engines are the same"
         yield server
 
@@ -182,7 +93,7 @@ def test_a_drained_node_hands_over(second: Server, machines: Machines) -> None:
     second.poll(lambda: len(second.admin()["instances"]) == 1, "it is gone")
     added = second.post("/admin/instances", {"count": 1})
     assert added.status_code == HTTPStatus.ACCEPTED, added.text
-    both_are_up(second)
+    both_up(second)
 
 
 def test_a_node_is_killed(second: Server, machines: Machines) -> None:

@@ -72,6 +72,10 @@ class ScriptedEngine:
         """See Engine."""
         return True
 
+    async def reaches(self, peer: Engine) -> bool:  # noqa: ARG002 - the protocol's
+        """See Engine."""
+        return True
+
     async def add(
         self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None, *, park: bool = False
     ) -> None:

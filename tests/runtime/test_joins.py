@@ -3,9 +3,10 @@
 import asyncio
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
-from runtime_cluster import SUPERVISION, TIMES, Cluster, ScriptedPolicy
+from runtime_cluster import MIGRATION, SUPERVISION, TIMES, Cluster, ScriptedPolicy
 
 from cascadeinfer.core.events import MigrationOutcome
 from cascadeinfer.runtime.pairs import PATIENCE_S, RETRY_FIRST_S
@@ -214,3 +215,58 @@ async def test_in_the_end_everybody_knows_everybody(seed: int) -> None:
         await asyncio.sleep(120.0)
         await cluster.all_up()
         assert_all_connected(cluster)
+
+
+@virtual_time
+async def test_a_pull_that_hangs_stops_other_moves() -> None:
+    """
+    Two instances cannot reach each other any more: the request that finds out pauses until its pull is given up and
+    goes on at its source; others stay without a pause, move elsewhere, and cross again when the network is back.
+    """
+    policy = ScriptedPolicy({"r": "a", "s": "a"})
+    async with Cluster(policy) as cluster:
+
+        async def move(name: str, target: str) -> tuple[MigrationOutcome, str]:
+            before = len(policy.ended_migrations())
+            cluster.move(name, target)
+            await cluster.until(lambda: len(policy.ended_migrations()) > before)
+            ended = policy.ended_migrations()[before]
+            return ended.outcome, ended.detail
+
+        cluster["b"].set_apart(cluster["a"])
+        clients = [await cluster.submit(name, 50, 4000) for name in "rs"]
+        for client in clients:
+            await client.until_tokens(5)
+        assert await move("r", "b") == (MigrationOutcome.STAYED, "timed_out")
+        assert broken(cluster) == [["a", "b"]]
+        assert "cannot reach" in cluster.runtime.snapshot()["broken_pairs"][0]["error"]
+        for name in "rs":
+            assert await move(name, "b") == (MigrationOutcome.STAYED, "room_refused:not_connected")
+        assert (await move("s", "c"))[0] is MigrationOutcome.MOVED
+        cluster["b"].set_apart(cluster["a"], apart=False)
+        await cluster.until(lambda: not broken(cluster), "they reach each other")
+        assert (await move("r", "b"))[0] is MigrationOutcome.MOVED
+        for client in clients:
+            cluster.abort(client)
+
+
+@virtual_time
+async def test_a_pull_that_was_only_slow_stops_nothing() -> None:
+    """It was given up, but its target reaches the source: the next move goes the same way."""
+    policy = ScriptedPolicy({"r": "a"})
+    async with Cluster(policy) as cluster:
+        times = cluster["b"].core.times
+        cluster["b"].core.times = replace(times, pull_s=MIGRATION.resume_s + 1.0)
+        client = await cluster.submit("r", 50, 4000)
+        await client.until_tokens(5)
+        cluster.move("r", "b")
+        await cluster.until(lambda: len(policy.ended_migrations()) == 1)
+        assert policy.ended_migrations()[0].outcome is MigrationOutcome.STAYED
+        cluster["b"].core.times = times
+        began_s = asyncio.get_running_loop().time()
+        await cluster.until(lambda: not broken(cluster), "trusted")
+        assert asyncio.get_running_loop().time() - began_s < RETRY_FIRST_S
+        cluster.move("r", "b")
+        await cluster.until(lambda: len(policy.ended_migrations()) == 2)
+        assert policy.ended_migrations()[1].outcome is MigrationOutcome.MOVED
+        cluster.abort(client)

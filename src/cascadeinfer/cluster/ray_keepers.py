@@ -297,6 +297,7 @@ class RayFleet:
             deadline_s = loop.time() + timeout_s
             me = f"process {os.getpid()}"
             take = Take(name, me, ends_others, must_exist)
+            waits_for: object = None
             while (user := await link.ask(take)) is not None:
                 if not wait and (not ends_others or loop.time() > deadline_s):
                     raise ConfigError(
@@ -304,6 +305,9 @@ class RayFleet:
                         option=OPTION,
                         fix="stop that one, name another fleet, or add --standby to wait for its end",
                     )
+                if wait and user != waits_for:
+                    logger.info("standing by: this server waits for the end of the one on %s", user)
+                    waits_for = user
                 await asyncio.sleep(TAKE_POLL_S)
             link.greet_with(Take(name, me))
             yield cls(name, link, terms.need)

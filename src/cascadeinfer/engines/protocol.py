@@ -171,6 +171,13 @@ class Engine(Protocol):
         """
         ...
 
+    async def reaches(self, peer: "Engine") -> bool:
+        """
+        Whether the side channel of a peer answers when this instance asks: whether the network between their machines
+        carries anything. False when this instance does not say in time. Raises EngineError.
+        """
+        ...
+
     async def identity(self) -> InstanceIdentity:
         """The identity of what runs here, for cost profiles. Raises EngineError."""
         ...

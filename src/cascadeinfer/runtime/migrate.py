@@ -69,6 +69,10 @@ class EngineDirectory(Protocol):
         """Whether both are up and KV cache can go from one to the other."""
         ...
 
+    def doubt(self, target_id: InstanceId, source_id: InstanceId, why: str) -> None:
+        """A pull has not come to an end in time: find out whether the target reaches the source."""
+        ...
+
 
 class Migrator:
     """All migrations under way."""
@@ -145,6 +149,8 @@ class Migrator:
             return
         migration = record.migration
         before = migration.state
+        if happening is Happening.TIMED_OUT and before is State.RESUMING:
+            self._engines.doubt(migration.target_id, migration.source_id, "a pull did not come to an end in time")
         for action in migration.handle(happening, self._clock(), refusal):
             self._act(record, action)
         if migration.outcome is not None:

@@ -6,6 +6,9 @@ with all that are up, then looks again, and comes up in the same turn of the eve
 of two simultaneous newcomers the later one finds the other, and a hung handshake delays only its own newcomer.
 Instances whose KV caches do not go together, during a rolling update, are not introduced to each other.
 
+A pair whose pull has not come to an end in time is doubted: it counts as broken until the target reaches the source's
+side channel again. So two nodes that cannot reach each other cost one request its pause, not every one that would cross.
+
 A failed pair is broken: both instances serve, migrations between them are refused, and the handshake is retried.
 `core/handshakes.py` determines which side is at fault: a faulty newcomer does not come up; an instance that is up and
 whose side channel fails to answer twice is restarted.
@@ -143,6 +146,26 @@ class Pairs:
                     "instance %s joins without %s: %s", newcomer.instance_id, pair.peer.instance_id, pair.error
                 )
 
+    def doubt(self, target: Engine, source: Engine, why: str) -> None:
+        """Nothing goes between the two until the target has reached the source; ignored if they are not connected."""
+        pair = self._known.get(frozenset((target, source)))
+        if pair is None or not pair.connected:
+            return
+        loop = asyncio.get_running_loop()
+        pair.connected, pair.error, pair.since_s = False, why, loop.time()
+        logger.warning("instances %s exchange nothing for now: %s", " and ".join(_ids(target, source)), why)
+        name = f"doubt-{source.instance_id}-{target.instance_id}"
+        pair.task = loop.create_task(self._until_reached(pair, target, source), name=name)
+
+    async def _until_reached(self, pair: Acquaintance, target: Engine, source: Engine) -> None:
+        for n_failures in itertools.count():
+            if await _reaches(target, source):
+                pair.connected = True
+                logger.warning("instances %s reach each other", " and ".join(_ids(target, source)))
+                return
+            pair.error = f"{target.instance_id} cannot reach {source.instance_id}"
+            await asyncio.sleep(min(RETRY_FIRST_S * 2.0**n_failures, RETRY_MAX_S))
+
     def forget(self, instance_id: InstanceId) -> None:
         """One is gone: those that wait for it go on."""
         for pair in list(self._of(instance_id)):
@@ -213,6 +236,14 @@ async def _listens(engine: Engine) -> bool:
         return await engine.listens()
     except EngineError:
         return True
+
+
+async def _reaches(target: Engine, source: Engine) -> bool:
+    """Whether one reaches the other; not while it is about to be gone."""
+    try:
+        return await target.reaches(source)
+    except EngineError:
+        return False
 
 
 async def _first_of(pairs: list[Acquaintance], timeout_s: float | None) -> None:

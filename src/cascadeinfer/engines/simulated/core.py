@@ -46,6 +46,7 @@ class SimulatedCore:
         alive: Whether its process lives: only then can its pins be read.
         readable: Finds a connected peer by its `core_id`.
         step_budget: Tokens of a step, if they were limited further than by `capacity`.
+        apart_from: Peers, by `core_id`, that it cannot reach: what it reads from them hangs (fault injection).
         spoiled_cuts: Number of coming cuts that find no KV cache (fault injection).
         stale_reads: Pulls that this instance used although the lease had ended before they were over.
     """
@@ -62,6 +63,7 @@ class SimulatedCore:
     expired: set[str] = field(default_factory=set)
     reservations: dict[str, tuple[int, float]] = field(default_factory=dict)
     step_budget: int | None = None
+    apart_from: set[str] = field(default_factory=set)
     spoiled_cuts: int = 0
     stale_reads: int = 0
     steps: int = 0
@@ -336,7 +338,7 @@ class SimulatedCore:
             sequence.pull_ends_s = now_s + self.times.pull_s
             self.pulls += 1
             self.pulled_tokens += ticket.n_tokens
-        if now_s < sequence.pull_ends_s:
+        if now_s < sequence.pull_ends_s or ticket.core_id in self.apart_from:
             return False
         digest = peer.read(ticket.request_id, now_s) if peer is not None else None
         sequence.ticket = sequence.pull_ends_s = None

@@ -147,6 +147,15 @@ class SimulatedEngine(SimulatedProcess):
         """See Engine.listens."""
         return bool(await self._call("listens", lambda: not self._deaf))
 
+    async def reaches(self, peer: Engine) -> bool:
+        """See Engine.reaches."""
+        assert isinstance(peer, SimulatedEngine)
+
+        def it_answers() -> bool:
+            return peer.core.alive and not peer._deaf and peer.core.core_id not in self.core.apart_from  # noqa: SLF001
+
+        return bool(await self._call("reaches", it_answers))
+
     async def add(
         self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None, *, park: bool = False
     ) -> None:
@@ -252,6 +261,10 @@ class SimulatedEngine(SimulatedProcess):
     def turn_deaf(self) -> None:
         """Fail all further handshakes of peers with this instance."""
         self._deaf = True
+
+    def set_apart(self, peer: "SimulatedEngine", *, apart: bool = True) -> None:
+        """Let what this instance reads from a peer hang, and no question reach it; or no more."""
+        (self.core.apart_from.add if apart else self.core.apart_from.discard)(peer.core.core_id)
 
     def close_side_channel(self) -> None:
         """Close its side channel; the instance notices."""

@@ -44,6 +44,8 @@ from cascadeinfer.engines.vllm.messages import EngineHello, EngineLoad
 
 HANDSHAKE_POLL_S = 0.05
 HANDSHAKE_TIMEOUT_S = 30.0
+REACH_TIMEOUT_S = 10.0
+"""Twice as long as the engine's process waits for its peer's answer."""
 
 
 class EngineChannel:
@@ -129,6 +131,19 @@ class EngineChannel:
         if await side_channel.answers(*address):
             return True
         return bool(await self._call("cascade_listens")) and await side_channel.answers(*address)
+
+    async def reaches(self, peer: EngineHello) -> bool:
+        """See Engine.reaches; a thread of the engine's process asks the peer's side channel."""
+
+        async def answered() -> bool:
+            while (told := await self._call("cascade_reaches", peer.host, peer.port)) is None:
+                await asyncio.sleep(HANDSHAKE_POLL_S)
+            return bool(told)
+
+        try:
+            return await within(REACH_TIMEOUT_S, answered())
+        except TimeoutError:
+            return False
 
     async def limit_migrations(self, max_migrations: int | None) -> None:
         """Limit the migrations it takes part in at once, whoever starts them; None for no limit."""

@@ -176,6 +176,11 @@ class VllmInstance:
         """See Engine.listens."""
         return await self.channel.listens()
 
+    async def reaches(self, peer: Engine) -> bool:
+        """See Engine.reaches."""
+        assert isinstance(peer, VllmInstance)
+        return await self.channel.reaches(peer.hello)
+
     async def add(
         self, engine_request_id: str, request: EngineRequest, resume: Resume | None = None, *, park: bool = False
     ) -> None:

@@ -78,6 +78,11 @@ def cascade_listens(core: EngineCore) -> bool:
     return _side(core).side_channel.listens()
 
 
+def cascade_reaches(core: EngineCore, host: str, port: int) -> bool | None:
+    """Ask a peer's side channel, or look for its answer: whether it can be reached from here; None: not known yet."""
+    return _side(core).probes.poll(host, port)
+
+
 def cascade_limit_migrations(core: EngineCore, max_migrations: int | None) -> None:
     """Limit simultaneous migrations from now on, whoever starts them."""
     _side(core).max_migrations = max_migrations
@@ -242,6 +247,7 @@ COMMANDS = (
     cascade_identity,
     cascade_handshake,
     cascade_listens,
+    cascade_reaches,
     cascade_limit_migrations,
     cascade_cut,
     cascade_undo_cut,

@@ -47,7 +47,7 @@ from cascadeinfer.engines.vllm.connector.grammar_replay import replay_grammar
 from cascadeinfer.engines.vllm.connector.loads_along import LoadsAlong
 from cascadeinfer.engines.vllm.connector.movable import why_not_movable
 from cascadeinfer.engines.vllm.connector.reservations import Reservations
-from cascadeinfer.engines.vllm.connector.side_channel import SideChannel
+from cascadeinfer.engines.vllm.connector.side_channel import Probes, SideChannel
 from cascadeinfer.engines.vllm.connector.step_timer import StepTimer
 from cascadeinfer.engines.vllm.connector.ticket import (
     CUT,
@@ -79,6 +79,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
         """See NixlPullConnectorScheduler."""
         self.side_channel = SideChannel()
+        self.probes = Probes()
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.max_model_len: int = vllm_config.model_config.max_model_len
         #: What the workers run the model with.

@@ -6,10 +6,12 @@ handshake. This one speaks the same protocol but drops such messages and continu
 reopened on the same port if its thread ends nevertheless.
 """
 
+import asyncio
 import logging
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
 import msgspec
@@ -115,6 +117,25 @@ class SideChannel:
             return
         # The peer estimates the offset between our clocks from it.
         sock.send_multipart((identity, b"", answer, msgspec.msgpack.encode(time.perf_counter())))
+
+
+class Probes:
+    """Questions to the side channels of peers, asked from this process without keeping it from its steps."""
+
+    def __init__(self) -> None:
+        """Nothing is asked."""
+        self._asked: dict[tuple[str, int], Future[bool]] = {}
+        self._threads = ThreadPoolExecutor(thread_name_prefix="side_channel_probe")
+
+    def poll(self, host: str, port: int) -> bool | None:
+        """Ask, or look for the answer: whether the side channel there answers from here; None: not known yet."""
+        asked = self._asked.get((host, port))
+        if asked is None:
+            self._asked[host, port] = self._threads.submit(lambda: asyncio.run(answers(host, port)))
+            return None
+        if not asked.done():
+            return None
+        return self._asked.pop((host, port)).result()
 
 
 async def answers(host: str, port: int) -> bool:
