@@ -218,8 +218,8 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
             )
             if standing is not None:
                 await until_end.enter_async_context(standing.followed(runtime, options.drain_timeout_s))
+            await check_running(runtime, options)  # before the start is over: a fleet's new engines end if it fails
             until_end.enter_context(contextlib.nullcontext() if fleet is None else fleet.serving())
-            await check_running(runtime, options)
             await serve(
                 llm,
                 runtime,

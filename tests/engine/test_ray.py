@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from ray_machines import Machines
+from ray_server import READY_DEADLINE_S, both_up, machines_with_ray
 from ray_server import RayServer as Server
-from ray_server import both_up, machines_with_ray
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
@@ -94,6 +94,30 @@ def test_a_drained_node_hands_over(second: Server, machines: Machines) -> None:
     added = second.post("/admin/instances", {"count": 1})
     assert added.status_code == HTTPStatus.ACCEPTED, added.text
     both_up(second)
+
+
+def test_options_are_rolled_out(second: Server) -> None:
+    """
+    `cascadeinfer roll`: each instance is replaced on its node, the old one first, as no place is free; what runs there
+    goes on elsewhere with the same tokens. A model that no node has is refused.
+    """
+    refused = second.post("/admin/roll", {"options": ["--model", "/no/model"], "timeout_s": 60})
+    assert refused.status_code == HTTPStatus.BAD_REQUEST, refused.text
+    start = PROMPT + list(range(40, 80))
+    expected, before = second.tokens(start, N_MORE), second.pids()
+    got: list[list[int]] = []
+    asking = threading.Thread(target=lambda: got.append(second.tokens(start, N_MORE)))
+    asking.start()
+    begun = second.post("/admin/roll", {"options": ["--max-num-seqs", "64"], "timeout_s": 60})
+    assert begun.status_code == HTTPStatus.ACCEPTED, begun.text
+    asking.join()
+    assert got == [expected]
+    second.poll(lambda: second.get("/admin/roll").json()["state"] != "rolling", "rolled", READY_DEADLINE_S)
+    rolled = second.get("/admin/roll").json()
+    assert (rolled["state"], rolled["replaced"], rolled["old"]) == ("done", 2, []), rolled
+    both_up(second)
+    assert not set(before.values()) & set(second.pids().values())
+    second.poll(second.idle, "nothing held")
 
 
 def test_a_node_is_killed(second: Server, machines: Machines) -> None:

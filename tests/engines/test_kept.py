@@ -194,20 +194,24 @@ async def test_one_that_hangs_is_killed(server: Server) -> None:
     assert server.keepers.did == ["kill", "stop 3"]
 
 
-def source_of(server: Server, written: list[tuple[int | None, str]] | None) -> KeptSource:
-    """A source for a fleet with one engine, found alive; None: it is elsewhere, and has no record here."""
+def source_of(server: Server, written: list[tuple[int | None, str]]) -> KeptSource:
+    """A source for a fleet with one engine, found alive."""
     keepers: Any = server.keepers
     said = AsyncEngineArgs(model="m", max_num_seqs=4)
     content = Content("", replace(said, kv_cache_memory_bytes=1 << 28), KvTransferSettings(7), True, "INFO", 600.0)
 
     async def write(engine_args: AsyncEngineArgs, unfinished: str) -> None:
-        assert written is not None
         assert engine_args.kv_cache_memory_bytes is None, "the record has what the operator has said"
         written.append((engine_args.max_num_seqs, unfinished))
 
-    builds = KeptBuilds(
-        said, content, server.terms, has_room=lambda shared: shared, write=None if written is None else write
-    )
+    async def has_room(shared: bool) -> bool:
+        return shared
+
+    async def check(model: str) -> None:
+        if model != "m":
+            raise ConfigError(f"a node has no {model}")
+
+    builds = KeptBuilds(said, content, server.terms, has_room=has_room, check=check, write=write)
     return KeptSource(keepers, ["0"], builds, "k" * 40, {"A": "b"})
 
 
@@ -243,8 +247,8 @@ async def test_other_options_for_a_fleet(server: Server, monkeypatch: pytest.Mon
     written: list[tuple[int | None, str]] = []
     source = source_of(server, written)
     source.place("0")(0)
-    assert source.has_room(shared=True)
-    assert not source.has_room(shared=False)
+    assert await source.has_room(shared=True)
+    assert not await source.has_room(shared=False)
     build = source.prepare(["--max-num-seqs", "8"])
     assert (made[-1].max_num_seqs, made[-1].max_model_len) == (8, LENGTH)
     for instance_id, number, wanted in (("1", build, 8), ("2", None, 4)):
@@ -254,20 +258,10 @@ async def test_other_options_for_a_fleet(server: Server, monkeypatch: pytest.Mon
         content = Content.unpacked(engine.life._order.content)
         assert (content.instance_id, content.engine_args.max_num_seqs) == (instance_id, wanted)
         assert content.engine_args.kv_cache_memory_bytes == 1 << 28
+    await source.check(build)
     for builds in ({source.build, build}, {build}, {source.build}):
         await source.note(builds)
     assert written == [(4, "the options before and --max-num-seqs 8"), (8, ""), (4, "")]
-
-
-async def test_a_fleet_elsewhere_is_not_updated(server: Server) -> None:
-    """One line."""
-    server.terms = replace(
-        server.terms, config=SimpleNamespace(model_config=SimpleNamespace(max_model_len=LENGTH), cache_config=None)
-    )
-    source = source_of(server, None)
-    source.place("0")(0)
-    with pytest.raises(ConfigError, match="engines on a Ray cluster are not updated one by one"):
-        source.prepare(["--max-num-seqs", "8"])
 
 
 def test_what_travels_arrives() -> None:

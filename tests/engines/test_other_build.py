@@ -152,15 +152,15 @@ def test_the_configuration_is_made_before_anything_is_touched(source: VllmSource
     assert source.place("1001")(1).config.model_config.model != str(next_model)
 
 
-def test_places(source: VllmSource) -> None:
+async def test_places(source: VllmSource) -> None:
     """Cores are shared only where that is asked for."""
-    assert source.has_room(shared=False)
+    assert await source.has_room(shared=False)
     for number in range(2):
         source.place(str(number))
-    while source.has_room(shared=False):  # cores that are left over
+    while await source.has_room(shared=False):  # cores that are left over
         number += 1
         source.place(str(number))
-    assert source.has_room(shared=True)
+    assert await source.has_room(shared=True)
 
 
 def changed(folder: Path, name: str, **changes: Any) -> Path:

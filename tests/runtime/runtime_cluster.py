@@ -224,7 +224,10 @@ class Cluster:
         """See EngineSource."""
         self.noted.append(sorted(build.number for build in builds))
 
-    def has_room(self, *, shared: bool) -> bool:  # noqa: ARG002 - none is shared
+    async def check(self, build: Build) -> None:
+        """See EngineSource."""
+
+    async def has_room(self, *, shared: bool) -> bool:  # noqa: ARG002 - none is shared
         """See EngineSource."""
         return len(self.placed) < self._max_instances
 

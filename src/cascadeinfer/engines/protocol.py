@@ -363,8 +363,23 @@ class EngineSource(Protocol):
         """
         ...
 
-    def has_room(self, *, shared: bool) -> bool:
-        """Whether there is a place that no instance has; if `shared`, one that instances may share counts as well."""
+    async def check(self, build: Build) -> None:
+        """
+        Look whether the machines on which instances are started are fit for a build.
+
+        Raises:
+            ConfigError: One is not: it lacks the model, for example.
+            ScalingRefusedError: They cannot be asked now.
+        """
+        ...
+
+    async def has_room(self, *, shared: bool) -> bool:
+        """
+        Whether there is a place that no instance has; if `shared`, one that instances may share counts as well.
+
+        Raises:
+            ScalingRefusedError: Nobody can say now.
+        """
         ...
 
     def place(self, instance_id: InstanceId, build: Build | None = None) -> Callable[[int], Engine]:

@@ -23,8 +23,10 @@ from cascadeinfer.cluster.fleet import OPTION, Record
 from cascadeinfer.cluster.fleets import UsedFleet
 from cascadeinfer.cluster.keeping import Keepers
 from cascadeinfer.cluster.local_keepers import Rooms
+from cascadeinfer.cluster.places import Places
+from cascadeinfer.cluster.ray_link import SideLostError
 from cascadeinfer.cluster.shared_key import ClusterKey
-from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.configuration import KvTransferSettings, attached_config, with_cpu_kv_share
@@ -195,8 +197,9 @@ async def fleet_engines(
             engine_args,
             content,
             standing,
-            has_room=lambda shared: places is not None and places.has_room(shared=shared),
-            write=partial(_write_updated, fleet, asked) if fleet.is_here else None,
+            has_room=partial(has_room, fleet, places, engine_args.model),
+            check=partial(check_nodes, fleet),
+            write=partial(_write_updated, fleet, asked),
         )
         source = KeptSource(keepers, found, builds, key, {})
         engines = FleetEngines(fleet, keepers, found, source, tuple(sorted([*new, *found], key=_by_number)))
@@ -208,7 +211,50 @@ async def fleet_engines(
 
 
 async def _write_updated(fleet: UsedFleet, asked: Record, engine_args: AsyncEngineArgs, unfinished: str) -> None:
-    await fleet.write(updated(asked, engine_args, unfinished))
+    """Raises OSError."""
+    try:
+        await fleet.write(updated(asked, engine_args, unfinished))
+    except SideLostError as error:
+        raise ConnectionError(str(error)) from error
+
+
+async def has_room(fleet: UsedFleet, places: Places | None, model: str, shared: bool) -> bool:
+    """
+    Whether there is a place for one more engine.
+
+    Args:
+        fleet: Asked where its engines are elsewhere.
+        places: Those of this machine, if they are here.
+        model: Its model, which a node must have.
+        shared: Whether one that engines may share counts as well.
+
+    Raises:
+        ScalingRefusedError: Nobody can say now.
+    """
+    if places is not None:
+        return places.has_room(shared=shared)
+    try:
+        await fleet.check(1, model)
+    except ConfigError:
+        return False
+    except SideLostError as error:
+        raise ScalingRefusedError(str(error)) from error
+    return True
+
+
+async def check_nodes(fleet: UsedFleet, model: str) -> None:
+    """
+    Look whether the fleet's nodes are fit for a model.
+
+    Raises:
+        ConfigError: One is not.
+        ScalingRefusedError: They cannot be asked now.
+    """
+    try:
+        for line in await fleet.check(0, model):
+            logger.warning("%s", line)
+    except SideLostError as error:
+        raise ScalingRefusedError(str(error)) from error
 
 
 @contextlib.asynccontextmanager

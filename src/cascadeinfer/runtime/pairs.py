@@ -7,7 +7,7 @@ of two simultaneous newcomers the later one finds the other, and a hung handshak
 Instances whose KV caches do not go together, during a rolling update, are not introduced to each other.
 
 A pair whose pull has not come to an end in time is doubted: it counts as broken until the target reaches the source's
-side channel again. So two nodes that cannot reach each other cost one request its pause, not every one that would cross.
+side channel again. So two nodes that cannot reach each other cost one request a pause, not every one that would cross.
 
 A failed pair is broken: both instances serve, migrations between them are refused, and the handshake is retried.
 `core/handshakes.py` determines which side is at fault: a faulty newcomer does not come up; an instance that is up and

@@ -163,7 +163,8 @@ class Rolling:
         present = self._present()
         if all(record.build == build for record in present):
             raise ConfigError("all instances have these options already")
-        if len(present) == 1 and not source.has_room(shared=True):
+        await source.check(build)
+        if len(present) == 1 and not await source.has_room(shared=True):
             raise ScalingRefusedError("the only instance serves, and there is no free place for a new one beside it")
         try:
             await source.note({record.build for record in present} | {build})
@@ -238,7 +239,7 @@ class Rolling:
 
     async def _replace_one(self, roll: Roll, source: EngineSource) -> None:
         is_alone = len(self._present()) == 1
-        has_room = source.has_room(shared=is_alone)
+        has_room = await source.has_room(shared=is_alone)
         chosen = min(self._old(roll), key=_is_ready)
         new_id = self._added_beside(roll, chosen, is_alone=is_alone) if has_room else None
         if new_id is not None:

@@ -136,7 +136,7 @@ class EngineChannel:
         """See Engine.reaches; a thread of the engine's process asks the peer's side channel."""
 
         async def answered() -> bool:
-            while (told := await self._call("cascade_reaches", peer.host, peer.port)) is None:
+            while (told := await self._call("cascade_reaches", peer.host, peer.port)) is None:  # noqa: ASYNC110 - as above
                 await asyncio.sleep(HANDSHAKE_POLL_S)
             return bool(told)
 

@@ -186,9 +186,13 @@ class KeptSource:
         """See EngineSource."""
         await self._builds.note(builds)
 
-    def has_room(self, *, shared: bool) -> bool:
+    async def check(self, build: Build) -> None:
         """See EngineSource."""
-        return self._builds.has_room(shared)
+        await self._builds.check(build)
+
+    async def has_room(self, *, shared: bool) -> bool:
+        """See EngineSource."""
+        return await self._builds.has_room(shared)
 
     def place(self, instance_id: InstanceId, build: Build | None = None) -> Callable[[int], VllmInstance]:
         """See EngineSource."""

@@ -122,7 +122,10 @@ class VllmSource:
     async def note(self, builds: Collection[Build]) -> None:
         """See EngineSource: these engines end with the server."""
 
-    def has_room(self, *, shared: bool) -> bool:
+    async def check(self, build: Build) -> None:
+        """See EngineSource: this machine has what was prepared here."""
+
+    async def has_room(self, *, shared: bool) -> bool:
         """See EngineSource."""
         return self._places.has_room(shared=shared)
 
