@@ -112,7 +112,8 @@ def make_runtime(
             n_clients=options.api_servers,
             logs=logs,
         )
-        source.check_budgets(terms.values())
+        source.give_own(options.own_args())
+        source.check_budgets(terms)
         make_engines = {instance_id: source.place(instance_id) for instance_id in options.instance_ids}
     return Runtime(
         make_engines,

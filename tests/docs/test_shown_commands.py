@@ -68,6 +68,7 @@ NOT_RUN = {
     r"make ENGINE=gpu gpu-check": NotRun(
         "needs a GPU, for 25 minutes; its parts are tested", "tools/test_gpu_check.py"
     ),
+    r"make test-ray": NotRun("starts Ray in network namespaces, which takes minutes", "engine/test_ray_faults.py"),
     r"make chaos": NotRun("five minutes; the tests run a short one", "engine/test_chaos.py"),
     r"make figures": NotRun("one to two hours; its parts are tested", "evaluation/test_evaluation_page.py"),
     r"python benchmarks/": NotRun("measures for minutes to hours, on a quiet machine; the program and its flags exist"),

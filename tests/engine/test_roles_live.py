@@ -20,6 +20,8 @@ pytestmark = pytest.mark.engine
 
 THRESHOLD = 40
 BUDGET = 48
+FEW = 128
+"""KV blocks of the prefill instance, by engine options of its own."""
 STAGES = f"prefill@{THRESHOLD}-/{BUDGET}:1,0-256:1,256-:1"
 PREFILL = "0"
 N_REQUESTS = 6
@@ -33,6 +35,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """Three instances with roles."""
     log = tmp_path_factory.mktemp("server") / "log"
     arguments = ["--instances", "3", "--policy", "roles", "--stages", STAGES, "--max-num-seqs", "16"]
+    arguments += ["--instance-args", f"{PREFILL}: --max-num-seqs 6 --num-gpu-blocks-override {FEW}"]
     arguments += ["--no-enable-prefix-caching", "--placement-headers", "--api-servers", str(N_PROCESSES)]
     arguments += ["--suspect-after-s", "60"]  # else a slow step sends its requests elsewhere
     with ServerProcess(tiny_model, log, *arguments, program=QUICK_SERVER) as server:
@@ -99,7 +102,9 @@ def test_short_prompts_are_not(server: ServerProcess) -> None:
 
 
 def test_budgets_are_in_force(server: ServerProcess) -> None:
-    """The prefill instance has its own, the others what they were started with; a long prompt takes several steps."""
+    """The prefill instance has engine options and a budget of its own; a long prompt takes several steps there."""
+    shown = {one["id"]: (one["kv_blocks"], one["build"]) for one in server.admin()["instances"]}
+    assert shown == {PREFILL: (FEW, 1), "1": (256, 0), "2": (256, 0)}
     budgets = {one["id"]: one["step_budget"] for one in server.admin()["instances"]}
     assert budgets[PREFILL] == BUDGET
     assert budgets["1"] == budgets["2"] > BUDGET

@@ -55,6 +55,18 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "too many in stages": (["TINY", "--stages", "0-512:1,512-:2"], ["--stages", "--instances 3"]),
     "empty stage": (["TINY", "--stages", "0-512:0,512-:2"], ["--stages", "0-512:0"]),
     "stages in words": (["TINY", "--stages", "short,long"], ["--stages", "'short'"]),
+    "options for no instance": (
+        ["TINY", "--instance-args", "2: --max-num-seqs 8"],
+        ["--instance-args", "no instance 2"],
+    ),
+    "contradictory options": (
+        ["TINY", "--instance-args", "0: --max-num-seqs 8; 0-1: --max-num-seqs 16"],
+        ["--instance-args", "instance 0 is named twice"],
+    ),
+    "options for all": (
+        ["TINY", "--instance-args", "1: --model org/model"],
+        ["--instance-args", "instance 1: --model: is the same for all instances"],
+    ),
     "bad TOML": (["TINY", "--stages", "BAD_TOML"], ["--stages", "bad.toml", "line 1"]),
     "TOML of another kind": (["TINY", "--stages", "OTHER_TOML"], ["--stages", "other.toml", "[[stages]]"]),
     "no such TOML": (["TINY", "--stages", "/no/such.toml"], ["--stages", "/no/such.toml"]),

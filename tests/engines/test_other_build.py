@@ -11,6 +11,7 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from cascadeinfer.core.errors import ConfigError
+from cascadeinfer.core.kind import InstanceTerms, Role
 from cascadeinfer.engines.build import FIRST_BUILD, Build
 from cascadeinfer.engines.models.tiny import make_tiny_llama
 from cascadeinfer.engines.vllm import other_build
@@ -150,6 +151,57 @@ def test_the_configuration_is_made_before_anything_is_touched(source: VllmSource
     new = source.place("1000", build)(0).config
     assert (new.model_config.model, new.scheduler_config.max_num_seqs) == (str(next_model), 8)
     assert source.place("1001")(1).config.model_config.model != str(next_model)
+
+
+def test_instances_with_options_of_their_own(source: VllmSource) -> None:
+    """They have them at every start, on top of those of all; equal ones are one build."""
+    few = ["--max-num-seqs", "8"]
+    source.give_own({"0": few, "1": ["--max-num-seqs", "16", "--max-num-batched-tokens", "64"], "2": few})
+    own = source.own_builds
+    assert own["0"] is own["2"]
+    assert [own[name].options for name in "01"] == [
+        ("--max-num-seqs 8",),
+        ("--max-num-batched-tokens 64", "--max-num-seqs 16"),
+    ]
+    assert {build.model_version for build in own.values()} == {FIRST_BUILD.model_version}
+    assert {build.kv_group for build in own.values()} == {FIRST_BUILD.kv_group}
+    makers = {name: source.place(name) for name in "013"}
+    for start in range(2):
+        seqs = [makers[name](start).config.scheduler_config.max_num_seqs for name in "01"]
+        assert seqs == [8, 16]
+        limits = makers["3"](start).config
+        assert limits.scheduler_config.max_num_seqs not in seqs
+        assert limits.model_config.max_model_len == LENGTH
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--model", "org/model"], "--model: is the same for all instances (give it to the server itself)"),
+        (["--block-size", "32"], "--block-size: is the same for all instances"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype: is the same for all instances"),
+        (["--max-model-len", "64"], "--max-model-len: is the same for all instances"),
+        (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+        (["--max-num-seqs", "few"], "few"),
+        (["--max-num-seqs", "64", "--max-num-batched-tokens", "32"], "max_num_batched_tokens"),
+    ],
+)
+def test_what_all_instances_share(source: VllmSource, words: list[str], why: str) -> None:
+    """And what vLLM refuses; the line names the instance."""
+    with pytest.raises(ConfigError) as refused:
+        source.give_own({"1": words})
+    assert str(refused.value).startswith("--instance-args: instance 1: ")
+    assert why in str(refused.value)
+    assert not source.own_builds
+
+
+def test_a_budget_is_judged_by_the_options_of_its_instance(source: VllmSource) -> None:
+    """What is too little for others is enough for one with a small batch."""
+    terms = {name: InstanceTerms(Role.MIXED, 16) for name in "01"}
+    source.give_own({"0": ["--max-num-seqs", "8"]})
+    with pytest.raises(ConfigError, match="--stages"):
+        source.check_budgets(terms)
+    source.check_budgets({"0": terms["0"]})
 
 
 async def test_places(source: VllmSource) -> None:

@@ -159,6 +159,7 @@ class Cluster:
         poison_deaths: int = DEATHS,
         terms: Mapping[str, InstanceTerms] | None = None,
         nodes: Mapping[str, str] | None = None,
+        own: Mapping[str, Build] | None = None,
     ) -> None:
         """
         Args:
@@ -174,6 +175,7 @@ class Cluster:
             poison_deaths: Deaths after which a request is taken for the cause.
             terms: Roles and chunk budgets.
             nodes: Where instances say that they run; others do not say.
+            own: What instances are started with that are not started like the others.
         """
         self.policy = policy or ScriptedPolicy()
         self.registry = CollectorRegistry()
@@ -194,6 +196,7 @@ class Cluster:
 
         self.build = FIRST_BUILD
         self.noted: list[list[int]] = []
+        self.own = dict(own or {})
         self.runtime = Runtime(
             {instance_id: self._factory(instance_id) for instance_id in self.engines},
             self.policy,
@@ -223,6 +226,11 @@ class Cluster:
     async def note(self, builds: Collection[Build]) -> None:
         """See EngineSource."""
         self.noted.append(sorted(build.number for build in builds))
+
+    @property
+    def own_builds(self) -> Mapping[str, Build]:
+        """See EngineSource."""
+        return self.own
 
     async def check(self, build: Build) -> None:
         """See EngineSource."""

@@ -460,3 +460,19 @@ async def test_the_end_of_the_server_ends_it() -> None:
 def test_the_times_are_short() -> None:
     """The tests above count on restarts within the patience of a drain."""
     assert SUPERVISION.backoff_first_s < LONG_S
+
+
+@virtual_time
+async def test_options_of_single_instances_are_not_rolled_over() -> None:
+    """An update is refused while an instance has options that it would lose; once that is drained, it goes on."""
+    own = Build(7, ("--max-num-seqs 8",))
+    cluster = Rollable(own={"b": own})
+    async with cluster:
+        shown = {each["id"]: each for each in cluster.runtime.snapshot()["instances"]}
+        assert [shown[name]["build"] for name in "abc"] == [0, 7, 0]
+        with pytest.raises(ConfigError, match="with engine options of their own would lose them: b"):
+            await cluster.runtime.elastic.rolling.begin(SEQS, LONG_S)
+        cluster.runtime.elastic.drain("b", 10.0)
+        await cluster.until(lambda: "b" not in cluster.runtime.fleet.records)
+        await cluster.runtime.elastic.rolling.begin(SEQS, LONG_S)
+        await cluster.until(lambda: cluster.runtime.elastic.rolling.shown()["state"] == "done")

@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
 
 import ray
@@ -122,6 +122,8 @@ class RayCluster:
         """No fleet yet."""
         self._fleet = ""
         self._facts: Any = None
+        #: Its record and key, as far as this process has heard of them.
+        self._known: tuple[str | None, str | None] = (None, None)
         self._user: Any = None
         self._engines: dict[InstanceId, Engine] = {}
         self._placing = asyncio.Lock()
@@ -171,30 +173,57 @@ class RayCluster:
         """Wait until somebody stops the fleet."""
         await self._user.until_asked.remote()
 
-    async def facts(self) -> Any:
-        """The actor of what the fleet's servers share; it is made again from an engine's memory if it is lost."""
+    async def record(self) -> str | None:
+        """What the fleet's engines are started with; None: nothing yet."""
+        record: str | None = await self._of_facts(lambda facts: facts.record.remote())
+        self._known = record, self._known[1]
+        return record
+
+    async def write(self, record: str) -> None:
+        """They are started with this from now on."""
+        self._known = record, self._known[1]
+        await self._of_facts(lambda facts: facts.write.remote(record))
+
+    async def key(self) -> str:
+        """The fleet's key."""
+        key: str = await self._of_facts(lambda facts: facts.key.remote())
+        self._known = self._known[0], key
+        return key
+
+    async def _of_facts(self, ask: Callable[[Any], Awaitable[Any]]) -> Any:
+        """Ask the actor of what the fleet's servers share; one whose node or process has died is made again."""
+        facts = await self._found_facts()
+        try:
+            return await ask(facts)
+        except ray.exceptions.ActorDiedError:
+            self._facts = None
+        logger.warning("the actor of the fleet's record is gone: it is made again from what is known")
+        return await ask(await self._found_facts())
+
+    async def _found_facts(self) -> Any:
         if self._facts is None:
             name = f"fleet:{self._fleet}"
             try:
                 self._facts = await asyncio.to_thread(ray.get_actor, name)
             except ValueError:
-                known = await self._known_of_engines()
+                known = self._known if self._known[1] is not None else await self._known_of_engines()
                 options = {"name": name, "lifetime": "detached", "num_cpus": 0, "max_restarts": 0}
                 self._facts = await asyncio.to_thread(lambda: ray.remote(Facts).options(**options).remote(*known))
         return self._facts
 
     async def _known_of_engines(self) -> tuple[str | None, str | None]:
         for engine in self._engines.values():
-            with contextlib.suppress(ray.exceptions.RayError):
-                if (known := await engine.actor.facts.remote()) is not None:
-                    return str(known[0]), str(known[1])
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                known = await asyncio.wait_for(engine.actor.facts.remote(), NODE_TIMEOUT_S)
+                if known is not None:
+                    return known[0], known[1]
         return None, None
 
     async def forget(self) -> None:
         """The fleet has no engines any more."""
-        facts = await self.facts()
+        facts = await self._found_facts()
         await asyncio.to_thread(ray.kill, facts)
-        self._facts = None
+        self._facts, self._known = None, (None, None)
 
     # --- engines -----------------------------------------------------------------------------------------------------
 
@@ -242,7 +271,7 @@ class RayCluster:
         name = f"engine:{self._fleet}:{instance_id}"
         await self._free(name)
         bundle = await asyncio.to_thread(bundle_of, need)
-        record = await (await self.facts()).record.remote()
+        record = await self.record()
         async with self._placing:
             group, node = await asyncio.to_thread(self._placed, name, bundle, instance_id)
         try:

@@ -123,14 +123,12 @@ class RaySide:
                     await engine.actor.kill.remote()
                 return None
             case ReadRecord():
-                record: str | None = await (await cluster.facts()).record.remote()
-                return record
+                return await cluster.record()
             case WriteRecord(record):
-                await (await cluster.facts()).write.remote(record)
+                await cluster.write(record)
                 return None
             case ReadKey():
-                fleet_key: str = await (await cluster.facts()).key.remote()
-                return fleet_key
+                return await cluster.key()
             case Forget():
                 await cluster.forget()
                 return None

@@ -9,6 +9,8 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import Final
 
+from cascadeinfer.config.instance_args import OPTION as INSTANCE_ARGS
+from cascadeinfer.config.instance_args import read_instance_args
 from cascadeinfer.config.options import add_options, check_bounds, options_from
 from cascadeinfer.config.options import option as _option
 from cascadeinfer.config.ray_resources import custom_resources
@@ -44,6 +46,12 @@ class ServeOptions:
         "`prefill@512-:1,0-4096/1024:2,4096-:1`, or a file: TOML, or the JSON of `plan --roles`. Without it: one "
         "stage.",
         metavar="STAGES",
+    )
+    instance_args: str | None = _option(
+        None,
+        "Engine options of single instances, which come on top of those for all: `0: --max-num-seqs 8; 1-3: "
+        "--max-num-seqs 64`. Instances are dealt to --stages in the order of their numbers.",
+        metavar="ARGS",
     )
     cluster: str = _option(
         "local",
@@ -262,6 +270,19 @@ class ServeOptions:
                 if value is not None:
                     raise ConfigError("is for --cluster ray", option=option, fix="add --cluster ray")
         self._check_fleet()
+        self.own_args()
+
+    def own_args(self) -> dict[InstanceId, tuple[str, ...]]:
+        """The engine options of instances that have their own, as words of a command line. Raises ConfigError."""
+        if self.instance_args is None:
+            return {}
+        if self.cluster != "local" or self.fleet_name is not None:
+            raise ConfigError(
+                "is for instances that end with this server",
+                option=INSTANCE_ARGS,
+                fix="the engines of a fleet have the same options; those that others start have what they were given",
+            )
+        return read_instance_args(self.instance_args, self.instance_ids)
 
     def _check_fleet(self) -> None:
         if self.fleet_name is None:

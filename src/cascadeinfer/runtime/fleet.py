@@ -80,6 +80,7 @@ class Fleet:
         times: SupervisionTimes,
         clock: Callable[[], float],
         terms: Mapping[InstanceId, InstanceTerms] | None = None,
+        builds: Mapping[InstanceId, Build] | None = None,
     ) -> None:
         """
         Args:
@@ -88,6 +89,7 @@ class Fleet:
             times: Limits and intervals of their supervision.
             clock: The time in seconds.
             terms: Roles and chunk budgets of instances; None: leave all engines as they are.
+            builds: What instances are started with that are not started like the others.
         """
         self._terms = None if terms is None else dict(terms)
         self._clock = clock
@@ -96,7 +98,7 @@ class Fleet:
         self.changed = asyncio.Event()
         self.records: dict[InstanceId, InstanceRecord] = {}
         for instance_id, make in make_engines.items():
-            self.add(instance_id, make)
+            self.add(instance_id, make, (builds or {}).get(instance_id, FIRST_BUILD))
         self.departed: deque[Departed] = deque(maxlen=DEPARTED_REMEMBERED)
         self.watchers: list[FleetWatcher] = []
         self.layout: StageLayout | None = None

@@ -11,7 +11,7 @@ A new instance that does not come up, or that keeps dying, ends the update: it i
 started if there are fewer instances than before, and all that run go on, each restarted with the options that it has.
 
 Which options may change, and what becomes of KV caches and running requests, is the source's to say
-(`engines.protocol.EngineSource.prepare`); `versions.py` keeps requests with their version of the model.
+(`engines.source.EngineSource.prepare`); `versions.py` keeps requests with their version of the model.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.build import Build
-from cascadeinfer.engines.protocol import EngineSource
+from cascadeinfer.engines.source import EngineSource
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.instance_state import FIRST, Deed
 from cascadeinfer.runtime.view import InstanceRecord
@@ -159,6 +159,12 @@ class Rolling:
         return self.roll
 
     async def _prepared(self, source: EngineSource, options: Sequence[str], timeout_s: float) -> Roll:
+        present = self._present()
+        if own := [record.instance_id for record in present if record.instance_id in source.own_builds]:
+            raise ConfigError(
+                f"instances with engine options of their own would lose them: {', '.join(own)}",
+                fix="drain them first, or start a server with the new options",
+            )
         build = await asyncio.to_thread(source.prepare, options)
         present = self._present()
         if all(record.build == build for record in present):

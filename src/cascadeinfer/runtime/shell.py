@@ -27,7 +27,8 @@ from cascadeinfer.core.migration import Happening, MigrationLimits
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.quarantine import DEATHS
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
-from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, EngineSource, StepOutputs
+from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, StepOutputs
+from cascadeinfer.engines.source import EngineSource
 from cascadeinfer.runtime.driver import Observer, PolicyDriver
 from cascadeinfer.runtime.elastic import Elasticity
 from cascadeinfer.runtime.fleet import Fleet
@@ -80,7 +81,8 @@ class Runtime:
         self._clock = clock
         self._streams = StreamTable()
         self.seen = Seen()
-        self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes(), clock, terms)
+        builds = None if source is None else source.own_builds
+        self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes(), clock, terms, builds)
         self._streams.on_placed = self.fleet.wake
         self.metrics = make_metrics(self.fleet.gauges)
         self.ledger = Ledger(clock)

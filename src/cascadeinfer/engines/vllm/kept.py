@@ -144,7 +144,7 @@ class KeptCore:
 
 class KeptSource:
     """
-    Makes the engines of a fleet. See `cascadeinfer.engines.protocol.EngineSource`.
+    Makes the engines of a fleet. See `cascadeinfer.engines.source.EngineSource`.
 
     Attributes:
         phase: What the server does.
@@ -176,6 +176,11 @@ class KeptSource:
         self._environment = dict(environment)
         self._n_placed = 0
         self._lives: dict[InstanceId, KeptCore] = {}
+
+    @property
+    def own_builds(self) -> Mapping[InstanceId, Build]:
+        """See EngineSource; engines of a fleet have none."""
+        return {}
 
     def prepare(self, options: Sequence[str]) -> Build:
         """See EngineSource."""

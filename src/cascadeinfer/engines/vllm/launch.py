@@ -5,7 +5,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 
 from vllm import envs
@@ -39,6 +39,7 @@ from cascadeinfer.engines.vllm.connector.step_budget import step_budget_bounds
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
 from cascadeinfer.engines.vllm.messages import EngineHello
+from cascadeinfer.engines.vllm.other_build import changes_in, check_own_name
 from cascadeinfer.engines.vllm.owned import OwnedCore
 from cascadeinfer.engines.vllm.processes import VllmProcesses
 from cascadeinfer.engines.vllm.refused_options import check_engine_args, vllm_refusals, what_is_wrong
@@ -62,7 +63,7 @@ def start_turns() -> StartTurns | None:
 
 
 class VllmSource:
-    """Makes the engines of one server's instances. See `cascadeinfer.engines.protocol.EngineSource`."""
+    """Makes the engines of one server's instances. See `cascadeinfer.engines.source.EngineSource`."""
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class VllmSource:
         """
         check_engine_args(engine_args)
         self.build = FIRST_BUILD
+        self.own_builds: dict[InstanceId, Build] = {}
         if logs is not None:
             engine_args = logs.args_for_all(engine_args)
         said, engine_args = engine_args, with_cpu_kv_share(engine_args, n_instances)
@@ -108,6 +110,36 @@ class VllmSource:
         self._place_of: dict[InstanceId, Place] = {}
         with vllm_refusals():
             self._first_config: VllmConfig | None = instance_config(engine_args, "first", settings)
+        self._budget_bounds = {FIRST_BUILD: step_budget_bounds(self._first_config)}
+
+    def give_own(self, options: Mapping[InstanceId, Sequence[str]]) -> None:
+        """
+        Give instances engine options of their own, before they are placed.
+
+        Args:
+            options: Words of a command line per instance, on top of the options of all.
+
+        Raises:
+            ConfigError: vLLM refuses them, or all instances must have the same.
+        """
+        assert self._first_config is not None, "instances have been placed"
+        for instance_id, words in options.items():
+            try:
+                self.own_builds[instance_id] = self._own_build(words, self._first_config.model_config.max_model_len)
+            except ConfigError as error:
+                raise ConfigError(f"instance {instance_id}: {error}", option="--instance-args") from error
+
+    def _own_build(self, words: Sequence[str], max_model_len: int) -> Build:
+        changes_in(words, check_own_name)
+        made: list[VllmConfig] = []
+
+        def config_of(engine_args: AsyncEngineArgs) -> VllmConfig:
+            made.append(instance_config(engine_args, "own", self._settings))
+            return made[0]
+
+        build = self._builds.keep(self._builds.checked(FIRST_BUILD, words, max_model_len, config_of))
+        self._budget_bounds[build] = step_budget_bounds(made[0])
+        return build
 
     def prepare(self, options: Sequence[str]) -> Build:
         """See EngineSource."""
@@ -131,7 +163,8 @@ class VllmSource:
 
     def place(self, instance_id: InstanceId, build: Build | None = None) -> Callable[[int], VllmInstance]:
         """See EngineSource."""
-        engine_args = self._builds.args_of(build or self.build)
+        build = build or self.own_builds.get(instance_id, self.build)
+        engine_args = self._builds.args_of(build)
         place = self._place_of[instance_id] = self._launcher.place(instance_id)
         index = int(instance_id) if instance_id.isdecimal() else self._n_placed
         environment = {
@@ -141,7 +174,8 @@ class VllmSource:
             SIDE_CHANNEL_HOST_VARIABLE: place.host,
         }
         self._n_placed += 1
-        checked, self._first_config = self._first_config, None
+        checked = self._first_config if build is FIRST_BUILD else None
+        self._first_config = None
         new_config = partial(instance_config, engine_args, instance_id, self._settings)
         log_as = contextlib.nullcontext if self._logs is None else partial(self._logs.logging_as, instance_id)
 
@@ -162,20 +196,21 @@ class VllmSource:
 
         return make
 
-    def check_budgets(self, terms: Iterable[InstanceTerms]) -> None:
+    def check_budgets(self, terms: Mapping[InstanceId, InstanceTerms]) -> None:
         """
         Check chunk budgets before the first start.
 
         Args:
-            terms: Those of its instances.
+            terms: Per instance.
 
         Raises:
             ConfigError: An instance could not have one of them.
         """
-        assert self._first_config is not None, "instances have been placed"
-        least, most = step_budget_bounds(self._first_config)
-        for budget in {one.budget_tokens for one in terms if one.budget_tokens is not None}:
-            if (why_not := why_not_step_budget(budget, least, most)) is not None:
+        for instance_id, one in terms.items():
+            if one.budget_tokens is None:
+                continue
+            least, most = self._budget_bounds[self.own_builds.get(instance_id, FIRST_BUILD)]
+            if (why_not := why_not_step_budget(one.budget_tokens, least, most)) is not None:
                 raise ConfigError(
                     why_not, option="--stages", fix="change it, --max-num-seqs or --max-num-batched-tokens"
                 )

@@ -12,7 +12,7 @@ them.
 """
 
 from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeAlias
@@ -81,12 +81,16 @@ Key: TypeAlias = tuple[Any, ...]
 """Values that are equal for equal options, and only compared."""
 
 
-def changes_in(words: Sequence[str]) -> dict[str, Any]:
+def changes_in(words: Sequence[str], check: Callable[[str], None] | None = None) -> dict[str, Any]:
     """
     The options among these words, by the name of the argument.
 
+    Args:
+        words: Of a command line.
+        check: Raises ConfigError if an argument of this name may not be among them; None: `check_name`.
+
     Raises:
-        ConfigError: vLLM does not know one, or its value; or a rolling update cannot change it.
+        ConfigError: vLLM does not know one, or its value; or it may not be among them.
     """
     if file := next((word for word in words if word.partition("=")[0] == "--config"), None):
         _refuse(f"{file}: name the options themselves")
@@ -100,7 +104,7 @@ def changes_in(words: Sequence[str]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     for name in said:
-        check_name(name)
+        (check or check_name)(name)
     return said
 
 
@@ -127,6 +131,13 @@ def check_name(name: str) -> None:
         raise ConfigError(refused.why, option=option, fix=refused.fix)
     why = REFUSED_HERE.get(name, "cannot be changed while instances with another value serve")
     raise ConfigError(why, option=option, fix=_NEW_SERVER)
+
+
+def check_own_name(name: str) -> None:
+    """Raises ConfigError if an instance cannot have a value of this engine argument that others do not have."""
+    if name not in ALIKE:
+        option = "--" + name.replace("_", "-")
+        raise ConfigError("is the same for all instances", option=option, fix="give it to the server itself")
 
 
 def model_key(engine_args: AsyncEngineArgs) -> Key:
