@@ -15,6 +15,7 @@ from conftest import QUICK_ENVIRONMENT
 
 FLEET = "three-machines"
 READY_DEADLINE_S = 600.0
+TRIES = 10
 ENVIRONMENT_OF_ALL = {**ENVIRONMENT, "UCX_TLS": "tcp,self"}
 RAY_ENVIRONMENT = {**QUICK_ENVIRONMENT, **ENVIRONMENT_OF_ALL}
 
@@ -130,6 +131,21 @@ class RayServer(ServerProcess):
     def moved(self) -> float:
         """Requests that this front end has handed over with their KV cache."""
         return self.metric("cascadeinfer_migrations_total", outcome="moved")
+
+    def that_moved(self, n_tokens: int) -> tuple[list[int], list[int]]:
+        """
+        A prompt of the first stage and its answer, which has moved.
+
+        On a busy machine nobody may have taken it in time; the next try has another prompt, because an instance that
+        remembers one gets it again.
+        """
+        for number in range(TRIES):
+            before = self.moved()
+            prompt = [3 + (7 * i + 31 * number) % 200 for i in range(37)]
+            tokens = self.tokens(prompt, n_tokens)
+            if self.moved() > before:
+                return prompt, tokens
+        raise AssertionError(f"in {TRIES} tries no request has moved")
 
     def pids(self) -> dict[str, int]:
         """Of the engines."""
