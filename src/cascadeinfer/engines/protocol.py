@@ -8,7 +8,7 @@ credited to the new one.
 All methods are called from one event loop. Commands are carried out in the order of the calls.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +16,6 @@ from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.events import InstanceReport, PinReason
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, NodeId, RequestId
-from cascadeinfer.engines.build import Build
 
 
 class KvTicket(Protocol):
@@ -74,7 +73,8 @@ class EngineCounters:
 
     Attributes:
         pulls: Requests whose KV cache was pulled from another instance.
-        pulled_tokens: Tokens in them.
+        pulled_tokens: Tokens in them, without those that had been copied before their cut.
+        precopied_tokens: Tokens whose KV cache had been copied here before the cut of their request, and was used.
         reserved: Reservations held now.
         pinned: Cut requests whose blocks are pinned now.
         failed_pulls: Failed pulls, whose tokens the engine recomputed.
@@ -89,6 +89,7 @@ class EngineCounters:
     scheduled_tokens: int = 0
     pulls: int = 0
     pulled_tokens: int = 0
+    precopied_tokens: int = 0
     reserved: int = 0
     pinned: int = 0
     failed_pulls: int = 0
@@ -233,6 +234,36 @@ class Engine(Protocol):
         """Begin the lease on a cut request's blocks anew; False if they are not pinned any more."""
         ...
 
+    async def pin_full_blocks(self, engine_request_id: str) -> KvTicket | None:
+        """
+        Pin the KV blocks of a running request that are full, under a lease, whatever becomes of the request.
+
+        Returns:
+            What `precopy` at a peer takes, for as many tokens as these blocks hold; None if there are none.
+        """
+        ...
+
+    async def release_full_blocks(self, engine_request_id: str) -> None:
+        """Nobody reads what `pin_full_blocks` has pinned for this request."""
+        ...
+
+    async def precopy(self, reservation_id: str, ticket: KvTicket, pull_before_s: float) -> bool:
+        """
+        Pull the full blocks of a request that decodes at a peer into room reserved for it, and wait for them.
+
+        They are used when the request comes with this reservation and the ticket of its cut, if that names the same
+        blocks; only the rest is pulled then. Releasing the reservation at any time is safe.
+
+        Args:
+            reservation_id: The room.
+            ticket: What the peer's `pin_full_blocks` gave.
+            pull_before_s: Deadline, on the caller's clock (`time.monotonic`); what comes later is not used.
+
+        Returns:
+            Whether they are here. False: all is pulled when the request comes.
+        """
+        ...
+
     async def set_step_budget(self, n_tokens: int | None) -> int:
         """
         Schedule at most this many tokens per step from the next one on.
@@ -319,63 +350,4 @@ class Engine(Protocol):
 
     async def stop(self, timeout_s: float) -> None:
         """Stop the instance; kill it after the timeout. Stopping twice is harmless."""
-        ...
-
-
-class EngineSource(Protocol):
-    """
-    Makes engines for instances that are added while others run.
-
-    Attributes:
-        build: Of instances that are added from now on.
-    """
-
-    build: Build
-
-    def prepare(self, options: Sequence[str]) -> Build:
-        """
-        Check engine options for instances that replace others. Blocks for seconds, and is called in a thread.
-
-        Args:
-            options: Words of a command line: what changes against `build`.
-
-        Returns:
-            What `place` takes; equal for equal options.
-
-        Raises:
-            ConfigError: These options, or those of instances here at all, cannot be changed while others run.
-        """
-        ...
-
-    async def note(self, builds: Collection[Build]) -> None:
-        """
-        Instances of these builds run, or are about to: what outlives this process must tell the next one.
-
-        Raises:
-            OSError: It cannot be told.
-        """
-        ...
-
-    def has_room(self, *, shared: bool) -> bool:
-        """Whether there is a place that no instance has; if `shared`, one that instances may share counts as well."""
-        ...
-
-    def place(self, instance_id: InstanceId, build: Build | None = None) -> Callable[[int], Engine]:
-        """
-        Find a place (cores, devices, memory) for one more instance.
-
-        Args:
-            instance_id: Its name.
-            build: What it is started with; None: as `build` says.
-
-        Returns:
-            What makes its engine for the n-th start.
-
-        Raises:
-            ScalingRefusedError: There is no place left.
-        """
-        ...
-
-    def release(self, instance_id: InstanceId) -> None:
-        """The instance is gone for good: free its place."""
         ...

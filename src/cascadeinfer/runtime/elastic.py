@@ -22,7 +22,8 @@ from cascadeinfer.core.events import Event, InstanceDraining
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.build import Build
 from cascadeinfer.engines.patience import within
-from cascadeinfer.engines.protocol import Engine, EngineSource
+from cascadeinfer.engines.protocol import Engine
+from cascadeinfer.engines.source import EngineSource
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.instance_state import FIRST, Deed, Happening, State
 from cascadeinfer.runtime.migrate import Migrator

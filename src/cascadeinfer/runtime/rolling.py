@@ -11,7 +11,7 @@ A new instance that does not come up, or that keeps dying, ends the update: it i
 started if there are fewer instances than before, and all that run go on, each restarted with the options that it has.
 
 Which options may change, and what becomes of KV caches and running requests, is the source's to say
-(`engines.protocol.EngineSource.prepare`); `versions.py` keeps requests with their version of the model.
+(`engines.source.EngineSource.prepare`); `versions.py` keeps requests with their version of the model.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.build import Build
-from cascadeinfer.engines.protocol import EngineSource
+from cascadeinfer.engines.source import EngineSource
 from cascadeinfer.runtime.fleet import Fleet
 from cascadeinfer.runtime.instance_state import FIRST, Deed
 from cascadeinfer.runtime.view import InstanceRecord

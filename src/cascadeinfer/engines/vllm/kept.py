@@ -144,7 +144,7 @@ class KeptCore:
 
 class KeptSource:
     """
-    Makes the engines of a fleet. See `cascadeinfer.engines.protocol.EngineSource`.
+    Makes the engines of a fleet. See `cascadeinfer.engines.source.EngineSource`.
 
     Attributes:
         phase: What the server does.

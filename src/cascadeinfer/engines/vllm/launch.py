@@ -62,7 +62,7 @@ def start_turns() -> StartTurns | None:
 
 
 class VllmSource:
-    """Makes the engines of one server's instances. See `cascadeinfer.engines.protocol.EngineSource`."""
+    """Makes the engines of one server's instances. See `cascadeinfer.engines.source.EngineSource`."""
 
     def __init__(
         self,
