@@ -47,6 +47,7 @@ def simulate(
     arrivals: options.Arrivals = "poisson",
     prefix_caching: options.PrefixCaching = False,
     prefix_hashes: options.PrefixHashes = None,
+    precopy: options.Precopy = False,
     max_num_batched_tokens: options.TokenBudgets = None,
     overload: options.Overload = False,
     jobs: options.Jobs = 1,
@@ -77,7 +78,7 @@ def simulate(
     if not overload:
         check_served(setting, [rate], budgets)
     law = options.arrivals_of(arrivals)
-    first = RunSpec(names[0], rate, 0, count, slo, warm_up, 0.0, overload, law, prefixes)
+    first = RunSpec(names[0], rate, 0, count, slo, warm_up, 0.0, overload, law, prefixes, precopy=precopy)
     specs = _specs(first, names, budgets, seeds)
     tasks = [_Task(setting, s, plot is not None and s.seed == 0, _log_of(event_log, s, len(specs))) for s in specs]
     outcomes = _run_all(tasks, jobs)
@@ -194,6 +195,7 @@ def _content(
         "warm_up": spec.warm_up,
         "arrivals": asdict(spec.arrivals),
         "prefix_caching": spec.prefix_caching,
+        "precopy": spec.precopy,
         "max_num_batched_tokens": [b or setting.profile.capacity.max_batched_tokens for b in budgets],
         "context_tokens": setting.context_tokens,
         "prompts_cut": setting.capped.prompts_cut,

@@ -124,7 +124,7 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
 
         Args:
             precopy_id: No request's id.
-            ticket: Which blocks; see `CascadeSchedulerSide.pin_full_blocks`.
+            ticket: Which blocks; see `precopy_ticket`.
             block_ids: As many blocks here.
             before_s: Deadline, as that of a pull.
         """
