@@ -68,8 +68,12 @@ def simulate(
     count = options.requests_of(requests, duration_s, rate, default=DEFAULT_REQUESTS)
     options.at_least_one(seeds=seeds)
     check_jobs(jobs)
-    drawn = None if plot is None else Path(plot)
-    files = {"--plot": drawn, "--event-log": event_log, "--json": json_file, "--parquet": parquet}
+    files = {
+        "--plot": None if plot is None else Path(plot),
+        "--event-log": event_log,
+        "--json": json_file,
+        "--parquet": parquet,
+    }
     options.check_outputs(files, matplotlib=plot is not None, pyarrow=parquet is not None)
     goal = options.objective_of(objective, slo := options.slo_of(ttft_slo, tpot_slo))
     budgets = options.token_budgets_of(max_num_batched_tokens)
