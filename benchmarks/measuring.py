@@ -18,9 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llvmlite.binding import ffi
 from numpy.typing import NDArray
 
 from cascadeinfer.engines.models.tiny import VOCAB_SIZE, make_tiny_llama
+
+# vLLM's CPU worker looks into every loaded module, numba's among them; llvmlite's library object would answer with a C
+# function, and end it.
+ffi.lib._fntab["__dict__"] = {}  # noqa: SLF001 - there is no other way
 
 RESULTS = Path(__file__).parent / "results"
 BLOCK_TOKENS = 32

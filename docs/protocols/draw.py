@@ -70,13 +70,15 @@ MIGRATION_INTRO = """\
 # The migration protocol
 
 One request moves from its *source* to its *target* instance with its KV cache. The tables below are the whole protocol.
-They are in `src/cascadeinfer/core/migration.py` and `refusals.py`, and this page is generated from them
+They are in `src/cascadeinfer/core/migration/` and `refusals.py`, and this page is generated from them
 (`python docs/protocols/draw.py`). The simulator and the runtime both follow them; a test compares the two path by path.
 
 The request decodes on the source until the cut. By then the target has reserved room, so the source gives nothing up in
-vain. The cut ends the request at its next token and pins its KV cache under a lease; the target pulls the cache and
-continues. The target's first token ends the migration. Whatever goes wrong in between, the request continues where its
-tokens are safe, or is recomputed from its prompt and output so far.
+vain. If the pull would make the pause longer, the target copies the request's full blocks before the cut
+([pre-copy](../migration.md#pre-copy)); the pause then carries the rest. The cut ends the request at its next token and
+pins its KV cache under a lease; the target pulls the cache and continues. The target's first token ends the migration.
+Whatever goes wrong in between, the request continues where its tokens are safe, or is recomputed from its prompt and
+output so far.
 
 A request that is [parked](parking.md) has been cut already. Its migration begins in `parked`, asks for room and goes on
 with the pull; until then it may be refused without any harm.
@@ -144,12 +146,14 @@ MIGRATION_LIMITS = """\
 A state with a limit ends with `timed_out`: `asking` after {l.ask_s:g} s, `cutting` after {l.cut_s:g} s. `resuming` ends
 {l.resume_s:g} s after the cut was *sent*, which is {margin_s:g} s before a lease of {lease_s:g} s could end
 (`--kv-lease-s`); a cut that is heard of with less than {l.least_pull_s:g} s left is `cut_late`. \
-The other states last as
-long as the instance that has the request lives and answers.
+`copying` ends as long after
+the source was asked for its full blocks, for the same reason. The other states last as long as the instance that has
+the request lives and answers.
 
 The target is asked for room for {l.room_slack_tokens} tokens more than the request has at the start, \
 because the request
-keeps decoding until it is cut. One that outgrows that room before it is cut stays (`outgrew_room`)."""
+keeps decoding until it is cut, and for as many more as it will get while it is copied. One that outgrows that room
+before it is cut stays (`outgrew_room`)."""
 DETAIL_INTRO = """\
 The record of a migration, its metric and the event that the policy receives give the reason in one word, `detail`: the
 last happening that explains anything (the column above), with the refusal behind it, such as `timed_out`,

@@ -110,6 +110,7 @@ def test_the_cascade_learns_from_its_profile() -> None:
     profile = load_profile(PROFILE)
     assert options["step_model"] == profile.step_model
     assert options["planning"].hand_over.pause_per_token_s == profile.transfer_s(1)
+    assert options["planning"].hand_over.copied_ahead
     assert options["learning"] == LearningSettings()
     assert "step_model" not in policy_spec(ServeOptions()).options
 

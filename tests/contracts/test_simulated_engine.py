@@ -7,6 +7,7 @@ import pytest
 from engine_bed import Bed
 from engine_contract import OWN, SHARED
 from parking_contract import PARKING
+from precopy_contract import PRECOPY, PRECOPY_OWN
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.types import InstanceCapacity
@@ -38,7 +39,7 @@ class SimulatedMaker:
         return EngineRequest(request_id, list(range(n_prompt)), max_output_tokens, params)
 
 
-@pytest.mark.parametrize("rule", [*SHARED, *PARKING, *OWN], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", [*SHARED, *PARKING, *PRECOPY, *OWN, *PRECOPY_OWN], ids=lambda rule: rule.__name__)
 @virtual_time
 async def test_contract(rule: Callable[[Bed], Awaitable[None]]) -> None:
     """A simulated engine keeps the engine contract."""

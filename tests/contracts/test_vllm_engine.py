@@ -18,6 +18,7 @@ import zmq
 from engine_bed import Bed, eventually
 from engine_contract import OWN, SHARED, resume_pulls
 from parking_contract import PARKING
+from precopy_contract import PRECOPY, PRECOPY_OWN
 from vllm.platforms import current_platform
 
 from cascadeinfer.cluster.local import LOOPBACK
@@ -44,9 +45,14 @@ class VllmMaker:
 
     lease_s = float(LEASE_S)
 
-    def __init__(self, model: Path) -> None:
-        """Instances of this model."""
+    def __init__(self, model: Path, *, caches: bool = False) -> None:
+        """Instances of this model, with or without a prefix cache."""
         self._model = model
+        self._caches = caches
+
+    def caching(self) -> "VllmMaker":
+        """Makes instances with a prefix cache."""
+        return VllmMaker(self._model, caches=True)
 
     def make_engine(self, name: str) -> Engine:
         """See Maker."""
@@ -65,7 +71,7 @@ class VllmMaker:
             max_num_batched_tokens=256,
             max_num_seqs=4,
             distributed_executor_backend="uni",
-            enable_prefix_caching=False,
+            enable_prefix_caching=self._caches,
         )
         factories = make_factories(
             engine_args,
@@ -120,6 +126,44 @@ async def bed(maker: VllmMaker) -> AsyncIterator[Bed]:
 async def test_contract(rule: Rule, bed: Bed) -> None:
     """A vLLM instance keeps the engine contract."""
     await rule(bed)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def caching_bed(maker: VllmMaker) -> AsyncIterator[Bed]:
+    """Two connected instances with prefix caches."""
+    bed = await Bed.make(maker.caching())
+    yield bed
+    await bed.close()
+
+
+@pytest.mark.parametrize("rule", PRECOPY, ids=lambda rule: rule.__name__)
+async def test_contract_of_precopy(rule: Rule, caching_bed: Bed) -> None:
+    """Full blocks go ahead of their request."""
+    await rule(caching_bed)
+
+
+@pytest.mark.parametrize("rule", PRECOPY_OWN, ids=lambda rule: rule.__name__)
+async def test_contract_of_precopy_and_death(rule: Rule, maker: VllmMaker) -> None:
+    """What goes ahead fails with its source."""
+    bed = await Bed.make(maker.caching())
+    try:
+        await asyncio.wait_for(rule(bed), 120.0)
+    finally:
+        await bed.close()
+
+
+async def test_without_a_prefix_cache_nothing_goes_ahead(bed: Bed) -> None:
+    """The request would not find what was copied, so nothing is."""
+    request = bed.maker.make_request("plain", 70, 150)
+    heard = await (await bed.a.add("plain", request)).until_tokens(5)
+    full = await bed.a.engine.pin_full_blocks("plain")
+    assert full is not None
+    assert await bed.b.engine.reserve("plain-room", 300) is None
+    assert not await bed.b.engine.precopy("plain-room", full, bed.maker.now_s() + 30.0)
+    await bed.a.engine.release_full_blocks("plain")
+    await bed.b.engine.release_reservation("plain-room")
+    await heard.until_end()
+    await bed.settled()
 
 
 @pytest.mark.parametrize("rule", OWN, ids=lambda rule: rule.__name__)

@@ -102,3 +102,27 @@ def test_on_one_node_nothing_is_ever_far(seed: int, n: int) -> None:
         links.pulled(rng.choice(names), rng.choice(names), rng.randrange(5000), rng.expovariate(10.0))
     assert not any(links.extra_s(one, other, 10_000) for one in names for other in names)
     assert len(links.known()) <= 1
+
+
+def test_how_long_a_pull_takes() -> None:
+    """As long as moves between these nodes have shown; nothing is known of a pair without any, or of a stranger."""
+    links = links_of(NODES)
+    assert links.pull_s("a0", "b0", 1000) is None
+    measured(links, "a0", "b0", 1_000.0)
+    assert links.pull_s("a0", "b1", 500) == pytest.approx(0.5)
+    assert links.pull_s("b0", "a0", 500) is None
+    assert links.pull_s("a0", "stranger", 500) is None
+
+
+def test_what_is_copied_ahead_nobody_waits_for() -> None:
+    """A far link costs a request the share of its tokens that is pulled after the cut; copies tell the rates."""
+    links = links_of(NODES)
+    measured(links, "a0", "a1", 50_000.0)
+    for _ in range(PULLS_KEPT):
+        links.pulled("a0", "b0", 2000, 1.8, 1800)
+    assert [link.tokens_per_s for link in links.known()] == pytest.approx([50_000.0, 1_000.0])
+    whole_s = 1000 * (1 / 1_000.0 - 1 / 50_000.0)
+    assert links.extra_s("a0", "b0", 1000) == pytest.approx(0.1 * whole_s)
+    for _ in range(PULLS_KEPT):
+        links.pulled("a0", "b0", 2000, 2.0)
+    assert links.extra_s("a0", "b0", 1000) == pytest.approx(whole_s)

@@ -20,6 +20,7 @@ from cascadeinfer.core.migration import (
     Migration,
     MigrationLimits,
     NotBegun,
+    PullEstimate,
     State,
     not_begun,
 )
@@ -119,6 +120,7 @@ def reach(after: dict[State, set[State]], start: State) -> set[State]:
 
 
 GRANTED, CUT, TOKEN = Happening.ROOM_GRANTED, Happening.CUT_DONE, Happening.FIRST_TOKEN
+TO_COPY, COPIED, NOT_COPIED = Happening.ROOM_TO_COPY, Happening.COPIED, Happening.NOT_COPIED
 LATE, GONE = Happening.TIMED_OUT, Happening.TARGET_LOST
 
 
@@ -126,6 +128,9 @@ LATE, GONE = Happening.TIMED_OUT, Happening.TARGET_LOST
     ("happenings", "detail"),
     [
         pytest.param([GRANTED, CUT, TOKEN], "", id="all as asked"),
+        pytest.param([TO_COPY, COPIED, CUT, TOKEN], "", id="copied ahead"),
+        pytest.param([TO_COPY, NOT_COPIED, CUT, TOKEN], "", id="copied in vain"),
+        pytest.param([TO_COPY, LATE], "timed_out", id="the copy takes too long"),
         pytest.param([Happening.ROOM_REFUSED], "room_refused:no_slot", id="the target's refusal"),
         pytest.param([GRANTED, Happening.CUT_REFUSED], "cut_refused:no_slot", id="the source's refusal"),
         pytest.param([GRANTED, LATE, Happening.CUT_UNDONE], "timed_out", id="withdrawn"),
@@ -210,6 +215,48 @@ def test_room() -> None:
     assert [migration.has_outgrown_room(n_tokens) for n_tokens in (17, 18)] == [False, True]
 
 
+def test_when_to_copy_ahead() -> None:
+    """
+    Where it is allowed, and the pull outlasts the steps that any pause has; a link that is not known is tried. A parked
+    request, which decodes nowhere, is not.
+    """
+    limits = replace(LIMITS, precopy=True)
+
+    def heard(estimate: PullEstimate | None, limits: MigrationLimits = limits) -> Happening:
+        return Migration(MOVE, 10, limits, estimate=estimate).room_heard()
+
+    assert heard(PullEstimate()) is Happening.ROOM_TO_COPY
+    assert heard(PullEstimate(0.031, 0.01)) is Happening.ROOM_TO_COPY
+    assert heard(PullEstimate(0.029, 0.01)) is Happening.ROOM_GRANTED
+    assert heard(PullEstimate(0.001, 0.0)) is Happening.ROOM_TO_COPY
+    assert heard(None) is Happening.ROOM_GRANTED
+    assert heard(PullEstimate(), LIMITS) is Happening.ROOM_GRANTED
+    assert Migration.of_parked(MOVE, 10, limits, 0.0).room_heard() is Happening.ROOM_GRANTED
+
+
+def test_room_for_what_grows_meanwhile() -> None:
+    """A request that is copied ahead gets as many tokens meanwhile as the copy has token times."""
+    limits = replace(LIMITS, precopy=True)
+    assert Migration(MOVE, 10, limits, estimate=PullEstimate(0.405, 0.01)).room_tokens == 10 + 8 + 41
+    assert Migration(MOVE, 10, limits, estimate=PullEstimate(0.01, 0.01)).room_tokens == 10 + 8
+    assert Migration(MOVE, 10, limits, estimate=PullEstimate(0.405)).room_tokens == 10 + 8
+    assert Migration(MOVE, 10, LIMITS, estimate=PullEstimate(0.405, 0.01)).room_tokens == 10 + 8
+
+
+def test_the_copy_has_its_own_deadline() -> None:
+    """It counts from when the source is asked for its blocks; the pull's counts from the cut."""
+    migration = Migration(MOVE, 10, replace(LIMITS, precopy=True), estimate=PullEstimate())
+    migration.handle(TO_COPY, 100.0)
+    assert (migration.limit_s(100.0), migration.copy_deadline_s) == (3.0, 103.0)
+    assert not migration.is_overdue(200.0)
+    migration.copied_tokens = 8
+    migration.handle(COPIED, 101.0)
+    assert (migration.limit_s(101.0), migration.deadline_s) == (2.0, 104.0)
+    migration.handle(CUT, 101.0)
+    migration.handle(TOKEN, 102.0)
+    assert migration.ended().copied_tokens == 8
+
+
 def test_limits_under_a_lease() -> None:
     """A pull ends a margin before the lease does; the default limits are those of the default lease."""
     assert MigrationLimits.under_lease(10.0) == MigrationLimits()
@@ -241,12 +288,14 @@ class World:
 
     Attributes:
         room: Whether the target may hold room for the request.
+        copy: Whether the source may hold full blocks for the target.
         pin: Whether the source may hold the cut request's blocks.
         at_source: Whether an attempt at the source may live.
         at_target: Whether an attempt at the target may live.
     """
 
     room: bool = True
+    copy: bool = False
     pin: bool = False
     at_source: bool = True
     at_target: bool = False
@@ -256,7 +305,7 @@ class World:
 HAPPENING_CHANGES: dict[Happening, dict[str, bool]] = {
     Happening.ROOM_REFUSED: {"room": False},
     Happening.TARGET_LOST: {"room": False, "at_target": False, "target_up": False},
-    Happening.SOURCE_LOST: {"pin": False, "at_source": False},
+    Happening.SOURCE_LOST: {"pin": False, "copy": False, "at_source": False},
     Happening.CUT_DONE: {"at_source": False},
     Happening.CUT_EMPTY: {"at_source": False, "pin": False},
     Happening.CUT_LATE: {"at_source": False},
@@ -267,6 +316,7 @@ HAPPENING_CHANGES: dict[Happening, dict[str, bool]] = {
 ENDED_AT_SOURCE = {"at_source": False, "pin": False}
 STATE_CHANGES: dict[tuple[State, Happening], dict[str, bool]] = {
     (State.ASKING, Happening.REQUEST_ENDED): ENDED_AT_SOURCE,
+    (State.COPYING, Happening.REQUEST_ENDED): ENDED_AT_SOURCE,
     (State.CUTTING, Happening.REQUEST_ENDED): ENDED_AT_SOURCE,
     (State.WITHDRAWING, Happening.REQUEST_ENDED): ENDED_AT_SOURCE,
     (State.RETURNING, Happening.REQUEST_ENDED): {"at_source": False},
@@ -276,6 +326,8 @@ STATE_CHANGES: dict[tuple[State, Happening], dict[str, bool]] = {
 }
 """The same for happenings whose effect depends on the state."""
 ACTION_CHANGES: dict[Action, dict[str, bool]] = {
+    Action.COPY: {"copy": True},
+    Action.RELEASE_COPY: {"copy": False},
     Action.CUT: {"pin": True},
     Action.RESUME: {"room": False, "at_target": True},
     Action.RECOMPUTE: {"at_target": True},
@@ -322,6 +374,7 @@ def test_no_path_leaks() -> None:
                 ends.add(following)
                 assert not later.room, f"room leaks: {path}"
                 assert not later.pin, f"pin leaks: {path}"
+                assert not later.copy, f"full blocks leak: {path}"
                 assert later.at_source == (following is State.STAYED), path
                 assert later.at_target == (following in {State.MOVED, State.RECOMPUTED}), path
             elif (following, later) not in paths:

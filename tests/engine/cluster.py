@@ -15,6 +15,7 @@ from zoo import DEADLINE_S, SETTLE_S, eventually
 
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.errors import EngineError
+from cascadeinfer.core.events import Event, MigrationEnded
 from cascadeinfer.core.migration import Action
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.types import InstanceId
@@ -33,9 +34,20 @@ STAGE_EDGES = (64, 128)
 
 
 class SwitchedStages(StaticStages):
-    """`static_stages` whose hand-overs can be switched off."""
+    """
+    `static_stages` whose hand-overs can be switched off.
+
+    Attributes:
+        copied: Moves so far whose full blocks went ahead.
+    """
 
     moving = True
+    copied = 0
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """See Policy."""
+        self.copied += isinstance(event, MigrationEnded) and event.copied_tokens > 0
+        return super().handle(event, now_s)
 
     def _hand_over(self, source_id: InstanceId, cause: str, now_s: float) -> list[Effect]:
         return super()._hand_over(source_id, cause, now_s) if self.moving else []

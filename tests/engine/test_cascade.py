@@ -22,7 +22,8 @@ async def test_24_requests_through_three_stages(cluster: Cluster) -> None:
     24 concurrent requests of mixed lengths get the tokens that each gets alone, with at least 20 hand-overs by KV pull.
 
     On a slow machine a request may end before it is handed over; then all are sent again. Three counts agree: the
-    runtime's migrations, the connector's pulls, and NIXL's own transfers. Nothing is recomputed.
+    runtime's migrations, the connector's pulls, and NIXL's own transfers; one copied ahead makes two. Nothing
+    is recomputed.
     """
     rng = random.Random(1)
     cases: list[tuple[list[int], int, list[int]]] = []
@@ -39,7 +40,7 @@ async def test_24_requests_through_three_stages(cluster: Cluster) -> None:
     assert crossings >= N_HAND_OVERS, "the load is too short to move"
 
     moved, other = cluster.migrations("moved"), cluster.migrations("recomputed") + cluster.migrations("lost")
-    transfers = cluster.metric(PULLS_OF_ENGINE)
+    transfers, copied, ended = cluster.metric(PULLS_OF_ENGINE), cluster.policy.copied, cluster.migrations()
     counters = [(await engine.report())[1] for engine in cluster.runtime.live_engines()]
     hand_overs = 0.0
     for _ in range(N_ROUNDS):
@@ -53,7 +54,11 @@ async def test_24_requests_through_three_stages(cluster: Cluster) -> None:
     assert hand_overs >= N_HAND_OVERS
     assert cluster.migrations("recomputed") + cluster.migrations("lost") == other
     after = [(await engine.report())[1] for engine in cluster.runtime.live_engines()]
-    assert sum(c.pulls for c in after) - sum(c.pulls for c in counters) == hand_overs
-    assert cluster.metric(PULLS_OF_ENGINE) - transfers == hand_overs
+    copies = cluster.policy.copied - copied
+    assert sum(c.pulls for c in after) - sum(c.pulls for c in counters) == hand_overs, "the cut's token is always left"
+    n_reads = cluster.metric(PULLS_OF_ENGINE) - transfers
+    assert hand_overs + copies <= n_reads <= hand_overs + cluster.migrations() - ended, "some end while they are copied"
+    assert copies > 0
+    assert sum(c.precopied_tokens for c in after) > sum(c.precopied_tokens for c in counters)
     assert sum(c.failed_pulls for c in after) == sum(c.failed_pulls for c in counters)
     assert cluster.metric("vllm:nixl_num_failed_transfers_total") == 0

@@ -63,10 +63,13 @@ def restarts(cluster: Cluster) -> int:
     ("victim", "action", "before"),
     [
         ("source", Action.ASK_ROOM, False),
+        ("source", Action.COPY, True),
+        ("source", Action.COPY, False),
         ("source", Action.CUT, False),
         ("source", Action.RESUME, True),
         ("source", Action.RESUME, False),
         ("target", Action.ASK_ROOM, False),
+        ("target", Action.COPY, False),
         ("target", Action.CUT, False),
         ("target", Action.RESUME, True),
         ("target", Action.RESUME, False),
@@ -246,7 +249,7 @@ async def test_step_that_takes_too_long(cluster: Cluster, monkeypatch: pytest.Mo
     assert happened <= {"stayed", "ended"}
 
 
-@pytest.mark.parametrize("action", [Action.CUT, Action.RESUME])
+@pytest.mark.parametrize("action", [Action.COPY, Action.CUT, Action.RESUME])
 async def test_source_stands_still(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, action: Action) -> None:
     """A source that stops answering during a migration and later resumes costs time, not tokens."""
     [expected] = await references(cluster, PROMPT)
@@ -269,7 +272,7 @@ async def test_source_stands_still(cluster: Cluster, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.002, 0.005, 0.01, 0.02])
-@pytest.mark.parametrize("action", [Action.ASK_ROOM, Action.CUT, Action.RESUME])
+@pytest.mark.parametrize("action", [Action.ASK_ROOM, Action.COPY, Action.CUT, Action.RESUME])
 async def test_client_leaves_during_a_migration(cluster: Cluster, action: Action, delay_s: float) -> None:
     """A client that disconnects at any step leaves nothing on either side, long before a lease ends."""
     request = asyncio.ensure_future(cluster.run(PROMPT, greedy(N_OUTPUT)))

@@ -100,13 +100,14 @@ def moved(server: ServerProcess, reason: str) -> float:
 
 @pytest.mark.quick_v2
 def test_a_request_moves_up(server: ServerProcess) -> None:
-    """Pulled from both ranks of its source, a request has the text of one instance."""
+    """Copied ahead and pulled from both ranks of its source, a request has the text of one instance."""
     assert [len(ranks(server, name)) for name in "01"] == [N_RANKS, N_RANKS]
     expected = own_text(server, PROMPT)
     assert text_of(server, PROMPT) == expected
     assert moved(server, "outgrew_stage") == 1
     server.poll(lambda: instance(server, "1")["kv_pulls"] == 1, "the pull is reported", DEADLINE_S)
     assert instance(server, "1")["failed_pulls"] == 0
+    assert instance(server, "1")["precopied_tokens"] > 0
 
 
 def test_a_killed_rank_ends_its_instance_only(server: ServerProcess, pool: ThreadPoolExecutor) -> None:

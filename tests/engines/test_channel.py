@@ -38,6 +38,7 @@ LOAD = EngineLoad(
     scheduled_tokens=50,
     pulls=3,
     pulled_tokens=99,
+    precopied_tokens=0,
     failed_pulls=0,
     listens=True,
     paused=False,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from scheduler_bed import SchedulerBed, greedy, make_bed
 from test_connector_words import PROMPT, TICKET
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 
@@ -87,6 +88,7 @@ def _worker(now_s: float, deadlines: dict[str, float]) -> Any:
     side: Any = object.__new__(CascadeWorkerSide)
     side._recv_failures = set()
     side._released = set()
+    side._precopying, side._precopied, side._results = {}, {}, KVConnectorTransferResults()
     side.deadlines = PullDeadlines(lambda: now_s)
     metadata = NixlConnectorMetadata()
     attach_deadlines(metadata, [(r, {PULL_BEFORE: before_s}) for r, before_s in deadlines.items()])
@@ -105,7 +107,7 @@ def test_a_read_that_is_complete_too_late(monkeypatch: pytest.MonkeyPatch) -> No
 def test_nothing_is_kept_of_pulls_that_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither of those that succeeded nor of those that failed."""
     side = _worker(10.0, {"late": 9.0, "in time": 11.0, "under way": 12.0})
-    results = SimpleNamespace(finished_sending=set(), finished_recving={"late", "in time"}, failed_recving={"late"})
+    results = KVConnectorTransferResults(finished_recving={"late", "in time"}, failed_recving={"late"})
     monkeypatch.setattr(NixlPullConnectorWorker, "get_transfer_results", lambda _: results)
     side.get_transfer_results()
     assert len(side.deadlines) == 1

@@ -40,6 +40,8 @@ MOVE = StartMigration("test", "m", "r0", SOURCE, TARGET, MigrationReason.OPERATO
 PROMPT_TOKENS = 100
 CONTROL_S = 0.001
 """Time for one simulated command to travel one way."""
+FULL_TOKENS = 96
+"""In the full blocks of the request."""
 TURNS = 30
 """Event loop turns within which everything queued is handled."""
 
@@ -132,6 +134,7 @@ class ScriptedInstance(SimInstance):
 
     refusal: Refusal | None = None
     asked_tokens: int | None = None
+    full_tokens = FULL_TOKENS
 
     def reserve(self, migration_id: MigrationId, length_tokens: int, now_s: float) -> Refusal | None:  # noqa: ARG002 - SimInstance
         """See SimInstance."""
@@ -141,6 +144,10 @@ class ScriptedInstance(SimInstance):
     def request_cut(self, request: SimRequest, now_s: float) -> Refusal | None:  # noqa: ARG002 - SimInstance
         """See SimInstance."""
         return self.refusal
+
+    def full_block_tokens(self, request: SimRequest) -> int:  # noqa: ARG002 - SimInstance
+        """See SimInstance."""
+        return self.full_tokens
 
     def expect(self, request: SimRequest, migration_id: MigrationId, now_s: float) -> int:  # noqa: ARG002 - SimInstance
         """See SimInstance."""
@@ -198,7 +205,13 @@ class Simulator:
     async def bring(self, happening: Happening) -> None:  # noqa: C901, PLR0912 - one arm per happening
         """See Shell; the migrator is told directly of events that no simulated instance reports."""
         match happening:
-            case Happening.ROOM_GRANTED:
+            case Happening.ROOM_GRANTED | Happening.ROOM_TO_COPY:
+                self._run_to(self.now_s + 2 * CONTROL_S)
+            case Happening.COPIED:
+                while self.migration.state is State.COPYING:
+                    self._cluster.step()
+            case Happening.NOT_COPIED:
+                self._instance(SOURCE).full_tokens = 0
                 self._run_to(self.now_s + 2 * CONTROL_S)
             case Happening.ROOM_REFUSED:
                 self._instance(TARGET).refusal = Refusal.NO_BLOCKS
@@ -322,8 +335,14 @@ class Live:
     async def bring(self, happening: Happening) -> None:  # noqa: C901, PLR0912 - one arm per happening
         """See Shell; silence is reported to the migrator directly, as waiting for a suspicion would take too long."""
         match happening:
-            case Happening.ROOM_GRANTED:
+            case Happening.ROOM_GRANTED | Happening.ROOM_TO_COPY:
                 self._engines[TARGET].answer("reserve", None)
+            case Happening.COPIED:
+                self._engines[SOURCE].answer("pin_full_blocks", SimulatedTicket("scripted", "r0", FULL_TOKENS))
+                await self._settle()
+                self._engines[TARGET].answer("precopy", result=True)
+            case Happening.NOT_COPIED:
+                self._engines[SOURCE].answer("pin_full_blocks", None)
             case Happening.ROOM_REFUSED:
                 self._engines[TARGET].answer("reserve", Refusal.NO_BLOCKS)
             case Happening.CUT_DONE | Happening.CUT_LATE:

@@ -436,6 +436,7 @@ class Cluster:
             assert isinstance(engine, SimulatedEngine)
             core = engine.core
             held = {"running": core.running, "waiting": core.waiting, "pins": core.pins, "room": core.reservations}
+            held |= {"full blocks": core.precopies.pinned, "copies": core.precopies.n_copies}
             assert not any(held.values()), f"{core.core_id} still holds {held}"
             assert core.free_blocks() == core.capacity.kv_blocks
         for generation in self.engines.values():

@@ -29,7 +29,7 @@ IDLE = InstanceReport((), (), (), (), 0)
 
 
 class ScriptedEngine:
-    """See `Engine`; cut, undo_cut and reserve wait until the test answers."""
+    """See `Engine`; what has an answer waits until the test gives it."""
 
     pid = None
     node = ""
@@ -110,6 +110,18 @@ class ScriptedEngine:
 
     async def release_pin(self, engine_request_id: str) -> None:
         """See Engine."""
+
+    async def pin_full_blocks(self, engine_request_id: str) -> KvTicket | None:  # noqa: ARG002 - the protocol's
+        """See Engine."""
+        ticket: KvTicket | None = await self._answer_to("pin_full_blocks")
+        return ticket
+
+    async def release_full_blocks(self, engine_request_id: str) -> None:
+        """See Engine."""
+
+    async def precopy(self, reservation_id: str, ticket: KvTicket, pull_before_s: float) -> bool:  # noqa: ARG002 - the protocol's
+        """See Engine."""
+        return bool(await self._answer_to("precopy"))
 
     async def renew_pin(self, engine_request_id: str) -> bool:  # noqa: ARG002 - the protocol's
         """See Engine."""

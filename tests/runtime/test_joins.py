@@ -270,3 +270,23 @@ async def test_a_pull_that_was_only_slow_stops_nothing() -> None:
         await cluster.until(lambda: len(policy.ended_migrations()) == 2)
         assert policy.ended_migrations()[1].outcome is MigrationOutcome.MOVED
         cluster.abort(client)
+
+
+@virtual_time
+async def test_a_copy_ahead_that_hangs_stops_other_moves() -> None:
+    """The request that finds out decodes meanwhile: nobody pauses at all."""
+    policy = ScriptedPolicy({"r": "a"})
+    async with Cluster(policy, migration=replace(MIGRATION, precopy=True)) as cluster:
+        cluster["b"].set_apart(cluster["a"])
+        client = await cluster.submit("r", 200, 4000)
+        await client.until_tokens(5)
+        cluster.move("r", "b")
+        await cluster.until(lambda: len(policy.ended_migrations()) == 1)
+        assert policy.ended_migrations()[0].detail == "timed_out"
+        assert broken(cluster) == [["a", "b"]]
+        cluster["b"].set_apart(cluster["a"], apart=False)
+        await cluster.until(lambda: not broken(cluster), "they reach each other")
+        cluster.move("r", "b")
+        await cluster.until(lambda: len(policy.ended_migrations()) == 2)
+        assert policy.ended_migrations()[1].outcome is MigrationOutcome.MOVED
+        cluster.abort(client)

@@ -66,7 +66,7 @@ async def test_gauges() -> None:
         n_held = read("cascadeinfer_instance_held_blocks", {**labels, "reason": "reservations"})
         assert n_held == CAPACITY.blocks_for(64) + 1
         [shown] = [entry for entry in cluster.runtime.snapshot()["instances"] if entry["id"] == "c"]
-        assert shown["held_blocks"] == {"reservations": n_held, "pins": 0}
+        assert shown["held_blocks"] == {"reservations": n_held, "pins": 0, "precopies": 0}
         await cluster["c"].release_reservation("somebody")
 
 

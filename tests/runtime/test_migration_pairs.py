@@ -8,7 +8,7 @@ instance (`Cluster`).
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from runtime_cluster import Client, Cluster, ScriptedPolicy
@@ -60,6 +60,13 @@ class Scene:
         await self.in_state(State.PARKED)
         await asyncio.sleep(0.02)
 
+    async def copying(self) -> None:
+        """The target reads, but its answer is held back."""
+        self.cluster["b"].hold_answers("precopy")
+        self.cluster.move("r", "b")
+        await self.in_state(State.COPYING)
+        await asyncio.sleep(0.02)
+
     async def cutting(self) -> None:
         """The source is paused."""
         self.cluster["a"].pause()
@@ -108,7 +115,7 @@ class Scene:
         """Let everything go on."""
         for name in "abc":
             engine = self.cluster[name]
-            for command in ("reserve", "cut", "undo_cut"):
+            for command in ("reserve", "precopy", "cut", "undo_cut"):
                 engine.release_answers(command)
             engine.release_outputs()
             engine.unpause()
@@ -128,6 +135,12 @@ async def room_refused(scene: Scene, _: State) -> None:
     """The target refuses."""
     scene.cluster["b"].refuse_room(Refusal.NO_BLOCKS)
     scene.cluster.move("r", "b")
+
+
+async def not_copied(scene: Scene, _: State) -> None:
+    """The source has given the blocks to others."""
+    scene.cluster["a"].lose_pins()
+    scene.thaw()
 
 
 async def cut_done(scene: Scene, state: State) -> None:
@@ -196,7 +209,7 @@ async def first_token(scene: Scene, state: State) -> None:
 
 async def request_ended(scene: Scene, state: State) -> None:
     """The request ends by itself: at its length limit if it decodes, by an engine error if it waits for KV cache."""
-    if state in {State.ASKING, State.WITHDRAWING}:
+    if state in {State.ASKING, State.COPYING, State.WITHDRAWING}:
         scene.cluster["a"].unpause()
         await scene.client.until_end()
     else:
@@ -226,6 +239,7 @@ async def timed_out(scene: Scene, state: State) -> None:
     limits = {
         State.ASKING: LIMITS.ask_s,
         State.PARKED: LIMITS.ask_s,
+        State.COPYING: LIMITS.resume_s,
         State.CUTTING: LIMITS.cut_s,
         State.RESUMING: LIMITS.resume_s,
     }
@@ -242,7 +256,10 @@ async def place_silent(scene: Scene, state: State) -> None:
 
 HAPPEN: dict[Happening, Callable[[Scene, State], Awaitable[None]]] = {
     Happening.ROOM_GRANTED: room_granted,
+    Happening.ROOM_TO_COPY: room_granted,
     Happening.ROOM_REFUSED: room_refused,
+    Happening.COPIED: go_on,
+    Happening.NOT_COPIED: not_copied,
     Happening.CUT_DONE: cut_done,
     Happening.CUT_EMPTY: cut_empty,
     Happening.CUT_LATE: cut_late,
@@ -261,6 +278,11 @@ FROM_THE_START = {room_refused, pin_lost, cut_done, cut_empty, cut_late, cut_ref
 """These bring the request into the state themselves."""
 
 
+def limits_for(state: State, happening: Happening | None = None) -> MigrationLimits:
+    """Full blocks are copied ahead if that is the way to this state, or what happens there."""
+    return replace(LIMITS, precopy=state is State.COPYING or happening is Happening.ROOM_TO_COPY)
+
+
 async def submit(cluster: Cluster, state: State) -> Client:
     """Send request `r`, which is parked if its migration is to be in a state that only parked ones reach."""
     assert isinstance(cluster.policy, ScriptedPolicy)
@@ -274,7 +296,7 @@ async def submit(cluster: Cluster, state: State) -> Client:
 async def test_pair(state: State, happening: Happening) -> None:
     """After this event in this state every token comes exactly once, and nothing is left anywhere."""
     policy = ScriptedPolicy({"r": "a", "s": "b"})
-    async with Cluster(policy, migration=LIMITS) as cluster:
+    async with Cluster(policy, migration=limits_for(state, happening)) as cluster:
         client = await submit(cluster, state)
         beside = await cluster.submit("s", 30, 4 * N_OUTPUT)
         scene = Scene(cluster, await client.until_tokens(1 if state is State.PARKED else 5))
@@ -303,7 +325,7 @@ async def test_pair(state: State, happening: Happening) -> None:
 async def test_bystander_dies(state: State) -> None:
     """The death of an instance that takes no part in a migration does not affect it."""
     policy = ScriptedPolicy({"r": "a", "s": "c"})
-    async with Cluster(policy, migration=LIMITS) as cluster:
+    async with Cluster(policy, migration=limits_for(state)) as cluster:
         client = await submit(cluster, state)
         beside = await cluster.submit("s", 30, N_OUTPUT)
         scene = Scene(cluster, await client.until_tokens(1 if state is State.PARKED else 5))
@@ -332,7 +354,7 @@ async def test_both_die(state: State, order: str) -> None:
     for name in order:
         expected = TRANSITIONS.get((expected, DEATHS[name]), (expected, ()))[0]
     policy = ScriptedPolicy({"r": "a"})
-    async with Cluster(policy, migration=LIMITS) as cluster:
+    async with Cluster(policy, migration=limits_for(state)) as cluster:
         client = await submit(cluster, state)
         scene = Scene(cluster, await client.until_tokens(1 if state is State.PARKED else 5))
         await scene.reach(state)

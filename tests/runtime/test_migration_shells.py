@@ -64,7 +64,12 @@ async def follow(path: Path, shell: Shell) -> Ending:
     for state, happening in path:
         assert shell.migration.state is state, shell.migration.story
         if happening is Happening.TIMED_OUT:
-            limit_s = {State.ASKING: limits.ask_s, State.CUTTING: limits.cut_s, State.RESUMING: limits.resume_s}[state]
+            limit_s = {
+                State.ASKING: limits.ask_s,
+                State.COPYING: limits.resume_s,
+                State.CUTTING: limits.cut_s,
+                State.RESUMING: limits.resume_s,
+            }[state]
             ends_s = began_s[State.CUTTING if state is State.RESUMING else state] + limit_s
             await shell.wait(ends_s - TICK_S)
             assert shell.migration.state is state, "the time is not up"
@@ -80,7 +85,8 @@ async def follow(path: Path, shell: Shell) -> Ending:
 
 def shell_limits(path: Path) -> MigrationLimits:
     """Limits under which the path is possible."""
-    return LEASE_FIRST if (State.CUTTING, Happening.CUT_LATE) in path else CUT_FIRST
+    limits = LEASE_FIRST if (State.CUTTING, Happening.CUT_LATE) in path else CUT_FIRST
+    return replace(limits, precopy=(State.ASKING, Happening.ROOM_TO_COPY) in path)
 
 
 def name_of(path: Path) -> str:

@@ -177,7 +177,7 @@ async def test_random_life(name: str, seed: int) -> None:
             capacity=SMALL,
             times=replace(TIMES, start_s=0.3),
             supervision=replace(SUPERVISION, report_s=0.05, hang_s=1.0, backoff_first_s=0.1, backoff_max_s=1.0),
-            migration=LIMITS,
+            migration=replace(LIMITS, precopy=seed % 2 == 0),
             poison_deaths=MANY_DEATHS,
             start_error=lambda name, n: "bad luck" if (n > 0 or name.isdecimal()) and rng.random() < 0.2 else None,
         ) as cluster:

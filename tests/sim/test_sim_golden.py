@@ -4,12 +4,15 @@ Runs calculated by hand.
 A step takes 10 ms, 1 ms per decoding request and 0.1 ms per prompt token (`ROUND_MODEL`).
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sim_builders import ROUND_MODEL, MoveOnce, config, policy_named
 
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.events import InstanceReported
+from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.types import InstanceCapacity
 from cascadeinfer.sim.run import SimResult, simulate
 from cascadeinfer.sim.settings import NetworkConfig
@@ -97,6 +100,34 @@ def test_a_migration_to_the_millisecond() -> None:
     assert result.requests.migrations[0] == 1
     assert result.requests.recomputed_tokens[0] == 0
     assert len(policy.ended) == 1
+
+
+def test_a_migration_that_is_copied_ahead_to_the_millisecond() -> None:
+    """
+    The same move, whose full blocks go before the cut: the pause of 125 ms becomes one of 39 ms.
+
+    Granted at 102, the source is asked at 103: it has 108 tokens, and six blocks of 16 are full. The target is told,
+    begins at 103 + 2 + 5 = 110 to read 96 MB, is done at 206 and says so at 207. The cut is heard at 208 and takes
+    effect at 218 with 19 tokens out. Of 118 tokens, 22 are left: they are pulled from 218 + 1 + 5 to 246. i1's step
+    ends at 257.
+    """
+    policy = MoveOnce(0.1)
+    settings = config(
+        step_model=ROUND_MODEL,
+        kv_bytes_per_token=1e6,
+        network=replace(NETWORK, nodes={"i0": "x", "i1": "x"}),
+        migration=MigrationLimits(precopy=True),
+    )
+    result = simulate(Trace.from_columns([100], [100], [0.0]), policy, settings, check=True)
+    moves = result.migrations
+    assert (moves.outcome, moves.detail) == (("moved",), ("",))
+    assert moves.cut_s[0] == pytest.approx(0.218)
+    assert moves.pause_s[0] == pytest.approx(0.006 + 0.022 + 0.011)
+    assert (moves.tokens[0], moves.pulled_tokens[0]) == (119, 118)
+    assert result.requests.finish_s[0] == pytest.approx(0.257 + 80 * 0.011)
+    (ended,) = policy.ended
+    assert (ended.copied_tokens, ended.pulled_tokens) == (96, 118)
+    assert ended.pull_s == pytest.approx(0.207 - 0.102)
 
 
 def test_what_the_target_has_cached_is_not_pulled() -> None:

@@ -77,7 +77,7 @@ def test_a_crash_at_each_step_loses_nothing(moment: str, detect_s: float, victim
     ],
 )
 def test_a_crash_ends_a_migration_as_the_table_says(moment: str, victim: str, outcome: str, recomputed: bool) -> None:
-    """A death noticed at once has the outcome of `core/migration.py`; only losing the target before the cut is free."""
+    """A death noticed at once has the outcome of `core/migration/`; only losing the target before the cut is free."""
     result, policy = moving(FaultPlan(crashes=(Crash(MOMENTS[moment], victim, 1.0),)))
     assert [event.outcome.value for event in policy.ended] == [outcome]
     assert (result.requests.recomputed_tokens[0] > 0) == recomputed

@@ -16,15 +16,25 @@ from cascadeinfer.workload.trace import Trace
 seeds = st.integers(0, 2**32 - 1)
 
 
+def copying_ahead(config: SimConfig, precopy: bool) -> SimConfig:
+    """Full blocks are copied before the cut, or not; a link so slow that it pays."""
+    network = replace(config.network, link_bytes_per_s=config.kv_bytes_per_token * 500.0)
+    return replace(config, migration=replace(config.migration, precopy=precopy), network=network) if precopy else config
+
+
 @settings(max_examples=60)
 @given(
-    seed=seeds, name=st.sampled_from(POLICY_NAMES), caching=st.booleans(), rate_rps=st.sampled_from([5.0, 40.0, 400.0])
+    seed=seeds,
+    name=st.sampled_from(POLICY_NAMES),
+    caching=st.booleans(),
+    precopy=st.booleans(),
+    rate_rps=st.sampled_from([5.0, 40.0, 400.0]),
 )
-def test_invariants_hold_under_faults(seed: int, name: str, caching: bool, rate_rps: float) -> None:
+def test_invariants_hold_under_faults(seed: int, name: str, caching: bool, precopy: bool, rate_rps: float) -> None:
     """One place per request, tokens once and in order, and blocks conserved, after every event of a faulty run."""
     rng = np.random.default_rng(seed)
     trace = random_trace(rng, 40, rate_rps)
-    config = tight(prefix_caching=caching, faults=faulty(seed, trace, 3), seed=seed)
+    config = copying_ahead(tight(prefix_caching=caching, faults=faulty(seed, trace, 3), seed=seed), precopy)
     result = simulate(trace, policy_named(name, 3, seed), config, check=True)
     requests = result.requests
     assert (requests.finished | requests.aborted).all()
@@ -37,12 +47,15 @@ def test_invariants_hold_under_faults(seed: int, name: str, caching: bool, rate_
     name=st.sampled_from(POLICY_NAMES),
     caching=st.booleans(),
     faults=st.booleans(),
+    precopy=st.booleans(),
     rate_rps=st.sampled_from([5.0, 40.0, 400.0]),
 )
-def test_fast_path_equals_step_by_step(seed: int, name: str, caching: bool, faults: bool, rate_rps: float) -> None:
+def test_fast_path_equals_step_by_step(
+    seed: int, name: str, caching: bool, faults: bool, precopy: bool, rate_rps: float
+) -> None:
     """With and without fast-forward, every recorded time and count is the same to the last bit."""
     trace = random_trace(np.random.default_rng(seed), 40, rate_rps)
-    config = tight(prefix_caching=caching, seed=seed)
+    config = copying_ahead(tight(prefix_caching=caching, seed=seed), precopy)
     if faults:
         config = replace(config, faults=faulty(seed, trace, 3))
     fast = simulate(trace, policy_named(name, 3, seed), config)

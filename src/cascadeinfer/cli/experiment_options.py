@@ -66,6 +66,10 @@ PrefixCaching = Annotated[
 PrefixHashes = Annotated[
     Path | None, typer.Option(help="JSONL file with `row_id` and `hash_ids` for a CSV trace; implies --prefix-caching.")
 ]
+Precopy = Annotated[
+    bool,
+    typer.Option("--precopy", help="Full blocks of requests that move go ahead while they decode, as on a server."),
+]
 Overload = Annotated[
     bool, typer.Option("--overload", help="Run a rate above capacity, with the plan for what can be served.")
 ]

@@ -47,6 +47,7 @@ def simulate(
     arrivals: options.Arrivals = "poisson",
     prefix_caching: options.PrefixCaching = False,
     prefix_hashes: options.PrefixHashes = None,
+    precopy: options.Precopy = False,
     max_num_batched_tokens: options.TokenBudgets = None,
     overload: options.Overload = False,
     jobs: options.Jobs = 1,
@@ -67,8 +68,12 @@ def simulate(
     count = options.requests_of(requests, duration_s, rate, default=DEFAULT_REQUESTS)
     options.at_least_one(seeds=seeds)
     check_jobs(jobs)
-    drawn = None if plot is None else Path(plot)
-    files = {"--plot": drawn, "--event-log": event_log, "--json": json_file, "--parquet": parquet}
+    files = {
+        "--plot": None if plot is None else Path(plot),
+        "--event-log": event_log,
+        "--json": json_file,
+        "--parquet": parquet,
+    }
     options.check_outputs(files, matplotlib=plot is not None, pyarrow=parquet is not None)
     goal = options.objective_of(objective, slo := options.slo_of(ttft_slo, tpot_slo))
     budgets = options.token_budgets_of(max_num_batched_tokens)
@@ -77,7 +82,7 @@ def simulate(
     if not overload:
         check_served(setting, [rate], budgets)
     law = options.arrivals_of(arrivals)
-    first = RunSpec(names[0], rate, 0, count, slo, warm_up, 0.0, overload, law, prefixes)
+    first = RunSpec(names[0], rate, 0, count, slo, warm_up, 0.0, overload, law, prefixes, precopy=precopy)
     specs = _specs(first, names, budgets, seeds)
     tasks = [_Task(setting, s, plot is not None and s.seed == 0, _log_of(event_log, s, len(specs))) for s in specs]
     outcomes = _run_all(tasks, jobs)
@@ -194,6 +199,7 @@ def _content(
         "warm_up": spec.warm_up,
         "arrivals": asdict(spec.arrivals),
         "prefix_caching": spec.prefix_caching,
+        "precopy": spec.precopy,
         "max_num_batched_tokens": [b or setting.profile.capacity.max_batched_tokens for b in budgets],
         "context_tokens": setting.context_tokens,
         "prompts_cut": setting.capped.prompts_cut,

@@ -107,7 +107,8 @@ def _circumstances(
     profile = (
         None if options.profile is None else load_fit_profile(options.profile, accept_poor=options.accept_poor_profile)
     )
-    hand_over = HandOverCost() if profile is None else HandOverCost(pause_per_token_s=profile.transfer_s(1))
+    pause_per_token_s = 0.0 if profile is None else profile.transfer_s(1)
+    hand_over = HandOverCost(pause_per_token_s=pause_per_token_s, copied_ahead=True)
     return Circumstances(
         layout=layout,
         roles=roles,

@@ -66,7 +66,7 @@ class Reject:
 @dataclass(frozen=True, slots=True)
 class StartMigration:
     """
-    Move a running or parked request with its KV cache. The shell follows the table in `core/migration.py`; the outcome
+    Move a running or parked request with its KV cache. The shell follows the table in `core/migration/`; the outcome
     may be STAYED.
 
     Attributes:

@@ -219,11 +219,12 @@ class MigrationEnded:
 
     Attributes:
         outcome: Says where the request is now: the target for MOVED and RECOMPUTED, else the source or nowhere.
-        detail: A short reason such as `room_refused:no_blocks` (rule: `core/migration.py`). A metric label, so from a
+        detail: A short reason such as `room_refused:no_blocks` (rule: `core/migration/`). A metric label, so from a
             small set.
-        pulled_tokens: Tokens whose KV cache was pulled, where that is known.
-        pull_s: Seconds from the cut to the first token at the target, where that is known.
-
+        pulled_tokens: Tokens whose KV cache was pulled, before the cut or after it, where that is known.
+        pull_s: Seconds that the copy before the cut took, if there was one; else from the cut to the first token at the
+            target, where that is known.
+        copied_tokens: Tokens whose KV cache was copied before the cut.
     """
 
     cause: str
@@ -235,6 +236,7 @@ class MigrationEnded:
     detail: str = ""
     pulled_tokens: int = 0
     pull_s: float = 0.0
+    copied_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

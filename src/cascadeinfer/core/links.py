@@ -2,7 +2,8 @@
 How fast KV cache goes between nodes, from the moves that have ended.
 
     seconds per token (source's node, target's node) = median over the last moves between them
-    extra seconds of a move = tokens * (seconds per token between these nodes - the least between any two)
+    extra seconds of a move = tokens * waited * (seconds per token between these nodes - the least between any two)
+    waited = share of its tokens for which a request waits, because they are not copied ahead; median, too
 
 The rates are those of pairs of nodes, not of instances: all instances of a node share its links, so a few moves are
 enough to know them, however many instances there are. Moves within a node are a pair, too. Only links that are slower
@@ -43,6 +44,7 @@ class Links:
         """Nothing is known."""
         self._nodes: dict[InstanceId, NodeId] = {}
         self._pulls: dict[tuple[NodeId, NodeId], deque[float]] = {}
+        self._waited: dict[tuple[NodeId, NodeId], deque[float]] = {}
         self._s_per_token: dict[tuple[NodeId, NodeId], float] = {}
         self._least = 0.0
 
@@ -59,7 +61,7 @@ class Links:
         if node is None or node in self._nodes.values():
             return
         for key in [key for key in self._pulls if node in key]:
-            del self._pulls[key]
+            del self._pulls[key], self._waited[key]
             self._s_per_token.pop(key, None)
         self._least = min(self._s_per_token.values(), default=0.0)
 
@@ -67,22 +69,44 @@ class Links:
         """Whether it is known where an instance is."""
         return instance_id in self._nodes
 
-    def pulled(self, source_id: InstanceId, target_id: InstanceId, tokens: int, pull_s: float) -> None:
-        """Record a pull of so many tokens; ignored if it is small or where a node is not known."""
+    def pulled(
+        self, source_id: InstanceId, target_id: InstanceId, pulled_tokens: int, pull_s: float, copied_tokens: int = 0
+    ) -> None:
+        """
+        Record a move; ignored if its pull is small or where a node is not known.
+
+        Args:
+            source_id: From where.
+            target_id: To where.
+            pulled_tokens: Tokens that were pulled.
+            pull_s: Seconds that it took; if some were copied before the cut, that these took.
+            copied_tokens: How many were copied before the cut.
+        """
+        tokens = copied_tokens or pulled_tokens
         if tokens < LEAST_TOKENS or pull_s <= 0.0 or (key := self._key(source_id, target_id)) is None:
             return
         pulls = self._pulls.setdefault(key, deque(maxlen=PULLS_KEPT))
         pulls.append(pull_s / tokens)
+        waited = self._waited.setdefault(key, deque(maxlen=PULLS_KEPT))
+        waited.append(max(0, pulled_tokens - copied_tokens) / pulled_tokens)
         if len(pulls) >= PULLS_NEEDED:
             self._s_per_token[key] = median(pulls)
             self._least = min(self._s_per_token.values())
 
+    def pull_s(self, source_id: InstanceId, target_id: InstanceId, tokens: int) -> float | None:
+        """How long a pull of so many tokens takes, as far as moves between their nodes have shown; None if none has."""
+        key = self._key(source_id, target_id)
+        s_per_token = None if key is None else self._s_per_token.get(key)
+        return None if s_per_token is None else tokens * s_per_token
+
     def extra_s(self, source_id: InstanceId, target_id: InstanceId, tokens: int) -> float:
-        """How much longer a pull of so many tokens takes than over the best link; 0.0 unless the link is far."""
+        """How much longer a request of so many tokens waits than over the best link; 0.0 unless the link is far."""
         if len(self._s_per_token) < 2 or (key := self._key(source_id, target_id)) is None:
             return 0.0
         s_per_token = self._s_per_token.get(key, 0.0)
-        return tokens * (s_per_token - self._least) if s_per_token >= FAR_FROM * self._least else 0.0
+        if key not in self._s_per_token or s_per_token < FAR_FROM * self._least:
+            return 0.0
+        return tokens * median(self._waited[key]) * (s_per_token - self._least)
 
     def known(self) -> list[Link]:
         """All links that are known, by their nodes' names."""

@@ -4,7 +4,7 @@ Parking: a request that is to compute its prompt on one instance and decode on a
 `Dispatch(park=True)` arms a cut when the request is submitted. The instance computes the prompt and the first token
 (PREFILLING), and stops there: the request is PARKED with its KV cache pinned under a lease, holding no batch slot, and
 `FirstToken` tells the policy. The policy answers with `StartMigration` to an instance with room, at once or later. That
-migration has its cut behind it, so it begins in its state PARKED (`core/migration.py`): room, pull, first token. If the
+migration has its cut behind it, so it begins in its state PARKED (`core/migration/`): room, pull, first token. If the
 target refuses, the request stays parked, the shell renews the lease, and the policy tries another target.
 
 A request that ends with its first token pins nothing. One that is preempted before it stays armed. One that finds no

@@ -382,7 +382,7 @@ class ClusterView:
             source.outbound.pop(event.migration_id, None)
         if (target := self.instances.get(event.target_id)) is not None:
             target.expect_no_more(event.migration_id)
-        self.links.pulled(event.source_id, event.target_id, event.pulled_tokens, event.pull_s)
+        self.links.pulled(event.source_id, event.target_id, event.pulled_tokens, event.pull_s, event.copied_tokens)
         request = self.requests.get(event.request_id)
         if request is None or request.migration_id != event.migration_id:
             return

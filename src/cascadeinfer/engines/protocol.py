@@ -73,7 +73,8 @@ class EngineCounters:
 
     Attributes:
         pulls: Requests whose KV cache was pulled from another instance.
-        pulled_tokens: Tokens in them.
+        pulled_tokens: Tokens in them, without those that had been copied before their cut.
+        precopied_tokens: Tokens whose KV cache had been copied here before the cut of their request, and was used.
         reserved: Reservations held now.
         pinned: Cut requests whose blocks are pinned now.
         failed_pulls: Failed pulls, whose tokens the engine recomputed.
@@ -88,6 +89,7 @@ class EngineCounters:
     scheduled_tokens: int = 0
     pulls: int = 0
     pulled_tokens: int = 0
+    precopied_tokens: int = 0
     reserved: int = 0
     pinned: int = 0
     failed_pulls: int = 0
@@ -237,6 +239,36 @@ class Engine(Protocol):
 
     async def renew_pin(self, engine_request_id: str) -> bool:
         """Begin the lease on a cut request's blocks anew; False if they are not pinned any more."""
+        ...
+
+    async def pin_full_blocks(self, engine_request_id: str) -> KvTicket | None:
+        """
+        Pin the KV blocks of a running request that are full, under a lease, whatever becomes of the request.
+
+        Returns:
+            What `precopy` at a peer takes, for as many tokens as these blocks hold; None if there are none.
+        """
+        ...
+
+    async def release_full_blocks(self, engine_request_id: str) -> None:
+        """Nobody reads what `pin_full_blocks` has pinned for this request."""
+        ...
+
+    async def precopy(self, reservation_id: str, ticket: KvTicket, pull_before_s: float) -> bool:
+        """
+        Pull the full blocks of a request that decodes at a peer into room reserved for it, and wait for them.
+
+        They are used when the request comes with this reservation and the ticket of its cut, if that names the same
+        blocks; only the rest is pulled then. Releasing the reservation at any time is safe.
+
+        Args:
+            reservation_id: The room.
+            ticket: What the peer's `pin_full_blocks` gave.
+            pull_before_s: Deadline, on the caller's clock (`time.monotonic`); what comes later is not used.
+
+        Returns:
+            Whether they are here. False: all is pulled when the request comes.
+        """
         ...
 
     async def set_step_budget(self, n_tokens: int | None) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.kind import InstanceKind
 from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.core.plan.role_plan import RolePlan
 from cascadeinfer.core.policies.info import RoleSearch
@@ -53,6 +54,7 @@ class RunSpec:
         allow_overload: If the rate is above capacity, plan for what could be served instead of raising.
         arrivals: The arrival process.
         prefix_caching: Whether prompts share blocks according to the trace's prefix hashes.
+        precopy: Whether full blocks of requests that move are copied before the cut. The plan counts whole pulls.
         max_batched_tokens: Token budget of a step, which bounds the chunks of prompts; None: the profile's, or for a
             policy with roles whatever its plan gives each stage.
         n_prefill: Instances for prompts of a policy that splits; None: as many as are predicted to be best.
@@ -72,6 +74,7 @@ class RunSpec:
     max_batched_tokens: int | None = None
     front_ends: int = 1
     n_prefill: int | None = None
+    precopy: bool = False
 
     @property
     def label(self) -> str:
@@ -209,6 +212,7 @@ def run_once(
         kv_bytes_per_token=profile.kv_bytes_per_token,
         context_tokens=setting.context_tokens,
         network=NetworkConfig(link_bytes_per_s=profile.transfer_bytes_per_s),
+        migration=MigrationLimits(precopy=spec.precopy),
         prefix_caching=spec.prefix_caching,
         seed=spec.seed,
         kinds=_kinds_of(setting, roles),

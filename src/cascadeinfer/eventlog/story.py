@@ -122,7 +122,8 @@ class Telling:
                 detail = f" ({event.detail})" if event.detail else ""
                 moved = event.outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}
                 where = f", now on {self.place(event.target_id)}" if moved else ""
-                yield f"migration {event.migration_id} is over: {OUTCOMES[event.outcome]}{detail}{where}"
+                ahead = f", {event.copied_tokens} tokens were copied ahead" if event.copied_tokens else ""
+                yield f"migration {event.migration_id} is over: {OUTCOMES[event.outcome]}{detail}{where}{ahead}"
             case _:
                 return
 

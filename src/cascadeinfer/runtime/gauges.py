@@ -46,6 +46,7 @@ class InstanceGauges:
     held_blocks: Mapping[str, int] = field(default_factory=dict)
     broken_pairs: int = 0
     pulled_tokens: int = 0
+    precopied_tokens: int = 0
     phase: str = "up"
     kind: InstanceKind | None = None
     build: int = 0
@@ -76,6 +77,11 @@ PER_INSTANCE: tuple[tuple[str, str, Callable[[InstanceGauges], float]], ...] = (
     ("kv_usage", "Share of KV blocks in use.", lambda g: g.kv_usage),
     ("kv_pulls", "Requests whose KV cache it has pulled since it started.", lambda g: g.kv_pulls),
     ("pulled_tokens", "Tokens whose KV cache it has pulled since it started.", lambda g: g.pulled_tokens),
+    (
+        "precopied_tokens",
+        "Tokens whose KV cache it had before the cut of their request, since it started.",
+        lambda g: g.precopied_tokens,
+    ),
     ("failed_pulls", "Pulls that failed since it started.", lambda g: g.failed_pulls),
     ("pinned", "Cut requests whose blocks are pinned.", lambda g: g.pinned),
     ("restarts", "Times it was restarted.", lambda g: g.restarts),

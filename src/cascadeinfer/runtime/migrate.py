@@ -1,5 +1,5 @@
 """
-Carries migrations out on two engines, following the state machine in `core/migration.py`.
+Carries migrations out on two engines, following the state machine in `core/migration/`.
 
 `Migrator` feeds each migration its events (engine answers, tokens, deaths, timers) and carries out the resulting
 actions. Every command runs in its own task; its answer is one more event, ignored if the migration is over by then.
@@ -20,7 +20,7 @@ from typing import Protocol
 from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import MigrationEnded, MigrationOutcome
-from cascadeinfer.core.migration import Action, Happening, Migration, MigrationLimits, State
+from cascadeinfer.core.migration import Action, Happening, Migration, MigrationLimits, PullEstimate, State
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceId, MigrationId
 from cascadeinfer.engines.protocol import Engine, KvTicket, Resume
@@ -36,6 +36,7 @@ class MigrationRecord:
     Attributes:
         source_request_id: The attempt's id at the source, for abort and unpin.
         ticket: The source's ticket, once cut.
+        copy_s: How long the copy before the cut took.
         resumed_s: When the target was told to pull, on the loop's clock.
         pull_s: From then to the first token at the target.
     """
@@ -45,6 +46,7 @@ class MigrationRecord:
     source_request_id: str
     started_s: float
     ticket: KvTicket | None = None
+    copy_s: float = 0.0
     pause_s: float | None = None
     resumed_s: float | None = None
     pull_s: float | None = None
@@ -55,7 +57,8 @@ class MigrationRecord:
         ended = self.migration.ended()
         if not measures or ended.outcome is not MigrationOutcome.MOVED or self.ticket is None or self.pull_s is None:
             return ended
-        return replace(ended, pulled_tokens=self.ticket.n_tokens, pull_s=self.pull_s)
+        pull_s = self.copy_s if ended.copied_tokens else self.pull_s
+        return replace(ended, pulled_tokens=self.ticket.n_tokens, pull_s=pull_s)
 
 
 class EngineDirectory(Protocol):
@@ -119,7 +122,9 @@ class Migrator:
             instance_id in {record.migration.source_id, record.migration.target_id} for record in self._records.values()
         )
 
-    def start(self, effect: StartMigration, stream: Stream, parked: KvTicket | None = None) -> None:
+    def start(
+        self, effect: StartMigration, stream: Stream, parked: KvTicket | None = None, pull_s: float | None = None
+    ) -> None:
         """
         Begin.
 
@@ -127,12 +132,14 @@ class Migrator:
             effect: The policy's order.
             stream: It must be on the effect's source and not be in a migration.
             parked: Where its KV cache is pinned, if it is parked there.
+            pull_s: How long pulling its whole KV cache takes, as far as that is known.
         """
         assert stream.migration is None
         assert stream.instance_id == effect.source_id
         assert stream.engine_request_id is not None
         if parked is None:
-            migration = Migration(effect, stream.n_tokens, self._limits)
+            estimate = PullEstimate(pull_s, stream.token_s)
+            migration = Migration(effect, stream.n_tokens, self._limits, estimate=estimate)
         else:
             migration = Migration.of_parked(effect, stream.n_tokens, self._limits, self._clock())
         now_s = asyncio.get_running_loop().time()
@@ -149,7 +156,7 @@ class Migrator:
             return
         migration = record.migration
         before = migration.state
-        if happening is Happening.TIMED_OUT and before is State.RESUMING:
+        if happening is Happening.TIMED_OUT and before in {State.COPYING, State.RESUMING}:
             self._engines.doubt(migration.target_id, migration.source_id, "a pull did not come to an end in time")
         for action in migration.handle(happening, self._clock(), refusal):
             self._act(record, action)
@@ -269,6 +276,9 @@ class Migrator:
     async def _command(self, record: MigrationRecord, action: Action) -> None:
         """Send one command to one engine. A dying engine answers nothing; its loss arrives as a separate event."""
         migration = record.migration
+        if action is Action.COPY:
+            await self._copy(record)
+            return
         to_target = action in {Action.ASK_ROOM, Action.RELEASE_ROOM}
         engine = self._engines.engine(migration.target_id if to_target else migration.source_id)
         if engine is None:
@@ -303,7 +313,7 @@ class Migrator:
                 granted = refused is None
                 if granted and migration_id not in self._records:
                     await engine.release_reservation(migration_id)  # it ended while we asked
-                self.happen(migration_id, Happening.ROOM_GRANTED if granted else Happening.ROOM_REFUSED, refused)
+                self.happen(migration_id, migration.room_heard() if granted else Happening.ROOM_REFUSED, refused)
             case Action.CUT:
                 outgrew = migration.has_outgrown_room(record.stream.n_tokens)
                 refused = Refusal.OUTGREW_ROOM if outgrew else await engine.cut(record.source_request_id)
@@ -312,9 +322,37 @@ class Migrator:
             case Action.UNDO_CUT:
                 if await engine.undo_cut(record.source_request_id):
                     self.happen(migration_id, Happening.CUT_UNDONE)
+            case _:
+                await self._release(engine, record, action)
+
+    @staticmethod
+    async def _release(engine: Engine, record: MigrationRecord, action: Action) -> None:
+        match action:
             case Action.RELEASE_ROOM:
-                await engine.release_reservation(migration_id)
+                await engine.release_reservation(record.migration.migration_id)
             case Action.RELEASE_PIN:
                 await engine.release_pin(record.source_request_id)
+            case Action.RELEASE_COPY:
+                await engine.release_full_blocks(record.source_request_id)
             case _:
                 raise AssertionError(action)
+
+    async def _copy(self, record: MigrationRecord) -> None:
+        """Copy the full blocks. The end of the migration does not wait for it: both ends take back what they hold."""
+        migration = record.migration
+        source, target = (self._engines.engine(i) for i in (migration.source_id, migration.target_id))
+        if source is None or target is None:
+            return  # its loss arrives as a separate event
+        began_s = asyncio.get_running_loop().time()
+        with contextlib.suppress(EngineError):
+            ticket = await source.pin_full_blocks(record.source_request_id)
+            if migration.state is not State.COPYING:
+                await source.release_full_blocks(record.source_request_id)  # it ended while we asked
+                return
+            copied = ticket is not None and await target.precopy(
+                migration.migration_id, ticket, migration.copy_deadline_s
+            )
+            if copied and ticket is not None and migration.state is State.COPYING:
+                migration.copied_tokens = ticket.n_tokens
+                record.copy_s = asyncio.get_running_loop().time() - began_s
+            self.happen(migration.migration_id, Happening.COPIED if copied else Happening.NOT_COPIED)

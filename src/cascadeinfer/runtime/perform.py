@@ -178,12 +178,13 @@ class Performer:
             self._tell_end(effect, not_begun(effect, NotBegun.SUSPECTED, is_live=True), stream)
         else:
             self._fleet.wake(effect.target_id)  # it owes an answer, and will hold room
-            self.migrator.start(effect, stream, self.parkings.move_began(stream))
+            pull_s = self._fleet.links.pull_s(effect.source_id, effect.target_id, stream.n_tokens)
+            self.migrator.start(effect, stream, self.parkings.move_began(stream), pull_s)
 
     def _migration_ended(self, record: MigrationRecord) -> None:
         links = self._fleet.links
         ended = record.ended(measures=links.knows(record.migration.target_id))
-        links.pulled(ended.source_id, ended.target_id, ended.pulled_tokens, ended.pull_s)
+        links.pulled(ended.source_id, ended.target_id, ended.pulled_tokens, ended.pull_s, ended.copied_tokens)
         self.parkings.move_ended(record.stream)
         if record.pause_s is not None and ended.outcome in {MigrationOutcome.MOVED, MigrationOutcome.RECOMPUTED}:
             self._metrics.pause.labels(ended.outcome.value).observe(record.pause_s)

@@ -140,6 +140,13 @@ class Stream:
         """Sequence length: prompt and output so far."""
         return len(self.request.prompt_token_ids) + len(self.output_token_ids)
 
+    @property
+    def token_s(self) -> float:
+        """Mean time between its tokens so far, in seconds; 0.0 before the second."""
+        if self.first_token_s is None or self.last_token_s is None or len(self.output_token_ids) < 2:
+            return 0.0
+        return (self.last_token_s - self.first_token_s) / (len(self.output_token_ids) - 1)
+
 
 @dataclass(slots=True)
 class Seen:

@@ -22,7 +22,7 @@ from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, MigrationId, RequestId
 from cascadeinfer.sim.batch import cruise
-from cascadeinfer.sim.requests import SimRequest
+from cascadeinfer.sim.requests import Phase, SimRequest
 from cascadeinfer.sim.scheduler import Scheduler
 from cascadeinfer.sim.steps import StepEnd, StepPlan
 
@@ -185,6 +185,13 @@ class SimInstance:
         """Release a reservation, if there is one."""
         self.scheduler.unreserve(migration_id)
         self._changed(now_s, stop_cruise=bool(self.scheduler.waiting))
+
+    def full_block_tokens(self, request: SimRequest) -> int:
+        """Tokens in the full blocks of a request that decodes here, all of them computed; 0 if it does not decode."""
+        if request.phase is not Phase.DECODE:
+            return 0
+        block_size = self.scheduler.capacity.block_size_tokens
+        return (self.scheduler.length_of(request) - 1) // block_size * block_size
 
     def request_cut(self, request: SimRequest, now_s: float) -> Refusal | None:
         """Cut a request when the step in flight ends. Returns why not, or None."""

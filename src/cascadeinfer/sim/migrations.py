@@ -1,11 +1,13 @@
 """
-Carries migrations out between simulated instances, following the state machine in `core/migration.py`.
+Carries migrations out between simulated instances, following the state machine in `core/migration/`.
 
-Times: the ask, its answer and the cut command take `control_s` each. The cut takes effect when the source's step in
-flight ends; until then the source keeps decoding. The pull starts `control_s + pull_overhead_s` later and moves all
-tokens but the last (less what the target has cached) over the network; the source's blocks stay pinned until it is
-done. The request joins the target's next step after the one in flight, and that step's token ends the migration. A
-crashed instance does not answer: the time limit of the state, or the detection of the crash, decides.
+Times: the ask, its answer and the cut command take `control_s` each. A copy of full blocks before the cut takes three
+more (the source is asked, the target told, and answers) and a transfer, beside which the request decodes. The cut takes
+effect when the source's step in flight ends; until then the source keeps decoding. The pull starts `control_s +
+pull_overhead_s` later and moves all tokens but the last (less what the target has cached) over the network; the
+source's blocks stay pinned until it is done. The request joins the target's next step after the one in flight, and that
+step's token ends the migration. A crashed instance does not answer: the time limit of the state, or the detection of
+the crash, decides.
 """
 
 import math
@@ -15,7 +17,7 @@ from typing import Any, Final, Protocol, assert_never
 
 from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.core.events import MigrationEnded, MigrationOutcome
-from cascadeinfer.core.migration import Action, Happening, Migration, State
+from cascadeinfer.core.migration import Action, Happening, Migration, PullEstimate, State
 from cascadeinfer.core.refusals import Refusal
 from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
 from cascadeinfer.sim.instance import SimInstance
@@ -37,7 +39,9 @@ class Move:
         started_s: When the policy asked for it; then when the cut took effect (or it was parked), and when it was over.
         resumed_s: When the target was told to pull.
         tokens: Sequence length at the cut.
-        pulled_tokens: That went over the network.
+        pulled_tokens: That went over the network after the cut.
+        copy_began_s, copy_s: When the copy before the cut began, and how long it took, its commands included.
+        preemptions: Of the request, when its full blocks were copied; later ones leave it with other blocks.
     """
 
     migration: Migration
@@ -48,13 +52,17 @@ class Move:
     ended_s: float = math.nan
     tokens: int = 0
     pulled_tokens: int = 0
+    copy_began_s: float = math.nan
+    copy_s: float = 0.0
+    preemptions: int = 0
 
     def ended(self, *, measures: bool) -> MigrationEnded:
         """The event that reports the end; `measures`: with what its pull tells of the link."""
         ended = self.migration.ended()
         if not measures or ended.outcome is not MigrationOutcome.MOVED:
             return ended
-        return replace(ended, pulled_tokens=self.pulled_tokens, pull_s=self.ended_s - self.resumed_s)
+        pull_s = self.copy_s if ended.copied_tokens else self.ended_s - self.resumed_s
+        return replace(ended, pulled_tokens=self.pulled_tokens + ended.copied_tokens, pull_s=pull_s)
 
 
 class Host(Protocol):
@@ -98,7 +106,17 @@ class Migrator:
 
     def start(self, effect: StartMigration, request: SimRequest, length_tokens: int) -> None:
         """Begin; the request must be on the effect's source and in no migration."""
-        self._begin(Move(Migration(effect, length_tokens, self._config.migration), request, self._kernel.now_s))
+        estimate = self._estimate(effect, request, length_tokens) if self._config.migration.precopy else None
+        migration = Migration(effect, length_tokens, self._config.migration, estimate=estimate)
+        self._begin(Move(migration, request, self._kernel.now_s))
+
+    def _estimate(self, effect: StartMigration, request: SimRequest, length_tokens: int) -> PullEstimate:
+        """From the settings, and from the request's mean time between tokens, as the runtime measures it."""
+        network = self._config.network
+        rate = network.rate_of(effect.source_id, effect.target_id)
+        pull_s = network.pull_overhead_s + length_tokens * self._config.kv_bytes_per_token / rate
+        n_gaps = length_tokens - request.prompt_tokens - 1
+        return PullEstimate(pull_s, (self._kernel.now_s - request.first_token_s) / n_gaps if n_gaps > 0 else 0.0)
 
     def start_parked(self, effect: StartMigration, request: SimRequest, parked_s: float) -> None:
         """Begin with a request that has been parked on the effect's source since then."""
@@ -176,11 +194,16 @@ class Migrator:
     def _after(self, delay_s: float, action: Callable[[Any], None], argument: Any) -> None:
         self._kernel.at(self._kernel.now_s + delay_s, Priority.CONTROL, action, argument)
 
-    def _act(self, move: Move, action: Action) -> None:  # noqa: C901 - one arm per action of the table
+    def _act(self, move: Move, action: Action) -> None:  # noqa: C901, PLR0912 - one arm per action of the table
         control_s = self._config.network.control_s
         match action:
             case Action.ASK_ROOM:
                 self._after(control_s, self._ask_room, move)
+            case Action.COPY:
+                move.copy_began_s = self._kernel.now_s
+                self._after(control_s, self._copy, move)
+            case Action.RELEASE_COPY:  # full blocks are not pinned here; who has lost them by the cut, copies in vain
+                self.network.cancel(move.migration.migration_id)
             case Action.CUT:
                 self._after(control_s, self._cut, move)
             case Action.UNDO_CUT:
@@ -224,7 +247,43 @@ class Migrator:
             self._answer(move, refused)
 
     def _answer(self, move: Move, refused: Refusal | None) -> None:
-        self.happen(move, Happening.ROOM_GRANTED if refused is None else Happening.ROOM_REFUSED, refused)
+        self.happen(move, move.migration.room_heard() if refused is None else Happening.ROOM_REFUSED, refused)
+
+    def _copy(self, move: Move) -> None:
+        source = self._host.instance(move.migration.source_id)
+        if move.migration.state is not State.COPYING or source is None or not source.alive:
+            return
+        tokens, network = source.full_block_tokens(move.request), self._config.network
+        if tokens == 0:
+            self._after(network.control_s, self._not_copied, move)
+            return
+        move.preemptions = move.request.preemptions
+        self._after(2 * network.control_s + network.pull_overhead_s, self._transfer_ahead, (move, tokens))
+
+    def _not_copied(self, move: Move) -> None:
+        if move.migration.state is State.COPYING:
+            self.happen(move, Happening.NOT_COPIED)
+
+    def _transfer_ahead(self, what: tuple[Move, int]) -> None:
+        move, tokens = what
+        migration = move.migration
+        target = self._host.instance(migration.target_id)
+        if migration.state is not State.COPYING or target is None or not target.alive:
+            return
+        n_bytes = tokens * self._config.kv_bytes_per_token
+
+        def copied(_: MigrationId) -> None:
+            self._after(self._config.network.control_s, self._copied, what)
+
+        self.network.start(migration.migration_id, migration.source_id, migration.target_id, n_bytes, copied)
+
+    def _copied(self, what: tuple[Move, int]) -> None:
+        move, tokens = what
+        if move.migration.state is not State.COPYING:
+            return
+        move.copy_s = self._kernel.now_s - move.copy_began_s
+        move.migration.copied_tokens = tokens
+        self.happen(move, Happening.COPIED)
 
     def _cut(self, move: Move) -> None:
         source = self._host.instance(move.migration.source_id)
@@ -254,7 +313,10 @@ class Migrator:
         target = self._host.instance(move.migration.target_id)
         if target is None:
             return  # its loss arrives as a separate event
-        move.pulled_tokens = target.expect(move.request, move.migration.migration_id, self._kernel.now_s)
+        if move.request.preemptions != move.preemptions:
+            move.migration.copied_tokens = 0
+        missing = target.expect(move.request, move.migration.migration_id, self._kernel.now_s)
+        move.pulled_tokens = min(missing, move.tokens - 1 - move.migration.copied_tokens)
         self._host.touched(target)
         network = self._config.network
         self._after(network.control_s + network.pull_overhead_s, self._pull, move)

@@ -58,7 +58,7 @@ class Recorder:
                 numbers[effect.source_id],
                 numbers[effect.target_id],
                 move.tokens,
-                move.pulled_tokens,
+                move.pulled_tokens + ended.copied_tokens,
                 ended.outcome.value,
                 effect.reason.value,
                 ended.detail,

@@ -125,14 +125,18 @@ def test_a_floor_excludes_slow_stages() -> None:
 
 
 def test_hand_overs_cost_their_pause() -> None:
-    """A stage that takes over all requests costs (pause + per token x boundary) / output more than free hand-overs."""
+    """
+    A stage that takes over all requests costs (pause + per token x boundary) / output more than free hand-overs; if
+    they are copied ahead, pause / output.
+    """
     histogram = LengthHistogram.from_requests([100], [1001], buckets_per_octave=16)
     costs = []
-    for hand_over in (HandOverCost(0.0), HandOverCost(0.05, 1e-5)):
+    for hand_over in (HandOverCost(0.0), HandOverCost(0.05, 1e-5), HandOverCost(0.05, 1e-5, copied_ahead=True)):
         problem = PlanProblem(histogram, FULL, ROOMY, 1.0, 2, hand_over=hand_over)
         boundary = histogram.nearest_edge(512)
         costs.append(problem.service(boundary, len(problem.edges) - 1, 1).cost)
     assert costs[1] - costs[0] == pytest.approx((0.05 + 1e-5 * 512) / 1001, rel=1e-6)
+    assert costs[2] - costs[0] == pytest.approx(0.05 / 1001, rel=1e-6)
 
 
 def test_a_stage_that_hands_over_too_often_is_infeasible() -> None:

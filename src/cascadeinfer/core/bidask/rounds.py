@@ -6,7 +6,7 @@ Each candidate with room reserves it for a moment and sends a `Bid` (OFFERING); 
 have answered, or time is up, the asker awards the best bid (AWARDING), or rests for a while that grows with every
 failure (RESTING). The bidder checks again, keeps the place and accepts (KEEPING), or declines because the place has
 gone meanwhile; then the asker awards the next best bid. On `Accept` the asker starts the migration (MOVING), the bidder
-sees it arrive (RECEIVING), and `core/migration.py` takes over. The request keeps decoding at the asker all the time; a
+sees it arrive (RECEIVING), and `core/migration/` takes over. The request keeps decoding at the asker all the time; a
 full or unresponsive stage costs only messages.
 
 Losses. Every state that waits for a message has a time limit. A lost `Ask` or `Bid` is one bid fewer. After a lost

@@ -44,6 +44,8 @@ class HandOverCost:
         pause_per_token_s: Pause of the request per token of its length (KV bytes per token / bandwidth).
         per_instance_per_s: Maximum hand-overs into and out of one instance. 3 at once, attempted every 0.1 s, make 30;
             a stage that needs nearly all of them keeps requests that should have left.
+        copied_ahead: Whether full blocks are copied before the cut, so that a hand-over's pause does not grow with the
+            length. A request that is parked has its cut behind it and waits for all in either case.
 
     Raises:
         PlanError: A value is negative or not finite.
@@ -52,6 +54,7 @@ class HandOverCost:
     pause_s: float = 0.02
     pause_per_token_s: float = 0.0
     per_instance_per_s: float = 20.0
+    copied_ahead: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -135,7 +138,7 @@ class PlanProblem:
                 max_batched_tokens=float(capacity.max_batched_tokens),
                 block_tokens=float(capacity.block_size_tokens),
                 pause_s=float(self.hand_over.pause_s),
-                pause_per_token_s=float(self.hand_over.pause_per_token_s),
+                pause_per_token_s=0.0 if self.hand_over.copied_ahead else float(self.hand_over.pause_per_token_s),
                 hand_overs_per_s=float(self.hand_over.per_instance_per_s),
                 ttft_limit_s=float(self.floor.ttft_s),
                 tpot_limit_s=float(self.floor.tpot_s),

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from cascadeinfer.core.cost.latency import BatchFeatures
 from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.events import InstanceReport
 from cascadeinfer.core.refusals import Refusal, why_not_step_budget
@@ -30,7 +29,8 @@ from cascadeinfer.engines.simulated.model import (
     fold,
     next_token,
 )
-from cascadeinfer.engines.simulated.sequence import Pin, Sequence
+from cascadeinfer.engines.simulated.precopies import Precopies
+from cascadeinfer.engines.simulated.sequence import Pin, Sequence, batch_of, names_and_lengths
 
 RESERVATION_LIFE_S: Final = 60.0
 _GARBAGE: Final = 0xBAD
@@ -62,6 +62,7 @@ class SimulatedCore:
     pins: dict[str, Pin] = field(default_factory=dict)
     expired: set[str] = field(default_factory=set)
     reservations: dict[str, tuple[int, float]] = field(default_factory=dict)
+    precopies: Precopies = field(default_factory=Precopies)
     step_budget: int | None = None
     apart_from: set[str] = field(default_factory=set)
     spoiled_cuts: int = 0
@@ -70,6 +71,7 @@ class SimulatedCore:
     scheduled_tokens: int = 0
     pulls: int = 0
     pulled_tokens: int = 0
+    precopied_tokens: int = 0
     failed_pulls: int = 0
     preemptions: int = 0
     step_s: float = 0.0
@@ -90,11 +92,14 @@ class SimulatedCore:
             request.max_output_tokens,
         )
         if resume is not None:
-            if resume.reservation_id is not None:
-                self.release_reservation(resume.reservation_id)
             assert resume.ticket is None or isinstance(resume.ticket, SimulatedTicket)
             if resume.ticket is not None and resume.ticket.n_tokens > 0:
                 sequence.ticket = resume.ticket
+            if resume.reservation_id is not None:
+                if (copied := self.precopies.take(resume.reservation_id, sequence.ticket)) is not None:
+                    sequence.copied_tokens, sequence.copied_digest = copied
+                    self.precopied_tokens += copied.n_tokens
+                self.release_reservation(resume.reservation_id)
             if resume.pull_before_s is not None:
                 sequence.pull_before_s = resume.pull_before_s
         if park and self._can_be_cut_at(sequence, sequence.n_output + 1):
@@ -153,6 +158,19 @@ class SimulatedCore:
     def release_reservation(self, reservation_id: str) -> None:
         """Free the reserved blocks, if there are any."""
         self.reservations.pop(reservation_id, None)
+        self.precopies.keep_only(set(self.reservations))
+
+    def pin_full_blocks(self, engine_request_id: str, now_s: float) -> SimulatedTicket | None:
+        """See `FullBlockPins.pin`."""
+        if (sequence := next((s for s in self.running if s.engine_request_id == engine_request_id), None)) is None:
+            return None
+        n_tokens = self.precopies.pin(sequence, self.capacity.block_size_tokens, now_s + self.times.lease_s)
+        return SimulatedTicket(self.core_id, engine_request_id, n_tokens, sequence.preempted) if n_tokens else None
+
+    def precopy(self, reservation_id: str, ticket: SimulatedTicket, now_s: float, before_s: float) -> bool:
+        """Begin to read full blocks into a reservation; False if there is none that holds them."""
+        has_room = self.reservations.get(reservation_id, (0, 0.0))[0] >= self.capacity.blocks_for(ticket.n_tokens)
+        return has_room and self.precopies.begin(reservation_id, ticket, now_s + self.times.pull_s, before_s)
 
     def release_pin(self, engine_request_id: str) -> None:
         """Free a cut request's blocks, if they are pinned."""
@@ -178,10 +196,8 @@ class SimulatedCore:
         """The current load and counters."""
         self.expire(now_s)
         report = InstanceReport(
-            running_ids=tuple(s.engine_request_id for s in self.running),
-            running_tokens=tuple(len(s.token_ids) for s in self.running),
-            waiting_ids=tuple(s.engine_request_id for s in self.waiting),
-            waiting_tokens=tuple(len(s.token_ids) for s in self.waiting),
+            *names_and_lengths(self.running),
+            *names_and_lengths(self.waiting),
             kv_blocks_used=self.capacity.kv_blocks - self.free_blocks(),
             step_s=self.times.step_s if self.running else 0.0,
             steps=tuple(self.samples),
@@ -192,33 +208,37 @@ class SimulatedCore:
             scheduled_tokens=self.scheduled_tokens,
             pulls=self.pulls,
             pulled_tokens=self.pulled_tokens,
+            precopied_tokens=self.precopied_tokens,
             reserved=len(self.reservations),
             pinned=len(self.pins),
             failed_pulls=self.failed_pulls,
-            held_blocks={
-                "reservations": sum(blocks for blocks, _ in self.reservations.values()),
-                "pins": sum(pin.blocks for pin in self.pins.values()),
-            },
+            held_blocks=self._held_blocks(),
             step_budget=self.step_budget or self.capacity.max_batched_tokens,
         )
         return report, counters
 
     def free_blocks(self) -> int:
         """Blocks that are not in use."""
-        held = sum(s.blocks for s in self.running) + sum(s.blocks for s in self.waiting)
-        held += sum(pin.blocks for pin in self.pins.values())
-        held += sum(blocks for blocks, _ in self.reservations.values())
+        held = sum(s.blocks for s in self.running + self.waiting) + sum(self._held_blocks().values())
         free = self.capacity.kv_blocks - held
         assert free >= 0, f"{self.core_id} holds {held} of {self.capacity.kv_blocks} blocks"
         return free
 
+    def _held_blocks(self) -> dict[str, int]:
+        in_use = {s.engine_request_id: s.blocks for s in self.running + self.waiting}
+        pins = {request_id: pin.blocks for request_id, pin in self.pins.items()}
+        reserved = sum(blocks for blocks, _ in self.reservations.values())
+        copied = self.precopies.blocks(in_use | pins)
+        return {"reservations": reserved, "pins": sum(pins.values()), "precopies": copied}
+
     def expire(self, now_s: float) -> None:
         """End expired leases and reservations."""
+        self.precopies.expire(now_s)
         for request_id in [r for r, pin in self.pins.items() if pin.expires_s <= now_s]:
             del self.pins[request_id]
             self.expired.add(request_id)
         for reservation_id in [r for r, (_, expires_s) in self.reservations.items() if expires_s <= now_s]:
-            del self.reservations[reservation_id]
+            self.release_reservation(reservation_id)
 
     # --- what peers do over the network ------------------------------------------------------------------------------
 
@@ -266,15 +286,7 @@ class SimulatedCore:
 
     def _time(self, scheduled: list[tuple[Sequence, int]]) -> None:
         """Compute how long a step with this batch takes, and record it for the next report."""
-        decoding = [s.computed + 1 for s, n_new in scheduled if s.n_output > 0 and n_new == 1]
-        prompts = [(s.computed, n_new) for s, n_new in scheduled if s.n_output == 0 or n_new > 1]
-        batch = BatchFeatures(
-            n_decode=len(decoding),
-            decode_kv_tokens=sum(decoding),
-            decode_kv_tokens_max=max(decoding, default=0),
-            prefill_tokens=sum(n for _, n in prompts),
-            prefill_attention_tokens=sum(n * done + n * (n + 1) / 2 for done, n in prompts),
-        )
+        batch = batch_of(scheduled)
         model = self.times.step_model
         self.step_s = self.times.step_s if model is None else model.step_s(batch)
         if scheduled:
@@ -297,6 +309,7 @@ class SimulatedCore:
             while not self._hold(sequence, sequence.computed + n_new):
                 victim = self.running.pop()
                 victim.blocks = victim.computed = victim.digest = 0
+                victim.preempted += 1
                 self.waiting.insert(0, victim)
                 self.preemptions += 1
                 if victim is sequence:
@@ -337,13 +350,14 @@ class SimulatedCore:
                 return False
             sequence.pull_ends_s = now_s + self.times.pull_s
             self.pulls += 1
-            self.pulled_tokens += ticket.n_tokens
+            self.pulled_tokens += ticket.n_tokens - sequence.copied_tokens
         if now_s < sequence.pull_ends_s or ticket.core_id in self.apart_from:
             return False
         digest = peer.read(ticket.request_id, now_s) if peer is not None else None
         sequence.ticket = sequence.pull_ends_s = None
         if digest is None or now_s > sequence.pull_before_s:
             self.failed_pulls += 1
+            sequence.computed, sequence.digest = sequence.copied_tokens, sequence.copied_digest
         else:
             self.stale_reads += digest == _GARBAGE
             sequence.computed, sequence.digest = ticket.n_tokens, digest
@@ -377,7 +391,7 @@ class SimulatedCore:
             self.spoiled_cuts -= 1
             return SimulatedTicket(self.core_id, sequence.engine_request_id, 0)
         self.pins[sequence.engine_request_id] = Pin(sequence.digest, sequence.blocks, now_s + self.times.lease_s)
-        return SimulatedTicket(self.core_id, sequence.engine_request_id, sequence.computed)
+        return SimulatedTicket(self.core_id, sequence.engine_request_id, sequence.computed, sequence.preempted)
 
     def _find(self, engine_request_id: str) -> Sequence | None:
         return next((s for s in self.running + self.waiting if s.engine_request_id == engine_request_id), None)

@@ -8,7 +8,7 @@ import asyncio
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
@@ -19,6 +19,7 @@ from cascadeinfer.engines.protocol import (
     EngineCounters,
     EngineRequest,
     InstanceIdentity,
+    KvTicket,
     Resume,
     StepOutputs,
     TokenDelta,
@@ -26,6 +27,8 @@ from cascadeinfer.engines.protocol import (
 from cascadeinfer.engines.simulated.core import SimulatedCore
 from cascadeinfer.engines.simulated.model import IDENTITY, SimulatedDelta, SimulatedTicket, SimulatedTimes
 from cascadeinfer.engines.simulated.process import SimulatedOutputs, SimulatedProcess
+
+PRECOPY_POLL_S: Final = 0.005
 
 
 class SimulatedEngine(SimulatedProcess):
@@ -118,6 +121,7 @@ class SimulatedEngine(SimulatedProcess):
             everyone = [] if client_index else self._everyone()
             if client_index == 0:
                 self.core.reservations.clear()
+                self.core.precopies.keep_only(set())
             self.core.abort(everyone)
             return len(everyone)
 
@@ -204,6 +208,36 @@ class SimulatedEngine(SimulatedProcess):
         """See Engine.renew_pin."""
         return bool(await self._call("renew_pin", lambda: self.core.renew_pin(engine_request_id, self._now_s())))
 
+    async def pin_full_blocks(self, engine_request_id: str) -> SimulatedTicket | None:
+        """See Engine.pin_full_blocks."""
+
+        def at_instance() -> SimulatedTicket | None:
+            return self.core.pin_full_blocks(engine_request_id, self._now_s())
+
+        ticket: SimulatedTicket | None = await self._call("pin_full_blocks", at_instance)
+        return ticket
+
+    async def release_full_blocks(self, engine_request_id: str) -> None:
+        """See Engine.release_full_blocks."""
+        await self._call("release_full_blocks", lambda: self.core.precopies.pinned.pop(engine_request_id, None))
+
+    async def precopy(self, reservation_id: str, ticket: KvTicket, pull_before_s: float) -> bool:
+        """See Engine.precopy."""
+        assert isinstance(ticket, SimulatedTicket)
+
+        def precopied() -> bool | None:
+            if ticket.core_id in self.core.apart_from:
+                return None
+            source = self._peers.get(ticket.core_id)
+            return self.core.precopies.outcome(reservation_id, source, self._now_s())
+
+        begun = await self._call(
+            "precopy", lambda: self.core.precopy(reservation_id, ticket, self._now_s(), pull_before_s)
+        )
+        while begun and (is_here := await self._call("precopied", precopied)) is None:  # noqa: ASYNC110 - as vLLM
+            await asyncio.sleep(PRECOPY_POLL_S)
+        return bool(begun and is_here)
+
     async def set_step_budget(self, n_tokens: int | None) -> int:
         """See Engine.set_step_budget."""
         told: int | str = await self._call("set_step_budget", lambda: self.core.set_step_budget(n_tokens))
@@ -279,6 +313,7 @@ class SimulatedEngine(SimulatedProcess):
     def lose_pins(self) -> None:
         """Free what is pinned, so that pulls of it fail."""
         self.core.pins.clear()
+        self.core.precopies.pinned.clear()
 
     def spoil_cut(self) -> None:
         """Let the next cut take effect without KV cache to pull, as when the request was preempted in the same step."""

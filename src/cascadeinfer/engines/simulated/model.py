@@ -82,11 +82,17 @@ class SimulatedParams:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedTicket:
-    """See `cascadeinfer.engines.protocol.KvTicket`: whose KV cache it is, and at which life of which instance."""
+    """
+    See `cascadeinfer.engines.protocol.KvTicket`: whose KV cache it is, and at which life of which instance.
+
+    Attributes:
+        blocks_id: How often the request has got other blocks.
+    """
 
     core_id: str
     request_id: str
     n_tokens: int
+    blocks_id: int = 0
 
 
 @dataclass(slots=True)

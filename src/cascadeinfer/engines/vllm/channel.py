@@ -46,6 +46,8 @@ HANDSHAKE_POLL_S = 0.05
 HANDSHAKE_TIMEOUT_S = 30.0
 REACH_TIMEOUT_S = 10.0
 """Twice as long as the engine's process waits for its peer's answer."""
+PRECOPY_POLL_S = 0.01
+"""Nobody waits for a pre-copy but its migration, and each question goes through the engine's thread to its workers."""
 
 
 class EngineChannel:
@@ -210,6 +212,26 @@ class EngineChannel:
         """See Engine.renew_pin."""
         return bool(await self._call("cascade_renew_pin", engine_request_id))
 
+    async def pin_full_blocks(self, engine_request_id: str) -> VllmTicket | None:
+        """See Engine.pin_full_blocks."""
+        params = await self._call("cascade_pin_full_blocks", engine_request_id)
+        return None if params is None else VllmTicket(params)
+
+    async def release_full_blocks(self, engine_request_id: str) -> None:
+        """See Engine.release_full_blocks."""
+        await self._call("cascade_release_full_blocks", engine_request_id)
+
+    async def precopy(self, reservation_id: str, ticket: VllmTicket, pull_before_s: float) -> bool:
+        """See Engine.precopy."""
+        room, before_s = self._own(reservation_id), self._on_its_clock(pull_before_s)
+        if not await self._call("cascade_precopy", room, ticket.params, before_s):
+            return False
+        while (is_here := await self._call("cascade_precopied", room)) is None:
+            if time.monotonic() >= pull_before_s:
+                return False
+            await asyncio.sleep(PRECOPY_POLL_S)
+        return bool(is_here)
+
     async def set_step_budget(self, n_tokens: int | None) -> int:
         """See Engine.set_step_budget."""
         told = await self._call("cascade_set_step_budget", n_tokens)
@@ -252,6 +274,7 @@ class EngineChannel:
             scheduled_tokens=load.scheduled_tokens,
             pulls=load.pulls,
             pulled_tokens=load.pulled_tokens,
+            precopied_tokens=load.precopied_tokens,
             reserved=load.reserved,
             pinned=len(load.pinned),
             failed_pulls=load.failed_pulls,

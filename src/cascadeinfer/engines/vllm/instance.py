@@ -24,6 +24,7 @@ from cascadeinfer.engines.protocol import (
     EngineCounters,
     EngineRequest,
     InstanceIdentity,
+    KvTicket,
     Resume,
     StepOutputs,
     TokenDelta,
@@ -214,6 +215,19 @@ class VllmInstance:
     async def renew_pin(self, engine_request_id: str) -> bool:
         """See Engine.renew_pin."""
         return await self.channel.renew_pin(engine_request_id)
+
+    async def pin_full_blocks(self, engine_request_id: str) -> VllmTicket | None:
+        """See Engine.pin_full_blocks."""
+        return await self.channel.pin_full_blocks(engine_request_id)
+
+    async def release_full_blocks(self, engine_request_id: str) -> None:
+        """See Engine.release_full_blocks."""
+        await self.channel.release_full_blocks(engine_request_id)
+
+    async def precopy(self, reservation_id: str, ticket: KvTicket, pull_before_s: float) -> bool:
+        """See Engine.precopy."""
+        assert isinstance(ticket, VllmTicket)
+        return await self.channel.precopy(reservation_id, ticket, pull_before_s)
 
     async def set_step_budget(self, n_tokens: int | None) -> int:
         """See Engine.set_step_budget."""

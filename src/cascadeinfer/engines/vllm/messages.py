@@ -71,7 +71,7 @@ class EngineLoad(_Answer, frozen=True):
         pinned: Ids of the cut requests whose blocks are pinned.
         held_blocks: Blocks that no request runs or waits with, by what holds them.
         timed_steps: Steps since the client last asked: the fields of a `BatchFeatures`, and seconds.
-        steps, scheduled_tokens, pulls, pulled_tokens, failed_pulls: Since its start.
+        steps, scheduled_tokens, pulls, pulled_tokens, precopied_tokens, failed_pulls: Since its start.
         listens: Whether its side channel is open.
         paused: Whether its scheduler is paused, in any of vLLM's ways.
         step_budget: Tokens of a step at most.
@@ -92,6 +92,7 @@ class EngineLoad(_Answer, frozen=True):
     scheduled_tokens: int
     pulls: int
     pulled_tokens: int
+    precopied_tokens: int
     failed_pulls: int
     listens: bool
     paused: bool

@@ -22,9 +22,17 @@ from cascadeinfer.engines.vllm.connector.door import Door, DoorSettings
 from cascadeinfer.engines.vllm.connector.held_blocks import held_blocks
 from cascadeinfer.engines.vllm.connector.identity import identity_of, kv_bytes_per_token
 from cascadeinfer.engines.vllm.connector.loads_along import LoadsAlong
+from cascadeinfer.engines.vllm.connector.precopy import precopy_ticket
 from cascadeinfer.engines.vllm.connector.scheduler_side import CascadeSchedulerSide
 from cascadeinfer.engines.vllm.connector.step_budget import step_budget_bounds
-from cascadeinfer.engines.vllm.connector.worker_side import handshake_on_worker, release_on_worker, renew_on_worker
+from cascadeinfer.engines.vllm.connector.ticket import TransferParams
+from cascadeinfer.engines.vllm.connector.worker_side import (
+    handshake_on_worker,
+    precopied_on_worker,
+    precopy_on_worker,
+    release_on_worker,
+    renew_on_worker,
+)
 from cascadeinfer.engines.vllm.messages import EngineHello, EngineLoad
 
 logger = logging.getLogger(__name__)
@@ -80,7 +88,7 @@ def cascade_listens(core: EngineCore) -> bool:
 
 def cascade_reaches(core: EngineCore, host: str, port: int) -> bool | None:
     """Ask a peer's side channel, or look for its answer: whether it can be reached from here; None: not known yet."""
-    return _side(core).probes.poll(host, port)
+    return _side(core).side_channel.probes.poll(host, port)
 
 
 def cascade_limit_migrations(core: EngineCore, max_migrations: int | None) -> None:
@@ -119,6 +127,7 @@ def cascade_reserve(core: EngineCore, reservation_id: str, n_tokens: int, for_pa
     if not for_parked and _too_many_migrations(core):
         return Refusal.MIGRATIONS.value
     side = _side(core)
+    _learn_of_stranded_precopies(core)
     scheduler = core.scheduler
     n_running, n_waiting = scheduler.get_request_counts()
     if n_running + n_waiting + len(side.reservations) >= scheduler.max_num_running_reqs:
@@ -148,6 +157,43 @@ def cascade_renew_pin(core: EngineCore, request_id: str) -> bool:
     if renewed is None:
         renewed = all(core.model_executor.collective_rpc(renew_on_worker, args=(request_id, side.lease_s)))
     return renewed
+
+
+def cascade_pin_full_blocks(core: EngineCore, request_id: str) -> TransferParams | None:
+    """Pin the full blocks of a running request for a peer; where they are, or None if there are none to be had."""
+    side = _side(core)
+    if side.use_host_buffer:
+        return None  # blocks reach it when their request has ended
+    block_ids = side.full_block_pins.pin(core.scheduler.requests.get(request_id))
+    return precopy_ticket(side, request_id, block_ids) if block_ids else None
+
+
+def cascade_release_full_blocks(core: EngineCore, request_id: str) -> bool:
+    """Nobody reads a request's full blocks any more; False when they are not pinned (any more)."""
+    return _side(core).full_block_pins.release(request_id)
+
+
+def cascade_precopy(core: EngineCore, reservation_id: str, ticket: TransferParams, before_s: float | None) -> bool:
+    """Begin to read what a peer has pinned into reserved blocks; False when that is not possible here."""
+    block_ids = _side(core).precopies.begin(reservation_id, ticket)
+    if block_ids is None:
+        return False
+    core.model_executor.collective_rpc(precopy_on_worker, args=(reservation_id, ticket, block_ids, before_s))
+    return True
+
+
+def cascade_precopied(core: EngineCore, reservation_id: str) -> bool | None:
+    """Whether what was read ahead is here; None while it is being read."""
+    precopies = _side(core).precopies
+    if precopies.outcome(reservation_id) is None:
+        precopies.learn(core.model_executor.collective_rpc(precopied_on_worker))
+    return precopies.outcome(reservation_id)
+
+
+def _learn_of_stranded_precopies(core: EngineCore) -> None:
+    precopies = _side(core).precopies
+    if precopies.stranded:
+        precopies.learn(core.model_executor.collective_rpc(precopied_on_worker))
 
 
 def cascade_set_step_budget(core: EngineCore, n_tokens: int | None) -> int | str:
@@ -198,6 +244,7 @@ def cascade_load(core: EngineCore, client_index: int, next_after_s: float | None
     The current load as one front-end process sees it (`load_of`). With `next_after_s`, it also comes along with outputs
     from now on, not more often than every so many seconds.
     """
+    _learn_of_stranded_precopies(core)
     if (along := _side(core).loads_along) is not None:
         along.told(client_index, next_after_s)
     return load_of(core, client_index)
@@ -228,12 +275,15 @@ def load_of(core: EngineCore, client_index: int) -> dict[str, Any]:
         kv_blocks_used=kv_blocks - side.free_blocks(),
         reserved=len(side.reservations),
         pinned=list(side.pinned),
-        held_blocks=held_blocks(core.scheduler, side.pinned, side.reservations.n_blocks()),
+        held_blocks=held_blocks(
+            core.scheduler, side.pinned, side.reservations.n_blocks(), side.full_block_pins.n_blocks()
+        ),
         steps=side.steps,
         timed_steps=list(side.timer.take(client_index)),
         scheduled_tokens=side.scheduled_tokens,
         pulls=side.pulls,
         pulled_tokens=side.pulled_tokens,
+        precopied_tokens=side.precopies.tokens,
         failed_pulls=side.failed_pulls,
         listens=side.side_channel.listens() if client_index == 0 else True,
         paused=core.is_scheduler_paused(),
@@ -255,6 +305,10 @@ COMMANDS = (
     cascade_release_reservation,
     cascade_release_pin,
     cascade_renew_pin,
+    cascade_pin_full_blocks,
+    cascade_release_full_blocks,
+    cascade_precopy,
+    cascade_precopied,
     cascade_set_step_budget,
     cascade_forget_client,
     cascade_attach,

@@ -50,6 +50,11 @@ class PullDeadlines:
         """Take over the deadlines attached by the scheduler's half."""
         self._before_s.update(getattr(metadata, _ATTRIBUTE, {}))
 
+    def expect(self, request_id: str, before_s: float | None) -> None:
+        """A pull begins here that has this deadline, if any."""
+        if before_s is not None:
+            self._before_s[request_id] = before_s
+
     def have_passed(self, request_id: str) -> bool:
         """Whether this pull's deadline has passed."""
         before_s = self._before_s.get(request_id)

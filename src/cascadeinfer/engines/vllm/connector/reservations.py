@@ -2,14 +2,17 @@
 Blocks reserved for requests that are about to arrive.
 
 A reservation takes its blocks from the pool at once; the arriving request returns them just before it asks for its own.
-A reservation that nobody claims expires.
+A reservation that nobody claims expires. Blocks into which a read is under way (`precopy.py`) stay out of the pool
+until it is over, even if their reservation is released.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
 
 from cascadeinfer.engines.vllm.connector.ticket import reservation_prefix
 
@@ -19,17 +22,26 @@ class _Reservation:
     blocks: list[KVCacheBlock]
     expires_s: float
     for_parked: bool
+    is_read_into: bool = False
 
 
 class Reservations:
     """Reservations by id; ids of further front-end processes begin with their prefix."""
 
     def __init__(self, block_size: int, life_s: float) -> None:
-        """Start empty; the pool is set later (`pool`)."""
+        """
+        Start empty; the pool is set later (`pool`).
+
+        Attributes:
+            on_gone: Called with each reservation that is released, taken over or expired.
+        """
         self.pool: BlockPool | None = None
+        self.on_gone: Callable[[str], None] | None = None
         self._block_size = block_size
         self._life_s = life_s
         self._held: dict[str, _Reservation] = {}
+        #: Blocks of released reservations into which a read is still under way.
+        self._written: dict[str, list[KVCacheBlock]] = {}
 
     def __len__(self) -> int:
         """Number of reservations that hold blocks now."""
@@ -72,8 +84,35 @@ class Reservations:
         reservation = self._held.pop(reservation_id, None)
         if reservation is None:
             return False
-        self._pool().free_blocks(reservation.blocks)
+        if reservation.is_read_into:
+            self._written[reservation_id] = reservation.blocks
+        else:
+            self._pool().free_blocks(reversed(reservation.blocks))  # the end of a prefix is the first to be evicted
+        if self.on_gone is not None:
+            self.on_gone(reservation_id)
         return True
+
+    def begin_read(self, reservation_id: str, n_blocks: int) -> list[int] | None:
+        """The ids of its first blocks, to be read into; None if there are not as many, or nothing could be cached."""
+        self._expire()
+        reservation = self._held.get(reservation_id)
+        if reservation is None or n_blocks > len(reservation.blocks) or not self._pool().enable_caching:
+            return None
+        reservation.is_read_into = True
+        return [block.block_id for block in reservation.blocks[:n_blocks]]
+
+    def end_read(self, reservation_id: str) -> bool:
+        """Nothing will write into its blocks any more; False if the reservation itself is gone already."""
+        if (blocks := self._written.pop(reservation_id, None)) is not None:
+            self._pool().free_blocks(blocks)
+            return False
+        self._held[reservation_id].is_read_into = False
+        return True
+
+    def cache(self, reservation_id: str, request: Request, n_blocks: int) -> None:
+        """Its first blocks hold the KV cache of this request's first tokens: let them enter the prefix cache."""
+        blocks = self._held[reservation_id].blocks
+        self._pool().cache_full_blocks(request, blocks, 0, n_blocks, self._block_size, 0)
 
     def release_those_of(self, client_index: int) -> None:
         """Release the reservations of a front-end process that is gone."""
@@ -82,8 +121,9 @@ class Reservations:
             self.release(reservation_id)
 
     def n_blocks(self) -> int:
-        """Blocks held by all reservations."""
-        return sum(len(reservation.blocks) for reservation in self._held.values())
+        """Blocks held by all reservations, released ones included whose blocks are still read into."""
+        held = sum(len(reservation.blocks) for reservation in self._held.values())
+        return held + sum(map(len, self._written.values()))
 
     def _expire(self) -> None:
         now_s = time.monotonic()

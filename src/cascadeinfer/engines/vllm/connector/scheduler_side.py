@@ -46,8 +46,9 @@ from cascadeinfer.engines.vllm.connector.failures import Failures
 from cascadeinfer.engines.vllm.connector.grammar_replay import replay_grammar
 from cascadeinfer.engines.vllm.connector.loads_along import LoadsAlong
 from cascadeinfer.engines.vllm.connector.movable import why_not_movable
+from cascadeinfer.engines.vllm.connector.precopy import FullBlockPins, Precopies
 from cascadeinfer.engines.vllm.connector.reservations import Reservations
-from cascadeinfer.engines.vllm.connector.side_channel import Probes, SideChannel
+from cascadeinfer.engines.vllm.connector.side_channel import SideChannel
 from cascadeinfer.engines.vllm.connector.step_timer import StepTimer
 from cascadeinfer.engines.vllm.connector.ticket import (
     CUT,
@@ -67,10 +68,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESERVATION_LIFE_S = 60.0
-"""
-An unclaimed reservation (its controller died) expires after this long, unless the transfer configuration says
-otherwise.
-"""
+"""Until an unclaimed reservation (its controller died) expires; the transfer configuration may say otherwise."""
 
 
 class CascadeSchedulerSide(NixlPullConnectorScheduler):
@@ -79,7 +77,6 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
     def __init__(self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig) -> None:
         """See NixlPullConnectorScheduler."""
         self.side_channel = SideChannel()
-        self.probes = Probes()
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.max_model_len: int = vllm_config.model_config.max_model_len
         #: What the workers run the model with.
@@ -109,6 +106,9 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
             self.block_size,
             float(vllm_config.kv_transfer_config.get_from_extra_config("reservation_life_s", RESERVATION_LIFE_S)),
         )
+        #: Full blocks of running requests that peers may read, and what is read ahead of requests on their way here.
+        self.full_block_pins = FullBlockPins(self.block_size, self._kv_lease_duration, self._cuts.may_go)
+        self.precopies = Precopies(self.reservations, self.block_size)
         #: Limit on simultaneous migrations over all front-end processes; None: the only process enforces its own limit.
         self.max_migrations: int | None = None
         #: Cut requests whose blocks are pinned until they are pulled, released or their lease ends; whether their cut
@@ -224,6 +224,7 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
         """Called once, when the scheduler has built its KV cache manager."""
         self._kv_cache_manager = kv_cache_manager
         self.reservations.pool = kv_cache_manager.block_pool
+        self.full_block_pins.manager = kv_cache_manager
 
     def on_new_request(self, request: Request) -> None:
         """Split a resumed request back into prompt and output, and hand it its reserved blocks."""
@@ -308,11 +309,16 @@ class CascadeSchedulerSide(NixlPullConnectorScheduler):
     # --- the steps behind them --------------------------------------------------------------------------------------
 
     def _resume(self, request: Request, words: TransferParams) -> None:
-        if isinstance(reservation_id := words.get(RESERVATION), str):
-            if self.reservations.is_for_parked(reservation_id):
-                self.pushed.add(request.request_id)
-            self.reservations.release(reservation_id)
-        check_words(words, request, self.block_size)
+        reservation_id = words.get(RESERVATION)
+        try:
+            check_words(words, request, self.block_size)
+            if reservation_id is not None and words.get("do_remote_prefill"):
+                self.precopies.adopt(request, reservation_id, words)
+        finally:
+            if isinstance(reservation_id, str):
+                if self.reservations.is_for_parked(reservation_id):
+                    self.pushed.add(request.request_id)
+                self.reservations.release(reservation_id)
         request.kv_transfer_params = words
         self._split(request, words[PROMPT_TOKENS])
 

@@ -37,17 +37,38 @@ QUESTION: Final = msgspec.msgpack.Decoder(tuple[bytes, int, int])
 """`GET_META_MSG`, pipeline rank, tensor rank."""
 
 
+class Probes:
+    """Questions to the side channels of peers, asked from this process without keeping it from its steps."""
+
+    def __init__(self) -> None:
+        """Nothing is asked."""
+        self._asked: dict[tuple[str, int], Future[bool]] = {}
+        self._threads = ThreadPoolExecutor(thread_name_prefix="side_channel_probe")
+
+    def poll(self, host: str, port: int) -> bool | None:
+        """Ask, or look for the answer: whether the side channel there answers from here; None: not known yet."""
+        asked = self._asked.get((host, port))
+        if asked is None:
+            self._asked[host, port] = self._threads.submit(lambda: asyncio.run(answers(host, port)))
+            return None
+        if not asked.done():
+            return None
+        return self._asked.pop((host, port)).result()
+
+
 class SideChannel:
     """
     The listener of one instance.
 
     Attributes:
         n_refused: Messages that were dropped.
+        probes: Of those of others.
     """
 
     def __init__(self) -> None:
         """Start closed."""
         self.n_refused = 0
+        self.probes = Probes()
         self._open = threading.Event()
         self._thread: threading.Thread | None = None
         self._arguments: tuple[Any, ...] | None = None
@@ -117,25 +138,6 @@ class SideChannel:
             return
         # The peer estimates the offset between our clocks from it.
         sock.send_multipart((identity, b"", answer, msgspec.msgpack.encode(time.perf_counter())))
-
-
-class Probes:
-    """Questions to the side channels of peers, asked from this process without keeping it from its steps."""
-
-    def __init__(self) -> None:
-        """Nothing is asked."""
-        self._asked: dict[tuple[str, int], Future[bool]] = {}
-        self._threads = ThreadPoolExecutor(thread_name_prefix="side_channel_probe")
-
-    def poll(self, host: str, port: int) -> bool | None:
-        """Ask, or look for the answer: whether the side channel there answers from here; None: not known yet."""
-        asked = self._asked.get((host, port))
-        if asked is None:
-            self._asked[host, port] = self._threads.submit(lambda: asyncio.run(answers(host, port)))
-            return None
-        if not asked.done():
-            return None
-        return self._asked.pop((host, port)).result()
 
 
 async def answers(host: str, port: int) -> bool:

@@ -106,10 +106,16 @@ def check_words(words: TransferParams, request: Request, block_size: int) -> Non
     if words.get("do_remote_decode"):
         raise WordsError("nobody is to pull a request that has just come")
     if words.get("do_remote_prefill"):
-        _check_ticket(words, block_size)
+        check_ticket(words, block_size)
 
 
-def _check_ticket(words: TransferParams, block_size: int) -> None:
+def check_ticket(words: TransferParams, block_size: int) -> None:
+    """
+    Check that these words name blocks that can be read.
+
+    Raises:
+        WordsError: They do not; the message names the wrong word.
+    """
     for name in ("remote_engine_id", "remote_request_id", "remote_host"):
         if not isinstance(words.get(name), str):
             raise WordsError(f"{name} is no name")

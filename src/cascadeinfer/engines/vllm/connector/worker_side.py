@@ -1,13 +1,14 @@
 """
-The connector's half in a worker: handshakes in advance, release of pinned blocks on command, deadlines of pulls.
+The connector's half in a worker: handshakes in advance, release of pinned blocks on command, deadlines of pulls,
+pre-copy.
 
-`handshake`, `release` and `renew` are called through the executor's collective RPC (see `commands.py`), between two
-steps, on every rank.
+`handshake`, `release`, `renew`, `precopy` and `precopied` are called through the executor's collective RPC (see
+`commands.py`), between two steps, on every rank.
 """
 
 import logging
 import time
-from typing import Any
+from typing import Any, Final
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -16,8 +17,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPu
 
 from cascadeinfer.engines.vllm.connector.cores import kept_on_its_cores, sleeping_progress_thread
 from cascadeinfer.engines.vllm.connector.deadline import PullDeadlines
+from cascadeinfer.engines.vllm.connector.ticket import TransferParams
 
 logger = logging.getLogger(__name__)
+
+NOBODY: Final = "HB:"
+"""
+In place of the request that a completed read releases at the source. A pre-copy releases none; a notification with this
+beginning is a heartbeat there, and this one names no request.
+"""
 
 
 class CascadeWorkerSide(NixlPullConnectorWorker):
@@ -31,6 +39,11 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
         #: To be released as soon as the scheduler's half has announced the pin (with the next step).
         self._release_on_arrival: set[str] = set()
         self.deadlines = PullDeadlines()
+        #: Pre-copies under way and the blocks they are read into; those over, and whether they succeeded.
+        self._precopying: dict[str, frozenset[int]] = {}
+        self._precopied: dict[str, bool] = {}
+        #: Completions for the scheduler's half that came outside of a step.
+        self._results = KVConnectorTransferResults()
 
     def release(self, request_id: str) -> None:
         """Release the blocks pinned for this request before its lease ends; the caller knows that they are pinned."""
@@ -81,11 +94,59 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
 
     def get_transfer_results(self) -> KVConnectorTransferResults:
         """NIXL's results plus what was released on command; the scheduler frees those blocks as if they were read."""
-        results = super().get_transfer_results()
+        self._collect()
+        results, self._results = self._results, KVConnectorTransferResults()
         results.finished_sending.update(self._released)
         self._released.clear()
-        self.deadlines.forget(results.finished_recving)
         return results
+
+    def _collect(self) -> None:
+        """Keep what NIXL has completed since the last time; pre-copies are none of the scheduler's requests."""
+        new, kept = super().get_transfer_results(), self._results
+        self.deadlines.forget(new.finished_recving)
+        failed_blocks: set[int] = set()
+        for precopy_id in new.finished_recving & self._precopying.keys():
+            succeeded = precopy_id not in new.failed_recving
+            block_ids = self._precopying.pop(precopy_id)
+            self._precopied[precopy_id] = succeeded
+            failed_blocks |= frozenset() if succeeded else block_ids
+            new.finished_recving.discard(precopy_id)
+            new.failed_recving.discard(precopy_id)
+        if failed_blocks and (invalid := self.get_block_ids_with_load_errors() - failed_blocks):
+            self._invalid_block_ids.put(invalid)
+        kept.finished_sending |= new.finished_sending
+        kept.finished_recving |= new.finished_recving
+        kept.failed_recving |= new.failed_recving
+
+    def precopy(self, precopy_id: str, ticket: TransferParams, block_ids: list[int], before_s: float | None) -> None:
+        """
+        Begin to read a peer's blocks while their request decodes there.
+
+        Args:
+            precopy_id: No request's id.
+            ticket: Which blocks; see `precopy_ticket`.
+            block_ids: As many blocks here.
+            before_s: Deadline, as that of a pull.
+        """
+        made = NixlConnectorMetadata()
+        params = {**ticket, "remote_request_id": NOBODY}
+        made.add_new_req_to_recv(precopy_id, (block_ids,), params, (0,), awaiting_kvs=True)
+        meta = made.reqs_to_recv[precopy_id]
+        meta.local_physical_block_ids = self._logical_to_kernel_block_ids(
+            meta.local_block_ids, self._physical_blocks_per_logical_kv_block
+        )
+        self._precopying[precopy_id] = frozenset(block_ids)
+        self.deadlines.expect(precopy_id, before_s)
+        self._recving_metadata[precopy_id] = meta
+        self._read_blocks_for_req(precopy_id, meta)
+
+    def precopied(self) -> dict[str, bool]:
+        """Pre-copies that are over since the last question, and whether they succeeded; an idle engine has no steps."""
+        while not self._ready_requests.empty():  # as `start_load_kv` does
+            self._read_blocks_for_req(*self._ready_requests.get_nowait())
+        self._collect()
+        over, self._precopied = self._precopied, {}
+        return over
 
     def handshake(self, engine_id: str, host: str, port: int, tp_size: int) -> bool:
         """Start the handshake with a peer in the background; True once it is done."""
@@ -112,3 +173,15 @@ def release_on_worker(_worker: Any, request_id: str) -> None:
 def renew_on_worker(_worker: Any, request_id: str, lease_s: float) -> bool:
     """Collective-RPC form of `CascadeWorkerSide.renew`."""
     return _this_worker().renew(request_id, lease_s)
+
+
+def precopy_on_worker(
+    _worker: Any, precopy_id: str, ticket: TransferParams, block_ids: list[int], before_s: float | None
+) -> None:
+    """Collective-RPC form of `CascadeWorkerSide.precopy`."""
+    _this_worker().precopy(precopy_id, ticket, block_ids, before_s)
+
+
+def precopied_on_worker(_worker: Any) -> dict[str, bool]:
+    """Collective-RPC form of `CascadeWorkerSide.precopied`."""
+    return _this_worker().precopied()
