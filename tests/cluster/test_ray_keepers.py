@@ -52,6 +52,8 @@ class WrittenSide:
         self.user: str | None = None
         self.record: str | None = None
         self.refuses: dict[type, CascadeError] = {}
+        #: What is told of engines as soon as they are found.
+        self.tells_found: list[Heard] = []
         self.n_starts = 0
         self._channel: Channel[Ask] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -71,6 +73,9 @@ class WrittenSide:
                 channel.send(Failed.of(ask.number, error))
             else:
                 channel.send(Answer(ask.number, self._value_of(ask.question)))
+            if isinstance(ask.question, Find):
+                for heard in self.tells_found:
+                    channel.send(heard)
         channel.close()
 
     def _value_of(self, question: Question) -> Any:
@@ -193,6 +198,18 @@ async def test_a_process_that_ends_at_once(side: WrittenSide, monkeypatch: pytes
     with pytest.raises(ConfigError, match="Ray cannot be used: its last line"):
         async with used(side):
             pass
+
+
+async def test_what_is_told_at_once_of_engines_that_are_found(side: WrittenSide) -> None:
+    """A busy server reads it together with the answer that names them; it would wait for ever if it dropped it."""
+    side.engines = ["0", "1"]
+    side.tells_found = [Heard(each, Told("ready", None, str(ADDRESS)), None, "10.0.0.7") for each in ("0", "1", "9")]
+    async with used(side) as fleet:
+        keepers = fleet.keepers()
+        assert await keepers.find() == ["0", "1"]
+        async with asyncio.timeout(30.0):
+            assert [await keepers.ready(each) for each in ("0", "1")] == [ADDRESS, ADDRESS]
+        assert not keepers.lives("9")
 
 
 async def test_two_servers(side: WrittenSide, caplog: pytest.LogCaptureFixture) -> None:

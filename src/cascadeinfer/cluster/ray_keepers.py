@@ -108,6 +108,8 @@ class RayKeepers:
         self._need = need
         self._states: dict[InstanceId, _State] = {}
         self._telling: set[asyncio.Task[None]] = set()
+        #: The last that was told of engines that are none of ours so far.
+        self._unclaimed: dict[InstanceId, Heard] = {}
         #: To be ended as soon as Ray can be reached again.
         self._left_over: dict[InstanceId, float] = {}
         link.heard = self._on_heard
@@ -116,6 +118,8 @@ class RayKeepers:
     def _on_heard(self, heard: Heard) -> None:
         if (state := self._states.get(heard.instance_id)) is not None:
             self._tell(state, heard)
+        else:
+            self._unclaimed[heard.instance_id] = heard  # it may come together with the answer that names the engine
 
     def _tell(self, state: _State, heard: Heard) -> None:
         task = asyncio.ensure_future(state.become(heard))
@@ -124,10 +128,14 @@ class RayKeepers:
 
     async def find(self) -> list[InstanceId]:
         """See Keepers."""
+        self._unclaimed.clear()
         found = await self._link.ask(Find())
         assert isinstance(found, list)
         for instance_id in found:
-            self._states.setdefault(instance_id, _State())
+            state = self._states.setdefault(instance_id, _State())
+            if (heard := self._unclaimed.pop(instance_id, None)) is not None:
+                self._tell(state, heard)
+        self._unclaimed.clear()
         return found
 
     async def _come_back(self) -> None:
