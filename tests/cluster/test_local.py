@@ -5,11 +5,13 @@ import socket
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cascadeinfer.cluster import local
 from cascadeinfer.cluster.local import LOOPBACK, free_port
 from cascadeinfer.cluster.places import core_places, device_places, split_cores, split_devices
 from cascadeinfer.cluster.process_start import ProcessStart, operator_environment
@@ -128,9 +130,22 @@ def test_too_few_devices(n_instances: int, each: int, visible: str, fix: int) ->
 
 
 def test_free_port_is_free() -> None:
-    """The port can be bound."""
+    """The port can be bound, and no connection gets it by itself before."""
     with socket.socket() as listener:
-        listener.bind((LOOPBACK, free_port()))
+        listener.bind((LOOPBACK, port := free_port()))
+    first, last = map(int, local.PORT_RANGE.read_text().split())
+    assert first > local.PORTS_OF_SERVERS[0], "this machine has other ranges than Linux's default: change the test"
+    assert not first <= port <= last
+
+
+def test_free_port_without_a_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system does not say which ports it gives to connections, or gives them all, it may be one of them."""
+    for told in (None, "1024\t65535"):
+        monkeypatch.setattr(local, "PORT_RANGE", tmp_path / "range")
+        if told is not None:
+            (tmp_path / "range").write_text(told)
+        with socket.socket() as listener:
+            listener.bind((LOOPBACK, free_port()))
 
 
 def test_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ neither of the `Abilities`.
 
 import asyncio
 import os
+import random
 import shutil
 import socket
 import uuid
@@ -34,6 +35,11 @@ from cascadeinfer.core.types import InstanceId
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_DEVICE = "lo"
+PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""Of the ports that the system gives to connections: the first and the last."""
+PORTS_OF_SERVERS = range(20_000, 32_768)
+"""Above those of Ray's workers; below those of connections, as Linux has them by default."""
+PORT_TRIES = 50
 START_POLL_S = 2.0
 REAP_TIMEOUT_S = 5.0
 
@@ -42,10 +48,35 @@ HelloT_co = TypeVar("HelloT_co", covariant=True)
 
 
 def free_port() -> int:
-    """A TCP port on the loopback that was free a moment ago."""
+    """
+    A TCP port on the loopback that was free a moment ago.
+
+    Where there is one, it is none of those that the system gives to connections by itself: one of these could take it
+    before a server that starts slowly has bound it.
+    """
+    for _ in range(PORT_TRIES):
+        port = random.SystemRandom().choice(PORTS_OF_SERVERS)
+        if port < _first_port_of_connections() and _is_free(port):
+            return port
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
+
+
+def _first_port_of_connections() -> int:
+    try:
+        return int(PORT_RANGE.read_text().split()[0])
+    except OSError:
+        return 0
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True
 
 
 def usable_cores() -> list[int]:
