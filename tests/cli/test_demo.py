@@ -41,12 +41,20 @@ def shown(renderable: RenderableType, width: int = 140) -> str:
 
 def snapshot_of(*requests: tuple[str, str | None, int, int], moved: int = 0) -> dict[str, Any]:
     """`/admin/instances` of two instances in two stages with these requests (id, instance, tokens, attempts)."""
-    instance: dict[str, Any] = {"up": True, "requests": 1, "kv_usage": 0.5, "kv_pulls": 0, "pulled_tokens": 0}
+    instance: dict[str, Any] = {"up": True, "requests": 1, "kv_usage": 0.5, "kv_pulls": 0}
+    instance |= {"pulled_tokens": 0, "precopied_tokens": 0}
     return {
         "stages": [{"range": "0-96", "instances": ["0"]}, {"range": "96-", "instances": ["1"]}],
         "instances": [
             {**instance, "id": "0", "stage": 0},
-            {**instance, "id": "1", "stage": 1, "kv_pulls": moved, "pulled_tokens": 97 * moved},
+            {
+                **instance,
+                "id": "1",
+                "stage": 1,
+                "kv_pulls": moved,
+                "pulled_tokens": moved,
+                "precopied_tokens": 96 * moved,
+            },
         ],
         "requests": {
             "live": len(requests),

@@ -232,6 +232,7 @@ def test_metrics(client: openai.OpenAI, server: ServerProcess) -> None:
     before = server.metric("cascadeinfer_requests_total", outcome="finished")
     transfers = server.metric("vllm:nixl_xfer_time_seconds_count")
     moved = server.metric("cascadeinfer_migrations_total", outcome="moved")
+    migrations = server.metric("cascadeinfer_migrations_total")
     complete(client)
     assert server.metric("cascadeinfer_requests_total", outcome="finished") == before + 1
     assert server.metric("cascadeinfer_instance_up") == 2
@@ -246,7 +247,9 @@ def test_metrics(client: openai.OpenAI, server: ServerProcess) -> None:
         assert server.metric("vllm:generation_tokens_total", engine=engine) > 0
     new_moves = server.metric("cascadeinfer_migrations_total", outcome="moved") - moved
     assert new_moves >= 1
-    assert server.metric("vllm:nixl_xfer_time_seconds_count") - transfers == new_moves
+    n_copies_max = server.metric("cascadeinfer_migrations_total") - migrations
+    n_reads = server.metric("vllm:nixl_xfer_time_seconds_count") - transfers
+    assert new_moves <= n_reads <= new_moves + n_copies_max, "one for what goes ahead, one for the rest"
     assert server.metric("cascadeinfer_instance_failed_pulls") == 0
 
 

@@ -72,3 +72,11 @@ def test_the_scheduler_hears_nothing_of_precopies(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(NixlPullConnectorWorker, "get_transfer_results", lambda _: KVConnectorTransferResults())
     assert side.precopied() == {}
     assert side.get_transfer_results() == KVConnectorTransferResults()
+
+
+def test_a_precopy_that_cannot_begin_has_failed() -> None:
+    """Whoever asks for its outcome learns that, and its room can be given back."""
+    side: Any = object.__new__(CascadeWorkerSide)
+    side._precopying, side._precopied = {}, {}
+    side.precopy("room", {"remote_block_ids": ([1],)}, [7], None)
+    assert (side._precopying, side._precopied) == ({}, {"room": False})

@@ -68,12 +68,8 @@ def simulate(
     count = options.requests_of(requests, duration_s, rate, default=DEFAULT_REQUESTS)
     options.at_least_one(seeds=seeds)
     check_jobs(jobs)
-    files = {
-        "--plot": None if plot is None else Path(plot),
-        "--event-log": event_log,
-        "--json": json_file,
-        "--parquet": parquet,
-    }
+    drawn = None if plot is None else Path(plot)
+    files = {"--plot": drawn, "--event-log": event_log, "--json": json_file, "--parquet": parquet}
     options.check_outputs(files, matplotlib=plot is not None, pyarrow=parquet is not None)
     goal = options.objective_of(objective, slo := options.slo_of(ttft_slo, tpot_slo))
     budgets = options.token_budgets_of(max_num_batched_tokens)
@@ -84,8 +80,7 @@ def simulate(
     law = options.arrivals_of(arrivals)
     first = RunSpec(names[0], rate, 0, count, slo, warm_up, 0.0, overload, law, prefixes, precopy=precopy)
     specs = _specs(first, names, budgets, seeds)
-    tasks = [_Task(setting, s, plot is not None and s.seed == 0, _log_of(event_log, s, len(specs))) for s in specs]
-    outcomes = _run_all(tasks, jobs)
+    outcomes = _run_all([_task_of(setting, spec, plot, event_log, len(specs)) for spec in specs], jobs)
     options.tell_notes(setting)
     options.tell_short_runs(rate, count, max(o.summary.e2e_s_mean for o in outcomes))
     runs = _by_label(outcomes)
@@ -94,6 +89,11 @@ def simulate(
     _write(_content(setting, trace, first, seeds, budgets), runs, json_file, parquet)
     if plot is not None:
         _draw(plot, runs, title)
+
+
+def _task_of(setting: "Setting", spec: "RunSpec", plot: str | None, event_log: Path | None, n_runs: int) -> "_Task":
+    """One run; the first seed's is drawn."""
+    return _Task(setting, spec, plot is not None and spec.seed == 0, _log_of(event_log, spec, n_runs))
 
 
 def _specs(first: "RunSpec", names: Sequence[str], budgets: Sequence[int | None], seeds: int) -> list["RunSpec"]:

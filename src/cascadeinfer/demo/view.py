@@ -8,7 +8,7 @@ generated it, and a mark at the boundary between the stages. Only the instances 
 everything else is measured at the client.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Final
@@ -135,7 +135,7 @@ def _instances_table(board: Board) -> Table:
             f"{instance['requests']}",
             "█" * full + "·" * (KV_BAR_CELLS - full) + f" {instance['kv_usage']:.0%}",
             str(instance["kv_pulls"]),
-            str(instance["pulled_tokens"]),
+            str(_came(instance)),
         )
     migrations = board.snapshot.get("migrations", {"under_way": 0, "ended": {}})
     ended = ", ".join(f"{n} {outcome}" for outcome, n in migrations["ended"].items()) or "none yet"
@@ -178,6 +178,11 @@ class TextCheck:
     stayed: bool
     moved_text: str
     stayed_text: str
+
+
+def _came(instance: Mapping[str, Any]) -> int:
+    """Tokens whose KV cache an instance got from others, before the cut of their request or after it."""
+    return int(instance["pulled_tokens"] + instance["precopied_tokens"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +270,7 @@ def summarise(
         ),
         migrations=dict(snapshot["migrations"]["ended"]),
         kv_pulls=sum(instance["kv_pulls"] for instance in snapshot["instances"]),
-        pulled_tokens=sum(instance["pulled_tokens"] for instance in snapshot["instances"]),
+        pulled_tokens=sum(_came(instance) for instance in snapshot["instances"]),
         mean_pause_s=total_s / n_pauses if n_pauses else None,
         check=check,
     )  # fmt: skip

@@ -46,8 +46,8 @@ HANDSHAKE_POLL_S = 0.05
 HANDSHAKE_TIMEOUT_S = 30.0
 REACH_TIMEOUT_S = 10.0
 """Twice as long as the engine's process waits for its peer's answer."""
-PRECOPY_POLL_S = 0.01
-"""Nobody waits for a pre-copy but its migration, and each question goes through the engine's thread to its workers."""
+PRECOPY_FIRST_POLL_S, PRECOPY_POLL_MAX_S = 0.001, 0.016
+"""Each wait is twice the last one: few questions go through the engine's thread, and short copies end at once."""
 
 
 class EngineChannel:
@@ -226,10 +226,12 @@ class EngineChannel:
         room, before_s = self._own(reservation_id), self._on_its_clock(pull_before_s)
         if not await self._call("cascade_precopy", room, ticket.params, before_s):
             return False
+        wait_s = PRECOPY_FIRST_POLL_S
         while (is_here := await self._call("cascade_precopied", room)) is None:
             if time.monotonic() >= pull_before_s:
                 return False
-            await asyncio.sleep(PRECOPY_POLL_S)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, PRECOPY_POLL_MAX_S)
         return bool(is_here)
 
     async def set_step_budget(self, n_tokens: int | None) -> int:

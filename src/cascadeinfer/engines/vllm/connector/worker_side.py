@@ -120,7 +120,7 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
 
     def precopy(self, precopy_id: str, ticket: TransferParams, block_ids: list[int], before_s: float | None) -> None:
         """
-        Begin to read a peer's blocks while their request decodes there.
+        Begin to read a peer's blocks while their request decodes there. One that cannot begin has failed.
 
         Args:
             precopy_id: No request's id.
@@ -130,11 +130,16 @@ class CascadeWorkerSide(NixlPullConnectorWorker):
         """
         made = NixlConnectorMetadata()
         params = {**ticket, "remote_request_id": NOBODY}
-        made.add_new_req_to_recv(precopy_id, (block_ids,), params, (0,), awaiting_kvs=True)
-        meta = made.reqs_to_recv[precopy_id]
-        meta.local_physical_block_ids = self._logical_to_kernel_block_ids(
-            meta.local_block_ids, self._physical_blocks_per_logical_kv_block
-        )
+        try:
+            made.add_new_req_to_recv(precopy_id, (block_ids,), params, (0,), awaiting_kvs=True)
+            meta = made.reqs_to_recv[precopy_id]
+            meta.local_physical_block_ids = self._logical_to_kernel_block_ids(
+                meta.local_block_ids, self._physical_blocks_per_logical_kv_block
+            )
+        except Exception:
+            logger.exception("%s: nothing can be copied ahead", precopy_id)
+            self._precopied[precopy_id] = False
+            return
         self._precopying[precopy_id] = frozenset(block_ids)
         self.deadlines.expect(precopy_id, before_s)
         self._recving_metadata[precopy_id] = meta
