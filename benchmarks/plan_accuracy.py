@@ -59,6 +59,10 @@ MARGINS: Final = (0.0, 0.03, 0.05, 0.1)
 UNSETTLED: Final = 0.02
 TELLING: Final = 0.02
 """Two plans whose predictions differ by less than this share are level: their order says nothing."""
+RESOLVED: Final = 2.0
+"""Nor does it when the simulations differ by less than this many standard errors."""
+SETTLED: Final = 0.2
+"""A run whose later half is slower than the earlier one by more than this share has no steady state to compare with."""
 
 
 class Part(NamedTuple):
@@ -206,7 +210,8 @@ def plan_of(setting: Setting, rate: float, kind: str) -> tuple[Part, ...] | None
 def layout_of(parts: Iterable[Part], n_instances: int) -> RoleLayout:
     """The plan on instances, prefill stages first."""
     left = list(instance_ids(n_instances))
-    prefill, rest = [], []
+    prefill: list[Stage] = []
+    rest: list[Stage] = []
     for part in parts:
         ids, left = tuple(left[: part.n]), left[part.n :]
         (prefill if part.prefill else rest).append(Stage(LengthRange(part.lo, part.hi), ids))
@@ -292,8 +297,8 @@ def run_of(
 
 def report(judged: Sequence[Judged]) -> None:
     """Tables of errors, by kind, budget, load and point."""
-    print("| part | runs | median | median of absolute | 90th percentile | called infeasible | order of pairs right |")
-    print("|---|---|---|---|---|---|---|")
+    print("| part | runs | median | median of absolute | 90th percentile | unsettled | infeasible | order right |")
+    print("|" + "---|" * 8)
     line("all", judged)
     for name in ("kind", "budget", "load", "profile", "trace"):
         for value in dict.fromkeys(getattr(j.run, name) for j in judged):
@@ -328,19 +333,29 @@ def _several(run: Run) -> tuple[object, ...]:
 
 
 def line(name: str, judged: Sequence[Judged]) -> None:
-    """One row of the table; pairs are of runs of the same point and load."""
-    errors = np.array([j.error for j in judged if np.isfinite(j.error)])
-    pairs = [
+    """One row of the table: errors and order of pairs, of runs that settled and whose plan is called feasible."""
+    feasible = [j for j in judged if np.isfinite(j.error)]
+    settled = [j for j in feasible if j.run.drift <= SETTLED]
+    right = [
         (a.predicted_ms < b.predicted_ms) == (a.run.norm_ms < b.run.norm_ms)
-        for a, b in combinations(judged, 2)
-        if a.run.key[:3] == b.run.key[:3]
-        and np.isfinite(a.predicted_ms + b.predicted_ms)
-        and abs(a.predicted_ms / b.predicted_ms - 1.0) > TELLING
+        for a, b in combinations(settled, 2)
+        if a.run.key[:3] == b.run.key[:3] and _tells(a, b)
     ]
+    errors = np.array([j.error for j in settled])
     absolute = np.abs(errors)
     print(
         f"| {name} | {len(judged)} | {np.median(errors):+.1%} | {np.median(absolute):.1%} | "
-        f"{np.quantile(absolute, 0.9):.1%} | {len(judged) - len(errors)} | {np.mean(pairs):.1%} of {len(pairs)} |"
+        f"{np.quantile(absolute, 0.9):.1%} | {len(feasible) - len(settled)} | {len(judged) - len(feasible)} | "
+        + (f"{np.mean(right):.1%} of {len(right)} |" if right else "- |")
+    )
+
+
+def _tells(a: Judged, b: Judged) -> bool:
+    """Whether both the predictions and the simulations tell two plans apart."""
+    error_ms = float(np.hypot(a.run.norm_error_ms, b.run.norm_error_ms))
+    return (
+        abs(a.predicted_ms / b.predicted_ms - 1.0) > TELLING
+        and abs(a.run.norm_ms - b.run.norm_ms) > RESOLVED * error_ms
     )
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.evaluation.runs import RunSpec, plan_for, roles_for, run_once
 from cascadeinfer.evaluation.setting import Setting, load_setting
+from cascadeinfer.figures.drawing import curve_style, grid_figure, logarithmic, save
 from cascadeinfer.results.summary import Slo
 from plan_accuracy import warm_up_s
 
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=8)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--tables", action="store_true", help="run nothing, print the tables of what is there")
+    parser.add_argument("--figure", type=Path, default=None, help="PNG of the first table")
     options = parser.parse_args()
     rows = read(options.csv)
     points: list[tuple[str, ...]] = [
@@ -90,7 +92,10 @@ def main() -> None:
     if not options.tables:
         for seed in range(options.seeds):
             run_missing(options, points, seed, rows)
+    first_table(rows)
     tables(rows)
+    if options.figure is not None:
+        draw(rows, options.figure)
 
 
 def run_missing(options: argparse.Namespace, points: list[tuple[str, ...]], seed: int, rows: "Rows") -> None:
@@ -159,6 +164,64 @@ def append(path: Path, key: tuple[str, ...], figures: dict[str, float]) -> None:
         if new:
             writer.writerow([*KEYS, *figures])
         writer.writerow([*key, *(f"{value:.6g}" for value in figures.values())])
+
+
+def mean_over_seeds(rows: Rows, point: tuple[str, ...], name: str, figure: str) -> float:
+    """Mean of a figure of one contender; NaN where it was not run."""
+    values = [row[figure] for key, row in rows.items() if key[:5] == (*point, name)]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def best_rival(rows: Rows, point: tuple[str, ...], figure: str) -> str:
+    """The rival, at its best token budget, with the lowest mean of a figure; the cascade is ours."""
+    names = dict.fromkeys(key[4] for key in rows if key[:4] == point)
+    rivals = [name for name in names if not name.startswith(("roles", "cascade"))]
+    return min(rivals, key=lambda name: mean_over_seeds(rows, point, name, figure))
+
+
+def gains(rows: Rows) -> dict[tuple[str, ...], dict[str, tuple[float, str]]]:
+    """For each point and figure, `roles` over the best rival for that figure, and the rival's name."""
+    found: dict[tuple[str, ...], dict[str, tuple[float, str]]] = {}
+    for point in dict.fromkeys(key[:4] for key in rows):
+        found[point] = {}
+        for figure in FIGURES:
+            rival = best_rival(rows, point, figure)
+            mine, theirs = (mean_over_seeds(rows, point, name, figure) for name in ("roles", rival))
+            found[point][figure] = mine / theirs, rival
+    return found
+
+
+def first_table(rows: Rows) -> None:
+    """`roles` over the best rival of each figure."""
+    print("| profile | trace | knee | normalised | TTFT | TTFT p99 | e2e | e2e p99 |\n|" + "---|" * 8)
+    for (profile, trace, _, knee), cells in gains(rows).items():
+        shown = [f"{ratio:.2f} ({rival})" for ratio, rival in cells.values()]
+        print(f"| {profile} | {trace} | {knee} | {' | '.join(shown)} |")
+    print()
+
+
+def draw(rows: Rows, file: Path) -> None:
+    """The first table as a figure: one row per point, one mark per figure, on a logarithmic axis around 1."""
+    found = {point: cells for point, cells in gains(rows).items() if point[3] == KNEES[0]}
+    chosen = {
+        "normalised_latency_s_mean": "mean normalised latency",
+        "e2e_s_mean": "mean end-to-end latency",
+        "e2e_s_p99": "end-to-end latency, p99",
+        "ttft_s_p99": "time to first token, p99",
+    }
+    title = "roles over the best rival at its best token budget, 85 % load (simulated; below 1 is better)"
+    sheet, (panel,) = grid_figure(1, 1, title, width=8.5, height=0.42 * len(found) + 1.0)
+    panel.axvline(1.0, color="#555555", linewidth=1.0)
+    for number, (figure, label) in enumerate(chosen.items()):
+        style = curve_style(number, len(chosen)) | {"linestyle": "none", "markersize": 7.0}
+        ratios = [cells[figure][0] for cells in found.values()]
+        panel.plot(ratios, [row + 0.12 * (number - 1.5) for row in range(len(found))], label=label, **style)
+    panel.set_yticks(range(len(found)), [f"{profile}, {trace}" for profile, trace, *_ in found])
+    panel.invert_yaxis()
+    logarithmic(panel, "x")
+    panel.set_xlabel("ratio", fontsize=8)
+    panel.legend(fontsize=8)
+    save(sheet, file)
 
 
 def tables(rows: Rows) -> None:
