@@ -254,7 +254,8 @@ def ratio(rows: Rows, point: tuple[str, ...], name: str, figure: str) -> str:
     """`roles` over a rival, with the lowest and highest seed."""
     seeds = [key[5] for key in rows if key[:5] == (*point, name) and (*point, "roles", key[5]) in rows]
     each = [rows[(*point, "roles", s)][figure] / rows[(*point, name, s)][figure] for s in seeds]
-    return f"{float(np.exp(np.mean(np.log(each)))):.2f} ({min(each):.2f} to {max(each):.2f})"
+    mean = f"{float(np.exp(np.mean(np.log(each)))):.2f}" if each else "-"
+    return f"{mean} ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else mean
 
 
 if __name__ == "__main__":
