@@ -1,13 +1,18 @@
 """
-Plans with roles against rivals at their best, simulated: the table "Prefill stages" of docs/evaluation.md.
+Plans with roles against rivals at their best, simulated: the first tables of docs/evaluation.md.
 
     .venv/bin/python benchmarks/roles.py --traces ../shared/data/traces --csv benchmarks/results/roles.csv
 
 Every contender is a policy at a token budget: `roles` (whose plan gives each stage its own), `cascade` and load
 balancers at the profile's budget and at 512 tokens, and `pd_fixed` with the number of prefill instances that is
-predicted to be best and its neighbours. All see the same requests at the same times. Runs are done seed by seed, each
-is one row of the CSV, and what is there already is not run again; with everything there, only the tables are printed.
-A ratio is the geometric mean over seeds of the ratios of runs with the same seed.
+predicted to be best. All see the same requests at the same times, in the steady state (`warm_up_s` of
+`plan_accuracy.py`). Runs are done seed by seed, each is one row of the CSV, and what is there already is not run again;
+with everything there, only the tables are printed. A ratio is the geometric mean over seeds of the ratios of runs with
+the same seed.
+
+What is concluded from prompts that ride along with decodes for free depends on the knee of the dense layers, so
+`--knees` also runs with other knees: `none` (every token costs compute) and `full` (compute hides behind the whole of
+an empty step, as if nothing stood in its way).
 """
 
 import argparse
@@ -21,39 +26,30 @@ import numpy as np
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.evaluation.runs import RunSpec, plan_for, roles_for, run_once
 from cascadeinfer.evaluation.setting import Setting, load_setting
+from cascadeinfer.figures.drawing import curve_style, grid_figure, logarithmic, save
 from cascadeinfer.results.summary import Slo
+from plan_accuracy import warm_up_s
 
 FIGURES = ("normalised_latency_s_mean", "ttft_s_mean", "ttft_s_p99", "e2e_s_mean", "e2e_s_p99")
 SMALL = 512
-CASCADES = ("cascade", "bucket", "llumnix", "least_loaded")
-KEYS = ("profile", "trace", "load", "contender", "seed")
+RIVALS = ("bucket", "llumnix", "least_loaded")
+KEYS = ("profile", "trace", "load", "knee", "contender", "seed")
+KNEES = ("profile", "none", "full")
+COUNTED = 6000
+"""Requests of a run that count, at least."""
 
 
 def contenders(setting: Setting, base: RunSpec) -> list[tuple[str, RunSpec]]:
     """Names and runs, with the seed still to be set; the first ones say most."""
-    split = with_(base, policy="pd_fixed")
-    best = roles_for(setting, split)
-    assert best is not None  # it has roles
     found = [("roles", with_(base, policy="roles"))]
-    small = [(f"{policy} @{SMALL}", with_(base, policy=policy, max_batched_tokens=SMALL)) for policy in CASCADES]
-    found += [small[0], (_ratio_of(setting, best.n_prefill), split), *small[1:]]
-    for k in (best.n_prefill - 1, best.n_prefill + 1):
-        if _carries(setting, other := with_(split, n_prefill=k)):
-            found.append((_ratio_of(setting, k), other))
-    return [*found, ("cascade", with_(base, policy="cascade")), ("llumnix", with_(base, policy="llumnix"))]
-
-
-def _carries(setting: Setting, spec: RunSpec) -> bool:
-    """Whether this ratio is predicted to carry the rate; one that does not is no rival."""
     try:
-        roles_for(setting, with_(spec, allow_overload=False))
+        roles_for(setting, with_(base, policy="pd_fixed", allow_overload=False))
+        found.append(("pd_fixed", with_(base, policy="pd_fixed")))
     except PlanError:
-        return False
-    return True
-
-
-def _ratio_of(setting: Setting, n_prefill: int) -> str:
-    return f"pd_fixed {n_prefill}:{setting.n_instances - n_prefill}"
+        print(f"{setting.profile.name}: no ratio of pd_fixed carries the rate")
+    policies = ("cascade", *RIVALS)
+    found += [(f"{policy} @{SMALL}", with_(base, policy=policy, max_batched_tokens=SMALL)) for policy in policies]
+    return [*found, ("cascade", with_(base, policy="cascade")), ("llumnix", with_(base, policy="llumnix"))]
 
 
 def with_(spec: RunSpec, **changes: object) -> RunSpec:
@@ -72,18 +68,23 @@ def main() -> None:
     """Run what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--traces", type=Path, required=True, help="folder with <name>.csv.gz")
-    parser.add_argument("--names", default="azure_2023_conv")
+    parser.add_argument(
+        "--names", default="azure_2023_conv,sharegpt_8k_llama2,servegen_deepseek_r1_1h,mooncake_synthetic"
+    )
     parser.add_argument("--profiles", default="h100-llama-3.1-8b,a100-llama-3.1-8b,h100-llama-3.1-70b-tp4")
     parser.add_argument("--loads", default="0.85")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=6000)
-    parser.add_argument("--instances", type=int, default=16)
+    parser.add_argument("--knees", default="profile", help=f"some of {', '.join(KNEES)}")
+    parser.add_argument("--contenders", default="", help="some of them only")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--instances", type=int, default=8)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--tables", action="store_true", help="run nothing, print the tables of what is there")
+    parser.add_argument("--figure", type=Path, default=None, help="PNG of the first table")
     options = parser.parse_args()
     rows = read(options.csv)
     points: list[tuple[str, ...]] = [
-        (profile, trace, load)
+        (profile, trace, load, knee)
+        for knee in options.knees.split(",")
         for profile in options.profiles.split(",")
         for trace in options.names.split(",")
         for load in options.loads.split(",")
@@ -91,23 +92,42 @@ def main() -> None:
     if not options.tables:
         for seed in range(options.seeds):
             run_missing(options, points, seed, rows)
+    first_table(rows)
     tables(rows)
+    if options.figure is not None:
+        draw(rows, options.figure)
 
 
 def run_missing(options: argparse.Namespace, points: list[tuple[str, ...]], seed: int, rows: "Rows") -> None:
     """Run what the CSV lacks of this seed: the first contender at every point, then the second, and so on."""
     todo = []
-    for profile, trace, load in points:
+    for profile, trace, load, knee in points:
         file = options.traces / f"{trace}.csv.gz"
         setting = load_setting(profile, file, options.instances, 32_768, accept_poor_profile=True)
+        setting = with_knee(setting, knee)
         rate = float(load) * setting.one_stage_capacity_rps
-        base = RunSpec("roles", rate, seed, options.requests, Slo(1.0, 0.05), 0.25, 0.1, allow_overload=True)
+        warm_s = warm_up_s(setting, rate)
+        requests = int(2.0 * warm_s * rate + max(COUNTED, warm_s * rate))
+        share = warm_s * rate / requests
+        base = RunSpec("roles", rate, seed, requests, Slo(1.0, 0.05), share, share, allow_overload=True)
         for number, (name, spec) in enumerate(contenders(setting, base)):
-            todo.append((number, (profile, trace, load, name, str(seed)), setting, spec))
+            if not options.contenders or name in options.contenders.split(","):
+                todo.append((number, (profile, trace, load, knee, name, str(seed)), setting, spec))
     for _, key, setting, spec in sorted(todo, key=lambda item: item[0]):
         if key not in rows:
             rows[key] = run(setting, spec)
             append(options.csv, key, rows[key])
+
+
+def with_knee(setting: Setting, knee: str) -> Setting:
+    """The same with another knee of the dense layers; see above."""
+    model = setting.profile.step_model
+    tokens = {
+        "profile": model.dense_knee_tokens,
+        "none": 0.0,
+        "full": max(model.dense_knee_tokens, model.base_s / model.per_dense_token_s),
+    }[knee]
+    return replace(setting, profile=replace(setting.profile, step_model=replace(model, dense_knee_tokens=tokens)))
 
 
 def run(setting: Setting, spec: RunSpec) -> dict[str, float]:
@@ -146,35 +166,96 @@ def append(path: Path, key: tuple[str, ...], figures: dict[str, float]) -> None:
         writer.writerow([*key, *(f"{value:.6g}" for value in figures.values())])
 
 
+def mean_over_seeds(rows: Rows, point: tuple[str, ...], name: str, figure: str) -> float:
+    """Mean of a figure of one contender; NaN where it was not run."""
+    values = [row[figure] for key, row in rows.items() if key[:5] == (*point, name)]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def best_rival(rows: Rows, point: tuple[str, ...], figure: str) -> str:
+    """The rival, at its best token budget, with the lowest mean of a figure; the cascade is ours."""
+    names = dict.fromkeys(key[4] for key in rows if key[:4] == point)
+    rivals = [name for name in names if not name.startswith(("roles", "cascade"))]
+    return min(rivals, key=lambda name: mean_over_seeds(rows, point, name, figure))
+
+
+def gains(rows: Rows) -> dict[tuple[str, ...], dict[str, tuple[float, str]]]:
+    """For each point and figure, `roles` over the best rival for that figure, and the rival's name."""
+    found: dict[tuple[str, ...], dict[str, tuple[float, str]]] = {}
+    for point in dict.fromkeys(key[:4] for key in rows):
+        found[point] = {}
+        for figure in FIGURES:
+            rival = best_rival(rows, point, figure)
+            mine, theirs = (mean_over_seeds(rows, point, name, figure) for name in ("roles", rival))
+            found[point][figure] = mine / theirs, rival
+    return found
+
+
+def first_table(rows: Rows) -> None:
+    """`roles` over the best rival of each figure."""
+    print("| profile | trace | knee | normalised | TTFT | TTFT p99 | e2e | e2e p99 |\n|" + "---|" * 8)
+    for (profile, trace, _, knee), cells in gains(rows).items():
+        shown = [f"{ratio:.2f} ({rival})" for ratio, rival in cells.values()]
+        print(f"| {profile} | {trace} | {knee} | {' | '.join(shown)} |")
+    print()
+
+
+def draw(rows: Rows, file: Path) -> None:
+    """The first table as a figure: one row per point, one mark per figure, on a logarithmic axis around 1."""
+    found = {point: cells for point, cells in gains(rows).items() if point[3] == KNEES[0]}
+    chosen = {
+        "normalised_latency_s_mean": "mean normalised latency",
+        "e2e_s_mean": "mean end-to-end latency",
+        "e2e_s_p99": "end-to-end latency, p99",
+        "ttft_s_p99": "time to first token, p99",
+    }
+    title = "roles over the best rival at its best token budget, 85 % load (simulated; below 1 is better)"
+    sheet, (panel,) = grid_figure(1, 1, title, width=8.5, height=0.42 * len(found) + 1.0)
+    panel.axvline(1.0, color="#555555", linewidth=1.0)
+    for number, (figure, label) in enumerate(chosen.items()):
+        style = curve_style(number, len(chosen)) | {"linestyle": "none", "markersize": 7.0}
+        ratios = [cells[figure][0] for cells in found.values()]
+        panel.plot(ratios, [row + 0.12 * (number - 1.5) for row in range(len(found))], label=label, **style)
+    panel.set_yticks(range(len(found)), [f"{profile}, {trace}" for profile, trace, *_ in found])
+    panel.invert_yaxis()
+    logarithmic(panel, "x")
+    panel.set_xlabel("ratio", fontsize=8)
+    panel.legend(fontsize=8)
+    save(sheet, file)
+
+
 def tables(rows: Rows) -> None:
     """Ratios of `roles` to every other contender, and predictions beside what was simulated."""
-    points = list(dict.fromkeys(key[:3] for key in rows))
-    print("| profile | load | rival | normalised | TTFT | TTFT p99 | e2e | e2e p99 |\n|" + "---|" * 8)
-    for profile, trace, load in points:
-        names = list(dict.fromkeys(key[3] for key in rows if key[:3] == (profile, trace, load)))
+    points = list(dict.fromkeys(key[:4] for key in rows))
+    print("| profile | load | knee | rival | normalised | TTFT | TTFT p99 | e2e | e2e p99 |\n|" + "---|" * 9)
+    for profile, trace, load, knee in points:
+        names = list(dict.fromkeys(key[4] for key in rows if key[:4] == (profile, trace, load, knee)))
         for name in names:
             if name != "roles":
-                cells = [ratio(rows, (profile, trace, load), name, figure) for figure in FIGURES]
-                print(f"| {profile} {trace} | {load} | {name} | {' | '.join(cells)} |")
-    print("\n| profile | load | contender | predicted / simulated ms per token | error | moves |\n|" + "---|" * 6)
-    for profile, trace, load in points:
-        for name in list(dict.fromkeys(key[3] for key in rows if key[:3] == (profile, trace, load))):
-            mine = [row for key, row in rows.items() if key[:4] == (profile, trace, load, name)]
+                cells = [ratio(rows, (profile, trace, load, knee), name, figure) for figure in FIGURES]
+                print(f"| {profile} {trace} | {load} | {knee} | {name} | {' | '.join(cells)} |")
+    print(
+        "\n| profile | load | knee | contender | predicted / simulated ms per token | error | moves |\n|" + "---|" * 6
+    )
+    for profile, trace, load, knee in points:
+        for name in list(dict.fromkeys(key[4] for key in rows if key[:4] == (profile, trace, load, knee))):
+            mine = [row for key, row in rows.items() if key[:5] == (profile, trace, load, knee, name)]
             simulated = float(np.mean([row["normalised_latency_s_mean"] for row in mine]))
             predicted = float(np.mean([row["predicted_s"] for row in mine]))
             moves = float(np.mean([row["moves_per_request"] for row in mine]))
             if np.isfinite(predicted):
                 print(
-                    f"| {profile} {trace} | {load} | {name} | {1e3 * predicted:.1f} / {1e3 * simulated:.1f} | "
+                    f"| {profile} {trace} | {load} | {knee} | {name} | {1e3 * predicted:.1f} / {1e3 * simulated:.1f} | "
                     f"{predicted / simulated - 1.0:+.0%} | {moves:.2f} |"
                 )
 
 
 def ratio(rows: Rows, point: tuple[str, ...], name: str, figure: str) -> str:
     """`roles` over a rival, with the lowest and highest seed."""
-    seeds = [key[4] for key in rows if key[:4] == (*point, name) and (*point, "roles", key[4]) in rows]
+    seeds = [key[5] for key in rows if key[:5] == (*point, name) and (*point, "roles", key[5]) in rows]
     each = [rows[(*point, "roles", s)][figure] / rows[(*point, name, s)][figure] for s in seeds]
-    return f"{float(np.exp(np.mean(np.log(each)))):.2f} ({min(each):.2f} to {max(each):.2f})"
+    mean = f"{float(np.exp(np.mean(np.log(each)))):.2f}" if each else "-"
+    return f"{mean} ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else mean
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ class ServiceInputs(NamedTuple):
         rate_per_s: Requests per second of the whole workload.
         limits: Of an instance, and the price of a hand-over.
         terms: Of the objective.
+        queued_weight: How much a token of a queued prompt adds to an instance's price, relative to one that is decoded.
     """
 
     table: NDArray[np.float64]
@@ -94,6 +95,7 @@ class ServiceInputs(NamedTuple):
     rate_per_s: float
     limits: ServiceLimits
     terms: ObjectiveTerms
+    queued_weight: float
 
 
 class StageService(NamedTuple):
@@ -229,7 +231,7 @@ def _assess(inputs: ServiceInputs, longest: NDArray[np.float64], stage: StageLoa
         per_token_s = prefill_per_token_s(coefficients, batch, min(room, stage.chunk))
         queued_per_token_s = prefill_per_token_s(coefficients, batch, room)
     times = TokenTimes(decode_s, per_token_s, queued_per_token_s, coefficients[4])
-    prefill = prefill_queue(table, stage, limits, others, in_decode, times)
+    prefill = prefill_queue(table, stage, limits, others, in_decode, times, inputs.queued_weight)
     if prefill.load >= 1.0:
         return _infeasible()
     visits = stage.starts + table[PUSHED, stage.j] - table[PUSHED, i]

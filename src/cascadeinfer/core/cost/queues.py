@@ -3,11 +3,12 @@ What requests of a stage wait for at finite load: prefill, memory, bursts. Compi
 simulator.
 
 *Prefill* is a server that works whenever a prompt is there, while decodes share its steps: M/G/1 (Pollaczek-Khinchine).
-On k instances the least loaded rule evens arrivals out (squared variation of gaps 1/k, by Kingman's formula), yet sends
-a run of them to the instance that a long request has just left. Where prompts in prefill are most of the load it sees,
-it instead forms one queue for k servers (Sakasegawa 1977). Prompts that fit into one step finish together, so a prompt
-also waits for those behind it. A request that has just begun to decode still shares steps with the prompts that arrived
-while it waited: `stall_s`.
+On k instances a rule that looks at KV tokens evens arrivals out (squared variation of gaps 1/k, by Kingman's formula),
+yet sends a run of them to the instance that a long request has just left. To the extent that queued prompts decide
+which instance is chosen, there is one queue for k servers instead (Sakasegawa 1977). The price, by which the cascade
+chooses (`core/instance.py`), counts a queued token several times (`queued_weight`). Prompts that fit into one step
+finish together, so a prompt also waits for those behind it. A request that has just begun to decode still shares steps
+with the prompts that arrived while it waited: `stall_s`.
 
 *Memory*: Little's law gives the KV cache and batch slots in use, Sakasegawa's formula the wait of arrivals when nearly
 all is in use.
@@ -35,8 +36,8 @@ instances.
 """
 _PROMPTS_SEEN: Final = 3.0
 """
-How much earlier prompts decide which instance is least loaded than their share of KV tokens suggests: they arrive in
-one piece.
+How much earlier prompts decide which instance is chosen than their share of what it is chosen by suggests: they arrive
+in one piece. Fitted to `least_loaded`, by KV tokens.
 """
 
 
@@ -105,8 +106,13 @@ def prefill_queue(
     others: float,
     in_decode_tokens: float,
     times: TokenTimes,
+    queued_weight: float,
 ) -> PrefillQueue:
-    """The prefill queue; `load` of 1 or more means that it never empties, and the rest is meaningless."""
+    """
+    The prefill queue; `load` of 1 or more means that it never empties, and the rest is meaningless.
+
+    `queued_weight` is what a token of a queued prompt adds to an instance's price, relative to one that is decoded.
+    """
     if stage.starts <= FEW:
         return PrefillQueue(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     i, j, k = stage.i, stage.j, stage.n_instances
@@ -123,11 +129,10 @@ def prefill_queue(
     second = served_s * (served_s * squares + 2.0 * per_pair_s * products) + per_pair_s * per_pair_s * pair_squares
     held = stage.rate * (served_s * squares + per_pair_s * products)
     scv = max(0.0, second * stage.starts / (first * first) - 1.0)
-    # Least loaded by KV tokens: decodes hide which instance has prompts queued, unless prompts are most of the load. An
-    # instance with a long queued prompt is passed over, so with more instances variation counts by about its root
-    # (fitted).
+    # Decodes hide which instance has prompts queued, unless prompts are most of the price. An instance with a long
+    # queued prompt is passed over, so with more instances variation counts by about its root (fitted).
     even_s = stage.rate * second / (2.0 * (1.0 - load)) * (1.0 / k + scv ** (0.5 + 0.5 / k)) / (1.0 + scv)
-    in_line = held + stage.rate * stage.prompt * even_s
+    in_line = (held + stage.rate * stage.prompt * even_s) * queued_weight
     by_work = min(1.0, _PROMPTS_SEEN * in_line / (in_line + in_decode_tokens))
     pooled_s = stage.rate * second / (2.0 * (1.0 - load)) * load ** (np.sqrt(2.0 * (k + 1.0)) - 2.0) / k
     herding = 1.0 + _HERDING * (1.0 - by_work) * max(0.0, np.log2(0.5 * k))

@@ -27,6 +27,8 @@ one (docs/planning.md).
 DEFAULT_MAX_STAGES: Final = 8
 DEFAULT_STAGE_TOLERANCE: Final = 0.01
 """Minimum saving of an additional stage: half the median error of the prediction."""
+_LEAST_S: Final = 1e-12
+"""Stands for a KV token that costs no time."""
 _NEGLIGIBLE: Final = 1e-3
 """
 Boundaries are not considered where less than this share of the tokens lies below, or of the KV reads above: it would
@@ -144,8 +146,16 @@ class PlanProblem:
                 tpot_limit_s=float(self.floor.tpot_s),
             ),
             terms=ObjectiveTerms(*(float(term) for term in self.objective.terms())),
+            queued_weight=self._queued_weight(),
         )
         object.__setattr__(self, "inputs", inputs)
+
+    def _queued_weight(self) -> float:
+        """How much a token of a queued prompt adds to a price (`core/instance.py`), relative to one that is decoded."""
+        prefix, model = self.histogram.prefix, self.step_model
+        urgency = float(prefix[Column.STARTS_NL, -1] / prefix[Column.STARTS, -1])
+        held_s = max(model.per_kv_token_s, _LEAST_S)
+        return 1.0 + urgency * model.compute_per_prefill_token_s / held_s
 
     def _check(self) -> None:
         if not (np.isfinite(self.rate_per_s) and self.rate_per_s > 0.0):

@@ -5,9 +5,10 @@ A prompt of at least the plan's threshold is computed in a prefill stage and pus
 first token (`core/placing/pushing.py`). All other prompts, and everything after the first token, are the cascade's
 (`core/policies/cascade.py`): the cheapest instance of the stage with room, sharing of backlogs, hand-over by bid-ask.
 
-*Overflow.* When prompts queue in the prefill stage for longer than one full step takes (`Pricing.full_step`, but at
-least `SHORT` empty steps), a prompt is computed where it decodes if it would start sooner by that unit on some instance
-of its own stage or of a longer one.
+*Overflow.* A prompt is computed where it decodes if that takes less of everybody's time together. On an instance with n
+requests it takes the queue there, which the prompt waits for, and n + 1 times its own computation, for which all of
+them wait. Decode instances have many requests, so this happens when prompts queue for seconds: because more come than
+were planned for, or on an instance that hardly decodes.
 
 Stages, threshold and chunk budgets stay as planned: boundaries do not move and nothing is planned anew while it runs,
 because neither refinement nor replanning knows prefill stages yet. With a plan without prefill stages it is the cascade
@@ -27,7 +28,6 @@ from cascadeinfer.core.events import Event
 from cascadeinfer.core.layout import RoleLayout
 from cascadeinfer.core.placing.dispatch import Chosen, has_room, nearest_with_room
 from cascadeinfer.core.placing.pushing import PrefillStages
-from cascadeinfer.core.placing.sharing import SHORT
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policies.info import Circumstances, PolicyInfo, RoleSearch, Variant
 from cascadeinfer.core.view import InstanceView, RequestView
@@ -75,17 +75,16 @@ class Roles(Cascade):
     def _place_waiting(self, cause: str, effects: list[Effect]) -> None:
         """Dispatch prompts to prefill instances, and the rest as the cascade does."""
         if self.view.waits():
-            effects += self._prefill.dispatches(cause, self._starts_sooner if self._overflow else None)
+            effects += self._prefill.dispatches(cause, self._takes_less if self._overflow else None)
         super()._place_waiting(cause, effects)
 
-    def _starts_sooner(self, request: RequestView, prefill: InstanceView) -> bool:
-        """Whether the prompt starts sooner, by a full step, on an instance where the request could decode."""
-        unit = max(prefill.pricing.full_step(prefill.capacity.max_batched_tokens), SHORT * prefill.pricing.base)
-        if prefill.backlog <= unit or not self._members:
+    def _takes_less(self, request: RequestView, prefill: InstanceView) -> bool:
+        """Whether the prompt takes less of everybody's time on an instance of its stage, or of a longer one."""
+        if not self._members:
             return False
-        most = prefill.backlog - unit
+        most = _taken(prefill, request.tokens)
         return any(
-            instance.backlog <= most and has_room(instance, request.tokens)
+            _taken(instance, request.tokens) < most and has_room(instance, request.tokens)
             for members in self._members[self._home(request) :]
             for instance in self.view.able(request, members)
         )
@@ -93,6 +92,12 @@ class Roles(Cascade):
     def _target_for(self, request: RequestView) -> Chosen | None:
         stages = [self.view.able(request, members) for members in self._members]
         return nearest_with_room(stages, self._home(request), request.tokens) if stages else None
+
+
+def _taken(instance: InstanceView, tokens: int) -> float:
+    """Time that a prompt of this length takes of all requests there, its own wait included."""
+    computed = instance.pricing.queue_of(tokens) * instance.slowness
+    return instance.backlog + (instance.committed_requests + 1) * computed
 
 
 def _options_for(around: Circumstances) -> dict[str, Any]:
