@@ -4,8 +4,8 @@ Plans with roles against rivals at their best, simulated: the first tables of do
     .venv/bin/python benchmarks/roles.py --traces ../shared/data/traces --csv benchmarks/results/roles.csv
 
 Every contender is a policy at a token budget: `roles` (whose plan gives each stage its own), `cascade` and load
-balancers at the profile's budget and at 512 tokens, and `pd_fixed` with the number of prefill instances that is
-predicted to be best. All see the same requests at the same times, in the steady state (`warm_up_s` of
+balancers at the profile's budget, at 512 tokens and some at 2,048, and `pd_fixed` with the number of prefill instances
+that is predicted to be best. All see the same requests at the same times, in the steady state (`warm_up_s` of
 `plan_accuracy.py`). Runs are done seed by seed, each is one row of the CSV, and what is there already is not run again;
 with everything there, only the tables are printed. A ratio is the geometric mean over seeds of the ratios of runs with
 the same seed.
@@ -32,6 +32,7 @@ from plan_accuracy import warm_up_s
 
 FIGURES = ("normalised_latency_s_mean", "ttft_s_mean", "ttft_s_p99", "e2e_s_mean", "e2e_s_p99")
 SMALL = 512
+MEDIUM = 2048
 RIVALS = ("bucket", "llumnix", "least_loaded")
 KEYS = ("profile", "trace", "load", "knee", "contender", "seed")
 KNEES = ("profile", "none", "full")
@@ -49,7 +50,11 @@ def contenders(setting: Setting, base: RunSpec) -> list[tuple[str, RunSpec]]:
         print(f"{setting.profile.name}: no ratio of pd_fixed carries the rate")
     policies = ("cascade", *RIVALS)
     found += [(f"{policy} @{SMALL}", with_(base, policy=policy, max_batched_tokens=SMALL)) for policy in policies]
-    return [*found, ("cascade", with_(base, policy="cascade")), ("llumnix", with_(base, policy="llumnix"))]
+    found += [("cascade", with_(base, policy="cascade")), ("llumnix", with_(base, policy="llumnix"))]
+    if setting.profile.capacity.max_batched_tokens != MEDIUM:
+        medium = ("llumnix", "bucket")
+        found += [(f"{policy} @{MEDIUM}", with_(base, policy=policy, max_batched_tokens=MEDIUM)) for policy in medium]
+    return found
 
 
 def with_(spec: RunSpec, **changes: object) -> RunSpec:
