@@ -290,3 +290,23 @@ async def test_a_copy_ahead_that_hangs_stops_other_moves() -> None:
         await cluster.until(lambda: len(policy.ended_migrations()) == 2)
         assert policy.ended_migrations()[1].outcome is MigrationOutcome.MOVED
         cluster.abort(client)
+
+
+@pytest.mark.parametrize("how", ["ends", "is left"])
+@virtual_time
+async def test_a_request_that_goes_while_its_copy_hangs(how: str) -> None:
+    """Its read holds blocks at the target until it fails: the pair is looked at, so that others do not add to them."""
+    policy = ScriptedPolicy({"r": "a"})
+    async with Cluster(policy, migration=replace(MIGRATION, precopy=True)) as cluster:
+        cluster["b"].set_apart(cluster["a"])
+        client = await cluster.submit("r", 200, 20)
+        await client.until_tokens(5)
+        cluster.move("r", "b")
+        if how == "is left":
+            await client.until_tokens(10)
+            cluster.abort(client)
+        await cluster.until(lambda: len(policy.ended_migrations()) == 1)
+        assert policy.ended_migrations()[0].outcome is MigrationOutcome.ENDED
+        assert broken(cluster) == [["a", "b"]]
+        cluster["b"].set_apart(cluster["a"], apart=False)
+        await cluster.until(lambda: not broken(cluster), "they reach each other")

@@ -157,7 +157,7 @@ class Fleet:
         return one is not None and other is not None and self.pairs.connected(one, other)
 
     def doubt(self, target_id: InstanceId, source_id: InstanceId, why: str) -> None:
-        """A pull has not come to an end in time: nothing moves between the two until the target reaches the source."""
+        """A read has not come to an end: nothing moves between the two until the target reaches the source."""
         target, source = self.engine(target_id), self.engine(source_id)
         if target is not None and source is not None:
             self.pairs.doubt(target, source, why)

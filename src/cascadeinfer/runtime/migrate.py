@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 from cascadeinfer.core.effects import StartMigration
 from cascadeinfer.core.errors import EngineError
@@ -26,6 +26,15 @@ from cascadeinfer.core.types import InstanceId, MigrationId
 from cascadeinfer.engines.protocol import Engine, KvTicket, Resume
 from cascadeinfer.runtime.commands import Commands
 from cascadeinfer.runtime.streams import Stream, StreamTable
+
+LEFT_A_READ: Final = {
+    (State.COPYING, Happening.TIMED_OUT),
+    (State.COPYING, Happening.REQUEST_ENDED),
+    (State.COPYING, Happening.CLIENT_LEFT),
+    (State.RESUMING, Happening.TIMED_OUT),
+    (State.RESUMING, Happening.CLIENT_LEFT),
+}
+"""What ends a migration while the target reads from the source: the read may hang, and holds blocks until it fails."""
 
 
 @dataclass(slots=True)
@@ -73,7 +82,7 @@ class EngineDirectory(Protocol):
         ...
 
     def doubt(self, target_id: InstanceId, source_id: InstanceId, why: str) -> None:
-        """A pull has not come to an end in time: find out whether the target reaches the source."""
+        """A read has not come to an end: find out whether the target reaches the source."""
         ...
 
 
@@ -156,8 +165,8 @@ class Migrator:
             return
         migration = record.migration
         before = migration.state
-        if happening is Happening.TIMED_OUT and before in {State.COPYING, State.RESUMING}:
-            self._engines.doubt(migration.target_id, migration.source_id, "a pull did not come to an end in time")
+        if (before, happening) in LEFT_A_READ:
+            self._engines.doubt(migration.target_id, migration.source_id, "a read did not come to an end")
         for action in migration.handle(happening, self._clock(), refusal):
             self._act(record, action)
         if migration.outcome is not None:

@@ -6,8 +6,9 @@ with all that are up, then looks again, and comes up in the same turn of the eve
 of two simultaneous newcomers the later one finds the other, and a hung handshake delays only its own newcomer.
 Instances whose KV caches do not go together, during a rolling update, are not introduced to each other.
 
-A pair whose pull has not come to an end in time is doubted: it counts as broken until the target reaches the source's
-side channel again. So two nodes that cannot reach each other cost one request a pause, not every one that would cross.
+A pair is doubted when a migration ends while the target reads from the source, or when a pull does not end in time: it
+counts as broken until the target reaches the source's side channel, which takes a message where nothing is wrong. So
+two nodes that cannot reach each other cost one request a pause, not every one that would cross, and strand few blocks.
 
 A failed pair is broken: both instances serve, migrations between them are refused, and the handshake is retried.
 `core/handshakes.py` determines which side is at fault: a faulty newcomer does not come up; an instance that is up and
@@ -153,16 +154,19 @@ class Pairs:
             return
         loop = asyncio.get_running_loop()
         pair.connected, pair.error, pair.since_s = False, why, loop.time()
-        logger.warning("instances %s exchange nothing for now: %s", " and ".join(_ids(target, source)), why)
         name = f"doubt-{source.instance_id}-{target.instance_id}"
         pair.task = loop.create_task(self._until_reached(pair, target, source), name=name)
 
     async def _until_reached(self, pair: Acquaintance, target: Engine, source: Engine) -> None:
+        both = " and ".join(_ids(target, source))
         for n_failures in itertools.count():
             if await _reaches(target, source):
                 pair.connected = True
-                logger.warning("instances %s reach each other", " and ".join(_ids(target, source)))
+                if n_failures:
+                    logger.warning("instances %s reach each other", both)
                 return
+            if not n_failures:
+                logger.warning("instances %s exchange nothing for now: %s", both, pair.error)
             pair.error = f"{target.instance_id} cannot reach {source.instance_id}"
             await asyncio.sleep(min(RETRY_FIRST_S * 2.0**n_failures, RETRY_MAX_S))
 
