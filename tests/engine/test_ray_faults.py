@@ -322,4 +322,4 @@ def test_the_head_is_gone(second: RayServer, machines: Machines, report: Report)
     report.add("engine killed without a head", stream.figures())
     assert second.tokens(prompt, N_SHORT) == tokens
     [left] = second.get("/health/ready").json()["instances"]
-    assert second.n_running(left) == 0
+    second.poll(lambda: second.n_running(left) == 0, "nothing runs")
