@@ -5,7 +5,9 @@ A prompt of at least the plan's threshold is computed in a prefill stage and pus
 first token (`core/placing/pushing.py`). All other prompts, and everything after the first token, are the cascade's
 (`core/policies/cascade.py`): the cheapest instance of the stage with room, sharing of backlogs, hand-over by bid-ask.
 
-*Overflow.* A prompt is computed where it decodes if that takes less of everybody's time together. On an instance with n
+*Overflow.* When prompts queue in the prefill stage for longer than one full step takes (`Pricing.full_step`, but at
+least `SHORT` empty steps), one is computed where it decodes, in its own stage or a longer one, if that takes less of
+everybody's time together. On an instance with n
 requests it takes the queue there, which the prompt waits for, and n + 1 times its own computation, for which all of
 them wait. Decode instances have many requests, so this happens when prompts queue for seconds: because more come than
 were planned for, or on an instance that hardly decodes.
@@ -28,6 +30,7 @@ from cascadeinfer.core.events import Event
 from cascadeinfer.core.layout import RoleLayout
 from cascadeinfer.core.placing.dispatch import Chosen, has_room, nearest_with_room
 from cascadeinfer.core.placing.pushing import PrefillStages
+from cascadeinfer.core.placing.sharing import SHORT
 from cascadeinfer.core.policies.cascade import Cascade
 from cascadeinfer.core.policies.info import Circumstances, PolicyInfo, RoleSearch, Variant
 from cascadeinfer.core.view import InstanceView, RequestView
@@ -79,8 +82,9 @@ class Roles(Cascade):
         super()._place_waiting(cause, effects)
 
     def _takes_less(self, request: RequestView, prefill: InstanceView) -> bool:
-        """Whether the prompt takes less of everybody's time on an instance of its stage, or of a longer one."""
-        if not self._members:
+        """Whether prompts queue there, and this one takes less of everybody's time on an instance of its stage."""
+        unit = max(prefill.pricing.full_step(prefill.capacity.max_batched_tokens), SHORT * prefill.pricing.base)
+        if prefill.backlog <= unit or not self._members:
             return False
         most = _taken(prefill, request.tokens)
         return any(
