@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -394,3 +395,9 @@ def _command(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return "resource_tracker"
+
+
+def write(path: str | None, figures: dict[str, Any]) -> None:
+    """Write the figures to this file, if one is given."""
+    if path is not None:
+        Path(path).write_text(json.dumps(figures, indent=2) + "\n")

@@ -1,13 +1,11 @@
 """A real server under kills, drains, adds and impatient clients; `make chaos` runs it for five minutes."""
 
 import asyncio
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from chaos import Chaos
+from chaos import Chaos, write
 from server_process import QUICK_SERVER, ServerProcess
 
 pytestmark = pytest.mark.engine
@@ -77,9 +75,3 @@ def test_chaos(server: ServerProcess, seconds: float, request: pytest.FixtureReq
 def more(now: dict[str, int], before: dict[str, int], slack: dict[str, int]) -> dict[str, int]:
     """How far each count grew, for those that grew by more than their slack, however many instances died."""
     return {name: count - before[name] for name, count in now.items() if count > before[name] + slack.get(name, 0)}
-
-
-def write(path: str | None, figures: dict[str, Any]) -> None:
-    """Write the figures to this file, if one is given."""
-    if path is not None:
-        Path(path).write_text(json.dumps(figures, indent=2) + "\n")

@@ -6,16 +6,14 @@ right tokens. The machines are network namespaces; engines, moves and Ray are re
 """
 
 import asyncio
-import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
-from chaos import Chaos
+from chaos import Chaos, write
 from ray_machines import Machines
 from ray_server import RAY_ENVIRONMENT, RayServer, both_up, machines_with_ray
 
@@ -125,9 +123,3 @@ def engines(machines: Machines) -> set[int]:
     """The process ids of the engines on all nodes."""
     processes = [psutil.Process(pid) for number in NODES for pid in machines.pids(number)]
     return {process.pid for process in processes if "EngineCore" in " ".join([process.name(), *process.cmdline()])}
-
-
-def write(path: str | None, figures: dict[str, Any]) -> None:
-    """Write the figures to this file, if one is given."""
-    if path is not None:
-        Path(path).write_text(json.dumps(figures, indent=2) + "\n")

@@ -310,3 +310,23 @@ async def test_a_request_that_goes_while_its_copy_hangs(how: str) -> None:
         assert broken(cluster) == [["a", "b"]]
         cluster["b"].set_apart(cluster["a"], apart=False)
         await cluster.until(lambda: not broken(cluster), "they reach each other")
+
+
+@virtual_time
+async def test_an_internal_error_of_a_look_does_not_end_the_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair that is doubted is asked about again, whatever went wrong the first time."""
+    async with Cluster() as cluster:
+        one, other = cluster["b"], cluster["a"]
+        answers = iter([ValueError("a bug")])
+
+        async def reaches(_: object) -> bool:
+            if (error := next(answers, None)) is not None:
+                raise error
+            return True
+
+        monkeypatch.setattr(one, "reaches", reaches)
+        cluster.runtime.fleet.doubt("b", "a", "a test says so")
+        assert broken(cluster) == [["a", "b"]]
+        await cluster.until(lambda: not broken(cluster), "asked again")
+        assert other.serves
+        cluster.defects.clear()

@@ -243,10 +243,13 @@ async def _listens(engine: Engine) -> bool:
 
 
 async def _reaches(target: Engine, source: Engine) -> bool:
-    """Whether one reaches the other; not while it is about to be gone."""
+    """Whether one reaches the other; not while it is about to be gone. Whatever goes wrong, it is asked again."""
     try:
         return await target.reaches(source)
     except EngineError:
+        return False
+    except Exception:
+        logger.exception("internal error while %s looked for %s", target.instance_id, source.instance_id)
         return False
 
 

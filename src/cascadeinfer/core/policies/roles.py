@@ -7,10 +7,9 @@ first token (`core/placing/pushing.py`). All other prompts, and everything after
 
 *Overflow.* When prompts queue in the prefill stage for longer than one full step takes (`Pricing.full_step`, but at
 least `SHORT` empty steps), one is computed where it decodes, in its own stage or a longer one, if that takes less of
-everybody's time together. On an instance with n
-requests it takes the queue there, which the prompt waits for, and n + 1 times its own computation, for which all of
-them wait. Decode instances have many requests, so this happens when prompts queue for seconds: because more come than
-were planned for, or on an instance that hardly decodes.
+everybody's time together. On an instance with n requests it takes the queue there, which the prompt waits for, and
+n + 1 times its own computation, for which all of them wait. Decode instances have many requests, so this happens when
+prompts queue for seconds, because more come than were planned for, or on an instance that hardly decodes.
 
 Stages, threshold and chunk budgets stay as planned: boundaries do not move and nothing is planned anew while it runs,
 because neither refinement nor replanning knows prefill stages yet. With a plan without prefill stages it is the cascade
@@ -82,7 +81,7 @@ class Roles(Cascade):
         super()._place_waiting(cause, effects)
 
     def _takes_less(self, request: RequestView, prefill: InstanceView) -> bool:
-        """Whether prompts queue there, and this one takes less of everybody's time on an instance of its stage."""
+        """Whether prompts queue there, and this one takes less of everybody's time in its own stage or a longer one."""
         unit = max(prefill.pricing.full_step(prefill.capacity.max_batched_tokens), SHORT * prefill.pricing.base)
         if prefill.backlog <= unit or not self._members:
             return False
