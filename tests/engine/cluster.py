@@ -7,9 +7,10 @@ gives the output that the same request has on one instance alone.
 
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from prometheus_client import REGISTRY
 from zoo import DEADLINE_S, SETTLE_S, eventually
 
@@ -17,11 +18,13 @@ from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import Event, MigrationEnded
 from cascadeinfer.core.migration import Action
+from cascadeinfer.core.migration.limits import PullEstimate
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.runtime.migrate import MigrationRecord
 from cascadeinfer.runtime.shell import Runtime
+from support.holds import held_at
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 STAGES = "0-64:1,64-128:1,128-:1"
 STAGE_EDGES = (64, 128)
+BEYOND_EDGES = tuple(edge + 8 for edge in STAGE_EDGES)
+"""Lengths at which a request has certainly outgrown its stage."""
 
 
 class SwitchedStages(StaticStages):
@@ -66,17 +71,29 @@ class Cluster:
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def stream(
-        self, prompt: str | list[int], params: "SamplingParams", *, request_id: str | None = None
+        self,
+        prompt: str | list[int],
+        params: "SamplingParams",
+        *,
+        request_id: str | None = None,
+        hold_at: Sequence[int] = (),
     ) -> "AsyncIterator[RequestOutput]":
-        """Run a request; yields its outputs as they come."""
-        request_id = request_id or f"t{next(self._numbers)}"
+        """
+        Run a request; yields its outputs as they come.
+
+        Its first attempt waits at the first length of `hold_at` until it is cut, its second at the second; with
+        `BEYOND_EDGES` it moves twice, however busy this process is.
+        """
+        request_id = held_at(request_id or f"t{next(self._numbers)}", *hold_at)
         given: Any = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
         return self.llm.generate(given, params, request_id)
 
-    async def run(self, prompt: str | list[int], params: "SamplingParams") -> "list[CompletionOutput]":
-        """Run a request to its end; its completions (one unless `n` says otherwise)."""
+    async def run(
+        self, prompt: str | list[int], params: "SamplingParams", *, hold_at: Sequence[int] = ()
+    ) -> "list[CompletionOutput]":
+        """Run a request to its end, see `stream`; its completions (one unless `n` says otherwise)."""
         last = None
-        async for output in self.stream(prompt, params):
+        async for output in self.stream(prompt, params, hold_at=hold_at):
             last = output
         assert last is not None
         assert last.finished
@@ -159,9 +176,17 @@ class Cluster:
             ]
             return not any(any(numbers) for numbers in held.values())
 
-        await eventually(nothing, f"nothing held: {held}", deadline_s)
+        await eventually(nothing, lambda: f"nothing held: {held}", deadline_s)
 
     # --- interference ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    @contextlib.contextmanager
+    def always_copying() -> Iterator[None]:
+        """Within this block every move copies full blocks ahead, though pulls of the tiny model are short."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PullEstimate, "pays_to_copy", True)
+            yield
 
     @contextlib.contextmanager
     def on_action(
@@ -189,6 +214,7 @@ class Cluster:
 
         migrator._act = act
         try:
-            yield done
+            with self.always_copying() if action is Action.COPY else contextlib.nullcontext():
+                yield done
         finally:
             del migrator._act

@@ -31,6 +31,7 @@ from zoo import (
 
 from cascadeinfer.core.back_off import BackOff
 from cluster import STAGES, Cluster, SwitchedStages
+from support.holds import hold_requests
 from support.v2_states import FOLDER_VARIABLE
 
 QUICK_ENVIRONMENT = {
@@ -82,6 +83,7 @@ def quick_environment(states_folder: Path) -> Iterator[None]:
     """The environment in which vLLM is imported and instances are configured."""
     before = dict(os.environ)
     os.environ.update(QUICK_ENVIRONMENT, **{FOLDER_VARIABLE: str(states_folder)})
+    hold_requests()
     yield
     os.environ.clear()
     os.environ.update(before)

@@ -243,7 +243,7 @@ async def test_release_after_the_pull(zoo: Zoo, name: str) -> None:
     """Releasing a pin that has been pulled already, or never existed, is harmless."""
     instance, there = zoo.instances[name], zoo.instances[OTHER[name]]
     prompt, expected = await zoo.window(50, 150)
-    attempt = await zoo.start(instance, prompt, greedy(150))
+    attempt = await zoo.start(instance, prompt, greedy(150), hold_at=60)
     await attempt.until_output(4)
     moved = await (await zoo.move(attempt, there)).until_end()
     assert moved is not attempt

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from zoo import eventually, greedy, random_prompt
 
 from cascadeinfer.core.migration import Action
 from cascadeinfer.runtime.migrate import MigrationRecord
-from cluster import Cluster
+from cluster import BEYOND_EDGES, Cluster
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -48,9 +48,10 @@ async def references(cluster: Cluster, *prompts: list[int]) -> list[Any]:
     return [(await cluster.alone(prompt, greedy(N_OUTPUT)))[0].token_ids for prompt in prompts]
 
 
-async def outputs(cluster: Cluster, *prompts: list[int]) -> list[Any]:
-    """The outputs of the prompts run together, with moves."""
-    completions = await asyncio.gather(*(cluster.run(prompt, greedy(N_OUTPUT)) for prompt in prompts))
+async def outputs(cluster: Cluster, *prompts: list[int], hold_at: Sequence[int] = ()) -> list[Any]:
+    """The outputs of the prompts run together, with moves; see `Cluster.stream`."""
+    runs = (cluster.run(prompt, greedy(N_OUTPUT), hold_at=hold_at) for prompt in prompts)
+    completions = await asyncio.gather(*runs)
     return [completion.token_ids for [completion] in completions]
 
 
@@ -90,7 +91,7 @@ async def test_kill_during_a_migration(
         kill({"source": migration.source_id, "target": migration.target_id, "bystander": bystander}[victim])
 
     with cluster.on_action(action, strike, before=before) as struck:
-        assert await outputs(cluster, PROMPT, OTHER_PROMPT) == expected
+        assert await outputs(cluster, PROMPT, OTHER_PROMPT, hold_at=BEYOND_EDGES[:1]) == expected
     assert struck
     # On a busy machine the death may be noticed after the request's end.
     await eventually(lambda: restarts(cluster) == restarted + 1, "one restart")
@@ -105,7 +106,7 @@ async def test_restarted_instance_takes_part_again(cluster: Cluster, kill: Kill)
     await cluster.all_up()
     assert cluster.instance("1") is not before
     moves = cluster.migrations("moved")
-    assert await outputs(cluster, PROMPT) == [expected]
+    assert await outputs(cluster, PROMPT, hold_at=BEYOND_EDGES) == [expected]
     assert cluster.migrations("moved") == moves + 2
     [_, second, third] = [(await engine.report())[1] for engine in cluster.runtime.live_engines()]
     assert second.pulls >= 1
@@ -265,7 +266,7 @@ async def test_source_stands_still(cluster: Cluster, monkeypatch: pytest.MonkeyP
 
     restarted = restarts(cluster)
     with cluster.on_action(action, freeze) as frozen:
-        assert await outputs(cluster, PROMPT) == [expected]
+        assert await outputs(cluster, PROMPT, hold_at=BEYOND_EDGES[:1]) == [expected]
     assert frozen
     await cluster.settled()
     assert restarts(cluster) == restarted
@@ -275,7 +276,7 @@ async def test_source_stands_still(cluster: Cluster, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("action", [Action.ASK_ROOM, Action.COPY, Action.CUT, Action.RESUME])
 async def test_client_leaves_during_a_migration(cluster: Cluster, action: Action, delay_s: float) -> None:
     """A client that disconnects at any step leaves nothing on either side, long before a lease ends."""
-    request = asyncio.ensure_future(cluster.run(PROMPT, greedy(N_OUTPUT)))
+    request = asyncio.ensure_future(cluster.run(PROMPT, greedy(N_OUTPUT), hold_at=BEYOND_EDGES[:1]))
     loop = asyncio.get_running_loop()
     with cluster.on_action(action, lambda _: _later(loop.call_later, delay_s, request.cancel)) as struck:
         with contextlib.suppress(asyncio.CancelledError):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from zoo import greedy, random_prompt
 
-from cluster import Cluster
+from cluster import BEYOND_EDGES, Cluster
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -21,7 +21,7 @@ async def moved_and_alone(cluster: Cluster, params: Any, prompt: Any = PROMPT) -
     """Run the request with moves, which must happen, and without."""
     alone = await cluster.alone(prompt, params)
     moves = cluster.migrations("moved")
-    moved = await cluster.run(prompt, params)
+    moved = await cluster.run(prompt, params, hold_at=BEYOND_EDGES)
     assert cluster.migrations("moved") > moves, "it did not move"
     return moved, alone
 
@@ -112,7 +112,7 @@ async def test_several_completions(cluster: Cluster) -> None:
     params = greedy(N_OUTPUT, output_kind=RequestOutputKind.FINAL_ONLY)
     params.n, params.temperature, params.top_k = 2, 1.0, 1  # vLLM refuses n > 1 at temperature 0
     moves = cluster.migrations("moved")
-    both = await cluster.run(PROMPT, params)
+    both = await cluster.run(PROMPT, params, hold_at=BEYOND_EDGES)
     assert [completion.token_ids for completion in both] == [alone.token_ids] * 2
     assert cluster.migrations("moved") >= moves + 2
 
@@ -127,7 +127,7 @@ async def test_stream_has_every_token_once(cluster: Cluster, interval: int) -> N
     moves = cluster.migrations("moved")
     token_ids: list[int] = []
     text = ""
-    async for output in cluster.stream(PROMPT, params):
+    async for output in cluster.stream(PROMPT, params, hold_at=BEYOND_EDGES):
         token_ids += output.outputs[0].token_ids
         text += output.outputs[0].text
     assert cluster.migrations("moved") > moves
@@ -186,7 +186,8 @@ async def test_pinned_request_stays(cluster: Cluster, options: dict[str, Any], r
         return last.outputs[0]
 
     moves = cluster.migrations("moved")
-    output, _ = await asyncio.gather(watched(), cluster.run(random_prompt(40, 4), greedy(N_OUTPUT)))
+    other = cluster.run(random_prompt(40, 4), greedy(N_OUTPUT), hold_at=BEYOND_EDGES)
+    output, _ = await asyncio.gather(watched(), other)
     assert cluster.migrations("moved") > moves, "the other one did not move"
     assert placed - {None} == {"0"}
     assert cluster.metric("cascadeinfer_pinned_requests_total", reason=reason) == pinned + 1

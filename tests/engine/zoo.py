@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from cascadeinfer.engines.protocol import EngineCounters, EngineDied, EngineRequest, KvTicket, Resume
+from support.holds import GO, held_at
 
 if TYPE_CHECKING:  # no vLLM import for tests that are not run
     from vllm.sampling_params import SamplingParams
@@ -218,13 +219,20 @@ class Zoo:
         params: "SamplingParams",
         *,
         request_id: str | None = None,
+        hold_at: int | None = None,
     ) -> Attempt:
-        """Send a new request."""
+        """Send a new request; it waits at the length `hold_at` until it is cut or let go."""
         request_id = request_id or f"r{next(self._numbers)}"
+        if hold_at is not None:
+            request_id = held_at(request_id, hold_at)
         from cascadeinfer.engines.vllm.plain_request import request_with
 
         request = request_with(request_id, list(prompt), params)
         return await self._add(Attempt(instance, request_id, request), None)
+
+    async def let_go(self, attempt: Attempt) -> None:
+        """A request that is held, or would be, goes on to its end."""
+        await attempt.instance.utility("call_utility_async", GO, attempt.engine_request_id)
 
     async def resume(
         self, old: Attempt, target: "VllmInstance", *, ticket: KvTicket | None, reservation_id: str | None = None
