@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadeinfer.cluster.fleet import Fleet, Record, folder_of, names, user_of
+from cascadeinfer.cluster.fleet import Fleet, Record, Update, folder_of, names, user_of
 from cascadeinfer.core.errors import ConfigError
 
 RECORD = Record("0.1.0", "0.32.0", "a/model", {"--max-model-len": "4096"})
@@ -99,11 +99,18 @@ def test_differences_in_words() -> None:
     assert RECORD.differences(RECORD) == []
 
 
-def test_an_unfinished_update_differs_from_everything() -> None:
-    """Its engines are not all alike, whatever a server asks for."""
-    unfinished = msgspec.structs.replace(RECORD, unfinished="the options before and --max-num-seqs 8")
-    said = ["a rolling update of them was not finished (the options before and --max-num-seqs 8)"]
-    assert unfinished.differences(RECORD) == unfinished.differences(unfinished) == said
+def test_an_unfinished_update_is_told(base: Path) -> None:
+    """The record of it is read back; it differs from a server's options in those that the server does not share."""
+    unfinished = msgspec.structs.replace(RECORD, updates=(Update(("--max-num-seqs 8", "--dtype half"), "ab"),))
+    assert RECORD.unfinished == ""
+    assert unfinished.unfinished == "the options before and --max-num-seqs 8 --dtype half"
+    fleet = Fleet.take("a", base)
+    fleet.write(unfinished)
+    assert fleet.record() == unfinished
+    fleet.remove()
+    asked = Record(RECORD.version, RECORD.vllm, "b/model", {"--dtype": "half"})
+    assert unfinished.differences(RECORD) == []
+    assert unfinished.differences(asked, {"the model", "--dtype"}) == ["--max-model-len is 4096, not its default"]
 
 
 @given(st.dictionaries(st.sampled_from(["--a", "--b", "--c"]), st.sampled_from("xyz")))

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -136,6 +137,45 @@ def test_a_killed_server_costs_no_engine(fleet: Fleet, first: ServerProcess) -> 
         assert "2 engines of" in other.log_tail(1)
         assert "--max-model-len is 1024, not 512" in other.log_tail(1)
     assert all(psutil.pid_exists(pid) for pid in engines)
+
+
+def test_a_server_killed_in_the_middle_of_an_update(fleet: Fleet) -> None:
+    """
+    `kill -9` while a rolling update starts an engine: the next server, started as before, goes on with engines of both
+    kinds, and with the update, here back to the options before. One that asks for others yet is refused.
+    """
+    with fleet.server() as server:
+        wait_until_ready(server)
+        text = text_of(server, 120)
+        assert server.post("/admin/roll", {"options": list(OTHER_OPTIONS)}).status_code == HTTPStatus.ACCEPTED
+        server.poll(lambda: "starts for instance" in rolled(server)["lines"][-1]["line"], "started", READY_DEADLINE_S)
+        server.send_signal(signal.SIGKILL)
+        server.wait_ended(STOP_DEADLINE_S)
+
+    with fleet.server("--max-num-seqs", "9") as other:
+        assert other.wait_ended(READY_DEADLINE_S) == 2
+        assert "was not finished (the options before and --max-num-seqs 8)" in other.log_tail(1)
+
+    with fleet.server() as server:
+        wait_until_ready(server)
+        assert "2 engines found alive" in server.log.read_text()
+        assert "an update was not finished: instance 2 has --max-num-seqs 8" in server.log.read_text()
+        assert [(each["id"], each["build"]) for each in server.admin()["instances"]] == [("1", 0), ("2", 1)]
+        assert text_of(server, 120) == text_of(server, 120) == text
+        assert server.post("/admin/roll", {"options": []}).status_code == HTTPStatus.ACCEPTED
+        server.poll(lambda: rolled(server)["state"] == "done", "back", READY_DEADLINE_S)
+        assert {each["build"] for each in server.admin()["instances"]} == {0}
+        assert text_of(server, 120) == text
+        server.send_signal(signal.SIGKILL)  # at the end of this block, what it has started would be ended with it
+        server.wait_ended(STOP_DEADLINE_S)
+
+
+OTHER_OPTIONS = ("--max-num-seqs", "8")
+
+
+def rolled(server: ServerProcess) -> Any:
+    """How far the rolling update is."""
+    return server.get("/admin/roll").json()
 
 
 def test_a_dead_engine_is_started_again_and_stop_ends_all(fleet: Fleet) -> None:

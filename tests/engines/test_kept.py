@@ -12,6 +12,7 @@ from test_standing import KEY, LEASE_S, ScriptedCore, core, plain_models, until 
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from cascadeinfer.cluster.addresses import EngineAddress
+from cascadeinfer.cluster.fleet import Update
 from cascadeinfer.cluster.keeping import EngineOrder
 from cascadeinfer.core.errors import ConfigError, EngineError
 from cascadeinfer.engines.protocol import EngineDied
@@ -194,15 +195,15 @@ async def test_one_that_hangs_is_killed(server: Server) -> None:
     assert server.keepers.did == ["kill", "stop 3"]
 
 
-def source_of(server: Server, written: list[tuple[int | None, str]]) -> KeptSource:
+def source_of(server: Server, written: list[tuple[int | None, list[str]]]) -> KeptSource:
     """A source for a fleet with one engine, found alive."""
     keepers: Any = server.keepers
     said = AsyncEngineArgs(model="m", max_num_seqs=4)
     content = Content("", replace(said, kv_cache_memory_bytes=1 << 28), KvTransferSettings(7), True, "INFO", 600.0)
 
-    async def write(engine_args: AsyncEngineArgs, unfinished: str) -> None:
+    async def write(engine_args: AsyncEngineArgs, updates: tuple[Update, ...]) -> None:
         assert engine_args.kv_cache_memory_bytes is None, "the record has what the operator has said"
-        written.append((engine_args.max_num_seqs, unfinished))
+        written.append((engine_args.max_num_seqs, [" ".join(update.words) for update in updates]))
 
     async def has_room(shared: bool) -> bool:
         return shared
@@ -234,7 +235,7 @@ async def test_a_source_of_them(server: Server) -> None:
 async def test_other_options_for_a_fleet(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     Its engines are started with the options of their build; the fleet's record says so, and in the middle of an update
-    that it is not finished.
+    what it changes. A server that comes back then knows them by their marks.
     """
     made: list[AsyncEngineArgs] = []
 
@@ -244,7 +245,7 @@ async def test_other_options_for_a_fleet(server: Server, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(kept_builds, "attached_config", config)
     server.terms = replace(server.terms, config=config(AsyncEngineArgs()))
-    written: list[tuple[int | None, str]] = []
+    written: list[tuple[int | None, list[str]]] = []
     source = source_of(server, written)
     source.place("0")(0)
     assert await source.has_room(shared=True)
@@ -261,7 +262,19 @@ async def test_other_options_for_a_fleet(server: Server, monkeypatch: pytest.Mon
     await source.check(build)
     for builds in ({source.build, build}, {build}, {source.build}):
         await source.note(builds)
-    assert written == [(4, "the options before and --max-num-seqs 8"), (8, ""), (4, "")]
+    assert written == [(4, ["--max-num-seqs 8"]), (8, []), (4, [])]
+
+    marks = {build: source._builds.content_of(build).mark for build in (source.build, build)}
+    again = source_of(server, [])
+    assert again._builds.own_mark == marks[source.build]
+    update = Update(("--max-num-seqs 8",), marks[build])
+    assert again._builds.of_marks([update]) == {mark: known for known, mark in marks.items()}
+    assert again._builds.of_marks([Update((), "of other files")]) == {marks[source.build]: source.build}
+    again.first_builds = {"0": build}
+    back = again.place("0")(0)
+    server.made.append(back)
+    assert isinstance(back.life, KeptCore)
+    assert Content.unpacked(back.life._order.content).mark == marks[build]
 
 
 def test_what_travels_arrives() -> None:

@@ -1,14 +1,26 @@
 """Which engines a server starts besides those of its fleet that it finds alive, and what the record says of them."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 
+from cascadeinfer.cluster.fleet import Record, Update
 from cascadeinfer.cluster.ray_link import SideLostError
-from cascadeinfer.core.errors import CascadeError, ConfigError, ScalingRefusedError
-from cascadeinfer.frontend.fleet_engines import FleetTerms, check_nodes, has_room, missing, record_of, updated
+from cascadeinfer.core.errors import CascadeError, ConfigError, EngineError, ScalingRefusedError
+from cascadeinfer.engines.build import FIRST_BUILD, Build
+from cascadeinfer.frontend import fleet_engines
+from cascadeinfer.frontend.fleet_engines import (
+    FleetTerms,
+    _left_by_an_update,
+    check_nodes,
+    has_room,
+    missing,
+    record_of,
+    updated,
+)
 
 TERMS = FleetTerms(2, 10, 600.0, log_stats=True, own_log_level="INFO")
 
@@ -42,11 +54,74 @@ def test_the_record_after_an_update_is_that_of_a_start_with_the_new_options() ->
     wanted = record_of(AsyncEngineArgs(model="b/model", dtype="float32", enforce_eager=True), TERMS)
     after.profiler_config.active_iterations += 1  # as vLLM does
     assert record_of(after, TERMS) != wanted
-    assert updated(asked, after, "") == wanted
-    assert updated(asked, before, "") == asked
-    assert updated(asked, after, "two kinds").differences(wanted) == [
-        "a rolling update of them was not finished (two kinds)"
-    ]
+    assert updated(asked, after, ()) == wanted
+    assert updated(asked, before, ()) == asked
+
+
+class Left:
+    """A fleet with engines that an unfinished update has left, and its keepers."""
+
+    name, stop_command = "f", "cascadeinfer stop f"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, marks: dict[str, str | None]) -> None:
+        """Engines with these marks; None: it does not answer; "ended": it has."""
+        self._marks = marks
+        monkeypatch.setattr(fleet_engines, "look_at", self.look_at)
+
+    async def ready(self, instance_id: str) -> str:
+        """See Keepers."""
+        if self._marks[instance_id] == "ended":
+            raise EngineError("has ended", instance_id=instance_id)
+        return instance_id
+
+    async def look_at(self, instance_id: str, _: object) -> Any:
+        """What it says of itself."""
+        mark = self._marks[instance_id]
+        return None if mark is None else SimpleNamespace(mark=mark)
+
+
+class Marks:
+    """The builds of a server, by the marks "own" and "new"."""
+
+    own_mark = "own"
+
+    def of_marks(self, updates: Any) -> dict[str, Build]:
+        """See KeptBuilds."""
+        return {"own": FIRST_BUILD, **{update.mark: Build(1, update.words) for update in updates}}
+
+
+async def left(monkeypatch: pytest.MonkeyPatch, marks: dict[str, str | None], model: str = "m") -> Any:
+    """What a server that asks for this model goes on with."""
+    fleet: Any = Left(monkeypatch, marks)
+    builds: Any = Marks()
+    runs = Record("1", "2", "m", {}, (Update(("--max-num-seqs 8",), "new"),))
+    key: Any = None
+    return await _left_by_an_update(fleet, fleet, tuple(marks), builds, runs, Record("1", "2", model, {}), key)
+
+
+async def test_engines_that_an_unfinished_update_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with other options are known by their marks; one that has ended is started with this server's options."""
+    new = Build(1, ("--max-num-seqs 8",))
+    assert await left(monkeypatch, {"0": "own", "2": "new", "3": "ended"}) == {"2": new}
+    assert await left(monkeypatch, {"2": "new", "3": "new"}) == {"2": new, "3": new}
+    assert await left(monkeypatch, {"0": "own"}, model="another, which all that are left have") == {}
+
+
+@pytest.mark.parametrize(
+    ("marks", "model", "error"),
+    [
+        ({"0": "own", "2": "new"}, "n", "differs from the options before: the model is m, not n"),
+        ({"0": "own", "2": "unheard of", "3": None}, "m", "instance 2, 3 does not answer or has options"),
+    ],
+)
+async def test_what_no_server_can_go_on_with(
+    monkeypatch: pytest.MonkeyPatch, marks: dict[str, str | None], model: str, error: str
+) -> None:
+    """One line says why, and how to end the engines."""
+    with pytest.raises(ConfigError, match=error) as refused:
+        await left(monkeypatch, marks, model)
+    assert "the options before and --max-num-seqs 8" in str(refused.value)
+    assert "cascadeinfer stop f" in str(refused.value)
 
 
 class Nodes:

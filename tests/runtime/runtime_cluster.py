@@ -232,6 +232,11 @@ class Cluster:
         """See EngineSource."""
         return self.own
 
+    @property
+    def first_builds(self) -> Mapping[str, Build]:
+        """See EngineSource."""
+        return self.own
+
     async def check(self, build: Build) -> None:
         """See EngineSource."""
 

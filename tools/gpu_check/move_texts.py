@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     Pair = tuple[VllmInstance, VllmInstance]
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "engine"))
 
 from zoo import BLOCK, KV_BLOCKS, MAX_MODEL_LEN, Attempt, Zoo, random_prompt

@@ -21,7 +21,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -41,6 +41,19 @@ RECORD: Final = "record"
 SOCKET_NAME_BYTES: Final = len("/instances/1234/handshake")
 
 
+class Update(msgspec.Struct, frozen=True):
+    """
+    What some of a fleet's engines were started with instead, while a rolling update is under way.
+
+    Attributes:
+        words: What it changes of the record's options, as words of a command line.
+        mark: What such an engine says of itself, see `knocking.About`.
+    """
+
+    words: tuple[str, ...]
+    mark: str
+
+
 class Record(msgspec.Struct, frozen=True):
     """
     What a fleet's engines were started with.
@@ -50,19 +63,29 @@ class Record(msgspec.Struct, frozen=True):
         vllm: Of vLLM.
         model: As the server was told.
         options: Of the engines, by their flags, where they differ from the defaults.
-        unfinished: The options of several kinds of engines, while a rolling update is under way; else empty.
+        updates: What further engines were started with, while a rolling update is under way.
     """
 
     version: str
     vllm: str
     model: str
     options: Mapping[str, str]
-    unfinished: str = ""
+    updates: tuple[Update, ...] = ()
 
-    def differences(self, asked: "Record") -> list[str]:
-        """In words, in what a server that asks for this differs from the engines that run."""
-        if self.unfinished:
-            return [f"a rolling update of them was not finished ({self.unfinished})"]
+    @property
+    def unfinished(self) -> str:
+        """The kinds of engines, in words, while a rolling update is under way; else empty."""
+        words = [" ".join(update.words) for update in self.updates]
+        return " and ".join(["the options before", *words]) if words else ""
+
+    def differences(self, asked: "Record", apart: Collection[str] = ()) -> list[str]:
+        """
+        In words, in what a server that asks for this differs from the engines that run, updates apart.
+
+        Args:
+            asked: By the server.
+            apart: Flags of options that may differ, and "the model".
+        """
         pairs = [
             ("cascadeinfer", self.version, asked.version),
             ("vLLM", self.vllm, asked.vllm),
@@ -72,7 +95,8 @@ class Record(msgspec.Struct, frozen=True):
                 for flag in sorted({*self.options, *asked.options})
             ),
         ]
-        return [f"{name} is {runs}, not {wanted}" for name, runs, wanted in pairs if runs != wanted]
+        differing = (pair for pair in pairs if pair[1] != pair[2] and pair[0] not in apart)
+        return [f"{name} is {runs}, not {wanted}" for name, runs, wanted in differing]
 
 
 class Fleet:

@@ -55,6 +55,7 @@ class About(msgspec.Struct, frozen=True, tag=True):
         pid: Of the engine there.
         version: Of our connector in it.
         lease_s: How long it keeps the blocks of a request that moves away.
+        mark: The same for engines with the same options; empty if whoever started it has not said so.
     """
 
     engine_id: str
@@ -62,6 +63,7 @@ class About(msgspec.Struct, frozen=True, tag=True):
     pid: int
     version: str
     lease_s: int
+    mark: str = ""
 
 
 class Attached(msgspec.Struct, frozen=True, tag=True):

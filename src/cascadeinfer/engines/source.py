@@ -20,7 +20,12 @@ class EngineSource(Protocol):
 
     @property
     def own_builds(self) -> Mapping[InstanceId, Build]:
-        """Of instances of the start that have engine options of their own."""
+        """Of instances of the start that have engine options of their own, which no update may change."""
+        ...
+
+    @property
+    def first_builds(self) -> Mapping[InstanceId, Build]:
+        """Of those instances of the start that are of another build than the server's own."""
         ...
 
     def prepare(self, options: Sequence[str]) -> Build:

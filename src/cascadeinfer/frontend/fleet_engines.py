@@ -8,6 +8,7 @@ The engines of a named fleet: those that live are adopted, others are started, a
             ...                 the server's life
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import itertools
@@ -19,16 +20,17 @@ import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from cascadeinfer import __version__
-from cascadeinfer.cluster.fleet import OPTION, Record
+from cascadeinfer.cluster.fleet import OPTION, Record, Update
 from cascadeinfer.cluster.fleets import UsedFleet
 from cascadeinfer.cluster.keeping import Keepers
 from cascadeinfer.cluster.local_keepers import Rooms
 from cascadeinfer.cluster.places import Places
 from cascadeinfer.cluster.ray_link import SideLostError
 from cascadeinfer.cluster.shared_key import ClusterKey
-from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
+from cascadeinfer.core.errors import ConfigError, EngineError, ScalingRefusedError
 from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.build import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm.configuration import KvTransferSettings, attached_config, with_cpu_kv_share
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.kept import KeptSource, Phase
@@ -37,10 +39,11 @@ from cascadeinfer.engines.vllm.kept_order import Content
 from cascadeinfer.engines.vllm.launch import places_for
 from cascadeinfer.engines.vllm.other_build import CHANGEABLE
 from cascadeinfer.engines.vllm.refused_options import check_engine_args, engine_default
-from cascadeinfer.engines.vllm.standing import Terms
+from cascadeinfer.engines.vllm.standing import Terms, look_at
 
 logger = logging.getLogger(__name__)
 
+CHANGEABLE_FLAGS = frozenset("--" + name.replace("_", "-") for name in CHANGEABLE)
 OF_THE_FRONT_END = frozenset({"model", "use_tqdm_on_load", "enable_log_requests"})
 """Engine arguments that two servers of one fleet may differ in, and the one that is named by itself."""
 
@@ -120,6 +123,12 @@ class FleetEngines:
         if new:
             lines.append(f"fleet {self._fleet.name}: {_counted(len(new))} started; logs {self._fleet.logs}")
         wait = f"; without a server they end after {orphan_timeout_s:g} s" if orphan_timeout_s else ""
+        if self.source.first_builds:
+            kinds = [f"{name} has {' '.join(build.options)}" for name, build in self.source.first_builds.items()]
+            lines.append(
+                f"fleet {self._fleet.name}: an update was not finished: instance {', '.join(kinds)} (to go on, roll to "
+                "these options again; to go back, roll without options)"
+            )
         return [*lines, f"its engines outlive this server ({self._fleet.stop_command} ends them{wait})"]
 
 
@@ -142,17 +151,16 @@ def _set_options(engine_args: AsyncEngineArgs, names: Iterable[str]) -> dict[str
     }
 
 
-def updated(record: Record, engine_args: AsyncEngineArgs, unfinished: str) -> Record:
+def updated(record: Record, engine_args: AsyncEngineArgs, updates: tuple[Update, ...]) -> Record:
     """
     A record after, or in the middle of, a rolling update to these arguments.
 
     Only what an update can change is read from them: configurations among the others, such as that of a profiler, have
     been completed since the record was made, and would differ from what the next server asks for.
     """
-    flags = {"--" + name.replace("_", "-") for name in CHANGEABLE}
-    kept = {flag: value for flag, value in record.options.items() if flag not in flags}
+    kept = {flag: value for flag, value in record.options.items() if flag not in CHANGEABLE_FLAGS}
     options = kept | _set_options(engine_args, sorted(CHANGEABLE))
-    return Record(record.version, record.vllm, engine_args.model, options, unfinished)
+    return Record(record.version, record.vllm, engine_args.model, options, updates)
 
 
 @contextlib.asynccontextmanager
@@ -182,12 +190,12 @@ async def fleet_engines(
     keepers = fleet.keepers(rooms)
     found = tuple(sorted(await keepers.find(), key=_by_number))
     try:
-        _check(fleet, asked, await fleet.record(), found)
+        runs = await fleet.record()
+        _check(fleet, asked, runs, found)
         new = missing(terms.n_instances, found)
         if new:
             for line in await fleet.check(len(new), engine_args.model):
                 logger.warning("%s", line)
-        await fleet.write(asked)
         config = attached_config(engine_args)
         key = await fleet.key()
         settings = KvTransferSettings(terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE)
@@ -202,6 +210,12 @@ async def fleet_engines(
             write=partial(_write_updated, fleet, asked),
         )
         source = KeptSource(keepers, found, builds, key, {})
+        if found and runs is not None and runs.updates:
+            source.first_builds = await _left_by_an_update(fleet, keepers, found, builds, runs, asked, standing.key)
+        if source.first_builds:
+            await builds.note({FIRST_BUILD, *source.first_builds.values()})
+        else:
+            await fleet.write(asked)
         engines = FleetEngines(fleet, keepers, found, source, tuple(sorted([*new, *found], key=_by_number)))
         for line in engines.first_lines(terms.orphan_timeout_s):
             logger.info("%s", line)
@@ -210,10 +224,12 @@ async def fleet_engines(
         await keepers.leave()
 
 
-async def _write_updated(fleet: UsedFleet, asked: Record, engine_args: AsyncEngineArgs, unfinished: str) -> None:
+async def _write_updated(
+    fleet: UsedFleet, asked: Record, engine_args: AsyncEngineArgs, updates: tuple[Update, ...]
+) -> None:
     """Raises OSError."""
     try:
-        await fleet.write(updated(asked, engine_args, unfinished))
+        await fleet.write(updated(asked, engine_args, updates))
     except SideLostError as error:
         raise ConnectionError(str(error)) from error
 
@@ -273,12 +289,57 @@ def _check(fleet: UsedFleet, asked: Record, runs: Record | None, found: tuple[In
     """Raises ConfigError if engines live that were started with something else."""
     if not found or runs is None:
         return
-    if differences := runs.differences(asked):
+    if differences := runs.differences(asked, {*CHANGEABLE_FLAGS, "the model"} if runs.updates else ()):
         raise ConfigError(
             f"{_counted(len(found))} of {fleet.name} run with other options: {'; '.join(differences)}",
             option=OPTION,
-            fix=f"{'' if runs.unfinished else 'use theirs, or '}end them first: {fleet.stop_command}",
+            fix=f"use theirs, or end them first: {fleet.stop_command}",
         )
+
+
+async def _left_by_an_update(
+    fleet: UsedFleet,
+    keepers: Keepers,
+    found: tuple[InstanceId, ...],
+    builds: KeptBuilds,
+    runs: Record,
+    asked: Record,
+    key: ClusterKey,
+) -> dict[InstanceId, Build]:
+    """
+    The builds of engines that an unfinished update has given other options than this server's.
+
+    Raises:
+        ConfigError: This server asks for options that only some have, or one has options that nobody knows.
+    """
+    marks: dict[InstanceId, str | None] = {}
+    for instance_id in found:
+        with contextlib.suppress(EngineError):  # it has ended meanwhile, and is started with this server's options
+            address = await keepers.ready(instance_id)
+            about = await look_at(address, key)
+            marks[instance_id] = None if about is None else about.mark
+    if set(marks.values()) <= {builds.own_mark}:
+        return {}
+    if differences := runs.differences(asked):
+        raise ConfigError(
+            f"a rolling update of {fleet.name} was not finished ({runs.unfinished}), and this server differs from the "
+            f"options before: {'; '.join(differences)}",
+            option=OPTION,
+            fix=f"use those, and roll again or back; or end the engines first: {fleet.stop_command}",
+        )
+    build_of = await asyncio.to_thread(builds.of_marks, runs.updates)
+    if unknown := [instance_id for instance_id, mark in marks.items() if mark not in build_of]:
+        raise ConfigError(
+            f"a rolling update of {fleet.name} was not finished ({runs.unfinished}), and instance "
+            f"{', '.join(unknown)} does not answer or has options that are not known",
+            option=OPTION,
+            fix=f"end the engines first: {fleet.stop_command}",
+        )
+    return {
+        instance_id: build
+        for instance_id, mark in marks.items()
+        if mark is not None and (build := build_of[mark]) != FIRST_BUILD
+    }
 
 
 def missing(n_instances: int, found: Collection[InstanceId]) -> list[InstanceId]:

@@ -81,7 +81,7 @@ class Runtime:
         self._clock = clock
         self._streams = StreamTable()
         self.seen = Seen()
-        builds = None if source is None else source.own_builds
+        builds = None if source is None else source.first_builds
         self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes(), clock, terms, builds)
         self._streams.on_placed = self.fleet.wake
         self.metrics = make_metrics(self.fleet.gauges)

@@ -14,6 +14,7 @@ from cascadeinfer.engines.vllm.other_build import (
     check_code,
     check_same_service,
     differences,
+    mark_of,
     model_key,
 )
 from cascadeinfer.engines.vllm.refused_options import vllm_refusals
@@ -57,6 +58,11 @@ class Builds:
     def said_of(self, build: Build) -> AsyncEngineArgs:
         """As the operator has put them."""
         return self._made[build].said
+
+    def mark_of(self, build: Build) -> str:
+        """What engines of a build say of themselves, see `knocking.About`."""
+        prepared = self._made[build]
+        return mark_of(prepared.said, prepared.keys)
 
     def prepare(self, current: Build, options: Sequence[str], max_model_len: int) -> Prepared:
         """

@@ -149,6 +149,7 @@ class KeptSource:
     Attributes:
         phase: What the server does.
         build: See EngineSource.
+        first_builds: See EngineSource; those of engines that an unfinished update has left.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class KeptSource:
         Args:
             keepers: Of the fleet.
             found: Instances whose engines live.
-            builds: What engines are started with; those that live are of the first.
+            builds: What engines are started with; those that live are of the first, but for `first_builds`.
             key: The fleet's, as text.
             environment: More variables for those that are started.
         """
@@ -174,6 +175,7 @@ class KeptSource:
         self._builds = builds
         self._key = key
         self._environment = dict(environment)
+        self.first_builds: Mapping[InstanceId, Build] = {}
         self._n_placed = 0
         self._lives: dict[InstanceId, KeptCore] = {}
 
@@ -201,7 +203,7 @@ class KeptSource:
 
     def place(self, instance_id: InstanceId, build: Build | None = None) -> Callable[[int], VllmInstance]:
         """See EngineSource."""
-        build = build or self.build
+        build = build or self.first_builds.get(instance_id, self.build)
         self._keepers.place(instance_id)
         index = int(instance_id) if instance_id.isdecimal() else self._n_placed
         self._n_placed += 1

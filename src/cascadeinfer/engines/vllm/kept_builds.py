@@ -2,7 +2,8 @@
 The builds of a fleet's engines, for a rolling update.
 
 The fleet's record says what its engines were started with, for the next server. While engines of several builds run, it
-also says that an update is unfinished, so that a server that comes back in the middle takes none for another.
+also says what an update has changed for some of them, and each engine says of which kind it is (its mark), so that a
+server that comes back in the middle goes on with all.
 """
 
 import dataclasses
@@ -10,10 +11,12 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from vllm.engine.arg_utils import AsyncEngineArgs
 
+from cascadeinfer.cluster.fleet import Update
 from cascadeinfer.engines.build import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm.builds import Builds
 from cascadeinfer.engines.vllm.configuration import attached_config
 from cascadeinfer.engines.vllm.kept_order import Content
+from cascadeinfer.engines.vllm.other_build import differences
 from cascadeinfer.engines.vllm.standing import Terms
 
 
@@ -28,7 +31,7 @@ class KeptBuilds:
         *,
         has_room: Callable[[bool], Awaitable[bool]],
         check: Callable[[str], Awaitable[None]],
-        write: Callable[[AsyncEngineArgs, str], Awaitable[None]],
+        write: Callable[[AsyncEngineArgs, tuple[Update, ...]], Awaitable[None]],
     ) -> None:
         """
         Args:
@@ -37,8 +40,8 @@ class KeptBuilds:
             terms: Of attaching to them.
             has_room: Whether there is a place, see `EngineSource.has_room`.
             check: Whether the fleet's machines are fit for this model, see `EngineSource.check`.
-            write: Writes the fleet's record: the options of its engines, and what a server that comes back must hear
-                instead, if not empty.
+            write: Writes the fleet's record: the options of its engines, and what an update has changed of them for
+                some.
         """
         self._builds = Builds(said, content.engine_args)
         self._content = content
@@ -54,13 +57,34 @@ class KeptBuilds:
         self._terms.setdefault(prepared.build, dataclasses.replace(terms, config=attached_config(prepared.engine_args)))
         return self._builds.keep(prepared)
 
+    def of_marks(self, updates: Collection[Update]) -> dict[str, Build]:
+        """
+        The build of each mark that engines of an unfinished update have. Blocks for seconds.
+
+        Args:
+            updates: Of the record that the server has found, whose options are those of the server.
+
+        Raises:
+            ConfigError: See `prepare`.
+        """
+        length = self._terms[FIRST_BUILD].config.model_config.max_model_len
+        words = {update.mark: [part for word in update.words for part in word.split(" ", 1)] for update in updates}
+        builds = [FIRST_BUILD, *(self.prepare(FIRST_BUILD, each, length) for each in words.values())]
+        return {self._builds.mark_of(build): build for build in builds}
+
+    @property
+    def own_mark(self) -> str:
+        """Of engines with the options of this server."""
+        return self._builds.mark_of(FIRST_BUILD)
+
     async def check(self, build: Build) -> None:
         """See `EngineSource.check`."""
         await self._check(self._builds.args_of(build).model)
 
     def content_of(self, build: Build) -> Content:
         """For engines of a build."""
-        return dataclasses.replace(self._content, engine_args=self._builds.args_of(build))
+        mark = self._builds.mark_of(build)
+        return dataclasses.replace(self._content, engine_args=self._builds.args_of(build), mark=mark)
 
     def terms_of(self, build: Build) -> Terms:
         """Of attaching to engines of a build."""
@@ -69,5 +93,8 @@ class KeptBuilds:
     async def note(self, builds: Collection[Build]) -> None:
         """Engines of these builds run or are about to; raises OSError if that cannot be written down."""
         first, *others = sorted(builds, key=lambda build: build.number)
-        words = [" ".join(build.options) or "the options before" for build in (first, *others)]
-        await self._write(self._builds.said_of(first), " and ".join(words) if others else "")
+        said = self._builds.said_of(first)
+        updates = (
+            Update(differences(said, self._builds.said_of(other)), self._builds.mark_of(other)) for other in others
+        )
+        await self._write(said, tuple(updates))

@@ -25,7 +25,7 @@ from cascadeinfer.engines.vllm.configuration import (
     instance_config,
     with_cpu_kv_share,
 )
-from cascadeinfer.engines.vllm.connector.door import KEY_FILE, LISTEN, ORPHAN_TIMEOUT, TOLD_FILE
+from cascadeinfer.engines.vllm.connector.door import KEY_FILE, LISTEN, MARK, ORPHAN_TIMEOUT, TOLD_FILE
 from cascadeinfer.engines.vllm.connector.words import TOKEN_VARIABLE, new_token
 from cascadeinfer.engines.vllm.instance_logging import logging_of
 from cascadeinfer.engines.vllm.kept_order import Content
@@ -83,6 +83,7 @@ def main() -> None:
         KEY_FILE: str(folder / KEY),
         TOLD_FILE: str(folder / DOOR),
         ORPHAN_TIMEOUT: content.orphan_timeout_s,
+        MARK: content.mark,
     }
     config.logging_config = logging_in(folder, content, config.logging_config)
     EngineCoreProc.run_engine_core(

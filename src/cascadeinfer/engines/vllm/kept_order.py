@@ -24,6 +24,7 @@ class Content:
         log_stats: Whether its steps carry statistics for vLLM's metrics.
         own_log_level: The least level of our own lines in its log.
         orphan_timeout_s: It ends when no front end has been attached for so long; 0: never.
+        mark: What it says of itself, see `knocking.About`.
     """
 
     instance_id: InstanceId
@@ -32,6 +33,7 @@ class Content:
     log_stats: bool
     own_log_level: str
     orphan_timeout_s: float
+    mark: str = ""
 
     def packed(self) -> bytes:
         """To be sent to whoever starts the engine."""

@@ -112,6 +112,11 @@ class VllmSource:
             self._first_config: VllmConfig | None = instance_config(engine_args, "first", settings)
         self._budget_bounds = {FIRST_BUILD: step_budget_bounds(self._first_config)}
 
+    @property
+    def first_builds(self) -> Mapping[InstanceId, Build]:
+        """See EngineSource."""
+        return self.own_builds
+
     def give_own(self, options: Mapping[InstanceId, Sequence[str]]) -> None:
         """
         Give instances engine options of their own, before they are placed.

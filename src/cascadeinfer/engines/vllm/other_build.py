@@ -14,6 +14,7 @@ them.
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeAlias
 
@@ -148,6 +149,17 @@ def model_key(engine_args: AsyncEngineArgs) -> Key:
 def cache_key(engine_args: AsyncEngineArgs) -> Key:
     """What makes up the form of the KV cache."""
     return (*model_key(engine_args), *_values(engine_args, OTHER_CACHE))
+
+
+def mark_of(engine_args: AsyncEngineArgs, keys: tuple[Key, Key]) -> str:
+    """
+    The same for options between which a rolling update would see no difference, in any process.
+
+    Args:
+        engine_args: As the operator has put them.
+        keys: Of its model and of its KV cache.
+    """
+    return sha256(repr((keys, _values(engine_args, ALIKE))).encode()).hexdigest()[:16]
 
 
 def _values(engine_args: AsyncEngineArgs, names: frozenset[str]) -> Key:

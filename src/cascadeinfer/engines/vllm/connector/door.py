@@ -59,6 +59,8 @@ TOLD_FILE: Final = "cascade_listen_file"
 """In the connector's extra configuration: a file into which the address is written once it is open; for port 0."""
 ORPHAN_TIMEOUT: Final = "cascade_orphan_timeout_s"
 """In the connector's extra configuration: the engine ends when no front end has been attached for so long; 0: never."""
+MARK: Final = "cascade_mark"
+"""In the connector's extra configuration: see `knocking.About`."""
 LOOK_MS: Final = 1000
 ANSWER_TIMEOUT_S: Final = 60.0
 """A step that takes longer is one that the front end would not wait for either."""
@@ -76,6 +78,7 @@ class DoorSettings(msgspec.Struct, frozen=True):
         lease_s: How long this engine keeps a cut request's blocks.
         told_file: Where the address is written once it is open; None: nowhere.
         orphan_timeout_s: The engine ends when it has had no front end for so long; 0: never.
+        mark: See `knocking.About`.
     """
 
     host: str
@@ -84,6 +87,7 @@ class DoorSettings(msgspec.Struct, frozen=True):
     lease_s: int
     told_file: Path | None = None
     orphan_timeout_s: float = 0.0
+    mark: str = ""
 
     @classmethod
     def of(cls, transfer: KVTransferConfig) -> "DoorSettings | None":
@@ -109,7 +113,10 @@ class DoorSettings(msgspec.Struct, frozen=True):
             logger.warning("%s can be read by other users of this machine: whoever reads it can use this engine", path)
         lease_s = int(transfer.get_from_extra_config("kv_lease_duration", 30))
         orphan_timeout_s = float(transfer.get_from_extra_config(ORPHAN_TIMEOUT, 0.0))
-        return cls(host, port, key, lease_s, None if told_file is None else Path(str(told_file)), orphan_timeout_s)
+        mark = str(transfer.get_from_extra_config(MARK, ""))
+        return cls(
+            host, port, key, lease_s, None if told_file is None else Path(str(told_file)), orphan_timeout_s, mark
+        )
 
 
 def end_this_process() -> None:
@@ -150,7 +157,7 @@ class Door:
         log_as_vllm_does()  # an ordinary vLLM server does not know our lines
         self._core = core
         self._settings = settings
-        self._about = About(engine_id, socket.gethostname(), os.getpid(), __version__, settings.lease_s)
+        self._about = About(engine_id, socket.gethostname(), os.getpid(), __version__, settings.lease_s, settings.mark)
         self._connector_token = connector_token
         self._end_engine = end_engine
         self._calls = 0
