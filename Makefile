@@ -122,7 +122,7 @@ test-v2: $(INSTALLED)
 
 # Engines on a Ray cluster of three machines, which are network namespaces of this one; needs root. Minutes of a quiet machine.
 test-ray: $(INSTALLED)
-	@$(BIN)/python -m pytest --ray tests/engine/test_ray.py tests/engine/test_ray_faults.py $(ARGS)
+	@$(BIN)/python -m pytest --ray tests/engine/test_ray.py tests/engine/test_ray_faults.py tests/engine/test_ray_front_ends.py $(ARGS)
 
 # What the source relies on inside vLLM; with VLLM=0.33.0, what is different there (docs/vllm.md). Downloads that version's wheel.
 seams: $(INSTALLED)

@@ -51,11 +51,12 @@ if __name__ == "__main__":
     from vllm.sampling_params import RequestOutputKind, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from cascadeinfer.assemble import make_runtime, running_llm
+    from cascadeinfer.assemble import make_runtime
     from cascadeinfer.cluster.local import LOOPBACK, free_port
     from cascadeinfer.cluster.places import split_cores
     from cascadeinfer.config.schema import ServeOptions
     from cascadeinfer.engines.vllm.configuration import CPU_UCX_TRANSPORTS
+    from cascadeinfer.frontend.running import running_llm
 
 OURS = "cascadeinfer"
 OTHERS = ("vllm_dp", "vllm_dp_nixl")

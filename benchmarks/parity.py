@@ -49,7 +49,7 @@ if __name__ == "__main__":  # see client_overhead.py: the engines' processes imp
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    from cascadeinfer.assemble import make_runtime, running_llm
+    from cascadeinfer.assemble import make_runtime
     from cascadeinfer.config.profiles import load_profile
     from cascadeinfer.config.schema import ServeOptions
     from cascadeinfer.core.cost.fit import StepSamples, predict_s
@@ -60,6 +60,7 @@ if __name__ == "__main__":  # see client_overhead.py: the engines' processes imp
     from cascadeinfer.core.cost.samples import StepSample
     from cascadeinfer.core.plan.planner import capacity_rate
     from cascadeinfer.core.policies.round_robin import RoundRobin
+    from cascadeinfer.frontend.running import running_llm
     from cascadeinfer.sim.run import simulate
     from cascadeinfer.sim.settings import SimConfig
     from cascadeinfer.workload.arrivals import gamma_arrivals, poisson_arrivals

@@ -1,25 +1,21 @@
 """The composition root: the only module that knows every layer."""
 
-import asyncio
 import contextlib
 import dataclasses
 import logging
-import math
 import multiprocessing
 import os
 import socket
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Mapping, MutableSequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from multiprocessing.process import BaseProcess
 
-import uvloop
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from cascadeinfer.cluster.channel import Channel
 from cascadeinfer.cluster.fleets import UsedFleet
 from cascadeinfer.cluster.local import LOOPBACK
 from cascadeinfer.cluster.process_start import ProcessStart
-from cascadeinfer.cluster.runtime_folder import runtime_folder
+from cascadeinfer.cluster.runtime_folder import RuntimeFolder, runtime_folder
 from cascadeinfer.config.event_log import event_log_of, metrics_with
 from cascadeinfer.config.policy import make_policy
 from cascadeinfer.config.ray_resources import custom_resources
@@ -32,30 +28,25 @@ from cascadeinfer.core.placing.evacuation import MAX_MIGRATIONS_PER_INSTANCE
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.protocol import Engine
+from cascadeinfer.engines.vllm.attachment import attachment_of
 from cascadeinfer.engines.vllm.configuration import KvTransferSettings, n_ranks
-from cascadeinfer.engines.vllm.connector.orphan import end_with_parent
 from cascadeinfer.engines.vllm.instance_logging import InstanceLogs
 from cascadeinfer.engines.vllm.kept import KeptSource
-from cascadeinfer.engines.vllm.launch import VllmSource, attached_factories, parse_engine_args
-from cascadeinfer.engines.vllm.owned import attachment_of
+from cascadeinfer.engines.vllm.launch import VllmSource, parse_engine_args
 from cascadeinfer.evaluation.compiling import say_when_compiling, stop_saying
 from cascadeinfer.eventlog.unwritten_log import ServerLog, failure_of
-from cascadeinfer.frontend.engine_client import CascadeLLM, make_llm
+from cascadeinfer.following import run_follower
 from cascadeinfer.frontend.fleet_engines import FleetEngines, FleetTerms, engines_of
-from cascadeinfer.frontend.listening import listening, raise_open_files_limit
-from cascadeinfer.frontend.logs import set_up_logs
-from cascadeinfer.frontend.processes.board import Board
-from cascadeinfer.frontend.processes.follower import Follower
-from cascadeinfer.frontend.processes.messages import FromOwner
+from cascadeinfer.frontend.listening import listening, raise_open_files_limit, until_let_go
 from cascadeinfer.frontend.processes.owner import NOT_ACCEPTING, FrontEnds
+from cascadeinfer.frontend.running import running_llm
 from cascadeinfer.frontend.server import (
     SharedServing,
-    import_parser_plugins,
     serve,
     shared_metrics,
 )
 from cascadeinfer.frontend.standing_engines import StandingEngines
-from cascadeinfer.frontend.start_report import first_line, reported
+from cascadeinfer.frontend.start_report import first_line
 from cascadeinfer.frontend.stop_signals import StopSignals
 from cascadeinfer.frontend.used_fleet import ray_terms, used_fleet
 from cascadeinfer.results.provenance import own_commit
@@ -63,11 +54,8 @@ from cascadeinfer.runtime.shell import Runtime
 
 logger = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 5.0
 ATTACH_AGAIN_S = 5.0
 """Longest pause before an engine that stands on its own is tried again."""
-REATTACH_S = 0.05
-"""A follower waits for process 0 to report an instance up again, not for its own back-off."""
 
 
 def make_runtime(
@@ -128,39 +116,6 @@ def make_runtime(
     )
 
 
-@contextlib.asynccontextmanager
-async def running_llm(
-    runtime: Runtime,
-    *,
-    log_stats: bool = True,
-    log_requests: bool = False,
-    stage: Callable[[InstanceId], str | None] | None = None,
-) -> AsyncIterator[CascadeLLM]:
-    """
-    Start a runtime with vLLM's `AsyncLLM` on it; stop both at the end.
-
-    Args:
-        runtime: Not started yet.
-        log_stats: Whether vLLM's metrics are kept.
-        log_requests: Whether vLLM logs each request.
-        stage: Says how far the start of an instance is, for the operator; None: nothing is said.
-    """
-    telling = contextlib.nullcontext() if stage is None else reported(runtime.fleet, stage, logger.info)
-    async with telling:
-        await runtime.start()
-    try:
-        # They serve the same model; a context fitted to one instance's memory may be shorter than another's.
-        configs = [engine.config for engine in runtime.live_engines()]
-        narrowest = min(configs, key=lambda config: config.model_config.max_model_len)
-        llm = make_llm(runtime, narrowest, log_stats=log_stats, log_requests=log_requests)
-        try:
-            yield llm
-        finally:
-            llm.shutdown()
-    finally:
-        await runtime.stop(STOP_TIMEOUT_S)
-
-
 async def run_server(args: Namespace, options: ServeOptions, signals: StopSignals) -> None:
     """
     `cascadeinfer serve`: bind the port, start the instances, serve until a signal, drain, stop.
@@ -177,25 +132,15 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
     prepared = parse_engine_args(args) if options.standby else None  # before it waits
     async with contextlib.AsyncExitStack() as stack:
         named = await stack.enter_async_context(_named_fleet(args, options))
-        with signals.held():
-            listener = stack.enter_context(listening(args.host or LOOPBACK, args.port, args.uds, signals.at_leave))
-            folder = stack.enter_context(runtime_folder())
-            signals.at_leave.append(folder.remove)
-            event_log = stack.enter_context(event_log_of(options, own_commit()))
-            if event_log is not None:
-                signals.at_leave.append(event_log.close)
+        if options.standby:
+            await until_let_go(args.host or LOOPBACK, args.port, args.uds)
+        listener, folder, event_log = _bound(args, options, signals, stack)
         logger.info("%s", first_line(args.model, options.instances, options.api_servers, options.cluster))
         engine_args = prepared or parse_engine_args(args)
         logs = InstanceLogs(args.own_log_level, is_quiet=args.is_quiet)
         log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
         if options.api_servers > 1:
-            with shared_metrics(folder.path / "metrics"):
-                runtime = make_runtime(engine_args, options, log_stats=log_stats, event_log=event_log, logs=logs)
-                signals.attend()
-                await _serve_with_followers(
-                    runtime, args, options, listener, signals, log_requests=log_requests, event_log=event_log, logs=logs
-                )
-            return
+            stack.enter_context(shared_metrics(folder.path / "metrics"))
         standing = await _standing_engines(options)
         if standing is not None:
             options = dataclasses.replace(options, instances=len(standing.first))
@@ -213,6 +158,9 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
                 fleet=fleet,
             )
             signals.attend()
+            front_ends = await until_end.enter_async_context(
+                _with_followers(runtime, args, options, listener, signals, event_log)
+            )
             stage = logs.stage if fleet is None else fleet.stage
             llm = await until_end.enter_async_context(
                 running_llm(runtime, log_stats=log_stats, log_requests=log_requests, stage=stage)
@@ -221,6 +169,9 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
                 await until_end.enter_async_context(standing.followed(runtime, options.drain_timeout_s))
             await check_running(runtime, options)  # before the start is over: a fleet's new engines end if it fails
             until_end.enter_context(contextlib.nullcontext() if fleet is None else fleet.serving())
+            if front_ends is not None:
+                front_ends.instances_started()
+                until_end.push_async_callback(front_ends.stop, options.drain_timeout_s)
             await serve(
                 llm,
                 runtime,
@@ -230,7 +181,22 @@ async def run_server(args: Namespace, options: ServeOptions, signals: StopSignal
                 drain_timeout_s=options.drain_timeout_s,
                 rules=rules_of(options),
                 policy=options.policy_name(),
+                shared=None if front_ends is None else SharedServing(front_ends, (front_ends.loads, 0)),
             )
+
+
+def _bound(
+    args: Namespace, options: ServeOptions, signals: StopSignals, stack: contextlib.AsyncExitStack
+) -> tuple[socket.socket, RuntimeFolder, ServerLog | None]:
+    """The listening socket, the server's folder and its event log, until the end of the stack or of the process."""
+    with signals.held():
+        listener = stack.enter_context(listening(args.host or LOOPBACK, args.port, args.uds, signals.at_leave))
+        folder = stack.enter_context(runtime_folder())
+        signals.at_leave.append(folder.remove)
+        event_log = stack.enter_context(event_log_of(options, own_commit()))
+        if event_log is not None:
+            signals.at_leave.append(event_log.close)
+    return listener, folder, event_log
 
 
 def _named_fleet(args: Namespace, options: ServeOptions) -> contextlib.AbstractAsyncContextManager[UsedFleet | None]:
@@ -250,6 +216,7 @@ def _fleet_terms(args: Namespace, options: ServeOptions) -> FleetTerms:
         log_stats=not args.disable_log_stats,
         own_log_level=args.own_log_level,
         own_host=options.cluster_host,
+        n_front_ends=options.api_servers,
     )
 
 
@@ -264,18 +231,19 @@ async def _standing_engines(options: ServeOptions) -> StandingEngines | None:
     return engines
 
 
-async def _serve_with_followers(
+@contextlib.asynccontextmanager
+async def _with_followers(
     runtime: Runtime,
     args: Namespace,
     options: ServeOptions,
     listener: socket.socket,
     signals: StopSignals,
-    *,
-    log_requests: bool,
     event_log: ServerLog | None,
-    logs: InstanceLogs,
-) -> None:
-    """Process 0 of several: start the others beside the instances, serve, drain all, stop."""
+) -> AsyncIterator[FrontEnds | None]:
+    """In this context, process 0 of several has the others start beside the instances; none if it is the only one."""
+    if options.api_servers == 1:
+        yield None
+        return
     spawn = multiprocessing.get_context("spawn")
     loads = spawn.RawArray("i", [NOT_ACCEPTING] * options.api_servers)
 
@@ -293,107 +261,7 @@ async def _serve_with_followers(
     signals.told.append(front_ends.tell_stop)
     front_ends.start()
     try:
-        log_stats = not args.disable_log_stats
-        async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests, stage=logs.stage) as llm:
-            await check_running(runtime, options)
-            front_ends.instances_started()
-            shared = SharedServing(front_ends, (loads, 0))
-            try:
-                await serve(
-                    llm,
-                    runtime,
-                    listener,
-                    args,
-                    signals,
-                    drain_timeout_s=options.drain_timeout_s,
-                    rules=rules_of(options),
-                    policy=options.policy_name(),
-                    shared=shared,
-                )
-            finally:
-                await front_ends.stop(options.drain_timeout_s)
+        yield front_ends
     finally:
         front_ends.tell_stop(at_once=True)
         await front_ends.stop(0.0)
-
-
-def run_follower(
-    args: Namespace,
-    options: ServeOptions,
-    index: int,
-    listener: socket.socket,
-    channel_end: socket.socket,
-    loads: MutableSequence[int],
-) -> None:
-    """
-    Run a follower in its own process until process 0 tells it to stop or is gone.
-
-    Args:
-        index: Its number, from 1.
-        listener: The listening socket, shared by all processes.
-        channel_end: This end of a socket pair with process 0.
-        loads: Open connections per process, shared.
-    """
-    end_with_parent()
-    with StopSignals(second_is_at_once=False, says_so=False) as signals:  # process 0 says it
-        set_up_logs(args, form=options.log_format)
-        import_parser_plugins(args)
-        following = _follow(args, options, index, listener, channel_end, (loads, index), signals)
-        uvloop.run(signals.until_stopped(following))
-
-
-async def _follow(
-    args: Namespace,
-    options: ServeOptions,
-    index: int,
-    listener: socket.socket,
-    channel_end: socket.socket,
-    loads: tuple[MutableSequence[int], int],
-    signals: StopSignals,
-) -> None:
-    with contextlib.closing(listener), event_log_of(options, own_commit(), index) as event_log:
-        signals.attend()
-        engine_args = dataclasses.replace(
-            parse_engine_args(args), _api_process_count=options.api_servers, _api_process_rank=index
-        )
-        board = Board()
-        make_engine = attached_factories(engine_args, index, board.attach)
-        channel = await Channel[FromOwner].open(channel_end, FromOwner)
-        follower = Follower(channel, board, make_engine, signals.stop, failure_of(event_log))
-        tasks = [follower.spawn(follower.listen())]
-        first_up = await follower.first_up()
-        runtime = Runtime(
-            {instance_id: make_engine(instance_id) for instance_id in first_up},
-            make_policy(options, follows=True),
-            metrics_with(event_log),
-            supervision=dataclasses.replace(
-                supervision_of(options),
-                hang_s=math.inf,  # process 0 finds out and tells
-                backoff_first_s=REATTACH_S,
-                backoff_max_s=REATTACH_S,
-            ),
-            migration=MigrationLimits.under_lease(options.kv_lease_s, precopy=True),
-            observer=event_log,
-            poison_deaths=options.poison_deaths,
-            terms=options.terms() or None,
-        )
-        log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
-        async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:
-            follower.run(runtime)
-            tasks.append(follower.spawn(follower.tell()))
-            shared = SharedServing(follower, loads)
-            await serve(
-                llm,
-                runtime,
-                listener,
-                args,
-                signals,
-                drain_timeout_s=options.drain_timeout_s,
-                rules=rules_of(options),
-                policy=options.policy_name(),
-                is_first=False,
-                shared=shared,
-            )
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,6 +1,7 @@
 """Every option of `vllm serve` has a place: passed on, read by the server, or refused by name."""
 
 import ast
+import asyncio
 import resource
 import runpy
 import socket
@@ -328,6 +329,29 @@ def test_a_unix_socket(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--uds"), listening.listening("", 0, str(path), []):
         pass
     assert path.read_text() == "not a socket"
+
+
+async def test_an_address_that_is_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that takes over waits while others listen there, not for ever, and not for what cannot be bound."""
+    path = tmp_path / "socket"
+    with listening.listening("127.0.0.1", 0, None, []) as tcp, listening.listening("", 0, str(path), []) as unix:
+        tcp.listen()
+        unix.listen()
+        port = tcp.getsockname()[1]
+        waiting = [
+            asyncio.ensure_future(listening.until_let_go("127.0.0.1", port, None)),
+            asyncio.ensure_future(listening.until_let_go("", 0, str(path))),
+        ]
+        done, _ = await asyncio.wait(waiting, timeout=0.2)
+        assert not done
+    await asyncio.gather(*waiting)
+    assert not path.exists()
+    await listening.until_let_go("192.0.2.1", 0, None)
+    await listening.until_let_go("127.0.0.1", 70000, None)
+    monkeypatch.setattr(listening, "LET_GO_S", 0.1)
+    with listening.listening("127.0.0.1", 0, None, []) as tcp:
+        tcp.listen()
+        await listening.until_let_go("127.0.0.1", tcp.getsockname()[1], None)
 
 
 def test_the_limit_on_open_files_is_raised() -> None:

@@ -112,6 +112,16 @@ async def test_an_engine_gets_ready_and_ends(keepers: LocalKeepers) -> None:
     await keepers.stop("0", STOP_S)  # harmless
 
 
+async def test_files_of_a_servers_metrics_are_not_for_engines(
+    keepers: LocalKeepers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several front-end processes share them; they are removed with the server, which the engine outlives."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/no/folder")
+    await start(keepers, "0")
+    await keepers.ready("0")
+    assert "PROMETHEUS_MULTIPROC_DIR" not in engine_of(number_in(keepers, "0", "worker")).environ()
+
+
 async def test_another_front_end_finds_it(keepers: LocalKeepers, folder: Path) -> None:
     """With its place; and what dead keepers have left is removed."""
     await start(keepers, "0")

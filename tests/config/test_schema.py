@@ -203,6 +203,12 @@ def test_engines_of_others() -> None:
     assert parsed(*STATIC, "--stages", "0-512:2,512-:1").n_staged() == 3
 
 
+def test_several_front_ends_of_a_fleet() -> None:
+    """Here and on a Ray cluster."""
+    for words in (("--fleet", "blue"), ("--cluster", "ray")):
+        assert parsed(*words, "--api-servers", "2").api_servers == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

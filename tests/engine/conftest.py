@@ -201,6 +201,7 @@ async def started_cluster(
 
     from cascadeinfer import assemble
     from cascadeinfer.config.schema import ServeOptions
+    from cascadeinfer.frontend.running import running_llm
 
     options = ServeOptions(instances=3, stages=STAGES, report_interval_s=0.02, kv_lease_s=30 * PATIENCE)
     policy = SwitchedStages(layout=options.layout(), retry_s=0.05)
@@ -222,7 +223,7 @@ async def started_cluster(
     for supervisor in (state.supervisor for state in runtime.fleet):
         supervisor.back_off = BackOff(0.1, 0.1, 0.0)
         supervisor._make_engine = asynchronous(supervisor._make_engine)
-    async with assemble.running_llm(runtime) as llm:
+    async with running_llm(runtime) as llm:
         cluster = Cluster(runtime, llm, policy)
         yield cluster
         del llm, cluster.llm  # its finaliser needs a living interpreter

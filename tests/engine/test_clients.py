@@ -23,8 +23,8 @@ NAMES = ("async+cache", "sync")
 def attached(owner: "VllmInstance") -> "VllmInstance":
     """A second client of an instance, not started yet."""
     from cascadeinfer.engines.vllm.attached import AttachedCore
+    from cascadeinfer.engines.vllm.attachment import attachment_of
     from cascadeinfer.engines.vllm.instance import VllmInstance
-    from cascadeinfer.engines.vllm.owned import attachment_of
 
     async def attach(_: "AttachedCore") -> "Attachment":
         attachment = await attachment_of(owner, 1)

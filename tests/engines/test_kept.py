@@ -17,6 +17,7 @@ from cascadeinfer.cluster.keeping import EngineOrder
 from cascadeinfer.core.errors import ConfigError, EngineError
 from cascadeinfer.engines.protocol import EngineDied
 from cascadeinfer.engines.vllm import kept_builds
+from cascadeinfer.engines.vllm.attachment import StandingAttachment, attachment_of
 from cascadeinfer.engines.vllm.configuration import KvTransferSettings
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.kept import KeptCore, KeptSource, Phase
@@ -182,6 +183,20 @@ async def test_a_dead_engine_is_told(server: Server) -> None:
         await engine.next_outputs()
     await engine.stop(3.0)
     assert server.keepers.did == ["start", "stop 3"]
+
+
+async def test_followers_are_told_where_it_is(server: Server, core: ScriptedCore) -> None:  # noqa: F811 - the fixture
+    """While it is attached, and not after its connection was lost."""
+    engine = server.engine(was_found=False)
+    assert await attachment_of(engine, 1) is None
+    await engine.start()
+    attachment = await attachment_of(engine, 1)
+    assert isinstance(attachment, StandingAttachment)
+    assert (attachment.host, attachment.port) == (core.address.host, core.address.port)
+    assert (attachment.key, attachment.lease_s) == (KEY, LEASE_S)
+    assert await engine.forget_client(1) is None
+    engine.kill()
+    assert await attachment_of(engine, 1) is None
 
 
 async def test_one_that_hangs_is_killed(server: Server) -> None:

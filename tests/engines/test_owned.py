@@ -9,6 +9,7 @@ import pytest
 from cascadeinfer.cluster.protocol import Abilities, ClientAddresses, Kept, Place
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.types import InstanceId
+from cascadeinfer.engines.vllm.channel import EngineChannel
 from cascadeinfer.engines.vllm.messages import EngineHello
 from cascadeinfer.engines.vllm.owned import OwnedCore
 from support.hello import hello as engine_hello
@@ -103,7 +104,7 @@ async def test_a_life_that_was_stopped_before_it_began_does_not_begin() -> None:
     assert ("start", "a") not in launcher.told
 
 
-async def test_further_clients_are_attached_while_it_runs() -> None:
+async def test_further_clients_are_attached_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client learns this life's id, its own addresses and the token; before and after, it gets nothing."""
     launcher = Launcher()
     core, other = core_at(launcher), core_at(launcher)
@@ -116,7 +117,12 @@ async def test_further_clients_are_attached_while_it_runs() -> None:
     assert told.connector_token == channel.connector_token
     assert told.connector_token not in repr(told)
     assert ("attach", "a", 2, "tcp://here:1002") in launcher.told
-    await core.detach(2)
+
+    async def forget_client(_: EngineChannel, client: int) -> int:
+        return 10 * client
+
+    monkeypatch.setattr(EngineChannel, "forget_client", forget_client)
+    assert await core.forget(channel, 2) == 20
     assert launcher.told[-1] == ("detach", "a", 2)
     assert (await other.begin()).connector_token != told.connector_token
     await core.end(0.0)

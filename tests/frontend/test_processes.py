@@ -639,3 +639,29 @@ async def test_process_0_tells_each_follower_what_it_needs() -> None:
     news = [message for message in channels[0].sent if isinstance(message, FleetNews)]
     assert [one.attachment is None for one in news[-1].instances] == [False, True]
     await runtime.stop(0.0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("n_left", "said"), [(2, 1), (None, 0)])
+async def test_a_dead_follower_is_forgotten(
+    n_left: int | None, said: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each instance is told, and process 0 says what it left there; not where engines notice by themselves."""
+    told: list[tuple[str, int]] = []
+
+    async def forget_client(engine: SimulatedEngine, client_index: int) -> int | None:
+        told.append((engine.instance_id, client_index))
+        return n_left
+
+    monkeypatch.setattr(SimulatedEngine, "forget_client", forget_client)
+    runtime = Runtime(
+        {"a": lambda n_start: SimulatedEngine("a", n_start, CAPACITY)},
+        StaticStages(layout=StageLayout.single(("a",))),
+        lambda read: RuntimeMetrics(CollectorRegistry(), read),
+    )
+    await runtime.start()
+    owner = FrontEnds(2, runtime, None, None, [0, 0])  # type: ignore[arg-type]
+    await owner._forget(1)
+    assert told == [("a", 1)]
+    assert sum("2 requests of process 1 aborted" in record.getMessage() for record in caplog.records) == said
+    await runtime.stop(0.0)

@@ -54,6 +54,7 @@ from cascadeinfer.engines.patience import within
 
 logger = logging.getLogger(__name__)
 
+METRICS_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 CONNECT_POLL_S: Final = 0.02
 KEEPER_TIMEOUT_S: Final = 60.0
 """For a light process to begin to listen, or to do what it is told, on a busy machine."""
@@ -259,6 +260,7 @@ class LocalKeepers:
         for name, content in ((CONTENT, order.content), (KEY, order.key.encode()), (PLACE, msgspec.json.encode(place))):
             write_whole(folder / name, content)
         environment = {**operator_environment(), **order.environment, **instance_environment(folder)}
+        environment.pop(METRICS_VARIABLE, None)  # files of the server's processes, which end before the engine
         path = self.log_of(place.instance_id)
         if path.exists():
             path.replace(path.with_suffix(".log.old"))

@@ -295,9 +295,6 @@ class ServeOptions:
                 option="--fleet",
                 fix="with --cluster static they outlive it anyway",
             )
-        if self.api_servers > 1:
-            other = "--fleet" if self.cluster == "local" else "--cluster ray"
-            raise ConfigError(f"is 1 with {other}", option="--api-servers", fix="remove one of the two")
 
     def _check_static(self) -> None:
         for option, value, fix in (

@@ -287,7 +287,7 @@ class Engine(Protocol):
         """
         ...
 
-    async def forget_client(self, client_index: int) -> int:
+    async def forget_client(self, client_index: int) -> int | None:
         """
         Abort what a dead front-end process left here, its reservations included.
 
@@ -295,7 +295,7 @@ class Engine(Protocol):
             client_index: Its number among the processes that use this instance.
 
         Returns:
-            How many requests there were.
+            How many requests there were; None if it notices by itself which processes are gone.
         """
         ...
 

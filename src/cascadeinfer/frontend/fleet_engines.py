@@ -60,6 +60,7 @@ class FleetTerms:
         log_stats: Whether steps carry statistics for vLLM's metrics.
         own_log_level: The least level of our own lines in the engines' logs.
         own_host: The address on which engines reach this server; None: the one by which they are reached.
+        n_front_ends: Processes of this server that use them; the engines do not depend on it.
     """
 
     n_instances: int
@@ -68,6 +69,7 @@ class FleetTerms:
     log_stats: bool
     own_log_level: str
     own_host: str | None = None
+    n_front_ends: int = 1
 
 
 class FleetEngines:
@@ -196,7 +198,7 @@ async def fleet_engines(
         if new:
             for line in await fleet.check(len(new), engine_args.model):
                 logger.warning("%s", line)
-        config = attached_config(engine_args)
+        config = attached_config(dataclasses.replace(engine_args, _api_process_count=terms.n_front_ends))
         key = await fleet.key()
         settings = KvTransferSettings(terms.lease_s, MAX_MIGRATIONS_PER_INSTANCE)
         content = Content("", shared, settings, terms.log_stats, terms.own_log_level, terms.orphan_timeout_s)

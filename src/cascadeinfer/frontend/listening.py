@@ -1,5 +1,6 @@
 """What a server needs before any engine starts: the listening socket, its TLS files, and enough file descriptors."""
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 OPEN_FILES: Final = 65535
 """The soft limit on open files that vLLM's server asks for; a connection is one, and so are the engines' sockets."""
+LET_GO_S: Final = 10.0
+LET_GO_POLL_S: Final = 0.05
 TLS_FILES: Final = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")
 
 
@@ -52,6 +55,24 @@ def listening(host: str, port: int, uds: str | None, at_leave: list[Callable[[],
             yield listener
         finally:
             remove()
+
+
+async def until_let_go(host: str, port: int, uds: str | None) -> None:
+    """
+    Wait while the address is in use, for `LET_GO_S` at most.
+
+    The other front-end processes of a server that was killed end a moment after it, and listen until then.
+    """
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + LET_GO_S
+    while loop.time() < deadline_s:
+        try:
+            with listening(host, port, uds, []):
+                return
+        except ConfigError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EADDRINUSE:
+                return  # whoever binds it says why not
+        await asyncio.sleep(LET_GO_POLL_S)
 
 
 def bind(host: str, port: int) -> socket.socket:

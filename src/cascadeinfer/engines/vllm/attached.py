@@ -29,7 +29,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.patience import within
-from cascadeinfer.engines.vllm.attachment import Attachment
+from cascadeinfer.engines.vllm.attachment import AnyAttachment, Attachment
 from cascadeinfer.engines.vllm.channel import EngineChannel
 from cascadeinfer.engines.vllm.client_sockets import ClientSockets
 from cascadeinfer.engines.vllm.ending import fail_pending_calls, let_go
@@ -134,7 +134,7 @@ class AttachedCore:
         instance_id: InstanceId,
         vllm_config: VllmConfig,
         client_index: int,
-        attach: Callable[["AttachedCore"], Awaitable[Attachment]],
+        attach: Callable[["AttachedCore"], Awaitable[AnyAttachment]],
     ) -> None:
         """
         Args:
@@ -161,6 +161,7 @@ class AttachedCore:
     async def begin(self) -> EngineChannel:
         """Wait until the instance is up and has connected to this process; abort what a predecessor left there."""
         attachment = await self._attach(self)
+        assert isinstance(attachment, Attachment), attachment
         self.index, self._pid = attachment.index, attachment.pid
         try:
             sockets = ClientSockets.at(attachment.input_address, attachment.output_address)
@@ -179,7 +180,7 @@ class AttachedCore:
     async def connect(self, channel: EngineChannel, peers: Sequence[EngineChannel]) -> None:
         """Nothing to do: the owner connected it to its peers before reporting it up."""
 
-    async def detach(self, client: int) -> None:
+    async def forget(self, channel: EngineChannel, client: int) -> None:
         """Nothing to do: the owner notices by itself which processes are gone."""
 
     def died(self) -> None:

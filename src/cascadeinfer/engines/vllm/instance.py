@@ -2,8 +2,8 @@
 One vLLM instance as the runtime sees it: a command channel to its EngineCore (`channel.py`) and that core's life cycle
 (`EngineCoreLife`).
 
-There are two kinds of life: an EngineCore that this process starts and ends (`owned.py`), and one that another process
-owns (`attached.py`).
+An EngineCore is started and ended by this process (`owned.py`), kept by a keeper (`kept.py`) or by others
+(`standing.py`), or it is the concern of process 0, whose follower this process is (`attached.py`, `followed.py`).
 
 We use one client per instance rather than one data-parallel client for all: a dead EngineCore then ends only its own
 client, and each instance has its own `VllmConfig`.
@@ -64,8 +64,13 @@ class EngineCoreLife(Protocol):
         """See Engine.connect."""
         ...
 
-    async def detach(self, client: int) -> None:
-        """The front-end process with this number, which used it, is gone."""
+    async def forget(self, channel: EngineChannel, client: int) -> int | None:
+        """
+        The front-end process with this number, which used it, is gone: abort what that has left there.
+
+        Returns:
+            How many requests that were; None if it notices by itself which clients are gone, whose numbers are its own.
+        """
         ...
 
     def kill(self) -> None:
@@ -250,11 +255,9 @@ class VllmInstance:
         """Limit the migrations it takes part in at once, whoever starts them; None for no limit."""
         await self.channel.limit_migrations(max_migrations)
 
-    async def forget_client(self, client_index: int) -> int:
+    async def forget_client(self, client_index: int) -> int | None:
         """See Engine.forget_client."""
-        n_requests = await self.channel.forget_client(client_index)
-        await self.life.detach(client_index)
-        return n_requests
+        return await self.life.forget(self.channel, client_index)
 
     async def utility(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """See Engine.utility; vLLM's client has these methods."""

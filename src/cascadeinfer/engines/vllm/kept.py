@@ -21,6 +21,7 @@ from vllm.config import VllmConfig
 from cascadeinfer.cluster.keeping import EngineOrder, Keepers
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.build import FIRST_BUILD, Build
+from cascadeinfer.engines.vllm.attachment import StandingAttachment
 from cascadeinfer.engines.vllm.channel import EngineChannel, connect_both_ways
 from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.kept_builds import KeptBuilds
@@ -100,11 +101,15 @@ class KeptCore:
         logger.warning("instance %s has ended: %s", self.instance_id, why)
         core.kill()
 
+    async def attachment(self, client: int) -> StandingAttachment | None:
+        """What a follower of this process must know of it; None while it is not attached."""
+        return None if self._core is None else await self._core.attachment(client)
+
     async def connect(self, channel: EngineChannel, peers: Sequence[EngineChannel]) -> None:
         """Handshake with each peer, both ways, and wait until all are done."""
         await connect_both_ways(channel, peers)
 
-    async def detach(self, client: int) -> None:
+    async def forget(self, channel: EngineChannel, client: int) -> None:
         """Nothing to do: it notices by itself which clients are gone."""
 
     def kill(self) -> None:

@@ -24,7 +24,7 @@ from cascadeinfer.core.refusals import why_not_step_budget
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.build import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm.attached import AttachedCore
-from cascadeinfer.engines.vllm.attachment import Attachment
+from cascadeinfer.engines.vllm.attachment import AnyAttachment
 from cascadeinfer.engines.vllm.builds import Builds
 from cascadeinfer.engines.vllm.configuration import (
     SIDE_CHANNEL_HOST_VARIABLE,
@@ -262,7 +262,7 @@ def make_factories(
 def attached_factories(
     engine_args: AsyncEngineArgs,
     client_index: int,
-    attach: Callable[[AttachedCore], Awaitable[Attachment]],
+    attach: Callable[[AttachedCore], Awaitable[AnyAttachment]],
 ) -> Callable[[InstanceId], Callable[[int], VllmInstance]]:
     """
     Per instance that another process owns, what makes a further client of it for the n-th time.

@@ -12,11 +12,9 @@ from vllm.config import VllmConfig
 
 from cascadeinfer.cluster.protocol import Kept, Launcher, Place
 from cascadeinfer.core.errors import EngineError
-from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.engines.vllm.channel import EngineChannel, connect_both_ways
 from cascadeinfer.engines.vllm.connector.words import TOKEN_VARIABLE, new_token
-from cascadeinfer.engines.vllm.instance import VllmInstance
 from cascadeinfer.engines.vllm.messages import EngineHello
 from cascadeinfer.engines.vllm.processes import VllmProcesses, WhileStarting
 
@@ -109,9 +107,11 @@ class OwnedCore:
             self._token,
         )
 
-    async def detach(self, client: int) -> None:
+    async def forget(self, channel: EngineChannel, client: int) -> int:
         """See EngineCoreLife."""
+        n_requests = await channel.forget_client(client)
         await self._launcher.detach(self._place, client)
+        return n_requests
 
     def kill(self) -> None:
         """See Engine.kill."""
@@ -128,12 +128,3 @@ class OwnedCore:
             self._channel.close()
         await self._launcher.stop(self._place, timeout_s)
         self._ended = True
-
-
-async def attachment_of(engine: Engine, client: int) -> Attachment | None:
-    """Have an instance that this process owns serve the further client of this number; what that one must know, None
-    while it does not run.
-    """
-    assert isinstance(engine, VllmInstance)
-    assert isinstance(engine.life, OwnedCore)
-    return await engine.life.attachment(client)

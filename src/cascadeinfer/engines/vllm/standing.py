@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import logging
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 import zmq
@@ -33,6 +33,7 @@ from cascadeinfer.cluster.shared_key import ClusterKey
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.engines.vllm.attached import AttachedClient, leave
+from cascadeinfer.engines.vllm.attachment import StandingAttachment
 from cascadeinfer.engines.vllm.channel import EngineChannel, connect_both_ways
 from cascadeinfer.engines.vllm.client_sockets import ClientSockets
 from cascadeinfer.engines.vllm.connector.identity import model_sizes
@@ -68,19 +69,28 @@ class Terms:
 class StandingCore:
     """See the module header, and `cascadeinfer.engines.vllm.instance.EngineCoreLife`."""
 
-    def __init__(self, instance_id: InstanceId, index: int, address: EngineAddress, terms: Terms) -> None:
+    def __init__(
+        self,
+        instance_id: InstanceId,
+        index: int,
+        address: EngineAddress,
+        terms: Terms,
+        before_down: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         """
         Args:
             instance_id: Its name here.
             index: Its number here.
             address: Where it listens.
             terms: What is expected of it.
+            before_down: Awaited once its connection is lost, before it counts as dead.
         """
         self.instance_id = instance_id
         self.index = index
         self.vllm_config = copy.deepcopy(terms.config)
         self._address = address
         self._terms = terms
+        self._before_down = before_down
         self._pid: int | None = None
         self._sockets: ClientSockets | None = None
         self._client: AttachedClient | None = None
@@ -124,13 +134,31 @@ class StandingCore:
     async def _until_disconnected(self, sockets: ClientSockets, client: AttachedClient) -> None:
         """Notice its death. Connections of strangers, who do not have the key, end as well."""
         await sockets.until_gone(client.is_connected)
+        if self._before_down is not None:
+            await self._before_down()
         self.kill()
+
+    async def attachment(self, client: int) -> StandingAttachment | None:  # noqa: ARG002 - it gives numbers by itself
+        """What a follower of this process must know of it; None while it is not attached."""
+        if self._pid is None or self._channel is None:
+            return None
+        terms, engine_id = self._terms, self._channel.hello.engine_id
+        return StandingAttachment(
+            self.index,
+            engine_id,
+            self._address.host,
+            self._address.port,
+            terms.key,
+            terms.lease_s,
+            terms.max_migrations,
+            terms.own_host,
+        )
 
     async def connect(self, channel: EngineChannel, peers: Sequence[EngineChannel]) -> None:
         """Handshake with each peer, both ways, and wait until all are done."""
         await connect_both_ways(channel, peers)
 
-    async def detach(self, client: int) -> None:
+    async def forget(self, channel: EngineChannel, client: int) -> None:
         """Nothing to do: it notices by itself which clients are gone."""
 
     def kill(self) -> None:

@@ -6,11 +6,11 @@ from typing import Protocol
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.engines.vllm.attachment import Attachment
+from cascadeinfer.engines.vllm.attachment import AnyAttachment
 
 
 class Attached(Protocol):
-    """A client of an instance that process 0 owns: `engines.vllm.attached.AttachedCore`."""
+    """A client of an instance that process 0 looks after: `AttachedCore` or `FollowedCore` of `engines.vllm`."""
 
     instance_id: InstanceId
     stopped: bool
@@ -25,11 +25,11 @@ class Board:
 
     def __init__(self) -> None:
         """Nothing is known yet."""
-        self._up: dict[InstanceId, Attachment] = {}
+        self._up: dict[InstanceId, AnyAttachment] = {}
         self._attached: dict[InstanceId, tuple[Attached, str]] = {}
         self._news = asyncio.Event()
 
-    def follow(self, up: Mapping[InstanceId, Attachment]) -> None:
+    def follow(self, up: Mapping[InstanceId, AnyAttachment]) -> None:
         """Exactly these are up: waiting tasks continue, and clients of earlier lives learn that those have ended."""
         self._up = dict(up)
         for instance_id, (instance, engine_id) in list(self._attached.items()):
@@ -40,7 +40,7 @@ class Board:
         news, self._news = self._news, asyncio.Event()
         news.set()
 
-    async def attach(self, instance: Attached) -> Attachment:
+    async def attach(self, instance: Attached) -> AnyAttachment:
         """
         Wait until an instance is up; from then on the client is notified when it goes down.
 

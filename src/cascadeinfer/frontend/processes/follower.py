@@ -1,7 +1,8 @@
 """
 A follower's side: follows the news from process 0, reports what this process has, and asks what only process 0 knows.
 
-When process 0 is gone, the channel closes. The follower then exits at once, since the instances die with process 0.
+When process 0 is gone, the channel closes. The follower then exits at once: the instances die with process 0, or are a
+fleet's and wait for the next server, which decides anew for all.
 """
 
 import asyncio

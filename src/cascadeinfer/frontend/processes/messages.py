@@ -11,7 +11,7 @@ import msgspec
 
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.types import InstanceId, RequestId
-from cascadeinfer.engines.vllm.attachment import Attachment
+from cascadeinfer.engines.vllm.attachment import AnyAttachment
 from cascadeinfer.runtime.ledger import EndedMove
 from cascadeinfer.runtime.picture import Move, OldRequest
 
@@ -28,7 +28,7 @@ class InstanceNews(msgspec.Struct, frozen=True):
     """
 
     instance_id: InstanceId
-    attachment: Attachment | None
+    attachment: AnyAttachment | None
     restarts: int
     drain_ends_s: float | None
     condemned: str | None = None

@@ -26,7 +26,7 @@ from cascadeinfer.core.silence import Silence
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine
-from cascadeinfer.engines.vllm.attachment import Attachment
+from cascadeinfer.engines.vllm.attachment import AnyAttachment
 from cascadeinfer.frontend.processes.messages import (
     Added,
     AddInstances,
@@ -95,14 +95,14 @@ class FollowerState:
 
 
 class FrontEnds:
-    """All processes, as process 0 sees them. See `cascadeinfer.frontend.admin.Admin`."""
+    """All processes, as process 0 sees them; `loads` as given. See `cascadeinfer.frontend.admin.Admin`."""
 
     def __init__(
         self,
         n_processes: int,
         runtime: Runtime,
         start_process: Callable[[int, socket.socket], BaseProcess],
-        attachment_of: Callable[[Engine, int], Awaitable[Attachment | None]],
+        attachment_of: Callable[[Engine, int], Awaitable[AnyAttachment | None]],
         loads: MutableSequence[int],
         event_log_failure: Callable[[], str | None] = lambda: None,
     ) -> None:
@@ -118,7 +118,7 @@ class FrontEnds:
         """
         self._runtime = runtime
         self._start_process = start_process
-        self._loads = loads
+        self.loads = loads
         self._event_log_failure = event_log_failure
         self._followers = [FollowerState(index) for index in range(1, n_processes)]
         self._attachment_of = attachment_of
@@ -290,7 +290,7 @@ class FrontEnds:
         finally:
             follower.channel.close()
             follower.channel = None
-            self._loads[follower.index] = NOT_ACCEPTING
+            self.loads[follower.index] = NOT_ACCEPTING
         multiprocess.mark_process_dead(follower.process.pid)  # type: ignore[no-untyped-call]
 
     async def _listen(self, follower: FollowerState, channel: Channel[FromFollower]) -> None:
@@ -347,10 +347,10 @@ class FrontEnds:
         for engine in self._runtime.live_engines():
             try:
                 n_left = await within(FORGET_TIMEOUT_S, engine.forget_client(index))
+                if n_left is not None:  # else it notices by itself
+                    logger.warning("instance %s: %s requests of process %s aborted", engine.instance_id, n_left, index)
             except (EngineError, TimeoutError) as error:  # it dies, or is found hung
                 logger.warning("instance %s does not forget process %s: %s", engine.instance_id, index, error)
-            else:
-                logger.warning("instance %s: %s requests of process %s aborted", engine.instance_id, n_left, index)
 
     # --- news ---------------------------------------------------------------------------------------------------------
 
