@@ -12,7 +12,9 @@ the same seed.
 
 What is concluded from prompts that ride along with decodes for free depends on the knee of the dense layers, so
 `--knees` also runs with other knees: `none` (every token costs compute) and `full` (compute hides behind the whole of
-an empty step, as if nothing stood in its way).
+an empty step, as if nothing stood in its way). Two more variants keep the profile's knee: `overlap` (decodes' reads of
+KV hide behind the prompts' compute or hide it, whichever takes longer, as if they ran at once) and `separate` (decodes
+are cut beside a prompt as they are alone, as if the attention backend had separate calls).
 """
 
 import argparse
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cascadeinfer.core.cost.latency import SEPARATE_CALLS_TOKENS
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.evaluation.runs import RunSpec, plan_for, roles_for, run_once
 from cascadeinfer.evaluation.setting import Setting, load_setting
@@ -35,7 +38,7 @@ SMALL = 512
 MEDIUM = 2048
 RIVALS = ("bucket", "llumnix", "least_loaded")
 KEYS = ("profile", "trace", "load", "knee", "contender", "seed")
-KNEES = ("profile", "none", "full")
+KNEES = ("profile", "none", "full", "overlap", "separate")
 COUNTED = 6000
 """Requests of a run that count, at least."""
 
@@ -125,14 +128,16 @@ def run_missing(options: argparse.Namespace, points: list[tuple[str, ...]], seed
 
 
 def with_knee(setting: Setting, knee: str) -> Setting:
-    """The same with another knee of the dense layers; see above."""
+    """The same with another step model; see above."""
     model = setting.profile.step_model
-    tokens = {
-        "profile": model.dense_knee_tokens,
-        "none": 0.0,
-        "full": max(model.dense_knee_tokens, model.base_s / model.per_dense_token_s),
+    changes: dict[str, float] = {
+        "profile": {},
+        "none": {"dense_knee_tokens": 0.0},
+        "full": {"dense_knee_tokens": max(model.dense_knee_tokens, model.base_s / model.per_dense_token_s)},
+        "overlap": {"mixed_hidden": 1.0},
+        "separate": {"mixed_split_tokens": SEPARATE_CALLS_TOKENS},
     }[knee]
-    return replace(setting, profile=replace(setting.profile, step_model=replace(model, dense_knee_tokens=tokens)))
+    return replace(setting, profile=replace(setting.profile, step_model=replace(model, **changes)))
 
 
 def run(setting: Setting, spec: RunSpec) -> dict[str, float]:

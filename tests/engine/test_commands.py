@@ -400,6 +400,7 @@ async def test_identity(zoo: Zoo) -> None:
     assert (engine.tensor_parallel, engine.eager, engine.asynchronous) == (1, True, False)
     assert told.kv_bytes_per_token == 2 * 3 * 2 * engine.head_size * 4  # K and V, layers, KV heads, float32
     assert told.multiprocessors is None
+    assert told.graph_tokens == 0
     assert (await zoo.instances["async"].identity()).engine.asynchronous
 
 

@@ -9,7 +9,7 @@ from cascadeinfer.profiling.subject import Subject
 
 CAPACITY = InstanceCapacity(kv_blocks=1000, block_size_tokens=16, max_num_seqs=32, max_batched_tokens=512)
 MAX_MODEL_TOKENS = 4096
-IDENTITY, KV_BYTES_PER_TOKEN, _ = simulated_identity
+IDENTITY, KV_BYTES_PER_TOKEN, *_ = simulated_identity
 TRUTH = StepModel(
     base_s=5e-3,
     per_decode_s=4e-5,

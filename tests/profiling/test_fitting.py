@@ -9,7 +9,7 @@ from profiled_engine import IDENTITY, TRUTH
 
 from cascadeinfer.core.cost.fit import StepSamples
 from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
-from cascadeinfer.profiling.fitting import fit_points, split_structure
+from cascadeinfer.profiling.fitting import candidates, fit_points, graph_tokens_of, mixed_rule_of, split_structure
 from cascadeinfer.profiling.log import PullRun
 from cascadeinfer.profiling.statistics import Points
 from cascadeinfer.profiling.transfer import rate_of
@@ -58,7 +58,7 @@ def test_wild_single_steps_are_left_out() -> None:
 
 def test_split_rule_of_the_backend_is_used() -> None:
     """On a device whose attention splits long requests, the form with its rule is chosen and fits mixed batches."""
-    rule = split_structure(H100, MULTIPROCESSORS)
+    rule = split_structure(H100, MULTIPROCESSORS, 0)
     assert rule is not None
     truth = replace(
         rule,
@@ -78,8 +78,72 @@ def test_split_rule_of_the_backend_is_used() -> None:
 @pytest.mark.parametrize("backend", ["CPU_ATTN", "TRITON_ATTN", "FLASH_ATTN_4", "FLASH_ATTN"])
 def test_unknown_rules_are_not_guessed(backend: str) -> None:
     """A backend whose split rule is unknown gets none, and neither does a CPU."""
-    assert split_structure(msgspec.structs.replace(H100, attention_backend=backend), MULTIPROCESSORS) is None
-    assert split_structure(H100, None) is None
+    assert split_structure(msgspec.structs.replace(H100, attention_backend=backend), MULTIPROCESSORS, 512) is None
+    assert split_structure(H100, None, 512) is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "graph_tokens", "expected"),
+    [
+        ("FLASH_ATTN_2", 512, {"mixed_split_tokens": 0.0, "mixed_share_per_request": 32 / 264, "mixed_overlap": 1.0}),
+        ("FLASH_ATTN_3", 512, {"mixed_split_tokens": 512.0, "mixed_fill_tokens": 528.0}),
+        ("FLASH_ATTN_3", 256, {"mixed_split_tokens": 256.0, "mixed_fill_tokens": 528.0}),
+        ("FLASH_ATTN_3", 0, {"mixed_split_tokens": 0.0, "mixed_fill_tokens": 528.0}),
+        ("TRITON_ATTN", 512, {"mixed_split_tokens": 0.0, "mixed_overlap": 1.0}),
+        ("FLASHINFER", 512, {}),
+        ("CPU_ATTN", 0, {}),
+    ],
+)
+def test_rule_for_steps_with_prompts_is_the_backends(
+    backend: str, graph_tokens: int, expected: dict[str, float]
+) -> None:
+    """It follows from the backend, the heads and the limit of CUDA graphs; every form of the model has it."""
+    identity = msgspec.structs.replace(H100, attention_backend=backend)
+    assert mixed_rule_of(identity, MULTIPROCESSORS, graph_tokens) == pytest.approx(expected)
+    for candidate in candidates(
+        split_structure(identity, MULTIPROCESSORS, graph_tokens), mixed_rule_of(identity, MULTIPROCESSORS, graph_tokens)
+    ):
+        assert {name: getattr(candidate.start, name) for name in expected} == pytest.approx(expected)
+        assert not any(name.startswith("mixed_") for name in candidate.free)
+
+
+def test_limit_of_graphs_is_what_the_engine_tells() -> None:
+    """An eager engine has no graphs; one that does not tell has vLLM's default."""
+    graphs = msgspec.structs.replace(H100, eager=False)
+    assert [graph_tokens_of(graphs, told) for told in (None, 256, 0)] == [512, 256, 0]
+    assert graph_tokens_of(msgspec.structs.replace(H100, eager=True), None) == 0
+
+
+def test_decodes_beside_prompts_are_fitted_by_the_rule() -> None:
+    """On an engine with FA2 the fit finds the straggler, and the rule explains what a sum would leave as error."""
+    identity = msgspec.structs.replace(H100, attention_backend="FLASH_ATTN_2")
+    structure, mixed = (made(identity, 108, 0) for made in (split_structure, mixed_rule_of))
+    assert isinstance(structure, StepModel)
+    truth = replace(
+        structure,
+        base_s=7e-3,
+        per_decode_s=1e-5,
+        per_kv_token_s=4e-8,
+        per_prefill_token_s=2e-5,
+        per_prefill_attention_s=2e-10,
+        straggler_per_kv_token_s=1e-6,
+    )
+    rng = np.random.default_rng(5)
+    batches, kinds = [], []
+    for n in (2, 8, 32):
+        for longest in (2_000, 16_000, 64_000):
+            for chunk in (0, 128, 384, 768, 2_048):
+                batches.append(BatchFeatures(n, 500 * (n - 1) + longest, longest, chunk, chunk * (chunk + 1) / 2))
+                kinds.append(f"both {n} {longest} {chunk}")
+    seconds = np.array([truth.step_s(batch) for batch in batches]) * (1 + 0.002 * rng.standard_normal(len(batches)))
+    columns = StepSamples.of(batches, seconds)
+    measured = Points(
+        columns, tuple(kinds), np.ones(len(kinds), dtype=np.int64), np.zeros(len(kinds)), len(kinds), 0, None
+    )
+    ruled, sums = fit_points(measured, structure, mixed=mixed), fit_points(measured)
+    assert ruled.result.model.straggler_per_kv_token_s == pytest.approx(1e-6, rel=0.05)
+    assert ruled.held_out[0].median < 0.01
+    assert sums.held_out[0].median > 2 * ruled.held_out[0].median
 
 
 def pulls(per_token_s: float, fixed_s: float, noise_s: float = 0.0) -> list[PullRun]:

@@ -1,5 +1,7 @@
 """The grid of batches: those that fit, from the smallest to the largest, whatever the engine's capacity."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +57,25 @@ def test_a_large_engine_gets_a_wide_grid() -> None:
     assert max(sum(kind.lengths) for kind in grid) > 0.7 * room.capacity.kv_tokens
     assert max(max(kind.prompts, default=0) for kind in grid) > 130_000
     assert 40 < len(grid) < 120
+
+
+def test_long_requests_decode_beside_prompts_of_both_kinds() -> None:
+    """Batches with one long request have prompts below and above 512 tokens beside them, from few decodes to many."""
+    room = Room(InstanceCapacity(27_000, 16, 256, 8_192), 131_072)
+    beside = [kind for kind in make_grid(room) if kind.prompts and len(set(kind.lengths)) > 1]
+    assert [len(kind.lengths) for kind in beside] == [4, 12, 48, 192]
+    for kind in beside:
+        assert max(kind.lengths) > 16_384
+        assert [size + len(kind.lengths) <= 512 for size in kind.prompts].count(True) >= 1
+        assert [size > 512 for size in kind.prompts].count(True) == 2
+
+
+def test_prompts_lie_around_any_knee() -> None:
+    """Up to the token budget no two neighbouring sizes of prompts alone differ by more than a half, from 16 on."""
+    grid = make_grid(Room(InstanceCapacity(27_000, 16, 256, 8_192), 131_072))
+    sizes = sorted(kind.prompts[0] for kind in grid if kind.family == "prompt" and kind.prompts[0] <= 8_192)
+    assert (sizes[0], sizes[-1]) == (16, 8_192)
+    assert all(larger <= 1.5 * smaller for smaller, larger in itertools.pairwise(sizes))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ What the cost model says about a pair of batches, for the devices that it knows.
 
 The kernel numbers are those behind the shipped profiles (`tools/profiles/catalogue.py`), the prompt chunk's attention
 is the profile's. Two predictions: the fast form, which planner and simulator use, and the thread-block simulation
-behind it. Neither knows yet that some kernels do not split decodes beside a prompt chunk.
+behind it.
 """
 
 import re
@@ -15,8 +15,9 @@ from typing import Any, Final
 import numpy as np
 
 from cascadeinfer.config.profiles import load_profile
-from cascadeinfer.core.cost.heterogeneity import decode_features, reduce_kernel
+from cascadeinfer.core.cost.heterogeneity import MixedStep, decode_features, reduce_kernel
 from cascadeinfer.core.cost.splitkv import AttentionKernel, SplitRule, kernel_s
+from cascadeinfer.core.cost.varlen import Chunk, Heads, mixed_kernel_s
 from cascadeinfer.profiling.kernels.calls import GRAPH_TOKENS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "profiles"))
@@ -86,11 +87,20 @@ def predicted(device: str | None, kernel: str, shape: Any, pair: Any, prompt_tok
     model = None if device is None else kernel_model(device, kernel)
     if model is None:
         return dict.fromkeys(names)
-    per_pair_s = load_profile(f"{device}-llama-3.1-8b").step_model.per_prefill_attention_s / LAYERS
-    chunk_s = per_pair_s * shape.q_heads / Q_HEADS * prompt_tokens * (prompt_tokens + 1) / 2
-    fast = reduce_kernel(model, kv_heads=shape.kv_heads, layers=1)
-    mixed, equal = (np.array(lengths, dtype=np.int64) for lengths in (pair.mixed, pair.equal))
-    fast_s = [fast.step_s(decode_features(lengths)) + chunk_s for lengths in (mixed, equal)]
-    simulated_s = [kernel_s(lengths, shape.kv_heads, model) + chunk_s for lengths in (mixed, equal)]
+    pair_s = load_profile(f"{device}-llama-3.1-8b").step_model.per_prefill_attention_s / LAYERS / Q_HEADS
+    heads, graph_tokens = Heads(shape.q_heads, shape.kv_heads), GRAPH_TOKENS if kernel == "FA3 graphs" else 0
+    fast = reduce_kernel(model, kv_heads=heads.kv, layers=1, query_heads=heads.query, graph_tokens=graph_tokens)
+    fast = replace(fast, per_prefill_attention_s=pair_s * heads.query)
+    fast_s, simulated_s = [], []
+    for lengths in (np.array(pair.mixed, dtype=np.int64), np.array(pair.equal, dtype=np.int64)):
+        if prompt_tokens:
+            step = MixedStep(lengths, (Chunk(prompt_tokens),))
+            fast_s.append(fast.step_s(step.features))
+            simulated_s.append(
+                mixed_kernel_s(lengths, step.chunks, heads, model, pair_s=pair_s, graph_tokens=graph_tokens)
+            )
+        else:
+            fast_s.append(fast.step_s(decode_features(lengths)))
+            simulated_s.append(kernel_s(lengths, heads.kv, model))
     values = (1e6 * fast_s[0], 1e6 * fast_s[1], fast_s[0] / fast_s[1], simulated_s[0] / simulated_s[1])
     return dict(zip(names, values, strict=True))

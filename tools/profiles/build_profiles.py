@@ -40,7 +40,13 @@ from parts import (
 from report import Page, Row, mixed_batches
 
 from cascadeinfer.core.cost.fit import FitResult, StepSamples, residuals
-from cascadeinfer.core.cost.heterogeneity import ReductionError, reduction_error
+from cascadeinfer.core.cost.heterogeneity import (
+    MixedError,
+    MixedStep,
+    ReductionError,
+    mixed_reduction_error,
+    reduction_error,
+)
 from cascadeinfer.core.cost.latency import FIELDS, BatchFeatures, StepModel
 from cascadeinfer.core.cost.profile import (
     CostProfile,
@@ -51,6 +57,7 @@ from cascadeinfer.core.cost.profile import (
     kv_capacity_blocks,
 )
 from cascadeinfer.core.cost.splitkv import AttentionKernel, SplitRule
+from cascadeinfer.core.cost.varlen import GRAPH_TOKENS, Chunk, Heads
 from cascadeinfer.core.errors import ProfileError
 from cascadeinfer.core.types import InstanceCapacity
 
@@ -60,6 +67,13 @@ COMMAND = "tools/profiles/build_profiles.py"
 DEVICE_OF = {device.name: device for device in DEVICES}
 MOST_TOKENS = 1_000_000
 """Largest batch of the comparison of rules."""
+
+MIXED_CHUNKS = {"small": (64, 256, 400), "large": (800, 2_048)}
+"""Prompt tokens beside the batches of the comparison of mixed steps."""
+COMPUTED_TOKENS = (0, 8_192)
+"""Tokens of the same prompt computed before."""
+BATCH_STRIDE = 4
+"""Of the trace batches in that comparison."""
 
 SPLITWISE_MEAN_OUTPUT_TOKENS = 64
 """splitwise_perf_model generates 128 tokens in most rows; its token time is their mean."""
@@ -142,6 +156,7 @@ def notes_of(setting: Setting) -> tuple[str, ...]:
     device, model, degree = setting.device, setting.model, setting.tensor_parallel
     notes = [
         "decode attention of mixed lengths: simulated from the backend's split rule, not measured",
+        "steps with prompts and decodes: simulated from the backend's attention call, not measured",
         "step overhead 0.6 ms and 2 us per request: assumed, not measured",
         "no whole step was measured: the step is the sum of its measured or derived parts",
         (
@@ -218,6 +233,32 @@ def reductions(batches: list[NDArray[np.int64]]) -> list[tuple[str, int, Reducti
     ]
 
 
+def mixed_reductions(
+    batches: list[NDArray[np.int64]], profiles: list[CostProfile]
+) -> list[tuple[str, Heads, str, MixedError]]:
+    """The same for steps with prompts, whose attention takes what the profile of the 8B model on the device says."""
+    calls = {
+        "FA3, H100": ("h100", GRAPH_TOKENS),
+        "FA3, H100, no graphs": ("h100", 0),
+        "FA2, A100": ("a100", 0),
+        "FA2, L40S": ("l40s", 0),
+    }
+    fits = [batch for batch in batches if batch.sum() <= MOST_TOKENS][::BATCH_STRIDE]
+    found = []
+    for name, (device, graph_tokens) in calls.items():
+        profile = next(p for p in profiles if p.name == f"{device}-{MODELS[0].name}")
+        pair_s = profile.step_model.per_prefill_attention_s / MODELS[0].layers / MODELS[0].q_heads
+        for heads in (Heads(32, 8), Heads(16, 2), Heads(8, 1)):
+            for kind, sizes in MIXED_CHUNKS.items():
+                chunks = [Chunk(tokens, computed) for tokens in sizes for computed in COMPUTED_TOKENS]
+                steps = [MixedStep(batch, (chunk,)) for batch in fits for chunk in chunks]
+                error = mixed_reduction_error(
+                    DEVICE_OF[device].kernel, steps, heads, pair_s=pair_s, graph_tokens=graph_tokens
+                )
+                found.append((name, heads, kind, error))
+    return found
+
+
 def whole_model_checks() -> list[str]:
     """Predicted against measured whole steps of Llama-2-70B (splitwise_perf_model), as table lines."""
     lines = []
@@ -257,7 +298,14 @@ def main() -> None:
             mixed = reduction_error(device.kernel, fits, kv_heads=setting.heads[1], model=attention)
             table.append(Row(profile, mixed))
             print(table[-1].line())
-    page = Page(arguments.date, f"{COMMAND} --date {arguments.date}", table, reductions(batches), whole_model_checks())
+    page = Page(
+        arguments.date,
+        f"{COMMAND} --date {arguments.date}",
+        table,
+        reductions(batches),
+        mixed_reductions(batches, [row.profile for row in table]),
+        whole_model_checks(),
+    )
     (ROOT / "docs" / "profiles.md").write_text(page.text())
 
 

@@ -204,7 +204,8 @@ def fit_attention(setting: Setting) -> FitResult:
     fits = []
     for share in BLOCK_RATES if kernel.rule is SplitRule.FA3 else (1.0,):
         slower = replace(kernel, block_bandwidth_bytes_s=share * kernel.block_bandwidth_bytes_s)
-        start = reduce_kernel(slower, kv_heads=setting.heads[1], layers=model.layers)
+        query_heads, kv_heads = setting.heads
+        start = reduce_kernel(slower, kv_heads=kv_heads, layers=model.layers, query_heads=query_heads)
         fits.append(fit_step_model(both, start=start, free=free))
     return min(fits, key=lambda fit: fit.regions[0].median + fit.regions[0].p90 / 3.0)
 

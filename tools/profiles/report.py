@@ -2,15 +2,16 @@
 
 import csv
 import gzip
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from measured import DATA
 from numpy.typing import NDArray
 
-from cascadeinfer.core.cost.heterogeneity import ReductionError
-from cascadeinfer.core.cost.latency import BatchFeatures
+from cascadeinfer.core.cost.heterogeneity import MixedError, ReductionError
+from cascadeinfer.core.cost.latency import SEPARATE_CALLS_TOKENS, BatchFeatures
 from cascadeinfer.core.cost.profile import CostProfile
+from cascadeinfer.core.cost.varlen import Heads
 
 TRACES = (
     "azure_2023_conv",
@@ -24,6 +25,8 @@ TRACES = (
 BATCH_SIZES = (4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BATCHES_PER_SIZE = 4
 LONGEST_TOKENS = 131_072
+MOST_BUDGET = 16_384
+"""Largest token budget of a step; a rule that holds beyond it is none."""
 
 
 def mixed_batches(rng: np.random.Generator) -> list[NDArray[np.int64]]:
@@ -77,6 +80,18 @@ class Row:
         return "| " + " | ".join(self.cells()) + " |"
 
 
+def beside_line(profile: CostProfile) -> str:
+    """A profile's steps with the priced batches beside a chunk, and as a multiple of those without the rule."""
+    cells = []
+    model = profile.step_model
+    without = replace(model, mixed_split_tokens=SEPARATE_CALLS_TOKENS)
+    for n, total, longest in PRICED.values():
+        for chunk in BESIDE_TOKENS:
+            batch = BatchFeatures(n, total, longest, chunk, chunk * (chunk + 1) / 2)
+            cells.append(f"{1e3 * model.step_s(batch):.1f} (x{model.step_s(batch) / without.step_s(batch):.2f})")
+    return f"| {profile.name} | " + " | ".join(cells) + " |"
+
+
 def price_line(profile: CostProfile) -> str:
     """A profile's steps for the priced batches."""
     cells = []
@@ -98,6 +113,14 @@ PRICED = {
     "60 x 2K + 4 x 32K": (64, 60 * 2_048 + 4 * 32_768, 32_768),
 }
 """Requests, total and longest length of the batches of kernels.md, section 3d."""
+
+BESIDE_TOKENS = (256, 1024)
+"""Chunks beside the priced batches, of new prompts."""
+
+BESIDE = """
+The same batches beside a chunk of 256 or 1,024 tokens of a new prompt: predicted step in ms, and as a multiple of what
+it would be if decodes were cut as they are alone.
+"""
 
 PRICES = """
 ## What mixing does to a whole step
@@ -139,9 +162,25 @@ two for both Qwen models.
 
 In a mixture of experts, uniform routing is assumed: n tokens read 1 - (1 - 8/128)^n of the experts.
 
-What stays out: mixed batches of prefill and decode under FA2 run without splits (kernels.md, section 4, item 11);
-rounding of lengths to blocks; FA3's wave quantisation for equal lengths at one to two waves (H20 with 8 KV heads
-shows it: p90 of simulated equal lengths 30 %).
+What stays out: rounding of lengths to blocks; FA3's wave quantisation for equal lengths at one to two waves (H20 with
+8 KV heads shows it: p90 of simulated equal lengths 30 %).
+"""
+
+MIXED = """
+## Decodes beside a prompt
+
+FlashAttention computes a step with prompts and decodes in one call. FA2 then splits no request and gives each query
+head a thread block of its own; FA3 splits only in steps of up to 512 tokens (vLLM's limit for CUDA graphs), and
+beside prompts that do not fill the device. FlashInfer and trtllm-gen have separate calls. The fast form against the
+simulation of the same call, percent; without the rule, a prompt's attention is added to that of a decode-only step.
+SIMULATED on both sides, with every fourth trace batch beside chunks of 64, 256 and 400 tokens (small) and of 800 and
+2,048 (large), new and after 8,192 tokens of the same prompt. Heads are per device.
+
+Uncached: how much longer the simulated call takes if no query head of FA2 finds in the L2 cache what its neighbour has
+read; the model assumes that all do, so FA2's mixed steps lie between.
+
+| call | query / KV heads | chunks | median | p90 | bias | without the rule: median | bias | uncached |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -152,6 +191,7 @@ class Page:
 
     Attributes:
         reductions: Rule, KV heads per device and error of its fast form.
+        mixed: Call, heads per device, chunks and error of the fast form of steps with prompts.
         checks: Lines of the whole-model table.
     """
 
@@ -159,6 +199,7 @@ class Page:
     command: str
     rows: list[Row]
     reductions: list[tuple[str, int, ReductionError]]
+    mixed: list[tuple[str, Heads, str, MixedError]]
     checks: list[str]
 
     def text(self) -> str:
@@ -187,10 +228,20 @@ class Page:
             f"{100 * e.median_without:.0f} |"
             for name, kv_heads, e in self.reductions
         ]
+        lines[-1] += "\n" + MIXED.rstrip()
+        lines += [
+            f"| {name} | {heads.query} / {heads.kv} | {chunks} | {100 * e.median:.1f} | {100 * e.p90:.1f} | "
+            f"{100 * e.bias:+.1f} | {100 * e.median_without:.0f} | {100 * e.bias_without:+.0f} | x{e.uncached:.2f} |"
+            for name, heads, chunks, e in self.mixed
+        ]
         notes = dict.fromkeys(note for row in self.rows for note in row.profile.provenance.notes)
         lines += ["", "## What is derived or assumed, and how", "", *(f"- {note}" for note in notes)]
         lines += [PRICES, "| profile | " + " | ".join(PRICED) + " |", "|---" * (len(PRICED) + 1) + "|"]
-        lines += [price_line(row.profile) for row in self.rows if "llama" in row.profile.name]
+        priced = [row.profile for row in self.rows if "llama" in row.profile.name]
+        lines += [price_line(profile) for profile in priced]
+        beside = [f"{batch}, + {chunk}" for batch in PRICED for chunk in BESIDE_TOKENS]
+        lines += [BESIDE, "| profile | " + " | ".join(beside) + " |", "|---" * (len(beside) + 1) + "|"]
+        lines += [beside_line(profile) for profile in priced if profile.step_model.mixed_split_tokens < MOST_BUDGET]
         lines += [
             CHECK,
             "| device | TP | prompt: measured / predicted | token: measured / predicted |",

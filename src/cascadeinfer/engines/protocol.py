@@ -100,11 +100,20 @@ class EngineCounters:
 
 
 class InstanceIdentity(NamedTuple):
-    """The engine's identity, KV bytes per token (all devices), multiprocessors of a device (None on a CPU)."""
+    """
+    What a profile of the engine needs.
+
+    Attributes:
+        engine: Its identity.
+        kv_bytes_per_token: All devices together.
+        multiprocessors: Of a device; None on a CPU.
+        graph_tokens: Tokens of a step up to which it uses full CUDA graphs, 0 if it uses none; None if it did not say.
+    """
 
     engine: EngineIdentity
     kv_bytes_per_token: int
     multiprocessors: int | None
+    graph_tokens: int | None = None
 
 
 class TokenDelta(Protocol):

@@ -2,23 +2,27 @@
 Chooses the form of the step model, fits its coefficients, and determines its error on batches that it has not seen.
 
 The candidates range from a straight line to the full model, which adds the knee of the dense layers and the straggler
-of mixed lengths under the attention backend's split rule. Each is fitted five times, each time with another fifth of
+of mixed lengths under the attention backend's split rule. How decodes are cut beside a prompt is never fitted: it is
+the backend's rule in every candidate. Each is fitted five times, each time with another fifth of
 the *kinds of batch* held out (not of the samples: two samples of one kind are nearly the same), and judged by its error
 on those. A richer candidate must be clearly better. The profile's coefficients come from a final fit to all samples;
 its errors are those on held-out batches.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.fit import FitResult, RegionError, StepSamples, fit_step_model, predict_s, regions_of
-from cascadeinfer.core.cost.heterogeneity import reduce_kernel
+from cascadeinfer.core.cost.heterogeneity import mixed_rule, reduce_kernel
 from cascadeinfer.core.cost.identity import EngineIdentity
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.cost.splitkv import AttentionKernel, SplitRule
+from cascadeinfer.core.cost.varlen import GRAPH_SPLITS, GRAPH_TOKENS, Heads
 from cascadeinfer.core.errors import ProfileError
 from cascadeinfer.profiling.statistics import Points
 
@@ -37,6 +41,12 @@ STRAGGLER: Final = ("straggler_per_kv_token_s",)
 NOTHING: Final = StepModel(
     base_s=0.0, per_decode_s=0.0, per_kv_token_s=0.0, per_prefill_token_s=0.0, per_prefill_attention_s=0.0
 )
+
+TRITON_MIXED: Final = {"mixed_split_tokens": 0.0, "mixed_overlap": 1.0}
+"""
+vLLM's Triton kernel splits only batches without prompts, and takes one head after another
+(`triton_unified_attention.py`: `use_3d`, `grid`).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +81,58 @@ class ProfileFit:
     outliers: int
 
 
-def split_structure(identity: EngineIdentity, multiprocessors: int | None) -> StepModel | None:
-    """The split rule of the engine's attention, if known; its rates are left to the fit."""
-    if multiprocessors is None:
+def split_structure(identity: EngineIdentity, multiprocessors: int | None, graph_tokens: int) -> StepModel | None:
+    """
+    The split rule of the engine's attention, if known; its rates are left to the fit.
+
+    Args:
+        identity: The engine.
+        multiprocessors: Streaming multiprocessors of a device; None on a processor.
+        graph_tokens: Tokens of a step up to which the engine uses full CUDA graphs; 0 without.
+    """
+    kernel = _kernel_of(identity, multiprocessors, graph_tokens)
+    if kernel is None:
         return None
+    heads = _heads_of(identity)
+    reduced = reduce_kernel(
+        kernel, kv_heads=heads.kv, layers=identity.layers, query_heads=heads.query, graph_tokens=graph_tokens
+    )
+    return replace(reduced, base_s=0.0, per_decode_s=0.0, per_kv_token_s=0.0, split_s=0.0)
+
+
+def mixed_rule_of(identity: EngineIdentity, multiprocessors: int | None, graph_tokens: int) -> dict[str, float]:
+    """
+    The coefficients of steps with prompts by the engine's attention backend; empty if it has separate calls, or is
+    unknown. Arguments as for `split_structure`.
+    """
+    if identity.attention_backend == "TRITON_ATTN":
+        return dict(TRITON_MIXED)
+    kernel = _kernel_of(identity, multiprocessors, graph_tokens)
+    return {} if kernel is None else mixed_rule(kernel, _heads_of(identity), graph_tokens=graph_tokens)
+
+
+def graph_tokens_of(identity: EngineIdentity, told: int | None) -> int:
+    """Tokens of a step up to which an engine uses full CUDA graphs: as it has told, else vLLM's default."""
+    if identity.eager:
+        return 0
+    return GRAPH_TOKENS if told is None else told
+
+
+def _heads_of(identity: EngineIdentity) -> Heads:
+    """Attention heads of one device."""
+    degree = identity.tensor_parallel
+    kv_heads = max(1, identity.kv_heads // degree)
+    return Heads(max(kv_heads, identity.query_heads // degree), kv_heads)
+
+
+def _kernel_of(identity: EngineIdentity, multiprocessors: int | None, graph_tokens: int) -> AttentionKernel | None:
+    """The engine's attention kernel with nominal rates; None on a processor, and if its rule is unknown."""
     rule = _rule_of(identity)
-    if rule is None:
+    if multiprocessors is None or rule is None:
         return None
     blocks = 1 if rule is SplitRule.FA3 else 2
     kernel = AttentionKernel(rule, multiprocessors, blocks, 1e12, 2e10, 1e-5, 1e-6, 1e-6)
-    reduced = reduce_kernel(
-        kernel, kv_heads=max(1, identity.kv_heads // identity.tensor_parallel), layers=identity.layers
-    )
-    return replace(reduced, base_s=0.0, per_decode_s=0.0, per_kv_token_s=0.0, split_s=0.0)
+    return replace(kernel, split_cap=GRAPH_SPLITS) if rule is SplitRule.FA3 and graph_tokens else kernel
 
 
 def _rule_of(identity: EngineIdentity) -> SplitRule | None:
@@ -98,13 +147,14 @@ def _rule_of(identity: EngineIdentity) -> SplitRule | None:
             return None
 
 
-def candidates(structure: StepModel | None) -> list[Candidate]:
+def candidates(structure: StepModel | None, mixed: Mapping[str, float]) -> list[Candidate]:
     """The candidate forms, simplest first."""
+    nothing = replace(NOTHING, **mixed)
     found = [
-        Candidate("line", NOTHING, LINE),
-        Candidate("line and knee", NOTHING, LINE + KNEE),
-        Candidate("line and straggler", NOTHING, LINE + STRAGGLER),
-        Candidate("line, knee and straggler", NOTHING, LINE + KNEE + STRAGGLER),
+        Candidate("line", nothing, LINE),
+        Candidate("line and knee", nothing, LINE + KNEE),
+        Candidate("line and straggler", nothing, LINE + STRAGGLER),
+        Candidate("line, knee and straggler", nothing, LINE + KNEE + STRAGGLER),
     ]
     if structure is not None:
         found += [
@@ -114,9 +164,21 @@ def candidates(structure: StepModel | None) -> list[Candidate]:
     return found
 
 
-def fit_points(points: Points, structure: StepModel | None = None, *, seed: int = 0) -> ProfileFit:
+def fit_points(
+    points: Points,
+    structure: StepModel | None = None,
+    *,
+    mixed: Mapping[str, float] = MappingProxyType({}),
+    seed: int = 0,
+) -> ProfileFit:
     """
     Choose a form of the model and fit it.
+
+    Args:
+        points: The samples.
+        structure: The backend's split rule (`split_structure`); None if unknown.
+        mixed: The backend's rule for steps with prompts (`mixed_rule_of`).
+        seed: Of the folds.
 
     Raises:
         ProfileError: The samples do not determine even the simplest form.
@@ -125,7 +187,7 @@ def fit_points(points: Points, structure: StepModel | None = None, *, seed: int 
     fold_of = _folds(points, np.random.default_rng(seed))
     best: tuple[float, Candidate, NDArray[np.float64]] | None = None
     refused = ""
-    for candidate in candidates(structure):
+    for candidate in candidates(structure, mixed):
         try:
             predicted_s = _held_out(candidate, points.samples, fold_of)
             fit_step_model(points.samples, start=candidate.start, free=candidate.free)

@@ -3,8 +3,10 @@ Chooses the batches to measure: everything the engine can hold, from one short r
 
     decode   n requests of one length: count and length in powers, so that every corner of (count, KV) is covered
     mixed    one long request among short ones, a quarter long ones, lengths spread over the whole range
-    prompt   prompts alone, up to the longest, which is computed in chunks after ever more context
-    both     prompts of several sizes computed while a batch decodes
+    prompt   prompts alone, up to the longest, which is computed in chunks after ever more context; up to the token
+             budget, sizes grow by at most a half, so that some lie around the knee of the dense layers
+    both     prompts of several sizes computed while a batch decodes, of one length or with one long request: some below
+             the limit of CUDA graphs, some above, where attention backends cut decodes otherwise
 
 Each kind of batch is reached by submitting its requests and waiting until all decode; the chunks on the way are
 measured too. Every other count is lowered by a quarter: engines that capture graphs do so at round sizes, so a profile
@@ -34,6 +36,8 @@ LENGTH_FACTOR: Final = 4
 SMALL_BATCHES: Final = 64
 """Up to this many requests per batch, counts double; beyond, they quadruple, starting alternately from one and two."""
 MIXED_COUNTS: Final = (4, 12, 48, 192)
+BESIDE_TOKENS: Final = (128, 384, 768, 2048)
+"""Prompts beside decodes of mixed lengths: two below the 512 tokens up to which vLLM has CUDA graphs, two above."""
 FULL_SHARE: Final = 0.95
 """Share of the KV blocks to use: a batch that fills them all would be preempted."""
 FEWEST_KINDS: Final = 8
@@ -182,6 +186,11 @@ def _mixed(room: Room, lengths: Sequence[int]) -> Iterator[BatchKind]:
                 yield from _first_that_fits(room, top, short, partial(_some_long, short, count, 1))
         yield from _first_that_fits(room, longest, middle, partial(_some_long, middle, count, count // 4))
         yield from _first_that_fits(room, longest, lengths[0], partial(_spread, lengths[0], count))
+        most = min(room.capacity.max_batched_tokens - count, room.max_model_tokens - SPARE_TOKENS)
+        beside = tuple(size for size in BESIDE_TOKENS if size <= most)
+        if beside:
+            long = partial(_some_long, middle, count, 1)
+            yield from _first_that_fits(room, longest // LENGTH_FACTOR, middle, long, beside)
 
 
 def _some_long(short: int, count: int, n_long: int, top: int) -> tuple[int, ...]:
@@ -190,12 +199,19 @@ def _some_long(short: int, count: int, n_long: int, top: int) -> tuple[int, ...]
 
 
 def _first_that_fits(
-    room: Room, longest: int, shortest: int, lengths_of: Callable[[int], tuple[int, ...]]
+    room: Room,
+    longest: int,
+    shortest: int,
+    lengths_of: Callable[[int], tuple[int, ...]],
+    prompts: tuple[int, ...] = (),
 ) -> Iterator[BatchKind]:
-    """The mixed batch with the longest long requests that fit; none if they would hardly exceed the short ones."""
+    """
+    The mixed batch with the longest long requests that fit, with these prompts beside it; none if they would hardly
+    exceed the short ones.
+    """
     top = longest
     while top >= 3 * shortest:
-        kind = BatchKind("mixed", lengths_of(top))
+        kind = BatchKind("both" if prompts else "mixed", lengths_of(top), prompts)
         if room.holds(kind):
             yield kind
             return
@@ -212,6 +228,7 @@ def _prompts(room: Room, lengths: Sequence[int]) -> Iterator[BatchKind]:
     budget = room.capacity.max_batched_tokens
     longest = room.max_model_tokens - SPARE_TOKENS
     sizes = {*lengths, *(length * 2 for length in lengths), min(budget, longest), longest}
+    sizes |= {size for size in (3 * length // 2 * step for length in lengths for step in (1, 2)) if size <= budget}
     for tokens in sorted(sizes):
         if SHORTEST_TOKENS <= tokens <= longest:
             yield BatchKind("prompt", (), (tokens,))

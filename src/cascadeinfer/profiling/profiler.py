@@ -17,7 +17,7 @@ import numpy as np
 from cascadeinfer.core.cost.latency import FIELDS
 from cascadeinfer.core.cost.profile import CostProfile, FitError, Measurement, Provenance
 from cascadeinfer.core.errors import ProfileError
-from cascadeinfer.profiling.fitting import ProfileFit, fit_points, split_structure
+from cascadeinfer.profiling.fitting import ProfileFit, fit_points, graph_tokens_of, mixed_rule_of, split_structure
 from cascadeinfer.profiling.grid import BatchKind, Room, make_grid
 from cascadeinfer.profiling.log import BatchRun, Header, SampleLog
 from cascadeinfer.profiling.measure import Meter
@@ -181,7 +181,8 @@ def make_profile(subject: Subject, log: SampleLog, *, n_kinds: int, command: str
     if not log.runs:
         raise ProfileError("nothing has been measured: raise --minutes")
     points = points_of(log.runs)
-    fit = fit_points(points, split_structure(subject.identity, subject.multiprocessors))
+    attention = subject.identity, subject.multiprocessors, graph_tokens_of(subject.identity, subject.graph_tokens)
+    fit = fit_points(points, split_structure(*attention), mixed=mixed_rule_of(*attention))
     share = step_share(log.runs)
     rate = rate_of(log.pulls, subject.kv_bytes_per_token) if log.pulls else None
     identity = subject.identity

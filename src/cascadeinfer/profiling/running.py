@@ -52,4 +52,5 @@ async def _subject(engine: VllmInstance, capacity: InstanceCapacity) -> Subject:
         kv_bytes_per_token=told.kv_bytes_per_token,
         make_request=make_plain_request,
         multiprocessors=told.multiprocessors,
+        graph_tokens=told.graph_tokens,
     )

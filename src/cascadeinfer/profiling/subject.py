@@ -22,6 +22,7 @@ class Subject:
         kv_bytes_per_token: Of the whole instance, all its devices together.
         multiprocessors: Streaming multiprocessors of a device, used by the split rules of attention; None on a
             processor.
+        graph_tokens: Tokens of a step up to which it uses full CUDA graphs, 0 if it uses none; None if it did not say.
     """
 
     engine: Engine
@@ -31,3 +32,4 @@ class Subject:
     kv_bytes_per_token: int
     make_request: MakeRequest
     multiprocessors: int | None = None
+    graph_tokens: int | None = None

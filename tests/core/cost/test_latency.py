@@ -148,5 +148,102 @@ def test_partial_last_wave_of_equal_lengths_is_paid() -> None:
 def test_coefficients_are_the_fields_in_order() -> None:
     """The compiled form takes what `coefficients` returns."""
     coefficients = STRAGGLER.coefficients()
-    assert coefficients.shape == (20,)
+    assert coefficients.shape == (25,)
     assert step_time_s(coefficients, 3.0, 900.0, 500.0, 0.0, 0.0) == STRAGGLER.step_s(BatchFeatures(3, 900, 500))
+
+
+FA2_LIKE = replace(STRAGGLER, mixed_split_tokens=0.0, mixed_share_per_request=0.15, mixed_overlap=1.0)
+FA3_LIKE = replace(
+    STRAGGLER,
+    split_slots=60.0,
+    split_by_share=1.0,
+    split_until_requests=993.0,
+    split_cap=32.0,
+    mixed_split_tokens=512.0,
+    mixed_fill_tokens=528.0,
+)
+
+
+def attention_s(model: StepModel, batch: BatchFeatures) -> float:
+    """A step's time without its base, per-request and per-prompt-token parts."""
+    return model.step_s(batch) - model.base_s - model.per_decode_s * batch.n_decode - 2e-5 * batch.prefill_tokens
+
+
+def test_longest_request_hides_or_is_hidden_by_the_rest_of_a_call() -> None:
+    """Beside a large prompt nothing is split; the call takes as long as the longer of the request and all else."""
+    batch = BatchFeatures(16, 150_000, 60_000, 900, 900 * 901 / 2)
+    work_s = 150_000 * 4e-8 + 1e-9 * 900 * 901 / 2
+    assert attention_s(FA3_LIKE, batch) == pytest.approx(60_000 * 6e-7)
+    late = replace(batch, prefill_attention_tokens=1e8)
+    assert attention_s(FA3_LIKE, late) == pytest.approx(150_000 * 4e-8 + 1e8 * 1e-9)
+    small = replace(batch, prefill_tokens=490)
+    assert attention_s(FA3_LIKE, small) == pytest.approx(work_s)
+
+
+def test_a_prompt_that_leaves_room_leaves_splits() -> None:
+    """Above the limit of graphs a prompt with a third of the blocks leaves three pieces; with 0.8 of them, one."""
+    model = replace(FA3_LIKE, mixed_split_tokens=0.0)
+    thirds = BatchFeatures(2, 100_100, 100_000, 176, 0.0)
+    assert attention_s(model, thirds) == pytest.approx(100_000 * 6e-7 / 3)
+    assert attention_s(model, replace(thirds, prefill_tokens=423)) == pytest.approx(100_000 * 6e-7)
+    assert attention_s(model, replace(thirds, prefill_tokens=0)) == pytest.approx(100_100 * 4e-8)
+
+
+def test_blocks_per_query_head_limit_the_reading() -> None:
+    """Where each request takes 0.15 of the blocks, 100 like ones take 15 turns, and an unlike one's time adds."""
+    like = BatchFeatures(100, 400_000, 4_000, 64, 0.0)
+    assert attention_s(FA2_LIKE, like) == pytest.approx(0.15 * 400_000 * 6e-7)
+    mixed = replace(like, decode_kv_tokens_max=100_000)
+    expected = 0.15 * 400_000 * 6e-7 + (1.0 - 400_000 / (100 * 100_000)) * 0.15 * 400_000 * 6e-7
+    assert attention_s(FA2_LIKE, mixed) == pytest.approx(max(expected, 100_000 * 6e-7 + 0.96 * 0.15 * 400_000 * 6e-7))
+    assert attention_s(FA2_LIKE, replace(mixed, prefill_tokens=0)) == pytest.approx(100_000 * 6e-7)
+
+
+@given(MODELS, st.lists(st.integers(1, 131_072), min_size=1, max_size=64), st.integers(1, 4_096))
+def test_without_the_coefficients_there_is_no_rule(model: StepModel, lengths: list[int], prefill: int) -> None:
+    """A model without coefficients for mixed steps adds the prompt's attention to the decodes', as ever."""
+    decode = BatchFeatures(len(lengths), sum(lengths), max(lengths))
+    both = replace(decode, prefill_tokens=prefill, prefill_attention_tokens=1e6)
+    tokens = replace(both, prefill_attention_tokens=0.0)
+    quiet = replace(model, per_prefill_token_s=0.0, per_dense_token_s=0.0, experts_s=0.0)
+    assert quiet.step_s(both) - quiet.step_s(tokens) == pytest.approx(1e6 * model.per_prefill_attention_s, abs=1e-9)
+    assert quiet.step_s(tokens) == pytest.approx(quiet.step_s(decode), abs=1e-9)
+
+
+@given(
+    MODELS,
+    st.lists(st.integers(1, 131_072), min_size=1, max_size=64),
+    st.integers(1, 4_096),
+    st.sampled_from([0.0, 512.0]),
+    st.floats(0, 1_000),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_a_call_takes_no_less_than_each_of_its_parts(
+    model: StepModel, lengths: list[int], prefill: int, until: float, fill: float, share: float, overlap: float
+) -> None:
+    """With any rule the attention of a mixed step is finite and no shorter than the prompt's or the KV at bandwidth."""
+    ruled = replace(
+        model,
+        mixed_split_tokens=until,
+        mixed_fill_tokens=fill,
+        mixed_share_per_request=share,
+        mixed_overlap=overlap,
+    )
+    batch = BatchFeatures(len(lengths), sum(lengths), max(lengths), prefill, 5.0 * prefill**2)
+    step_s = ruled.step_s(batch)
+    assert np.isfinite(step_s)
+    least_s = model.per_kv_token_s * sum(lengths) + model.per_prefill_attention_s * batch.prefill_attention_tokens
+    assert step_s >= (model.base_s + least_s) * (1 - 1e-12)
+
+
+def test_what_is_hidden_is_the_shorter_of_two() -> None:
+    """With full overlap a mixed step takes the longer of the decodes' attention and the prompts' part."""
+    model = replace(LINEAR, mixed_hidden=1.0, dense_knee_tokens=50.0, per_dense_token_s=3e-5)
+    prompts_s = 60 * 3e-5 + 100 * 2e-5 + 5_050 * 1e-9
+    for kv_tokens in (20_000, 200_000):
+        batch = BatchFeatures(10, kv_tokens, 20_000, 100, 5_050.0)
+        longer_s = max(kv_tokens * 4e-8, prompts_s)
+        assert model.step_s(batch) == pytest.approx(5e-3 + 10 * 1e-5 + longer_s, rel=1e-12)
+    alone = BatchFeatures(10, 20_000, 20_000)
+    assert model.step_s(alone) == LINEAR.step_s(alone)

@@ -2,15 +2,16 @@
 
 import contextlib
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascadeinfer.core.cost.latency import FIELDS, StepModel
+from cascadeinfer.core.cost.latency import FIELDS, SEPARATE_CALLS_TOKENS, StepModel
 from cascadeinfer.core.cost.profile import (
+    LATER,
     SCHEMA_VERSION,
     CostProfile,
     FitError,
@@ -158,6 +159,19 @@ def test_missing_coefficients_are_refused() -> None:
     content = as_object()
     del content["coefficients"]["split_slots"]
     with pytest.raises(ProfileError, match=r"missing \['split_slots'\]"):
+        decoded(content)
+
+
+def test_files_from_before_mixed_steps_load_without_a_rule() -> None:
+    """A file without any coefficient of mixed steps is complete; one with some of them is not."""
+    content = as_object()
+    for name in LATER:
+        del content["coefficients"][name]
+    model = decoded(content).step_model
+    assert model == replace(PROFILE.step_model, **{f.name: f.default for f in fields(StepModel) if f.name in LATER})
+    assert model.mixed_split_tokens == SEPARATE_CALLS_TOKENS
+    content["coefficients"]["mixed_overlap"] = {"value": 1.0}
+    with pytest.raises(ProfileError, match=r"missing \['mixed_fill_tokens', 'mixed_hidden'"):
         decoded(content)
 
 

@@ -18,15 +18,27 @@ request much shorter than a piece takes a whole one. Kernels that serve requests
 longest one, once the batch exceeds one wave, on average half-way through what does not fit into the first wave:
 `overlap_max` = 1/2. The form leaves out the rounding of lengths to blocks and FA3's wave quantisation at 1-2 waves (a
 batch of 17 equal requests x 8 KV heads on 132 SMs takes two waves; mixed lengths smooth this).
+
+Steps with prompts (`varlen.py`; sizes in tokens):
+
+    rule    split as alone up to   a prompt fills the device    share per request     overlap
+    FA2     never                  (nothing is split)           query heads / slots   1
+    FA3     graph_tokens           SMs x 128 / query heads      (bandwidth)           0
+    other   always
+
+FA2 takes one head after another, so the longest request's block of the last head starts when nearly all else is done:
+its time adds to the rest. FA3 starts the longest first. FA2's query heads each read the KV of their group; they are
+taken to find it in the L2 cache, so that only the rate of the thread blocks limits them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cascadeinfer.core.cost.latency import BatchFeatures, StepModel
+from cascadeinfer.core.cost.latency import SEPARATE_CALLS_TOKENS, BatchFeatures, StepModel
 from cascadeinfer.core.cost.splitkv import (
     BLOCK_TOKENS,
     FA3_IMBALANCE,
@@ -40,6 +52,7 @@ from cascadeinfer.core.cost.splitkv import (
     fa3_split_bound,
     kernel_s,
 )
+from cascadeinfer.core.cost.varlen import FA3_TILE_ROWS, GRAPH_TOKENS, Chunk, Heads, mixed_kernel_s
 
 LONG_CONTEXT_TOKENS = 131_072
 """FA3's own bound grows with the longest length; the fast form takes the bound of a long one, where it matters."""
@@ -48,7 +61,37 @@ IN_ORDER_OVERLAP = 0.5
 """Mean start of the longest request among those after the first wave, as a share of the run."""
 
 
-def reduce_kernel(kernel: AttentionKernel, *, kv_heads: int, layers: int) -> StepModel:
+def mixed_rule(kernel: AttentionKernel, heads: Heads, *, graph_tokens: int = GRAPH_TOKENS) -> dict[str, float]:
+    """
+    The step model's coefficients of steps with prompts; empty for a backend with separate calls.
+
+    Args:
+        kernel: Backend and device.
+        heads: Attention heads per device.
+        graph_tokens: Tokens of a step up to which the engine uses CUDA graphs; 0 without.
+    """
+    match kernel.rule:
+        case SplitRule.FA2:
+            return {
+                "mixed_split_tokens": 0.0,
+                "mixed_share_per_request": heads.query / kernel.slots,
+                "mixed_overlap": 1.0,
+            }
+        case SplitRule.FA3:
+            fill = kernel.sms * FA3_TILE_ROWS / heads.query
+            return {"mixed_split_tokens": float(graph_tokens), "mixed_fill_tokens": fill}
+        case _:
+            return {}
+
+
+def reduce_kernel(
+    kernel: AttentionKernel,
+    *,
+    kv_heads: int,
+    layers: int,
+    query_heads: int | None = None,
+    graph_tokens: int = GRAPH_TOKENS,
+) -> StepModel:
     """
     The attention part of a step model: base, per-request, per-token and straggler coefficients, and the split rule's
     numbers.
@@ -57,7 +100,10 @@ def reduce_kernel(kernel: AttentionKernel, *, kv_heads: int, layers: int) -> Ste
         kernel: Backend and device.
         kv_heads: KV heads per device, >= 1.
         layers: Attention layers of the model; each runs the kernel once.
+        query_heads: Heads of queries per device; None for a model of steps without prompts.
+        graph_tokens: As for `mixed_rule`.
     """
+    mixed = {} if query_heads is None else mixed_rule(kernel, Heads(query_heads, kv_heads), graph_tokens=graph_tokens)
     two_per_sm = 2.0 * kernel.sms / kv_heads
     resident = kernel.slots / kv_heads
     streamed_bytes_s = min(kernel.bandwidth_bytes_s, kernel.slots * kernel.block_bandwidth_bytes_s)
@@ -93,6 +139,7 @@ def reduce_kernel(kernel: AttentionKernel, *, kv_heads: int, layers: int) -> Ste
         wave_requests=resident,
         split_efficiency=efficiency,
         split_above_tokens=float(unsplit),
+        **mixed,
     )
 
 
@@ -145,4 +192,80 @@ def reduction_error(
         p90=float(np.quantile(np.abs(error), 0.9)),
         bias=float(np.median(error)),
         median_without=float(np.median(np.abs(balanced_s / simulated_s - 1.0))),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MixedStep:
+    """The attention of a step with prompts: KV lengths of the decoding requests, in batch order, and the chunks."""
+
+    lengths: NDArray[np.int64]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def features(self) -> BatchFeatures:
+        """What the step model sees of it."""
+        decode = decode_features(self.lengths)
+        return replace(
+            decode,
+            prefill_tokens=sum(chunk.tokens for chunk in self.chunks),
+            prefill_attention_tokens=sum(chunk.pairs for chunk in self.chunks),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MixedError(ReductionError):
+    """
+    Relative error of the fast form on steps with prompts; `batches` counts steps, and `median_without` is the error of
+    the same form without the rule for such steps.
+
+    Attributes:
+        bias_without: Median of the signed error without the rule.
+        uncached: Median of the simulated time without a cache that keeps what another query head has read, over the one
+            with it.
+    """
+
+    bias_without: float
+    uncached: float
+
+
+def mixed_reduction_error(
+    kernel: AttentionKernel,
+    steps: Sequence[MixedStep],
+    heads: Heads,
+    *,
+    pair_s: float,
+    graph_tokens: int = GRAPH_TOKENS,
+) -> MixedError:
+    """
+    Compare the fast form with the simulation on steps with prompts.
+
+    Args:
+        kernel: Backend and device.
+        steps: The steps; at least one.
+        heads: Attention heads per device.
+        pair_s: Time of the whole device per (token, context token) pair and query head of a prompt.
+        graph_tokens: As for `mixed_rule`.
+    """
+    fast = replace(
+        reduce_kernel(kernel, kv_heads=heads.kv, layers=1, query_heads=heads.query, graph_tokens=graph_tokens),
+        per_prefill_attention_s=pair_s * heads.query,
+    )
+    alone = replace(fast, mixed_split_tokens=SEPARATE_CALLS_TOKENS)
+    call = partial(mixed_kernel_s, heads=heads, kernel=kernel, pair_s=pair_s, graph_tokens=graph_tokens)
+    simulated_s = np.array([call(step.lengths, step.chunks) for step in steps])
+    uncached_s = simulated_s
+    if kernel.rule is SplitRule.FA2:
+        uncached_s = np.array([call(step.lengths, step.chunks, cache_keeps=False) for step in steps])
+    error, without = (
+        np.array([model.step_s(step.features) for step in steps]) / simulated_s - 1.0 for model in (fast, alone)
+    )
+    return MixedError(
+        batches=len(steps),
+        median=float(np.median(np.abs(error))),
+        p90=float(np.quantile(np.abs(error), 0.9)),
+        bias=float(np.median(error)),
+        median_without=float(np.median(np.abs(without))),
+        bias_without=float(np.median(without)),
+        uncached=float(np.median(uncached_s / simulated_s)),
     )

@@ -35,6 +35,23 @@ A kernel that takes requests in batch order needs a last, partial wave once the 
 The second line is the time that a last wave of equal pieces takes beyond its share of the bandwidth (measured on A100:
 32 requests x 8 heads = 1.19 waves take 1.26 times as long as 16 or 64 requests of the same total).
 
+*Mixed steps.* FlashAttention and Triton compute prompt chunks and decoding requests in one call, whose thread blocks
+share the device (`varlen.py`). If there are prompt tokens and more than `mixed_split_tokens` tokens in all, then
+
+    work_s       = max(per_kv_token, mixed_share_per_request * straggler_per_kv_token) * kv_sum
+                   + per_prefill_attention * prefill_attention
+    splits       = 1                                             prefill_tokens >= 0.8 * mixed_fill_tokens
+                 = min(as above, the least count with which the prompt's blocks nearly fill `mixed_fill_tokens`)
+    attention_s  = max(work_s, straggler_s) + mixed_overlap * (1 - alike) * min(work_s, straggler_s) + split [if split]
+
+takes the place of `attention_s` and of the prompt's attention in `step_s`: the two hide behind the longest request, or
+hide it. Up to `mixed_split_tokens`, and where a backend has separate calls, they add up. `mixed_share_per_request` is
+the share of the running thread blocks that one request takes: if its query heads have a block each, the KV is limited
+by the blocks rather than by the bandwidth.
+
+Engines run layers one after another, so that reading KV and computing prompts take turns. `mixed_hidden` is for the
+question what if they did not: this share of the shorter of (decodes' attention, prompts' part of the step) is left out.
+
 With only the first six coefficients the model is linear except for the straggler. `step_time_s` is the compiled form,
 called by the simulator for every step and by the planner for every bucket; the order of `StepModel`'s fields is the
 order of its coefficients. After editing this file, delete the numba caches (`*.nbi`) of its callers: numba checks only
@@ -48,6 +65,8 @@ from typing import Final
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from cascadeinfer.core.cost.splitkv import FULL_SHARE, MIN_EFFICIENCY
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +90,21 @@ class BatchFeatures:
     prefill_attention_tokens: float = 0.0
 
 
+SEPARATE_CALLS_TOKENS = 1e9
+"""`mixed_split_tokens` of a backend that decodes in a call of its own, and of profiles that say nothing of it."""
+
 MAX_WAVES = 16
 """Waves tried for a split count; from 16 on every count fills its last wave to 0.94 or more."""
+
+
+@njit(cache=True)
+def _filling(slots: float, n: float, efficiency: float) -> float:
+    """The least count of pieces of each of `n` that fills the last of its waves of `slots` to this share."""
+    for waves in range(1, MAX_WAVES + 1):
+        fewest = math.ceil(waves * efficiency * slots / n)
+        if fewest * n <= waves * slots:
+            return float(fewest)
+    return slots / n
 
 
 @njit(cache=True)
@@ -83,21 +115,13 @@ def _splits(coefficients: NDArray[np.float64], n_decode: float, kv_tokens: float
     if coefficients[13] > 0.0:
         splits = min(slots * kv_tokens_max / kv_tokens, slots - lost)
         return float(max(1.0, min(splits, coefficients[15])))
-    splits = slots / n_decode
-    if coefficients[18] > 0.0:
-        for waves in range(1, MAX_WAVES + 1):
-            fewest = math.ceil(waves * coefficients[18] * slots / n_decode)
-            if fewest * n_decode <= waves * slots:
-                splits = float(fewest)
-                break
+    splits = _filling(slots, n_decode, coefficients[18]) if coefficients[18] > 0.0 else slots / n_decode
     return float(max(1.0, min(splits, coefficients[15])))
 
 
 @njit(cache=True)
-def decode_attention_s(
-    coefficients: NDArray[np.float64], n_decode: float, kv_tokens: float, kv_tokens_max: float
-) -> float:
-    """Time to read the decoding requests' KV, in seconds; excludes the launch floor and per-request work."""
+def _own_call_s(coefficients: NDArray[np.float64], n_decode: float, kv_tokens: float, kv_tokens_max: float) -> float:
+    """Time to read the decoding requests' KV in a call without prompts, in seconds."""
     balanced_s = coefficients[2] * kv_tokens
     straggler_s = coefficients[5] * kv_tokens_max
     split_s = 0.0
@@ -122,6 +146,67 @@ def decode_attention_s(
 
 
 @njit(cache=True)
+def _mixed_call_s(
+    coefficients: NDArray[np.float64],
+    n_decode: float,
+    kv_tokens: float,
+    kv_tokens_max: float,
+    prefill_tokens: float,
+    prefill_s: float,
+) -> float:
+    """Time of one call for decoding requests and prompt chunks, whose own attention takes `prefill_s`; in seconds."""
+    work_s = max(coefficients[2], coefficients[22] * coefficients[5]) * kv_tokens + prefill_s
+    straggler_s = coefficients[5] * kv_tokens_max
+    split_s = 0.0
+    fill = coefficients[21]
+    if prefill_tokens < FULL_SHARE * fill and n_decode < coefficients[14] and kv_tokens_max > coefficients[19]:
+        splits = _splits(coefficients, n_decode, kv_tokens, kv_tokens_max)
+        splits = min(splits, _filling(fill, prefill_tokens, MIN_EFFICIENCY))
+        if splits > 1.0:
+            straggler_s /= splits
+            split_s = coefficients[10]
+    overlap = coefficients[23] * (1.0 - kv_tokens / (n_decode * kv_tokens_max))
+    return float(max(work_s, straggler_s) + overlap * min(work_s, straggler_s) + split_s)
+
+
+@njit(cache=True)
+def dense_layers_s(coefficients: NDArray[np.float64], tokens: float) -> float:
+    """Time that the dense layers take for so many tokens beyond the read of their weights, in seconds."""
+    dense_s = coefficients[7] * max(0.0, tokens - coefficients[6])
+    if coefficients[8] > 0.0:
+        dense_s += coefficients[8] * (1.0 - coefficients[9] ** tokens)
+    return float(dense_s)
+
+
+@njit(cache=True)
+def decode_attention_s(
+    coefficients: NDArray[np.float64],
+    n_decode: float,
+    kv_tokens: float,
+    kv_tokens_max: float,
+    prefill_tokens: float,
+    prefill_attention_tokens: float,
+) -> float:
+    """
+    Time that attention takes because requests decode, in seconds: beyond the prompt chunks' own attention, without the
+    launch floor and the work per request.
+    """
+    if n_decode <= 0.0 or prefill_tokens <= 0.0 or kv_tokens_max <= 0.0:
+        return _own_call_s(coefficients, n_decode, kv_tokens, kv_tokens_max)
+    prefill_s = coefficients[4] * prefill_attention_tokens
+    tokens = n_decode + prefill_tokens
+    if tokens > coefficients[20]:
+        call_s = _mixed_call_s(coefficients, n_decode, kv_tokens, kv_tokens_max, prefill_tokens, prefill_s)
+        added_s = call_s - prefill_s
+    else:
+        added_s = _own_call_s(coefficients, n_decode, kv_tokens, kv_tokens_max)
+    if coefficients[24] > 0.0:
+        dense_s = dense_layers_s(coefficients, tokens) - dense_layers_s(coefficients, n_decode)
+        added_s -= coefficients[24] * min(added_s, dense_s + coefficients[3] * prefill_tokens + prefill_s)
+    return float(added_s)
+
+
+@njit(cache=True)
 def step_time_s(
     coefficients: NDArray[np.float64],
     n_decode: float,
@@ -131,15 +216,11 @@ def step_time_s(
     prefill_attention_tokens: float,
 ) -> float:
     """Step time in seconds; `coefficients` as from `StepModel.coefficients`."""
-    tokens = n_decode + prefill_tokens
-    dense_s = coefficients[7] * max(0.0, tokens - coefficients[6])
-    if coefficients[8] > 0.0:
-        dense_s += coefficients[8] * (1.0 - coefficients[9] ** tokens)
     return float(
         coefficients[0]
         + coefficients[1] * n_decode
-        + decode_attention_s(coefficients, n_decode, kv_tokens, kv_tokens_max)
-        + dense_s
+        + decode_attention_s(coefficients, n_decode, kv_tokens, kv_tokens_max, prefill_tokens, prefill_attention_tokens)
+        + dense_layers_s(coefficients, n_decode + prefill_tokens)
         + coefficients[3] * prefill_tokens
         + coefficients[4] * prefill_attention_tokens
     )
@@ -172,6 +253,15 @@ class StepModel:
         wave_requests: Requests that run at once; no overlap up to here.
         split_efficiency: How full the last wave of a split count has to be; 0: counts are not rounded.
         split_above_tokens: Requests up to this length are never split.
+        mixed_split_tokens: Tokens of a step with prompts up to which decoding requests are split as they are alone.
+            `SEPARATE_CALLS_TOKENS`: always.
+        mixed_fill_tokens: Prompt tokens whose thread blocks fill the device; beside 0.8 of them or more no decoding
+            request is split in larger steps. 0: beside none.
+        mixed_share_per_request: Share of the thread blocks that run at once which each decoding request takes there; 0
+            where blocks do not limit the reading of KV.
+        mixed_overlap: Share of the shorter of (work, straggler) that the longer does not hide there.
+        mixed_hidden: Share of the shorter of (decodes' attention, prompts' part of the step) that the longer hides; 0
+            where layers run one after another.
     """
 
     base_s: float
@@ -194,13 +284,18 @@ class StepModel:
     wave_requests: float = 0.0
     split_efficiency: float = 0.0
     split_above_tokens: float = 0.0
+    mixed_split_tokens: float = SEPARATE_CALLS_TOKENS
+    mixed_fill_tokens: float = 0.0
+    mixed_share_per_request: float = 0.0
+    mixed_overlap: float = 0.0
+    mixed_hidden: float = 0.0
 
     @property
     def compute_per_prefill_token_s(self) -> float:
         """Cost of a prompt token in a step that is already above the knee, excluding attention."""
         return self.per_prefill_token_s + self.per_dense_token_s
 
-    def coefficients(self) -> NDArray[np.float64]:  # (20,)
+    def coefficients(self) -> NDArray[np.float64]:  # (25,)
         """The fields in order, as `step_time_s` takes them."""
         return np.array([getattr(self, name) for name in FIELDS], dtype=np.float64)
 

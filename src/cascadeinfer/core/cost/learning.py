@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.optimize import lsq_linear
 
 from cascadeinfer.core.cost.fit import StepSamples, predict_s
-from cascadeinfer.core.cost.latency import StepModel, decode_attention_s
+from cascadeinfer.core.cost.latency import StepModel, decode_attention_s, dense_layers_s
 from cascadeinfer.core.cost.samples import StepSample
 
 PARTS: Final = ("step", "decodes", "decode attention", "prompts", "prompt attention")
@@ -219,14 +219,13 @@ def _parts(
     """Time of each part of each step by a model, in seconds; the parts add up to `step_time_s`."""
     parts = np.empty((len(n_decode), 5))
     for i in range(len(n_decode)):
-        tokens = n_decode[i] + prefill[i]
-        dense_s = coefficients[7] * max(0.0, tokens - coefficients[6])
-        if coefficients[8] > 0.0:
-            dense_s += coefficients[8] * (1.0 - coefficients[9] ** tokens)
         parts[i, 0] = coefficients[0]
         parts[i, 1] = coefficients[1] * n_decode[i]
-        parts[i, 2] = decode_attention_s(coefficients, n_decode[i], kv[i], kv_max[i]) if n_decode[i] > 0.0 else 0.0
-        parts[i, 3] = dense_s + coefficients[3] * prefill[i]
+        if n_decode[i] > 0.0:
+            parts[i, 2] = decode_attention_s(coefficients, n_decode[i], kv[i], kv_max[i], prefill[i], attention[i])
+        else:
+            parts[i, 2] = 0.0
+        parts[i, 3] = dense_layers_s(coefficients, n_decode[i] + prefill[i]) + coefficients[3] * prefill[i]
         parts[i, 4] = coefficients[4] * attention[i]
     return parts
 

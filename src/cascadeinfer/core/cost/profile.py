@@ -11,7 +11,8 @@ in whole blocks; tensor parallelism splits weights and KV heads over its devices
 that the engine reported.
 
 Version 2 adds the fields of a measured profile: the engine it is valid for, and how steps and transfers were measured.
-Version 1 files have none of them and load unchanged.
+Version 1 files have none of them and load unchanged. The coefficients of mixed steps (`LATER`) came after both: a file
+without any of them says nothing about mixed steps, and a prompt's attention adds to that of decodes there, as it did.
 """
 
 import math
@@ -27,6 +28,9 @@ from cascadeinfer.core.types import InstanceCapacity
 
 SCHEMA_VERSION: Final = 2
 READ_VERSIONS: Final = (1, 2)
+
+LATER: Final = frozenset(name for name in FIELDS if name.startswith("mixed_"))
+"""Coefficients that earlier files lack; all of them or none."""
 
 Positive = Annotated[float, msgspec.Meta(gt=0.0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0.0)]
@@ -260,7 +264,8 @@ def decode_profile(raw: bytes, *, origin: str = "profile") -> CostProfile:
 
 
 def _checked(file: ProfileFile, origin: str) -> CostProfile:
-    unknown, missing = sorted(set(file.coefficients) - set(FIELDS)), sorted(set(FIELDS) - set(file.coefficients))
+    needed = set(FIELDS) - (set() if LATER & set(file.coefficients) else LATER)
+    unknown, missing = sorted(set(file.coefficients) - set(FIELDS)), sorted(needed - set(file.coefficients))
     if unknown or missing:
         raise ProfileError(f"{origin}: coefficients: unknown {unknown}, missing {missing}")
     numbers = {f"coefficients.{name}": c.value for name, c in file.coefficients.items()}

@@ -28,6 +28,7 @@ from cascadeinfer.core.cost.queues import (
 )
 from cascadeinfer.core.cost.steady_state import (
     StageLoad,
+    chunk_per_token_s,
     decode_step_s,
     longest_in_batch,
     prefill_per_token_s,
@@ -228,8 +229,8 @@ def _assess(inputs: ServiceInputs, longest: NDArray[np.float64], stage: StageLoa
     per_token_s = 0.0
     queued_per_token_s = 0.0
     if stage.prompt > 0.0:
-        per_token_s = prefill_per_token_s(coefficients, batch, min(room, stage.chunk))
-        queued_per_token_s = prefill_per_token_s(coefficients, batch, room)
+        per_token_s = chunk_per_token_s(coefficients, longest, stage, batch, min(room, stage.chunk))
+        queued_per_token_s = chunk_per_token_s(coefficients, longest, stage, batch, room)
     times = TokenTimes(decode_s, per_token_s, queued_per_token_s, coefficients[4])
     prefill = prefill_queue(table, stage, limits, others, in_decode, times, inputs.queued_weight)
     if prefill.load >= 1.0:

@@ -167,7 +167,7 @@ def flashinfer_chunk_tokens(lengths: NDArray[np.int64], kv_heads: int, kernel: A
     return low * FLASHINFER_PAGE_TOKENS
 
 
-def _cut(sizes: NDArray[np.int64], piece: NDArray[np.int64] | int) -> NDArray[np.int64]:
+def cut(sizes: NDArray[np.int64], piece: NDArray[np.int64] | int) -> NDArray[np.int64]:
     """Cut each size into pieces of the given size, the last one shorter; in order."""
     counts = -(-sizes // piece)
     owner = np.repeat(np.arange(len(sizes)), counts)
@@ -184,7 +184,7 @@ def _fa3_pieces(lengths: NDArray[np.int64], kv_heads: int, kernel: AttentionKern
     else:
         per_sm = math.ceil(int(blocks.sum()) * FA3_IMBALANCE * kv_heads / kernel.sms)
         splits = np.clip(-(-blocks // per_sm), 1, bound)
-    pieces = _cut(blocks, -(-blocks // splits)) * BLOCK_TOKENS
+    pieces = cut(blocks, -(-blocks // splits)) * BLOCK_TOKENS
     return Pieces(np.sort(pieces)[::-1].copy(), bool((splits > 1).any()))
 
 
@@ -204,15 +204,15 @@ def plan_pieces(lengths: NDArray[np.int64], kv_heads: int, kernel: AttentionKern
             blocks = -(-lengths // BLOCK_TOKENS)
             longest = int(blocks.max())
             splits = fa2_splits(len(lengths), longest, kv_heads, kernel.sms)
-            return Pieces(_cut(blocks, -(-longest // splits)) * BLOCK_TOKENS, splits > 1)
+            return Pieces(cut(blocks, -(-longest // splits)) * BLOCK_TOKENS, splits > 1)
         case SplitRule.FLASHINFER_CUDA_CORE | SplitRule.FLASHINFER_TENSOR_CORE:
             chunk = flashinfer_chunk_tokens(lengths, kv_heads, kernel)
-            pieces = lengths.copy() if chunk is None else _cut(lengths, chunk)
+            pieces = lengths.copy() if chunk is None else cut(lengths, chunk)
             return Pieces(pieces, len(pieces) > len(lengths))
         case SplitRule.TRTLLM:
             longest = int(lengths.max())
             splits = max(1, min(kernel.slots // (len(lengths) * kv_heads), -(-longest // BLOCK_TOKENS)))
-            pieces = _cut(lengths, -(-longest // splits))
+            pieces = cut(lengths, -(-longest // splits))
             return Pieces(pieces, splits > 1)
 
 

@@ -21,7 +21,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.histogram import Column
-from cascadeinfer.core.cost.latency import step_time_s
+from cascadeinfer.core.cost.latency import decode_attention_s, step_time_s
 
 _QUANTILES: Final = (1.0 / 6.0, 0.5, 5.0 / 6.0)
 """Quantiles of the longest length in a batch; each represents a third of the steps."""
@@ -88,6 +88,18 @@ def longest_in_batch(
 
 
 @njit(cache=True, error_model="numpy")
+def _longest_of(longest: NDArray[np.float64], stage: StageLoad, batch: float, q: int) -> float:
+    """Quantile `q` of the longest length in a batch of the stage's mix; the mean without `longest_in_batch`'s rows."""
+    mean_length = stage.kv_steps / stage.steps
+    if len(longest) == 0:
+        return mean_length
+    doublings = min(max(0.0, np.log2(batch)), _DOUBLINGS - 1e-9)
+    m = int(doublings)
+    kv_max = longest[m, q] + (doublings - m) * (longest[m + 1, q] - longest[m, q])
+    return min(max(mean_length, kv_max), batch * mean_length)
+
+
+@njit(cache=True, error_model="numpy")
 def decode_step_s(
     coefficients: NDArray[np.float64], longest: NDArray[np.float64], stage: StageLoad, batch: float
 ) -> float:
@@ -95,25 +107,52 @@ def decode_step_s(
     if stage.steps <= 0.0:
         return step_time_s(coefficients, 0.0, 0.0, 0.0, 0.0, 0.0)
     mean_length = stage.kv_steps / stage.steps
-    kv_tokens = batch * mean_length
     if len(longest) == 0:
-        return step_time_s(coefficients, batch, kv_tokens, mean_length, 0.0, 0.0)
-    doublings = min(max(0.0, np.log2(batch)), _DOUBLINGS - 1e-9)
-    m = int(doublings)
-    inside = doublings - m
+        return step_time_s(coefficients, batch, batch * mean_length, mean_length, 0.0, 0.0)
     total = 0.0
     for q in range(len(_QUANTILES)):
-        kv_max = max(mean_length, longest[m, q] + inside * (longest[m + 1, q] - longest[m, q]))
-        total += step_time_s(coefficients, batch, kv_tokens, min(kv_max, kv_tokens), 0.0, 0.0)
+        kv_max = _longest_of(longest, stage, batch, q)
+        total += step_time_s(coefficients, batch, batch * mean_length, kv_max, 0.0, 0.0)
+    return total / len(_QUANTILES)
+
+
+@njit(cache=True, error_model="numpy")
+def _beside_chunk_s(
+    coefficients: NDArray[np.float64], longest: NDArray[np.float64], stage: StageLoad, batch: float, chunk: float
+) -> float:
+    """Seconds that the decodes' attention takes longer (or less) beside a chunk of the stage's prompts than alone."""
+    if stage.steps <= 0.0 or stage.prompt <= 0.0:
+        return 0.0
+    if batch + chunk <= coefficients[20] and coefficients[24] == 0.0:
+        return 0.0
+    kv_tokens = batch * stage.kv_steps / stage.steps
+    pairs = chunk * stage.attention / stage.prompt
+    total = 0.0
+    for q in range(len(_QUANTILES)):
+        kv_max = _longest_of(longest, stage, batch, q)
+        total += decode_attention_s(coefficients, batch, kv_tokens, kv_max, chunk, pairs)
+        total -= decode_attention_s(coefficients, batch, kv_tokens, kv_max, 0.0, 0.0)
     return total / len(_QUANTILES)
 
 
 @njit(cache=True, error_model="numpy")
 def prefill_per_token_s(coefficients: NDArray[np.float64], batch: float, chunk: float) -> float:
-    """Seconds that each token of a chunk adds to a step that decodes `batch` requests; excludes attention."""
+    """Seconds that each token of a chunk adds to a step that decodes `batch` short requests; excludes attention."""
     # The same short decodes in both terms, so that only the chunk makes a difference.
     with_chunk = step_time_s(coefficients, batch, batch, 1.0, chunk, 0.0)
     return (with_chunk - step_time_s(coefficients, batch, batch, 1.0, 0.0, 0.0)) / chunk
+
+
+@njit(cache=True, error_model="numpy")
+def chunk_per_token_s(
+    coefficients: NDArray[np.float64], longest: NDArray[np.float64], stage: StageLoad, batch: float, chunk: float
+) -> float:
+    """
+    Seconds that each token of a chunk adds to a step of `batch` requests of the stage's mix: its dense layers', and its
+    part of what their attention takes longer beside the chunk; excludes its own attention.
+    """
+    beside_s = _beside_chunk_s(coefficients, longest, stage, batch, chunk)
+    return prefill_per_token_s(coefficients, batch, chunk) + beside_s / chunk
 
 
 @njit(cache=True, error_model="numpy")
@@ -145,7 +184,7 @@ def _step_seen_s(
     tokens = arriving * stage.prompt
     if tokens > 0.0:
         chunk = min(stage.chunk + tokens, max(1.0, stage.budget - others))
-        seen_s += tokens * prefill_per_token_s(coefficients, batch, chunk)
+        seen_s += tokens * chunk_per_token_s(coefficients, longest, stage, batch, chunk)
         seen_s += arriving * stage.attention * coefficients[4]
     return seen_s
 

@@ -112,7 +112,12 @@ class EngineChannel:
     async def identity(self) -> InstanceIdentity:
         """What runs there, to make a cost profile or to check that one belongs to this engine."""
         told = await self._call("cascade_identity")
-        return InstanceIdentity(EngineIdentity(**told["identity"]), told["kv_bytes_per_token"], told["multiprocessors"])
+        return InstanceIdentity(
+            EngineIdentity(**told["identity"]),
+            told["kv_bytes_per_token"],
+            told["multiprocessors"],
+            told["graph_tokens"],
+        )
 
     async def shake_hands(self, peer: EngineHello) -> None:
         """Have it do the KV handshake with a peer. Raises EngineError."""

@@ -52,6 +52,7 @@ def identity_of(core: EngineCore) -> dict[str, Any]:
             "asynchronous": core.async_scheduling,  # as created; it completes its configuration again later
         },
         "multiprocessors": worker["multiprocessors"],
+        "graph_tokens": _graph_tokens(config),
     }
 
 
@@ -75,6 +76,13 @@ def kv_bytes_per_token(kv_cache_config: KVCacheConfig, config: VllmConfig) -> in
     """KV bytes of a token in all layers, all devices together."""
     a_rank = sum(_block_bytes(group) / group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups)
     return round(a_rank * config.parallel_config.tensor_parallel_size)
+
+
+def _graph_tokens(config: VllmConfig) -> int:
+    """Tokens of a step up to which FlashAttention gets its bound on splits (`v1/attention/backends/flash_attn.py`)."""
+    compilation = config.compilation_config
+    full = compilation.cudagraph_mode is not None and compilation.cudagraph_mode.has_full_cudagraphs()
+    return int(compilation.max_cudagraph_capture_size or 0) if full else 0
 
 
 def _block_bytes(group: KVCacheGroupSpec) -> int:
