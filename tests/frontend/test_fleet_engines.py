@@ -128,7 +128,7 @@ async def test_what_no_server_can_go_on_with(
 def test_several_front_ends_wait_for_the_end_of_an_update() -> None:
     """Followers would continue texts with another version of the model."""
     check_front_ends(1)
-    with pytest.raises(ConfigError, match=r"--api-servers .*start one front-end process"):
+    with pytest.raises(ConfigError, match=r"--api-servers.*start one front-end process"):
         check_front_ends(2)
 
 
