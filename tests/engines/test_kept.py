@@ -277,7 +277,10 @@ async def test_other_options_for_a_fleet(server: Server, monkeypatch: pytest.Mon
     await source.check(build)
     for builds in ({source.build, build}, {build}, {source.build}):
         await source.note(builds)
-    assert written == [(4, ["--max-num-seqs 8"]), (8, []), (4, [])]
+    source.build, before = build, source.build  # once all have the new options, back again
+    await source.note({before, build})
+    assert written == [(4, ["--max-num-seqs 8"]), (8, []), (4, []), (8, ["--max-num-seqs 4"])]
+    source.build = before
 
     marks = {build: source._builds.content_of(build).mark for build in (source.build, build)}
     again = source_of(server, [])

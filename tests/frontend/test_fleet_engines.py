@@ -8,6 +8,7 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from cascadeinfer.cluster.fleet import Record, Update
+from cascadeinfer.cluster.knocking import KeyRefusedError
 from cascadeinfer.cluster.ray_link import SideLostError
 from cascadeinfer.core.errors import CascadeError, ConfigError, EngineError, ScalingRefusedError
 from cascadeinfer.engines.build import FIRST_BUILD, Build
@@ -78,6 +79,8 @@ class Left:
     async def look_at(self, instance_id: str, _: object) -> Any:
         """What it says of itself."""
         mark = self._marks[instance_id]
+        if mark == "has another key":
+            raise KeyRefusedError(mark)
         return None if mark is None else SimpleNamespace(mark=mark)
 
 
@@ -112,6 +115,7 @@ async def test_engines_that_an_unfinished_update_has_left(monkeypatch: pytest.Mo
     ("marks", "model", "error"),
     [
         ({"0": "own", "2": "new"}, "n", "differs from the options before: the model is m, not n"),
+        ({"0": "own", "2": "has another key"}, "m", "instance 2 does not answer"),
         ({"0": "own", "2": "unheard of", "3": None}, "m", "instance 2, 3 does not answer or has options"),
     ],
 )

@@ -23,6 +23,7 @@ from cascadeinfer import __version__
 from cascadeinfer.cluster.fleet import OPTION, Record, Update
 from cascadeinfer.cluster.fleets import UsedFleet
 from cascadeinfer.cluster.keeping import Keepers
+from cascadeinfer.cluster.knocking import KeyRefusedError
 from cascadeinfer.cluster.local_keepers import Rooms
 from cascadeinfer.cluster.places import Places
 from cascadeinfer.cluster.ray_link import SideLostError
@@ -216,7 +217,7 @@ async def fleet_engines(
             source.first_builds = await _left_by_an_update(fleet, keepers, found, builds, runs, asked, standing.key)
         if source.first_builds:
             check_front_ends(terms.n_front_ends)
-            await builds.note({FIRST_BUILD, *source.first_builds.values()})
+            await builds.note(FIRST_BUILD, {FIRST_BUILD, *source.first_builds.values()})
         else:
             await fleet.write(asked)
         engines = FleetEngines(fleet, keepers, found, source, tuple(sorted([*new, *found], key=_by_number)))
@@ -315,12 +316,8 @@ async def _left_by_an_update(
     Raises:
         ConfigError: This server asks for options that only some have, or one has options that nobody knows.
     """
-    marks: dict[InstanceId, str | None] = {}
-    for instance_id in found:
-        with contextlib.suppress(EngineError):  # it has ended meanwhile, and is started with this server's options
-            address = await keepers.ready(instance_id)
-            about = await look_at(address, key)
-            marks[instance_id] = None if about is None else about.mark
+    told = await asyncio.gather(*(_mark_of(keepers, instance_id, key, builds.own_mark) for instance_id in found))
+    marks = dict(zip(found, told, strict=True))
     if set(marks.values()) <= {builds.own_mark}:
         return {}
     if differences := runs.differences(asked):
@@ -343,6 +340,18 @@ async def _left_by_an_update(
         for instance_id, mark in marks.items()
         if mark is not None and (build := build_of[mark]) != FIRST_BUILD
     }
+
+
+async def _mark_of(keepers: Keepers, instance_id: InstanceId, key: ClusterKey, of_new: str) -> str | None:
+    """What an engine says of itself; None if it does not answer. One that has ended is started as a new one."""
+    try:
+        about = await look_at(await keepers.ready(instance_id), key)
+    except EngineError:
+        return of_new
+    except KeyRefusedError as error:
+        logger.warning("instance %s: %s", instance_id, error)
+        return None
+    return None if about is None else about.mark
 
 
 def check_front_ends(n_front_ends: int) -> None:

@@ -196,7 +196,7 @@ class KeptSource:
 
     async def note(self, builds: Collection[Build]) -> None:
         """See EngineSource."""
-        await self._builds.note(builds)
+        await self._builds.note(self.build, builds)
 
     async def check(self, build: Build) -> None:
         """See EngineSource."""

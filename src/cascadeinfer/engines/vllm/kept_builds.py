@@ -68,8 +68,8 @@ class KeptBuilds:
             ConfigError: See `prepare`.
         """
         length = self._terms[FIRST_BUILD].config.model_config.max_model_len
-        words = {update.mark: [part for word in update.words for part in word.split(" ", 1)] for update in updates}
-        builds = [FIRST_BUILD, *(self.prepare(FIRST_BUILD, each, length) for each in words.values())]
+        words = ([part for word in update.words for part in word.split(" ", 1)] for update in updates)
+        builds = [FIRST_BUILD, *(self.prepare(FIRST_BUILD, each, length) for each in words)]
         return {self._builds.mark_of(build): build for build in builds}
 
     @property
@@ -90,10 +90,15 @@ class KeptBuilds:
         """Of attaching to engines of a build."""
         return self._terms[build]
 
-    async def note(self, builds: Collection[Build]) -> None:
-        """Engines of these builds run or are about to; raises OSError if that cannot be written down."""
-        first, *others = sorted(builds, key=lambda build: build.number)
-        said = self._builds.said_of(first)
+    async def note(self, current: Build, builds: Collection[Build]) -> None:
+        """
+        Engines of these builds run or are about to; raises OSError if that cannot be written down.
+
+        The record's options are those of `current`, the server's build, as long as any engine has it: a server that
+        comes back is started with them.
+        """
+        base, *others = sorted(builds, key=lambda build: (build != current, build.number))
+        said = self._builds.said_of(base)
         updates = (
             Update(differences(said, self._builds.said_of(other)), self._builds.mark_of(other)) for other in others
         )
