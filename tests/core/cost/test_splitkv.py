@@ -208,7 +208,8 @@ def test_kernel_is_never_faster_than_its_bounds(lengths: NDArray[np.int64], kv_h
     kernel = replace(A100, rule=rule)
     pieces = plan_pieces(lengths, kv_heads, kernel)
     work = np.repeat(pieces.tokens, kv_heads) * 512.0
-    spent = makespan_s(work, kernel.slots, kernel.bandwidth_bytes_s, kernel.block_bandwidth_bytes_s)
+    rates = kernel.bandwidth_bytes_s, kernel.block_bandwidth_bytes_s
+    spent = makespan_s(work, np.zeros(len(work)), kernel.slots, *rates)
     shared = min(kernel.bandwidth_bytes_s / kernel.slots, kernel.block_bandwidth_bytes_s)
     least = max(work.sum() / kernel.bandwidth_bytes_s, work.max() / kernel.block_bandwidth_bytes_s)
     assert least * (1 - 1e-9) <= spent <= (work.sum() / kernel.slots + work.max()) / shared * (1 + 1e-9)
@@ -217,6 +218,7 @@ def test_kernel_is_never_faster_than_its_bounds(lengths: NDArray[np.int64], kv_h
 def test_makespan_of_hand_made_schedules() -> None:
     """Two slots, three equal pieces: two share the bandwidth, the last runs alone at the rate of a block."""
     work = np.array([6.0, 6.0, 6.0])
-    assert makespan_s(work, 2, 4.0, 3.0) == pytest.approx(6 / 2 + 6 / 3)
-    assert makespan_s(work, 3, 100.0, 2.0) == pytest.approx(3.0)
-    assert makespan_s(work[:0], 3, 100.0, 2.0) == 0.0
+    none = np.zeros(3)
+    assert makespan_s(work, none, 2, 4.0, 3.0) == pytest.approx(6 / 2 + 6 / 3)
+    assert makespan_s(work, none, 3, 100.0, 2.0) == pytest.approx(3.0)
+    assert makespan_s(work[:0], none[:0], 3, 100.0, 2.0) == 0.0

@@ -1,5 +1,6 @@
 """One call for decodes and prompt chunks: its thread blocks, their time, and the fast form of it."""
 
+import heapq
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.heterogeneity import MixedStep, decode_features, mixed_reduction_error, reduce_kernel
 from cascadeinfer.core.cost.splitkv import AttentionKernel, SplitRule, kernel_s, makespan_s
-from cascadeinfer.core.cost.varlen import Chunk, Heads, fa3_mixed_bound, mixed_kernel_s, mixed_makespan_s
+from cascadeinfer.core.cost.varlen import Chunk, Heads, fa3_mixed_bound, mixed_kernel_s
 
 H100 = AttentionKernel(SplitRule.FA3, 132, 1, 3.15e12, 26e9, 11e-6, 5.5e-6, 1.2e-6, split_cap=32)
 A100 = AttentionKernel(SplitRule.FA2, 108, 2, 1.62e12, 15.5e9, 15e-6, 6e-6, 1.2e-6)
@@ -89,19 +90,27 @@ def test_misses_of_the_cache_make_fa2_slower() -> None:
 
 
 @given(st.lists(st.floats(1.0, 1e6), min_size=1, max_size=60), st.integers(1, 20))
-def test_blocks_that_stream_only_are_scheduled_as_before(work: list[float], slots: int) -> None:
-    """Without prompts the two-sided schedule is that of decode-only calls."""
+def test_blocks_that_stream_only_are_scheduled_by_bytes(work: list[float], slots: int) -> None:
+    """Without prompts a block ends at the bytes at which it starts plus its own: plain list scheduling."""
     stream = np.array(work)
-    expected = makespan_s(stream, slots, 5e3, 7e2)
-    assert mixed_makespan_s(stream, np.zeros(len(stream)), slots, 5e3, 7e2) == pytest.approx(expected, rel=1e-9)
+    ends = work[:slots]
+    heapq.heapify(ends)
+    expected = streamed = 0.0
+    waiting = work[slots:]
+    while ends:
+        expected += (ends[0] - streamed) / min(7e2, 5e3 / len(ends))
+        streamed = heapq.heappop(ends)
+        if waiting:
+            heapq.heappush(ends, streamed + waiting.pop(0))
+    assert makespan_s(stream, np.zeros(len(stream)), slots, 5e3, 7e2) == pytest.approx(expected, rel=1e-9)
 
 
 def test_makespan_of_hand_made_schedules() -> None:
     """A block that computes leaves the bandwidth to the other, and its slot to the next when it is done."""
     stream, compute = np.array([6.0, 0.0, 6.0]), np.array([0.0, 1.0, 0.0])
     # 1 s alone at 3, then two share 4: the first ends after 1.5 s more; the other has 3 left, alone at 3.
-    assert mixed_makespan_s(stream, compute, 2, 4.0, 3.0) == pytest.approx(1.0 + 1.5 + 1.0)
-    assert mixed_makespan_s(stream[:0], compute[:0], 2, 4.0, 3.0) == 0.0
+    assert makespan_s(stream, compute, 2, 4.0, 3.0) == pytest.approx(1.0 + 1.5 + 1.0)
+    assert makespan_s(stream[:0], compute[:0], 2, 4.0, 3.0) == 0.0
 
 
 @given(LENGTHS, CHUNKS, HEADS, KERNELS)

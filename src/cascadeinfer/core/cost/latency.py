@@ -120,16 +120,23 @@ def _splits(coefficients: NDArray[np.float64], n_decode: float, kv_tokens: float
 
 
 @njit(cache=True)
+def _longest_piece_s(
+    coefficients: NDArray[np.float64], n_decode: float, kv_tokens: float, kv_tokens_max: float, most: float
+) -> tuple[float, float]:
+    """Time to read the longest request's longest piece, of `most` at most, and to combine its pieces; in seconds."""
+    straggler_s = coefficients[5] * kv_tokens_max
+    if most > 1.0 and 0.0 < n_decode < coefficients[14] and kv_tokens_max > coefficients[19]:
+        splits = min(_splits(coefficients, n_decode, kv_tokens, kv_tokens_max), most)
+        if splits > 1.0:
+            return straggler_s / splits, coefficients[10]
+    return straggler_s, 0.0
+
+
+@njit(cache=True)
 def _own_call_s(coefficients: NDArray[np.float64], n_decode: float, kv_tokens: float, kv_tokens_max: float) -> float:
     """Time to read the decoding requests' KV in a call without prompts, in seconds."""
     balanced_s = coefficients[2] * kv_tokens
-    straggler_s = coefficients[5] * kv_tokens_max
-    split_s = 0.0
-    if 0.0 < n_decode < coefficients[14] and kv_tokens_max > coefficients[19]:
-        splits = _splits(coefficients, n_decode, kv_tokens, kv_tokens_max)
-        if splits > 1.0:
-            straggler_s /= splits
-            split_s = coefficients[10]
+    straggler_s, split_s = _longest_piece_s(coefficients, n_decode, kv_tokens, kv_tokens_max, math.inf)
     if coefficients[16] > 0.0 and n_decode > coefficients[17]:
         alike = kv_tokens / (n_decode * kv_tokens_max)
         hidden = 1.0
@@ -156,15 +163,9 @@ def _mixed_call_s(
 ) -> float:
     """Time of one call for decoding requests and prompt chunks, whose own attention takes `prefill_s`; in seconds."""
     work_s = max(coefficients[2], coefficients[22] * coefficients[5]) * kv_tokens + prefill_s
-    straggler_s = coefficients[5] * kv_tokens_max
-    split_s = 0.0
     fill = coefficients[21]
-    if prefill_tokens < FULL_SHARE * fill and n_decode < coefficients[14] and kv_tokens_max > coefficients[19]:
-        splits = _splits(coefficients, n_decode, kv_tokens, kv_tokens_max)
-        splits = min(splits, _filling(fill, prefill_tokens, MIN_EFFICIENCY))
-        if splits > 1.0:
-            straggler_s /= splits
-            split_s = coefficients[10]
+    most = _filling(fill, prefill_tokens, MIN_EFFICIENCY) if prefill_tokens < FULL_SHARE * fill else 1.0
+    straggler_s, split_s = _longest_piece_s(coefficients, n_decode, kv_tokens, kv_tokens_max, most)
     overlap = coefficients[23] * (1.0 - kv_tokens / (n_decode * kv_tokens_max))
     return float(max(work_s, straggler_s) + overlap * min(work_s, straggler_s) + split_s)
 

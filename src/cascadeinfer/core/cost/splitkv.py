@@ -217,30 +217,45 @@ def plan_pieces(lengths: NDArray[np.int64], kv_heads: int, kernel: AttentionKern
 
 
 @njit(cache=True)
-def makespan_s(work_bytes: NDArray[np.float64], slots: int, bandwidth_bytes_s: float, block_bytes_s: float) -> float:
+def makespan_s(
+    stream_bytes: NDArray[np.float64],
+    compute_s: NDArray[np.float64],
+    slots: int,
+    bandwidth_bytes_s: float,
+    block_bytes_s: float,
+) -> float:
     """
-    Time until the last piece is read, when a free slot takes the next in order and the running ones share the
-    bandwidth.
+    Time until the last block ends, when a free slot takes the next in order and those that stream share the bandwidth.
 
-    All running blocks stream at one rate, so a piece that starts when each block has streamed v bytes ends at v + its
-    size: plain list scheduling in v, and only the passage of time depends on the number of running blocks. Complexity:
-    O(pieces x log slots).
+    All that stream do so at one rate, so one that starts when each has streamed v bytes ends at v + its size: plain
+    list scheduling in v, and only the passage of time depends on their number. Blocks that stream nothing compute, and
+    end at their own time. Complexity: O(blocks x log slots).
     """
-    ends = [work_bytes[i] for i in range(min(slots, len(work_bytes)))]
-    heapq.heapify(ends)
-    upcoming = len(ends)
+    streaming = [0.0 for _ in range(0)]
+    computing = [0.0 for _ in range(0)]
+    upcoming = 0
     streamed = 0.0
-    elapsed_s = 0.0
-    while len(ends) > 0:
-        end = ends[0]
-        elapsed_s += (end - streamed) / min(block_bytes_s, bandwidth_bytes_s / len(ends))
-        streamed = end
-        if upcoming < len(work_bytes):
-            heapq.heapreplace(ends, end + work_bytes[upcoming])
+    now_s = 0.0
+    while True:
+        while upcoming < len(stream_bytes) and len(streaming) + len(computing) < slots:
+            if stream_bytes[upcoming] > 0.0:
+                heapq.heappush(streaming, streamed + stream_bytes[upcoming])
+            else:
+                heapq.heappush(computing, now_s + compute_s[upcoming])
             upcoming += 1
+        if len(streaming) == 0:
+            if len(computing) == 0:
+                return now_s
+            now_s = heapq.heappop(computing)
+            continue
+        rate = min(block_bytes_s, bandwidth_bytes_s / len(streaming))
+        end_s = now_s + (streaming[0] - streamed) / rate
+        if len(computing) > 0 and computing[0] < end_s:
+            streamed += (computing[0] - now_s) * rate
+            now_s = heapq.heappop(computing)
         else:
-            heapq.heappop(ends)
-    return elapsed_s
+            now_s = end_s
+            streamed = heapq.heappop(streaming)
 
 
 def kernel_s(lengths: NDArray[np.int64], kv_heads: int, kernel: AttentionKernel) -> float:
@@ -248,5 +263,11 @@ def kernel_s(lengths: NDArray[np.int64], kv_heads: int, kernel: AttentionKernel)
     pieces = plan_pieces(lengths, kv_heads, kernel)
     work_bytes = np.repeat(pieces.tokens, kv_heads) * float(kernel.kv_head_bytes_per_token)
     waves = -(-len(work_bytes) // kernel.slots)
-    streaming_s = makespan_s(work_bytes, kernel.slots, kernel.bandwidth_bytes_s, kernel.block_bandwidth_bytes_s)
+    streaming_s = makespan_s(
+        work_bytes,
+        np.zeros(len(work_bytes)),
+        kernel.slots,
+        kernel.bandwidth_bytes_s,
+        kernel.block_bandwidth_bytes_s,
+    )
     return kernel.launch_s + (kernel.split_s if pieces.is_split else 0.0) + streaming_s + kernel.wave_s * waves

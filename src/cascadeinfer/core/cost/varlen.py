@@ -23,13 +23,11 @@ them.
 steps of FA2 dearer than simulated here.
 """
 
-import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.splitkv import (
@@ -43,6 +41,7 @@ from cascadeinfer.core.cost.splitkv import (
     SplitRule,
     cut,
     kernel_s,
+    makespan_s,
     smallest_efficient_split,
 )
 
@@ -161,47 +160,6 @@ def _fa3_work(
     return CallWork(np.concatenate(stream), np.concatenate(compute), bool((splits > 1).any()))
 
 
-@njit(cache=True)
-def mixed_makespan_s(
-    stream_bytes: NDArray[np.float64],
-    compute_s: NDArray[np.float64],
-    slots: int,
-    bandwidth_bytes_s: float,
-    block_bytes_s: float,
-) -> float:
-    """
-    Time until the last block ends, when a free slot takes the next in order and those that stream share the bandwidth.
-
-    As in `makespan_s`, all that stream do so at one rate; blocks that compute end at their own time. Complexity:
-    O(blocks x log slots).
-    """
-    streaming = [0.0 for _ in range(0)]
-    computing = [0.0 for _ in range(0)]
-    upcoming = 0
-    streamed = 0.0
-    now_s = 0.0
-    while True:
-        while upcoming < len(stream_bytes) and len(streaming) + len(computing) < slots:
-            if stream_bytes[upcoming] > 0.0:
-                heapq.heappush(streaming, streamed + stream_bytes[upcoming])
-            else:
-                heapq.heappush(computing, now_s + compute_s[upcoming])
-            upcoming += 1
-        if len(streaming) == 0:
-            if len(computing) == 0:
-                return now_s
-            now_s = heapq.heappop(computing)
-            continue
-        rate = min(block_bytes_s, bandwidth_bytes_s / len(streaming))
-        end_s = now_s + (streaming[0] - streamed) / rate
-        if len(computing) > 0 and computing[0] < end_s:
-            streamed += (computing[0] - now_s) * rate
-            now_s = heapq.heappop(computing)
-        else:
-            now_s = end_s
-            streamed = heapq.heappop(streaming)
-
-
 def mixed_kernel_s(
     lengths: NDArray[np.int64],
     chunks: Sequence[Chunk],
@@ -236,7 +194,7 @@ def mixed_kernel_s(
             prompts_s = pair_s * heads.query * sum(chunk.pairs for chunk in chunks)
             return kernel_s(lengths, heads.kv, kernel) + prompts_s
     waves = -(-len(work.compute_s) // kernel.slots)
-    spent_s = mixed_makespan_s(
+    spent_s = makespan_s(
         work.stream_bytes, work.compute_s, kernel.slots, bandwidth_bytes_s, kernel.block_bandwidth_bytes_s
     )
     return kernel.launch_s + (kernel.split_s if work.is_split else 0.0) + spent_s + kernel.wave_s * waves
