@@ -40,6 +40,7 @@ RATIO_FIGURES = {
     "tokens/s": "throughput_tokens_per_s",
     "goodput": "goodput_rps",
 }
+ORDERED_BY = "e2e_s_mean"
 FIGURES = [*(f"{latency}_{name}" for latency in LATENCIES for name in STATISTICS), *RATES]
 
 Cell = dict[str, Any]
@@ -49,13 +50,13 @@ def write(out: Path, only_json: str | None = None) -> None:
     """
     Read all cells, write the JSON and the page; with a name, only the JSON of that name.
 
-    For a model without cells in `out`, the JSON's earlier cells are kept, with the machine and time given for them:
-    `out` is not kept, and one model is measured again without the other.
+    For a workload without cells in `out`, the JSON's earlier cells are kept, with the machine and time given for them:
+    `out` is not kept, and one is measured again without the others.
     """
     cells = [cell for model in CASES for workload in CASES[model].workloads for cell in cells_of(out, model, workload)]
     kept: dict[str, Any] = {}
     if only_json is None:
-        old_cells, kept = kept_from(measuring.RESULTS / "peers.json", {cell["model"] for cell in cells})
+        old_cells, kept = kept_from(measuring.RESULTS / "peers.json", {_of(cell) for cell in cells})
         cells += old_cells
     results: dict[str, Any] = {}
     text: list[str] = []
@@ -84,14 +85,19 @@ def write(out: Path, only_json: str | None = None) -> None:
 
 
 def kept_from(file: Path, measured: set[str]) -> tuple[list[Cell], dict[str, Any]]:
-    """The JSON's cells of models not measured now, and the machine and time of the report for each such model."""
+    """The JSON's cells of workloads not measured now, and the machine and time of the report for each of these."""
     if not file.is_file():
         return [], {}
     before = json.loads(file.read_text())
-    cells = [cell for cell in before["results"]["cells"] if cell["model"] not in measured]
+    cells = [cell for cell in before["results"]["cells"] if _of(cell) not in measured]
     latest = {name: before[name] for name in ("machine", "at")}
     older = before["results"].get("kept", {})
-    return cells, {model: older.get(model, latest) for model in dict.fromkeys(cell["model"] for cell in cells)}
+    return cells, {_of(cell): older.get(_of(cell), older.get(cell["model"], latest)) for cell in cells}
+
+
+def _of(cell: Cell) -> str:
+    """Model and workload of a cell."""
+    return f"{cell['model']} {cell['workload']}"
 
 
 def cells_of(out: Path, model: str, workload: str) -> list[Cell]:
@@ -126,7 +132,8 @@ def compare(cells: Sequence[Cell]) -> dict[str, Any]:
     systems = list(dict.fromkeys(cell["system"] for cell in cells))
     by_key = {(cell["system"], cell["round"]): cell for cell in cells}
     ours = systems[0]
-    table: dict[str, Any] = {"ours": ours}
+    rates = [cell["rate_rps"] for cell in cells if "rate_rps" in cell]
+    table: dict[str, Any] = {"ours": ours, "order": order_held(cells), "rate_rps": rates[0] if rates else None}
     for group in GROUPS:
         rows = {}
         for system in systems:
@@ -148,6 +155,27 @@ def compare(cells: Sequence[Cell]) -> dict[str, Any]:
     return table
 
 
+def order_held(cells: Sequence[Cell]) -> dict[str, dict[str, list[int]]]:
+    """
+    How often the order of each pair held, in the mean end-to-end latency of all requests.
+
+    Returns:
+        Per system, fastest first by the mean over its rounds, and other system: rounds in which the former was faster,
+        and rounds in which both were measured.
+    """
+    of: dict[str, dict[int, float]] = {}
+    for cell in cells:
+        of.setdefault(cell["system"], {})[cell["round"]] = cell["groups"]["all"][ORDERED_BY]
+    ranked = sorted(of, key=lambda system: float(np.mean(list(of[system].values()))))
+    found: dict[str, dict[str, list[int]]] = {}
+    for system in ranked:
+        both = {other: sorted(of[system].keys() & of[other].keys()) for other in ranked if other != system}
+        found[system] = {
+            other: [sum(of[system][n] < of[other][n] for n in rounds), len(rounds)] for other, rounds in both.items()
+        }
+    return found
+
+
 def _ratio(own: Sequence[Cell], by_key: dict[tuple[str, int], Cell], ours: str, group: str, figure: str) -> Any:
     """Ratio of a system to ours in rounds that have both: [geometric mean, lowest, highest], or None."""
     ratios = []
@@ -164,10 +192,26 @@ def _ratio(own: Sequence[Cell], by_key: dict[tuple[str, int], Cell], ours: str, 
 def markdown(model: str, workload: str, table: dict[str, Any]) -> list[str]:
     """Tables of one workload."""
     lines = [f"### {model}, {workload}", ""]
+    if table["rate_rps"] is not None:
+        lines += [f"{table['rate_rps']:.2f} requests per second.", ""]
     groups = [group for group in GROUPS if group in table]
     for group in ["all"] if groups == ["all", "short"] else groups:
         lines += _figures(group, table[group]) + _ratios(group, table[group], table["ours"])
-    return lines
+    return lines + _order(table["order"])
+
+
+def _order(order: dict[str, dict[str, list[int]]]) -> list[str]:
+    """Which system was faster than which, and in how many rounds."""
+    lines = [
+        "Rounds in which the row's system had a lower mean end-to-end latency, all requests, than the column's:",
+        "",
+        f"| faster | {' | '.join(order)} |",
+        "|---|" + "---|" * len(order),
+    ]
+    for system, others in order.items():
+        cells = ["" if other == system else f"{others[other][0]} of {others[other][1]}" for other in order]
+        lines.append(f"| {system} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _figures(group: str, rows: dict[str, Any]) -> list[str]:

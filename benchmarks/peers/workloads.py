@@ -2,9 +2,9 @@
 The workloads: lengths drawn once per round from plain laws, so that anyone can reproduce them.
 
 `mixed` is the case operators complain about: chat turns, long-running chats, and documents to read, all sent to one
-model. `equal` has requests of one length and so nothing that a scheduler could tell apart. Arrivals are Poisson.
-Lengths and rates are per model, because what a processor core does in a second differs by two orders of magnitude
-between the two.
+model. `equal` has requests of one length and so nothing that a scheduler could tell apart. Arrivals are Poisson, at a
+rate that `run.py` derives from what the machine completes. Lengths are per model, because what a processor core does in
+a second differs by two orders of magnitude between the two.
 """
 
 from dataclasses import dataclass
@@ -38,25 +38,23 @@ class Kind:
 class Workload:
     """
     Attributes:
-        rate_rps: Mean arrival rate.
-        duration_s: Duration of the arrivals.
+        requests: Requests of a cell.
     """
 
     kinds: tuple[Kind, ...]
-    rate_rps: float
-    duration_s: float
+    requests: int
 
-    def trace(self, seed: int) -> Trace:
-        """A trace; each kind has its exact share, in random order."""
+    def trace(self, seed: int, rate_rps: float) -> Trace:
+        """A trace at this mean rate; each kind has its exact share, in random order."""
         rng = np.random.default_rng(seed)
-        n = max(1, round(self.rate_rps * self.duration_s))
+        n = self.requests
         counts = [round(kind.share * n) for kind in self.kinds[1:]]
         counts = [n - sum(counts), *counts]
         prompts = [rng.integers(k.prompt[0], k.prompt[1] + 1, c) for k, c in zip(self.kinds, counts, strict=True)]
         outputs = [rng.integers(k.output[0], k.output[1] + 1, c) for k, c in zip(self.kinds, counts, strict=True)]
         order = rng.permutation(n)
         return Trace.from_columns(
-            np.concatenate(prompts)[order], np.concatenate(outputs)[order], poisson_arrivals(self.rate_rps, n, rng)
+            np.concatenate(prompts)[order], np.concatenate(outputs)[order], poisson_arrivals(rate_rps, n, rng)
         )
 
 
@@ -95,9 +93,9 @@ CASES = {
                     Kind("long chat", 0.10, (700, 980), (80, 200)),
                     Kind("document", 0.15, (2600, 4000), (20, 100)),
                 ),
-                rate_rps=4.0, duration_s=15.0,
+                requests=120,
             ),
-            "equal": Workload((Kind("equal", 1.0, (256, 256), (64, 64)),), rate_rps=4.0, duration_s=15.0),
+            "equal": Workload((Kind("equal", 1.0, (256, 256), (64, 64)),), requests=120),
         },
     ),
     "smollm2": ModelCase(
@@ -109,14 +107,14 @@ CASES = {
                     Kind("long chat", 0.10, (150, 185), (16, 32)),
                     Kind("document", 0.15, (300, 400), (8, 16)),
                 ),
-                rate_rps=0.3, duration_s=50.0,
+                requests=40,
             ),
-            "equal": Workload((Kind("equal", 1.0, (64, 64), (16, 16)),), rate_rps=0.3, duration_s=50.0),
+            "equal": Workload((Kind("equal", 1.0, (64, 64), (16, 16)),), requests=40),
         },
     ),
 }  # fmt: skip
 
 
-def write_trace(workload: Workload, seed: int, file: Path) -> None:
+def write_trace(workload: Workload, seed: int, rate_rps: float, file: Path) -> None:
     """The trace as a file for `cascadeinfer bench`."""
-    save_trace(workload.trace(seed), file)
+    save_trace(workload.trace(seed, rate_rps), file)
