@@ -10,15 +10,17 @@ Workloads, each `DURATION_S` long; a load is a share of what one stage carries o
 - `day`: Azure's conversations, at a load that swings once from the lowest to the highest and back, as in a day.
 - `long_burst`: Azure's conversations at half load; in the middle third Mooncake's long prompts come on top.
 
-The cascade starts with the plan for the first requests (`day`: for the mean rate), and its variants have parts switched
-off. Rivals run at 512 tokens of a step and at the profile's budget. All see the same requests at the same times; a
-ratio is to the whole cascade at the same budget, and for rivals to the cascade at its better budget.
+The cascade and `roles` start with the plan for the first requests (`day`: for the mean rate), and their variants have
+parts switched off. Instances of `roles` run 512 requests at most, so that each can be given any token budget. Rivals
+run at 512 tokens of a step and at the profile's budget. All see the same requests at the same times; a ratio is to the
+whole cascade at the same budget, for `roles-static` to `roles`, and for all others to the cascade at its better budget.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -27,8 +29,10 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cascadeinfer.evaluation.runs import RunSpec, kinds_for, roles_for
 from cascadeinfer.evaluation.setting import Setting, load_setting
-from cascadeinfer.evaluation.variants import policy_spec, starts_with_plan
+from cascadeinfer.evaluation.variants import policy_spec, role_search, starts_with_plan
+from cascadeinfer.results.summary import Slo
 from cascadeinfer.sim.run import simulate
 from cascadeinfer.sim.settings import NetworkConfig, SimConfig
 from cascadeinfer.workload.trace import Trace
@@ -38,6 +42,7 @@ DURATION_S: Final = 900.0
 COUNTED: Final = (0.1, 0.95)
 """Arrivals between these shares of the run count."""
 SMALL: Final = 512
+ROLES: Final = ("roles", "roles-static")
 VARIANTS: Final = ("no-refine", "no-replan", "static", "no-rebalance", "cold")
 RIVALS: Final = ("llumnix", "bucket", "least_loaded")
 STEADY_LOAD: Final = 0.75
@@ -117,6 +122,7 @@ def contenders() -> Iterable[tuple[str, int]]:
     """Policies and token budgets; 0 is the profile's."""
     yield from product(("cascade", *(f"cascade-{variant}" for variant in VARIANTS)), (0,))
     yield from product(("cascade", "cascade-static"), (SMALL,))
+    yield from product(ROLES, (0,))
     yield from product(RIVALS, (SMALL, 0))
 
 
@@ -166,6 +172,10 @@ def workload_of(name: str, profile: str, seed: int, options: argparse.Namespace)
 def run(workload: Workload, policy: str, budget: int) -> Figures:
     """Simulate one contender."""
     setting = workload.start.with_token_budget(budget or None)
+    roles = None
+    if role_search(policy) is not None:
+        setting = with_slots(setting, SMALL)
+        roles = roles_for(setting, RunSpec(policy, workload.start_rate, 0, 1, Slo(1.0, 0.05), allow_overload=True))
     profile = setting.profile
     plan = setting.plan_within_capacity(workload.start_rate) if starts_with_plan(policy) else None
     config = SimConfig(
@@ -175,8 +185,9 @@ def run(workload: Workload, policy: str, budget: int) -> Figures:
         kv_bytes_per_token=profile.kv_bytes_per_token,
         context_tokens=CONTEXT_TOKENS,
         network=NetworkConfig(link_bytes_per_s=profile.transfer_bytes_per_s),
+        kinds=kinds_for(setting, roles),
     )
-    result = simulate(workload.requests, policy_spec(policy, setting, plan).make(), config)
+    result = simulate(workload.requests, policy_spec(policy, setting, plan, roles).make(), config)
     counted = result.requests.arrived_in(*(share * DURATION_S for share in COUNTED))
     return {
         "norm_ms": 1e3 * float(counted.normalised_latency_s.mean()),
@@ -190,6 +201,13 @@ def run(workload: Workload, policy: str, budget: int) -> Figures:
     }
 
 
+def with_slots(setting: Setting, slots: int) -> Setting:
+    """The same with at most this many requests at once on an instance."""
+    capacity = setting.profile.capacity
+    fewer = replace(capacity, max_num_seqs=min(slots, capacity.max_num_seqs))
+    return replace(setting, profile=replace(setting.profile, capacity=fewer))
+
+
 def report(results: dict[str, Figures], points: Iterable[tuple[str, str]], seeds: Iterable[int]) -> None:
     """Ratios of the figures of each contender to the cascade's."""
     print("| workload | profile | contender | normalised | e2e | e2e p99 | TTFT p99 | layouts | moves |")
@@ -197,8 +215,9 @@ def report(results: dict[str, Figures], points: Iterable[tuple[str, str]], seeds
     for name, profile in points:
         for policy, budget in contenders():
             base = base_budget(results, name, profile, policy, budget)
+            whole_one = "roles" if policy.startswith("roles-") else "cascade"
             keys = [
-                (key_of(name, profile, policy, budget, seed), key_of(name, profile, "cascade", base, seed))
+                (key_of(name, profile, policy, budget, seed), key_of(name, profile, whole_one, base, seed))
                 for seed in seeds
             ]
             runs = [(results[mine], results[whole]) for mine, whole in keys if mine in results and whole in results]
@@ -219,7 +238,7 @@ def cells(runs: list[tuple[Figures, Figures]]) -> list[str]:
 
 def base_budget(results: dict[str, Figures], name: str, profile: str, policy: str, budget: int) -> int:
     """The budget of the cascade that a contender is compared with; the first seed decides which is better."""
-    if policy.startswith("cascade-"):
+    if policy.startswith(("cascade-", "roles-")):
         return budget
     tried = {b: key_of(name, profile, "cascade", b, 0) for b in (0, SMALL)}
     return min(tried, key=lambda b: results[tried[b]]["norm_ms"] if tried[b] in results else np.inf)

@@ -101,7 +101,6 @@ async def _follow(
             migration=MigrationLimits.under_lease(options.kv_lease_s, precopy=True),
             observer=event_log,
             poison_deaths=options.poison_deaths,
-            terms=options.terms() or None,
         )
         log_stats, log_requests = not args.disable_log_stats, engine_args.enable_log_requests
         async with running_llm(runtime, log_stats=log_stats, log_requests=log_requests) as llm:

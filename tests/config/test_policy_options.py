@@ -29,12 +29,23 @@ def options_for(name: str, **more: object) -> ServeOptions:
     return ServeOptions(policy=name, **(stages | more))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", sorted(STAGES))
-def test_policies_with_roles_need_their_stages(name: str) -> None:
-    """They do not plan while they serve: one line says so."""
-    with pytest.raises(ConfigError, match=f"policy {name} does not plan while it serves") as raised:
-        policy_spec(ServeOptions(policy=name))
+def test_a_fixed_ratio_needs_its_stages() -> None:
+    """It does not plan while it serves: one line says so."""
+    with pytest.raises(ConfigError, match="policy pd_fixed does not plan while it serves") as raised:
+        policy_spec(ServeOptions(policy="pd_fixed"))
     assert "plan --roles" in str(raised.value.fix)
+
+
+def test_roles_plan_while_they_serve() -> None:
+    """With stages to start with or without; a process that follows another plans nothing."""
+    assert "roles" not in policy_spec(ServeOptions(policy="roles")).options
+    assert "replan" not in policy_spec(options_for("roles")).options
+    assert policy_spec(options_for("roles", api_servers=2), follows=True).options["replan"] is False
+
+
+@pytest.mark.parametrize("name", sorted(STAGES))
+def test_followers_have_the_stages_from_the_start(name: str) -> None:
+    """They begin with those of the command line, until the process that plans announces others."""
     assert policy_spec(options_for(name, api_servers=2), follows=True).options["roles"].prefill
 
 

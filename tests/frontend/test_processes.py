@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -13,9 +14,10 @@ from cascadeinfer.cluster.channel import MAX_UNSENT_BYTES, Channel
 from cascadeinfer.core.effects import MigrationReason
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.kind import InstanceKind, Role
+from cascadeinfer.core.layout import Stage, StageLayout
 from cascadeinfer.core.policies.static_stages import StaticStages
-from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.core.types import InstanceCapacity, LengthRange
 from cascadeinfer.engines.protocol import Engine, EngineRequest
 from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams
 from cascadeinfer.engines.vllm.attachment import Attachment
@@ -250,13 +252,39 @@ async def test_follower_follows_the_layout() -> None:
     """The stages in force are process 0's, whether they arrive before or after the runtime has started."""
     async with Pair() as pair:
         pair.tell(a="a1", b="b1")
-        pair.channel.send(LayoutNews.of(StageLayout.from_boundaries((77,), (("b",), ("a",)))))
+        pair.channel.send(LayoutNews.of(StageLayout.from_boundaries((77,), (("b",), ("a",))), ()))
         runtime = await pair.serve()
         await until(lambda: runtime.fleet.layout is not None and runtime.fleet.layout.boundaries_tokens == (77,))
         assert runtime.fleet.layout is not None
         assert runtime.fleet.layout.stages[0].instance_ids == ("b",)
-        pair.channel.send(LayoutNews.of(StageLayout.from_boundaries((99,), (("a",), ("b",)))))
+        pair.channel.send(LayoutNews.of(StageLayout.from_boundaries((99,), (("a",), ("b",))), ()))
         await until(lambda: runtime.fleet.layout is not None and runtime.fleet.layout.boundaries_tokens == (99,))
+
+
+def test_layout_news_are_the_stages() -> None:
+    """What a follower reads is what process 0 has put in force, prefill stages included."""
+    layout = StageLayout.from_boundaries((77,), (("b",), ("a",)))
+    prefill = (Stage(LengthRange(10, 500), ("c", "d")), Stage(LengthRange(500), ("e",)))
+    for stages in ((), prefill):
+        news = msgspec.msgpack.decode(msgspec.msgpack.encode(LayoutNews.of(layout, stages)), type=LayoutNews)
+        assert news.layout() == layout
+        assert news.prefill() == stages
+
+
+@pytest.mark.asyncio
+async def test_follower_follows_roles_and_budgets() -> None:
+    """Process 0 gives them; this process tells its policy, and commands no engine."""
+    async with Pair() as pair:
+        pair.tell(a="a1", b="b1")
+        runtime = await pair.serve()
+        news = [InstanceNews(i, attachment(f"{i}1"), 0, None, role="prefill", step_tokens=40) for i in "ab"]
+        pair.channel.send(FleetNews(news))
+
+        def kinds() -> list[InstanceKind | None]:
+            return [record.kind for record in runtime.fleet]
+
+        await until(lambda: all(kind is not None and kind.role is Role.PREFILL for kind in kinds()))
+        assert [kind.capacity.max_batched_tokens for kind in kinds() if kind is not None] == [40, 40]
 
 
 @pytest.mark.asyncio

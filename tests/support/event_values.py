@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cascadeinfer.core.effects import Effect
 from cascadeinfer.core.events import Event
 from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.types import LengthRange
 
 NAMES = st.text(max_size=12)
 
@@ -29,6 +30,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         float: st.floats(allow_nan=False),
         types.NoneType: st.none(),
         StageLayout: _layouts(),
+        LengthRange: st.builds(lambda low, more: LengthRange(low, low + more), st.integers(0, 9999), st.integers(1, 99)),
     }
     if hint in plain:
         return plain[hint]

@@ -38,8 +38,10 @@ def policy_spec(options: ServeOptions, *, follows: bool = False) -> PolicySpec:
     return PolicySpec(name, info.options_for(_circumstances(options, layout, roles, follows=follows)))
 
 
-def _checked_roles(name: str, search: RoleSearch, options: ServeOptions) -> RoleLayout:
+def _checked_roles(name: str, search: RoleSearch, options: ServeOptions) -> RoleLayout | None:
     roles = options.roles()
+    if roles is None and search is RoleSearch.FULL:
+        return None  # it plans while it serves
     if roles is None:
         raise ConfigError(
             f"policy {name} does not plan while it serves, and needs its stages",

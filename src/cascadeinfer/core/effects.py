@@ -3,8 +3,8 @@ What a policy wants done: the closed union of its outputs.
 
 A shell carries effects out in the order given, each without waiting for the one before to finish. Every effect ends in
 an event: `Dispatch` in `RequestFinished` (or `InstanceLost`, or an `InstanceSuspected` that names the request),
-`StartMigration` in exactly one `MigrationEnded`, `SendMessage` in at most one `MessageReceived`. `cause` is the `cause`
-of the event that led to the effect.
+`StartMigration` in exactly one `MigrationEnded`, `SendMessage` in at most one `MessageReceived`, `AssignTerms` in at
+most one `InstanceChanged`. `cause` is the `cause` of the event that led to the effect.
 """
 
 import enum
@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 from cascadeinfer.core.choice import Choice
 from cascadeinfer.core.events import MigrationEnded, MigrationOutcome
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.kind import InstanceTerms
+from cascadeinfer.core.layout import Stage, StageLayout
 from cascadeinfer.core.messages import BalanceMessage
 from cascadeinfer.core.types import InstanceId, MigrationId, RequestId
 
@@ -104,14 +105,26 @@ class PublishLayout:
     The stage layout in force, to be shown to operators and in metrics.
 
     Attributes:
+        layout: The stages in which requests decode.
         why: Human-readable reason for the change; empty when instances came or went.
         failure: What kept the policy from changing it; the layout is then the previous one.
+        prefill: The prefill stages, by prompt length.
     """
 
     cause: str
     layout: StageLayout
     why: str = ""
     failure: str = ""
+    prefill: tuple[Stage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AssignTerms:
+    """Give an instance another role and token budget from now on, also when it comes back after a failure."""
+
+    cause: str
+    instance_id: InstanceId
+    terms: InstanceTerms
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,4 +143,4 @@ class AdviseScale:
     why: str = ""
 
 
-Effect: TypeAlias = Dispatch | Reject | StartMigration | SendMessage | PublishLayout | AdviseScale
+Effect: TypeAlias = Dispatch | Reject | StartMigration | SendMessage | PublishLayout | AssignTerms | AdviseScale

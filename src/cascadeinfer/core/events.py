@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from cascadeinfer.core.cost.samples import StepSample
 from cascadeinfer.core.kind import InstanceKind
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.layout import Stage, StageLayout
 from cascadeinfer.core.messages import BalanceMessage
 from cascadeinfer.core.types import InstanceId, MigrationId, NodeId, RequestId
 
@@ -167,6 +167,15 @@ class InstanceJoined:
 
 
 @dataclass(frozen=True, slots=True)
+class InstanceChanged:
+    """An instance has another role or token budget than before; what is there goes on."""
+
+    cause: str
+    instance_id: InstanceId
+    kind: InstanceKind
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceDraining:
     """An instance takes no new requests; its requests move away or finish. `InstanceLost` follows when it is gone."""
 
@@ -258,10 +267,17 @@ class TimerFired:
 
 @dataclass(frozen=True, slots=True)
 class LayoutAnnounced:
-    """The front-end process that plans for all has put these stages in force; policies with stages adopt them."""
+    """
+    The front-end process that plans for all has put these stages in force; policies with stages adopt them.
+
+    Attributes:
+        layout: The stages in which requests decode.
+        prefill: The prefill stages, by prompt length.
+    """
 
     cause: str
     layout: StageLayout
+    prefill: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +325,7 @@ Event: TypeAlias = (
     | RequestFinished
     | InstanceReported
     | InstanceJoined
+    | InstanceChanged
     | InstanceDraining
     | InstanceLost
     | InstanceSuspected

@@ -207,6 +207,11 @@ class InstanceView:
             self.slowness = slowness
             self._weigh()
 
+    def become(self, kind: InstanceKind, pricing: Pricing) -> None:
+        """It has another role or token budget. What it can hold is the same."""
+        self.kind, self.capacity, self.pricing = kind, kind.capacity, pricing
+        self.reprice()
+
     def reprice(self) -> None:
         """The pricing has changed."""
         self.queue = sum(map(self.pricing.queue_of, self.starting.values()))

@@ -7,7 +7,7 @@ any two, except while a rolling update replaces one version or form of it by ano
 """
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 from cascadeinfer.core.types import InstanceCapacity
@@ -32,7 +32,7 @@ class Role(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class InstanceKind:
     """
-    The kind of one instance; fixed for its life.
+    The kind of one instance. Its role and its token budget may change while it lives, nothing else.
 
     Attributes:
         capacity: What it can hold.
@@ -40,6 +40,7 @@ class InstanceKind:
         role: What it computes.
         model_version: Which version of the model it runs. A request that has output continues with no other.
         kv_group: KV cache can be transferred between instances of one group only; all of a group run one version.
+        started_tokens: Tokens of a step at most that it was started with; None: those of its capacity.
     """
 
     capacity: InstanceCapacity
@@ -47,12 +48,24 @@ class InstanceKind:
     role: Role = Role.MIXED
     model_version: str = ""
     kv_group: str = ""
+    started_tokens: int | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest token budget of a step that it can be given."""
+        return self.capacity.max_batched_tokens if self.started_tokens is None else self.started_tokens
+
+    def with_terms(self, terms: "InstanceTerms") -> "InstanceKind":
+        """The same instance with another role and token budget."""
+        budget = self.most_tokens if terms.budget_tokens is None else terms.budget_tokens
+        capacity = replace(self.capacity, max_batched_tokens=budget)
+        return replace(self, capacity=capacity, role=terms.role, started_tokens=self.most_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceTerms:
     """
-    What an operator's stages say of one instance.
+    What an operator's stages, or a plan made while serving, say of one instance.
 
     Attributes:
         role: What it is to compute.

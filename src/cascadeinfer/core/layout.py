@@ -31,6 +31,11 @@ class Stage:
     range: LengthRange
     instance_ids: tuple[InstanceId, ...]
 
+    def __str__(self) -> str:
+        """E.g. `0-512: 2 instances`."""
+        n = len(self.instance_ids)
+        return f"{self.range}: {n} instance{'s' if n > 1 else ''}"
+
 
 @dataclass(frozen=True, slots=True)
 class StageLayout:
@@ -89,8 +94,7 @@ class StageLayout:
 
     def __str__(self) -> str:
         """E.g. `0-512: 2 instances, 512-: 1 instance`."""
-        counts = [(stage.range, len(stage.instance_ids)) for stage in self.stages]
-        return ", ".join(f"{lengths}: {n} instance{'s' if n > 1 else ''}" for lengths, n in counts)
+        return ", ".join(map(str, self.stages))
 
     def stage_index_of(self, length_tokens: int) -> int:
         """Index of the stage that a sequence of this length belongs to."""

@@ -48,7 +48,7 @@ class LengthRange:
 @dataclass(frozen=True, slots=True)
 class InstanceCapacity:
     """
-    Capacity of one instance; fixed while it lives.
+    Capacity of one instance; all but the token budget is fixed while it lives.
 
     Attributes:
         kv_blocks: KV cache blocks in total.

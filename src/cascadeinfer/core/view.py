@@ -17,6 +17,7 @@ from cascadeinfer.core.effects import Dispatch, Effect, MigrationReason, Reject,
 from cascadeinfer.core.events import (
     Event,
     FirstToken,
+    InstanceChanged,
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
@@ -199,6 +200,9 @@ class ClusterView:
                 self._costs.note(event.instance_id, None)
                 self._find_alike()
                 self._find_available()
+            case InstanceChanged():
+                if (instance := self.instances.get(event.instance_id)) is not None:
+                    instance.become(event.kind, self._pricing_for(event.kind))
             case InstanceDraining():
                 if (instance := self.instances.get(event.instance_id)) is not None:
                     instance.draining = True

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.effects import (
+    AdviseScale,
+    AssignTerms,
+    Dispatch,
+    Effect,
+    PublishLayout,
+    Reject,
+    SendMessage,
+    StartMigration,
+)
 from cascadeinfer.core.events import (
     Event,
     InstanceLost,
@@ -151,10 +160,10 @@ class SeveralFrontEnds:
                 case PublishLayout():
                     if index == 0:
                         effects.append(effect)
-                        announced = LayoutAnnounced(effect.cause, effect.layout)
+                        announced = LayoutAnnounced(effect.cause, effect.layout, effect.prefill)
                         for follower in range(1, len(self._front_ends)):
                             self._hand(follower, announced, now_s, effects)
-                case AdviseScale():
+                case AdviseScale() | AssignTerms():
                     if index == 0:
                         effects.append(effect)
                 case StartMigration():

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.kind import InstanceKind
+from cascadeinfer.core.kind import InstanceKind, Role
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.plan.planner import Plan
@@ -167,13 +167,20 @@ def roles_for(setting: Setting, spec: RunSpec) -> RolePlan | None:
             rate_rps *= OVERLOAD_SHARE
 
 
-def _kinds_of(setting: Setting, roles: RolePlan | None) -> dict[InstanceId, SimKind]:
-    """The instances of each stage with the chunk budget of its plan."""
+def kinds_for(setting: Setting, roles: RolePlan | None) -> dict[InstanceId, SimKind]:
+    """The instances of each stage with the role and the chunk budget of its plan, all started with the largest."""
     if roles is None:
         return {}
-    profile = setting.profile
+    profile, most = setting.profile, max(setting.role_budgets())
     return {
-        instance_id: SimKind(InstanceKind(profile.capacity.with_token_budget(stage.budget_tokens)), profile.step_model)
+        instance_id: SimKind(
+            InstanceKind(
+                profile.capacity.with_token_budget(stage.budget_tokens),
+                role=Role(stage.kind.value),
+                started_tokens=most,
+            ),
+            profile.step_model,
+        )
         for stage, ids in roles.dealt(instance_ids(setting.n_instances))
         for instance_id in ids
     }
@@ -215,7 +222,7 @@ def run_once(
         migration=MigrationLimits(precopy=spec.precopy),
         prefix_caching=spec.prefix_caching,
         seed=spec.seed,
-        kinds=_kinds_of(setting, roles),
+        kinds=kinds_for(setting, roles),
     )
     plan = plan_for(setting, spec)
     chosen = policy_spec(spec.policy, setting, plan, roles)

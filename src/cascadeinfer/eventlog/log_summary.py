@@ -3,9 +3,19 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.effects import (
+    AdviseScale,
+    AssignTerms,
+    Dispatch,
+    Effect,
+    PublishLayout,
+    Reject,
+    SendMessage,
+    StartMigration,
+)
 from cascadeinfer.core.events import (
     Event,
+    InstanceChanged,
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
@@ -34,7 +44,7 @@ class LogSummary:
         migrations: Ended migrations by reason, outcome and detail; the reason is `unknown` if the log lacks their
             start.
         messages: Bid-ask messages sent, by kind.
-        memberships: Changes of membership: time, change, instance.
+        memberships: Instances that came, went or changed: time, change, instance.
         layouts: Layouts, each with the time from which it was in force, and why.
         advice: Numbers of instances that the policy has advised, each with its time.
     """
@@ -85,6 +95,10 @@ class LogSummary:
                 self.migrations[reason, event.outcome.value, event.detail] += 1
             case InstanceJoined():
                 self.memberships.append((at_s, "joined", event.instance_id))
+            case InstanceChanged():
+                tokens = event.kind.capacity.max_batched_tokens
+                what = f"became {event.kind.role}, at most {tokens} tokens in a step,"
+                self.memberships.append((at_s, what, event.instance_id))
             case InstanceDraining():
                 self.memberships.append((at_s, "draining", event.instance_id))
             case InstanceLost():
@@ -113,6 +127,8 @@ class LogSummary:
                 self.layouts.append((at_s, effect))
             case AdviseScale():
                 self.advice.append((at_s, effect))
+            case AssignTerms():
+                pass  # its end is counted
 
 
 def summarise_log(log: LogReader) -> LogSummary:

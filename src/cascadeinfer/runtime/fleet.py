@@ -16,7 +16,7 @@ from typing import Protocol
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.kind import NO_TERMS, InstanceKind, InstanceTerms
-from cascadeinfer.core.layout import StageLayout
+from cascadeinfer.core.layout import Stage, StageLayout
 from cascadeinfer.core.links import Links
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
 from cascadeinfer.engines.build import FIRST_BUILD, Build
@@ -66,6 +66,7 @@ class Fleet:
         records: What is known of each instance.
         departed: The most recently removed instances.
         layout: The stages in force, as the policy has published them.
+        prefill: The prefill stages in force, likewise.
         layout_note: What is known of them; None without stages.
         watchers: Notified whenever an instance joins or leaves.
         pairs: Which instances have completed the handshake with each other.
@@ -102,6 +103,7 @@ class Fleet:
         self.departed: deque[Departed] = deque(maxlen=DEPARTED_REMEMBERED)
         self.watchers: list[FleetWatcher] = []
         self.layout: StageLayout | None = None
+        self.prefill: tuple[Stage, ...] = ()
         self.layout_note: LayoutNote | None = None
         self.links = Links()
         self.pairs = Pairs(self.live_engines, self._condemn, self._may_exchange)
@@ -175,21 +177,22 @@ class Fleet:
         """Engines that are up, in the order in which they were made known."""
         return [record.engine for record in self.records.values() if record.engine is not None]
 
-    def publish(self, layout: StageLayout, why: str, failure: str = "") -> None:
+    def publish(self, layout: StageLayout, why: str, failure: str = "", prefill: tuple[Stage, ...] = ()) -> None:
         """
         These stages are in force from now on, if they were not before.
 
         Args:
-            layout: The stages.
+            layout: The stages in which requests decode.
             why: See `LayoutNote`.
             failure: Likewise; with one, the reason for the stages stays, too.
+            prefill: The prefill stages.
         """
         since_s, note = self._clock(), self.layout_note
-        if note is not None and layout == self.layout:
+        if note is not None and (layout, prefill) == (self.layout, self.prefill):
             since_s = note.since_s
         if note is not None and failure:
             why = note.why
-        self.layout, self.layout_note = layout, LayoutNote(since_s, why, failure)
+        self.layout, self.prefill, self.layout_note = layout, prefill, LayoutNote(since_s, why, failure)
 
     def gauges(self) -> FleetGauges:
         """All instances for Prometheus."""
@@ -229,7 +232,7 @@ class Fleet:
         Raises:
             EngineError: It cannot be connected, and the fault is its own.
         """
-        terms = (self._terms or {}).get(engine.instance_id, NO_TERMS)
+        terms, started_tokens = (self._terms or {}).get(engine.instance_id, NO_TERMS), capacity.max_batched_tokens
         if self._terms is not None:
             budget = await engine.set_step_budget(terms.budget_tokens)
             capacity = dataclasses.replace(capacity, max_batched_tokens=budget)
@@ -240,7 +243,38 @@ class Fleet:
         for watcher in self.watchers:
             watcher.instance_joins(engine)
         self.links.joined(engine.instance_id, engine.node)
-        return record.came_up(engine, capacity, terms.role)
+        return record.came_up(engine, capacity, terms.role, started_tokens)
+
+    async def assign(self, instance_id: InstanceId, terms: InstanceTerms) -> InstanceKind | None:
+        """
+        Give an instance other terms, now and whenever it comes back.
+
+        Returns:
+            What it is from now on; None while it is not up.
+
+        Raises:
+            EngineError: It did not take the budget, and keeps the terms that it has.
+        """
+        engine, budget = self.engine(instance_id), 0
+        if engine is not None:
+            budget = await engine.set_step_budget(terms.budget_tokens)
+        self._terms = (self._terms or {}) | {instance_id: terms}
+        record = self.records.get(instance_id)
+        if engine is None or record is None or record.engine is not engine:
+            return None  # if it is coming back, it gets them when it is up
+        return record.changed(InstanceTerms(terms.role, budget))
+
+    def follow_terms(self, instance_id: InstanceId, terms: InstanceTerms) -> InstanceKind | None:
+        """
+        The front end that plans for all has given an instance these terms.
+
+        Returns:
+            What it is from now on; None if it has them already, or is not up here.
+        """
+        record = self.records[instance_id]
+        if record.engine is None or record.kind is None or record.kind == record.kind.with_terms(terms):
+            return None
+        return record.changed(terms)
 
     def went_down(self, instance_id: InstanceId, why: str) -> InstanceRecord:
         """It is out of use, or never was in use; its next life starts without handshakes."""

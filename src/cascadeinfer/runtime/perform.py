@@ -6,9 +6,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import assert_never
 
-from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.effects import (
+    AdviseScale,
+    AssignTerms,
+    Dispatch,
+    Effect,
+    PublishLayout,
+    Reject,
+    SendMessage,
+    StartMigration,
+)
 from cascadeinfer.core.errors import RequestRejectedError
-from cascadeinfer.core.events import Event, MessageReceived, MigrationEnded, MigrationOutcome
+from cascadeinfer.core.events import Event, InstanceChanged, MessageReceived, MigrationEnded, MigrationOutcome
 from cascadeinfer.core.migration import MigrationLimits, NotBegun, not_begun
 from cascadeinfer.core.parking import ParkingLimits
 from cascadeinfer.engines.protocol import Resume
@@ -93,6 +102,8 @@ class Performer:
                 asyncio.get_running_loop().call_soon(self._emit, message)
             case PublishLayout():
                 self._publish(effect)
+            case AssignTerms():
+                self._commands.send(self._assign(effect))
             case AdviseScale():
                 self._advise(effect)
             case _:
@@ -105,13 +116,21 @@ class Performer:
             self._metrics.desire(effect.n_instances)
             logger.info("%d instances are advised: %s", effect.n_instances, effect.why)
 
+    async def _assign(self, effect: AssignTerms) -> None:
+        kind = await self._fleet.assign(effect.instance_id, effect.terms)
+        if kind is not None:
+            tokens = kind.capacity.max_batched_tokens
+            logger.info("instance %s: role %s, at most %d tokens in a step", effect.instance_id, kind.role, tokens)
+            self._emit(InstanceChanged(effect.cause, effect.instance_id, kind))
+
     def _publish(self, effect: PublishLayout) -> None:
-        self._fleet.publish(effect.layout, effect.why, effect.failure)
+        self._fleet.publish(effect.layout, effect.why, effect.failure, effect.prefill)
         if effect.failure:
             self._metrics.plan_failures.inc()
             logger.error("stages stay as they are (%s): %s", effect.layout, effect.failure)
-        else:
-            logger.info("stages: %s (%s)", effect.layout, effect.why or "instances came or went")
+            return
+        shown = ", ".join([*(f"prefill@{stage}" for stage in effect.prefill), str(effect.layout)])
+        logger.info("stages: %s (%s)", shown, effect.why or "instances came or went")
 
     def abort(self, stream: Stream) -> None:
         """A request's client left: stop it on its instance. If it is in migration, the migrator stops it."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import InstanceReport
-from cascadeinfer.core.kind import InstanceKind, Role
+from cascadeinfer.core.kind import InstanceKind, InstanceTerms, Role
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.links import Link
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
@@ -118,14 +118,28 @@ class InstanceRecord:
         if self.engine is None:
             raise EngineError(f"did not come up: {self.last_error}", instance_id=self.instance_id)
 
-    def came_up(self, engine: Engine, capacity: InstanceCapacity, role: Role = Role.MIXED) -> InstanceKind:
+    def came_up(
+        self,
+        engine: Engine,
+        capacity: InstanceCapacity,
+        role: Role = Role.MIXED,
+        started_tokens: int | None = None,
+    ) -> InstanceKind:
         """It is ready to take requests; returns what it is."""
         assert engine is self.supervisor.engine
         self.supervisor.happen(Happening.JOINED)
         self.capacity = capacity
-        self.kind = kind = dataclasses.replace(self.build.kind(capacity), role=role)
+        limited = None if started_tokens == capacity.max_batched_tokens else started_tokens
+        self.kind = kind = dataclasses.replace(self.build.kind(capacity), role=role, started_tokens=limited)
         self.settled.set()
         return kind
+
+    def changed(self, terms: InstanceTerms) -> InstanceKind:
+        """It has another role or token budget; returns what it is now."""
+        assert self.kind is not None  # it is up
+        self.kind = self.kind.with_terms(terms)
+        self.capacity = self.kind.capacity
+        return self.kind
 
     def went_down(self, why: str) -> None:
         """It is out of use: its last report no longer holds."""

@@ -14,11 +14,21 @@ from typing import assert_never
 
 import numpy as np
 
-from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.effects import (
+    AdviseScale,
+    AssignTerms,
+    Dispatch,
+    Effect,
+    PublishLayout,
+    Reject,
+    SendMessage,
+    StartMigration,
+)
 from cascadeinfer.core.errors import PolicyError
 from cascadeinfer.core.events import (
     Event,
     FirstToken,
+    InstanceChanged,
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
@@ -169,7 +179,7 @@ class SimCluster:
     def instance_joined(self, instance: SimInstance) -> None:
         """Let the policy use it."""
         instance_id = instance.instance_id
-        kind, node = self.config.kind_of(instance_id).kind, self.config.network.nodes.get(instance_id, "")
+        kind, node = self.fleet.kind_of(instance_id), self.config.network.nodes.get(instance_id, "")
         self._emit(InstanceJoined(f"up:{instance_id}", instance_id, kind, node=node))
 
     def instance_stepped(self, instance: SimInstance, end: StepEnd) -> None:
@@ -302,6 +312,9 @@ class SimCluster:
                 self._send(effect)
             case PublishLayout():
                 self._show(effect.layout)
+            case AssignTerms():
+                if (kind := self.fleet.assign(effect.instance_id, effect.terms)) is not None:
+                    self._emit(InstanceChanged(effect.cause, effect.instance_id, kind))
             case AdviseScale():
                 pass  # nobody scales a simulated cluster
             case _:

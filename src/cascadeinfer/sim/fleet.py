@@ -10,6 +10,7 @@ import math
 from typing import Protocol
 
 from cascadeinfer.core.events import InstanceReport
+from cascadeinfer.core.kind import InstanceKind, InstanceTerms
 from cascadeinfer.core.types import InstanceId
 from cascadeinfer.sim.faults import Crash
 from cascadeinfer.sim.instance import SimInstance
@@ -73,6 +74,7 @@ class Fleet:
         self._config = config
         self._listener = listener
         self._unit_tokens = unit_tokens
+        self._terms: dict[InstanceId, InstanceTerms] = {}
         self._schedule()
 
     def _schedule(self) -> None:
@@ -119,7 +121,7 @@ class Fleet:
             return
         number = self.numbers[instance_id]
         what = self._config.kind_of(instance_id)
-        capacity = what.kind.capacity
+        capacity = self.kind_of(instance_id).capacity
         instance = SimInstance(
             instance_id,
             number,
@@ -157,6 +159,22 @@ class Fleet:
     def _lose(self, instance: SimInstance) -> None:
         self.draining.discard(instance.instance_id)
         self._listener.instance_lost(instance)
+
+    def kind_of(self, instance_id: InstanceId) -> InstanceKind:
+        """What an instance is, with the terms that it has been given."""
+        kind = self._config.kind_of(instance_id).kind
+        terms = self._terms.get(instance_id)
+        return kind if terms is None else kind.with_terms(terms)
+
+    def assign(self, instance_id: InstanceId, terms: InstanceTerms) -> InstanceKind | None:
+        """Give an instance other terms, from its next step on; None: it is not there, and has them when it is back."""
+        self._terms[instance_id] = terms
+        instance = self.instance(instance_id)
+        if instance is None:
+            return None
+        kind = self.kind_of(instance_id)
+        instance.capacity = instance.scheduler.capacity = kind.capacity
+        return kind
 
     def remove(self, instance: SimInstance) -> None:
         """Take a lost instance out of the books."""

@@ -6,8 +6,9 @@ request: requests that have become too long for their stage are handed over as u
 layout as it is; it is reported as `Adapted.failure`, and planning is retried one interval later.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from cascadeinfer.core.adapt.boundaries import BoundaryRefiner, Neighbours, RefineSettings, outlook
 from cascadeinfer.core.adapt.recent import RecentWorkload
@@ -16,9 +17,9 @@ from cascadeinfer.core.adapt.scaling import Advice, ScaleAdvisor
 from cascadeinfer.core.adapt.step_models import StepModels
 from cascadeinfer.core.adapt.watch import WorkloadWatch
 from cascadeinfer.core.cost.latency import StepModel
-from cascadeinfer.core.effects import AdviseScale, Effect, PublishLayout
+from cascadeinfer.core.effects import AdviseScale, AssignTerms, Effect, PublishLayout
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.kind import InstanceKind
+from cascadeinfer.core.kind import InstanceKind, InstanceTerms
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.plan.problem import PlanProblem
 from cascadeinfer.core.policy import NextPlan
@@ -37,16 +38,18 @@ class Adapted:
         models: Whether the step cost models have changed.
         failure: Why planning failed; empty when it did not.
         advice: How many instances are needed, if that is new.
+        terms: Instances that get another role or token budget.
     """
 
     layout: str = ""
     models: bool = False
     failure: str = ""
     advice: Advice | None = None
+    terms: Mapping[InstanceId, InstanceTerms] = field(default_factory=dict)
 
     def told(self, cause: str, layout: StageLayout) -> list[Effect]:
-        """What operators are told beyond a changed layout: that planning failed, how many instances are needed."""
-        told: list[Effect] = []
+        """What is said beyond a changed layout: new terms, that planning failed, how many instances are needed."""
+        told: list[Effect] = [AssignTerms(cause, instance_id, terms) for instance_id, terms in self.terms.items()]
         if self.failure:
             told.append(PublishLayout(cause, layout, failure=self.failure))
         if self.advice is not None:
@@ -55,6 +58,25 @@ class Adapted:
 
 
 NOTHING = Adapted()
+
+
+class Adapts(Protocol):
+    """
+    What changes a policy's stages and step models while it runs.
+
+    Attributes:
+        watch: Must be notified of arrivals and ends.
+    """
+
+    watch: WorkloadWatch
+
+    def step(self, members: Sequence[Sequence[InstanceView]], now_s: float) -> Adapted:
+        """Do what is due. See `Adaptation.step`."""
+        ...
+
+    def next_plan(self) -> NextPlan | None:
+        """See `cascadeinfer.core.policy.PlansAhead`."""
+        ...
 
 
 class Adaptation:
@@ -133,9 +155,9 @@ class Adaptation:
     def _plan(self, replanner: Replanner, members: Sequence[Sequence[InstanceView]], now_s: float) -> Adapted:
         layout = self._roster.layout
         assert layout is not None
-        ranked = [instance.instance_id for stage in members for instance in sorted(stage, key=_mean_tokens)]
+        ranked = [instance.instance_id for stage in members for instance in sorted(stage, key=mean_tokens)]
         try:
-            model, capacity = self._models.weakest(_kinds(member for stage in members for member in stage))
+            model, capacity = self._models.weakest(kinds_of(member for stage in members for member in stage))
             if self._planner is not None:
                 self._planner.model = model
             unfinished = self.watch.unfinished(self._view.requests.values())
@@ -193,7 +215,7 @@ class Adaptation:
         that instance: boundaries then only balance load.
         """
         try:
-            made_with = [self._models.weakest(_kinds(stage)) for stage in members]
+            made_with = [self._models.weakest(kinds_of(stage)) for stage in members]
         except PlanError:  # reported when a plan is made
             return None
         if any(model is None for model, _ in made_with):
@@ -214,11 +236,12 @@ class Adaptation:
         return [problems[model, capacity] for model, capacity in made_with if model is not None]
 
 
-def _kinds(instances: Iterable[InstanceView]) -> list[InstanceKind]:
+def kinds_of(instances: Iterable[InstanceView]) -> list[InstanceKind]:
+    """The kind of each."""
     return [instance.kind for instance in instances]
 
 
-def _mean_tokens(instance: InstanceView) -> tuple[float, InstanceId]:
+def mean_tokens(instance: InstanceView) -> tuple[float, InstanceId]:
     """Sort key: mean length of the instance's requests, then its id."""
     tokens = instance.kv_tokens + instance.foreign_tokens
     return tokens / max(1, len(instance.request_ids) + instance.foreign_requests), instance.instance_id

@@ -172,22 +172,21 @@ class ModelPlanner:
             return float("inf")  # boundaries too close together for the workload's buckets
 
 
-class Replanner:
+class PlanSchedule:
     """
     Schedules online planning and keeps the workload that plans are made from.
 
     Attributes:
+        workload: Must be notified of arrivals and ends.
         seen: Lengths and requests per second that the last plan was made from; None if too little had been seen.
     """
 
-    def __init__(self, planner: Planner, settings: PlanSettings) -> None:
+    def __init__(self, settings: PlanSettings) -> None:
         """
         Args:
-            planner: Makes the plans.
-            settings: When, and from what.
+            settings: When to plan, and from what.
         """
         self.workload = RecentWorkload(settings.memory_s, settings.max_tokens)
-        self._planner = planner
         self._settings = settings
         self._next_s: float | None = None
         self.seen: tuple[LengthHistogram, float] | None = None
@@ -210,6 +209,32 @@ class Replanner:
             self._next_s = now_s + self._settings.interval_s
         return now_s >= self._next_s
 
+    def look(self, now_s: float, unfinished: Unfinished = NOBODY) -> tuple[LengthHistogram, float] | None:
+        """
+        Lengths and requests per second to plan from now, or None; the next plan is due one interval later.
+
+        Args:
+            now_s: The time.
+            unfinished: Requests that run or wait now.
+        """
+        self._next_s = now_s + self._settings.interval_s
+        self.seen = self.workload.look(now_s, self._settings.min_requests, unfinished, self._settings.most_unknown)
+        self._too_few = self.seen is None
+        return self.seen
+
+
+class Replanner(PlanSchedule):
+    """Asks a planner for better stages when they are due."""
+
+    def __init__(self, planner: Planner, settings: PlanSettings) -> None:
+        """
+        Args:
+            planner: Makes the plans.
+            settings: When, and from what.
+        """
+        super().__init__(settings)
+        self._planner = planner
+
     def propose(
         self,
         current: StageLayout,
@@ -231,10 +256,8 @@ class Replanner:
         Returns:
             A layout that is better by the required gain, or None.
         """
-        self._next_s = now_s + self._settings.interval_s
-        self.seen = self.workload.look(now_s, self._settings.min_requests, unfinished, self._settings.most_unknown)
-        self._too_few = self.seen is None
-        if self.seen is None:
+        seen = self.look(now_s, unfinished)
+        if seen is None:
             return None
-        proposed = self._planner(*self.seen, capacity, len(ranked_ids), current)
+        proposed = self._planner(*seen, capacity, len(ranked_ids), current)
         return None if proposed is None else proposed.on(ranked_ids)

@@ -40,7 +40,12 @@ right.
 
 
 class PrefillStages:
-    """The prefill stages of a layout, and the requests parked there."""
+    """
+    The prefill stages of a layout, and the requests parked there.
+
+    Attributes:
+        stages: The stages, by prompt length; none: every prompt is computed where its request decodes.
+    """
 
     def __init__(
         self, roles: RoleLayout | None, view: ClusterView, target_for: Callable[[RequestView], Chosen | None]
@@ -51,21 +56,39 @@ class PrefillStages:
             view: The policy's books. The instances of prefill stages are set aside in it.
             target_for: The instance that takes a parked request now, or None while nobody has room.
         """
-        self._stages: tuple[Stage, ...] = () if roles is None else roles.prefill
-        self._threshold_tokens = UNBOUNDED_TOKENS if roles is None else roles.threshold_tokens
+        self.stages: tuple[Stage, ...] = () if roles is None else roles.prefill
         self._view = view
         self._target_for = target_for
         self._parked: dict[RequestId, float] = {}
         self._pushes = 0
         self._set_aside()
 
+    @property
+    def threshold_tokens(self) -> int:
+        """Prompts of at least this length are computed in these stages; beyond all lengths without any."""
+        return self.stages[0].range.lo_tokens if self.stages else UNBOUNDED_TOKENS
+
+    def adopt(self, stages: tuple[Stage, ...]) -> None:
+        """
+        Have these stages from now on.
+
+        What is parked stays parked and is pushed, by an instance that computes prompts no longer, too. Instances that
+        leave the stages count as members and as available again.
+        """
+        self.stages = stages
+        self._set_aside()
+
+    def members(self) -> list[list[InstanceView]]:
+        """The instances of each stage that are up and not draining."""
+        return [self._members(stage.instance_ids) for stage in self.stages]
+
     def place_for(self, request: RequestView) -> Chosen | None:
         """The instance that computes this prompt and parks the request; None: it is computed where it decodes."""
-        if request.tokens < self._threshold_tokens or request.pin_reason is not None:
+        if request.tokens < self.threshold_tokens or request.pin_reason is not None:
             return None
-        home = next(index for index, stage in enumerate(self._stages) if request.tokens < stage.range.hi_tokens)
-        for index in sorted(range(len(self._stages)), key=lambda index: (abs(index - home), index)):
-            members = self._members(self._stages[index].instance_ids)
+        home = next(index for index, stage in enumerate(self.stages) if request.tokens < stage.range.hi_tokens)
+        for index in sorted(range(len(self.stages)), key=lambda index: (abs(index - home), index)):
+            members = self._members(self.stages[index].instance_ids)
             if members:
                 able = self._view.able(request, members)
                 return _shortest_queue([i for i in able if has_room(i, request.tokens)], n_able=len(able))
@@ -75,7 +98,7 @@ class PrefillStages:
         """A prefill instance that also decodes this request, because nobody else can and answers; None otherwise."""
         if self._view.able(request, self._view.available()):
             return None
-        every = self._members([instance_id for stage in self._stages for instance_id in stage.instance_ids])
+        every = self._members([instance_id for stage in self.stages for instance_id in stage.instance_ids])
         able = [i for i in self._view.able(request, every) if not i.shunned]
         return _shortest_queue(able, n_able=len(able))
 
@@ -126,15 +149,15 @@ class PrefillStages:
         return effects
 
     def _set_aside(self) -> None:
-        self._view.set_aside([instance_id for stage in self._stages for instance_id in stage.instance_ids])
+        self._view.set_aside([instance_id for stage in self.stages for instance_id in stage.instance_ids])
 
     def _succeed(self, instance_id: InstanceId, replaced_id: InstanceId) -> None:
         """An instance takes over the place of another, which drains, has drained, or still waits for its end."""
-        if any(instance_id in stage.instance_ids for stage in self._stages):
+        if any(instance_id in stage.instance_ids for stage in self.stages):
             return  # it is back
-        self._stages = tuple(
+        self.stages = tuple(
             Stage(stage.range, (*stage.instance_ids, instance_id)) if replaced_id in stage.instance_ids else stage
-            for stage in self._stages
+            for stage in self.stages
         )
         self._set_aside()
 

@@ -75,7 +75,14 @@ class RoleSearcher:
     """The search over candidates of one problem, with one set of boundaries."""
 
     def __init__(
-        self, problem: PlanProblem, budgets: tuple[int, ...], push: PushCost, *, max_stages: int, max_prefill: int
+        self,
+        problem: PlanProblem,
+        budgets: tuple[int, ...],
+        push: PushCost,
+        *,
+        max_stages: int,
+        max_prefill: int,
+        max_units: int = MAX_UNITS,
     ) -> None:
         """
         Args:
@@ -84,10 +91,11 @@ class RoleSearcher:
             push: Cost of a push.
             max_stages: Maximum number of stages that decode.
             max_prefill: Maximum number of prefill stages.
+            max_units: Units that are placed at most; with more instances, a unit is a fraction of them.
         """
         self.problem = problem
         self.candidates = problem.candidates()
-        self.n_units = min(problem.n_instances, MAX_UNITS)
+        self.n_units = min(problem.n_instances, max_units)
         self.per_unit = problem.n_instances / self.n_units
         self.predictions = 0
         self._push = push
@@ -257,6 +265,8 @@ def solve_roles(
     *,
     split: bool = False,
     n_prefill: int | None = None,
+    may_push: bool = True,
+    max_units: int = MAX_UNITS,
 ) -> RolePlan:
     """
     The best plan with roles.
@@ -267,6 +277,8 @@ def solve_roles(
         push: Cost of a push.
         split: Only one prefill stage for all prompts and one stage that decodes (plain prefill/decode splitting).
         n_prefill: With `split`: the instances of the prefill stage; None: the best number.
+        may_push: Whether there may be prefill stages, from which every request is pushed.
+        max_units: See `RoleSearcher`; fewer make a quicker and coarser search.
 
     Raises:
         PlanError: Fewer than two instances are to be split, or the demand is above the capacity of every plan.
@@ -275,16 +287,23 @@ def solve_roles(
     if split:
         return _split(RoleSearcher(problem, budgets, push, max_stages=1, max_prefill=1), n_prefill)
     coarse = RoleSearcher(
-        replace(problem, boundaries_per_octave=1), budgets, push, max_stages=problem.max_stages, max_prefill=1
+        replace(problem, boundaries_per_octave=1),
+        budgets,
+        push,
+        max_stages=problem.max_stages,
+        max_prefill=1,
+        max_units=max_units,
     )
-    thresholds = coarse.thresholds() if problem.n_instances > 1 else []
+    thresholds = coarse.thresholds() if may_push and problem.n_instances > 1 else []
     tried = {n: choices for n in thresholds if (choices := coarse.choices(n))}
     chosen = min(tried, key=lambda n: min(c.cost for c in tried[n]), default=None)
     plain = _simplest(coarse.choices(None), problem.stage_tolerance)
     rough = [plain] if chosen is None else [plain, _simplest(tried[chosen], problem.stage_tolerance)]
     used = {stage.budget_tokens for c in rough if np.isfinite(c.cost) for stage in coarse.plan(c, np.inf).every}
     few = tuple(budget for budget in budgets if budget in used) or budgets
-    fine = RoleSearcher(problem, few, push, max_stages=problem.max_stages, max_prefill=MAX_PREFILL_STAGES)
+    fine = RoleSearcher(
+        problem, few, push, max_stages=problem.max_stages, max_prefill=MAX_PREFILL_STAGES, max_units=max_units
+    )
     without = _simplest(fine.choices(None), problem.stage_tolerance)
     best = without
     if chosen is not None and np.isfinite(rough[-1].cost):

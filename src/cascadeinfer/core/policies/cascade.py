@@ -11,16 +11,15 @@ overloaded, or anywhere when the instance drains. Neighbouring stages adjust the
 load balancing by price, and migration from overloaded to idle instances. A new layout moves nothing at once: requests
 that are too long for their stage are handed over like others; those that are too short stay.
 
-Overload: up to `max_queued` requests that fit nowhere wait here, by priority, then arrival. Beyond it, the one that
-would run last is refused with the time in which the queue should drain (`core/placing/admission.py`).
-
-Inputs read: reports, messages, and the cost model if there is one. Source: arXiv 2512.19179.
+Overload: up to `max_queued` requests that fit nowhere wait here, by priority, then arrival; beyond it, the last one is
+refused with the time in which the queue should drain (`core/placing/admission.py`). Inputs read: reports, messages, and
+the cost model if there is one. Source: arXiv 2512.19179.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from cascadeinfer.core.adapt.adaptation import Adaptation
+from cascadeinfer.core.adapt.adaptation import Adaptation, Adapts
 from cascadeinfer.core.adapt.boundaries import RefineSettings
 from cascadeinfer.core.adapt.replanning import Planner, PlanSettings
 from cascadeinfer.core.adapt.step_models import StepModels
@@ -36,6 +35,7 @@ from cascadeinfer.core.effects import Dispatch, Effect, PublishLayout, Reject, S
 from cascadeinfer.core.events import (
     Event,
     FirstToken,
+    InstanceChanged,
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
@@ -122,7 +122,7 @@ class Cascade:
         self._drain = DrainRate()
         self._balance = balance or BidAskSettings()
         self._handover = handover or HandoverRules()
-        self._adaptation = Adaptation(
+        self._adaptation: Adapts = Adaptation(
             self.roster,
             self.view,
             models=self._models,
@@ -179,7 +179,7 @@ class Cascade:
             case LayoutAnnounced():
                 self.roster.adopt(event.layout)
                 self._follow_roster(event.cause, effects)
-            case FirstToken():
+            case FirstToken() | InstanceChanged():
                 self.view.apply(event)
             case WorkloadSeen():
                 self._watch.seen_elsewhere(event, now_s)

@@ -11,21 +11,24 @@ everybody's time together. On an instance with n requests it takes the queue the
 n + 1 times its own computation, for which all of them wait. Decode instances have many requests, so this happens when
 prompts queue for seconds, because more come than were planned for, or on an instance that hardly decodes.
 
-Stages, threshold and chunk budgets stay as planned: boundaries do not move and nothing is planned anew while it runs,
-because neither refinement nor replanning knows prefill stages yet. With a plan without prefill stages it is the cascade
-with fixed ranges.
+*Replanning.* Stages, threshold and chunk budgets are planned anew from what has been seen, and are put in force when
+that gains enough (`core/adapt/role_adaptation.py`). Without stages to start with, one stage computes and decodes
+everything until the first plan. Ranges are not refined between plans.
 
 Edge cases: those of `core/placing/pushing.py`. Inputs read: those of the cascade. Source: arXiv 2512.19179 for the
 stages, DistServe (arXiv 2401.09670) for the prefill instances.
 """
 
+from dataclasses import replace
 from typing import Any, Final
 
-from cascadeinfer.core.adapt.warm_up import warm_up
+from cascadeinfer.core.adapt.replanning import PlanSettings
+from cascadeinfer.core.adapt.role_adaptation import RoleAdaptation
+from cascadeinfer.core.adapt.warm_up import warm_up_roles
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.cost.learning import LearningSettings
-from cascadeinfer.core.effects import Effect
-from cascadeinfer.core.events import Event
+from cascadeinfer.core.effects import Effect, PublishLayout
+from cascadeinfer.core.events import Event, LayoutAnnounced
 from cascadeinfer.core.layout import RoleLayout
 from cascadeinfer.core.placing.dispatch import Chosen, has_room, nearest_with_room
 from cascadeinfer.core.placing.pushing import PrefillStages
@@ -47,14 +50,18 @@ class Roles(Cascade):
         overflow: bool = True,
         share: bool = True,
         rebalance: bool = True,
+        replan: bool = True,
+        planning: PlanSettings | None = None,
         max_queued: int | None = None,
     ) -> None:
         """
         Args:
-            roles: The stages; None: one stage that computes and decodes everything.
+            roles: The stages to start with; None: one stage that computes and decodes everything.
             step_model: Cost of a step.
             learning: How to learn it from reported steps; None: it stays as it is.
             overflow: Whether a queue of prompts sends a prompt to where it decodes.
+            replan: Whether to plan at run time.
+            planning: When and how to plan.
             share, rebalance, max_queued: As for `Cascade`.
         """
         super().__init__(
@@ -69,10 +76,31 @@ class Roles(Cascade):
         )
         self._overflow = overflow
         self._prefill = PrefillStages(roles, self.view, self._target_for)
+        self._adaptation = RoleAdaptation(
+            self.roster,
+            self.view,
+            self._prefill,
+            models=self._models,
+            planning=planning or PlanSettings(),
+            replan=replan,
+        )
+        self._watch = self._adaptation.watch
+        self.next_plan = self._adaptation.next_plan
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """See `Policy.handle`."""
-        return self._prefill.handle(event, now_s, super().handle)
+        if isinstance(event, LayoutAnnounced):
+            self._prefill.adopt(event.prefill)
+        effects = self._prefill.handle(event, now_s, super().handle)
+        prefill = self._prefill.stages
+        return [replace(e, prefill=prefill) if isinstance(e, PublishLayout) and prefill else e for e in effects]
+
+    def _follow_roster(self, cause: str, effects: list[Effect], why: str = "") -> None:
+        """Also tell when only the prefill stages have changed."""
+        before = len(effects)
+        super()._follow_roster(cause, effects, why)
+        if why and len(effects) == before and self.roster.layout is not None:
+            effects.append(PublishLayout(cause, self.roster.layout, why))
 
     def _place_waiting(self, cause: str, effects: list[Effect]) -> None:
         """Dispatch prompts to prefill instances, and the rest as the cascade does."""
@@ -93,7 +121,10 @@ class Roles(Cascade):
         )
 
     def _target_for(self, request: RequestView) -> Chosen | None:
-        stages = [self.view.able(request, members) for members in self._members]
+        stages = [
+            [instance for instance in self.view.able(request, members) if instance is not request.place]
+            for members in self._members
+        ]  # it may be parked on an instance that decodes by now
         return nearest_with_room(stages, self._home(request), request.tokens) if stages else None
 
 
@@ -105,8 +136,10 @@ def _taken(instance: InstanceView, tokens: int) -> float:
 
 def _options_for(around: Circumstances) -> dict[str, Any]:
     given = {"roles": around.roles, "step_model": around.step_model, "max_queued": around.max_queued}
-    found = {option: value for option, value in given.items() if value is not None}
-    return found | {"learning": LearningSettings()} if around.learns and not around.follows else found
+    found = {"planning": around.planning, **{option: value for option, value in given.items() if value is not None}}
+    if around.follows:
+        return found | {"replan": False}
+    return found | {"learning": LearningSettings()} if around.learns else found
 
 
 INFO: Final = PolicyInfo(
@@ -116,8 +149,9 @@ INFO: Final = PolicyInfo(
     uses_profile=True,
     roles=RoleSearch.FULL,
     options_for=_options_for,
-    warm_up=warm_up,
+    warm_up=warm_up_roles,
     variants={
+        "static": Variant(options={"replan": False}),
         "no-overflow": Variant(options={"overflow": False}),
         "no-share": Variant(options={"share": False}),
     },

@@ -15,7 +15,8 @@ from typing import Any, assert_never
 
 from cascadeinfer.cluster.channel import Channel
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
-from cascadeinfer.core.events import LayoutAnnounced
+from cascadeinfer.core.events import InstanceChanged, LayoutAnnounced
+from cascadeinfer.core.kind import InstanceTerms, Role
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.frontend.processes.board import Board
@@ -165,6 +166,8 @@ class Follower:
                 self._runtime.elastic.adopt(instance_id, self._make_engine(instance_id))
             elif instance_id in records:
                 records[instance_id].supervisor.restarts = news.restarts
+                if news.role:
+                    self._follow_terms(instance_id, InstanceTerms(Role(news.role), news.step_tokens))
                 if news.condemned is not None:
                     self._condemn(instance_id, news.condemned)
                 if news.drain_ends_s is not None:
@@ -173,9 +176,14 @@ class Follower:
             self._condemn(instance_id, "process 0 has removed it")
             self._drain(instance_id, 0.0)
 
+    def _follow_terms(self, instance_id: InstanceId, terms: InstanceTerms) -> None:
+        assert self._runtime is not None
+        if (kind := self._runtime.fleet.follow_terms(instance_id, terms)) is not None:
+            self._runtime.emit(InstanceChanged(f"terms:{instance_id}", instance_id, kind))
+
     def _follow_layout(self) -> None:
         if self._runtime is not None and self._layout_news is not None:
-            self._runtime.emit(LayoutAnnounced("layout", self._layout_news.layout()))
+            self._runtime.emit(LayoutAnnounced("layout", self._layout_news.layout(), self._layout_news.prefill()))
 
     def _condemn(self, instance_id: InstanceId, why: str) -> None:
         """

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from cascadeinfer.core.layout import StageLayout
-from cascadeinfer.core.types import InstanceId, RequestId
+from cascadeinfer.core.layout import Stage, StageLayout
+from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, LengthRange, RequestId
 from cascadeinfer.engines.vllm.attachment import AnyAttachment
 from cascadeinfer.runtime.ledger import EndedMove
 from cascadeinfer.runtime.picture import Move, OldRequest
@@ -25,6 +25,8 @@ class InstanceNews(msgspec.Struct, frozen=True):
         restarts: Number of restarts.
         drain_ends_s: When the time for handing its requests over is up; None if it is not draining.
         condemned: Why it is being restarted although no request is to blame; None if it is not.
+        role: What it computes; empty while it is not up.
+        step_tokens: Its token budget of a step; 0 while it is not up.
     """
 
     instance_id: InstanceId
@@ -32,6 +34,8 @@ class InstanceNews(msgspec.Struct, frozen=True):
     restarts: int
     drain_ends_s: float | None
     condemned: str | None = None
+    role: str = ""
+    step_tokens: int = 0
 
 
 class FleetNews(msgspec.Struct, frozen=True, tag=True):
@@ -46,15 +50,28 @@ class LayoutNews(msgspec.Struct, frozen=True, tag=True):
 
     boundaries_tokens: list[int]
     groups: list[list[InstanceId]]
+    prefill_from_tokens: list[int] = []
+    prefill_groups: list[list[InstanceId]] = []
 
     @classmethod
-    def of(cls, layout: StageLayout) -> "LayoutNews":
-        """The message for a layout."""
-        return cls(list(layout.boundaries_tokens), [list(stage.instance_ids) for stage in layout.stages])
+    def of(cls, layout: StageLayout, prefill: tuple[Stage, ...]) -> "LayoutNews":
+        """The message for the stages that decode, and the prefill stages."""
+        return cls(
+            list(layout.boundaries_tokens),
+            [list(stage.instance_ids) for stage in layout.stages],
+            [stage.range.lo_tokens for stage in prefill],
+            [list(stage.instance_ids) for stage in prefill],
+        )
 
     def layout(self) -> StageLayout:
-        """The layout."""
+        """The layout of the stages that decode."""
         return StageLayout.from_boundaries(tuple(self.boundaries_tokens), tuple(map(tuple, self.groups)))
+
+    def prefill(self) -> tuple[Stage, ...]:
+        """The prefill stages, by prompt length."""
+        ends = [*self.prefill_from_tokens[1:], UNBOUNDED_TOKENS]
+        ranges = map(LengthRange, self.prefill_from_tokens, ends)
+        return tuple(Stage(lengths, tuple(ids)) for lengths, ids in zip(ranges, self.prefill_groups, strict=True))
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):

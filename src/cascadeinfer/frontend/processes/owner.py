@@ -372,7 +372,7 @@ class FrontEnds:
         broken_pairs = tuple([pair.instance_ids for pair in self._runtime.fleet.pairs.broken()])
         self._say(follower, FleetNews(instances, broken_pairs))
         if (layout := self._runtime.fleet.layout) is not None:
-            self._say(follower, LayoutNews.of(layout))
+            self._say(follower, LayoutNews.of(layout, self._runtime.fleet.prefill))
 
     def _look_after(self, follower: FollowerState) -> None:
         """Watch for a hung follower: it would block its clients, its requests and its place on the listening socket."""
@@ -393,6 +393,13 @@ class FrontEnds:
     async def _news_of(self, state: InstanceRecord, index: int) -> InstanceNews:
         attachment = None if state.engine is None else await self._attachment_of(state.engine, index)
         drain_ends_s = None if state.drain is None else state.drain.ends_s
+        kind = None if state.engine is None else state.kind
         return InstanceNews(
-            state.instance_id, attachment, state.supervisor.restarts, drain_ends_s, state.supervisor.condemned
+            state.instance_id,
+            attachment,
+            state.supervisor.restarts,
+            drain_ends_s,
+            state.supervisor.condemned,
+            role="" if kind is None else kind.role.value,
+            step_tokens=0 if kind is None else kind.capacity.max_batched_tokens,
         )
