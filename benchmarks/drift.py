@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--workloads", default=",".join(MIXES))
     parser.add_argument("--instances", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--contenders", default="", help="some policies only, separated by commas")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     results: dict[str, Figures] = json.loads(options.results.read_text()) if options.results.exists() else {}
@@ -129,9 +130,10 @@ def contenders() -> Iterable[tuple[str, int]]:
 def fill(results: dict[str, Figures], name: str, profile: str, seed: int, options: argparse.Namespace) -> None:
     """Run what is missing of one point and seed."""
     workload: Workload | None = None
+    chosen = options.contenders.split(",") if options.contenders else [policy for policy, _ in contenders()]
     for policy, budget in contenders():
         key = key_of(name, profile, policy, budget, seed)
-        if key in results:
+        if key in results or policy not in chosen:
             continue
         workload = workload or workload_of(name, profile, seed, options)
         results[key] = run(workload, policy, budget)

@@ -23,7 +23,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascadeinfer.core.effects import AdviseScale, Dispatch, Effect, PublishLayout, Reject, SendMessage, StartMigration
+from cascadeinfer.core.effects import (
+    AdviseScale,
+    AssignTerms,
+    Dispatch,
+    Effect,
+    PublishLayout,
+    Reject,
+    SendMessage,
+    StartMigration,
+)
 from cascadeinfer.core.events import MigrationOutcome, PinReason
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.messages import Accept, Advert, Ask, Award, BalanceMessage, Bid, Decline, Withdraw
@@ -89,7 +98,7 @@ class Transcript:
         shown: list[str] = getattr(self, f"_{word}")(*rest) or []
         return shown + [self._show(effect) for effect in self.world.log[before:]]
 
-    def _show(self, effect: Effect) -> str:
+    def _show(self, effect: Effect) -> str:  # noqa: PLR0911 - one line per effect
         match effect:
             case Dispatch():
                 return f"dispatch {effect.request_id} -> {effect.instance_id}"
@@ -105,6 +114,8 @@ class Transcript:
             case PublishLayout():
                 stages = [f"{stage.range}: {' '.join(stage.instance_ids)}" for stage in effect.layout.stages]
                 return f"layout {' | '.join(stages)}"
+            case AssignTerms():
+                return f"assign {effect.instance_id}: {effect.terms.role}, budget {effect.terms.budget_tokens}"
             case AdviseScale():
                 return f"advise {effect.n_instances} instances: {effect.why}"
 

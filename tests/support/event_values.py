@@ -30,7 +30,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         float: st.floats(allow_nan=False),
         types.NoneType: st.none(),
         StageLayout: _layouts(),
-        LengthRange: st.builds(lambda low, more: LengthRange(low, low + more), st.integers(0, 9999), st.integers(1, 99)),
+        LengthRange: st.tuples(st.integers(0, 99), st.integers(100, 999)).map(lambda ends: LengthRange(*ends)),
     }
     if hint in plain:
         return plain[hint]

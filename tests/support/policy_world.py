@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from cascadeinfer.core.choice import HIGHEST_WINS, MOST_SCORED, Choice
 from cascadeinfer.core.effects import (
     AdviseScale,
+    AssignTerms,
     Dispatch,
     Effect,
     MigrationReason,
@@ -23,6 +24,7 @@ from cascadeinfer.core.effects import (
 from cascadeinfer.core.events import (
     Event,
     FirstToken,
+    InstanceChanged,
     InstanceDraining,
     InstanceJoined,
     InstanceLost,
@@ -98,6 +100,9 @@ class World:
         for effect in effects:
             if isinstance(effect, Reject):
                 effects = effects + self.emit(RequestFinished(effect.request_id, effect.request_id, 0))
+            elif isinstance(effect, AssignTerms):
+                kind = self.kinds[effect.instance_id] = self.kind_of(effect.instance_id).with_terms(effect.terms)
+                effects = effects + self.emit(InstanceChanged(effect.cause, effect.instance_id, kind))
         return effects
 
     def join(self, *instance_ids: InstanceId) -> list[Effect]:
@@ -319,6 +324,11 @@ class World:
             case SendMessage():
                 assert effect.sender_id in self.draining, f"{effect}: the sender is gone"
                 self.flying.append(effect)
+            case AssignTerms():
+                assert effect.instance_id in self.draining, f"{effect}: the instance is gone"
+                most = self.kind_of(effect.instance_id).most_tokens
+                budget = effect.terms.budget_tokens
+                assert budget is None or self.capacity.max_num_seqs <= budget <= most, f"{effect}: no such budget"
             case PublishLayout() | AdviseScale():
                 pass
 

@@ -31,7 +31,7 @@ from cascadeinfer.eventlog.writer import header_of
 from cascadeinfer.results.provenance import own_commit
 from cascadeinfer.results.records import InstanceSamples, MigrationRecords, RequestRecords
 from cascadeinfer.results.summary import RunSummary, Slo, summarise, summarise_between
-from cascadeinfer.sim.cluster import Observer
+from cascadeinfer.sim.policy_loop import Observer
 from cascadeinfer.sim.run import simulate
 from cascadeinfer.sim.settings import NetworkConfig, SimConfig, SimKind, instance_ids
 from cascadeinfer.workload.drawing import ArrivalLaw, draw_requests

@@ -1,15 +1,13 @@
 """
 Shell no. 1: runs a policy on simulated instances in virtual time.
 
-Facts (a request arrives, a step ends, an instance dies, a migration ends) become events; `_emit` hands each to the
-policy and carries its effects out at once. Events that arise meanwhile are queued, so the policy sees one event at a
-time. For the order at one moment see `kernel.Priority`. The order of events around a death or an end is the runtime's:
-`MigrationEnded` comes before the `InstanceLost` or `RequestFinished` that caused it.
+Facts (a request arrives, a step ends, an instance dies, a migration ends) become events; `policy_loop.py` hands each to
+the policy and carries its effects out at once. Events that arise meanwhile are queued, so the policy sees one event at
+a time. For the order at one moment see `kernel.Priority`. The order of events around a death or an end is the
+runtime's: `MigrationEnded` comes before the `InstanceLost` or `RequestFinished` that caused it.
 """
 
 import math
-from collections import deque
-from collections.abc import Callable
 from typing import assert_never
 
 import numpy as np
@@ -26,7 +24,6 @@ from cascadeinfer.core.effects import (
 )
 from cascadeinfer.core.errors import PolicyError
 from cascadeinfer.core.events import (
-    Event,
     FirstToken,
     InstanceChanged,
     InstanceDraining,
@@ -37,7 +34,6 @@ from cascadeinfer.core.events import (
     MessageReceived,
     RequestArrived,
     RequestFinished,
-    TimerFired,
 )
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.migration import Happening, NotBegun, not_begun
@@ -48,14 +44,12 @@ from cascadeinfer.sim.instance import SimInstance
 from cascadeinfer.sim.kernel import Kernel, Priority
 from cascadeinfer.sim.migrations import Migrator, Move
 from cascadeinfer.sim.parkings import Parkings
+from cascadeinfer.sim.policy_loop import Observer, PolicyLoop
 from cascadeinfer.sim.recording import Recorder
 from cascadeinfer.sim.requests import OVER, Phase, SimRequest
 from cascadeinfer.sim.settings import SimConfig
 from cascadeinfer.sim.steps import StepEnd
 from cascadeinfer.workload.trace import Trace
-
-Observer = Callable[[float, Event, list[Effect]], None]
-"""Sees each event with its time and the effects it led to."""
 
 
 class SimCluster:
@@ -89,17 +83,12 @@ class SimCluster:
         self.messages_lost = 0
         self._trace = trace
         self._columns = (trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist())
-        self._policy = policy
-        self._observer = observer
         self._rng = np.random.default_rng(config.seed)
         self._progress_s = 0.0
         self._to_come = len(trace)
         self._stop_s = math.inf if config.stop_s is None else config.stop_s
         self._stages: dict[InstanceId, int] = {}
-        self._inbox: deque[Event] = deque()
-        self._handling = False
-        self._timer_s: float | None = None
-        self._timer_version = 0
+        self._emit = PolicyLoop(policy, self.kernel, self._carry_out, observer).emit
         for leave in config.faults.disconnects:
             self.kernel.at(leave.at_s, Priority.FAULT, self._disconnect, leave.row)
         if len(trace):
@@ -272,33 +261,6 @@ class SimCluster:
                 self.kernel.at(self.kernel.now_s, Priority.CONTROL, self._leave_if_empty, instance)
 
     # --- the policy --------------------------------------------------------------------------------------------------
-
-    def _emit(self, event: Event) -> None:
-        if self._handling:
-            self._inbox.append(event)
-            return
-        self._handling = True
-        now_s = self.kernel.now_s
-        waiting: Event | None = event
-        while waiting is not None:
-            effects = self._policy.handle(waiting, now_s)
-            if self._observer is not None:
-                self._observer(now_s, waiting, effects)
-            for effect in effects:
-                self._carry_out(effect)
-            waiting = self._inbox.popleft() if self._inbox else None
-        self._handling = False
-        timer_s = self._policy.next_timer_s()
-        if timer_s != self._timer_s:
-            self._timer_s = timer_s
-            self._timer_version += 1
-            if timer_s is not None:
-                self.kernel.at(max(timer_s, now_s), Priority.TIMER, self._fire, self._timer_version)
-
-    def _fire(self, version: int) -> None:
-        if version == self._timer_version:
-            self._timer_s = None
-            self._emit(TimerFired("timer"))
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:

@@ -11,7 +11,8 @@ from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.results.records import InstanceSamples, MigrationRecords, RequestRecords
 from cascadeinfer.sim.checkers import Checker
-from cascadeinfer.sim.cluster import Observer, SimCluster
+from cascadeinfer.sim.cluster import SimCluster
+from cascadeinfer.sim.policy_loop import Observer
 from cascadeinfer.sim.recording import request_records
 from cascadeinfer.sim.settings import SimConfig, instance_ids
 from cascadeinfer.workload.trace import Trace

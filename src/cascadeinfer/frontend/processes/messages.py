@@ -14,6 +14,7 @@ from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, LengthRange, R
 from cascadeinfer.engines.vllm.attachment import AnyAttachment
 from cascadeinfer.runtime.ledger import EndedMove
 from cascadeinfer.runtime.picture import Move, OldRequest
+from cascadeinfer.runtime.view import InstanceRecord
 
 
 class InstanceNews(msgspec.Struct, frozen=True):
@@ -36,6 +37,20 @@ class InstanceNews(msgspec.Struct, frozen=True):
     condemned: str | None = None
     role: str = ""
     step_tokens: int = 0
+
+    @classmethod
+    def of(cls, record: InstanceRecord, attachment: AnyAttachment | None) -> "InstanceNews":
+        """The message for an instance."""
+        kind = None if record.engine is None else record.kind
+        return cls(
+            record.instance_id,
+            attachment,
+            record.supervisor.restarts,
+            None if record.drain is None else record.drain.ends_s,
+            record.supervisor.condemned,
+            role="" if kind is None else kind.role.value,
+            step_tokens=0 if kind is None else kind.capacity.max_batched_tokens,
+        )
 
 
 class FleetNews(msgspec.Struct, frozen=True, tag=True):

@@ -392,14 +392,4 @@ class FrontEnds:
 
     async def _news_of(self, state: InstanceRecord, index: int) -> InstanceNews:
         attachment = None if state.engine is None else await self._attachment_of(state.engine, index)
-        drain_ends_s = None if state.drain is None else state.drain.ends_s
-        kind = None if state.engine is None else state.kind
-        return InstanceNews(
-            state.instance_id,
-            attachment,
-            state.supervisor.restarts,
-            drain_ends_s,
-            state.supervisor.condemned,
-            role="" if kind is None else kind.role.value,
-            step_tokens=0 if kind is None else kind.capacity.max_batched_tokens,
-        )
+        return InstanceNews.of(state, attachment)
