@@ -38,7 +38,8 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     arguments += ["--instance-args", f"{PREFILL}: --max-num-seqs 6 --num-gpu-blocks-override {FEW}"]
     arguments += ["--no-enable-prefix-caching", "--placement-headers", "--api-servers", str(N_PROCESSES)]
     arguments += ["--suspect-after-s", "60"]  # else a slow step sends its requests elsewhere
-    with ServerProcess(tiny_model, log, *arguments, program=QUICK_SERVER) as server:
+    environment = {"KEEP_PLAN": "1"}
+    with ServerProcess(tiny_model, log, *arguments, program=QUICK_SERVER, environment=environment) as server:
         server.wait_until_ready(3)
         server.poll(lambda: all(one["up"] for one in server.admin()["front_ends"]), "both front ends", 240)
         yield server
