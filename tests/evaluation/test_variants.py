@@ -49,7 +49,7 @@ def test_policies_with_roles_get_their_plan(setting: Setting) -> None:
     """`roles` gets stages of every kind and a budget for each, `pd_fixed` one ratio; nobody else gets any."""
     found = {name: role_search(name) for name in policy_names()}
     assert {name for name, search in found.items() if search is not None} == {
-        "pd_fixed", "roles", "roles-no-overflow", "roles-no-share"
+        "pd_fixed", "roles", "roles-no-overflow", "roles-no-share", "roles-static"
     }  # fmt: skip
     plan = setting.plan_roles(RATE_RPS, (2048,), split=True)
     options = policy_spec("pd_fixed", setting, None, plan).options

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.kind import InstanceKind, Role
+from cascadeinfer.core.kind import InstanceKind, InstanceTerms, Role
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.migration import MigrationLimits
 from cascadeinfer.core.plan.planner import Plan
@@ -168,18 +168,23 @@ def roles_for(setting: Setting, spec: RunSpec) -> RolePlan | None:
 
 
 def kinds_for(setting: Setting, roles: RolePlan | None) -> dict[InstanceId, SimKind]:
-    """The instances of each stage with the role and the chunk budget of its plan, all started with the largest."""
+    """
+    The instances of each stage with the role and the chunk budget of its plan.
+
+    All are started alike: with as many slots as the smallest budget of the plan allows, and with the largest budget.
+    """
     if roles is None:
         return {}
     profile, most = setting.profile, max(setting.role_budgets())
+    started = InstanceKind(
+        replace(
+            profile.capacity.with_token_budget(min(stage.budget_tokens for stage in roles.every)),
+            max_batched_tokens=most,
+        )
+    )
     return {
         instance_id: SimKind(
-            InstanceKind(
-                profile.capacity.with_token_budget(stage.budget_tokens),
-                role=Role(stage.kind.value),
-                started_tokens=most,
-            ),
-            profile.step_model,
+            started.with_terms(InstanceTerms(Role(stage.kind.value), stage.budget_tokens)), profile.step_model
         )
         for stage, ids in roles.dealt(instance_ids(setting.n_instances))
         for instance_id in ids

@@ -1,5 +1,6 @@
 """Plans with roles made while serving: who becomes what, when it is worth it, and that nothing is lost on the way."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +16,11 @@ from cascadeinfer.core.plan.role_plan import PushCost, RolePlan
 from cascadeinfer.core.plan.role_prediction import StageInForce, predict_roles
 from cascadeinfer.core.plan.roles import solve_roles
 from cascadeinfer.core.policies.roles import Roles
-from cascadeinfer.core.types import InstanceCapacity, LengthRange
+from cascadeinfer.core.types import InstanceCapacity, InstanceId, LengthRange
 from cascadeinfer.core.view import InstanceView
 from cascadeinfer.sim.faults import Crash, FaultPlan
 from cascadeinfer.sim.run import SimResult, simulate
-from cascadeinfer.sim.settings import SimConfig, instance_ids
+from cascadeinfer.sim.settings import SimConfig, SimKind, instance_ids
 from cascadeinfer.workload.trace import Trace
 from support.plan_problems import MODEL, problem_at
 
@@ -108,7 +109,9 @@ def turning(seed: int = 1) -> Trace:
     return Trace.from_columns(prompts, outputs, arrivals)
 
 
-def run(policy: Roles, faults: FaultPlan | None = None) -> tuple[SimResult, list[tuple[Event, list[Effect]]]]:
+def run(
+    policy: Roles, faults: FaultPlan | None = None, kinds: Mapping[InstanceId, SimKind] | None = None
+) -> tuple[SimResult, list[tuple[Event, list[Effect]]]]:
     """Simulate `turning` on four instances; returns the result and every event with its effects."""
     config = SimConfig(
         instances=N,
@@ -117,6 +120,7 @@ def run(policy: Roles, faults: FaultPlan | None = None) -> tuple[SimResult, list
         kv_bytes_per_token=131_072.0,
         context_tokens=16_384,
         faults=faults or FaultPlan(),
+        kinds=kinds or {},
     )
     seen: list[tuple[Event, list[Effect]]] = []
     result = simulate(turning(), policy, config, observer=lambda _, event, effects: seen.append((event, effects)))
@@ -180,6 +184,17 @@ def test_pinned_requests_have_no_prefill_stages() -> None:
     result, seen = run(Pinning(step_model=MODEL, planning=QUICK))
     assert result.requests.finished.all()
     assert not any(e.prefill for _, effects in seen for e in effects if isinstance(e, PublishLayout))
+
+
+def test_instances_that_were_started_for_a_role_keep_it() -> None:
+    """One with other slots than the rest: no plan is made for instances that differ."""
+    kinds = {"i0": SimKind(InstanceKind(replace(CAPACITY, max_num_seqs=16)), MODEL)}
+    result, seen = run(policy := Roles(step_model=MODEL, planning=QUICK), kinds=kinds)
+    assert result.requests.finished.all()
+    assert not any(isinstance(e, AssignTerms) for _, effects in seen for e in effects)
+    planned = policy.next_plan()
+    assert planned is not None
+    assert "several kinds" in str(planned)
 
 
 def test_a_follower_has_the_prefill_stages_of_the_one_that_plans() -> None:

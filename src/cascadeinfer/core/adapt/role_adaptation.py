@@ -15,7 +15,8 @@ above the capacity of every plan is planned for as the cascade does.
 cache to move away, and those with the least to do are the first to decode again. Decode instances are dealt out in
 order of the lengths that they hold, the shortest first.
 
-While more than `PINNED_MOST` of the requests may not move, no plan has prefill stages: they could not be pushed.
+While more than `PINNED_MOST` of the requests may not move, no plan has prefill stages: they could not be pushed. While
+instances differ in more than their terms, e.g. because an operator started some for a role, all stay what they are.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from cascadeinfer.core.adapt.replanning import PlanSchedule, PlanSettings
 from cascadeinfer.core.adapt.step_models import StepModels
 from cascadeinfer.core.adapt.watch import WorkloadWatch
 from cascadeinfer.core.errors import PlanError
-from cascadeinfer.core.kind import InstanceTerms, Role
+from cascadeinfer.core.kind import NO_TERMS, InstanceKind, InstanceTerms, Role
 from cascadeinfer.core.layout import RoleLayout, Stage, StageKind, StageLayout
 from cascadeinfer.core.placing.pushing import PrefillStages
 from cascadeinfer.core.plan.problem import PlanProblem
@@ -107,15 +108,19 @@ class RoleAdaptation:
             return NOTHING
         prefill = self._prefill.members()
         every = [instance for stage in [*prefill, *members] for instance in stage]
+        if len({_started_as(instance.kind) for instance in every}) > 1:
+            self._verdict = "instances are of several kinds, and keep their roles"
+            return NOTHING
         model, capacity = self._models.weakest(kinds_of(every))
         if model is None:
             self._verdict = "the cost of steps is not known yet"
             return NOTHING
         workload, rate_per_s = seen
         most = min(instance.kind.most_tokens for instance in every)
-        least = max(instance.capacity.max_num_seqs for instance in every)  # no engine takes a smaller budget
         problem = self._planning.problem(model, workload, rate_per_s, capacity.with_token_budget(most), len(every))
-        budgets = tuple(sorted({most, *(budget for budget in DEFAULT_BUDGETS if least <= budget <= most)}))
+        budgets = tuple(
+            sorted({most, *(budget for budget in DEFAULT_BUDGETS if capacity.max_num_seqs <= budget <= most)})
+        )
         solved = self._solve(problem, budgets)
         if solved is None:
             self._verdict = "no plan can serve this workload"
@@ -204,6 +209,11 @@ def deal(
     every = computing + ranked
     ends = list(accumulate(stage.n_instances for stage in plan.every))
     return [every[end - stage.n_instances : end] for stage, end in zip(plan.every, ends, strict=True)]
+
+
+def _started_as(kind: InstanceKind) -> InstanceKind:
+    """The kind without its terms."""
+    return kind.with_terms(NO_TERMS)
 
 
 def _in_force(stages: Sequence[Stage], members: Sequence[Sequence[InstanceView]]) -> list[StageInForce]:
