@@ -211,6 +211,16 @@ def test_a_follower_has_the_prefill_stages_of_the_one_that_plans() -> None:
     assert len(policy.view.members()) == 3
 
 
+def test_one_that_is_back_after_a_plan_without_it_decodes() -> None:
+    """It had the role of a prefill instance when it died, and no stage names it any more."""
+    policy = Roles()
+    for name, role in (("a", Role.MIXED), ("b", Role.PREFILL)):
+        kind = InstanceKind(CAPACITY).with_terms(InstanceTerms(role, 512))
+        assigned = [e for e in policy.handle(InstanceJoined("up", name, kind), 0.0) if isinstance(e, AssignTerms)]
+        assert [(e.instance_id, e.terms) for e in assigned] == ([("b", InstanceTerms())] if name == "b" else [])
+    assert len(policy.view.members()) == 2
+
+
 def test_terms_change_what_can_be_changed() -> None:
     """Role and budget; the largest budget is remembered, and is back when none is given."""
     kind = InstanceKind(CAPACITY)

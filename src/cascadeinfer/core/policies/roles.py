@@ -27,8 +27,9 @@ from cascadeinfer.core.adapt.role_adaptation import RoleAdaptation
 from cascadeinfer.core.adapt.warm_up import warm_up_roles
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.cost.learning import LearningSettings
-from cascadeinfer.core.effects import Effect, PublishLayout
-from cascadeinfer.core.events import Event, LayoutAnnounced
+from cascadeinfer.core.effects import AssignTerms, Effect, PublishLayout
+from cascadeinfer.core.events import Event, InstanceJoined, LayoutAnnounced
+from cascadeinfer.core.kind import NO_TERMS, Role
 from cascadeinfer.core.layout import RoleLayout
 from cascadeinfer.core.placing.dispatch import Chosen, has_room, nearest_with_room
 from cascadeinfer.core.placing.pushing import PrefillStages
@@ -75,6 +76,7 @@ class Roles(Cascade):
             max_queued=max_queued,
         )
         self._overflow = overflow
+        self._replans = replan
         self._prefill = PrefillStages(roles, self.view, self._target_for)
         self._adaptation = RoleAdaptation(
             self.roster,
@@ -93,7 +95,14 @@ class Roles(Cascade):
             self._prefill.adopt(event.prefill)
         effects = self._prefill.handle(event, now_s, super().handle)
         prefill = self._prefill.stages
+        if isinstance(event, InstanceJoined) and self._replans and self._came_too_late(event):
+            effects.append(AssignTerms(event.cause, event.instance_id, NO_TERMS))
         return [replace(e, prefill=prefill) if isinstance(e, PublishLayout) and prefill else e for e in effects]
+
+    def _came_too_late(self, event: InstanceJoined) -> bool:
+        """Whether it has come back with the role of a prefill instance, and a plan without it has been made since."""
+        named = any(event.instance_id in stage.instance_ids for stage in self._prefill.stages)
+        return event.kind.role is Role.PREFILL and not named
 
     def _follow_roster(self, cause: str, effects: list[Effect], why: str = "") -> None:
         """Also tell when only the prefill stages have changed."""
