@@ -96,10 +96,11 @@ def test_a_poor_profile_is_refused(trace: Path, tmp_path: Path, capsys: pytest.C
 def test_objectives_are_not_all_the_same(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each objective is reported in its own unit."""
     told = {}
-    for name in ("latency", "ttft-tpot", "slo"):
+    for name in ("latency", "balanced", "ttft-tpot", "slo"):
         assert run(*words_for("plan", trace, objective=name)) == 0
         told[name] = capsys.readouterr().out
     assert "ms per output token" in told["latency"]
+    assert "50% by request, the rest by token" in " ".join(told["balanced"].split())
     assert "TTFT + 10 x TPOT" in " ".join(told["ttft-tpot"].split())
     assert "requests within TTFT 2 s" in " ".join(told["slo"].split())
 
@@ -132,7 +133,7 @@ def test_derived_profile_is_told(trace: Path, capsys: pytest.CaptureFixture[str]
         ({"instances": "0"}, "--instances"),
         ({"margin": "nan"}, "--margin"),
         ({"margin": "1.5"}, "--margin"),
-        ({"objective": "joy"}, "latency, ttft-tpot or slo"),
+        ({"objective": "joy"}, "latency, balanced, ttft-tpot or slo"),
         ({"ttft_slo": "0"}, "--ttft-slo"),
         ({"context": "1"}, "--context"),
         ({"trace": "/nowhere.csv"}, "/nowhere.csv"),

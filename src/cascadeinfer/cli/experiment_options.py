@@ -34,7 +34,10 @@ Instances = Annotated[int, typer.Option(help="Instances of the model.")]
 ObjectiveName = Annotated[
     str,
     typer.Option(
-        help="What plans minimise: `latency` (mean normalised latency), `ttft-tpot` (TTFT + 10 x TPOT), `slo` (misses)."
+        help=(
+            "What plans minimise: `latency` (mean normalised latency), `balanced` (half that, half latency per output "
+            "token of all requests), `ttft-tpot` (TTFT + 10 x TPOT), `slo` (misses)."
+        )
     ),
 ]
 Margin = Annotated[float, typer.Option(help="Gain that several stages must bring over one; 0.03 is 3 %.")]
@@ -128,17 +131,24 @@ def objective_of(name: str, slo: "Slo") -> "Objective":
     Raises:
         ConfigError: There is no such objective.
     """
-    from cascadeinfer.core.plan.objective import MeanNormalizedLatency, SloAttainment, WeightedLatency
+    from cascadeinfer.core.plan.objective import (
+        BalancedLatency,
+        MeanNormalizedLatency,
+        SloAttainment,
+        WeightedLatency,
+    )
 
     match name:
         case "latency":
             return MeanNormalizedLatency()
+        case "balanced":
+            return BalancedLatency()
         case "ttft-tpot":
             return WeightedLatency(TTFT_WEIGHT, TPOT_WEIGHT)
         case "slo":
             return SloAttainment(slo.ttft_s, slo.tpot_s)
         case _:
-            raise ConfigError(f"no objective {name!r}", option="--objective", fix="latency, ttft-tpot or slo")
+            raise ConfigError(f"no objective {name!r}", option="--objective", fix="latency, balanced, ttft-tpot or slo")
 
 
 def at_least_one(**options: int) -> None:
