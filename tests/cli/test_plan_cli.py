@@ -100,7 +100,7 @@ def test_objectives_are_not_all_the_same(trace: Path, capsys: pytest.CaptureFixt
         assert run(*words_for("plan", trace, objective=name)) == 0
         told[name] = capsys.readouterr().out
     assert "ms per output token" in told["latency"]
-    assert "50% by request, the rest by token" in " ".join(told["balanced"].split())
+    assert "25% by request, the rest by token" in " ".join(told["balanced"].split())
     assert "TTFT + 10 x TPOT" in " ".join(told["ttft-tpot"].split())
     assert "requests within TTFT 2 s" in " ".join(told["slo"].split())
 
@@ -200,7 +200,7 @@ def test_plan_with_roles_says_what_each_stage_computes(
     assert {stage["kind"] for stage in stages} <= {"prefill", "mixed", "decode"}
     assert {stage["max_num_batched_tokens"] for stage in stages} <= {512, 4096}
     text = capsys.readouterr().out
-    assert f"{1e3 * content['predicted']:.2f} ms per output token" in text
+    assert f"{1e3 * content['predicted']:.2f} ms per output token (25% by request, the rest by token)" in text
     assert "At 0.8 x the rate" in text
     given = text.partition("--stages ")[2].split()[0]
     assert f"--instances 8 --max-num-batched-tokens {max(s['max_num_batched_tokens'] for s in stages)}" in text

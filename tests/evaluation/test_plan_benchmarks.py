@@ -79,7 +79,7 @@ def test_a_plan_written_down_is_predicted_like_the_plan(
         assert predicted_s == pytest.approx(there.cost)
 
 
-@pytest.mark.parametrize("name", ["roles", "roles balanced", "pd_fixed", "cascade"])
+@pytest.mark.parametrize("name", ["roles", "roles latency", "pd_fixed", "cascade"])
 def test_a_contender_is_predicted_by_its_own_plan(script: Any, options: argparse.Namespace, name: str) -> None:
     """The value of a plan's own objective is the plan's cost, with a budget for each stage."""
     roles = script("roles")

@@ -195,7 +195,7 @@ def test_a_fit_marks_what_is_beyond_its_axis() -> None:
     ("objective", "unit"),
     [
         (MeanNormalizedLatency(), "ms per token"),
-        (BalancedLatency(), "50% by request, the rest by token; ms per token"),
+        (BalancedLatency(), "25% by request, the rest by token; ms per token"),
         (WeightedLatency(), "1 x TTFT + 10 x TPOT, s"),
         (SloAttainment(2.0, 0.1), "miss the SLO, %"),
     ],

@@ -32,11 +32,12 @@ TraceFile = Annotated[
 Rate = Annotated[float, typer.Option(help="Requests per second.")]
 Instances = Annotated[int, typer.Option(help="Instances of the model.")]
 ObjectiveName = Annotated[
-    str,
+    str | None,
     typer.Option(
         help=(
-            "What plans minimise: `latency` (mean normalised latency), `balanced` (half that, half latency per output "
-            "token of all requests), `ttft-tpot` (TTFT + 10 x TPOT), `slo` (misses)."
+            "What plans minimise: `latency` (mean normalised latency), `balanced` (a quarter that, the rest latency "
+            "per output token of all requests), `ttft-tpot` (TTFT + 10 x TPOT), `slo` (misses). Default: `balanced` "
+            "for plans with roles (--roles, the policy `roles`), `latency` for others."
         )
     ),
 ]
@@ -124,9 +125,9 @@ def slo_of(ttft_s: float, tpot_s: float) -> "Slo":
     return Slo(ttft_s, tpot_s)
 
 
-def objective_of(name: str, slo: "Slo") -> "Objective":
+def objective_of(name: str | None, slo: "Slo") -> "Objective | None":
     """
-    The objective of this name.
+    The objective of this name; None: the default of each kind of plan.
 
     Raises:
         ConfigError: There is no such objective.
@@ -139,6 +140,8 @@ def objective_of(name: str, slo: "Slo") -> "Objective":
     )
 
     match name:
+        case None:
+            return None
         case "latency":
             return MeanNormalizedLatency()
         case "balanced":
@@ -372,7 +375,7 @@ def setting_of(
     trace: Path,
     instances: int,
     context: int,
-    objective: "Objective",
+    objective: "Objective | None",
     margin: float,
     accept_poor_profile: bool,
     hashes: Path | None = None,

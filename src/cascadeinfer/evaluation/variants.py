@@ -67,7 +67,7 @@ def policy_spec(
         roles=None if roles is None else roles.layout(instance_ids(setting.n_instances)),
         step_model=setting.profile.step_model,
         planning=PlanSettings(
-            objective=setting.objective,
+            objective=setting.stage_objective,
             margin=setting.margin,
             hand_over=setting.hand_over,
             max_tokens=setting.context_tokens + 1,

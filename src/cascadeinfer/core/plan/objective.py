@@ -7,7 +7,7 @@ scalars for missed limits. Lower is better for all of them; `describe` adds the 
 """
 
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ Rows = NDArray[np.float64]
 
 _TIE_BREAK = 1e-3
 """Weight of the normalised latency in `SloAttainment`: 1 s per token counts as 0.1 % of requests, a mere tie-break."""
+
+
+BALANCE: Final = 0.25
+"""Share of the normalised latency in `BalancedLatency`; docs/planning.md says what other shares do."""
 
 
 class Objective(Protocol):
@@ -94,13 +98,13 @@ class BalancedLatency:
     all output tokens, in seconds per token, TTFT included.
 
     In the first part a request counts by 1 / (its output tokens), so that those with few count most; in the second all
-    count alike, by 1 / (mean output tokens), as in the mean end-to-end latency.
+    count alike, by 1 / (mean output tokens), as in the mean end-to-end latency. The default of plans with roles.
 
     Raises:
         PlanError: The share is not in [0, 1].
     """
 
-    normalised_share: float = 0.5
+    normalised_share: float = BALANCE
 
     def __post_init__(self) -> None:
         """Check the share."""
