@@ -21,6 +21,7 @@ are cut beside a prompt as they are alone, as if the attention backend had separ
 import argparse
 import csv
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -57,11 +58,12 @@ class Contender(NamedTuple):
     objective: Objective = MeanNormalizedLatency()
 
 
-def contenders(setting: Setting, base: RunSpec) -> list[Contender]:
-    """All contenders of a point; the first ones say most."""
+def contenders(setting: Setting, base: RunSpec, shares: Sequence[float] = ()) -> list[Contender]:
+    """All contenders of a point, with plans of these shares, too; the first ones say most."""
     found = [
         Contender("roles", with_(base, policy="roles"), BalancedLatency()),
         Contender("roles latency", with_(base, policy="roles")),
+        *(Contender(f"roles {share:g}", with_(base, policy="roles"), BalancedLatency(share)) for share in shares),
         *splits(setting, with_(base, policy="pd_fixed")),
     ]
     policies = ("cascade", *RIVALS)
@@ -132,6 +134,7 @@ def main() -> None:
     parser.add_argument("--loads", default="0.85")
     parser.add_argument("--knees", default="profile", help=f"some of {', '.join(KNEES)}")
     parser.add_argument("--contenders", default="", help="some of them only")
+    parser.add_argument("--shares", default="", help="also `roles` with these shares of the normalised latency")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--instances", type=int, default=8)
     parser.add_argument("--csv", type=Path, required=True)
@@ -159,6 +162,7 @@ def main() -> None:
 def run_missing(options: argparse.Namespace, points: list[tuple[str, ...]], seed: int, rows: "Rows") -> None:
     """Run what the CSV lacks of this seed: the first contender at every point, then the second, and so on."""
     todo = []
+    shares = [float(share) for share in options.shares.split(",") if share]
     for profile, trace, load, knee in points:
         file = options.traces / f"{trace}.csv.gz"
         setting = load_setting(profile, file, options.instances, 32_768, accept_poor_profile=True)
@@ -168,7 +172,7 @@ def run_missing(options: argparse.Namespace, points: list[tuple[str, ...]], seed
         requests = int(2.0 * warm_s * rate + max(COUNTED, warm_s * rate))
         share = warm_s * rate / requests
         base = RunSpec("roles", rate, seed, requests, Slo(1.0, 0.05), share, share, allow_overload=True)
-        for number, (name, spec, objective) in enumerate(contenders(setting, base)):
+        for number, (name, spec, objective) in enumerate(contenders(setting, base, shares)):
             if not options.contenders or name in options.contenders.split(","):
                 key = (profile, trace, load, knee, name, str(seed))
                 todo.append((number, key, replace(setting, objective=objective), spec))
