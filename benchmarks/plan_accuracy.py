@@ -21,7 +21,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import combinations, product
 from pathlib import Path
@@ -32,6 +32,7 @@ import numpy as np
 from cascadeinfer.core.cost.qoe import StageService, range_service
 from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.layout import RoleLayout, Stage, StageKind, StageLayout
+from cascadeinfer.core.plan.problem import PlanProblem
 from cascadeinfer.core.plan.role_plan import PushCost
 from cascadeinfer.core.plan.role_tables import decode_table, prefill_table, push_cost
 from cascadeinfer.core.plan.roles import RoleSearcher
@@ -220,16 +221,23 @@ def layout_of(parts: Iterable[Part], n_instances: int) -> RoleLayout:
 
 def predicted_s(run: Run, options: argparse.Namespace) -> float:
     """The model's mean normalised latency of a run's plan, in seconds per token."""
-    problem = setting_of(run.profile, run.trace, options).with_token_budget(run.budget).problem(run.rate_per_s)
-    table, edges = problem.inputs.table, problem.histogram.edges_tokens
-    threshold = next((part.lo for part in run.parts if part.prefill), None)
-    total, decoding = 0.0, table
+    problem = setting_of(run.profile, run.trace, options).problem(run.rate_per_s)
+    return cost_of(problem, [(part, run.budget) for part in run.parts])
+
+
+def cost_of(problem: PlanProblem, parts: Sequence[tuple[Part, int]]) -> float:
+    """The predicted objective of a plan: its parts, each with its budget. The problem's own budget is not used."""
+    edges = problem.histogram.edges_tokens
+    threshold = next((int(np.searchsorted(edges, part.lo)) for part, _ in parts if part.prefill), None)
+    total = 0.0
     if threshold is not None:
-        at = int(np.searchsorted(edges, threshold))
-        decoding = decode_table(table, at)
-        total = push_cost(table, at, PushCost().pause_s, problem.hand_over.pause_per_token_s)
-    for part in run.parts:
-        inputs = problem.inputs._replace(table=prefill_table(table) if part.prefill else decoding)
+        total = push_cost(problem.inputs.table, threshold, PushCost().pause_s, problem.hand_over.pause_per_token_s)
+    for part, budget in parts:
+        inputs = replace(problem, capacity=problem.capacity.with_token_budget(budget)).inputs
+        if part.prefill:
+            inputs = inputs._replace(table=prefill_table(inputs.table))
+        elif threshold is not None:
+            inputs = inputs._replace(table=decode_table(inputs.table, threshold))
         high = len(edges) - 1 if part.hi == UNBOUNDED_TOKENS else int(np.searchsorted(edges, part.hi))
         service: StageService = range_service(inputs, int(np.searchsorted(edges, part.lo)), high, float(part.n))
         total += service.cost

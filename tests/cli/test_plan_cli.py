@@ -96,10 +96,11 @@ def test_a_poor_profile_is_refused(trace: Path, tmp_path: Path, capsys: pytest.C
 def test_objectives_are_not_all_the_same(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each objective is reported in its own unit."""
     told = {}
-    for name in ("latency", "ttft-tpot", "slo"):
+    for name in ("latency", "balanced", "ttft-tpot", "slo"):
         assert run(*words_for("plan", trace, objective=name)) == 0
         told[name] = capsys.readouterr().out
     assert "ms per output token" in told["latency"]
+    assert "25% by request, the rest by token" in " ".join(told["balanced"].split())
     assert "TTFT + 10 x TPOT" in " ".join(told["ttft-tpot"].split())
     assert "requests within TTFT 2 s" in " ".join(told["slo"].split())
 
@@ -132,7 +133,7 @@ def test_derived_profile_is_told(trace: Path, capsys: pytest.CaptureFixture[str]
         ({"instances": "0"}, "--instances"),
         ({"margin": "nan"}, "--margin"),
         ({"margin": "1.5"}, "--margin"),
-        ({"objective": "joy"}, "latency, ttft-tpot or slo"),
+        ({"objective": "joy"}, "latency, balanced, ttft-tpot or slo"),
         ({"ttft_slo": "0"}, "--ttft-slo"),
         ({"context": "1"}, "--context"),
         ({"trace": "/nowhere.csv"}, "/nowhere.csv"),
@@ -199,7 +200,7 @@ def test_plan_with_roles_says_what_each_stage_computes(
     assert {stage["kind"] for stage in stages} <= {"prefill", "mixed", "decode"}
     assert {stage["max_num_batched_tokens"] for stage in stages} <= {512, 4096}
     text = capsys.readouterr().out
-    assert f"{1e3 * content['predicted']:.2f} ms per output token" in text
+    assert f"{1e3 * content['predicted']:.2f} ms per output token (25% by request, the rest by token)" in text
     assert "At 0.8 x the rate" in text
     given = text.partition("--stages ")[2].split()[0]
     assert f"--instances 8 --max-num-batched-tokens {max(s['max_num_batched_tokens'] for s in stages)}" in text

@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from cascadeinfer.core.layout import Proposal
 from cascadeinfer.core.plan.planner import predict
+from cascadeinfer.evaluation.runs import RunSpec, plan_for, roles_for
+from cascadeinfer.results.summary import Slo
 from cascadeinfer.workload.trace import Trace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +77,35 @@ def test_a_plan_written_down_is_predicted_like_the_plan(
         n_prefill = sum(part.n for part in parts if part.prefill)
         there = setting.plan_roles(rate, (2048,), split=True, n_prefill=n_prefill)
         assert predicted_s == pytest.approx(there.cost)
+
+
+@pytest.mark.parametrize("name", ["roles", "roles latency", "pd_fixed", "cascade"])
+def test_a_contender_is_predicted_by_its_own_plan(script: Any, options: argparse.Namespace, name: str) -> None:
+    """The value of a plan's own objective is the plan's cost, with a budget for each stage."""
+    roles = script("roles")
+    setting = setting_in(script, options, "long")
+    rate = 0.7 * setting.one_stage_capacity_rps
+    base = RunSpec("roles", rate, 0, 100, Slo(1.0, 0.05), allow_overload=True)
+    contenders = {contender.name: contender for contender in roles.contenders(setting, base)}
+    assert {"pd_fixed", "llumnix @512"} < set(contenders)
+    _, spec, objective = contenders[name]
+    there = replace(setting, objective=objective)
+    plan = roles_for(there, spec) or plan_for(there, spec)
+    assert plan is not None
+    assert roles.predicted_s(there, spec, objective) == pytest.approx(plan.cost)
+
+
+def test_neighbours_of_the_best_ratio_run_too(script: Any, options: argparse.Namespace) -> None:
+    """`pd_fixed` is tuned: one instance for prompts more and one less, where these carry the rate."""
+    roles = script("roles")
+    setting = setting_in(script, options, "long")
+    spec = RunSpec("pd_fixed", 0.5 * setting.one_stage_capacity_rps, 0, 100, Slo(1.0, 0.05), allow_overload=True)
+    best = roles_for(setting, spec)
+    assert best is not None
+    found = {contender.name: contender.spec.n_prefill for contender in roles.splits(setting, spec)}
+    assert found.pop("pd_fixed") is None
+    assert found
+    assert all(n_prefill == best.n_prefill + int(name.split()[1]) for name, n_prefill in found.items())
 
 
 def test_a_run_counts_when_the_cache_is_full(script: Any, options: argparse.Namespace) -> None:

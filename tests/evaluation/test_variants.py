@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cascadeinfer.core.errors import ConfigError, PlanError
+from cascadeinfer.core.plan.objective import BalancedLatency, MeanNormalizedLatency, WeightedLatency
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.evaluation.runs import RunSpec, roles_for, run_once
 from cascadeinfer.evaluation.setting import Setting, load_setting
@@ -55,6 +56,18 @@ def test_policies_with_roles_get_their_plan(setting: Setting) -> None:
     options = policy_spec("pd_fixed", setting, None, plan).options
     assert options["roles"] == plan.layout(instance_ids(6))
     assert len(options["roles"].prefill) == len(options["roles"].stages.stages) == 1
+
+
+def test_each_kind_of_plan_has_its_default_objective(setting: Setting) -> None:
+    """Without one named, only plans with roles of any kind are balanced; a named one is for all."""
+    whole = setting.plan_roles(RATE_RPS, (2048,))
+    assert whole.problem.objective == BalancedLatency()
+    assert setting.plan_roles(RATE_RPS, (2048,), split=True).problem.objective == MeanNormalizedLatency()
+    assert setting.plan(RATE_RPS).problem.objective == MeanNormalizedLatency()
+    assert policy_spec("cascade", setting, None).options["planning"].objective == MeanNormalizedLatency()
+    named = replace(setting, objective=WeightedLatency())
+    assert named.plan_roles(RATE_RPS, (2048,)).problem.objective == WeightedLatency()
+    assert named.plan(RATE_RPS).problem.objective == WeightedLatency()
 
 
 def test_roles_are_simulated_with_their_budgets(setting: Setting) -> None:

@@ -18,7 +18,13 @@ from cascadeinfer.core.effects import Effect, SendMessage
 from cascadeinfer.core.events import Event
 from cascadeinfer.core.layout import StageLayout
 from cascadeinfer.core.messages import Ask
-from cascadeinfer.core.plan.objective import SloAttainment
+from cascadeinfer.core.plan.objective import (
+    BalancedLatency,
+    BuiltInObjective,
+    Objective,
+    SloAttainment,
+    WeightedLatency,
+)
 from cascadeinfer.core.plan.problem import HandOverCost, ServiceFloor
 from cascadeinfer.core.policies import POLICIES
 from cascadeinfer.eventlog.codec import Wire, options_back, options_out, wire_of
@@ -107,6 +113,12 @@ def test_options_come_back(name: str) -> None:
     back = options_back(make, msgspec.json.decode(written))
     assert back == OPTIONS[name]
     make(**back)
+
+
+@pytest.mark.parametrize("objective", [BalancedLatency(0.25), WeightedLatency(0.5, 3.0), SloAttainment(2.0, 0.1)])
+def test_objectives_come_back(objective: BuiltInObjective) -> None:
+    """Built-in objectives come back equal, with their weights."""
+    assert through_json(wire_of(Objective), objective) == objective
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

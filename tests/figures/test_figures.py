@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from cascadeinfer.core.plan.objective import MeanNormalizedLatency, SloAttainment, WeightedLatency
+from cascadeinfer.core.plan.objective import BalancedLatency, MeanNormalizedLatency, SloAttainment, WeightedLatency
 from cascadeinfer.evaluation.setting import load_setting
 from cascadeinfer.figures.drawing import Limits, draw_within, grid_figure, latency_cdfs, nines, save
 from cascadeinfer.figures.fit_figure import fit_figure
@@ -195,6 +195,7 @@ def test_a_fit_marks_what_is_beyond_its_axis() -> None:
     ("objective", "unit"),
     [
         (MeanNormalizedLatency(), "ms per token"),
+        (BalancedLatency(), "25% by request, the rest by token; ms per token"),
         (WeightedLatency(), "1 x TTFT + 10 x TPOT, s"),
         (SloAttainment(2.0, 0.1), "miss the SLO, %"),
     ],

@@ -32,9 +32,13 @@ TraceFile = Annotated[
 Rate = Annotated[float, typer.Option(help="Requests per second.")]
 Instances = Annotated[int, typer.Option(help="Instances of the model.")]
 ObjectiveName = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="What plans minimise: `latency` (mean normalised latency), `ttft-tpot` (TTFT + 10 x TPOT), `slo` (misses)."
+        help=(
+            "What plans minimise: `latency` (mean normalised latency), `balanced` (a quarter that, the rest latency "
+            "per output token of all requests), `ttft-tpot` (TTFT + 10 x TPOT), `slo` (misses). Default: `balanced` "
+            "for plans with roles (--roles, the policy `roles`), `latency` for others."
+        )
     ),
 ]
 Margin = Annotated[float, typer.Option(help="Gain that several stages must bring over one; 0.03 is 3 %.")]
@@ -121,24 +125,33 @@ def slo_of(ttft_s: float, tpot_s: float) -> "Slo":
     return Slo(ttft_s, tpot_s)
 
 
-def objective_of(name: str, slo: "Slo") -> "Objective":
+def objective_of(name: str | None, slo: "Slo") -> "Objective | None":
     """
-    The objective of this name.
+    The objective of this name; None: the default of each kind of plan.
 
     Raises:
         ConfigError: There is no such objective.
     """
-    from cascadeinfer.core.plan.objective import MeanNormalizedLatency, SloAttainment, WeightedLatency
+    from cascadeinfer.core.plan.objective import (
+        BalancedLatency,
+        MeanNormalizedLatency,
+        SloAttainment,
+        WeightedLatency,
+    )
 
     match name:
+        case None:
+            return None
         case "latency":
             return MeanNormalizedLatency()
+        case "balanced":
+            return BalancedLatency()
         case "ttft-tpot":
             return WeightedLatency(TTFT_WEIGHT, TPOT_WEIGHT)
         case "slo":
             return SloAttainment(slo.ttft_s, slo.tpot_s)
         case _:
-            raise ConfigError(f"no objective {name!r}", option="--objective", fix="latency, ttft-tpot or slo")
+            raise ConfigError(f"no objective {name!r}", option="--objective", fix="latency, balanced, ttft-tpot or slo")
 
 
 def at_least_one(**options: int) -> None:
@@ -362,7 +375,7 @@ def setting_of(
     trace: Path,
     instances: int,
     context: int,
-    objective: "Objective",
+    objective: "Objective | None",
     margin: float,
     accept_poor_profile: bool,
     hashes: Path | None = None,

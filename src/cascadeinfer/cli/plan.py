@@ -36,7 +36,7 @@ def plan(
             )
         ),
     ] = None,
-    objective: options.ObjectiveName = "latency",
+    objective: options.ObjectiveName = None,
     margin: options.Margin = options.DEFAULT_MARGIN,
     ttft_slo: options.TtftSlo = 2.0,
     tpot_slo: options.TpotSlo = 0.1,

@@ -38,7 +38,7 @@ def simulate(
     requests: options.Requests = None,
     duration_s: options.DurationS = None,
     warm_up: options.WarmUp = 0.1,
-    objective: options.ObjectiveName = "latency",
+    objective: options.ObjectiveName = None,
     margin: options.Margin = options.DEFAULT_MARGIN,
     ttft_slo: options.TtftSlo = 2.0,
     tpot_slo: options.TpotSlo = 0.1,

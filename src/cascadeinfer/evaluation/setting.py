@@ -7,7 +7,7 @@ instance's KV cache, are cut and counted.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -17,7 +17,7 @@ from cascadeinfer.config.traces import load_trace
 from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.profile import CostProfile
 from cascadeinfer.core.errors import ConfigError, PlanError
-from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective
+from cascadeinfer.core.plan.objective import BalancedLatency, MeanNormalizedLatency, Objective
 from cascadeinfer.core.plan.planner import Plan, capacity_rate, solve
 from cascadeinfer.core.plan.problem import DEFAULT_MARGIN, HandOverCost, PlanProblem
 from cascadeinfer.core.plan.role_plan import RolePlan
@@ -39,7 +39,7 @@ class Setting:
         capped: The trace, cut to `context_tokens`, with counts of what was cut.
         context_tokens: Longest sequence.
         n_instances: Number of instances that share the work.
-        objective: What plans minimise.
+        objective: What plans minimise; None: mean normalised latency, and `BalancedLatency` for plans with roles.
         margin: Minimum gain of several stages over one.
     """
 
@@ -47,7 +47,7 @@ class Setting:
     capped: CappedTrace
     context_tokens: int
     n_instances: int
-    objective: Objective = field(default_factory=MeanNormalizedLatency)
+    objective: Objective | None = None
     margin: float = DEFAULT_MARGIN
 
     @property
@@ -59,6 +59,11 @@ class Setting:
     def histogram(self) -> LengthHistogram:
         """Lengths of the whole trace."""
         return LengthHistogram.from_requests(self.trace.prompt_tokens, self.trace.output_tokens)
+
+    @property
+    def stage_objective(self) -> Objective:
+        """What plans without roles minimise."""
+        return self.objective or MeanNormalizedLatency()
 
     @property
     def hand_over(self) -> HandOverCost:
@@ -85,7 +90,7 @@ class Setting:
             self.profile.capacity,
             rate_rps,
             self.n_instances,
-            objective=self.objective,
+            objective=self.stage_objective,
             margin=self.margin,
             hand_over=self.hand_over,
         )
@@ -132,7 +137,10 @@ class Setting:
         Raises:
             PlanError: The rate is above the capacity of every such plan.
         """
-        return solve_roles(self.problem(rate_rps), tuple(budgets), split=split, n_prefill=n_prefill)
+        problem = self.problem(rate_rps)
+        if self.objective is None and not split:
+            problem = replace(problem, objective=BalancedLatency())
+        return solve_roles(problem, tuple(budgets), split=split, n_prefill=n_prefill)
 
     def notes(self) -> list[str]:
         """Notes on what was left out and cut; empty if nothing was."""
@@ -176,7 +184,7 @@ def load_setting(
     whole = load_trace(trace, hashes_path=hashes)
     if not len(whole):
         raise ConfigError(f"{trace} has no requests", option="--trace")
-    return Setting(loaded, whole.capped(fitting), fitting, instances, objective or MeanNormalizedLatency(), margin)
+    return Setting(loaded, whole.capped(fitting), fitting, instances, objective, margin)
 
 
 def check_rate(rate_rps: float, option: str = "--rate") -> None:

@@ -8,7 +8,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cascadeinfer.core.cost.histogram import Column
-from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective, SloAttainment, WeightedLatency
+from cascadeinfer.core.plan.objective import (
+    BalancedLatency,
+    MeanNormalizedLatency,
+    Objective,
+    SloAttainment,
+    WeightedLatency,
+)
 from cascadeinfer.core.plan.planner import Plan
 from cascadeinfer.figures.drawing import grid_figure, logarithmic, style_of
 
@@ -142,6 +148,8 @@ def _axis_of(objective: Objective) -> tuple[str, float]:
     match objective:
         case MeanNormalizedLatency():
             return "mean normalised latency, ms per token", 1e3
+        case BalancedLatency():
+            return f"{objective.normalised_share:.0%} by request, the rest by token; ms per token", 1e3
         case WeightedLatency():
             return f"{objective.ttft_weight:g} x TTFT + {objective.tpot_weight:g} x TPOT, s", 1.0
         case SloAttainment():

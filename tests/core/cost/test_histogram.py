@@ -42,6 +42,7 @@ def brute_force(pairs: list[tuple[int, int]], column: int, lo: int, hi: int) -> 
             Column.STEPS_TPOT: len(steps) * by_steps,
             Column.STARTS_TPOT: starts * by_steps,
             Column.LAST_STEPS_TPOT: ends_step * by_steps,
+            Column.DECODING_STARTS: starts * (output > 1),
         }[column]
     return total / len(pairs)
 

@@ -12,7 +12,13 @@ from cascadeinfer.core.cost.histogram import LengthHistogram
 from cascadeinfer.core.cost.latency import StepModel
 from cascadeinfer.core.plan import dynamic_program, planner
 from cascadeinfer.core.plan.dynamic_program import best_partitions, stage_costs
-from cascadeinfer.core.plan.objective import MeanNormalizedLatency, Objective, SloAttainment, WeightedLatency
+from cascadeinfer.core.plan.objective import (
+    BalancedLatency,
+    MeanNormalizedLatency,
+    Objective,
+    SloAttainment,
+    WeightedLatency,
+)
 from cascadeinfer.core.plan.problem import PlanProblem
 from cascadeinfer.core.types import InstanceCapacity
 
@@ -65,7 +71,12 @@ def test_best_partitions_are_the_exhaustive_ones(
 
 
 objectives = st.sampled_from(
-    [MeanNormalizedLatency(), WeightedLatency(1.0, 20.0), SloAttainment(ttft_slo_s=0.5, tpot_slo_s=0.02)]
+    [
+        MeanNormalizedLatency(),
+        BalancedLatency(),
+        WeightedLatency(1.0, 20.0),
+        SloAttainment(ttft_slo_s=0.5, tpot_slo_s=0.02),
+    ]
 )
 workloads = st.lists(st.tuples(st.integers(1, 8000), st.integers(1, 800)), min_size=1, max_size=10)
 models = st.builds(

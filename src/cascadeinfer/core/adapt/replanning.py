@@ -50,7 +50,7 @@ class PlanSettings:
         hysteresis: Minimum gain of a new plan over the layout in force, in the limit of many requests; see
             `needed_gain`.
         overload_share: Share of the capacity to plan for when the demand exceeds it.
-        objective: What to minimise.
+        objective: What to minimise; None: what the kind of plan minimises by default.
         hand_over: Cost of a hand-over.
         floor: Limits that every stage must meet.
         max_stages: Maximum number of stages.
@@ -65,7 +65,7 @@ class PlanSettings:
     margin: float = DEFAULT_MARGIN
     hysteresis: float = 0.06
     overload_share: float = 0.9
-    objective: Objective = field(default_factory=MeanNormalizedLatency)
+    objective: Objective | None = None
     hand_over: HandOverCost = field(default_factory=HandOverCost)
     floor: ServiceFloor = field(default_factory=ServiceFloor)
     max_stages: int = DEFAULT_MAX_STAGES
@@ -89,9 +89,18 @@ class PlanSettings:
         rate_per_s: float,
         capacity: InstanceCapacity,
         n_instances: int,
+        objective: Objective | None = None,
     ) -> PlanProblem:
         """
         The planning problem for this workload.
+
+        Args:
+            model: Cost of a step.
+            workload: Lengths of the requests.
+            rate_per_s: Requests per second.
+            capacity: Capacity of each instance.
+            n_instances: Instances to place.
+            objective: The default of this kind of plan; None: mean normalised latency.
 
         Raises:
             PlanError: The workload does not fit the instances.
@@ -102,7 +111,7 @@ class PlanSettings:
             capacity,
             rate_per_s,
             n_instances,
-            objective=self.objective,
+            objective=self.objective or objective or MeanNormalizedLatency(),
             margin=self.margin,
             hand_over=self.hand_over,
             floor=self.floor,
@@ -152,7 +161,7 @@ class ModelPlanner:
         if best.proposal == in_force:
             self.verdict = "the best stages are those in force"
             return None
-        gain = settings.objective.gain(self._cost_of(problem, in_force), best.cost)
+        gain = problem.objective.gain(self._cost_of(problem, in_force), best.cost)
         needed = settings.needed_gain(workload.requests)
         if gain < needed:
             self.verdict = f"the best other stages would gain {gain:.1%}, less than the {needed:.1%} needed"

@@ -31,6 +31,7 @@ from cascadeinfer.core.errors import PlanError
 from cascadeinfer.core.kind import NO_TERMS, InstanceKind, InstanceTerms, Role
 from cascadeinfer.core.layout import RoleLayout, Stage, StageKind, StageLayout
 from cascadeinfer.core.placing.pushing import PrefillStages
+from cascadeinfer.core.plan.objective import BalancedLatency
 from cascadeinfer.core.plan.problem import PlanProblem
 from cascadeinfer.core.plan.role_plan import PushCost, RolePlan
 from cascadeinfer.core.plan.role_prediction import StageInForce, predict_roles
@@ -117,7 +118,10 @@ class RoleAdaptation:
             return NOTHING
         workload, rate_per_s = seen
         most = min(instance.kind.most_tokens for instance in every)
-        problem = self._planning.problem(model, workload, rate_per_s, capacity.with_token_budget(most), len(every))
+        most_of_each = capacity.with_token_budget(most)
+        problem = self._planning.problem(
+            model, workload, rate_per_s, most_of_each, len(every), objective=BalancedLatency()
+        )
         budgets = tuple(
             sorted({most, *(budget for budget in DEFAULT_BUDGETS if capacity.max_num_seqs <= budget <= most)})
         )
@@ -127,7 +131,7 @@ class RoleAdaptation:
             return NOTHING
         problem, best = solved
         in_force = self._cost_in_force(problem, prefill, members)
-        gain = self._planning.objective.gain(in_force, best.cost)
+        gain = problem.objective.gain(in_force, best.cost)
         needed = self._planning.needed_gain(workload.requests)
         if gain < needed:
             self._verdict = f"the best other plan would gain {gain:.1%}, less than the {needed:.1%} needed"

@@ -75,6 +75,8 @@ class Columns(NamedTuple):
     """Starts weighted by 1/(O-1)."""
     LAST_STEPS_TPOT: int = 19
     """Last decode steps weighted by 1/(O-1)."""
+    DECODING_STARTS: int = 20
+    """Starts without one-token requests."""
 
 
 Column: Final = Columns()
@@ -130,6 +132,7 @@ def _add_requests(
         sums[Column.ATTENTION_NL, first] += a * by_output
         sums[Column.DECODING_STARTS_NL, first] += by_output if decodes else 0.0
         sums[Column.STARTS_TPOT, first] += by_steps
+        sums[Column.DECODING_STARTS, first] += w if decodes else 0.0
         end = prompts[i] + outputs[i]  # decode steps are at lengths prompt + 1 .. end - 1
         bucket = first
         low = prompts[i] + 1

@@ -7,7 +7,7 @@ scalars for missed limits. Lower is better for all of them; `describe` adds the 
 """
 
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ Rows = NDArray[np.float64]
 
 _TIE_BREAK = 1e-3
 """Weight of the normalised latency in `SloAttainment`: 1 s per token counts as 0.1 % of requests, a mere tie-break."""
+
+
+BALANCE: Final = 0.25
+"""Share of the normalised latency in `BalancedLatency`; docs/planning.md says what other shares do."""
 
 
 class Objective(Protocol):
@@ -85,6 +89,61 @@ class MeanNormalizedLatency:
     def describe(self, value: float) -> str:
         """In milliseconds per token."""
         return f"{1e3 * value:.2f} ms per output token"
+
+
+@dataclass(frozen=True, slots=True)
+class BalancedLatency:
+    """
+    `normalised_share` x the mean over requests of (end-to-end latency) / (output tokens), and the rest x all latency /
+    all output tokens, in seconds per token, TTFT included.
+
+    In the first part a request counts by 1 / (its output tokens), so that those with few count most; in the second all
+    count alike, by 1 / (mean output tokens), as in the mean end-to-end latency. The default of plans with roles.
+
+    Raises:
+        PlanError: The share is not in [0, 1].
+    """
+
+    normalised_share: float = BALANCE
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0.0 <= self.normalised_share <= 1.0:
+            raise PlanError(f"the share of the normalised latency lies in [0, 1], not {self.normalised_share}")
+
+    def rows(self, histogram: LengthHistogram, max_batched_tokens: int) -> Rows:
+        """See `Objective.rows`."""
+        p = histogram.prefix
+        one_token = p[Column.STARTS] - p[Column.DECODING_STARTS]  # their last step is where they start
+        plain = np.stack(
+            (
+                p[Column.STARTS],
+                p[Column.PROMPT],
+                p[Column.ATTENTION],
+                _chunks(histogram, p[Column.STARTS], max_batched_tokens),
+                p[Column.STEPS],
+                p[Column.DECODING_STARTS],
+                p[Column.LAST_STEPS] - one_token,
+                p[Column.STEPS_TPOT],
+            )
+        )
+        normalised = MeanNormalizedLatency().rows(histogram, max_batched_tokens)
+        rows = self.normalised_share * normalised
+        rows += (1.0 - self.normalised_share) / histogram.mean_output_tokens * plain
+        rows[-1] = p[Column.STEPS_TPOT]
+        return rows
+
+    def terms(self) -> ObjectiveTerms:
+        """See `Objective.terms`."""
+        return ObjectiveTerms(0.0, np.inf, np.inf)
+
+    def gain(self, one_stage: float, other: float) -> float:
+        """The share of the one-stage value that is saved; 1 when one stage cannot carry the load."""
+        return relative_gain(one_stage, other)
+
+    def describe(self, value: float) -> str:
+        """In milliseconds per token."""
+        return f"{1e3 * value:.2f} ms per output token ({self.normalised_share:.0%} by request, the rest by token)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +233,7 @@ class SloAttainment:
         )
 
 
-BuiltInObjective: TypeAlias = MeanNormalizedLatency | WeightedLatency | SloAttainment
+BuiltInObjective: TypeAlias = MeanNormalizedLatency | BalancedLatency | WeightedLatency | SloAttainment
 """The objectives that can be serialised (into an event log)."""
 
 
