@@ -1,6 +1,7 @@
 """Policies as experiments name them: names, initial plans, switches."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,10 @@ def test_each_kind_of_plan_has_its_default_objective(setting: Setting) -> None:
     assert whole.problem.objective == BalancedLatency()
     assert setting.plan_roles(RATE_RPS, (2048,), split=True).problem.objective == MeanNormalizedLatency()
     assert setting.plan(RATE_RPS).problem.objective == MeanNormalizedLatency()
-    assert policy_spec("cascade", setting, None).options["planning"].objective == MeanNormalizedLatency()
     named = replace(setting, objective=WeightedLatency())
+    for name, here in product(("cascade", "roles"), (setting, named)):
+        options = policy_spec(name, here, None, whole).options
+        assert options["planning"].objective == here.objective, "plans made while serving have the same default"
     assert named.plan_roles(RATE_RPS, (2048,)).problem.objective == WeightedLatency()
     assert named.plan(RATE_RPS).problem.objective == WeightedLatency()
 
