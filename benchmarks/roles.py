@@ -292,7 +292,7 @@ def draw(rows: Rows, mine: str, file: Path) -> None:
     panel.invert_yaxis()
     logarithmic(panel, "x")
     panel.set_xlabel("ratio", fontsize=8)
-    panel.legend(fontsize=8, loc="upper left")
+    panel.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.1))
     save(sheet, file)
 
 
