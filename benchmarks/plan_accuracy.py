@@ -280,7 +280,7 @@ def run_of(
         context_tokens=setting.context_tokens,
         network=NetworkConfig(link_bytes_per_s=profile.transfer_bytes_per_s),
     )
-    policy = Roles(roles=layout_of(parts, n), step_model=profile.step_model)
+    policy = Roles(roles=layout_of(parts, n), step_model=profile.step_model, replan=False)
     result = simulate(workload, policy, config)
     seen = result.requests.arrived_in(warm_s, warm_s + counting_s)
     norm = 1e3 * seen.normalised_latency_s

@@ -4,7 +4,8 @@ Plans with roles against rivals at their best, simulated: the first tables of do
     .venv/bin/python benchmarks/roles.py --traces ../shared/data/traces --csv benchmarks/results/roles.csv
 
 Every contender is a policy at a token budget. `roles` has the plan that is best for `BalancedLatency`, its default, and
-`roles latency` the one that is best for mean normalised latency; both give every stage its own budget. `cascade` and
+`roles latency` the one that is best for mean normalised latency; both give every stage its own budget and keep their
+plan (`roles-static`). `cascade` and
 load balancers run at the profile's budget, at 512 tokens and some at 2,048, and `pd_fixed` with the number of prefill
 instances that is predicted to be best, with one more and with one less. All see the same requests at the same times, in
 the steady state (`warm_up_s` of `plan_accuracy.py`). Runs are done seed by seed, each is one row of the CSV, and what
@@ -61,9 +62,12 @@ class Contender(NamedTuple):
 def contenders(setting: Setting, base: RunSpec, shares: Sequence[float] = ()) -> list[Contender]:
     """All contenders of a point, with plans of these shares, too; the first ones say most."""
     found = [
-        Contender("roles", with_(base, policy="roles"), BalancedLatency()),
-        Contender("roles latency", with_(base, policy="roles")),
-        *(Contender(f"roles {share:g}", with_(base, policy="roles"), BalancedLatency(share)) for share in shares),
+        Contender("roles", with_(base, policy="roles-static"), BalancedLatency()),
+        Contender("roles latency", with_(base, policy="roles-static")),
+        *(
+            Contender(f"roles {share:g}", with_(base, policy="roles-static"), BalancedLatency(share))
+            for share in shares
+        ),
         *splits(setting, with_(base, policy="pd_fixed")),
     ]
     policies = ("cascade", *RIVALS)
@@ -171,7 +175,7 @@ def run_missing(options: argparse.Namespace, points: list[tuple[str, ...]], seed
         warm_s = warm_up_s(setting, rate)
         requests = int(2.0 * warm_s * rate + max(COUNTED, warm_s * rate))
         share = warm_s * rate / requests
-        base = RunSpec("roles", rate, seed, requests, Slo(1.0, 0.05), share, share, allow_overload=True)
+        base = RunSpec("roles-static", rate, seed, requests, Slo(1.0, 0.05), share, share, allow_overload=True)
         for number, (name, spec, objective) in enumerate(contenders(setting, base, shares)):
             if not options.contenders or name in options.contenders.split(","):
                 key = (profile, trace, load, knee, name, str(seed))
@@ -292,7 +296,7 @@ def draw(rows: Rows, mine: str, file: Path) -> None:
     panel.invert_yaxis()
     logarithmic(panel, "x")
     panel.set_xlabel("ratio", fontsize=8)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.1))
     save(sheet, file)
 
 

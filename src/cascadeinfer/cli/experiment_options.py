@@ -132,26 +132,18 @@ def objective_of(name: str | None, slo: "Slo") -> "Objective | None":
     Raises:
         ConfigError: There is no such objective.
     """
-    from cascadeinfer.core.plan.objective import (
-        BalancedLatency,
-        MeanNormalizedLatency,
-        SloAttainment,
-        WeightedLatency,
-    )
+    from cascadeinfer.core.plan import objective
 
-    match name:
-        case None:
-            return None
-        case "latency":
-            return MeanNormalizedLatency()
-        case "balanced":
-            return BalancedLatency()
-        case "ttft-tpot":
-            return WeightedLatency(TTFT_WEIGHT, TPOT_WEIGHT)
-        case "slo":
-            return SloAttainment(slo.ttft_s, slo.tpot_s)
-        case _:
-            raise ConfigError(f"no objective {name!r}", option="--objective", fix="latency, balanced, ttft-tpot or slo")
+    known: dict[str | None, Objective | None] = {
+        None: None,
+        "latency": objective.MeanNormalizedLatency(),
+        "balanced": objective.BalancedLatency(),
+        "ttft-tpot": objective.WeightedLatency(TTFT_WEIGHT, TPOT_WEIGHT),
+        "slo": objective.SloAttainment(slo.ttft_s, slo.tpot_s),
+    }
+    if name not in known:
+        raise ConfigError(f"no objective {name!r}", option="--objective", fix="latency, balanced, ttft-tpot or slo")
+    return known[name]
 
 
 def at_least_one(**options: int) -> None:
