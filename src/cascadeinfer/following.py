@@ -92,6 +92,7 @@ async def _follow(
             {instance_id: make_engine(instance_id) for instance_id in first_up},
             make_policy(options, follows=True),
             metrics_with(event_log),
+            origins=first_up,
             supervision=dataclasses.replace(
                 supervision_of(options),
                 hang_s=math.inf,  # process 0 finds out and tells

@@ -12,14 +12,14 @@ from cascadeinfer.cli.admin_calls import KEY_VARIABLE
 from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
 from cascadeinfer.frontend.door.door import Door
 from cascadeinfer.frontend.door.keys import Keys
-from cascadeinfer.frontend.rolling import SEVERAL, roll_routes
+from cascadeinfer.frontend.rolling import roll_routes
 from support.served_page import ADMIN_KEY, API_KEY, serving
 
 DRAIN_TIMEOUT_S = 7.0
 
 
 class Scripted:
-    """Stands in for `cascadeinfer.runtime.rolling.Rolling`: shows one state after the other, and then the last."""
+    """See `cascadeinfer.frontend.rolling.Rolls`: shows one state after the other, and then the last."""
 
     def __init__(self) -> None:
         """Nothing has begun."""
@@ -28,17 +28,17 @@ class Scripted:
         self.lines = ["instance 2 starts", "instance 2 is up", "instance 0 is gone"]
         self.ends_as = "done"
         self.error: str | None = None
-        self.is_several = False
         self.is_ending = False
         self.n_shown = 0
 
-    async def begin(self, options: Sequence[str], timeout_s: float) -> None:
+    async def roll(self, options: Sequence[str], timeout_s: float) -> dict[str, Any]:
         """Begin, or refuse."""
         if self.refusal is not None:
             raise self.refusal
         self.begun.append((list(options), timeout_s))
+        return await self.rolled()
 
-    def shown(self) -> dict[str, Any]:
+    async def rolled(self) -> dict[str, Any]:
         """One line more each time."""
         if not self.begun:
             return {"state": "none"}
@@ -50,7 +50,7 @@ class Scripted:
     def app(self) -> Door:
         """The door with the routes behind it."""
         inner = FastAPI()
-        inner.include_router(roll_routes(None if self.is_several else self, DRAIN_TIMEOUT_S))  # type: ignore[arg-type]
+        inner.include_router(roll_routes(self, DRAIN_TIMEOUT_S))
         return Door(inner, Keys([API_KEY], [ADMIN_KEY]), max_body_bytes=10_000)
 
 
@@ -125,14 +125,14 @@ def test_a_server_that_is_gone_in_the_middle(
     scripted: Scripted, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 1: the options were right."""
-    told = scripted.shown
+    told = scripted.rolled
 
-    def shown() -> dict[str, Any]:
+    async def shown() -> dict[str, Any]:
         if scripted.n_shown == 2:
             raise ConnectionResetError
-        return told()
+        return await told()
 
-    monkeypatch.setattr(scripted, "shown", shown)
+    monkeypatch.setattr(scripted, "rolled", shown)
     assert run("roll", "--url", url, "--max-num-seqs", "8") == 1
     assert "the update was under way, and" in capsys.readouterr().err
 
@@ -172,11 +172,3 @@ def test_keys(scripted: Scripted, url: str, capsys: pytest.CaptureFixture[str]) 
     assert run("roll", "--url", url, "--admin-api-key", "wrong", "--max-num-seqs", "8") == 2
     assert "does not know this key" in capsys.readouterr().err
     assert not scripted.begun
-
-
-def test_several_front_end_processes(scripted: Scripted, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are refused by name."""
-    scripted.is_several = True
-    with serving(scripted) as url:
-        assert run("roll", "--url", url, "--max-num-seqs", "8") == 2
-    assert SEVERAL in capsys.readouterr().err

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from server_process import ServerProcess
+from test_api_servers import N_REQUESTS, N_TOKENS, complete, many, wait_until_all_serve
 from test_standing_live import completion, n_there, requests_through, streamed, text_that_moved
 
 from cascadeinfer.cluster.runtime_folder import SOCKETS_VARIABLE
@@ -141,8 +143,9 @@ def test_a_killed_server_costs_no_engine(fleet: Fleet, first: ServerProcess) -> 
 
 def test_a_server_killed_in_the_middle_of_an_update(fleet: Fleet) -> None:
     """
-    `kill -9` while a rolling update starts an engine: the next server, started as before, goes on with engines of both
-    kinds, and with the update, here back to the options before. One that asks for others yet is refused.
+    `kill -9` while a rolling update starts an engine: the next server, started as before, here with two front-end
+    processes, goes on with engines of both kinds, and with the update, here back to the options before. One that asks
+    for others yet is refused.
     """
     with fleet.server() as server:
         wait_until_ready(server)
@@ -156,13 +159,18 @@ def test_a_server_killed_in_the_middle_of_an_update(fleet: Fleet) -> None:
         assert other.wait_ended(READY_DEADLINE_S) == 2
         assert "was not finished (the options before and --max-num-seqs 8)" in other.log_tail(1)
 
-    with fleet.server() as server:
+    with fleet.server("--api-servers", "2") as server:
         wait_until_ready(server)
+        wait_until_all_serve(server)
         assert "2 engines found alive" in server.log.read_text()
         assert "an update was not finished: instance 2 has --max-num-seqs 8" in server.log.read_text()
         assert [(each["id"], each["build"]) for each in server.admin()["instances"]] == [("1", 0), ("2", 1)]
         assert text_of(server, 120) == text_of(server, 120) == text
-        assert server.post("/admin/roll", {"options": []}).status_code == HTTPStatus.ACCEPTED
+        alone = complete(server)
+        with ThreadPoolExecutor(N_REQUESTS) as executor:
+            texts = many(server, executor, N_TOKENS)
+            assert server.post("/admin/roll", {"options": []}).status_code == HTTPStatus.ACCEPTED
+            assert {each.result() for each in texts} == {alone}
         server.poll(lambda: rolled(server)["state"] == "done", "back", READY_DEADLINE_S)
         assert {each["build"] for each in server.admin()["instances"]} == {0}
         assert text_of(server, 120) == text

@@ -101,10 +101,10 @@ def text_of(server: ServerProcess, n_tokens: int = N_TOKENS) -> str:
 
 
 @contextlib.contextmanager
-def stream(server: ServerProcess) -> Iterator[Iterator[dict[str, Any]]]:
-    """The events of a long answer."""
+def stream(server: ServerProcess, body: dict[str, Any] | None = None) -> Iterator[Iterator[dict[str, Any]]]:
+    """The events of a long answer, to this request if one is given."""
     headers = {"Authorization": f"Bearer {API_KEY}"}
-    url, body = server.url + "/v1/completions", completion(N_TOKENS, stream=True)
+    url, body = server.url + "/v1/completions", body or completion(N_TOKENS, stream=True)
     with httpx.stream("POST", url, json=body, headers=headers, timeout=ROLL_DEADLINE_S, **NO_TLS) as answer:
         lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
         yield (json.loads(line) for line in lines if line != "[DONE]")

@@ -8,12 +8,12 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-from test_standing import HELLO, KEY, LEASE_S, PATIENCE_S, ScriptedCore, core, front_end, plain_models, until  # noqa: F401 - fixtures
+from test_standing import HELLO, KEY, LEASE_S, PATIENCE_S, SIZES, ScriptedCore, core, front_end, plain_models, until  # noqa: F401 - fixtures
 
 from cascadeinfer.cluster.local import LOOPBACK, free_port
 from cascadeinfer.core.errors import EngineError
 from cascadeinfer.engines.protocol import EngineDied
-from cascadeinfer.engines.vllm import followed
+from cascadeinfer.engines.vllm import followed, standing
 from cascadeinfer.engines.vllm.attachment import AnyAttachment, Attachment, StandingAttachment, attachment_of
 from cascadeinfer.engines.vllm.followed import FollowedCore
 from cascadeinfer.engines.vllm.instance import VllmInstance
@@ -92,6 +92,23 @@ async def test_a_follower_is_one_more_client(core: ScriptedCore) -> None:  # noq
     finally:
         await instance.stop(0.0)
         await owner.stop(0.0)
+
+
+async def test_it_leaves_the_look_at_the_model_to_process_0(
+    core: ScriptedCore,  # noqa: F811 - the fixture
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which knows what a rolling update has given the engine, such as another data type than this process was told."""
+    monkeypatch.setattr(standing, "model_sizes", lambda _: {**SIZES, "layers": 3})
+    owner = front_end(core)
+    with pytest.raises(EngineError, match="runs another model"):
+        await owner.start()
+    await owner.stop(0.0)
+    told = Told()
+    told.says(at(core.address.port))
+    instance = follower_of(told)
+    await instance.start()
+    await instance.stop(0.0)
 
 
 async def test_it_waits_until_process_0_says_so() -> None:

@@ -16,7 +16,6 @@ from cascadeinfer.frontend import fleet_engines
 from cascadeinfer.frontend.fleet_engines import (
     FleetTerms,
     _left_by_an_update,
-    check_front_ends,
     check_nodes,
     has_room,
     missing,
@@ -127,13 +126,6 @@ async def test_what_no_server_can_go_on_with(
         await left(monkeypatch, marks, model)
     assert "the options before and --max-num-seqs 8" in str(refused.value)
     assert "cascadeinfer stop f" in str(refused.value)
-
-
-def test_several_front_ends_wait_for_the_end_of_an_update() -> None:
-    """Followers would continue texts with another version of the model."""
-    check_front_ends(1)
-    with pytest.raises(ConfigError, match=r"--api-servers.*start one front-end process"):
-        check_front_ends(2)
 
 
 class Nodes:

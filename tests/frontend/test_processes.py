@@ -12,14 +12,14 @@ from prometheus_client import CollectorRegistry
 
 from cascadeinfer.cluster.channel import MAX_UNSENT_BYTES, Channel
 from cascadeinfer.core.effects import MigrationReason
-from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
+from cascadeinfer.core.errors import ConfigError, ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import MigrationOutcome
-from cascadeinfer.core.kind import InstanceKind, Role
+from cascadeinfer.core.kind import InstanceKind, InstanceTerms, Role
 from cascadeinfer.core.layout import Stage, StageLayout
 from cascadeinfer.core.policies.static_stages import StaticStages
 from cascadeinfer.core.types import InstanceCapacity, LengthRange
 from cascadeinfer.engines.protocol import Engine, EngineRequest
-from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams
+from cascadeinfer.engines.simulated import SimulatedEngine, SimulatedParams, SimulatedTimes
 from cascadeinfer.engines.vllm.attachment import Attachment
 from cascadeinfer.frontend.processes import follower as follower_module
 from cascadeinfer.frontend.processes import owner as owner_module
@@ -28,6 +28,7 @@ from cascadeinfer.frontend.processes.follower import Follower
 from cascadeinfer.frontend.processes.messages import (
     Added,
     AddInstances,
+    BeginRoll,
     DrainInstance,
     FleetNews,
     FromFollower,
@@ -36,6 +37,7 @@ from cascadeinfer.frontend.processes.messages import (
     LayoutNews,
     Look,
     LookAtPicture,
+    LookAtRoll,
     Question,
     Refused,
     Shown,
@@ -44,6 +46,7 @@ from cascadeinfer.frontend.processes.messages import (
     TellStory,
     Unanswered,
     UnknownInstance,
+    WrongOptions,
 )
 from cascadeinfer.frontend.processes.owner import HANG_S, LOOK_S, FollowerState, FrontEnds, logger
 from cascadeinfer.runtime.ledger import EndedMove
@@ -53,6 +56,7 @@ from cascadeinfer.runtime.shell import Runtime
 from cascadeinfer.runtime.supervise import SupervisionTimes
 
 CAPACITY = InstanceCapacity(kv_blocks=128, block_size_tokens=16, max_num_seqs=8, max_batched_tokens=64)
+TIMES = SimulatedTimes(start_s=0.02)
 LAYOUT = StageLayout.from_boundaries((100,), (("a",), ("b",)))
 DEADLINE_S = 20.0
 
@@ -66,7 +70,7 @@ class Attached(SimulatedEngine):
     """A simulated engine that goes by what the board says, as a client of another process's instance does."""
 
     def __init__(self, instance_id: str, board: Board, n_start: int) -> None:
-        super().__init__(instance_id, n_start, CAPACITY)
+        super().__init__(instance_id, n_start, CAPACITY, times=TIMES)
         self.board = board
         self.stopped = False
         self.attachment: Attachment | None = None
@@ -116,7 +120,7 @@ class Pair:
         self.runtime: Runtime | None = None
         return self
 
-    async def serve(self) -> Runtime:
+    async def serve(self, terms: dict[str, InstanceTerms] | None = None) -> Runtime:
         """Start the follower's runtime with the instances of the first news."""
         first = await self.follower.first_up()
         self.runtime = Runtime(
@@ -124,6 +128,8 @@ class Pair:
             StaticStages(layout=LAYOUT),
             lambda read: RuntimeMetrics(CollectorRegistry(), read),
             supervision=SupervisionTimes(report_s=0.01, backoff_first_s=0.01, backoff_max_s=0.01),
+            terms=terms,
+            origins=first,
         )
         await self.runtime.start()
         self.follower.run(self.runtime)
@@ -145,9 +151,11 @@ class Pair:
 
     def tell(self, **engine_ids: str | None) -> None:
         """Send news: which instances are up, in which life, and which are not."""
-        self.channel.send(
-            FleetNews([InstanceNews(i, e and attachment(e), 0, None) for i, e in sorted(engine_ids.items())])
-        )
+        self.tell_of(*(InstanceNews(i, e and attachment(e), 0, None) for i, e in sorted(engine_ids.items())))
+
+    def tell_of(self, *instances: InstanceNews) -> None:
+        """Send news of exactly these instances."""
+        self.channel.send(FleetNews(list(instances)))
 
     def up(self) -> dict[str, str]:
         """Instances that the follower's runtime uses, with the life it is attached to."""
@@ -339,7 +347,7 @@ async def test_follower_asks_process_0() -> None:
             assert question.timeout_s == 1.0
             return UnknownInstance(question.number, question.instance_id)
 
-        def refused(question: DrainInstance) -> Refused:
+        def refused(question: DrainInstance | BeginRoll) -> Refused:
             return Refused(question.number, "the last one")
 
         assert await answered(pair.follower.snapshot(), looked) == {"instances": []}
@@ -353,6 +361,22 @@ async def test_follower_asks_process_0() -> None:
             await answered(pair.follower.drain("9", 1.0), unknown)
         with pytest.raises(ScalingRefusedError, match="the last one"):
             await answered(pair.follower.drain("a", 1.0), refused)
+
+        def rolls(question: BeginRoll | LookAtRoll) -> Shown:
+            asked = (question.options, question.timeout_s) if isinstance(question, BeginRoll) else None
+            return Shown(question.number, {"state": "rolling", "asked": asked})
+
+        def wrong(question: BeginRoll) -> WrongOptions:
+            return WrongOptions(question.number, "--tokenizer: is read by the front end")
+
+        words = ("--max-num-seqs", "8")
+        begun = await answered(pair.follower.roll(words, 2.0), rolls)
+        assert begun == {"state": "rolling", "asked": [list(words), 2.0]}
+        assert await answered(pair.follower.rolled(), rolls) == {"state": "rolling", "asked": None}
+        with pytest.raises(ConfigError, match=r"^--tokenizer: is read by the front end$"):
+            await answered(pair.follower.roll(["--tokenizer", "x"], 2.0), wrong)
+        with pytest.raises(ScalingRefusedError, match="the last one"):
+            await answered(pair.follower.roll(words, 2.0), refused)
 
 
 @pytest.mark.asyncio

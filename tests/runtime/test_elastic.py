@@ -98,6 +98,29 @@ async def test_what_cannot_move_ends_where_it_is() -> None:
 
 
 @virtual_time
+async def test_an_instance_that_another_process_uses_stays() -> None:
+    """Though nothing runs there; each process says which instances it uses: those that it may choose, or is on."""
+    policy = ScriptedPolicy({"r": "a"})
+    async with Cluster(policy) as cluster:
+        elastic = cluster.runtime.elastic
+        used = {"a", "b"}
+        elastic.used_elsewhere = used.__contains__
+        client = await cluster.submit("r", 50, 200, pin_reason=PinReason.SEEDED_SAMPLING)
+        await client.until_tokens(5)
+        elastic.drain("a", LONG_S)
+        elastic.drain("b", LONG_S)
+        assert elastic.in_use() == ["a", "c"]
+        await client.until_end()
+        assert elastic.in_use() == ["c"]
+        await asyncio.sleep(5.0)
+        assert phases(cluster) == {"a": "draining", "b": "draining", "c": "up"}
+        used.clear()
+        elastic.look_at_all()
+        await cluster.gone("a")
+        await cluster.gone("b")
+
+
+@virtual_time
 async def test_the_time_is_up() -> None:
     """When the drain times out, what is left goes on elsewhere, is recomputed, and is counted as recomputed."""
     policy = ScriptedPolicy({"r": "a"})

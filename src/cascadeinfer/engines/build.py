@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cascadeinfer.core.kind import InstanceKind
-from cascadeinfer.core.types import InstanceCapacity
+from cascadeinfer.core.types import InstanceCapacity, InstanceId
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +30,20 @@ class Build:
 
 
 FIRST_BUILD: Final = Build()
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """
+    Where an instance comes from.
+
+    Attributes:
+        build: What it is started with.
+        replaces: The instance whose place among the stages it takes over, or None.
+    """
+
+    build: Build = FIRST_BUILD
+    replaces: InstanceId | None = None
+
+
+FIRST_ORIGIN: Final = Origin()

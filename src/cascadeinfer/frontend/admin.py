@@ -6,7 +6,7 @@ Adding and draining start here and are answered with 202; `GET` shows their prog
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol
 
@@ -21,7 +21,6 @@ from cascadeinfer import __version__
 from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.frontend.rolling import roll_routes
-from cascadeinfer.runtime.rolling import Rolling
 from cascadeinfer.runtime.shell import Runtime
 
 
@@ -60,9 +59,17 @@ class Admin(Protocol):
         """See Elasticity.drain."""
         ...
 
+    async def rolled(self) -> dict[str, Any]:
+        """The JSON of `/admin/roll`."""
+        ...
+
+    async def roll(self, options: Sequence[str], timeout_s: float) -> dict[str, Any]:
+        """Begin a rolling update, see Rolling.begin; returns the JSON of `/admin/roll`."""
+        ...
+
 
 class OwnRuntime:
-    """The runtime of the only process. See Admin."""
+    """The runtime of the only process, or what process 0 of several does with its own. See Admin."""
 
     def __init__(self, runtime: Runtime) -> None:
         """
@@ -93,10 +100,17 @@ class OwnRuntime:
         self._runtime.elastic.rolling.refuse_meanwhile()
         return self._runtime.elastic.drain(instance_id, timeout_s).instance_id
 
+    async def rolled(self) -> dict[str, Any]:
+        """See Admin."""
+        return self._runtime.elastic.rolling.shown()
 
-def attach_admin_routes(
-    app: FastAPI, runtime: Runtime, admin: Admin, *, drain_timeout_s: float, rolling: Rolling | None = None
-) -> None:
+    async def roll(self, options: Sequence[str], timeout_s: float) -> dict[str, Any]:
+        """See Admin."""
+        await self._runtime.elastic.rolling.begin(options, timeout_s)
+        return await self.rolled()
+
+
+def attach_admin_routes(app: FastAPI, runtime: Runtime, admin: Admin, *, drain_timeout_s: float) -> None:
     """
     Add the routes to vLLM's app. Keys are checked at the door (`frontend/door`).
 
@@ -104,9 +118,8 @@ def attach_admin_routes(
         runtime: This process's runtime, for its health.
         admin: Answers what concerns all processes.
         drain_timeout_s: For drains that name no time-out.
-        rolling: Updates the instances; None where it cannot be done.
     """
-    app.include_router(roll_routes(rolling, drain_timeout_s))
+    app.include_router(roll_routes(admin, drain_timeout_s))
     app.include_router(_instance_routes(admin, drain_timeout_s))
     app.routes.insert(0, Route("/version", version, include_in_schema=False))  # before vLLM's own
     app.include_router(_health_routes(runtime))

@@ -216,7 +216,6 @@ async def fleet_engines(
         if found and runs is not None and runs.updates:
             source.first_builds = await _left_by_an_update(fleet, keepers, found, builds, runs, asked, standing.key)
         if source.first_builds:
-            check_front_ends(terms.n_front_ends)
             await builds.note(FIRST_BUILD, {FIRST_BUILD, *source.first_builds.values()})
         else:
             await fleet.write(asked)
@@ -352,16 +351,6 @@ async def _mark_of(keepers: Keepers, instance_id: InstanceId, key: ClusterKey, o
         logger.warning("instance %s: %s", instance_id, error)
         return None
     return None if about is None else about.mark
-
-
-def check_front_ends(n_front_ends: int) -> None:
-    """Raises ConfigError if engines of several kinds cannot be used, because followers know of one kind only."""
-    if n_front_ends > 1:
-        raise ConfigError(
-            "is 1 until an update that was not finished goes on or back",
-            option="--api-servers",
-            fix="start one front-end process, and roll",
-        )
 
 
 def missing(n_instances: int, found: Collection[InstanceId]) -> list[InstanceId]:

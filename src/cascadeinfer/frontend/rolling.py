@@ -5,17 +5,28 @@ Everything that can be checked is checked before the answer to `POST`: 400 for o
 while another update is under way or without room, 202 once it has begun.
 """
 
+from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Protocol
 
 from fastapi import APIRouter, HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 
 from cascadeinfer.core.errors import ConfigError, ScalingRefusedError
-from cascadeinfer.runtime.rolling import Rolling
 
 MAX_WORDS: Final = 200
-SEVERAL: Final = "a server with several front-end processes (--api-servers) cannot update its instances one by one"
+
+
+class Rolls(Protocol):
+    """Updates the instances, see `cascadeinfer.frontend.admin.Admin`."""
+
+    async def rolled(self) -> dict[str, Any]:
+        """See Admin."""
+        ...
+
+    async def roll(self, options: Sequence[str], timeout_s: float) -> dict[str, Any]:
+        """See Admin."""
+        ...
 
 
 class NewOptions(BaseModel):
@@ -32,12 +43,12 @@ class NewOptions(BaseModel):
     timeout_s: Annotated[float | None, Field(ge=0.0, le=86400.0)] = None
 
 
-def roll_routes(rolling: Rolling | None, drain_timeout_s: float) -> APIRouter:
+def roll_routes(instances: Rolls, drain_timeout_s: float) -> APIRouter:
     """
     The routes.
 
     Args:
-        rolling: Replaces the instances; None where several processes use them.
+        instances: Those of all processes.
         drain_timeout_s: For updates that name no time-out.
     """
     router = APIRouter(prefix="/admin/roll")
@@ -45,20 +56,17 @@ def roll_routes(rolling: Rolling | None, drain_timeout_s: float) -> APIRouter:
     @router.get("")
     async def shown() -> dict[str, Any]:
         """How far it is."""
-        return {"state": "none"} if rolling is None else rolling.shown()
+        return await instances.rolled()
 
     @router.post("", status_code=HTTPStatus.ACCEPTED)
     async def begin(wanted: NewOptions) -> dict[str, Any]:
         """Check the options, and begin."""
-        if rolling is None:
-            raise HTTPException(HTTPStatus.BAD_REQUEST, SEVERAL)
         timeout_s = drain_timeout_s if wanted.timeout_s is None else wanted.timeout_s
         try:
-            await rolling.begin(wanted.options, timeout_s)
+            return await instances.roll(wanted.options, timeout_s)
         except ConfigError as error:
             raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from error
         except ScalingRefusedError as refused:
             raise HTTPException(HTTPStatus.CONFLICT, str(refused)) from refused
-        return rolling.shown()
 
     return router

@@ -126,8 +126,7 @@ async def serve(
     app = build_app(without_keys(args), supported_tasks, llm.model_config)
     await init_app_state(llm, app.state, args, supported_tasks)
     admin = OwnRuntime(runtime) if shared is None else shared.admin
-    rolling = runtime.elastic.rolling if shared is None else None
-    attach_admin_routes(app, runtime, admin, drain_timeout_s=drain_timeout_s, rolling=rolling)
+    attach_admin_routes(app, runtime, admin, drain_timeout_s=drain_timeout_s)
     served = Served(", ".join(args.served_model_name or [args.model]), policy, llm.model_config.max_model_len)
     attach_page(app, admin, served, is_ending=lambda: app.state.server.should_exit)
     if shared is not None:

@@ -6,9 +6,9 @@ may use it. If its first start fails, it is given up, its place is freed, and `F
 reused.
 
 A draining instance takes no new requests. The policy migrates its running requests live; those that cannot move finish
-there. Once it is empty, or its time is up, it is stopped and forgotten. Requests still there when the time is up
-continue elsewhere from prompt and output so far, as after a death. An instance that dies while draining is not
-restarted. One that is starting, or down, is removed at once.
+there. Once it is empty and no other process uses it, or its time is up, it is stopped and forgotten. Requests still
+there when the time is up continue elsewhere from prompt and output so far, as after a death. An instance that dies
+while draining is not restarted. One that is starting, or down, is removed at once.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from typing import Any
 from cascadeinfer.core.errors import EngineError, ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import Event, InstanceDraining
 from cascadeinfer.core.types import InstanceId
-from cascadeinfer.engines.build import Build
+from cascadeinfer.engines.build import FIRST_ORIGIN, Build, Origin
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.engines.source import EngineSource
@@ -47,6 +47,7 @@ class Elasticity:
 
     Attributes:
         rolling: Replaces all instances by others, one by one.
+        used_elsewhere: Whether another process may send requests to an instance, or has some there.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Elasticity:
         self._numbers = itertools.count(max(highest + 1, len(fleet.records)))
         self._tasks: dict[InstanceId, asyncio.Task[None]] = {}
         self._stopping = False
+        self.used_elsewhere: Callable[[InstanceId], bool] = lambda _: False
         self.rolling = Rolling(
             fleet, source, lambda build, replaced: self.add(1, build, replaced)[0], self.drain, clock
         )
@@ -106,24 +108,26 @@ class Elasticity:
             raise ScalingRefusedError(
                 f"{len(self._fleet.records)} instances and {count} more are above {MAX_INSTANCES}"
             )
-        build = build or self._source.build
+        origin = Origin(build or self._source.build, replaces)
         placed: dict[InstanceId, Callable[[int], Any]] = {}
         try:
             for _ in range(count):
                 instance_id = str(next(self._numbers))
-                placed[instance_id] = self._source.place(instance_id, build)
+                placed[instance_id] = self._source.place(instance_id, origin.build)
         except BaseException:
             for instance_id in placed:
                 self._source.release(instance_id)
             raise
         for instance_id, make in placed.items():
-            self._spawn(instance_id, self._start(self._fleet.add(instance_id, make, build, replaces)))
+            self._spawn(instance_id, self._start(self._fleet.add(instance_id, make, origin)))
         return list(placed)
 
-    def adopt(self, instance_id: InstanceId, make_engine: Callable[[int], Engine]) -> None:
+    def adopt(
+        self, instance_id: InstanceId, make_engine: Callable[[int], Engine], origin: Origin = FIRST_ORIGIN
+    ) -> None:
         """Take in an instance that another process added or restarted; it joins once it is up."""
         if not self._stopping:
-            self._spawn(instance_id, self._start(self._fleet.add(instance_id, make_engine)))
+            self._spawn(instance_id, self._start(self._fleet.add(instance_id, make_engine, origin)))
 
     def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceRecord:
         """
@@ -169,6 +173,15 @@ class Elasticity:
         """An instance has reported or gone down: if it is draining, it may be empty now."""
         if record.drain is not None:
             record.drain.news.set()
+
+    def look_at_all(self) -> None:
+        """Another process has said which instances it uses: those that are draining may be empty now."""
+        for record in self._fleet:
+            self.look(record)
+
+    def in_use(self) -> list[InstanceId]:
+        """Instances to which this process may send requests, now or once they are up, or where it has some."""
+        return [record.instance_id for record in self._fleet if record.drain is None or self._has_own(record)]
 
     async def stop(self) -> None:
         """Abandon what is under way; the fleet stops all instances."""
@@ -226,11 +239,12 @@ class Elasticity:
     def _is_empty(self, record: InstanceRecord) -> bool:
         report = record.report
         return not (
-            report.n_running
-            or report.n_waiting
-            or self._streams.on_instance(record.instance_id)
-            or self._migrator.involves(record.instance_id)
+            report.n_running or report.n_waiting or self._has_own(record) or self.used_elsewhere(record.instance_id)
         )
+
+    def _has_own(self, record: InstanceRecord) -> bool:
+        """Whether requests of this process are there, or on their way from or to it."""
+        return bool(self._streams.on_instance(record.instance_id)) or self._migrator.involves(record.instance_id)
 
     def _remove(self, record: InstanceRecord, how: str, error: str | None) -> None:
         instance_id = record.instance_id

@@ -19,7 +19,7 @@ from cascadeinfer.core.kind import NO_TERMS, InstanceKind, InstanceTerms
 from cascadeinfer.core.layout import Stage, StageLayout
 from cascadeinfer.core.links import Links
 from cascadeinfer.core.types import InstanceCapacity, InstanceId
-from cascadeinfer.engines.build import FIRST_BUILD, Build
+from cascadeinfer.engines.build import FIRST_BUILD, FIRST_ORIGIN, Origin
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.runtime.gauges import FleetGauges
 from cascadeinfer.runtime.instance_state import Deed, Happening
@@ -81,7 +81,7 @@ class Fleet:
         times: SupervisionTimes,
         clock: Callable[[], float],
         terms: Mapping[InstanceId, InstanceTerms] | None = None,
-        builds: Mapping[InstanceId, Build] | None = None,
+        origins: Mapping[InstanceId, Origin] | None = None,
     ) -> None:
         """
         Args:
@@ -90,7 +90,7 @@ class Fleet:
             times: Limits and intervals of their supervision.
             clock: The time in seconds.
             terms: Roles and chunk budgets of instances; None: leave all engines as they are.
-            builds: What instances are started with that are not started like the others.
+            origins: Of instances that are not started like the others, or take over the place of one that is gone.
         """
         self._terms = None if terms is None else dict(terms)
         self._clock = clock
@@ -98,8 +98,9 @@ class Fleet:
         self._times = times
         self.changed = asyncio.Event()
         self.records: dict[InstanceId, InstanceRecord] = {}
+        self._heir_of: dict[InstanceId, InstanceId] = {}
         for instance_id, make in make_engines.items():
-            self.add(instance_id, make, (builds or {}).get(instance_id, FIRST_BUILD))
+            self.add(instance_id, make, (origins or {}).get(instance_id, FIRST_ORIGIN))
         self.departed: deque[Departed] = deque(maxlen=DEPARTED_REMEMBERED)
         self.watchers: list[FleetWatcher] = []
         self.layout: StageLayout | None = None
@@ -120,15 +121,18 @@ class Fleet:
         self,
         instance_id: InstanceId,
         make_engine: Callable[[int], Engine],
-        build: Build = FIRST_BUILD,
-        replaces: InstanceId | None = None,
+        origin: Origin = FIRST_ORIGIN,
     ) -> InstanceRecord:
         """Add an instance without starting it; one that replaces another gets its role and its chunk budget."""
         assert instance_id not in self.records, f"instance {instance_id} is there already"
-        record = InstanceRecord(Supervisor(instance_id, make_engine, self._listener, self._times), build, replaces)
+        replaces = origin.replaces
+        if replaces is not None:
+            self._heir_of[instance_id] = self._heir_of.get(replaces, replaces)
+            if self._terms is not None and replaces in self._terms:
+                self._terms[instance_id] = self._terms[replaces]
+        supervisor = Supervisor(instance_id, make_engine, self._listener, self._times)
+        record = InstanceRecord(supervisor, origin.build, replaces, self._heir_of.get(instance_id))
         record.supervisor.on_change = self.changed.set
-        if self._terms is not None and replaces in self._terms:
-            self._terms[instance_id] = self._terms[replaces]
         self.records[instance_id] = record
         return record
 

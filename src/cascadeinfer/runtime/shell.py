@@ -27,6 +27,7 @@ from cascadeinfer.core.migration import Happening, MigrationLimits
 from cascadeinfer.core.policy import Policy
 from cascadeinfer.core.quarantine import DEATHS
 from cascadeinfer.core.types import InstanceCapacity, InstanceId, RequestId
+from cascadeinfer.engines.build import Origin
 from cascadeinfer.engines.protocol import Engine, EngineCounters, EngineRequest, StepOutputs
 from cascadeinfer.engines.source import EngineSource
 from cascadeinfer.runtime.driver import Observer, PolicyDriver
@@ -63,6 +64,7 @@ class Runtime:
         observer: Observer | None = None,
         poison_deaths: int = DEATHS,
         terms: Mapping[InstanceId, InstanceTerms] | None = None,
+        origins: Mapping[InstanceId, Origin] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -76,13 +78,14 @@ class Runtime:
             observer: Sees every event with its effects: the event log.
             poison_deaths: Of instances under a request, after which it is ended.
             terms: Roles and chunk budgets; None: no engine's budget is changed.
+            origins: Where the instances come from, as another process says; None: as the source says.
             clock: The time in seconds (not the loop's own: uvloop's counts whole milliseconds).
         """
         self._clock = clock
         self._streams = StreamTable()
         self.seen = Seen()
-        builds = None if source is None else source.first_builds
-        self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes(), clock, terms, builds)
+        of_source = {} if source is None else {name: Origin(build) for name, build in source.first_builds.items()}
+        self.fleet = Fleet(make_engines, self, supervision or SupervisionTimes(), clock, terms, origins or of_source)
         self._streams.on_placed = self.fleet.wake
         self.metrics = make_metrics(self.fleet.gauges)
         self.ledger = Ledger(clock)

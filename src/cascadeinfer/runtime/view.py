@@ -76,6 +76,7 @@ class InstanceRecord:
     Attributes:
         build: What it is started with.
         replaces: The instance whose place among the stages it takes over, or None.
+        heir_of: The first in the row of those that replaced one another up to it; None if it replaces none.
         kind: What it was when it last came up; None before.
         settled: Set once it has come up, or failed to, for the first time.
         drain: Of the drain it is in, or was removed by; None before.
@@ -84,6 +85,7 @@ class InstanceRecord:
     supervisor: Supervisor
     build: Build = FIRST_BUILD
     replaces: InstanceId | None = None
+    heir_of: InstanceId | None = None
     capacity: InstanceCapacity | None = None
     kind: InstanceKind | None = None
     report: InstanceReport = IDLE

@@ -211,6 +211,17 @@ def test_a_follower_has_the_prefill_stages_of_the_one_that_plans() -> None:
     assert len(policy.view.members()) == 3
 
 
+def test_an_heir_of_a_prefill_instance_is_published() -> None:
+    """In a rolling update, although the stages that decode are the same: other processes must hear of it."""
+    roles = RoleLayout(StageLayout.single(("b",)), (Stage(LengthRange(500), ("a",)),))
+    policy = Roles(roles=roles)
+    published: list[Effect] = []
+    for name, replaced in (("a", None), ("b", None), ("c", "a")):
+        effects = policy.handle(InstanceJoined("up", name, InstanceKind(CAPACITY), replaces=replaced), 0.0)
+        published += [effect for effect in effects if isinstance(effect, PublishLayout)]
+    assert [[stage.instance_ids for stage in effect.prefill] for effect in published] == [[("a",)], [("a", "c")]]  # type: ignore[union-attr]
+
+
 def test_one_that_is_back_after_a_plan_without_it_decodes() -> None:
     """It had the role of a prefill instance when it died, and no stage names it any more."""
     policy = Roles()

@@ -30,7 +30,7 @@ from cascadeinfer.core.cost.learning import LearningSettings
 from cascadeinfer.core.effects import AssignTerms, Effect, PublishLayout
 from cascadeinfer.core.events import Event, InstanceJoined, LayoutAnnounced
 from cascadeinfer.core.kind import NO_TERMS, Role
-from cascadeinfer.core.layout import RoleLayout
+from cascadeinfer.core.layout import RoleLayout, Stage
 from cascadeinfer.core.placing.dispatch import Chosen, has_room, nearest_with_room
 from cascadeinfer.core.placing.pushing import PrefillStages
 from cascadeinfer.core.placing.sharing import SHORT
@@ -77,6 +77,7 @@ class Roles(Cascade):
         )
         self._overflow = overflow
         self._replans = replan
+        self._published: tuple[Stage, ...] = ()
         self._prefill = PrefillStages(roles, self.view, self._target_for)
         self._adaptation = RoleAdaptation(
             self.roster,
@@ -94,10 +95,20 @@ class Roles(Cascade):
         if isinstance(event, LayoutAnnounced):
             self._prefill.adopt(event.prefill)
         effects = self._prefill.handle(event, now_s, super().handle)
-        prefill = self._prefill.stages
         if isinstance(event, InstanceJoined) and self._replans and self._came_too_late(event):
             effects.append(AssignTerms(event.cause, event.instance_id, NO_TERMS))
-        return [replace(e, prefill=prefill) if isinstance(e, PublishLayout) and prefill else e for e in effects]
+        return self._with_prefill(event.cause, effects)
+
+    def _with_prefill(self, cause: str, effects: list[Effect]) -> list[Effect]:
+        """The effects, with the prefill stages in what is published; they are published when they alone change, too."""
+        prefill, layout = self._prefill.stages, self.roster.layout
+        publishes = any(isinstance(effect, PublishLayout) for effect in effects)
+        if not publishes and prefill != self._published and layout is not None:
+            effects.append(PublishLayout(cause, layout))
+            publishes = True
+        if publishes:
+            self._published = prefill
+        return [replace(effect, prefill=prefill) if isinstance(effect, PublishLayout) else effect for effect in effects]
 
     def _came_too_late(self, event: InstanceJoined) -> bool:
         """Whether it has come back with the role of a prefill instance, and a plan without it has been made since."""

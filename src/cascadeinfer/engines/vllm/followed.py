@@ -68,7 +68,7 @@ class FollowedCore:
         told = await self._attach(self)
         assert isinstance(told, StandingAttachment), told
         self.index = told.index
-        terms = Terms(self._config, told.key, told.lease_s, told.max_migrations, told.own_host)
+        terms = Terms(self._config, told.key, told.lease_s, told.max_migrations, told.own_host, trusts_model=True)
         address = EngineAddress(told.host, told.port)
         core = self._core = StandingCore(self.instance_id, told.index, address, terms, self._until_told)
         attaching = self._attaching = asyncio.ensure_future(core.begin())

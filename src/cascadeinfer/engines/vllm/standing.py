@@ -57,6 +57,8 @@ class Terms:
         lease_s: How long engines keep the blocks of a request that moves away, at least.
         max_migrations: An engine takes part in at once.
         own_host: The address on which engines reach this process; None: the one by which the engine is reached.
+        trusts_model: Another process of the server has held the engine's model against its own configuration already,
+            which since a rolling update may have another data type or quantisation than this process's.
     """
 
     config: VllmConfig
@@ -64,6 +66,7 @@ class Terms:
     lease_s: int
     max_migrations: int
     own_host: str | None = None
+    trusts_model: bool = False
 
 
 class StandingCore:
@@ -124,7 +127,8 @@ class StandingCore:
         self._watch = asyncio.get_running_loop().create_task(self._until_disconnected(sockets, client))
         channel = self._channel = EngineChannel(self.instance_id, self.index, client, hello, attached.connector_token)
         await channel.limit_migrations(terms.max_migrations)
-        check_model(terms.config, (await channel.identity()).engine, address)
+        if not terms.trusts_model:
+            check_model(terms.config, (await channel.identity()).engine, address)
         self._pid = attached.about.pid
         logger.info(
             "instance %s is the engine at %s (%s, pid %s)", self.instance_id, address, attached.about.node, self._pid

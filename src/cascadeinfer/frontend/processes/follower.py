@@ -10,26 +10,30 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, assert_never
 
 from cascadeinfer.cluster.channel import Channel
-from cascadeinfer.core.errors import ScalingRefusedError, UnknownInstanceError
+from cascadeinfer.core.errors import ConfigError, ScalingRefusedError, UnknownInstanceError
 from cascadeinfer.core.events import InstanceChanged, LayoutAnnounced
 from cascadeinfer.core.kind import InstanceTerms, Role
 from cascadeinfer.core.types import InstanceId, RequestId
+from cascadeinfer.engines.build import Origin
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.frontend.processes.board import Board
 from cascadeinfer.frontend.processes.messages import (
     Added,
     AddInstances,
+    BeginRoll,
     DrainInstance,
     Drains,
     FleetNews,
     FromOwner,
+    InstanceNews,
     LayoutNews,
     Look,
     LookAtPicture,
+    LookAtRoll,
     Question,
     Refused,
     Shown,
@@ -38,6 +42,7 @@ from cascadeinfer.frontend.processes.messages import (
     TellStory,
     Unanswered,
     UnknownInstance,
+    WrongOptions,
 )
 from cascadeinfer.frontend.processes.questions import Questions
 from cascadeinfer.runtime.shell import Runtime
@@ -46,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 SUMMARY_S = 0.25
 ANSWER_TIMEOUT_S = 10.0
+CHECK_TIMEOUT_S = 300.0
+"""For process 0 to check engine options: it makes a configuration, perhaps of a model that it has to find first."""
 UNSENT_MAX_BYTES = 1 << 16
 """Summaries are held back while this much is unread by process 0."""
 
@@ -77,14 +84,27 @@ class Follower:
         self._runtime: Runtime | None = None
         self._fleet_news: FleetNews | None = None
         self._layout_news: LayoutNews | None = None
-        self._first_news = asyncio.Event()
+        self._heard = asyncio.Event()
         self._questions = Questions()
+        self._known: set[InstanceId] = set()
 
-    async def first_up(self) -> list[InstanceId]:
-        """Wait for the first news; returns the instances to begin with."""
-        await self._first_news.wait()
-        assert self._fleet_news is not None
-        return [news.instance_id for news in self._fleet_news.instances if news.attachment is not None]
+    async def first_up(self) -> dict[InstanceId, Origin]:
+        """Wait for the first news; returns the instances to begin with, and where they come from."""
+        while not (up := self._to_begin_with()):
+            await self._heard.wait()
+            self._heard.clear()
+        origins = {news.instance_id: self._origin_of(news) for news in up}
+        self._known.update(origins)
+        return origins
+
+    def _to_begin_with(self) -> list[InstanceNews]:
+        """Instances that are up, and stay: one that drains may be gone at any time."""
+        known = [] if self._fleet_news is None else self._fleet_news.instances
+        return [news for news in known if news.attachment is not None and news.drain_ends_s is None]
+
+    def _origin_of(self, news: InstanceNews) -> Origin:
+        """One that took over from an instance that never was here takes over from the first that the stages name."""
+        return Origin(news.build, news.replaces if news.replaces in self._known else news.heir_of)
 
     def run(self, runtime: Runtime) -> None:
         """The runtime of this process has started: follow the news from now on."""
@@ -113,8 +133,7 @@ class Follower:
                     self._board.follow(
                         {n.instance_id: n.attachment for n in message.instances if n.attachment is not None}
                     )
-                    if any(news.attachment is not None for news in message.instances):
-                        self._first_news.set()
+                    self._heard.set()
                     self._follow_fleet()
                 case LayoutNews():
                     self._layout_news = message
@@ -123,7 +142,7 @@ class Follower:
                     self._on_stop(message.at_once)
                 case TellStory(number, request_id):
                     self._channel.send(Shown(number, self._own_story(request_id)))
-                case Shown() | Added() | Drains() | UnknownInstance() | Refused() | Unanswered():
+                case Shown() | Added() | Drains() | UnknownInstance() | Refused() | WrongOptions() | Unanswered():
                     self._questions.answered(message)
                 case _:
                     assert_never(message)
@@ -152,6 +171,7 @@ class Follower:
             ended_moves=ended_moves,
             ended_requests=ended_requests,
             oldest=runtime.lookout.oldest(),
+            in_use=runtime.elastic.in_use(),
         )
 
     def _follow_fleet(self) -> None:
@@ -163,7 +183,8 @@ class Follower:
         news_of = {news.instance_id: news for news in self._fleet_news.instances}
         for instance_id, news in news_of.items():
             if instance_id not in records and news.drain_ends_s is None:
-                self._runtime.elastic.adopt(instance_id, self._make_engine(instance_id))
+                self._runtime.elastic.adopt(instance_id, self._make_engine(instance_id), self._origin_of(news))
+                self._known.add(instance_id)
             elif instance_id in records:
                 records[instance_id].supervisor.restarts = news.restarts
                 if news.role:
@@ -224,8 +245,18 @@ class Follower:
         """Of a request of this process; None if it has no such request."""
         return None if self._runtime is None else self._runtime.lookout.story(request_id)
 
-    async def _shown(self, make: Callable[[int], Look | LookAtPicture]) -> dict[str, Any]:
-        answer = await self._ask(make)
+    async def rolled(self) -> dict[str, Any]:
+        """See Admin."""
+        return await self._shown(LookAtRoll)
+
+    async def roll(self, options: Sequence[str], timeout_s: float) -> dict[str, Any]:
+        """See Admin."""
+        return await self._shown(lambda number: BeginRoll(number, list(options), timeout_s), CHECK_TIMEOUT_S)
+
+    async def _shown(
+        self, make: Callable[[int], Question], answer_timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> dict[str, Any]:
+        answer = await self._ask(make, answer_timeout_s)
         assert isinstance(answer, Shown), answer
         assert answer.content is not None
         return answer.content
@@ -242,13 +273,17 @@ class Follower:
         assert isinstance(answer, Drains), answer
         return answer.instance_id
 
-    async def _ask(self, make: Callable[[int], Question]) -> Shown | Added | Drains:
-        answer = await self._questions.ask(self._channel.send, make, ANSWER_TIMEOUT_S)
+    async def _ask(
+        self, make: Callable[[int], Question], answer_timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> Shown | Added | Drains:
+        answer = await self._questions.ask(self._channel.send, make, answer_timeout_s)
         match answer:
             case UnknownInstance():
                 raise UnknownInstanceError(answer.instance_id)
             case Refused():
                 raise ScalingRefusedError(answer.reason)
+            case WrongOptions():
+                raise ConfigError(answer.reason)
             case Unanswered():
                 raise TimeoutError
             case _:

@@ -11,6 +11,7 @@ import msgspec
 
 from cascadeinfer.core.layout import Stage, StageLayout
 from cascadeinfer.core.types import UNBOUNDED_TOKENS, InstanceId, LengthRange, RequestId
+from cascadeinfer.engines.build import FIRST_BUILD, Build
 from cascadeinfer.engines.vllm.attachment import AnyAttachment
 from cascadeinfer.runtime.ledger import EndedMove
 from cascadeinfer.runtime.picture import Move, OldRequest
@@ -26,6 +27,10 @@ class InstanceNews(msgspec.Struct, frozen=True):
         restarts: Number of restarts.
         drain_ends_s: When the time for handing its requests over is up; None if it is not draining.
         condemned: Why it is being restarted although no request is to blame; None if it is not.
+        build: What it is started with.
+        replaces: The instance whose place among the stages it takes over, or None.
+        heir_of: The first in the row of those that replaced one another up to it, for a follower that does not know the
+            last of them; None if it replaces none.
         role: What it computes; empty while it is not up.
         step_tokens: Its token budget of a step; 0 while it is not up.
     """
@@ -35,21 +40,28 @@ class InstanceNews(msgspec.Struct, frozen=True):
     restarts: int
     drain_ends_s: float | None
     condemned: str | None = None
+    build: Build = FIRST_BUILD
+    replaces: InstanceId | None = None
+    heir_of: InstanceId | None = None
     role: str = ""
     step_tokens: int = 0
 
     @classmethod
     def of(cls, record: InstanceRecord, attachment: AnyAttachment | None) -> "InstanceNews":
-        """The message for an instance."""
+        """The news of an instance."""
+        supervisor, drain = record.supervisor, record.drain
         kind = None if record.engine is None else record.kind
         return cls(
             record.instance_id,
             attachment,
-            record.supervisor.restarts,
-            None if record.drain is None else record.drain.ends_s,
-            record.supervisor.condemned,
-            role="" if kind is None else kind.role.value,
-            step_tokens=0 if kind is None else kind.capacity.max_batched_tokens,
+            supervisor.restarts,
+            None if drain is None else drain.ends_s,
+            supervisor.condemned,
+            record.build,
+            record.replaces,
+            record.heir_of,
+            "" if kind is None else kind.role.value,
+            0 if kind is None else kind.capacity.max_batched_tokens,
         )
 
 
@@ -137,10 +149,24 @@ class DrainInstance(msgspec.Struct, frozen=True, tag=True):
     timeout_s: float
 
 
+class LookAtRoll(msgspec.Struct, frozen=True, tag=True):
+    """A follower asks how far the rolling update is."""
+
+    number: int
+
+
+class BeginRoll(msgspec.Struct, frozen=True, tag=True):
+    """A follower asks for a rolling update to these engine options, see `Rolling.begin`."""
+
+    number: int
+    options: list[str]
+    timeout_s: float
+
+
 class Shown(msgspec.Struct, frozen=True, tag=True):
     """
-    Answer to `Look`, `LookAtPicture` or `TellStory`: JSON to pass on without interpreting it; None if there is no such
-    request.
+    Answer to `Look`, `LookAtPicture`, `LookAtRoll`, `BeginRoll` or `TellStory`: JSON to pass on without interpreting
+    it; None if there is no such request.
     """
 
     number: int
@@ -169,7 +195,14 @@ class UnknownInstance(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """Answer to `AddInstances` or `DrainInstance`: why it was refused."""
+    """Answer to `AddInstances`, `DrainInstance` or `BeginRoll`: why it was refused."""
+
+    number: int
+    reason: str
+
+
+class WrongOptions(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `BeginRoll`: what is wrong with the options."""
 
     number: int
     reason: str
@@ -196,6 +229,7 @@ class Summary(msgspec.Struct, frozen=True, tag=True):
         ended_moves: Migrations that ended since the last summary.
         ended_requests: Requests that ended since then, by outcome.
         oldest: Its oldest live requests.
+        in_use: Instances to which it may send requests, or where it has some.
     """
 
     pid: int
@@ -212,10 +246,13 @@ class Summary(msgspec.Struct, frozen=True, tag=True):
     ended_moves: list[EndedMove] = []
     ended_requests: dict[str, int] = {}
     oldest: list[OldRequest] = []
+    in_use: list[InstanceId] = []
 
 
-Question: TypeAlias = Look | LookAtPicture | TellStory | AddInstances | DrainInstance
-"""Requests that only process 0 can answer or carry out, or in part a follower (`TellStory`)."""
-Answer: TypeAlias = Shown | Added | Drains | UnknownInstance | Refused | Unanswered
+OwnersQuestion: TypeAlias = Look | LookAtPicture | LookAtRoll | AddInstances | DrainInstance | BeginRoll
+"""Requests that only process 0 can answer or carry out."""
+Question: TypeAlias = OwnersQuestion | TellStory
+"""Those that a follower asks; the last one it may be asked, too."""
+Answer: TypeAlias = Shown | Added | Drains | UnknownInstance | Refused | WrongOptions | Unanswered
 FromOwner: TypeAlias = FleetNews | LayoutNews | Stop | TellStory | Answer
 FromFollower: TypeAlias = Question | Summary | Shown

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableSequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import Any, assert_never
@@ -20,32 +20,31 @@ from prometheus_client import multiprocess
 
 from cascadeinfer.cluster.channel import Channel
 from cascadeinfer.cluster.local import exit_of
-from cascadeinfer.core.errors import EngineError, ScalingRefusedError, UnknownInstanceError
+from cascadeinfer.core.errors import EngineError
 from cascadeinfer.core.events import SeenEnd, SeenLive, WorkloadSeen
 from cascadeinfer.core.silence import Silence
 from cascadeinfer.core.types import InstanceId, RequestId
 from cascadeinfer.engines.patience import within
 from cascadeinfer.engines.protocol import Engine
 from cascadeinfer.engines.vllm.attachment import AnyAttachment
+from cascadeinfer.frontend.admin import OwnRuntime
+from cascadeinfer.frontend.processes.answers import answer
 from cascadeinfer.frontend.processes.messages import (
-    Added,
     AddInstances,
-    Answer,
+    BeginRoll,
     DrainInstance,
-    Drains,
     FleetNews,
     FromFollower,
     InstanceNews,
     LayoutNews,
     Look,
     LookAtPicture,
-    Refused,
+    LookAtRoll,
     Shown,
     Stop,
     Summary,
     TellStory,
     Unanswered,
-    UnknownInstance,
 )
 from cascadeinfer.frontend.processes.questions import Questions
 from cascadeinfer.frontend.processes.totals import add_load, add_migrations, add_oldest, shown
@@ -117,6 +116,7 @@ class FrontEnds:
             event_log_failure: Why process 0 writes no event log although one was requested.
         """
         self._runtime = runtime
+        self._own = OwnRuntime(runtime)
         self._start_process = start_process
         self.loads = loads
         self._event_log_failure = event_log_failure
@@ -126,11 +126,12 @@ class FrontEnds:
         self._instances_started = False
         self._slept_s = 0.0
         self._drawn: tuple[float, dict[str, Any]] | None = None
-        self._telling: set[asyncio.Task[None]] = set()
+        self._answering: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     def start(self) -> None:
         """Start the followers; they wait until the instances are up."""
+        self._runtime.elastic.used_elsewhere = self._is_used
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._keep(follower)) for follower in self._followers]
         self._tasks.append(loop.create_task(self._tell_news()))
@@ -155,7 +156,7 @@ class FrontEnds:
         with contextlib.suppress(TimeoutError):
             exits = [exit_of(f.process) for f in self._followers if f.process is not None]
             await within(timeout_s + EXIT_TIMEOUT_S, asyncio.gather(*exits))
-        tasks = [*self._tasks, *self._telling]
+        tasks = [*self._tasks, *self._answering]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -168,11 +169,23 @@ class FrontEnds:
 
     async def snapshot(self) -> dict[str, Any]:
         """The JSON of `/admin/instances` over all processes; followers' data is as old as their last summary."""
-        return self._snapshot()
+        everything = self._runtime.snapshot()
+        for summary in self._summaries():
+            add_load(everything, summary)
+            add_migrations(everything, summary)
+        return {**everything, "front_ends": self._front_ends()}
 
     async def picture(self) -> dict[str, Any]:
         """The picture over all processes (`runtime/picture.py`); `front_ends` as in the snapshot."""
-        return self._picture()
+        now_s = time.monotonic()
+        if self._drawn is None or now_s - self._drawn[0] > PICTURE_S:
+            everything = self._runtime.lookout.picture()
+            for summary in self._summaries():
+                add_load(everything, summary)
+                everything["moves"]["under_way"] += [move.shown() for move in summary.moves]
+            add_oldest(everything, self._runtime.lookout.oldest(), self._summaries(), now_s)
+            self._drawn = now_s, {**everything, "front_ends": self._front_ends()}
+        return self._drawn[1]
 
     async def story(self, request_id: RequestId) -> dict[str, Any] | None:
         """See Admin."""
@@ -209,30 +222,24 @@ class FrontEnds:
             channel.send(Unanswered(question.number))
 
     async def add(self, count: int) -> list[InstanceId]:
-        """See Elasticity.add."""
-        return self._runtime.elastic.add(count)
+        """See Admin."""
+        return await self._own.add(count)
 
     async def drain(self, instance_id: InstanceId, timeout_s: float) -> InstanceId:
-        """See Elasticity.drain."""
-        return self._runtime.elastic.drain(instance_id, timeout_s).instance_id
+        """See Admin."""
+        return await self._own.drain(instance_id, timeout_s)
 
-    def _snapshot(self) -> dict[str, Any]:
-        everything = self._runtime.snapshot()
-        for summary in self._summaries():
-            add_load(everything, summary)
-            add_migrations(everything, summary)
-        return {**everything, "front_ends": self._front_ends()}
+    async def rolled(self) -> dict[str, Any]:
+        """See Admin."""
+        return await self._own.rolled()
 
-    def _picture(self) -> dict[str, Any]:
-        now_s = time.monotonic()
-        if self._drawn is None or now_s - self._drawn[0] > PICTURE_S:
-            everything = self._runtime.lookout.picture()
-            for summary in self._summaries():
-                add_load(everything, summary)
-                everything["moves"]["under_way"] += [move.shown() for move in summary.moves]
-            add_oldest(everything, self._runtime.lookout.oldest(), self._summaries(), now_s)
-            self._drawn = now_s, {**everything, "front_ends": self._front_ends()}
-        return self._drawn[1]
+    async def roll(self, options: Sequence[str], timeout_s: float) -> dict[str, Any]:
+        """See Admin."""
+        return await self._own.roll(options, timeout_s)
+
+    def _is_used(self, instance_id: InstanceId) -> bool:
+        """Whether a follower that serves may send requests to an instance, or has some there, as it said last."""
+        return any(instance_id in summary.in_use for summary in self._summaries())
 
     def _summaries(self) -> list[Summary]:
         """The last ones of the followers that serve."""
@@ -299,6 +306,7 @@ class FrontEnds:
                 case Summary():
                     follower.summary = message
                     follower.silence.heard()
+                    self._runtime.elastic.look_at_all()
                     for move in message.ended_moves:
                         self._runtime.ledger.enter_move(move)
                     self._runtime.ledger.enter_requests(message.ended_requests)
@@ -312,35 +320,25 @@ class FrontEnds:
                         )
                     )
                 case TellStory():  # of which others may have to be asked
-                    telling = asyncio.create_task(self._tell_story(follower, channel, message))
-                    self._telling.add(telling)
-                    telling.add_done_callback(self._telling.discard)
-                case Look() | LookAtPicture() | AddInstances() | DrainInstance():
-                    channel.send(self._answer(message))
+                    self._answer_later(self._tell_story(follower, channel, message))
+                case Look() | LookAtPicture() | LookAtRoll() | AddInstances() | DrainInstance() | BeginRoll():
+                    self._answer_later(answer(self, message, channel.send))
                 case Shown():
                     follower.questions.answered(message)
                 case _:
                     assert_never(message)
 
-    def _answer(self, question: Look | LookAtPicture | AddInstances | DrainInstance) -> Answer:
-        elastic = self._runtime.elastic
-        try:
-            match question:
-                case Look():
-                    return Shown(question.number, self._snapshot())
-                case LookAtPicture():
-                    return Shown(question.number, self._picture())
-                case AddInstances(number, count):
-                    return Added(number, elastic.add(count))
-                case DrainInstance(number, instance_id, timeout_s):
-                    try:
-                        return Drains(number, elastic.drain(instance_id, timeout_s).instance_id)
-                    except UnknownInstanceError:
-                        return UnknownInstance(number, instance_id)
-                case _:
-                    assert_never(question)
-        except ScalingRefusedError as refused:
-            return Refused(question.number, str(refused))
+    def _answer_later(self, answering: Coroutine[Any, Any, None]) -> None:
+        """Answer beside whatever else the follower says, such as that it has left an instance that drains."""
+
+        def answered(task: asyncio.Task[None]) -> None:
+            self._answering.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.error("internal error while a follower was answered", exc_info=error)
+
+        task = asyncio.create_task(answering)
+        self._answering.add(task)
+        task.add_done_callback(answered)
 
     async def _forget(self, index: int) -> None:
         """Abort the requests that a dead follower left."""
