@@ -8,7 +8,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +131,9 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
 
 async def test_a_system_is_warmed_up_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trace is replayed twice, with other words; the row has the figures of the second time."""
-    plan = replace(PLANS["cpu"], workload=replace(PLANS["cpu"].workload, rate_rps=20.0, duration_s=0.4))
+    plan = PLANS["cpu"]
     trace = tmp_path / "trace-0.jsonl"
-    write_trace(plan.workload, 0, trace)
+    write_trace(plan.workload, 0, 20.0, trace)
     options = Namespace(device="cpu", logs=tmp_path)
     server = FakeServer()
 

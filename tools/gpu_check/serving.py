@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,6 +67,7 @@ class Plan:
         engine: vLLM's options, the same for all.
         stages: Of our server.
         long_tokens: Total length from which a request counts as long.
+        rate_rps: Requests per second; on a GPU, of the reference.
         rounds: At most; as many as the time allows.
     """
 
@@ -75,6 +76,7 @@ class Plan:
     stages: str
     long_tokens: int
     workload: Workload
+    rate_rps: float
     slo: Slo
     rounds: int
 
@@ -91,8 +93,9 @@ PLANS: Final = {
                 Kind("long chat", 0.10, (2500, 6000), (128, 400)),
                 Kind("document", 0.15, (12_000, 30_000), (64, 256)),
             ),
-            rate_rps=4.0, duration_s=30.0,
+            requests=120,
         ),
+        4.0,
         Slo(2.0, 0.05), 3,
     ),
     "cpu": Plan(
@@ -100,21 +103,23 @@ PLANS: Final = {
         ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--num-gpu-blocks-override", "128",
          "--block-size", "32"),
         "0-128:1,128-:1", 128,
-        Workload((Kind("short", 0.75, (20, 60), (8, 16)), Kind("long", 0.25, (200, 400), (8, 16))), 1.0, 8.0),
+        Workload((Kind("short", 0.75, (20, 60), (8, 16)), Kind("long", 0.25, (200, 400), (8, 16))), 8),
+        1.0,
         Slo(10.0, 1.0), 1,
     ),
 }  # fmt: skip
 SYSTEMS: Final = ("cascadeinfer stages", "vllm data-parallel", "cascadeinfer least_loaded")
 
 
-def scaled(workload: Workload, device: str) -> Workload:
-    """The workload at a rate for this GPU."""
+def scaled(plan: Plan, device: str) -> Plan:
+    """The plan with a rate for this GPU, and requests for as long."""
     if device == "cpu":
-        return workload
+        return plan
     import torch  # noqa: PLC0415 - only where there is a GPU
 
     share = torch.cuda.get_device_properties(0).multi_processor_count / REFERENCE_MULTIPROCESSORS
-    return Workload(workload.kinds, workload.rate_rps * share, workload.duration_s)
+    workload = replace(plan.workload, requests=max(1, round(plan.workload.requests * share)))
+    return replace(plan, workload=workload, rate_rps=plan.rate_rps * share)
 
 
 def node_words(plan: Plan, number: int, rpc_port: int) -> list[str]:
@@ -192,8 +197,7 @@ def figures_of(file: Path, plan: Plan) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, folder: Path, log: RowLog) -> None:
     """All systems in rotating order, round after round, while a round as long as the longest so far still fits."""
-    plan = PLANS[options.device]
-    workload = scaled(plan.workload, options.device)
+    plan = scaled(PLANS[options.device], options.device)
     model = folder / "model"
     if options.device == "cpu":
         make_tiny_llama(model)
@@ -205,7 +209,7 @@ def measure(options: argparse.Namespace, folder: Path, log: RowLog) -> None:
         if number and turn_s + longest_s > begun_s + options.seconds:
             return
         trace = folder / f"trace-{number}.jsonl"
-        write_trace(workload, number, trace)
+        write_trace(plan.workload, number, plan.rate_rps, trace)
         for position in range(len(SYSTEMS)):
             turn = (position + number) % len(SYSTEMS)
             if not log.has(f"{SYSTEMS[turn]}, round {number}"):
@@ -237,12 +241,12 @@ def run_one(
 def main() -> None:
     """Measure."""
     options = options_of(__doc__)
-    plan = PLANS[options.device]
+    plan = scaled(PLANS[options.device], options.device)
     settings = {
         "instances": plan.instances, "engine": engine_words(plan, options.device), "stages": plan.stages,
         "seeds": "of a trace: its round",
         "kinds": [[k.name, k.share, k.prompt, k.output] for k in plan.workload.kinds],
-        "rate_rps": scaled(plan.workload, options.device).rate_rps, "duration_s": plan.workload.duration_s,
+        "rate_rps": plan.rate_rps, "requests": plan.workload.requests,
         "model": "tiny" if options.device == "cpu" else f"{SMALL.name}, with a vocabulary of 512",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, RowLog(options.rows, settings) as log:
