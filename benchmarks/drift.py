@@ -111,6 +111,8 @@ def main() -> None:
     parser.add_argument("--contenders", default="", help="some policies only, separated by commas")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
+    if strangers := {name for name in options.contenders.split(",") if name} - dict(contenders()).keys():
+        parser.error(f"--contenders: there is no {', '.join(sorted(strangers))}")
     results: dict[str, Figures] = json.loads(options.results.read_text()) if options.results.exists() else {}
     points = list(product(options.workloads.split(","), options.profiles.split(",")))
     if not options.report:
@@ -130,7 +132,7 @@ def contenders() -> Iterable[tuple[str, int]]:
 def fill(results: dict[str, Figures], name: str, profile: str, seed: int, options: argparse.Namespace) -> None:
     """Run what is missing of one point and seed."""
     workload: Workload | None = None
-    chosen = options.contenders.split(",") if options.contenders else [policy for policy, _ in contenders()]
+    chosen = options.contenders.split(",") if options.contenders else dict(contenders())
     for policy, budget in contenders():
         key = key_of(name, profile, policy, budget, seed)
         if key in results or policy not in chosen:

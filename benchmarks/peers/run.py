@@ -58,7 +58,7 @@ measured again.
 """
 DISTURBED = 0.12
 TRIES = 4
-"""Times that a disturbed cell is measured again in one call before it is left for the next."""
+"""Times that a disturbed cell is measured in one call before it is left for the next."""
 WARM_UP_REQUESTS = 12
 WARM_UP_RATE_RPS = 4.0
 CAPACITY_GROUP = "vllm-dp"
@@ -106,7 +106,7 @@ def capacity_rps(model: str, workload: str, setup: Setup) -> float:
                 write_trace(several, 20_000 + number, CAPACITY_RATE_RPS, trace)
                 bench(url, url, trace, 20_000 + number, "--label", group.name, "--out", str(records))
                 done = read_records(records).records
-                found.append(float(len(done) / (np.nanmax(done.finish_s) - np.min(done.arrival_s))))
+                found.append(float(done.finished.sum() / (np.nanmax(done.finish_s) - np.min(done.arrival_s))))
         text = json.dumps({"capacity_rps": float(np.median(found)), "runs": found, "load_1min": os.getloadavg()[0]})
         file.write_text(text + "\n")
         print(f"{model} {workload}: {float(np.median(found)):.2f} requests/s are completed at most", file=sys.stderr)

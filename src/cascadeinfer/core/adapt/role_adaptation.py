@@ -43,7 +43,7 @@ from cascadeinfer.core.view import ClusterView, InstanceView
 
 PINNED_MOST: Final = 0.1
 UNITS: Final = 16
-"""Units that a plan made while serving places at most: the search takes some 40 ms, and the server waits for it."""
+"""Units that a plan made while serving places at most: the server waits for the search (docs/planning.md has times)."""
 
 
 class RoleAdaptation:
